@@ -149,7 +149,7 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
         "samples": samples.samples,
         "guidance": samples.guidance,
         "subjects": samples.subjects,
-        "held": samples.held,
+        "held": samples.hold_unconditional,
         "rules": samples.rules,
     },
 }

@@ -141,7 +141,7 @@ def draw_mask(path: Path) -> None:
 def make_class(path: Path) -> None:
     """Train with and without the class preserved, and sample the class before and after."""
     images = {"base model": sample_class(None)}
-    for title, weight in (("LoRA", "0"), ("LoRA, class preserved", "3")):
+    for title, weight in (("LoRA", "0"), ("LoRA,\nclass preserved", "3")):
         folder = RUNS / f"class-{weight}"
         flags = "--dataset mini --validation_dataset none --method lora --learning_rate 3e-3"
         flags += " --max_train_steps 200 --report_to none --train_batch_size 4"
@@ -169,7 +169,7 @@ def sample_class(folder: Path | None) -> list[Image.Image]:
 def draw_class(path: Path, images: dict[str, list[Image.Image]] | None = None) -> None:
     """Rows of samples; gray ones without images."""
     gray = [Image.new("RGB", (64, 64), "gray")] * CLASS_SAMPLES
-    rows = images or dict.fromkeys(("base model", "LoRA", "LoRA, class preserved"), gray)
+    rows = images or dict.fromkeys(("base model", "LoRA", "LoRA,\nclass preserved"), gray)
     with new_figure(path, dpi=100, figsize=(7.4, 3.9), layout="tight") as figure:
         axes = figure.subplots(len(rows), CLASS_SAMPLES)
         for number, (title, samples) in enumerate(rows.items()):

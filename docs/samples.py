@@ -46,29 +46,29 @@ SUBJECT_VARIANTS = {
     "LoRA, doubled rate": "LoRA, learning rate doubled",
 }
 BEST = f"best {HELDOUT_LOSS}"
-ONE, EACH = "one, rho auto", "one for each sample, rho auto"
+ONE_AUXILIARY, PER_SAMPLE = "one, rho auto", "one for each sample, rho auto"
 # Rows of the README's table of losses: what was trained on, then of each variant the result, the
 # group, its control, and a text behind the figure; None where nothing was measured.
 LOSS_ROWS: dict[str, Sequence[tuple[str, str, str, str] | None]] = {
     "23 icons": (
         ("lora_bilora", "method=bilora", "method=lora", ""),
-        ("auxiliaries_icons", ONE, CONTROL, ""),
-        ("auxiliaries_icons", EACH, CONTROL, ""),
+        ("auxiliaries_icons", ONE_AUXILIARY, CONTROL, ""),
+        ("auxiliaries_icons", PER_SAMPLE, CONTROL, ""),
     ),
     "12 animals": (
         None,
-        ("auxiliaries_animals", ONE, CONTROL, ""),
-        ("auxiliaries_animals", EACH, CONTROL, ""),
+        ("auxiliaries_animals", ONE_AUXILIARY, CONTROL, ""),
+        ("auxiliaries_animals", PER_SAMPLE, CONTROL, ""),
     ),
     "mini-flow (a small SD3)": (
         ("mini_flow", "Bi-LoRA", CONTROL, ""),
         ("auxiliaries_flow", "one, rho auto, rise 0.05", CONTROL, " with `--loss_rise 0.05`"),
-        ("auxiliaries_flow", EACH, CONTROL, ""),
+        ("auxiliaries_flow", PER_SAMPLE, CONTROL, ""),
     ),
     "128 reviews (text)": (
         ("radius_reviews", "rho 0.1", CONTROL, ", `rho` 0.1"),
         ("radius_reviews", "auto, rise 0.2", CONTROL, ""),
-        ("auxiliaries_reviews", EACH, CONTROL, ""),
+        ("auxiliaries_reviews", PER_SAMPLE, CONTROL, ""),
     ),
 }
 
@@ -143,7 +143,7 @@ def subjects() -> Iterable[str]:
     yield report.table(("run", *heads, "held-out loss, step 300"), rows)
 
 
-def held() -> Iterable[str]:
+def hold_unconditional() -> Iterable[str]:
     """What holding the unconditional prediction changes."""
     steps = (100, 300, 500, 1000)
     rows = []
