@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import picture_table
@@ -37,6 +37,14 @@ VARIANTS = {
     "Bi-LoRA, rho auto": "`--rho auto`",
     "Bi-LoRA, per sample": "per-sample, `--rho auto`",
 }
+# Sets and variants with fewer seeds
+FURTHER_SETS = {
+    "pastel": "icons in pastel",
+    "flow": "23 icons, mini-flow",
+    "animals_rivals": "12 animals",
+    "duotone_rivals": "icons in two colors",
+}
+RIVALS = {"LoRA-SAM": "LoRA-SAM, two passes", "LoRA, EMA": "LoRA, `--use_ema`"}
 SUBJECT_VARIANTS = {
     CONTROL: CONTROL,
     "Bi-LoRA, per sample": "per-sample, `--rho auto`",
@@ -99,17 +107,56 @@ def seeds(result: Result, group: str = CONTROL) -> int:
 
 def samples() -> Iterable[str]:
     """The main table: each set and variant at three steps."""
+    yield _scores_over_steps(SETS, VARIANTS, STEPS)
+
+
+def few_seeds() -> Iterable[str]:
+    """The same of further sets and variants, with fewer seeds, and of a longer run."""
+    yield _scores_over_steps(FURTHER_SETS, VARIANTS | RIVALS, STEPS)
+
+
+def long_runs() -> Iterable[str]:
+    """The same to 4,000 steps."""
+    yield _scores_over_steps({"duotone_long": SETS["duotone"]}, VARIANTS, (500, 1000, 2000, 4000))
+
+
+def _scores_over_steps(
+    sets: Mapping[str, str], variants: Mapping[str, str], steps: Sequence[int]
+) -> str:
+    """Scores of the control at some steps, and differences to it of the other variants.
+
+    Args:
+        sets: name of a result -> its name in the table.
+        variants: group -> its name in the table. Groups that a result lacks have no row.
+    """
     rows = []
-    for name, title in SETS.items():
+    for name, title in sets.items():
         result = read(name)
-        for group, variant in VARIANTS.items():
+        for group, variant in variants.items():
+            if not result.members(group):
+                continue
             first_cell = f"{title}, {seeds(result)}" if group == CONTROL else ""
             cells = []
-            for step in STEPS:
+            for step in steps:
                 line = result.summary(group, "truth", GUIDANCE, step)
                 cells.append(cell(result, line, COSINE))
             rows.append((first_cell, variant, *cells))
-    yield report.table(("data, seeds", "run", *_step_heads(STEPS)), rows)
+    return report.table(("data, seeds", "run", *_step_heads(steps)), rows)
+
+
+def scales() -> Iterable[str]:
+    """Scores at step 300 by kind and scale of guidance."""
+    rows = []
+    for name, title in {"duotone": SETS["duotone"], "animals": SETS["animals"]}.items():
+        result = read(f"{name}_guidance")
+        for group in (CONTROL, "Bi-LoRA, per sample"):
+            for kind, label in {"guidance": "ordinary", "base's guidance": "from base"}.items():
+                cells = []
+                for scale in (2, 3, 4):
+                    line = result.summary(group, "truth", f"{kind} {scale}", 300)
+                    cells.append(cell(result, line, COSINE, intervals=False))
+                rows.append((title, VARIANTS[group], label, *cells))
+    yield report.table(("data", "run", "guidance", "2", "3", "4"), rows)
 
 
 def guidance() -> Iterable[str]:
