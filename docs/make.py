@@ -148,6 +148,7 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "results.md": {
         "samples": samples.samples,
         "guidance": samples.guidance,
+        "scales": samples.scales,
         "subjects": samples.subjects,
         "held": samples.hold_unconditional,
         "rules": samples.rules,

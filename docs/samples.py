@@ -37,14 +37,6 @@ VARIANTS = {
     "Bi-LoRA, rho auto": "`--rho auto`",
     "Bi-LoRA, per sample": "per-sample, `--rho auto`",
 }
-# Sets and variants with fewer seeds
-FURTHER_SETS = {
-    "pastel": "icons in pastel",
-    "flow": "23 icons, mini-flow",
-    "animals_rivals": "12 animals",
-    "duotone_rivals": "icons in two colors",
-}
-RIVALS = {"LoRA-SAM": "LoRA-SAM, two passes", "LoRA, EMA": "LoRA, `--use_ema`"}
 SUBJECT_VARIANTS = {
     CONTROL: CONTROL,
     "Bi-LoRA, per sample": "per-sample, `--rho auto`",
@@ -110,14 +102,9 @@ def samples() -> Iterable[str]:
     yield _scores_over_steps(SETS, VARIANTS, STEPS)
 
 
-def few_seeds() -> Iterable[str]:
-    """The same of further sets and variants, with fewer seeds, and of a longer run."""
-    yield _scores_over_steps(FURTHER_SETS, VARIANTS | RIVALS, STEPS)
-
-
-def long_runs() -> Iterable[str]:
-    """The same to 4,000 steps."""
-    yield _scores_over_steps({"duotone_long": SETS["duotone"]}, VARIANTS, (500, 1000, 2000, 4000))
+def one_seed() -> Iterable[str]:
+    """The same of a set with one training seed."""
+    yield _scores_over_steps({"pastel": "icons in pastel"}, VARIANTS, STEPS)
 
 
 def _scores_over_steps(
@@ -145,18 +132,16 @@ def _scores_over_steps(
 
 
 def scales() -> Iterable[str]:
-    """Scores at step 300 by kind and scale of guidance."""
+    """Scores on icons in two colors by kind and scale of guidance."""
+    result = read("duotone_guidance")
     rows = []
-    for name, title in {"duotone": SETS["duotone"], "animals": SETS["animals"]}.items():
-        result = read(f"{name}_guidance")
+    for step in (300, 1000):
         for group in (CONTROL, "Bi-LoRA, per sample"):
             for kind, label in {"guidance": "ordinary", "base's guidance": "from base"}.items():
-                cells = []
-                for scale in (2, 3, 4):
-                    line = result.summary(group, "truth", f"{kind} {scale}", 300)
-                    cells.append(cell(result, line, COSINE, intervals=False))
-                rows.append((title, VARIANTS[group], label, *cells))
-    yield report.table(("data", "run", "guidance", "2", "3", "4"), rows)
+                lines = [result.summary(group, "truth", f"{kind} {n}", step) for n in (2, 3, 4)]
+                cells = [cell(result, line, COSINE, intervals=False) for line in lines]
+                rows.append((f"{step:,}", VARIANTS[group], label, *cells))
+    yield report.table(("step", "run", "guidance", "scale 2", "scale 3", "scale 4"), rows)
 
 
 def guidance() -> Iterable[str]:
