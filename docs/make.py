@@ -147,6 +147,7 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "models.md": {"memory": models},
     "results.md": {
         "samples": samples.samples,
+        "pastel": samples.one_seed,
         "guidance": samples.guidance,
         "scales": samples.scales,
         "subjects": samples.subjects,

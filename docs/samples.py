@@ -132,16 +132,16 @@ def _scores_over_steps(
 
 
 def scales() -> Iterable[str]:
-    """Scores on icons in two colors by kind and scale of guidance."""
-    result = read("duotone_guidance")
+    """Scores at step 300 by kind and scale of guidance."""
     rows = []
-    for step in (300, 1000):
+    for name in ("duotone", "animals"):
+        result = read(f"{name}_guidance")
         for group in (CONTROL, "Bi-LoRA, per sample"):
             for kind, label in {"guidance": "ordinary", "base's guidance": "from base"}.items():
-                lines = [result.summary(group, "truth", f"{kind} {n}", step) for n in (2, 3, 4)]
+                lines = [result.summary(group, "truth", f"{kind} {n}", 300) for n in (2, 3, 4)]
                 cells = [cell(result, line, COSINE, intervals=False) for line in lines]
-                rows.append((f"{step:,}", VARIANTS[group], label, *cells))
-    yield report.table(("step", "run", "guidance", "scale 2", "scale 3", "scale 4"), rows)
+                rows.append((SETS[name], VARIANTS[group], label, *cells))
+    yield report.table(("data", "run", "guidance", "scale 2", "scale 3", "scale 4"), rows)
 
 
 def guidance() -> Iterable[str]:
