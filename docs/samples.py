@@ -8,16 +8,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
-from benchmarks import picture_table
+from benchmarks import picture_table, step_rules
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from eval import report, table
 from eval.table import Metric, Result, Summary
 
-from .evidence import Check, Figure, figure
+from .evidence import ROOT, Check, Figure, figure
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 CONTROL = "LoRA"
 GUIDANCE, BASE_GUIDANCE = "guidance 4", "base's guidance 2"
 STEPS = (100, 300, 1000)
@@ -47,28 +45,37 @@ SUBJECT_VARIANTS = {
 }
 BEST = f"best {HELDOUT_LOSS}"
 ONE_AUXILIARY, PER_SAMPLE = "one, rho auto", "one for each sample, rho auto"
-# Rows of the README's table of losses: what was trained on, then of each variant the result, the
-# group, its control, and a text behind the figure; None where nothing was measured.
-LOSS_ROWS: dict[str, Sequence[tuple[str, str, str, str] | None]] = {
+
+
+def lowest_loss(name: str, group: str, control: str = CONTROL, note: str = "") -> Check:
+    """A group's lowest held-out loss minus its control's; the note stands behind the figure."""
+    return Check(note, f"results/{name}", group, BEST, control=control)
+
+
+# Rows of the README's table of losses: what was trained on, then the figure of each variant; None
+# where nothing was measured.
+LOSS_ROWS: dict[str, Sequence[Check | None]] = {
     "23 icons": (
-        ("lora_bilora", "method=bilora", "method=lora", ""),
-        ("auxiliaries_icons", ONE_AUXILIARY, CONTROL, ""),
-        ("auxiliaries_icons", PER_SAMPLE, CONTROL, ""),
+        lowest_loss("lora_bilora", "method=bilora", "method=lora"),
+        lowest_loss("auxiliaries_icons", ONE_AUXILIARY),
+        lowest_loss("auxiliaries_icons", PER_SAMPLE),
     ),
     "12 animals": (
         None,
-        ("auxiliaries_animals", ONE_AUXILIARY, CONTROL, ""),
-        ("auxiliaries_animals", PER_SAMPLE, CONTROL, ""),
+        lowest_loss("auxiliaries_animals", ONE_AUXILIARY),
+        lowest_loss("auxiliaries_animals", PER_SAMPLE),
     ),
     "mini-flow (a small SD3)": (
-        ("mini_flow", "Bi-LoRA", CONTROL, ""),
-        ("auxiliaries_flow", "one, rho auto, rise 0.05", CONTROL, " with `--loss_rise 0.05`"),
-        ("auxiliaries_flow", PER_SAMPLE, CONTROL, ""),
+        lowest_loss("mini_flow", "Bi-LoRA"),
+        lowest_loss(
+            "auxiliaries_flow", "one, rho auto, rise 0.05", note=" with `--loss_rise 0.05`"
+        ),
+        lowest_loss("auxiliaries_flow", PER_SAMPLE),
     ),
     "128 reviews (text)": (
-        ("radius_reviews", "rho 0.1", CONTROL, ", `rho` 0.1"),
-        ("radius_reviews", "auto, rise 0.2", CONTROL, ""),
-        ("auxiliaries_reviews", PER_SAMPLE, CONTROL, ""),
+        lowest_loss("radius_reviews", "rho 0.1", note=", `rho` 0.1"),
+        lowest_loss("radius_reviews", "auto, rise 0.2"),
+        lowest_loss("auxiliaries_reviews", PER_SAMPLE),
     ),
 }
 
@@ -76,7 +83,7 @@ LOSS_ROWS: dict[str, Sequence[tuple[str, str, str, str] | None]] = {
 @functools.cache
 def read(name: str) -> Result:
     """The result ``pictures_NAME``."""
-    return table.read(RESULTS / f"pictures_{name}")
+    return table.read(ROOT / "results" / f"pictures_{name}")
 
 
 def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool = True) -> str:
@@ -92,9 +99,9 @@ def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool =
     return re.sub(r"[+-](0\.0+)\b", r"\1", text)
 
 
-def seeds(result: Result, group: str = CONTROL) -> int:
-    """Number of training runs of a group."""
-    return len(result.members(group))
+def seeds(result: Result) -> int:
+    """Number of training seeds."""
+    return len(result.members(CONTROL))
 
 
 def samples() -> Iterable[str]:
@@ -189,9 +196,9 @@ def hold_unconditional() -> Iterable[str]:
 def rules() -> Iterable[str]:
     """Regrets of the rules that choose a step."""
     titles = {
-        "regret_loss": "lowest held-out loss",
-        "regret_last": "last step",
-        "regret_captions": "best step by 8 sampled captions",
+        step_rules.BY_LOSS: "lowest held-out loss",
+        step_rules.LAST: "last step",
+        step_rules.BY_CAPTIONS: f"best step by {step_rules.CAPTIONS} sampled captions",
     }
     rows = []
     for rule, title in titles.items():
@@ -211,23 +218,17 @@ def readme() -> Iterable[str]:
         lines = [result.summary(group, "truth", GUIDANCE, 300) for group in VARIANTS]
         cells = [cell(result, line, COSINE, intervals=False) for line in lines]
         rows.append((f"samples, {title}, {seeds(result)} seeds", *cells))
-    for title, entries in LOSS_ROWS.items():
-        cells = [_loss_cell(entry) for entry in entries]
+    for title, checks in LOSS_ROWS.items():
+        cells = []
+        for check in checks:
+            cells.append("" if check is None else _percent(figure(check)) + check.title)
         rows.append((f"loss, {title}", "", *cells))
     heads = ("data", CONTROL, "the paper's setting", "`--rho auto`")
     yield report.table((*heads, "`--rho auto --auxiliaries sample`"), rows)
 
 
-def _loss_cell(entry: tuple[str, str, str, str] | None) -> str:
-    """How much a group's lowest held-out loss is below or above its control's, in percent."""
-    if entry is None:
-        return ""
-    name, group, control, note = entry
-    check = Check("", f"results/{name}", group, BEST, control=control)
-    return _percent(figure(check)) + note
-
-
 def _percent(difference: Figure) -> str:
+    """How much a group is below or above its control, in percent of that."""
     if difference.low < 0 < difference.high:
         return "undecided"
     share = 100 * difference.mean / difference.size

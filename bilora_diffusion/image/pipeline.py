@@ -307,9 +307,8 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
         if isinstance(model, nn.Module):
             quantization = cfg.quantize if name in quantized else "none"
             model_bytes[name] = held_bytes(model, quantization)
-    judge_bytes = 0
     if cfg.chooses_by_samples:
-        judge_bytes = image_model_bytes(cfg.image_model)
+        model_bytes["image model"] = image_model_bytes(cfg.image_model)
 
     # The models in memory in each phase.
     is_cpu = device.type == "cpu"
@@ -328,8 +327,6 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     def weights(names: set[str]) -> dict[str, int]:
         return {f"weights: {name}": size for name, size in model_bytes.items() if name in names}
 
-    judge = {"weights: image model": judge_bytes}  # it stays in memory until the end
-
     # The autoencoder at its largest image.
     sizes = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     pixels = max(height * width for height, width in sizes)
@@ -344,8 +341,8 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     activations = activation_bytes(family, task.models[family.denoiser], image_tokens, cfg)
     return {
         BEFORE: weights(before),
-        "encoding or sampling": {**weights(encoding), **judge, "pictures": pictures},
-        STEP: {**weights(step), **judge, "activations": activations},
+        "encoding or sampling": {**weights(encoding), "pictures": pictures},
+        STEP: {**weights(step), "activations": activations},
     }
 
 
