@@ -16,7 +16,6 @@ from bilora_diffusion.config import command_line
 from bilora_diffusion.core.errors import (
     Interrupted,
     UserError,
-    did_you_mean,
     run_cli,
     strip_controls,
 )
@@ -99,15 +98,7 @@ class Parser(command_line.UserErrorParser):
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The arguments; results and logs that ``runs/*`` matches beside the runs are left out."""
-        args, unknown_words = self.parse_known_args(argv)
-        if unknown_words:
-            flags: list[str] = []
-            for action in self._actions:
-                flags += action.option_strings
-            word = unknown_words[0]
-            raise UserError(
-                f'unexpected "{word}"{did_you_mean(word, flags)}: --help lists all flags.'
-            )
+        args = self.parse_args(argv)
         check(self._fields, vars(args))
         if getattr(args, "runs", None):
             args.runs = _without_results(args.runs)

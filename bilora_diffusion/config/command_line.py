@@ -79,6 +79,11 @@ class UserErrorParser(argparse.ArgumentParser):
         flag = re.match(r"argument (--\w+).*expected", message)
         if flag is not None:
             raise UserError(f"{flag[1]} has no value: put one after it.")
+        words = message.removeprefix("unrecognized arguments: ")
+        if words != message:
+            word = words.split()[0]
+            hint = did_you_mean(word, self._option_string_actions)
+            raise UserError(f'unexpected "{word}"{hint}: --help lists all flags.')
         raise UserError(f"{message}.")
 
 

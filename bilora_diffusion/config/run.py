@@ -88,6 +88,12 @@ class RunConfig(
         return False
 
     @property
+    def validates_at_checkpoints(self) -> bool:
+        """Whether each checkpoint gets validation samples if ``--validation_epochs`` is not given;
+        if not, only the end of training does."""
+        return False
+
+    @property
     def base_model(self) -> str:
         """The model that is trained, as the user gave it."""
         raise NotImplementedError

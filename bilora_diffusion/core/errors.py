@@ -89,7 +89,7 @@ def reading(subject: str, fix: str, load: Callable[[], T]) -> T:
 
 
 def reason(error: BaseException) -> str:
-    """An error's message in one line of at most 240 letters."""
+    """An error's message in one line of about 240 letters, cut between two words."""
     text = " ".join(str(error).split())
     # Pillow's message ends in the address of a buffer, Transformers' in advice for programmers.
     if "cannot identify image file" in text:
@@ -97,7 +97,10 @@ def reason(error: BaseException) -> str:
     if text.startswith("You set `ignore_mismatched_sizes`"):
         text = "its weights are of other shapes than its config.json says"
     text, _, _ = text.partition(". If you want to")
-    return text[:240].rstrip(".: ") or type(error).__name__
+    if len(text) > 240:
+        head, _, _ = text[:240].rpartition(" ")
+        return f"{head or text[:240]} ..."
+    return text.rstrip(".: ") or type(error).__name__
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

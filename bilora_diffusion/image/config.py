@@ -126,6 +126,11 @@ class DreamBoothConfig(ImageOptions):
         check_cache(self.disk_cache)
 
     @property
+    def validates_at_checkpoints(self) -> bool:
+        # Without another prompt the final one is that of all images.
+        return self.validation_prompts != [self.final_validation_prompt]
+
+    @property
     def base_model(self) -> str:
         return self.pretrained_model_name_or_path
 

@@ -89,22 +89,15 @@ def with_validation_prompts(cfg: Config) -> Config:
     # One mapping of settings for each prompt.
     prompts, settings = read_prompts(lines_of_prompts(cfg.validation_prompts))
     if cfg.validation_prompt:
-        prompts = [cfg.validation_prompt, *prompts]
-        settings = [{}, *settings]
-    epochs = cfg.validation_epochs
+        first, first_settings = read_prompts([cfg.validation_prompt], "--validation_prompt")
+        prompts = [*first, *prompts]
+        settings = [*first_settings, *settings]
     if cfg.final_validation_prompt and not prompts:
         prompts = [cfg.final_validation_prompt]
-        if "validation_epochs" not in cfg.given_options:
-            epochs = None  # images are sampled at the end alone
     # A record of empty mappings would say nothing.
     if not any(settings):
         settings = []
-    return replace(
-        cfg,
-        validation_prompts=prompts,
-        validation_settings=settings,
-        validation_epochs=epochs,
-    )
+    return replace(cfg, validation_prompts=prompts, validation_settings=settings)
 
 
 def lines_of_prompts(items: list[str]) -> list[str]:

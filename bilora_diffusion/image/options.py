@@ -222,9 +222,12 @@ class ValidationOptions:
         range=Range(10_000, "so many of each prompt are generated, one by one", at_least=0),
         ignored=(WITHOUT_PROMPT,),
     )
-    # Table A8.
     validation_epochs: int | None = option(
-        25, "Generate them every so many epochs.", range=STEPS, ignored=(WITHOUT_PROMPT,)
+        None,
+        "Generate them every so many epochs. Default: with each checkpoint, so that each step with"
+        " images can be exported.",
+        range=STEPS,
+        ignored=(WITHOUT_PROMPT,),
     )
     validation_num_inference_steps: int | None = option(
         None,
@@ -250,7 +253,7 @@ class ValidationOptions:
     )
     skip_final_inference: bool = option(
         False,
-        "Generate none at the end, but where an epoch of --validation_epochs ends there.",
+        "Generate none at the end of training.",
         ignored=(WITHOUT_PROMPT,),
     )
     eval_on_start: bool = option(

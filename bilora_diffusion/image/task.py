@@ -115,9 +115,17 @@ class DreamBooth:
             summary += f" and {counted(len(self.stream.classes), 'class image')}"
         sizes = sorted(set(self.stream.sizes))
         if sizes == [(self.cfg.resolution, self.cfg.resolution)]:
-            return f"{summary} at {self.cfg.resolution} px"
-        sizes_text = ", ".join(f"{height} x {width}" for height, width in sizes)
-        return f"{summary} at {sizes_text} px"
+            sizes_text = str(self.cfg.resolution)
+        else:
+            sizes_text = ", ".join(f"{height} x {width}" for height, width in sizes)
+        summary += f" at {sizes_text} px"
+        enlarged = 0
+        for entry, size in zip(self.stream.images.entries, self.stream.sizes, strict=True):
+            if entry.size[0] < size[0] or entry.size[1] < size[1]:
+                enlarged += 1
+        if enlarged:
+            summary += f", {enlarged} of them smaller and enlarged"
+        return summary
 
     def targets(self) -> list[Target]:
         """What is trained: layers of the denoiser and, where they are trained, of text encoders."""

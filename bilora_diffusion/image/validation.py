@@ -69,12 +69,14 @@ class PromptOptions:
 
 def read_prompts(
     items: Sequence[str | dict[str, Any]],
+    flag: str = "--validation_prompts",
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Split prompts into their texts and their settings, by the names of `PromptOptions`.
 
     Args:
         items: mappings of a recipe, or texts in the form of kohya's sd-scripts
             (``line_to_prompt_dict``), such as ``a dog --n blurry --w 832``.
+        flag: option that they come from, for messages.
 
     Raises:
         UserError: a setting is unknown, malformed or out of its range, or there is no prompt.
@@ -83,7 +85,7 @@ def read_prompts(
     prompts: list[str] = []
     settings: list[dict[str, Any]] = []
     for number, item in enumerate(items, start=1):
-        with placed(f"in number {number} of --validation_prompts, "):
+        with placed(f"in number {number} of {flag}, "):
             prompt, flags = _prompt_and_flags(item)
             explicit = parser.explicit(flags)
             # A flag and its short form are one setting.

@@ -82,7 +82,10 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {step_size}, {counted(f'{epochs:.3g}', 'epoch')}",
     ]
-    if search is not None:
+    if search is None:
+        hours = f"{steps / 3600:.2g} hours for each second that a step takes"
+        lines.append(f"time: not estimated; {hours}, and the sampling of images")
+    else:
         lines.append(describe_search(search.plan.budget, steps))
 
     process = process_bytes(device)

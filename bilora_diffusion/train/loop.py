@@ -82,8 +82,11 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             # A held-out loss can end the run, so `is_finished` is read again after it.
             if trainer.is_finished or is_due(trainer.step, cfg.validation_loss_steps):
                 measure_heldout_loss(trainer, log, bar)
-            is_final_validation = trainer.is_finished and not cfg.skip_final_inference
-            if is_final_validation or is_due(trainer.step, trainer.validation_steps):
+            if trainer.is_finished:
+                has_samples = not cfg.skip_final_inference
+            else:
+                has_samples = is_due(trainer.step, trainer.validation_steps)
+            if has_samples:
                 validate(trainer, folder, log, bar)
 
             # A signal ends the run with a checkpoint of the step that it came in.

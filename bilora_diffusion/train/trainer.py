@@ -99,7 +99,7 @@ class Trainer:
     def validation_steps(self) -> int | None:
         """``--validation_epochs`` in steps; None where only the end is validated."""
         if self.cfg.validation_epochs is None:
-            return None
+            return self.cfg.checkpointing_steps if self.cfg.validates_at_checkpoints else None
         steps_per_epoch = -(-self.task.num_samples // self.layout.step_size)
         return self.cfg.validation_epochs * steps_per_epoch
 

@@ -5,8 +5,9 @@ They are the first of these that the run has:
 1. for shipped icons their prompts, ``3d_icon``; for icons in other colors and for animals their
    held-out captions;
 2. the captions of its held-out images, whose pictures are the ground truth;
-3. its validation prompts;
-4. its instance prompt or trigger word in the contexts of ``eval/prompts/contexts.txt``;
+3. its instance prompt or trigger word in the contexts of ``eval/prompts/contexts.txt``, since one
+   or two validation prompts tell little;
+4. its validation prompts;
 5. the captions of its training images.
 """
 
@@ -50,7 +51,7 @@ class Question:
     prompts: Sequence[Prompt]
     # The runs learned shipped icons, which have shipped general prompts
     is_of_icons: bool = False
-    # A sentence that must be read with the scores, or ""
+    # Sentences that must be read with the scores, or ""
     note: str = ""
 
 
@@ -79,7 +80,7 @@ def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
         f"All prompts are those of {_name(runs[0])}; scored alone, {', '.join(different)} would be"
         " asked others."
     )
-    return replace(question, note=note)
+    return replace(question, note=f"{question.note} {note}".strip())
 
 
 def in_contexts(subjects: Sequence[Subject]) -> Question:
@@ -143,15 +144,21 @@ def _of_run(run: Subject) -> Question:
             title = f"the first {MAX_HELDOUT_PROMPTS} of {len(heldout)} {title}"
         return Question(title, heldout[:MAX_HELDOUT_PROMPTS])
 
+    note = ""
+    if any(_text(concept, "validation_dataset") for concept in concepts):
+        note = (
+            f"The held-out images of {name} have no captions of their own in files, so that no"
+            " sample is compared with them: give each a caption (docs/data.md)."
+        )
+    contexts = _contexts(concepts)
+    if contexts:
+        return Question(f"instance prompt of {name} in contexts", contexts, note=note)
     validation = []
     for text in run.record["config"].get("validation_prompts") or []:
         if text.strip():
             validation.append(Prompt(text.strip(), instance_of(text)))
     if validation:
-        return Question(f"validation prompts of {name}", _distinct(validation))
-    contexts = _contexts(concepts)
-    if contexts:
-        return Question(f"instance prompt of {name} in contexts", contexts)
+        return Question(f"validation prompts of {name}", _distinct(validation), note=note)
 
     # The training images are opened last, since a hub's set may have to be downloaded.
     captions: list[Prompt] = []
@@ -166,7 +173,8 @@ def _of_run(run: Subject) -> Question:
             f"{name} has neither held-out captions nor a validation prompt, an instance prompt or"
             f" captions: {FIX}."
         )
-    return Question(f"training captions of {name}", captions[:MAX_TRAINING_PROMPTS])
+    title = f"training captions of {name}"
+    return Question(title, captions[:MAX_TRAINING_PROMPTS], note=note)
 
 
 def _icons(name: str) -> Question:

@@ -84,8 +84,11 @@ def introduction(result: Result) -> str:
         notes.append(scorer["note"])
     if settings["captioner"] and settings["captioner"]["note"]:
         notes.append(settings["captioner"]["note"])
-    if 1 < count < FEW_PROMPTS:
-        notes.append(f"With fewer than {FEW_PROMPTS} prompts a bootstrap interval is too narrow.")
+    if count < FEW_PROMPTS:
+        notes.append(
+            f"Fewer than {FEW_PROMPTS} prompts tell little: there is no interval, or it is too"
+            " narrow."
+        )
     source = ""
     if sampling["guidance_from"] == BASE_GUIDANCE:
         source = " from the base model's unconditional prediction"

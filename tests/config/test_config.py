@@ -38,7 +38,7 @@ MEANINGS: list[Any] = [
     # Table A8
     (icons, "", {"learning_rate": 2e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0}),
     (icons, "", {"train_batch_size": 1, "gradient_accumulation_steps": 4, "seed": 0}),
-    (icons, "", {"max_train_steps": 500, "num_train_epochs": None, "validation_epochs": 25}),
+    (icons, "", {"max_train_steps": 500, "num_train_epochs": None, "validation_epochs": None}),
     (icons, "", {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "rho": 0.05}),
     (icons, "", {"method": "bilora", "init_lora_weights": "default", "rho_norm": "scaled"}),
     (icons, "", {"pretrained_model_name_or_path": SDXL_BASE, "resolution": 1024}),

@@ -246,12 +246,12 @@ def test_a_final_prompt_is_drawn_at_the_end_alone():
     final = {"final_validation_prompt": "a dog"}
     cfg = resolve(words(final))
     assert cfg.validation_prompts == ["a dog"]
-    assert cfg.validation_epochs is None
+    assert not cfg.validates_at_checkpoints
     assert cfg.num_validation_images == DEFAULTS["num_validation_images"]
     assert resolve(words({**final, "validation_epochs": 5})).validation_epochs == 5
     both = resolve(words({**final, "validation_prompt": "a cat"}))
     assert both.validation_prompts == ["a cat"]
-    assert both.validation_epochs == 25
+    assert both.validates_at_checkpoints
 
 
 def test_the_tables_have_every_flag_and_name_every_default_that_differs():

@@ -71,10 +71,11 @@ def test_without_held_out_captions_a_run_is_asked_its_validation_prompts(tmp_pat
     dog = run(instance_data_dir="photos", validation_dataset=one_caption, **VALIDATION)
     question = of_subjects([dog, FILE], "mini")
     assert texts(question) == ["TOK dog asleep", "TOK dog in a tree"]
+    assert "held-out images of dog have no captions of their own" in question.note
 
 
-def test_without_validation_prompts_a_run_is_asked_its_prompt_in_contexts():
-    style = run(instance_prompt="a TOK icon, in the style of TOK")
+def test_an_instance_prompt_is_asked_in_contexts_and_validation_prompts_are_not():
+    style = run(instance_prompt="a TOK icon, in the style of TOK", **VALIDATION)
     question = of_subjects([style], "mini")
     assert len(question.prompts) == len(set(texts(question))) == 20
     for text in texts(question):

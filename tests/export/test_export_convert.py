@@ -206,6 +206,11 @@ def test_refusals_of_convert(folder, tmp_path):
             convert(path, format_, output)
 
 
+def test_a_misspelled_flag_gets_its_name(capsys):
+    assert main(["runs/dog", "--stp", "1"]) == 2
+    assert 'unexpected "--stp" (did you mean "--step"?)' in capsys.readouterr().err
+
+
 def test_the_same_export_is_there_already(folder, tmp_path, capsys):
     run_files = sorted(folder.iterdir())
     # The run has written kohya's file itself.

@@ -46,6 +46,8 @@ def samples(*prompts, **options):
 )
 def test_a_prompt_in_kohyas_form(text, sample):
     assert samples(text, num_validation_images=1) == [sample]
+    one_prompt = resolve([*DATA, "--validation_prompt", text, "--num_validation_images", "1"])
+    assert one_prompt.samples == [sample]
 
 
 def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):

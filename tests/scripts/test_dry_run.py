@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 
 import train_dreambooth_bilora
 import train_text_bilora
@@ -167,3 +168,15 @@ def test_of_two_runs_the_larger_is_named(capsys, tmp_path):
     output = image_run(capsys, tmp_path / "run", method="lora", compare="bilora")
     assert "two runs" in output
     assert "Bi-LoRA on unet" in output
+
+
+def test_images_that_are_enlarged_and_the_hours_for_a_second_are_told(capsys, tmp_path):
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    for name, size in {"low": (90, 60), "exact": (64, 64), "large": (200, 65)}.items():
+        Image.new("RGB", size).save(folder / f"{name}.png")
+    values = {"dataset": folder, "instance_prompt": "a TOK icon", "max_train_steps": 1800}
+    values["pretrained_model_name_or_path"] = "mini"
+    output = image_run(capsys, tmp_path / "run", resolution=64, **values)
+    assert "data: 3 images at 64 px, 1 of them smaller and enlarged\n" in output
+    assert "0.5 hours for each second that a step takes" in output

@@ -240,13 +240,15 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
         "validation_prompt": "a TOK icon of a rabbit",
         "num_validation_images": 1,
         "validation_num_inference_steps": 2,
-        "validation_epochs": 3,
+        "checkpointing_steps": 2,
         "validation_loss_steps": 2,
     }
     evaluated = train(tmp_path / "evaluated", **shared, **evaluation)
     assert difference(quiet, evaluated) == 0
     assert not list(quiet.rglob("validation/*/*.png"))
-    assert len(list((evaluated / "validation").rglob("*.png"))) == 1
+    # Images are made with each checkpoint and at the end.
+    folders = sorted(path.parent.name for path in evaluated.rglob("validation/*/*.png"))
+    assert folders == ["step-2", "step-3"]
     rows = [row for row in runlog.read_metrics(evaluated) if "heldout_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 3]
     for row in rows:
@@ -258,8 +260,11 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
 
     events = EventAccumulator(str(evaluated / "logs" / "dreambooth-bilora")).Reload()
     assert f"{BY_LEVEL}25" in events.Tags()["scalars"]
-    (image,) = events.Images("validation")
-    assert (image.step, image.width, image.height) == (3, 64, 64)
+    images = events.Images("validation")
+    assert [(image.step, image.width, image.height) for image in images] == [
+        (2, 64, 64),
+        (3, 64, 64),
+    ]
 
 
 def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
