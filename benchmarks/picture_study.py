@@ -35,7 +35,8 @@ VARIANTS: dict[str, dict[str, bool | str]] = {
     HELD_UNCONDITIONAL: {"method": "lora", "hold_unconditional": "4"},
     "LoRA-SAM": {"method": "lora-sam"},
     "LoRA, EMA": {"method": "lora", "use_ema": True},
-    # Does one of these keep the subjects that an auxiliary for each sample loses early?
+    # Does one of these keep the subjects that an auxiliary for each sample loses early? The doubled
+    # rate is that of the miniature.
     "per sample, a quarter of the rise": {**SAMPLES, "loss_rise": "0.1"},
     "per sample, at low noise": {**SAMPLES, "auxiliary_snr_gamma": "50"},
     "per sample, doubled rate": {**SAMPLES, "learning_rate": "2.0e-3"},
@@ -91,6 +92,8 @@ class Preset:
     max_prompts: int | None = None
     # Further flags of eval.clip_scores
     scoring: tuple[str, ...] = ()
+    # Weights of the models that sample and score, where these are large
+    sampling_gigabytes: float = 0.0
 
 
 def mini_preset(dataset: str, model: str | None = None) -> Preset:
@@ -150,6 +153,8 @@ PRESETS = {
         steps=(500, 1000, 2000),
         guidances=(Guidance("adapter", 4.0), Guidance("base", 2.5)),
         options={"dataset": "linoyts/3d_icon", "num_validation_images": "0"},
+        # In bf16: the transformer 18, its text encoder 16, CLIP, BLIP and DINOv2 in fp32 4
+        sampling_gigabytes=38.0,
         **GPU_SAMPLING,
     ),
 }

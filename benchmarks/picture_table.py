@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import step_rules
-from picture_study import FRONTS, METRICS, draw_fronts
+from picture_study import METRICS, draw_fronts
 
 from bilora_diffusion.core.durable import write_text
 from bilora_diffusion.core.errors import UserError, run_cli
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.read(argv)
     results = read_results(args.results)
     open_folder(args.output_dir, "--output_dir")
-    draw_fronts(results, guidance_labels(results), args.output_dir)
+    figures = draw_fronts(results, guidance_labels(results), args.output_dir)
     command = table.command_line("benchmarks.picture_table", argv or sys.argv[1:])
-    write_text(args.output_dir / table.REPORT, page(results, command))
-    print(f"written: {args.output_dir / table.REPORT}, {FRONTS}")
+    write_text(args.output_dir / table.REPORT, page(results, command, figures))
+    print(f"written: {args.output_dir}/{', '.join([table.REPORT, *figures])}")
 
 
 def read_results(folders: Sequence[Path]) -> dict[str, Result]:
@@ -67,21 +67,24 @@ def guidance_labels(results: dict[str, Result]) -> list[str]:
     """Kinds of guidance of all results, each once and in order."""
     labels: dict[str, None] = {}
     for result in results.values():
-        for row in result.select("truth"):
+        for row in result.select("i2t"):
             labels[row.item] = None
     return list(labels)
 
 
-def page(results: dict[str, Result], command: str) -> str:
+def page(results: dict[str, Result], command: str, figures: Sequence[str]) -> str:
     """The report: a table for each metric and kind of guidance, then the rules of a step."""
     sections = []
     for metric in TABLE_METRICS:
         # The held-out loss has no guidance.
         items = [""] if metric == HELDOUT_LOSS else guidance_labels(results)
         for item in items:
+            if not any(result.select(metric, item=item) for result in results.values()):
+                continue  # as the ground truth where no prompt is a held-out caption
             title = METRICS[metric].title + (f", {item}" if item else "")
             sections.append(report.section(title, metric_table(results, metric, item)))
-    sections.append(report.section("Which step?", rule_table(results)))
+    if any(result.select(step_rules.LAST) for result in results.values()):
+        sections.append(report.section("Which step?", rule_table(results)))
     introduction = (
         "A row of LoRA has means over training seeds, every other row its differences to LoRA,"
         f" paired by seed, with {report.INTERVALS} and the number of seeds in which the variant is"
@@ -90,7 +93,7 @@ def page(results: dict[str, Result], command: str) -> str:
     return report.page(
         "# Judged by sampled images: all sets",
         introduction,
-        f"![fronts]({FRONTS})",
+        *[f"![{Path(name).stem}]({name})" for name in figures],
         *sections,
         report.listed([f"`{command}`"]),
     )

@@ -13,15 +13,14 @@ unconditional one from the base model. A seed's value is the mean over its image
 compared by the paired differences of the seeds.
 
 Finished runs and images are not repeated, so the same command goes on where it stopped. Runs whose
-rows are in ``--output_dir`` are not repeated either: more seeds can be added later, without the
-first ones' folders. Beside the usual files it writes ``pictures.json``: all numbers and no path, so
-that it can be posted.
+rows are in ``--output_dir`` stay there and are not repeated either: seeds and variants can be added
+later, without the first ones' folders. Each run trains on one GPU. Beside the usual files it writes
+``pictures.json``: all numbers and no path, so that it can be posted.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import statistics
 import subprocess
@@ -36,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import step_rules
+from picture_checks import require_checkpoints, require_memory, require_scoring
+from picture_record import Record
 from picture_study import (
     CONTROL,
     CURVES,
@@ -59,6 +60,7 @@ from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import HELDOUT_LOSS, WORKERS
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.mini.colors import color_difference
 from bilora_diffusion.run.console import quiet
 from eval import compare, report, table
@@ -103,8 +105,9 @@ class Pictures(Evaluation):
     """A subject is a training run. A row's item is the kind of guidance, "" for the held-out loss;
     its step is the checkpoint's, and its value is the mean over the images.
 
-    ``settings``: ``preset``, ``options`` of the runs, ``variants``, ``guidances``, ``prompts``,
-    ``images``, which is the number for each checkpoint and kind of guidance, ``scorer``.
+    ``settings``: ``preset``, ``options`` of the runs, ``variants``, ``steps``, ``guidances``,
+    ``prompts``, ``images``, which is the number for each checkpoint and kind of guidance,
+    ``scorer``.
     """
 
     name, title = "pictures", "Judged by sampled images"
@@ -118,11 +121,10 @@ class Pictures(Evaluation):
         self.guidances = read_guidances(args.guidances) or self.preset.guidances
         self.plan = self._make_plan()
         self.runs_dir: Path = args.runs_dir / args.preset
-        # The result that is there already; None without one.
-        self.earlier: Result | None = None
-        if (self.folder / table.FILE).is_file():
-            self.earlier = table.read(self.folder)
-        self.recorded = self._read_recorded()
+        self.record = Record(self.folder)
+        self.record.require_alike(self._common_settings(), self.plan.runs)
+        # Runs with recorded rows are neither trained nor scored again.
+        self.missing = [run for run in self.plan.runs if run.name not in self.record.rows]
         self.scored: dict[Guidance, Result] = {}
         self.color_differences: dict[tuple[Guidance, str], list[float]] = {}
 
@@ -164,41 +166,16 @@ class Pictures(Evaluation):
         recipe, script = find_recipe(self.preset.recipe), find_script(IMAGE_SCRIPT)
         return make_plan(experiment, Path(self.args.preset), recipe, script)
 
-    def _read_recorded(self) -> dict[str, list[Row]]:
-        """The rows of the runs that the earlier result has in full, by the run's name.
-
-        The name has a hash of the run's options, so a run with other options has another name.
-        """
-        result = self.earlier
-        if result is None:
-            return {}
-        # Scores of other prompts or other sampling can't stand beside these.
-        for name, value in self._scoring_settings().items():
-            if result.settings.get(name) != value:
-                raise UserError(
-                    f"{self.folder} has a result with {name} {result.settings.get(name)!r}, and the"
-                    f" command line means {value!r}: give another --output_dir."
-                )
-        points = set(itertools.product([kind.label for kind in self.guidances], self.steps))
-        recorded: dict[str, list[Row]] = {}
-        for planned in self.plan.runs:
-            rows, scored_points = [], set()
-            for row in result.rows:
-                if row.subject == planned.name:
-                    rows.append(row)
-                    if row.metric == "i2t":  # which every image has
-                        scored_points.add((row.item, row.step))
-            if points <= scored_points:
-                recorded[planned.name] = rows
-        return recorded
-
-    def _scoring_settings(self) -> dict[str, Any]:
-        """Settings that two results must have in common, so that their rows can be compared."""
+    def _common_settings(self) -> dict[str, Any]:
+        """Settings that all runs of a result have in common, so that they can be compared."""
         return {
             "preset": self.args.preset,
             "prompts": self.preset.prompts,
             "images": self._prompt_count() * len(self.preset.sampling_seeds),
             "scoring": list(self.preset.scoring),
+            "options": dict(self.plan.experiment.options),
+            "guidances": [asdict(guidance) for guidance in self.guidances],
+            "steps": sorted(self.steps),
         }
 
     def _prompt_count(self) -> int:
@@ -250,18 +227,28 @@ class Pictures(Evaluation):
                 )
 
     def subjects(self) -> Sequence[Subject]:
-        """The planned runs."""
-        subjects = []
+        """The planned and the recorded runs, in the order of `VARIANTS`."""
+        subjects = self.record.subjects(self.plan.runs)
         for planned in self.plan.runs:
             subjects.append(Subject(planned.name, planned.variant, seed=planned.seed))
-        return subjects
+        order = list(VARIANTS)
+        return sorted(subjects, key=lambda subject: (order.index(subject.group), subject.seed))
+
+    def prepare(self, subjects: Sequence[Subject]) -> None:
+        """Refuse before the training what would fail after it."""
+        if not self.missing:
+            return
+        for planned in self.missing:
+            require_checkpoints(self.runs_dir / planned.name, self.steps)
+        require_memory(self.args.preset, self.preset.sampling_gigabytes)
+        config = resolve(["--config", str(self.plan.recipe), *self.missing[0].flags])
+        command_lines = [self._scoring_words(guidance) for guidance in self.guidances]
+        require_scoring(command_lines, config.base_model)
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
         """Train what is not finished; sample and score the checkpoints."""
         runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir, self.args.jobs)
-        # Runs with recorded rows are neither trained nor scored again.
-        missing = [planned for planned in self.plan.runs if planned.name not in self.recorded]
-        outcomes = runner.run_all(missing)
+        outcomes = runner.run_all(self.missing)
         failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
         if failures:
             first = failures[0]
@@ -281,23 +268,27 @@ class Pictures(Evaluation):
         """Scores of all checkpoints with one kind of guidance, by eval.clip_scores."""
         folder = self.runs_dir / f"scores-{guidance.source}-{guidance.scale:g}"
         words = [f"{subject.label}={self.runs_dir / subject.label}" for subject in runs]
-        words += ["--steps", ",".join(map(str, self.steps))]
+        words += ["--output_dir", str(folder), *self._scoring_words(guidance)]
+        print(f"\n{guidance.label}:", flush=True)
+        # In this process, so that models and libraries are loaded once.
+        command = table.command_line("eval.clip_scores", words)
+        ClipScores(ClipScores.parser().read(words), command).work()
+        result = table.read(folder)
+        self._measure_colors(guidance, result, folder)
+        return result
+
+    def _scoring_words(self, guidance: Guidance) -> list[str]:
+        """Flags of eval.clip_scores for one kind of guidance."""
+        words = ["--steps", ",".join(map(str, self.steps))]
         words += ["--prompts", self.preset.prompts]
         words += ["--seeds", ",".join(map(str, self.preset.sampling_seeds))]
         words += self.preset.scoring
         words += ["--guidance_from", guidance.source]
         words += ["--guidance_scale", f"{guidance.scale:g}"]
-        words += ["--output_dir", str(folder)]
         words += ["--max_prompts", str(self._prompt_count())]
         if self.args.processes is not None:
             words += ["--processes", str(self.args.processes)]
-        print(f"\n{guidance.label}:", flush=True)
-        # In this process, so that models and libraries are loaded once.
-        if ClipScores.main(words):
-            raise TrainingError(f"eval.clip_scores failed on {folder}: its sentence stands above.")
-        result = table.read(folder)
-        self._measure_colors(guidance, result, folder)
-        return result
+        return words
 
     def _measure_colors(self, guidance: Guidance, result: Result, folder: Path) -> None:
         """Measure how the colors of all images differ from their held-out pictures."""
@@ -309,22 +300,19 @@ class Pictures(Evaluation):
                 self.color_differences.setdefault((guidance, row.subject), []).append(difference)
 
     def _describe_settings(self) -> None:
-        variants = {variant.label: dict(variant.values) for variant in self.plan.variants}
-        self.settings |= {
-            **self._scoring_settings(),
-            "options": dict(self.plan.experiment.options),
-            "variants": variants,
-            "guidances": [asdict(guidance) for guidance in self.guidances],
-        }
+        variants = self.record.variants()
+        for variant in self.plan.variants:
+            variants[variant.label] = dict(variant.values)
+        self.settings |= {**self._common_settings(), "variants": variants}
         # If all runs were recorded, nothing was scored now: the earlier result has the settings.
-        scored = next(iter(self.scored.values()), self.earlier)
+        scored = next(iter(self.scored.values()), self.record.result)
         assert scored is not None
         for name in ("sampling", "scorer", "truth_i2t"):
             self.settings[name] = scored.settings.get(name)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        if subject.label in self.recorded:
-            yield from self.recorded[subject.label]
+        if subject.label in self.record.rows:
+            yield from self.record.rows[subject.label]
             return
         for guidance, result in self.scored.items():
             for entry in result.subjects:
@@ -352,8 +340,8 @@ class Pictures(Evaluation):
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         lines = compare.summaries(rows, CONTROL)
-        # The provenance is that of this process, since recorded rows need no run folder.
-        provenance = provenance_of_this_process(self.command, open_device(None))
+        current = provenance_of_this_process(self.command, open_device(None))
+        provenance = self.record.provenance(current, is_extended=bool(self.scored))
         return self.result(subjects, rows, lines, CONTROL, provenance=provenance)
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
@@ -366,8 +354,9 @@ class Pictures(Evaluation):
 
     def introduction(self, result: Result) -> str:
         settings = result.settings
+        seeds = len({entry.seed for entry in result.subjects})
         return (
-            f"{settings['preset']}: {counted(len(self.plan.seeds), 'training seed')};"
+            f"{settings['preset']}: {counted(seeds, 'training seed')};"
             f" {settings['images']} images of each checkpoint, from {settings['prompts']}."
             f" A cell is the mean over seeds; in brackets the difference to {CONTROL}, paired by"
             f" seed, with {report.INTERVALS}."

@@ -35,13 +35,14 @@ Truths = Mapping[int, Sequence[float]]
 def regrets(truths: Truths, losses: Mapping[int, float]) -> dict[str, float]:
     """The regret of each rule on one run; {} if there are fewer than two parts of captions.
 
+    Captions beyond the last whole part are left out.
+
     Args:
         truths: of the sampled checkpoints.
         losses: held-out loss by step. Without one at each checkpoint the rule by loss is left out.
     """
     steps = sorted(truths)
-    captions = len(truths[steps[0]])
-    parts = captions // CAPTIONS
+    parts = len(truths[steps[0]]) // CAPTIONS
     if parts < 2:
         return {}
     rule_regrets: dict[str, list[float]] = {}
@@ -50,7 +51,7 @@ def regrets(truths: Truths, losses: Mapping[int, float]) -> dict[str, float]:
         sampled_truth, judged_truth = {}, {}
         for step in steps:
             sampled, judged = [], []
-            for caption, truth in enumerate(truths[step]):
+            for caption, truth in enumerate(truths[step][: parts * CAPTIONS]):
                 if caption % parts == part:
                     sampled.append(truth)
                 else:

@@ -86,7 +86,10 @@ class Runner:
     def command(self, run: Run) -> list[str]:
         """The command line that starts a run, or continues it from its newest checkpoint."""
         folder = self.runs_dir / run.name
-        command = [sys.executable, "-m", LAUNCHER, str(self.script), "--config", str(self.recipe)]
+        command = [sys.executable, "-m", LAUNCHER]
+        # Otherwise accelerate takes all GPUs, and a step as many times the images.
+        command += ["--num_processes", "1"]
+        command += [str(self.script), "--config", str(self.recipe)]
         command += [*run.flags, "--output_dir", str(folder)]
         if state(folder) == "checkpoint":
             return [*command, "--resume_from_checkpoint", "auto"]

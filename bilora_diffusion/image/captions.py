@@ -71,13 +71,14 @@ class Captions:
         prompts = [concept.instance_prompt for concept in cfg.concept_configs]
         plain_texts = captions_or_prompts(images, prompts)
         self._require_tags(plain_texts, images.label)
-        num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // len(plain_texts)))
+        # As many for a fold of the images as for all of them, whose texts are embedded beforehand.
+        num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // images.num_opened))
         self._texts: list[list[str]] = []  # of each image, in each order of its tags
         for sample, text in enumerate(plain_texts):
             config = self._configs[sample]
             orders = [text]
             if config.shuffle_tags:
-                orders = [self._shuffle(text, sample, order) for order in range(num_orders)]
+                orders = [self._shuffle(text, config, order) for order in range(num_orders)]
             self._texts.append([add_trigger(order, config.trigger_word) for order in orders])
 
     def _require_tags(self, texts: Sequence[str], label: str) -> None:
@@ -92,14 +93,12 @@ class Captions:
                 " with commas between them; drop it."
             )
 
-    def _shuffle(self, text: str, sample: int, order: int) -> str:
+    def _shuffle(self, text: str, config: DreamBoothConfig, order: int) -> str:
         """A text with its tags in another order; those with the trigger word stay in front.
 
         Args:
-            sample: the image's number in the set.
-            order: number of the order, which decides the permutation together with the seed.
+            order: number of the order, which decides the permutation together with seed and text.
         """
-        config = self._configs[sample]
         front_tags = []
         tags = []
         for part in text.split(","):
@@ -110,7 +109,7 @@ class Captions:
                 front_tags.append(tag)
             else:
                 tags.append(tag)
-        random = generator(config.seed, "tags", sample, order)
+        random = generator(config.seed, "tags", text, order)
         permutation = torch.randperm(len(tags), generator=random).tolist()
         return ", ".join(front_tags + [tags[place] for place in permutation])
 

@@ -179,8 +179,11 @@ class DreamBooth:
         disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         self.prompts.add(self.stream.captions())
-        if self.validation is not None and self.family.flow:
-            self.prompts.add(fixed_texts(self.cfg, self.validation))
+        if self.family.flow:
+            if self.validation is not None:
+                self.prompts.add(fixed_texts(self.cfg, self.validation))
+            if self.cfg.fit:  # a search holds out the training images in turn
+                self.prompts.add(fixed_texts(self.cfg, self.stream.images))
         if self.cfg.chooses_by_samples:
             self.prompts.add([""])
         if self.cfg.validation_prompts:

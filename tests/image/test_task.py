@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from bilora_diffusion import adapters
+from bilora_diffusion.image.captions import fixed_texts
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.loss import UNCONDITIONAL
 from bilora_diffusion.image.opening import open_images
@@ -99,3 +101,19 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
     for batch in task.micro_batches([(15, (0,)), (15, (1,))], 2):
         cut_losses.append(task.module(batch.inputs))
     torch.testing.assert_close(torch.cat(cut_losses), losses)
+
+
+def test_a_search_on_a_flow_model_has_embedded_the_texts_of_all_folds(tmp_path):
+    """A flow model's encoders are gone when its folds begin."""
+    for number in range(4):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"icon {number}, red, flat, round, large, new")
+    options = {"pretrained_model_name_or_path": "mini-flow", "dataset": tmp_path, "fit": True}
+    cfg = resolve(flags(Path("run"), **options, shuffle_tags=True, choose_by="loss"))
+    stream = TrainingStream(cfg, open_images(str(tmp_path)))
+    task = DreamBooth(cfg, load_pipeline("mini-flow", dtype=torch.float32), stream)
+    task.embed(torch.device("cpu"))
+    task.to_device(torch.device("cpu"))
+    of_fold = task.with_config(cfg, fold=([3, 1, 2], [0]))
+    of_fold.prompts(of_fold.stream.captions())
+    of_fold.prompts(fixed_texts(cfg, of_fold.validation))

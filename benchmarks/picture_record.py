@@ -1,0 +1,104 @@
+"""The result that lies in the output folder of `pictures.py`, to which it adds runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bilora_diffusion.core.errors import UserError
+from eval import table
+from eval.subjects import Subject
+from eval.sweep_plan import Run
+from eval.table import Provenance, Result, Row
+
+
+class Record:
+    """The result of a folder, which may have none yet.
+
+    All its runs were scored in full, since a result is written when everything is scored.
+
+    Args:
+        folder: ``--output_dir``.
+
+    Attributes:
+        result: None without one.
+        rows: of each run, by its name. The name has a hash of the run's options.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.result: Result | None = None
+        self.rows: dict[str, list[Row]] = {}
+        if (folder / table.FILE).is_file():
+            self.result = table.read(folder)
+            for row in self.result.rows:
+                self.rows.setdefault(row.subject, []).append(row)
+
+    def require_alike(self, settings: Mapping[str, Any], planned: Sequence[Run]) -> None:
+        """Refuse runs whose scores can't stand beside the recorded ones.
+
+        Args:
+            settings: those that all runs of a result have in common.
+            planned: the runs that are to be added, or are recorded.
+        """
+        if self.result is None:
+            return
+        # Results of earlier versions do not name their steps, their rows do.
+        steps = sorted({row.step for row in self.result.select("i2t") if row.step is not None})
+        recorded_settings = {**self.result.settings, "steps": steps}
+        for name, value in settings.items():
+            recorded_value = recorded_settings.get(name)
+            if recorded_value != value:
+                raise UserError(
+                    f"{self.folder} has a result with {name} {recorded_value!r}, and the command"
+                    f" line means {value!r}: give another --output_dir."
+                )
+        names = {run.name for run in planned}
+        recorded_pairs = {}
+        for entry in self.result.subjects:
+            if entry.label not in names:
+                recorded_pairs[entry.group, entry.seed] = entry.label
+        for run in planned:
+            rival = recorded_pairs.get((run.variant, run.seed))
+            if rival is not None:
+                raise UserError(
+                    f"{self.folder} has {run.variant} with seed {run.seed} trained with other"
+                    f" options or in another precision ({rival}): give another --output_dir."
+                )
+
+    def subjects(self, planned: Sequence[Run]) -> list[Subject]:
+        """The recorded runs that are not planned; they stay in the result."""
+        if self.result is None:
+            return []
+        names = {run.name for run in planned}
+        kept = []
+        for entry in self.result.subjects:
+            if entry.label not in names:
+                kept.append(Subject(entry.label, entry.group, seed=entry.seed))
+        return kept
+
+    def variants(self) -> dict[str, Any]:
+        """The recorded variants' options by label."""
+        return {} if self.result is None else dict(self.result.settings["variants"])
+
+    def provenance(self, current: Provenance, is_extended: bool) -> Provenance:
+        """The provenance of a result with the recorded rows.
+
+        Args:
+            current: of this process.
+            is_extended: this process scored runs too. If it did not, the recorded one stays.
+        """
+        earlier = self.result.provenance if self.result is not None else None
+        if earlier is None:
+            return current
+        if not is_extended:
+            return earlier
+        differing = list(earlier.differing)
+        recorded_values, values = asdict(earlier), asdict(current)
+        for name in ("versions", "commit", "uncommitted_changes", "device"):
+            if recorded_values[name] != values[name] and name not in differing:
+                differing.append(name)
+        # As for other results of several runs: where they differ, the first run's is given.
+        return replace(earlier, command=current.command, differing=differing)
