@@ -24,15 +24,18 @@ class Record:
 
     Attributes:
         result: None without one.
-        rows: of each run, by its name. The name has a hash of the run's options.
+        subjects, rows: of each run, by its name. The name has a hash of the run's options.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.result: Result | None = None
+        self.subjects: dict[str, Subject] = {}
         self.rows: dict[str, list[Row]] = {}
         if (folder / table.FILE).is_file():
             self.result = table.read(folder)
+            for entry in self.result.subjects:
+                self.subjects[entry.label] = Subject(**asdict(entry))
             for row in self.result.rows:
                 self.rows.setdefault(row.subject, []).append(row)
 
@@ -57,9 +60,9 @@ class Record:
                 )
         names = {run.name for run in planned}
         recorded_pairs = {}
-        for entry in self.result.subjects:
-            if entry.label not in names:
-                recorded_pairs[entry.group, entry.seed] = entry.label
+        for name, subject in self.subjects.items():
+            if name not in names:
+                recorded_pairs[subject.group, subject.seed] = name
         for run in planned:
             rival = recorded_pairs.get((run.variant, run.seed))
             if rival is not None:
@@ -67,17 +70,6 @@ class Record:
                     f"{self.folder} has {run.variant} with seed {run.seed} trained with other"
                     f" options or in another precision ({rival}): give another --output_dir."
                 )
-
-    def subjects(self, planned: Sequence[Run]) -> list[Subject]:
-        """The recorded runs that are not planned; they stay in the result."""
-        if self.result is None:
-            return []
-        names = {run.name for run in planned}
-        kept = []
-        for entry in self.result.subjects:
-            if entry.label not in names:
-                kept.append(Subject(entry.label, entry.group, seed=entry.seed))
-        return kept
 
     def variants(self) -> dict[str, Any]:
         """The recorded variants' options by label."""

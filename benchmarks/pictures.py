@@ -227,12 +227,14 @@ class Pictures(Evaluation):
                 )
 
     def subjects(self) -> Sequence[Subject]:
-        """The planned and the recorded runs, in the order of `VARIANTS`."""
-        subjects = self.record.subjects(self.plan.runs)
-        for planned in self.plan.runs:
-            subjects.append(Subject(planned.name, planned.variant, seed=planned.seed))
+        """The planned and the recorded runs, seed by seed, in the order of `VARIANTS`."""
+        subjects = dict(self.record.subjects)
+        for planned in self.missing:
+            subjects[planned.name] = Subject(planned.name, planned.variant, seed=planned.seed)
         order = list(VARIANTS)
-        return sorted(subjects, key=lambda subject: (order.index(subject.group), subject.seed))
+        return sorted(
+            subjects.values(), key=lambda subject: (subject.seed, order.index(subject.group))
+        )
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         """Refuse before the training what would fail after it."""
