@@ -212,6 +212,9 @@ class Pictures(Evaluation):
 
     def _print_memory(self) -> None:
         """Print the memory of each variant's training, by the training script's ``--dry_run``."""
+        if self.preset.sampling_gigabytes:
+            size = f"{self.preset.sampling_gigabytes:g} GB"
+            print(f"The images are made with {size} of weights, without quantization.")
         runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir)
         first_seed = self.plan.seeds[0]
         for planned in self.plan.runs:

@@ -72,6 +72,12 @@ def answer_after(text: str, marker: str | None) -> str | None:
     return line.rstrip(".")
 
 
+def require_packages(metrics: Sequence[str]) -> None:
+    """Refuse metrics whose package is missing, before anything is trained."""
+    if any(METRICS[name] in (_f1, _matthews_correlation) for name in metrics):
+        _sklearn()
+
+
 def _sklearn() -> Any:
     try:
         import sklearn.metrics

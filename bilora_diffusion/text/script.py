@@ -28,6 +28,7 @@ from ..train.setup import Script
 from ..train.trainer import Trainer
 from .config import TextConfig
 from .evaluation import PREFIX
+from .metrics import require_packages
 from .models import AUTO_CLASSES, TextSource
 from .places import PACKAGED
 from .rows import encode_rows, open_rows
@@ -53,6 +54,8 @@ class TextScript(Script[TextConfig]):
         datasets.disable_progress_bars()
         source = TextSource(cfg)
         rows = open_rows(cfg)
+        if rows.validation:
+            require_packages(rows.metrics)
         warn_of_copies(cfg, rows)
         compute_dtype = DTYPES[accelerator.mixed_precision]
         dtype = compute_dtype

@@ -96,9 +96,11 @@ def _require_same_run(trainer: Trainer, saved: Checkpoint) -> None:
     options = cfg.resume_settings()
     # A step has the same result however it is cut into micro-batches.
     free = {"train_batch_size", "gradient_accumulation_steps"}
-    # A run may become longer where no step depends on its length.
+    # A run may become longer where no step depends on its length. A warm-up may be a share of it.
     is_constant = cfg.lr_scheduler in ("constant", "constant_with_warmup")
-    if is_constant and not trainer.method.depends_on_length:
+    warmup_steps = cfg.warmup_steps(trainer.num_steps)
+    has_same_warmup = cfg.warmup_steps(saved.extra["num_steps"]) == warmup_steps
+    if is_constant and has_same_warmup and not trainer.method.depends_on_length:
         free |= {"max_train_steps", "num_train_epochs", "num_steps"}
     current = {**options, **sizes, "content": trainer.content}
     recorded = dict(saved.extra["config"])

@@ -135,8 +135,14 @@ class PreparedBenchmark:
         """Its metric and its settings, with those that are known only after it was asked."""
         settings = self.settings | measurement.settings
         higher_is_better = bool(settings.pop("higher_is_better", True))
-        benchmark = self.benchmark
-        return Metric(benchmark.title, "", higher_is_better, benchmark.scale, ".2f"), settings
+        title, scale = self.benchmark.title, self.benchmark.scale
+        metric = settings.get("metric")
+        if self.benchmark.metric is None and metric is not None:
+            # A task's first metric, which may be no share of right answers
+            title += f" ({metric.partition(',')[0]})"
+            if "perplexity" in metric or "bits_per_byte" in metric:
+                scale = 1.0
+        return Metric(title, "", higher_is_better, scale, ".2f"), settings
 
 
 class TextScores(OverSteps):

@@ -259,7 +259,9 @@ class MTBench:
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
-            cache = cache_for({"decoding": asdict(decoding)})
+            # Questions of another file may have the same ids.
+            questions = self.settings()["questions"]
+            cache = cache_for({"decoding": asdict(decoding), "questions": questions})
             replies |= answers(model, prompts, decoding, template, batch_size, cache)
 
         # The judge's words are cached, not the ratings: a better reading needs no new request.

@@ -125,7 +125,8 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
 def introduction(result: Result) -> str:
     """Notes, and an explanation of the table's cells."""
     legend = (
-        f"Mean over seeds with {INTERVALS}; percentages, but for points and losses. Difference: to"
+        f"Mean over seeds with {INTERVALS}; percentages, but for points, losses and perplexities."
+        " Difference: to"
         f" {escaped(result.control)}, over common seeds by bootstrap, or over items (the same"
         " questions, where there are not two common seeds) by Student's t, and in how many of them"
         " it is better; items say how sure a difference of these runs is, not what another seed"

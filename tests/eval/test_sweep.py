@@ -1,6 +1,7 @@
 """eval.sweep from its command line to its result, with runs that take no time."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,9 @@ def record_run(runs_dir, run, curves):
         if step:
             log.metric(step, digest=str(run.seed), seconds=0.1 * step)
         log.metric(step, heldout_loss=heldout, train_grid_loss=training)
-    log.close("finished", steps=len(curve) - 1)
+    # As of a run with --keep_best
+    best: dict[str, Any] = {"best_step": 1} if run.variant == "kept" else {}
+    log.close("finished", steps=len(curve) - 1, **best)
     return Outcome(run.name, run.variant, run.seed, "finished")
 
 
@@ -83,6 +86,13 @@ def test_variants_are_compared_seed_by_seed(sweep_over, tmp_path, capsys):
     assert result.settings["arms"]["bilora"]["options"] == {"method": "lora", "rank": "3"}
     for file in folder.iterdir():
         assert file.suffix == ".png" or str(tmp_path) not in file.read_text()
+
+
+def test_the_final_loss_is_that_of_the_weights_that_a_run_left(sweep_over):
+    _, result = sweep_over({"lora": CURVES["lora"], "kept": CURVES["lora"]})
+    assert result.summary("lora", "final heldout_loss").mean == pytest.approx(0.085)
+    assert result.summary("kept", "final heldout_loss").mean == pytest.approx(0.075)
+    assert result.summary("kept", "best heldout_loss").mean == pytest.approx(0.075)
 
 
 def test_a_missing_run_leaves_the_other_seeds(sweep_over, capsys):

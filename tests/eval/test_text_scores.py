@@ -12,7 +12,13 @@ from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
 from eval import compare
 from eval.subjects import Subject
-from eval.text_scores import TextScores, base_models, benchmarks, reporting
+from eval.text_scores import (
+    PreparedBenchmark,
+    TextScores,
+    base_models,
+    benchmarks,
+    reporting,
+)
 from tests.eval.commands import result_of
 from tests.eval.text_score_models import ROWS, save_record
 
@@ -89,6 +95,20 @@ def test_a_subject_without_one_base_model_is_refused(tmp_path):
             read_subjects(words, only_heldout=False)
 
 
+@pytest.mark.parametrize(
+    ("metric", "title", "scale"),
+    [("acc,none", "lambada (acc)", 100), ("word_perplexity,none", "lambada (word_perplexity)", 1)],
+)
+def test_a_task_of_the_harness_is_shown_by_its_first_metric(metric, title, scale):
+    engine: Any = None
+    lambada = PreparedBenchmark(benchmarks.Benchmark("lambada", "lambada"), engine, {})
+    described_metric, _ = lambada.describe(benchmarks.Measurement(0.5, [], {}, {"metric": metric}))
+    assert (described_metric.title, described_metric.scale) == (title, scale)
+    mmlu = PreparedBenchmark(benchmarks.PAPER["mmlu"], engine, {})
+    described_metric, _ = mmlu.describe(benchmarks.Measurement(0.5, [], {}, {"metric": "acc,none"}))
+    assert (described_metric.title, described_metric.scale) == ("MMLU", 100)
+
+
 def recorded_columns(words, names=("heldout",)):
     subjects = [subject for subject, _ in read_subjects(words)]
     return benchmarks.recorded_columns(subjects, names)
@@ -101,7 +121,7 @@ def test_the_last_recorded_value_of_each_run(tmp_path):
         make_run(tmp_path / "c", task="notes", rows=[(2, {LOSS: 2.0})]),
     ]
     score, loss = recorded_columns(runs)
-    # A score is shown in percent. A task without one is compared by its loss.
+    # A score is described_metric in percent. A task without one is compared by its loss.
     assert (score.metric.title, score.metric.scale) == ("cola Matthews", 100)
     assert score.values == {"a": (2, 0.4), "b": (2, 0.6)}
     assert (loss.metric.scale, loss.values) == (1, {"c": (2, 2.0)})

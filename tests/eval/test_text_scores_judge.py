@@ -94,11 +94,12 @@ def test_the_command_line_and_the_environment_name_a_judge(monkeypatch):
 
 def measure(url, folder):
     """The benchmark's measurement; every answer is cached already, so that no model is asked."""
+    engine = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
+    digest = engine.settings()["questions"]
     for question in QUESTIONS:
         decoding = Decoding(8, temperature=question.temperature)
-        cache = Cache(folder, {"decoding": asdict(decoding)})
+        cache = Cache(folder, {"decoding": asdict(decoding), "questions": digest})
         cache.put(question.id, f"answer to {question.id}")
-    engine = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
     model: Any = None
     return engine.measure(model, "auto", 2, lambda about: Cache(folder, about))
 
@@ -124,6 +125,25 @@ def test_answers_are_rated_and_an_unread_rating_is_asked_again_and_counted(tmp_p
     assert "# A right answer, for comparison\n5" in sum_request
     with judge("nice") as endpoint, pytest.raises(UserError, match="no rating could be read"):
         measure(endpoint.url, tmp_path / "other")
+
+
+def test_answers_are_not_those_to_other_questions_of_the_same_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(mtbench, "answers", answered_by_echo)
+    model: Any = None
+    with judge("[[8]]", "[[4]]") as endpoint:
+        for text in ("What is 2 + 2?", "Name a river."):
+            questions = [Question("1", "math", text)]
+            engine = MTBench(questions, Judge(endpoint.url, "judge-1"), Decoding(8))
+            measurement = engine.measure(model, "auto", 2, lambda about: Cache(tmp_path, about))
+            assert measurement.items[0].answer == f"answer to {text}"
+
+
+def answered_by_echo(model, prompts, decoding, template, batch_size, cache):
+    """In place of a model: answers that name their question, cached as a model's are."""
+    for key, text in prompts.items():
+        if key not in cache:
+            cache.put(key, f"answer to {text}")
+    return {key: cache.get(key) for key in prompts}
 
 
 def test_questions_are_read_from_a_file(tmp_path):

@@ -115,5 +115,7 @@ def test_a_search_on_a_flow_model_has_embedded_the_texts_of_all_folds(tmp_path):
     task.embed(torch.device("cpu"))
     task.to_device(torch.device("cpu"))
     of_fold = task.with_config(cfg, fold=([3, 1, 2], [0]))
+    assert of_fold.prompts is not None
+    assert of_fold.validation is not None
     of_fold.prompts(of_fold.stream.captions())
     of_fold.prompts(fixed_texts(cfg, of_fold.validation))

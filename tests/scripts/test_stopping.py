@@ -212,3 +212,21 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     record["config"]["auxiliaries_on"] = "cpu"
     (run / "run.json").write_text(json.dumps(record))
     train_text(run, **go_on)
+
+
+@pytest.mark.slow
+def test_a_run_becomes_longer_only_if_its_warm_up_does_not(tmp_path):
+    options = {**material("seq2seq"), "checkpointing_steps": 1, "max_train_steps": 2}
+    options["lr_scheduler"] = "constant_with_warmup"
+    for name, warmup, may_go_on in (
+        ("share", {"warmup_ratio": 0.5}, False),
+        ("steps", {"warmup_ratio": None, "lr_warmup_steps": 1}, True),
+    ):
+        run = train_text(tmp_path / name, **options, **warmup)
+        longer = {**options, **warmup, "max_train_steps": 8, "resume_from_checkpoint": "auto"}
+        if may_go_on:
+            train_text(run, **longer)
+            assert results(run)["steps"] == 8
+        else:
+            with pytest.raises(UserError, match="max_train_steps"):
+                train_text(run, **longer)

@@ -103,6 +103,21 @@ def test_label_words_are_the_answers_in_order(answers, label_words):
     assert label_words_of([Example("", answer) for answer in answers]) == label_words
 
 
+def test_a_blank_label_is_no_class(tmp_path, caplog):
+    texts = {"train": "good,pos\nbad,neg\nodd,\n", "held_out": "fine,pos\nodd, \n"}
+    files = {}
+    for name, text in texts.items():
+        files[name] = tmp_path / f"{name}.csv"
+        files[name].write_text(f"text,label\n{text}")
+    options = {"task_type": "classification", "model_name_or_path": "tiny"}
+    options |= {"train_file": files["train"], "validation_file": files["held_out"]}
+    rows = open_rows(resolve_text(words(options)))
+    assert rows.label_words == ("neg", "pos")
+    assert [example.label for example in rows.train] == [1, 0]
+    assert [example.label for example in rows.validation or ()] == [1]
+    assert "1 of 3 rows of train.csv have no label and are left out" in caplog.text
+
+
 def test_labels_are_the_numbers_of_the_words():
     labelled = with_labels([Example("x", "b"), Example("y", "a")], ("a", "b"))
     assert [example.label for example in labelled] == [1, 0]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.image.config import resolve
+from bilora_diffusion.train.search.halving import Trial
 from bilora_diffusion.train.search.runs import Search
 from bilora_diffusion.train.search.space import arguments
 
@@ -72,6 +73,19 @@ def test_runs_have_the_warm_up_of_the_command_and_the_last_one_a_part_of_it(tmp_
     assert (trial.max_train_steps, trial.output_dir) == (100, str(tmp_path))
     final = search.final_config((("method", "lora"),), steps=50)
     assert (final.lr_scheduler, final.lr_warmup_steps, final.max_train_steps) == ("cosine", 10, 50)
+
+
+def test_values_that_do_not_go_together_are_dropped_with_the_reason(tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("method: [bilora]\nball: [global, per-layer]\nauxiliaries: [1, sample]\n")
+    search = search_of(f"--max_train_steps 100 --fit_space {space} --output_dir {tmp_path / 'run'}")
+    (refused,) = [
+        candidate
+        for candidate in search.space.grid(limit=100)
+        if {"ball": "per-layer", "auxiliaries": "sample"}.items() <= dict(candidate).items()
+    ]
+    reason = search._train_trial(Trial(refused, fold=0, steps=50))
+    assert "per-layer" in reason
 
 
 def test_a_rate_that_nobody_gave_falls_where_the_method_gains_from_it():

@@ -246,6 +246,10 @@ def lower_at_high_rates(options, step):
     return turning(options, step) - float(dict(options)[RATE])
 
 
+def lower_as_given(options, step):
+    return turning(options, step) - (0 if options else 0.5)
+
+
 @pytest.mark.parametrize(
     ("loss", "plan", "values", "doubt"),
     [
@@ -254,6 +258,7 @@ def lower_at_high_rates(options, step):
         (lambda options, step: 1 + step / 1e3, PLAN, ONE_RANK, "no training"),
         (turning, SHORT_PLAN, ONE_RANK, "folds"),
         (lower_at_high_rates, Plan(1, 300, 20, 600), {RATE: ["1e-3", "2e-3"]}, "rate is the"),
+        (lower_as_given, PLAN, ONE_RANK, "as given"),
     ],
 )
 def test_the_end_says_where_a_choice_is_unsure(loss, plan, values, doubt, tmp_path, monkeypatch):
@@ -261,7 +266,8 @@ def test_the_end_says_where_a_choice_is_unsure(loss, plan, values, doubt, tmp_pa
     # Advice follows the command of the last run.
     _, separator, advice = text.partition("same without")
     assert separator
-    for phrase in ("raise --max_train_steps", "no training", "folds", "rate is the"):
+    phrases = ("raise --max_train_steps", "no training", "folds", "rate is the", "as given")
+    for phrase in phrases:
         assert (phrase in advice) == (phrase == doubt), phrase
     if plan is SHORT_PLAN:
         assert "1 of 4 folds was" in text

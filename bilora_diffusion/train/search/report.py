@@ -206,6 +206,13 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"the {measure} still falls at the last step that was searched: raise --max_train_steps"
         )
+    for standing in record["standings"]:
+        is_as_given = not standing["options"]
+        if is_as_given and standing["interval"] and standing["interval"][1] < 0:
+            sentences.append(
+                f"the command as given, {counted(standing['steps'], 'step')}, was better by"
+                f" {-standing['difference']:.4f}: train without --fit, or raise --fit_budget"
+            )
     edge = choice["rate_edge"]
     if edge:
         sentences.append(f"its rate is the {edge} that was tried: raise --fit_budget to go on")

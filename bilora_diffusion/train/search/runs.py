@@ -326,14 +326,24 @@ class Search:
         return [curve for curve, _ in results[: len(trials)]]
 
     def _train_trial(self, trial: Trial) -> Curve | str:
-        """Train one run to its steps, or read its curve if that was done before."""
+        """Train one run to its steps, or read its curve if that was done before.
+
+        Returns:
+            Its curve, or why it could not be trained.
+        """
         name = self.plan.folder_name(trial)
         folder = self.folder / FIT / name
         curve = read_curve(folder, trial.steps, self.cfg.heldout_measure)
         # A resumed search finds runs that the interrupted one has trained.
         if curve is None:
-            cfg = self.trial_config(trial.candidate, folder)
-            task = self.task.with_config(cfg, self._folds[trial.fold], is_trial=True)
+            fold = self._folds[trial.fold]
+            try:
+                cfg = self.trial_config(trial.candidate, folder)
+                task = self.task.with_config(cfg, fold, is_trial=True)
+                for_run(vars(cfg), self.plan.steps, task.sample_names)
+            except UserError as error:
+                # Values that go with others of the space need not go with each other.
+                return str(error)
             curve = train_trial(self._script, task, folder, trial)
         if not isinstance(curve, str):
             loss, step = lowest_point(curve)
