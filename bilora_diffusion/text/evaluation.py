@@ -169,6 +169,11 @@ def generate(
     is_causal = loaded.kind == "causal"
     # A causal model goes on at the end of the row, so that its padding comes first.
     side = "left" if is_causal else "right"
+    # A model can't continue nothing: an empty prompt, with a tokenizer that adds no start.
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
+    prompts = [prompt or [start] for prompt in prompts]
     # Padding must not be seen: a padding token may be the EOS.
     masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {

@@ -172,10 +172,6 @@ def generation_prompt(
     template = resolve_template(template, tokenizer)
     context = context_text(example, tokenizer, template)
     (ids,) = context_rows([context], tokenizer, template)
-    if not ids:
-        # A model can't continue nothing: an empty prompt of a tokenizer that adds no start.
-        start = tokenizer.bos_token_id
-        ids = [tokenizer.eos_token_id if start is None else start]
     if max_length is None:
         return ids
     return _last_values(ids, max_length, tokenizer.bos_token_id)

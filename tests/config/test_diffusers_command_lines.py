@@ -85,6 +85,10 @@ class Images(list[None]):
         entry = SimpleNamespace(name="", size=(1024, 1024), caption="a dog", concept=0)
         return [entry] * len(self)
 
+    @property
+    def num_opened(self):
+        return len(self)
+
     def of_each(self, values):
         return values * len(self)
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.encode import best_fit, pack, require_packable
+from bilora_diffusion.text.evaluation import generate
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import collate
@@ -119,6 +120,14 @@ def test_predictions_are_those_of_single_generation(tmp_path):
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         assert line["prediction"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
     assert values == {"heldout_exact_match": hits / 7}
+
+
+def test_an_empty_prompt_is_answered_and_changes_no_other_answer(tmp_path):
+    loaded = task_of(tmp_path, "causal").loaded
+    prompt = loaded.tokenizer("nine plus one\n")["input_ids"]
+    (expected_answer,) = generate(loaded, [prompt], 4)
+    generate(loaded, [[]], 4)
+    assert generate(loaded, [[], prompt], 4)[1] == expected_answer
 
 
 def test_prompts_and_answers_stay_within_learned_positions(tmp_path):
