@@ -29,11 +29,24 @@ SETS = {
     "duotone": "icons in two colors",
     "gray": "gray icons",
 }
+ONE_SEED_SETS = {"pastel": "icons in pastel", "flow": "23 icons, mini-flow"}
 VARIANTS = {
     CONTROL: CONTROL,
     "Bi-LoRA": "Bi-LoRA, `rho` 0.05",
     "Bi-LoRA, rho auto": "`--rho auto`",
     "Bi-LoRA, per sample": "per-sample, `--rho auto`",
+}
+RIVAL_VARIANTS = {
+    CONTROL: CONTROL,
+    "LoRA-SAM": "LoRA-SAM, two passes",
+    "LoRA, EMA": "LoRA, `--use_ema`",
+}
+# How strongly and how often the unconditional prediction is held
+HOLD_VARIANTS = {
+    "LoRA, held weakly": "weight 1, every 16th step",
+    "LoRA, held": "weight 4, every 16th",
+    "LoRA, held strongly": "weight 16, every 16th",
+    "LoRA, held often": "weight 1, every 4th",
 }
 SUBJECT_VARIANTS = {
     CONTROL: CONTROL,
@@ -110,8 +123,20 @@ def samples() -> Iterable[str]:
 
 
 def one_seed() -> Iterable[str]:
-    """The same of a set with one training seed."""
-    yield _scores_over_steps({"pastel": "icons in pastel"}, VARIANTS, STEPS)
+    """The same with one training seed, on another set and with another model."""
+    yield _scores_over_steps(ONE_SEED_SETS, VARIANTS, STEPS)
+
+
+def rivals() -> Iterable[str]:
+    """Scores of LoRA-SAM, and of LoRA with averaged weights."""
+    sets = {"animals_rivals": SETS["animals"], "duotone_rivals": SETS["duotone"]}
+    yield _scores_over_steps(sets, RIVAL_VARIANTS, (100, 300, 500, 1000))
+
+
+def long() -> Iterable[str]:
+    """Scores of one set over four times as many steps."""
+    sets = {"duotone_long": SETS["duotone"]}
+    yield _scores_over_steps(sets, VARIANTS, (500, 1000, 2000, 3000, 4000))
 
 
 def _scores_over_steps(
@@ -133,7 +158,8 @@ def _scores_over_steps(
             cells = []
             for step in steps:
                 line = result.summary(group, "truth", GUIDANCE, step)
-                cells.append(cell(result, line, COSINE))
+                # Two seeds have no interval that deserves the name.
+                cells.append(cell(result, line, COSINE, intervals=seeds(result) > 2))
             rows.append((first_cell, variant, *cells))
     return report.table(("data, seeds", "run", *_step_heads(steps)), rows)
 
@@ -182,8 +208,20 @@ def subjects() -> Iterable[str]:
     yield report.table(("run", *heads, "held-out loss, step 300"), rows)
 
 
+def hold_weights() -> Iterable[str]:
+    """What holding the unconditional prediction changes at step 300, by weight and period."""
+    rows = []
+    for name, title in SETS.items():
+        result = read(f"{name}_hold_weights")
+        cells = []
+        for group in (CONTROL, *HOLD_VARIANTS):
+            cells.append(cell(result, result.summary(group, "truth", GUIDANCE, 300), COSINE))
+        rows.append((title, *cells))
+    yield report.table(("data", CONTROL, *HOLD_VARIANTS.values()), rows)
+
+
 def hold_unconditional() -> Iterable[str]:
-    """What holding the unconditional prediction changes."""
+    """What holding the unconditional prediction changes over 1,000 steps."""
     steps = (100, 300, 500, 1000)
     rows = []
     for name, title in SETS.items():
@@ -200,14 +238,18 @@ def rules() -> Iterable[str]:
         step_rules.LAST: "last step",
         step_rules.BY_CAPTIONS: f"best step by {step_rules.CAPTIONS} sampled captions",
     }
+    sets = {**SETS, **ONE_SEED_SETS}
     rows = []
     for rule, title in titles.items():
         cells = []
-        for name in SETS:
+        for name in sets:
             regret, bounds = picture_table.mean_regret(read(name), rule)
-            cells.append(f"{report.number(regret, COSINE)} {report.interval(bounds, COSINE)}")
+            text = report.number(regret, COSINE)
+            if bounds is not None:
+                text += f" {report.interval(bounds, COSINE)}"
+            cells.append(text)
         rows.append((title, *cells))
-    yield report.table(("rule", *SETS.values()), rows)
+    yield report.table(("rule", *sets.values()), rows)
 
 
 def readme() -> Iterable[str]:
