@@ -61,8 +61,8 @@ class RecordedRun:
     def __init__(self, runner: runs.Runner, run: plan.Run) -> None:
         self.run, self.popen = run, None
         self.folder = runner.runs_dir / run.name
-        # Behind the interpreter, accelerate's launcher and the script
-        argv = runner.command(run)[4:]
+        command = runner.command(run)
+        argv = command[command.index(str(runner.script)) + 1 :]
         if runner.script.name == TEXT_SCRIPT:
             self.record_text(argv)
         else:

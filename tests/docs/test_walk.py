@@ -14,6 +14,7 @@ CODE_STAND_INS = {
     "stabilityai/stable-diffusion-xl-base-1.0": str(mini.pipeline_dir()),
     "torch.float16": "torch.float32",
     "cuda": "cpu",
+    "step-400": "step-4",
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hub"), pytest.mark.timeout(1800)]

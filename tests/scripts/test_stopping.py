@@ -108,6 +108,7 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
         "use_ema": True,
         "ema_decay": 0.9,
         "validation_prompt": "a TOK icon",
+        "validation_epochs": 100,  # at the end alone
         "num_validation_images": 1,
         "validation_num_inference_steps": 2,
         "choose_by": "loss",
