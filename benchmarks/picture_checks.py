@@ -47,10 +47,9 @@ def require_scoring(command_lines: Sequence[Sequence[str]], base: str) -> None:
         base: base model of the runs.
     """
     parser = ClipScores.parser()
-    for words in command_lines:
-        args = parser.read(words)
+    parsed = [parser.read(words) for words in command_lines]
+    for args in parsed:
         settings.sampling(args, base)
-    args = parser.read(command_lines[0])
-    load_models(*settings.models(args, base))
-    if args.image_model is not None:
-        load_image_model(args.image_model)
+    load_models(*settings.models(parsed[0], base))
+    if parsed[0].image_model is not None:
+        load_image_model(parsed[0].image_model)

@@ -87,10 +87,6 @@ class Record:
             return current
         if not is_extended:
             return earlier
-        differing = list(earlier.differing)
-        recorded_values, values = asdict(earlier), asdict(current)
-        for name in ("versions", "commit", "uncommitted_changes", "device"):
-            if recorded_values[name] != values[name] and name not in differing:
-                differing.append(name)
-        # As for other results of several runs: where they differ, the first run's is given.
-        return replace(earlier, command=current.command, differing=differing)
+        joint = table.provenance_of_runs(current.command, [asdict(earlier), asdict(current)])
+        assert joint is not None
+        return replace(joint, differing=list(dict.fromkeys([*earlier.differing, *joint.differing])))

@@ -58,7 +58,7 @@ from PIL import Image
 from bilora_diffusion.core.durable import dump_json, write_text
 from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
 from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.files import counted
+from bilora_diffusion.core.files import counted, hours_for_each_second
 from bilora_diffusion.core.values import HELDOUT_LOSS, WORKERS
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.mini.colors import color_difference
@@ -201,13 +201,12 @@ class Pictures(Evaluation):
         runs = variants * seeds
         images_of_checkpoint = self._prompt_count() * len(self.preset.sampling_seeds)
         images = runs * len(self.steps) * len(self.guidances) * images_of_checkpoint
-        training_hours = runs * max(self.steps) / 3600
+        training_hours = hours_for_each_second(runs * max(self.steps), "a step")
         labels = ", ".join(guidance.label for guidance in self.guidances)
         return (
             f"{self.args.preset}: {counted(variants, 'variant')} x {counted(seeds, 'seed')} ="
-            f" {counted(runs, 'run')} of {max(self.steps)} steps, {training_hours:.2g} hours for"
-            f" each second that a step takes; {images:,} images with {labels},"
-            f" {images / 3600:.2g} hours for each second that an image takes."
+            f" {counted(runs, 'run')} of {max(self.steps)} steps, {training_hours};"
+            f" {images:,} images with {labels}, {hours_for_each_second(images, 'an image')}."
         )
 
     def _print_memory(self) -> None:

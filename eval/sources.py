@@ -52,6 +52,11 @@ class Subject(Entry):
         return self.record.get("status") == "finished"
 
     @property
+    def best_step(self) -> int | None:
+        """Step whose weights a run with ``--keep_best`` left; None for the last one."""
+        return self.record.get("results", {}).get("best_step")
+
+    @property
     def is_text(self) -> bool:
         """True for a run of train_text_bilora.py."""
         return "model_name_or_path" in self.record.get("config", {})

@@ -215,10 +215,8 @@ class Sweep(Evaluation):
             for name in names:
                 if name in line:
                     yield subject.row(name, line[name], step=line["step"])
-        # --keep_best leaves the weights of its best step.
-        best_step = subject.record.get("results", {}).get("best_step")
-        if best_step is not None:
-            measured = [line for line in measured if line["step"] <= best_step]
+        if subject.best_step is not None:
+            measured = [line for line in measured if line["step"] <= subject.best_step]
         if measured:
             for name in names:
                 yield subject.row(f"final {name}", measured[-1].get(name))

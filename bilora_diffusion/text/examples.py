@@ -206,8 +206,11 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
-    """The different answers, sorted, numbers by value: the classes of a file that names none."""
-    words = sorted({example.answer for example in examples})
+    """The different answers, sorted, numbers by value: the classes of a file that names none.
+
+    A blank answer is no class: `encode` leaves such examples out.
+    """
+    words = sorted({example.answer for example in examples if example.answer.strip()})
     if all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
         # As numbers: "10" comes after "9".
         words.sort(key=int)
@@ -217,14 +220,16 @@ def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
 def with_labels(examples: Sequence[Example], words: Sequence[str]) -> list[Example]:
     """Add class numbers to examples: the place of each answer among the label words.
 
+    An example with a blank answer gets none.
+
     Raises:
         UserError: an answer is not a label word; the sentence names its row.
     """
     numbers = {word: number for number, word in enumerate(words)}
     for example in examples:
-        if example.answer not in numbers:
+        if example.answer.strip() and example.answer not in numbers:
             raise UserError(
                 f"the label {quoted(example.answer)} of {example.where} is not among the label"
                 f" words ({listed(words)}){did_you_mean(example.answer, words)}: correct the row."
             )
-    return [replace(example, label=numbers[example.answer]) for example in examples]
+    return [replace(example, label=numbers.get(example.answer)) for example in examples]

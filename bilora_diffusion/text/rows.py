@@ -102,9 +102,6 @@ def _file_rows(cfg: TextConfig) -> Rows:
     if cfg.task_type != "classification":
         return Rows(train_file.name, train, validation, metrics=("exact_match",))
 
-    train = _with_answers(train, train_file)
-    if validation is not None:
-        validation = _with_answers(validation, validation_file)
     words = label_words_of(train)
     if len(words) < 2:
         raise UserError(
@@ -115,17 +112,6 @@ def _file_rows(cfg: TextConfig) -> Rows:
     if validation is not None:
         validation = with_labels(validation, words)
     return Rows(train_file.name, train, validation, metrics=("accuracy", "f1"), label_words=words)
-
-
-def _with_answers(examples: Sequence[Example], file: Path) -> list[Example]:
-    """The examples of a file that have a label; a blank one is no class."""
-    labeled = [example for example in examples if example.answer.strip()]
-    if len(labeled) < len(examples):
-        count = len(examples) - len(labeled)
-        logger.warning(
-            "%d of %d rows of %s have no label and are left out", count, len(examples), file.name
-        )
-    return labeled
 
 
 def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:

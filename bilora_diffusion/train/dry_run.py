@@ -19,7 +19,7 @@ from torch import nn
 from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
 from ..core.errors import UserError
-from ..core.files import bytes_for_people, counted
+from ..core.files import bytes_for_people, counted, hours_for_each_second
 from ..core.values import OPTIMIZERS
 from ..methods import Method, for_run
 from ..run import provenance
@@ -83,7 +83,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
         f"steps: {steps:,} of {step_size}, {counted(f'{epochs:.3g}', 'epoch')}",
     ]
     if search is None:
-        hours = f"{steps / 3600:.2g} hours for each second that a step takes"
+        hours = hours_for_each_second(steps, "a step")
         lines.append(f"time: not estimated; {hours}, and the sampling of images")
     else:
         lines.append(describe_search(search.plan.budget, steps))
@@ -161,10 +161,10 @@ def describe_search(budget: int, steps: int) -> str:
     # On the first rung a run takes half of the steps (`halving.Plan`).
     runs = budget * 2 // steps
     shortest = steps // 2
-    hours = (budget + steps) / 3600  # at one second a step
+    hours = hours_for_each_second(budget + steps, "a step")
     return (
         f"--fit: before them at most {budget:,} steps, in up to {runs} runs of {shortest:,} steps"
-        f" and more; with the last one that is {hours:.2g} hours for each second that a step takes"
+        f" and more; with the last one that is {hours}"
     )
 
 

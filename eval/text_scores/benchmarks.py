@@ -277,9 +277,7 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
             " folders, and base beside no other benchmark."
         )
     checkpoint_step = subject.about.get("step")
-    # --keep_best leaves the weights of its best step.
-    best_step = subject.record.get("results", {}).get("best_step")
-    last_step = math.inf if best_step is None else best_step
+    last_step = math.inf if subject.best_step is None else subject.best_step
     if subject.kind == BASE:
         last_step = 0  # measured before the training
     elif checkpoint_step:

@@ -255,12 +255,12 @@ class MTBench:
         """Make the answers and ratings that are not cached; the score is the mean rating."""
         # Question -> the answer of the model under test
         replies: dict[str, str] = {}
+        # Questions of another file may have the same ids.
+        questions = self.settings()["questions"]
         # Prompts of one batch share a temperature.
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
-            # Questions of another file may have the same ids.
-            questions = self.settings()["questions"]
             cache = cache_for({"decoding": asdict(decoding), "questions": questions})
             replies |= answers(model, prompts, decoding, template, batch_size, cache)
 
