@@ -52,20 +52,28 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+# What libraries raise on purpose for bad input; PyTorch's own errors are RuntimeErrors.
+LIBRARY_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+
+
 @contextmanager
-def translated(sentence: str, fix: str) -> Iterator[None]:
-    """Turn whatever a library raises within the context into a `UserError` of one sentence.
+def translated(
+    sentence: str, fix: str, errors: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn what a library raises within the context into a `UserError` of one sentence.
 
     Args:
         sentence: what can't be done, in the user's words, such as "config.json can't be read".
         fix: what to do, without a period.
+        errors: exceptions that are turned. A damaged file raises anything in its library. Where
+            much of this package's own code runs, give `LIBRARY_ERRORS`: any other exception, such
+            as an AttributeError, is a defect of that code, whose trace `reported` keeps.
     """
     try:
         yield
     except (UserError, TrainingError):
         raise
-    # Damaged files raise anything, anywhere in the libraries.
-    except Exception as error:
+    except errors as error:
         if disk_is_full(error):
             raise  # `reported` has a sentence of its own for it
         if isinstance(error, OSError) and "`safetensors`" in str(error):

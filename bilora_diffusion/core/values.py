@@ -78,6 +78,16 @@ TRAINING_GRID_LOSS = "train_grid_loss"
 MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
     {HELDOUT_LOSS: "held-out loss", HELDOUT_DISTANCE: "distance of samples"}
 )
+
+
+def part_prefix(measure: str) -> str:
+    """Start of the names of a measure's values for parts of the samples, before the part's number.
+
+    A part is one held-out sample, where there are few of them.
+    """
+    return f"{measure}_of/"
+
+
 BY_SAMPLES = "samples"
 BY_LOSS = "loss"
 # What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss.

@@ -62,7 +62,7 @@ def primary_part(component: str, model: nn.Module) -> Part:
 
     Raises:
         UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
-        TrainingError: a value is not finite.
+        TrainingError: a value is not finite, or each B is zero.
     """
     kinds = {(factor.A.shape[0], factor.scale) for factor in factors(model, PRIMARY)}
     if not kinds:
@@ -89,8 +89,9 @@ def part_of(
 
     Raises:
         UserError: there are biases or whole modules among the tensors.
-        TrainingError: a value is not finite.
+        TrainingError: a value is not finite, or each B is zero.
     """
+    require_effect(component, tensors)
     remaining = dict(tensors)
     layers = []
     for key in tensors:
@@ -116,6 +117,23 @@ def part_of(
             f"{component} trains {next(iter(remaining))}, which LoRA files do not hold."
         )
     return Part(layers, config["r"], scale * config["r"])
+
+
+def require_effect(component: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter in which each B is zero, since B A would change nothing.
+
+    Args:
+        component: the model's name.
+        tensors: by PEFT's keys.
+
+    Raises:
+        TrainingError: each B is zero.
+    """
+    if not any(bool(tensors[key].any()) for key in tensors if ".lora_B." in key):
+        raise TrainingError(
+            f"The adapter of {component} is not exported, since each of its B is zero and it would"
+            " change nothing: take more steps, or look at --learning_rate and its schedule."
+        )
 
 
 def plain_name(name: str) -> str:

@@ -27,7 +27,7 @@ from ..core.lora_names import (
     WEIGHTS,
     kohya_file_name,
 )
-from .formats import Part, diffusers_tensors, kohya_tensors, primary_part
+from .formats import Part, diffusers_tensors, kohya_tensors, primary_part, require_effect
 from .reader import compare, require_equal
 
 # PEFT's names for the kinds of text models.
@@ -322,7 +322,11 @@ def write_adapter(
 
     Args:
         check: a further check of the file of weights, called before it gets its name.
+
+    Raises:
+        TrainingError: each B is zero, or the file differs from the tensors.
     """
+    require_effect("the model", tensors)
     aside = folder / ".adapter.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:

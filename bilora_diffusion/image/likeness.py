@@ -151,12 +151,10 @@ class SampledDistance:
     Args:
         task: a `DreamBooth`.
         validation: held-out images.
-        is_by_picture: measure each picture too, for a search.
     """
 
-    def __init__(self, task: Any, validation: ImageSet, is_by_picture: bool) -> None:
+    def __init__(self, task: Any, validation: ImageSet) -> None:
         self.task = task
-        self._is_by_picture = is_by_picture
         self._embed = image_embedder(task.cfg.image_model, task.device)
         all_samples = list(centered_samples(validation, task.cfg))
         count = min(len(all_samples), MAX_PICTURES)
@@ -181,14 +179,12 @@ class SampledDistance:
         return normalize(embeddings.float(), dim=-1).cpu()
 
     def __call__(self) -> dict[str, float]:
-        """``heldout_distance``, and in a search ``heldout_distance_of/N`` of each picture."""
+        """``heldout_distance``, and ``heldout_distance_of/N`` of each picture."""
         images: list[Image] = []
         # Whatever random numbers sampling takes, training goes on as without it.
         with torch.random.fork_rng():
             for _, batch in itertools.groupby(self.samples, lambda sample: sample.batch_settings):
                 images += self.task.sample_images(list(batch))
         distances = 1 - (self.embeddings(images) * self.picture_embeddings).sum(dim=1)  # (n,)
-        values = {HELDOUT_DISTANCE: float(distances.mean())}
-        if self._is_by_picture:
-            values |= loss_by_part(distances.tolist(), len(distances), HELDOUT_DISTANCE)
-        return values
+        by_picture = loss_by_part(distances.tolist(), len(distances), HELDOUT_DISTANCE)
+        return {HELDOUT_DISTANCE: float(distances.mean()), **by_picture}

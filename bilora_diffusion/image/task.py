@@ -228,7 +228,7 @@ class DreamBooth:
             training = None if self._is_trial else self.stream
             self.grid = GridLoss(self, training, self.validation)
             if self.cfg.chooses_by_samples:
-                self.sampled = SampledDistance(self, self.validation, self._is_trial)
+                self.sampled = SampledDistance(self, self.validation)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
         """The text part of the module's inputs; an empty caption is guidance's negative prompt."""

@@ -200,6 +200,9 @@ def write_images(
         with_settings: write its sample's settings into each file, as the text "settings".
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # A resumed run may make fewer images than the folder has.
+    for file in folder.glob("*.png"):
+        file.unlink()
     entries = []
     for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
         information = PngInfo()

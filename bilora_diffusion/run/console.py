@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,11 +15,14 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..core.figures import student_interval
 from ..core.files import duration
-from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
+from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES, part_prefix
 from . import checkpoint, runlog
 from .record import BY_CONCEPT
 
+logger = logging.getLogger(__name__)
+TRAINING = "training"  # activity of a run between two evaluations
 SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
 
 
@@ -67,6 +71,17 @@ class Bar:
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update()
 
+    def start_training(self) -> None:
+        """Record that the steps begin."""
+        if self._record is not None:
+            self._record(TRAINING)
+
+    def show_error(self, sentence: str) -> None:
+        """Log an error that does not end the run, on a line of its own."""
+        self._bar.clear()
+        logger.error("%s", sentence)
+        self._bar.refresh()
+
     @contextmanager
     def waiting_for(self, activity: str) -> Iterator[None]:
         """Show and record an activity that the run waits for within the context."""
@@ -78,7 +93,7 @@ class Bar:
         try:
             yield
         finally:
-            self._record("training")
+            self._record(TRAINING)
             self._bar.set_description_str(self._name)
             # The bar's clock: the time of the activity does not count for the next step.
             self._bar.unpause()
@@ -112,20 +127,18 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
 
     rows = runlog.read_metrics(folder)
     lines |= _describe_measurements(rows)
-    losses = _column(rows, HELDOUT_LOSS)
-    distances = _column(rows, HELDOUT_DISTANCE)
+    failures = record["results"].get("failed_evaluations", [])
+    if failures:
+        lines["failed"] = "; ".join(failure["sentence"] for failure in failures)
     config = record["config"]
     advice = ""
-    if losses:
+    if _column(rows, HELDOUT_LOSS):
         # The loss of images ranks them wrong (docs/results.md), that of text does not.
-        if distances or "validation_dataset" not in config:
-            advice = _advice(
-                quoted_folder,
-                HELDOUT_DISTANCE if distances else HELDOUT_LOSS,
-                distances or losses,
-                saved_steps=saved_steps,
-                left_best="best_step" in record["results"],
-            )
+        is_by_samples = bool(_column(rows, HELDOUT_DISTANCE))
+        if is_by_samples or "validation_dataset" not in config:
+            measure = HELDOUT_DISTANCE if is_by_samples else HELDOUT_LOSS
+            exports_best = record["results"].get("best_step") is not None
+            advice = _advice(quoted_folder, rows, measure, saved_steps, exports_best)
         else:
             advice = (
                 "the held-out loss does not show which step samples best, images can improve long"
@@ -145,7 +158,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
 
     # Uses in a column on the left.
     width = max(map(len, lines))
-    block = [f"done in {duration(record['wall_seconds'])}"]
+    block = [_describe_end(record)]
     block += [f"  {use:<{width}}  {value}" for use, value in lines.items()]
     if advice:
         block.append(advice)
@@ -213,42 +226,88 @@ def in_repository() -> bool:
     return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
+def _describe_end(record: Mapping[str, Any]) -> str:
+    """How long a finished run took, why it ended, and the step whose weights are in its files."""
+    sentence = f"done in {duration(record['wall_seconds'])}"
+    results = record["results"]
+    if results.get("stopped_early"):
+        sentence += f", stopped early at step {results['steps']} of {record['num_steps']}"
+    exported_step = results.get("best_step")
+    if exported_step is not None:
+        sentence += f"; the files are of step {exported_step}, the best that was measured"
+    elif "steps" in results:
+        sentence += f"; the files are of step {results['steps']}, the last"
+    return sentence
+
+
 def _advice(
     folder: str,
+    rows: Sequence[Mapping[str, Any]],
     measure: str,
-    curve: Mapping[int, float],
-    *,
     saved_steps: Collection[int],
-    left_best: bool,
+    exports_best: bool,
 ) -> str:
-    """A sentence on the best step, and how to have its weights.
+    """A sentence on the best trained step, how sure that is, and how to have its weights.
 
     Args:
         folder: the run folder, quoted for a shell.
-        measure: what was measured, by its name in the log.
-        curve: values of the measure by step; lower is better.
+        rows: metrics of the run.
+        measure: what was measured, by its name in the log; lower is better.
         saved_steps: steps whose checkpoints there are.
-        left_best: whether the run's file holds the weights of the best step.
+        exports_best: whether the run's files hold the weights of the best step.
     """
+    curve = _column(rows, measure)
+    base_value = curve.pop(0, None)  # of step 0, where the adapters do nothing
+    title = MEASURE_TITLES[measure]
+    if not curve:
+        return f"the {title} was finite at no trained step: lower --learning_rate"
     last_step = max(curve)
     best_step = min(curve, key=curve.__getitem__)
-    title = MEASURE_TITLES[measure]
+    if base_value is not None and base_value <= curve[best_step]:
+        sentence = f"by the {title} no measured step was better than the base model"
+        if not _is_sure(rows, measure, best_step, 0):
+            return (
+                f"{sentence}, and the best, step {best_step}, differs from it by no more than the"
+                " spread over the held-out captions: train longer, or hold out more images"
+            )
+        return f"{sentence}: try more steps or another --learning_rate"
     if best_step == last_step:
         return (
             f"by the {title} step {last_step}, the last, was the best measured: more steps"
             " may be better still"
         )
     gain = 100 * (1 - curve[best_step] / curve[last_step])
-    comparison = f"by the {title} step {best_step} was {gain:.1f} % better than step {last_step}"
-    # Step 0 is the base model.
-    if best_step == 0:
-        return f"{comparison}, so nothing was gained: lower --learning_rate"
-    if left_best:
-        return f"{comparison}. What is saved is of step {best_step}"
+    sentence = f"by the {title} step {best_step} was {gain:.1f} % better than step {last_step}"
+    if not _is_sure(rows, measure, best_step, last_step):
+        return (
+            f"{sentence}, no more than the spread over the held-out captions: compare the images of"
+            " both"
+        )
+    if exports_best:
+        return sentence
     if best_step in saved_steps:
         export = f"python -m bilora_diffusion.export {folder} --step {best_step}"
-        return f"{comparison}. Export it with {export}"
-    return f"{comparison}. To have it, train again with --keep_best, or with --fit"
+        return f"{sentence}. Export it with {export}"
+    return f"{sentence}. To have it, train again with --keep_best, or with --fit"
+
+
+def _is_sure(rows: Sequence[Mapping[str, Any]], measure: str, step: int, other_step: int) -> bool:
+    """Whether two steps differ by more than the spread of the difference over held-out samples.
+
+    The difference of each sample is taken, so that samples that are hard at every step don't widen
+    the interval. A measure that is not recorded by sample counts as sure.
+    """
+    differences = []
+    for name in dict.fromkeys(itertools.chain(*rows)):
+        if name.startswith(part_prefix(measure)):
+            values = _column(rows, name)
+            if step not in values or other_step not in values:
+                return False
+            differences.append(values[step] - values[other_step])
+    if not differences:
+        return True
+    interval = student_interval(differences)
+    return interval is not None and not interval.low <= 0 <= interval.high
 
 
 def quiet() -> None:

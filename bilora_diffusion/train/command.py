@@ -84,6 +84,7 @@ def train(
         # The search and all runs share the models and the encoded data.
         stop: Stop | None = None
         stopped_folder = folders[0]
+        trained_folders = []
         search = None
         if cfg.fit:
             search = Search(script, arguments, task, accelerator)
@@ -106,6 +107,7 @@ def train(
             if stop is not None:
                 stopped_folder = run.folder
                 break
+            trained_folders.append(run.folder)
 
         if stop is None and accelerator.is_main_process:
             # Read from the records of the runs, which have ended.
@@ -116,6 +118,10 @@ def train(
         # In this order, since the end of training closes the process group (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
+        # Raised last: a control is trained whether or not the run's last images could be made.
+        if stop is None and accelerator.is_main_process:
+            for folder in trained_folders:
+                setup.require_evaluated(folder)
     if stop is not None:
         raise interruption.describe_interruption(
             stopped_folder,

@@ -1,7 +1,8 @@
 """The training loop, for every task and method: steps, and what falls due between them.
 
-`run` is the loop; `trainer.Trainer.train_step` is its step. Held-out losses and validation images
-go into the run's record and to the trackers, and so does whatever ends a run.
+`run` is the loop; `trainer.Trainer.train_step` is its step; `Evaluations` measures held-out losses
+and makes validation samples, for the run's record and for the trackers. The record also says what
+ended a run.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from ..core.durable import disk_is_full
@@ -26,6 +28,7 @@ from ..core.errors import (
     keep_trace,
     unexpected,
 )
+from ..core.values import MEASURE_TITLES
 from ..run.console import Bar
 from ..run.record import read_metrics, validation_folder
 from ..run.runlog import RunLog
@@ -36,8 +39,14 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
-    """Train to the end: steps, metrics, held-out loss, validation images and checkpoints.
+def run(
+    trainer: Trainer, folder: Path, log: RunLog | None, export: Callable[[], None] | None = None
+) -> list[Failure]:
+    """Train to the end: steps, metrics, held-out loss, checkpoints, export and validation.
+
+    What a failure could lose comes first: a checkpoint is saved before the validation samples of
+    its step, and the result is exported before the last ones. An evaluation that fails is reported,
+    and training goes on (`Evaluations`).
 
     An interruption ends the loop earlier, after a step that is saved.
 
@@ -45,56 +54,91 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         trainer: Trainer that takes the steps.
         folder: run folder.
         log: record of the main process; the other processes have none.
+        export: writes the result; None where nothing is exported.
+
+    Returns:
+        The evaluations that failed, the same in each process.
     """
-    cfg = trainer.cfg
     record_activity = None if log is None else log.record_activity
     # An error closes the bar, so that its sentence has a line of its own.
     with Bar(trainer.num_steps, trainer.step, trainer.method.name, record_activity) as bar:
-        if trainer.step == 0:
+        evaluations = Evaluations(trainer, folder, log, bar)
+        is_resumed = trainer.step > 0
+        # A run that had come to its end is resumed to be exported again.
+        was_finished = trainer.is_finished
+        if not is_resumed:
             with bar.waiting_for("starting values"):
                 trainer.initialise()
             if trainer.dynamics is not None:
                 trainer.dynamics.write(folder)
-            measure_heldout_loss(trainer, log, bar)
-            if cfg.eval_on_start:
-                validate(trainer, folder, log, bar)
+            evaluations.measure()
+            if trainer.cfg.eval_on_start:
+                evaluations.validate()
         # From here on there is something to save: a signal waits for the end of a step.
         trainer.interruption.patient = True
-        if trainer.is_finished:  # a run that had come to its end is resumed
+        if not trainer.is_finished:
+            is_validated = is_resumed and is_due(trainer.step, trainer.validation_steps)
+            if is_validated and not evaluations.has_samples():
+                # The run ended between this step's checkpoint and its validation samples.
+                evaluations.validate()
+            bar.start_training()
+            take_steps(trainer, folder, log, bar, evaluations)
+        if not trainer.is_finished:  # a signal came
+            return []
+        if export is not None:
+            with bar.waiting_for("export"):
+                export()
+        has_samples = was_finished and evaluations.has_samples()
+        if not trainer.cfg.skip_final_inference and not has_samples:
+            evaluations.validate()
+        failures = evaluations.failures
+        if trainer.accelerator.num_processes > 1:
+            (failures,) = broadcast_object_list([failures])
+        return failures
+
+
+def take_steps(
+    trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar, evaluations: Evaluations
+) -> None:
+    """Take steps, with all that falls due between them, until the run is finished or interrupted.
+
+    The validation samples of the last step are not among it.
+    """
+    cfg = trainer.cfg
+    compiled_models = []
+    if cfg.compile:
+        compiled_models = [target.model for target in trainer.method.targets]
+    blocks = Blocks(compiled_models)
+    for batches in trainer.micro_batches():
+        with blocks.step(trainer.step + 1):
+            values = trainer.train_step(batches)
+        bar.step(values)
+        # Trackers plot numbers; the digest and the dynamics are for the run's own log.
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        trainer.accelerator.log(numbers, step=trainer.step)
+        if log is not None:
+            log.metric(trainer.step, **values)
+        if trainer.dynamics is not None:
+            trainer.dynamics.write(folder)
+
+        # A measurement can end the run, so `is_finished` is read again after it. A checkpoint holds
+        # the best measurement so far, so it is saved after it.
+        if trainer.is_finished or is_due(trainer.step, cfg.validation_loss_steps):
+            evaluations.measure()
+        is_saved = False
+        if trainer.stop_signal() is not None or is_due(trainer.step, cfg.checkpointing_steps):
+            resume.save(trainer, folder, log)
+            is_saved = True
+        if trainer.is_finished:
             return
-
-        compiled_models = []
-        if cfg.compile:
-            compiled_models = [target.model for target in trainer.method.targets]
-        blocks = Blocks(compiled_models)
-        for batches in trainer.micro_batches():
-            with blocks.step(trainer.step + 1):
-                values = trainer.train_step(batches)
-            bar.step(values)
-            # Trackers plot numbers; the digest and the dynamics are for the run's own log.
-            numbers = {name: value for name, value in values.items() if isinstance(value, float)}
-            trainer.accelerator.log(numbers, step=trainer.step)
-            if log is not None:
-                log.metric(trainer.step, **values)
-            if trainer.dynamics is not None:
-                trainer.dynamics.write(folder)
-
-            # A held-out loss can end the run, so `is_finished` is read again after it.
-            if trainer.is_finished or is_due(trainer.step, cfg.validation_loss_steps):
-                measure_heldout_loss(trainer, log, bar)
-            if trainer.is_finished:
-                has_samples = not cfg.skip_final_inference
-            else:
-                has_samples = is_due(trainer.step, trainer.validation_steps)
-            if has_samples:
-                validate(trainer, folder, log, bar)
-
-            # A signal ends the run with a checkpoint of the step that it came in.
-            is_stopping = trainer.stop_signal() is not None
-            if is_stopping or is_due(trainer.step, cfg.checkpointing_steps):
+        if is_due(trainer.step, trainer.validation_steps):
+            evaluations.validate()
+        # A signal ends the run with a checkpoint of the step that it came in, also while samples
+        # were made.
+        if trainer.stop_signal() is not None:
+            if not is_saved:
                 resume.save(trainer, folder, log)
-            if is_stopping or trainer.is_finished:
-                return
+            return
 
 
 def is_due(step: int, interval: int | None) -> bool:
@@ -102,47 +146,137 @@ def is_due(step: int, interval: int | None) -> bool:
     return interval is not None and interval > 0 and step % interval == 0
 
 
-def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
-    """Measure the loss on the validation set and log it.
+class Failure(NamedTuple):
+    """An evaluation that failed."""
 
-    The main process measures; all processes get the value, so that they agree on the best step and
-    on the end.
+    step: int  # optimizer steps taken
+    sentence: str
+
+
+class Evaluations:
+    """Measures held-out losses and makes validation samples between the steps of a run.
+
+    After the first step a failure must not lose what was trained: it is reported in one sentence,
+    and the run goes on. It ends the run at step 0, where nothing is lost; on a full disk, where no
+    later checkpoint could be saved; and where each forward pass needs all processes (FSDP2), since
+    the others would wait for ever.
+
+    Args:
+        trainer: Trainer of the run.
+        folder: run folder.
+        log: record of the main process; the other processes have none.
+        bar: progress bar.
+
+    Attributes:
+        failures: evaluations that failed, in order, in the processes that evaluate.
     """
-    values: dict[str, float] = {}
-    # The main process measures. If weights are split, each forward pass needs all processes.
-    measures = log is not None or trainer.accelerator.is_fsdp2
-    if measures and trainer.task.has_heldout:
-        with bar.waiting_for("held-out loss"):
-            values = trainer.task.heldout_loss(trainer.evaluating())
-        log_measurement(trainer, log, trainer.step, values)
-    value = values.get(trainer.cfg.heldout_measure)
-    if trainer.accelerator.num_processes > 1:
-        trainer.accelerator.wait_for_everyone()
-        (value,) = broadcast_object_list([value])
-    trainer.outcome.note_measurement(value, trainer.step)
+
+    def __init__(self, trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
+        self._trainer = trainer
+        self._folder = folder
+        self._log = log
+        self._bar = bar
+        self.failures: list[Failure] = []
+        # The main process evaluates. If weights are split, each forward pass needs all processes.
+        self._is_active = log is not None or trainer.accelerator.is_fsdp2
+
+    def measure(self) -> None:
+        """Measure the loss on the held-out samples, log it and note it for the best step.
+
+        All processes get the value, so that they agree on the best step and on the end.
+        """
+        trainer = self._trainer
+        values: dict[str, float] | None = {}
+        if self._is_active and trainer.task.has_heldout:
+            values = self._attempt(
+                MEASURE_TITLES[trainer.cfg.heldout_measure],
+                lambda: trainer.task.heldout_loss(trainer.evaluating()),
+                trainer.step,
+            )
+        has_failed = values is None
+        value = None if values is None else values.get(trainer.cfg.heldout_measure)
+        if trainer.accelerator.num_processes > 1:
+            trainer.accelerator.wait_for_everyone()
+            has_failed, value = broadcast_object_list([has_failed, value])
+        # A failed measurement neither is the best nor counts against the patience.
+        if not has_failed:
+            trainer.outcome.note_measurement(value, trainer.step)
+
+    def validate(self) -> None:
+        """Sample images or answers of the validation set; the last ones with the final weights."""
+        if self._is_active:
+            self._attempt("validation", self._make_samples, self._sampled_step())
+        self._trainer.accelerator.wait_for_everyone()
+
+    def has_samples(self) -> bool:
+        """Test that the validation samples of this step's weights were made."""
+        has_samples = validation_folder(self._folder, self._sampled_step()).is_dir()
+        if self._trainer.accelerator.num_processes > 1:
+            (has_samples,) = broadcast_object_list([has_samples])
+        return has_samples
+
+    def _sampled_step(self) -> int:
+        """Step of the weights that are sampled: with ``--keep_best`` at the end the best one."""
+        trainer = self._trainer
+        return trainer.outcome.step(trainer.step) if trainer.is_finished else trainer.step
+
+    def _make_samples(self) -> dict[str, float]:
+        """Write the validation samples, show images to the trackers, and return metrics."""
+        trainer = self._trainer
+        step = self._sampled_step()
+        with torch.random.fork_rng(), tempfile.TemporaryDirectory() as temporary_folder:
+            # The files of processes other than the main one are deleted.
+            folder = self._folder if self._log is not None else Path(temporary_folder)
+            evaluating = trainer.evaluating(final_weights=trainer.is_finished)
+            values = trainer.task.validate(step, folder, evaluating)
+        if self._log is not None:
+            images = image_files(validation_folder(self._folder, step))
+            trackers = trainer.accelerator.trackers
+            show_images(trackers, images, trainer.cfg.sampled_prompts, trainer.step)
+        return values
+
+    def _attempt(
+        self, name: str, evaluate: Callable[[], dict[str, float]], step: int
+    ) -> dict[str, float] | None:
+        """Evaluate and log the values, or report the error where the run can go on.
+
+        Args:
+            name: of the evaluation, for the bar and the sentence.
+            evaluate: returns the values.
+            step: step of the evaluated weights.
+
+        Returns:
+            The values; None after a reported error.
+        """
+        trainer = self._trainer
+        try:
+            with self._bar.waiting_for(name):
+                values = evaluate()
+                log_measurement(trainer, self._log, step, values)
+            return values
+        except Exception as error:
+            if trainer.step == 0 or trainer.accelerator.is_fsdp2 or disk_is_full(error):
+                raise
+            sentence = str(error).rstrip(".")
+            # The package's own errors have all facts in their sentence.
+            if not isinstance(error, UserError | TrainingError):
+                trace = keep_trace(error, self._folder)
+                sentence = f"{unexpected(error)}; the trace is in {trace}"
+        # Here nothing refers to the error any more, whose frames held tensors.
+        clear_device_cache(garbage_collection=True)
+        failure = Failure(trainer.step, f"the {name} at step {trainer.step} failed: {sentence}")
+        self.failures.append(failure)
+        consequence = "training goes on"
+        if trainer.is_finished:
+            consequence = "the result is exported all the same"
+        self._bar.show_error(f"{failure.sentence}; {consequence}.")
+        return None
 
 
-def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
-    """Sample images or answers of the validation set; the last ones with the final weights."""
-    is_last = trainer.is_finished
-    # With --keep_best the final weights are those of the best step, whose folder gets the samples.
-    step = trainer.outcome.step(trainer.step) if is_last else trainer.step
-    # As for the held-out loss; the files of processes other than the main one are deleted.
-    if log is not None or trainer.accelerator.is_fsdp2:
-        with (
-            bar.waiting_for("validation"),
-            torch.random.fork_rng(),
-            tempfile.TemporaryDirectory() as temporary_folder,
-        ):
-            target_folder = folder if log is not None else Path(temporary_folder)
-            evaluating = trainer.evaluating(final_weights=is_last)
-            values = trainer.task.validate(step, target_folder, evaluating)
-            if log is not None:
-                images = sorted(validation_folder(folder, step).glob("*.png"))
-                prompts = trainer.cfg.sampled_prompts
-                show_images(trainer.accelerator.trackers, images, prompts, trainer.step)
-        log_measurement(trainer, log, step, values)
-    trainer.accelerator.wait_for_everyone()
+def image_files(folder: Path) -> list[Path]:
+    """The images of a step in the order of their numbers."""
+    # Names have three digits or more: "1000.png" would come before "101.png".
+    return sorted(folder.glob("*.png"), key=lambda file: int(file.stem))
 
 
 def log_measurement(

@@ -25,7 +25,7 @@ class Best:
     It counts as Transformers' `EarlyStoppingCallback` does with a threshold of 0
     (https://huggingface.co/docs/transformers/main_classes/callback): a measurement that is not a
     new lowest one counts against the patience, also an equal one and one that is not finite. The
-    first measurement is the base model's, at step 0.
+    measurement of step 0 does not count: there the adapters do nothing.
 
     Args:
         parameters: parameters whose values are stored at each new lowest, on the CPU; none to count
@@ -33,7 +33,7 @@ class Best:
         patience: measurements in a row without a new lowest one that end a run; None for no end.
 
     Attributes:
-        step: step of the lowest measurement; None before the first.
+        step: step of the lowest measurement; None before the first finite one.
         measurement: the lowest measurement, of a loss or a distance; None before the first.
         since: measurements after it.
         values: the parameters' values at it, in their order.
@@ -49,6 +49,8 @@ class Best:
 
     def is_lowered_by(self, measurement: float, step: int) -> bool:
         """Count a measurement; True for a new lowest one, whose weights the caller stores."""
+        if step == 0:
+            return False
         # An equal one is no new lowest: otherwise a constant loss would never end a run.
         is_lower = self.measurement is None or measurement < self.measurement
         if math.isfinite(measurement) and is_lower:
@@ -171,16 +173,20 @@ class Outcome:
             return contextlib.nullcontext()
         return replaced(self._weights, self.average.values)
 
+    @property
+    def has_best(self) -> bool:
+        """True if the run exports its best step; without a finite measurement there is none."""
+        return self._cfg.keep_best and self.best.step is not None
+
     def applied(self) -> AbstractContextManager[None]:
-        """Within the context the trained weights are those that the run leaves."""
-        return self.best.applied() if self._cfg.keep_best else self.averaged()
+        """Context manager: the trained weights are those that the run exports."""
+        return self.best.applied() if self.has_best else self.averaged()
 
     def step(self, last_step: int) -> int:
-        """Step of the weights that a run leaves, which ended after `last_step`."""
-        # Without a finite measurement there is no best step.
-        if not self._cfg.keep_best or self.best.step is None:
-            return last_step
-        return self.best.step
+        """Step of the weights that a run exports which ended after `last_step`."""
+        if self.has_best and self.best.step is not None:
+            return self.best.step
+        return last_step
 
     def results(self) -> dict[str, Any]:
         """Figures for the run's record: the early end, and the best step if the run leaves it."""
@@ -215,9 +221,12 @@ class Outcome:
         """Restore what `state_dict` gave."""
         if self.average is not None:
             self.average.steps = state["average"]["steps"]
-        self.best.step = state["best"]["step"]
-        self.best.measurement = state["best"]["loss"]
-        self.best.since = state["best"]["since"]
+        best = state["best"]
+        if best["step"] == 0:  # of an earlier version, in which step 0 could be the best
+            best = {"step": None, "loss": None, "since": 0}
+        self.best.step = best["step"]
+        self.best.measurement = best["loss"]
+        self.best.since = best["since"]
 
 
 def export_facts(method: Method) -> dict[str, Any]:

@@ -17,14 +17,14 @@ import torch
 from accelerate import Accelerator
 
 from ..config.run import RunConfig
-from ..core.errors import translated
+from ..core.errors import LIBRARY_ERRORS, TrainingError, translated
 from ..core.files import counted
 from ..methods import Method, for_run
 from ..run import checkpoint, console, hub, provenance
 from ..run.data import summarize
 from ..run.folder import FIT_RECORD, clear
 from ..run.interruption import Stop
-from ..run.record import last_measured, read_search
+from ..run.record import last_measured, read_run, read_search
 from ..run.runlog import RunLog
 from . import loop, resume
 from .loop import recorded, warn_of_zero_auxiliary
@@ -117,15 +117,27 @@ def run(
     try:
         with trainer.interruption, recorded(log, folder):
             accelerator.init_trackers(script.project, config=tracker_config(cfg))
-            loop.run(trainer, folder, log)
+            exported: dict[str, Any] = {}
+
+            def export() -> None:
+                # The best or averaged weights, if the run exports these.
+                with trainer.outcome.applied():
+                    exported["export"] = script.export(cfg, trainer, folder)
+
+            exports = log is not None and not is_search_run
+            failures = loop.run(trainer, folder, log, export if exports else None)
             # A signal that ended the loop after a step is recorded like one that ended it within.
             if not trainer.is_finished:
                 raise KeyboardInterrupt
             results = {} if log is None else measured_results(trainer, folder)
-            if not is_search_run:
-                if log is not None:
-                    results |= export(script, trainer, folder, log, results, repo_id)
-            elif checkpoint.steps(folder)[-1:] != [trainer.step]:
+            if failures:
+                if is_search_run:  # its curve has a gap
+                    raise TrainingError(failures[0].sentence)
+                results["failed_evaluations"] = [failure._asdict() for failure in failures]
+            if log is not None and not is_search_run:
+                results |= exported
+                write_card(script, trainer, folder, log, results, repo_id)
+            elif is_search_run and checkpoint.steps(folder)[-1:] != [trainer.step]:
                 # The search may continue this run later.
                 resume.save(trainer, folder, log)
             # No process may close the group while another one still writes or measures.
@@ -148,6 +160,21 @@ def run(
     return Stop(number, trainer.last_step, trainer.last_step)
 
 
+def require_evaluated(folder: Path) -> None:
+    """Raise an error if the last measurement or validation of a finished run failed.
+
+    Raises:
+        TrainingError: it failed; the files of the run are written.
+    """
+    results = read_run(folder)["results"]
+    for failure in results.get("failed_evaluations", []):
+        if failure["step"] == results["steps"]:
+            raise TrainingError(
+                f"the run in {folder} is trained and its files are written, but"
+                f" {failure['sentence']}"
+            )
+
+
 def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
     """Begin the record of a run or go on with it; a new run deletes files that it may overwrite."""
     cfg = trainer.cfg
@@ -167,10 +194,11 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
 
 
 def translated_errors(model: str) -> AbstractContextManager[None]:
-    """Turn a library's error within the context into one sentence."""
+    """Context manager: turn a library's error while a run is set up into one sentence."""
     return translated(
         f'"{model}" can\'t be trained with these options',
         "change the option that the reason names, or give another model",
+        LIBRARY_ERRORS,
     )
 
 
@@ -224,35 +252,27 @@ def measured_results(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return results
 
 
-def export(
+def write_card(
     script: Script[Any],
     trainer: Trainer,
     folder: Path,
     log: RunLog,
-    measured: dict[str, Any],
+    results: dict[str, Any],
     repo_id: str | None,
-) -> dict[str, Any]:
-    """Export the weights, check the file and write the model card.
+) -> None:
+    """Write the model card of a run whose files are exported.
 
     Args:
         script: script of the run.
         trainer: Trainer at the end of the run.
         folder: run folder.
         log: record of the run.
-        measured: measured results, for the card.
+        results: results of the run; the number of steps that a search chose is added.
         repo_id: hub repository that the folder is pushed to.
-
-    Returns:
-        Further results.
     """
     cfg = trainer.cfg
     record = read_search(folder / FIT_RECORD) if cfg.fit else None
-    results: dict[str, Any] = {}
     if record and record["choice"]:
         results["chosen_steps"] = record["choice"]["steps"]
     log.record_card()
-    # The best or averaged weights, if the run leaves these.
-    with trainer.outcome.applied():
-        results["export"] = script.export(cfg, trainer, folder)
-    script.write_card(cfg, folder, measured | results, repo_id)
-    return results
+    script.write_card(cfg, folder, results, repo_id)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config.run import RunConfig
 from ..core.seeds import generator
-from ..core.values import HELDOUT_LOSS
+from ..core.values import HELDOUT_LOSS, part_prefix
 from ..methods import Target
 from ..run.data import SampleContent
 
@@ -143,11 +143,6 @@ class Task(Protocol[Config]):
                 and nothing else.
         """
         ...
-
-
-def part_prefix(measure: str) -> str:
-    """Beginning of the name of a part's value, before the number of the part."""
-    return f"{measure}_of/"
 
 
 def loss_by_part(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config.run import RunConfig
 from ..core.errors import Diverged, UserError
+from ..core.files import counted
 from ..core.seeds import digest_texts, seed_of
 from ..methods import Method
 from ..run.data import record_content
@@ -41,6 +42,10 @@ from .task import MicroBatch, Task
 
 # In fp16, steps in a row without a finite loss that are skipped; one more ends the run.
 MAX_NONFINITE_STEPS = 10
+# In fp16, steps in a row that the gradient scaler skips; one more ends the run. The scale starts at
+# 2^16 and is halved at each skipped step. After 30 of them it is 2^-14, at which fp16 holds
+# gradients up to 2^30.
+MAX_SKIPPED_STEPS = 30
 
 
 class Trainer:
@@ -93,6 +98,7 @@ class Trainer:
         self._shared_signal: int | None = None
         self._content: dict[str, Any] | None = None
         self._nonfinite_steps = 0  # in a row
+        self._skipped_steps = 0  # in a row
         self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # of each forward pass
 
     @property
@@ -158,7 +164,8 @@ class Trainer:
             Values for the log.
 
         Raises:
-            Diverged: a loss is not finite; nothing was saved since.
+            Diverged: a loss is not finite, or the gradients of many steps in a row; nothing was
+                saved since.
         """
         started = time.perf_counter()
         self._losses_of_step.clear()
@@ -174,6 +181,7 @@ class Trainer:
         # Up to here work was only queued on the device. Reading its numbers waits for all of it.
         digest, noise_levels, nonfinite_names = self._share_facts(batches)
         self._require_finite(nonfinite_names)
+        self._require_progress()
         loss_value = float(loss)
         self._nonfinite_steps = 0 if math.isfinite(loss_value) else self._nonfinite_steps + 1
         values: dict[str, Any] = {
@@ -265,6 +273,17 @@ class Trainer:
             raise Diverged(
                 f"the loss at step {self.step} is not finite for {', '.join(nonfinite_names)}:"
                 " lower --learning_rate or look at these samples; the last checkpoint is untouched."
+            )
+
+    def _require_progress(self) -> None:
+        """Refuse gradients that were not finite in too many steps in a row, or in the whole run."""
+        self._skipped_steps = self._skipped_steps + 1 if self.clipped.skipped else 0
+        has_learned_nothing = self.step == self.last_step == self._skipped_steps
+        if self._skipped_steps > MAX_SKIPPED_STEPS or has_learned_nothing:
+            raise Diverged(
+                f"the gradients of the last {counted(self._skipped_steps, 'step')} were not finite,"
+                " so that fp16's gradient scaler skipped them: give --mixed_precision bf16 or no;"
+                " the last checkpoint is untouched."
             )
 
     def stop_signal(self) -> int | None:

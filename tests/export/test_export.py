@@ -187,12 +187,15 @@ def test_refusals_of_save(models, tmp_path):
     broken = small.add_adapters(small.make_unet(), AdapterSpec(target_modules=small.ATTENTION))
     with torch.no_grad():
         adapters.parameters(broken, PRIMARY)[0].fill_(float("nan"))
+    untrained = {**models, "unet": small.make_unet()}
+    adapters.inject(untrained["unet"], AdapterSpec(target_modules=small.ATTENTION), PRIMARY)
     (tmp_path / "file").write_text("")
     for name, saved_models, sentence in (
         ("new", {}, "no model"),
         ("new", {"text_encodr": models["unet"]}, "text_encodr.*text_encoder"),
         ("new", {"unet": small.make_unet()}, 'no adapter "default"'),
         ("new", {"unet": broken}, "not finite"),
+        ("new", untrained, "adapter of unet .* each of its B is zero"),
         ("file", models, "is a file"),
     ):
         with pytest.raises((UserError, TrainingError), match=sentence):

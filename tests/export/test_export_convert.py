@@ -35,6 +35,13 @@ def folder(tmp_path_factory):
     return export_all(tmp_path_factory.mktemp("convert") / "icons", models)
 
 
+@pytest.fixture
+def model(tmp_path):
+    """A language model with a primary and an auxiliary that are not zero."""
+    base = save_llama(tmp_path / "base")
+    return add_adapters(load_text_model(str(base)).model, AdapterSpec(rank=2, alpha=4))
+
+
 def test_around_all_formats(folder, tmp_path):
     source, kohya = folder / FILE_NAME, folder / "icons.safetensors"
     converted = convert(source, "kohya", tmp_path / "a.safetensors")
@@ -177,10 +184,7 @@ def test_all_names_of_the_models_come_back_from_kohyas():
     assert set(formats.module_names("unet", original).values()) <= set(layer_names(sdxl))
 
 
-def test_a_language_models_adapter_has_no_other_format(tmp_path, capsys):
-    base = save_llama(tmp_path / "base")
-    model = load_text_model(str(base)).model
-    adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
+def test_a_language_models_adapter_has_no_other_format(model, tmp_path, capsys):
     save_adapter(tmp_path, model, base_model="some/llama", kind="causal")
     for format_ in ("kohya", "diffusers", "peft"):
         assert main([str(tmp_path), "--to", format_]) == 2
@@ -228,13 +232,6 @@ def test_the_same_export_is_there_already(folder, tmp_path, capsys):
     assert sorted(folder.iterdir()) == run_files
 
 
-@pytest.fixture
-def model(tmp_path):
-    """A language model with a primary and an auxiliary that are not zero."""
-    base = save_llama(tmp_path / "base")
-    return add_adapters(load_text_model(str(base)).model, AdapterSpec(rank=2, alpha=4))
-
-
 def test_a_second_export_replaces_the_first_unless_it_is_not_finite(model, tmp_path):
     value = adapters.parameters(model, PRIMARY)[0]
     partial_export = tmp_path / ".adapter.partial"  # of a run that was killed while it exported
@@ -254,6 +251,15 @@ def test_a_second_export_replaces_the_first_unless_it_is_not_finite(model, tmp_p
         with pytest.raises(TrainingError, match=r"lora_A\.weight is not finite"):
             save_adapter(tmp_path, model, base_model="a", kind="causal")
         assert (tmp_path / WEIGHTS).read_bytes() == before
+
+
+def test_an_adapter_that_no_step_has_trained_is_not_exported(tmp_path):
+    base = save_llama(tmp_path / "base")
+    model = load_text_model(str(base)).model
+    adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
+    with pytest.raises(TrainingError, match="each of its B is zero"):
+        save_adapter(tmp_path, model, base_model="some/llama", kind="causal")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_file_that_holds_something_else_gets_no_name(model, tmp_path, monkeypatch):

@@ -234,6 +234,51 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(tmp_path, conf
     assert ("0.5000 at step 10, lowest 0.4000 at step 5" in block) == bool(losses)
 
 
+BY_SAMPLES = {"validation_dataset": "x"}
+# Distances of three pictures: the same changes, and changes that differ in sign
+SURE = {0: [0.9, 0.8, 0.7], 5: [0.5, 0.4, 0.3], 10: [0.6, 0.51, 0.39]}
+UNSURE = {0: [0.9, 0.8, 0.7], 5: [0.5, 0.4, 0.3], 10: [0.6, 0.35, 0.3]}
+WORSE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.86, 0.74], 10: [1.0, 0.91, 0.79]}
+AS_BASE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.7, 0.8], 10: [0.96, 0.91, 0.6]}
+
+
+@pytest.mark.parametrize(
+    ("distances", "results", "end", "advice"),
+    [
+        (SURE, {"best_step": 5}, "the files are of step 5, the best", "step 5 was 20.0 % better"),
+        (SURE, {}, "the files are of step 10, the last", "step 5 was 20.0 % .*again with --keep_b"),
+        (
+            UNSURE,
+            {"best_step": 5, "stopped_early": True},
+            "stopped early at step 10 of 60; the files are of step 5",
+            "step 5 was 4.0 % better than step 10, no more than the spread .*images of both$",
+        ),
+        (
+            WORSE,
+            {"best_step": 5},
+            "files are of step 5",
+            "better than the base.*more steps or anot",
+        ),
+        (AS_BASE, {"best_step": 5}, "files are of step 5", "best, step 5, differs .* train longer"),
+    ],
+)
+def test_the_end_says_which_step_the_files_are_of_and_how_sure_the_best_is(
+    tmp_path, distances, results, end, advice
+):
+    """Step 0 is the base model; differences are compared with their spread over the pictures."""
+    log = RunLog(tmp_path)
+    log.start(BY_SAMPLES, method="lora", seed=0, resume_step=None, num_steps=60)
+    for step, by_picture in distances.items():
+        parts = {f"heldout_distance_of/{n}": value for n, value in enumerate(by_picture)}
+        mean = sum(by_picture) / len(by_picture)
+        log.metric(step, heldout_loss=0.5, heldout_distance=mean, **parts)
+    log.close("finished", steps=10, **results)
+    first_line, *_, last_line = console.describe_run(tmp_path, {}, "eval.clip_scores").splitlines()
+    assert end in first_line
+    assert re.search(advice, last_line)
+    assert "learning_rate" not in last_line or distances is WORSE
+
+
 def test_the_time_of_a_measurement_is_not_in_the_rate_of_steps(capsys):
     with console.Bar(2, 0, "lora", lambda activity: None) as bar:
         with bar.waiting_for("held-out loss"):

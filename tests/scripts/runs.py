@@ -203,11 +203,16 @@ def difference(a: Path, b: Path) -> float:
 
 
 def best_and_stop_step(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[Any, Any]:
-    """The step of the lowest held-out loss, and that at which the patience ended, or None."""
+    """The step of the lowest held-out loss, and that at which the patience ended, or None.
+
+    Step 0 is the base model.
+    """
     lowest = float("inf")
     best_step = None
     measurements_since = 0
     for step, loss in rows:
+        if step == 0:
+            continue
         # A loss that is not finite is recorded as None, and is never the best.
         if loss is not None and loss < lowest:
             lowest = loss

@@ -20,6 +20,7 @@ from tests.scripts.runs import (
     run_python,
     train,
     two_icons,
+    weights,
 )
 from tests.text.text_builders import heldout, heldout_of, material, rows_for, train_text, write_rows
 
@@ -99,6 +100,30 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
     resumed_outcome = results(parts)
     del resumed_outcome["export"], outcome["export"]  # which name their folders
     assert resumed_outcome == outcome
+
+
+def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_one(
+    tmp_path, caplog
+):
+    """At step 0 each B is zero, and the file would do nothing."""
+    caplog.set_level("INFO")
+    # The training rows with the other answer each
+    rows = []
+    for row in rows_for("classification", 24):
+        answer = "negative" if row["answer"] == "positive" else "positive"
+        rows.append(row | {"answer": answer})
+    file = write_rows(tmp_path / "other.jsonl", rows)
+    options = {**material("classification"), "validation_file": file, "train_batch_size": 24}
+    options |= {"lr_scheduler": "constant", "max_train_steps": 4, "validation_loss_steps": 1}
+    run = train_text(tmp_path / "run", **options, keep_best=True, early_stopping_patience=4)
+    measured = dict(losses(run))
+    assert min(measured, key=measured.get) == 0
+    best = results(run)["best_step"]
+    assert best == min(range(1, 5), key=measured.get)
+    assert any(key.endswith("lora_B.weight") and value.any() for key, value in weights(run).items())
+    (end,) = [record.message for record in caplog.records if record.message.startswith("done in")]
+    assert f"the files are of step {best}, the best" in end
+    assert "no measured step was better than the base model" in end
 
 
 @pytest.mark.slow

@@ -317,6 +317,25 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
         train(tmp_path / "all", **shared)
     assert runlog.read_run(tmp_path / "all")["status"] == "failed"
 
+    # Losses are finite and gradients are not: the scaler skips the steps.
+    calls = -1
+    nonfinite_calls = set()
+
+    def with_infinite_gradients(self, inputs):
+        losses = with_nan(self, inputs)
+        if calls > 0:  # not in the probe
+            losses.register_hook(lambda gradient: gradient * float("inf"))
+        return losses
+
+    monkeypatch.setattr(DreamBoothModule, "forward", with_infinite_gradients)
+    with pytest.raises(TrainingError, match="gradients of the last 5 steps were not finite"):
+        train(tmp_path / "whole", **shared)  # a run of which each step is skipped
+    monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 2)
+    calls = -1
+    with pytest.raises(TrainingError, match="gradients of the last 3 steps were not finite"):
+        train(tmp_path / "skipped", **shared)
+    assert not list(tmp_path.rglob("[sw][kh]*/*.safetensors"))
+
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_a_smaller_card(tmp_path):

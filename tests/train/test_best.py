@@ -32,6 +32,7 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
             stopped_at = last_step
             break
     assert (best.step, stopped_at) == best_and_stop_step(rows, patience)
+    assert best.step != 0  # the base model's
     if best.step is not None:
         with best.applied():
             assert weight.tolist() == [best.step] * 2

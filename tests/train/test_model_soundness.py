@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,9 +13,10 @@ from diffusers import AutoencoderKL
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
-from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.mini import pipeline_dir
 from tests.image.tiny import made_part, shared
 from tests.scripts.runs import train
@@ -160,3 +162,23 @@ def test_a_variant_is_taken_where_there_is_one(folder):
     assert load_pipeline(str(folder), dtype=torch.float32, variant="fp16").unet
     with pytest.raises(UserError, match='--variant "fp32" is of no file'):
         load_pipeline(str(folder), dtype=torch.float32, variant="fp32")
+
+
+@pytest.mark.parametrize("kind", [AttributeError, NameError, KeyError])
+@pytest.mark.parametrize("place", ["micro_batches", "to_device"])
+def test_a_defect_while_a_run_is_set_up_is_not_called_bad_input(
+    tmp_path, monkeypatch, capsys, place, kind
+):
+    """The options are not to blame, and the trace is kept, whose place the sentence names."""
+
+    def defect(*args, **kwargs):
+        raise kind("unett")
+
+    monkeypatch.setattr(DreamBooth, place, defect)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_cli(lambda: train(tmp_path / "run")) == 1  # type: ignore[arg-type, return-value]
+    (trace,) = tmp_path.rglob("error*.txt")
+    assert f"in {defect.__name__}" in trace.read_text()
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert line.startswith(f"error: unexpected {kind.__name__}: ")
+    assert str(trace) in line

@@ -16,12 +16,12 @@ from accelerate.utils import DistributedType
 
 from ... import adapters
 from ...core.errors import Diverged
+from ...core.values import part_prefix
 from ...run import checkpoint
 from ...run.folder import FIT, locked
 from ...run.interruption import Stop
 from ...run.record import RUN, read_metrics, read_run
 from .. import engine, setup
-from ..task import part_prefix
 from .halving import Curve, Trial
 from .space import title
 
