@@ -128,8 +128,8 @@ class StoppingOptions:
     early_stopping_patience: int | None = option(
         None,
         "End the run after this many held-out measurements in a row, one every"
-        " --validation_loss_steps, without a new best one. The base model's at step 0 does not count."
-        " Images: by --choose_by; text: by the held-out loss.",
+        " --validation_loss_steps, without a new best one. The base model's at step 0 does not"
+        " count. Images: by --choose_by; text: by the held-out loss.",
         range=STEPS,
         may_change_on_resume=True,
     )

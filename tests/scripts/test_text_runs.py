@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, BertForMaskedLM
 
+from bilora_diffusion.core.errors import TrainingError
 from bilora_diffusion.export.__main__ import main as export_step
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.models import load_text_model
+from bilora_diffusion.train import loop
 from tests.scripts.runs import assert_same_run, column, copied, difference, weights
 from tests.text.text_builders import (
     KINDS,
@@ -209,11 +211,18 @@ def test_a_small_t5_learns_64_answers_by_heart(tmp_path):
     assert predictions == [row["answer"] for row in rows]
 
 
-@pytest.mark.parametrize(("steps", "is_lora"), [(1, True), (2, False)])
-def test_a_run_whose_auxiliary_was_always_zero_says_so(
-    flags_by_kind, tmp_path, caplog, steps, is_lora
-):
+def test_a_run_that_has_learned_nothing_exports_nothing(flags_by_kind, tmp_path):
     warm_up = {"warmup_ratio": None, "lr_warmup_steps": 1}  # its only step has rate 0
-    flags = {**flags_by_kind["seq2seq"], **warm_up, "max_train_steps": steps}
-    train_text(tmp_path / "run", **flags)
+    with pytest.raises(TrainingError, match="each of its B is zero"):
+        train_text(tmp_path, **flags_by_kind["seq2seq"], **warm_up, max_train_steps=1)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("norms", "is_lora"), [((0.0, 0.0), True), ((0.0, 0.1), False)])
+def test_a_run_whose_auxiliary_was_always_zero_says_so(tmp_path, caplog, norms, is_lora):
+    log = runlog.RunLog(tmp_path)
+    log.start({}, method="bilora", seed=0, resume_step=None)
+    for step, norm in enumerate(norms, start=1):
+        log.metric(step, auxiliary_norm=norm)
+    loop.warn_of_zero_auxiliary(tmp_path)
     assert ("plain LoRA" in caplog.text) == is_lora
