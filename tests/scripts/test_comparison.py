@@ -93,19 +93,18 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
 
     # Ctrl-C in the run's step 2, after its export, and in the control's step 2.
     steps_taken = interrupt(monkeypatch, 2, 6)
-    export = setup.export
+    write_card = setup.write_card
 
-    def interrupted_export(*arguments):
-        results = export(*arguments)
+    def interrupted_write_card(*arguments):
+        write_card(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
-        return results
 
     parts = tmp_path / "parts"
     flags |= {"compare": "lora", "resume_from_checkpoint": "auto"}
     with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 of the run in .*auto"):
         train(parts, **flags)
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "export", interrupted_export)
+        patch.setattr(setup, "write_card", interrupted_write_card)
         with pytest.raises(KeyboardInterrupt, match=r"(?s)parts-lora not yet begun.*auto"):
             train(parts, **flags)
     record = (parts / runlog.RUN).read_bytes()

@@ -55,7 +55,7 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
     "begun run": (Trainer, "train_step", 1),
     "interrupted run": (Trainer, "train_step", 2),
     "interrupted search": (Trainer, "train_step", 3),
-    "interrupted last run": (setup, "export", 1),
+    "interrupted last run": (setup, "write_card", 1),
 }
 SEARCHES = ("interrupted search", "interrupted last run", "finished fit")
 # States that take more than three seconds to make
