@@ -58,6 +58,7 @@ def train(
     arguments = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
+    launch = interruption.find_launch(arguments)
     cfg = script.resolve(argv) if config is None else config
     configs: list[Any] = [cfg]
     if cfg.compare != NO_CONTROL:
@@ -122,6 +123,7 @@ def train(
             stop,
             # The command that goes on is shown only if the user has typed this one.
             arguments if argv is None else None,
+            launch,
             cfg.overwrite_output_dir,
             control_folder=folders[1] if len(folders) > 1 else None,
         )
