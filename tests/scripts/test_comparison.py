@@ -96,6 +96,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     export = setup.export
 
     def interrupted_export(*arguments):
+        assert not control_folder(parts, "lora").exists()  # it is made when the control begins
         results = export(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
         return results
