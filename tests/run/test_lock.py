@@ -62,9 +62,9 @@ def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
         process.kill()
         process.wait()
         assert (tmp_path / LOCK_FILE).exists()
-        with locked(tmp_path):  # the name of the killed process is replaced
-            with pytest.raises(UserError, match=f"process {os.getpid()} "), locked(tmp_path):
-                pass
+        owner = f"process {os.getpid()} "  # in place of the killed one
+        with locked(tmp_path), pytest.raises(UserError, match=owner), locked(tmp_path):
+            pass
     finally:
         os.kill(worker, signal.SIGKILL)
 

@@ -182,6 +182,10 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     with pytest.raises(UserError, match=f"renamed .{renamed.name} to {moved.name}"):
         train(run, **go_on)
     moved.rename(renamed)
+    # The same pictures at another place.
+    elsewhere = icons["dataset"].rename(tmp_path / "elsewhere")
+    train(run, **{**go_on, "dataset": None, "instance_data_dir": elsewhere})
+    elsewhere.rename(icons["dataset"])
 
     # Held-out pictures may change, unless the run leaves the best of its steps.
     train(run, **go_on, validation_part="1/2")
@@ -207,6 +211,8 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
 
     # Both the checkpoint and the run's record hold options that an earlier version had.
     write_rows(file, rows)
+    (tmp_path / "elsewhere").mkdir()
+    go_on["train_file"] = file.rename(tmp_path / "elsewhere" / file.name)
     saved = checkpoint.load(run / "checkpoints" / "step-1")
     saved.extra["config"] |= {"efm_beta": 0.9, "looksam_k": 5}
     checkpoint.save(run, saved)
