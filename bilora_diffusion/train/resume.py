@@ -161,7 +161,8 @@ def without_sources(
     settings: Mapping[str, Any], sources: Set[str] = SOURCES[TRAINING] | SOURCES[HELDOUT]
 ) -> dict[str, Any]:
     """Settings without the places of data, also of the data of each concept."""
-    kept = {name: value for name, value in settings.items() if name not in sources}
-    if "concepts" in kept:
-        kept["concepts"] = [without_sources(options, sources) for options in kept["concepts"]]
-    return kept
+    remainder = {name: value for name, value in settings.items() if name not in sources}
+    if "concepts" in remainder:
+        concepts = remainder["concepts"]
+        remainder["concepts"] = [without_sources(options, sources) for options in concepts]
+    return remainder

@@ -190,6 +190,7 @@ def test_an_earlier_checkpoint_is_gone_on_from_only_if_what_is_later_may_be_dele
     assert read_run(run)["removed_checkpoints"] == [0]
 
 
+@pytest.mark.slow
 def test_a_crash_while_later_steps_are_deleted_leaves_a_run_that_goes_on(tmp_path):
     newest_steps = set()
     for call in range(1, 100):  # until there are fewer changes than that
