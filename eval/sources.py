@@ -159,7 +159,7 @@ def _with_weights(subject: Subject) -> Subject:
         if not (folder / name).exists():
             raise UserError(
                 f'{folder} is a run without {name} (its status is "{status}"): let it finish, or go'
-                " on with --resume_from_checkpoint latest."
+                " on with --resume_from_checkpoint auto."
             )
     # A run that was resumed, or is still running, has the files of its last end.
     if not subject.finished:

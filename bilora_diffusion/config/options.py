@@ -259,7 +259,11 @@ class OutputOptions:
 
     # The run folder and its checkpoints.
     output_dir: str = option("lora-dreambooth-model", "Folder of the run.", is_path=True)
-    overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
+    overwrite_output_dir: bool = option(
+        False,
+        "Replace the run that the folder holds; with --resume_from_checkpoint step-100 only what it"
+        " holds of later steps.",
+    )
     # A method's name (`resolving.check_method`), or `NO_CONTROL`.
     compare: str = option(
         NO_CONTROL,
@@ -279,7 +283,8 @@ class OutputOptions:
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "Continue a run: latest, auto (latest if there is one), or a checkpoint's name or folder.",
+        "Continue a run: auto (from its newest checkpoint, or from the start without one), or a"
+        " checkpoint's name, such as step-100, or folder; latest must find a checkpoint.",
         is_path=True,
     )
     # What is recorded beside losses.

@@ -96,7 +96,7 @@ def save(folder: Path, state: Checkpoint) -> Path:
         try:
             _write(temporary, state)
             # A folder can be renamed only to a name that is free.
-            if final.exists():  # the run went on from an earlier checkpoint
+            if final.exists():
                 discard(final)
             os.rename(temporary, final)
             sync(root)
@@ -228,11 +228,32 @@ def prune(folder: Path, limit: int) -> list[int]:
         Steps of the deleted checkpoints.
     """
     folders = _find_steps(Path(folder) / CHECKPOINTS)
-    # By step, not by time: a run may have gone on from an earlier checkpoint.
     old_steps = sorted(folders)[:-limit]
     for step in old_steps:
         discard(folders[step])
     return old_steps
+
+
+def later_steps(folder: Path, chosen: Path) -> list[int]:
+    """Steps after that of a checkpoint whose checkpoints the run ``folder`` holds, in order.
+
+    Raises:
+        UserError: the chosen checkpoint is damaged.
+    """
+    newest = latest(folder)
+    if newest is None or newest.resolve() == chosen.resolve():
+        return []
+    with unaltered(chosen, STATE):
+        chosen_step = json.loads((chosen / STATE).read_bytes())["step"]
+        return [step for step in steps(folder) if step > chosen_step]
+
+
+def truncate(folder: Path, last_step: int) -> None:
+    """Delete the checkpoints of steps after ``last_step``, the newest first."""
+    folders = _find_steps(Path(folder) / CHECKPOINTS)
+    for step in sorted(folders, reverse=True):
+        if step > last_step:
+            discard(folders[step])
 
 
 def resolve(folder: Path, value: str | Path | None) -> Path | None:
@@ -240,9 +261,9 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
 
     Args:
         folder: the run folder.
-        value: "latest" (there must be one), "auto" (the latest, or none for a new start), the name
-            of a checkpoint in ``folder`` ("step-100"), or the path of a checkpoint of any run; None
-            for no checkpoint.
+        value: "auto" (the newest, or none for a new start), "latest" (as diffusers has it: there
+            must be one), the name of a checkpoint in ``folder`` ("step-100"), or the path of a
+            checkpoint of any run; None for no checkpoint.
 
     Returns:
         The checkpoint; None for a new start.
@@ -269,9 +290,7 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
 def require_same_settings(
     saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
 ) -> None:
-    """Refuse to go on with other settings.
-
-    They are compared as JSON: a tuple equals a list, NaN equals NaN, and True is not 1.
+    """Refuse to go on with other settings than `describe_differences` allows.
 
     Args:
         saved: settings that the checkpoint was made with.
@@ -279,7 +298,27 @@ def require_same_settings(
         free: keys that may differ.
 
     Raises:
-        UserError: it names up to three differing keys with both values.
+        UserError: something differs; the sentence names it.
+    """
+    differences = describe_differences(saved, current, free)
+    if differences:
+        raise UserError(
+            f"the checkpoint is of another config ({differences}): use the same values to resume,"
+            " or start a new run in another --output_dir"
+        )
+
+
+def describe_differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
+) -> str:
+    """Name up to three settings that differ, with both values; "" where all are equal.
+
+    They are compared as JSON: a tuple equals a list, NaN equals NaN, and True is not 1.
+
+    Args:
+        saved: settings of the earlier run.
+        current: settings of this run.
+        free: keys that may differ.
     """
     differences: list[str] = []
     for key in {**saved, **current}:
@@ -287,14 +326,10 @@ def require_same_settings(
         current_text = _describe_setting(current, key)
         if key not in free and saved_text != current_text:
             differences.append(f"{key} was {saved_text} and is {current_text}")
-    if differences:
-        listed = "; ".join(differences[:3])
-        if len(differences) > 3:
-            listed += f"; and {len(differences) - 3} more"
-        raise UserError(
-            f"the checkpoint is of another config ({listed}): use the same values to resume, or"
-            " start a new run in another --output_dir"
-        )
+    listed = "; ".join(differences[:3])
+    if len(differences) > 3:
+        listed += f"; and {len(differences) - 3} more"
+    return listed
 
 
 def _describe_setting(settings: Mapping[str, Any], key: str) -> str:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .. import methods
+from ..core.durable import discard, dump_json, write_text
 from ..core.errors import UserError, is_main_process
 from ..core.lora_names import (
     COMPONENTS,
@@ -86,12 +88,12 @@ class Start(Enum):
     """The options of a command that decide what to do in its output folder."""
 
     RUN = "none of them"
-    RESUME = "--resume_from_checkpoint latest, or a checkpoint by its name or path"
+    RESUME = "--resume_from_checkpoint with a checkpoint's name or path, or latest"
     AUTO = "--resume_from_checkpoint auto"
     FIT = "--fit"
     FIT_RESUME = "--fit with RESUME"
     FIT_AUTO = "--fit with AUTO"
-    OVERWRITE = "--overwrite_output_dir, with --fit or without"
+    OVERWRITE = "--overwrite_output_dir without a checkpoint, with --fit or without"
 
 
 class Action(Enum):
@@ -109,15 +111,22 @@ FOREIGN = (
 )
 NO_RECORD = (
     "{folder} holds checkpoints without the run.json of their run: go on with"
-    " --resume_from_checkpoint latest, move them away, or give another --output_dir"
-)
-REPEAT = (
-    "{folder} holds a run without a checkpoint: repeat it with --resume_from_checkpoint auto, "
-    + OR_ANOTHER
+    " --resume_from_checkpoint auto, move them away, or give another --output_dir"
 )
 OCCUPIED = (
-    "{folder} holds another run: continue it with --resume_from_checkpoint latest, " + OR_ANOTHER
+    "{folder} holds another run ({differences}): continue it with --resume_from_checkpoint auto"
+    " where these options may change, " + OR_ANOTHER
 )
+# For the run of the same options, by the state of the folder.
+OR_ANEW = "or start anew with --overwrite_output_dir"
+SAME_RUN = {
+    State.UNSAVED: "{folder} holds this run, {end} before its first checkpoint: begin it again with"
+    " --resume_from_checkpoint auto, " + OR_ANEW,
+    State.INTERRUPTED: "{folder} holds this run, {end} and saved up to step {saved} of {num_steps}:"
+    " go on with --resume_from_checkpoint auto, " + OR_ANEW,
+    State.FINISHED: "{folder} holds this run, finished: make only what is missing of it with"
+    " --resume_from_checkpoint auto, " + OR_ANEW,
+}
 NO_CHECKPOINT = "{folder} holds a finished run without a checkpoint: " + OR_ANOTHER
 NO_FIT = (
     "{folder} holds no search to go on with: drop --resume_from_checkpoint, or give the"
@@ -129,6 +138,11 @@ FIT_DONE = (
     "{folder} holds a finished --fit: give another --output_dir, where its checkpoints can be"
     " resumed by their path, or delete it with --overwrite_output_dir"
 )
+LATER_STEPS = (
+    "{folder} holds later checkpoints than {chosen} ({later}): go on from the newest with"
+    " --resume_from_checkpoint auto, or delete what the run holds of later steps with"
+    " --overwrite_output_dir"
+)
 # The action for each state of the folder, with a column for each `Start` in its order. A sentence
 # in place of an action refuses the command.
 BEGIN, RESUME, SEARCH = Action
@@ -136,7 +150,7 @@ TABLE: dict[State, tuple[Action | str, ...]] = {
     State.EMPTY: (BEGIN, RESUME, BEGIN, BEGIN, NO_FIT, BEGIN, BEGIN),
     State.FOREIGN: (FOREIGN,) * 7,
     State.CHECKPOINTS: (NO_RECORD, RESUME, RESUME, NO_RECORD, NO_RECORD, NO_RECORD, NO_RECORD),
-    State.UNSAVED: (REPEAT, RESUME, BEGIN, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
+    State.UNSAVED: (OCCUPIED, RESUME, BEGIN, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
     State.INTERRUPTED: (OCCUPIED, RESUME, RESUME, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
     State.FINISHED: (OCCUPIED, RESUME, RESUME, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
     State.INTERRUPTED_FIT: (FIT_ONLY, FIT_ONLY, FIT_ONLY, SEARCH, SEARCH, SEARCH, BEGIN),
@@ -148,6 +162,7 @@ def guard(
     folder: Path,
     resume: str | Path | None,
     *,
+    settings: Mapping[str, Any] | None = None,
     fit: bool = False,
     overwrite: bool = False,
     exports_weights: bool = False,
@@ -157,8 +172,11 @@ def guard(
     Args:
         folder: ``--output_dir``, which is locked and need not exist.
         resume: ``--resume_from_checkpoint``.
+        settings: options that decide what is learned, as JSON holds them; a run that was recorded
+            with the same ones is this run.
         fit: ``--fit``.
-        overwrite: ``--overwrite_output_dir``.
+        overwrite: ``--overwrite_output_dir``. With a checkpoint it deletes what the run holds of
+            later steps (`rewind`), without one all of the run (`clear`).
         exports_weights: whether the method leaves whole models.
 
     Returns:
@@ -170,6 +188,8 @@ def guard(
     state = classify(folder)
     row = dict(zip(Start, TABLE[state], strict=True))
     action = row[_start(resume, fit, overwrite)]
+    if action is OCCUPIED:
+        raise UserError(_describe_occupied(folder, state, settings or {}))
     if isinstance(action, str):
         raise UserError(action.format(folder=folder, foreign=_find_foreign(folder)))
     if exports_weights:
@@ -193,7 +213,30 @@ def guard(
             f"{folder} holds another run than checkpoint {chosen}: give another --output_dir, or a "
             f"checkpoint in {root}"
         )
+    if chosen is not None and not overwrite:
+        later_steps = checkpoint.later_steps(folder, chosen)
+        if later_steps:
+            later = ", ".join(f"step-{step}" for step in later_steps)
+            raise UserError(LATER_STEPS.format(folder=folder, chosen=chosen.name, later=later))
     return chosen
+
+
+def _describe_occupied(folder: Path, state: State, settings: Mapping[str, Any]) -> str:
+    """The sentence that refuses a folder with a run: this run, or another one and its options."""
+    record = read_run(folder)
+    # The record has all options.
+    recorded_settings = {}
+    for name in settings.keys() & record["config"].keys():
+        recorded_settings[name] = record["config"][name]
+    differences = checkpoint.describe_differences(recorded_settings, settings)
+    if differences:
+        return OCCUPIED.format(folder=folder, differences=differences)
+    return SAME_RUN[state].format(
+        folder=folder,
+        end="failed" if record["status"] == "failed" else "interrupted",
+        saved=max(checkpoint.steps(folder), default=None),
+        num_steps=record["num_steps"],
+    )
 
 
 def classify(folder: Path) -> State:
@@ -218,9 +261,9 @@ def classify(folder: Path) -> State:
 
 def _start(resume: str | Path | None, fit: bool, overwrite: bool) -> Start:
     """The column of `TABLE` for a command."""
-    if overwrite:
-        return Start.OVERWRITE
     if resume is None:
+        if overwrite:
+            return Start.OVERWRITE
         return Start.FIT if fit else Start.RUN
     if resume == "auto":
         return Start.FIT_AUTO if fit else Start.AUTO
@@ -303,23 +346,55 @@ def clear(folder: Path, overwrite: bool) -> None:
     known_names = (RUN, *RUN_NAMES, kohya_file_name(folder))
     if not any((folder / name).exists() for name in known_names):
         return
-    names = [*SIDE_NAMES, *RUN_NAMES, *_names_after_folder(folder)]
-    # Card and whole models may be somebody else's.
+    names = [*SIDE_NAMES, METRICS, checkpoint.CHECKPOINTS, *_result_names(folder), RUN]
+    kept_names = () if overwrite else (RUN, checkpoint.CHECKPOINTS, *SEARCH_NAMES)
+    for name in names:
+        if name not in kept_names:
+            _delete(folder / name)
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Delete the run's checkpoints and exported files of steps after that of a checkpoint.
+
+    The log of these steps is deleted by `RunLog.start`. A crash in between leaves an interrupted
+    run that goes on from its newest checkpoint.
+
+    Args:
+        folder: the run folder.
+        step: step of the checkpoint that the run goes on from.
+    """
+    record = _read_record(folder)
+    if record is not None:
+        # First, since a finished run without its files would be taken for a whole one.
+        record["status"] = "interrupted"
+        write_text(folder / RUN, dump_json(record))
+        for name in _result_names(folder):
+            _delete(folder / name)
+    for export in (folder / EXPORTS).glob("step-*"):
+        number = export.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            discard(export)
+    # Last, so that after a crash the command is refused or repeated until all else is deleted.
+    checkpoint.truncate(folder, step)
+
+
+def _result_names(folder: Path) -> list[str]:
+    """Names of what a run exports at its end; card and whole models only if they are the run's."""
+    names = [FILE_NAME, WEIGHTS, CONFIG, *_names_after_folder(folder)]
     record = _read_record(folder)
     if record is not None and record.get("card"):
         names.append(CARD)
     if _trained_whole(folder):
         names.extend(WHOLE_MODELS)
-    names.append(RUN)
-    kept_names = () if overwrite else (RUN, checkpoint.CHECKPOINTS, *SEARCH_NAMES)
-    for name in names:
-        if name in kept_names:
-            continue
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    return names
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or a folder, which need not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -327,7 +402,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock a run folder within the context; the folder is made if it is missing.
 
     Afterwards the lock file is deleted, and so is a new folder that stayed empty. In a distributed
-    run only the main process takes the lock.
+    run only the main process takes the lock. The file names the process and its host.
 
     Raises:
         UserError: another command holds the lock, or the folder is not writable.
@@ -357,16 +432,34 @@ def _acquire(lock: FileLock, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        _name_owner(folder / LOCK_FILE)
     except Timeout as error:
         raise UserError(
-            f"another command is writing into {folder}: wait until it has ended, or give another"
-            " folder"
+            f"{_describe_owner(folder)} is writing into {folder}: wait until it has ended, or give"
+            " another folder"
         ) from error
     except OSError as error:
         raise UserError(
             f"{folder} cannot be locked ({error.strerror}): check its rights and the room on its"
             " disk, or give another folder"
         ) from error
+
+
+def _name_owner(lock_file: Path) -> None:
+    """Write the process and its host into a lock file that this process has locked."""
+    process = f"{os.getpid()}\n"
+    with contextlib.suppress(OSError):  # the lock holds without it, on a full disk too
+        # Where a file system has no locks, `filelock` has written them itself.
+        if not lock_file.read_text().startswith(process):
+            lock_file.write_text(f"{process}{platform.node()}\n")
+
+
+def _describe_owner(folder: Path) -> str:
+    """The process that holds a folder's lock, by the lock file."""
+    with contextlib.suppress(OSError, ValueError):
+        process, host = (folder / LOCK_FILE).read_text().splitlines()[:2]
+        return f"process {int(process)} on {host}"
+    return "another command"  # in the moment before its process is written down
 
 
 def locked_around(path: Path) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -19,7 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from ..core.errors import Interrupted, is_main_process
+import psutil
+
+from ..core.errors import MPI_RANKS, Interrupted, is_main_process
 from . import checkpoint, runlog
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -27,6 +30,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
 # Replaces a secret in a printed command; the shell puts it in.
 TOKEN = "$HF_TOKEN"
+# Variables of which a launcher sets one: accelerate, torchrun, MPI.
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", *MPI_RANKS)
 
 
 class Stop(NamedTuple):
@@ -101,10 +106,48 @@ def ends_in(sentence: str) -> Iterator[None]:
         raise Interrupted(sentence, getattr(stop, "number", signal.SIGINT)) from None
 
 
+def find_launch(arguments: Sequence[str]) -> str | None:
+    """The command line of this process in front of the script's arguments, as a shell reads it.
+
+    It begins with the launcher and its options where one started this process, else with the
+    interpreter. It is read at the start, since a launcher may end before this process.
+
+    Args:
+        arguments: the script's arguments, as they were typed.
+
+    Returns:
+        The command line; None where it is not known, as in a notebook or under another launcher.
+    """
+    words = sys.orig_argv
+    prefix = ""
+    if any(name in os.environ for name in LAUNCHED):
+        try:
+            launcher = psutil.Process(os.getppid())
+            words = launcher.cmdline()
+            # Joins processes on CPUs to one run; it may have been typed in front of the command.
+            joins = launcher.environ().get("ACCELERATE_USE_CPU")
+        except psutil.Error:
+            return None
+        if joins is not None:
+            prefix = f"ACCELERATE_USE_CPU={shlex.quote(joins)} "
+    count = len(words) - len(arguments)
+    if count < 1 or words[count:] != list(arguments):
+        return None
+    program = words[:count]
+    # For a command such as `bilora` or `torchrun` the system starts Python with its file.
+    if len(program) > 1:
+        name = Path(program[1]).name
+        command = shutil.which(name)
+        if command is not None and os.path.realpath(command) == os.path.realpath(program[1]):
+            program[:2] = [name]
+    return prefix + shlex.join(program)
+
+
 def describe_interruption(
     folder: Path,
     stop: Stop,
     arguments: Sequence[str] | None,
+    launch: str | None,
     overwrites: bool,
     control_folder: Path | None = None,
 ) -> Interrupted:
@@ -114,6 +157,7 @@ def describe_interruption(
         folder: folder of the run that was stopped.
         stop: the signal and the step.
         arguments: the script's arguments, as they were typed; None for a call from Python.
+        launch: the command line in front of the arguments (`find_launch`).
         overwrites: whether the run was to replace an earlier one.
         control_folder: folder of the control run of ``--compare``, which comes last.
     """
@@ -131,55 +175,57 @@ def describe_interruption(
         state = "nothing was saved yet"
     else:
         state = f"{saved} is saved"
-    # "auto" also begins where there is no checkpoint, as for the runs of a search or a comparison
-    # that have not begun.
-    value = "latest"
-    if saved is None or stop.run is not None or control_folder is not None:
-        value = "auto"
     place = ""
     if control_folder is not None:
         place = f" of the run in {folder}"
     elif stop.run is not None:
         place = f" of {stop.run}"
+    instruction = "go on with"
     if arguments is None:
-        command = f"the same arguments and --resume_from_checkpoint {value}"
+        command = "the same arguments and --resume_from_checkpoint auto"
     else:
-        program = shlex.quote(sys.argv[0])
-        if sys.argv[0].startswith("bilora "):  # a command of the package, of two words
-            program = sys.argv[0]
-        words = resume_arguments(arguments, value, overwrites)
-        command = f"{program} {shlex.join(words)}"
-        # In single quotes the shell would not put the token in.
-        command = command.replace(f"'{TOKEN}'", f'"{TOKEN}"')
+        command = resume_command(arguments, overwrites)
+        if launch is None:
+            instruction += " the same launcher and script, and these arguments:"
+        else:
+            command = f"{launch} {command}"
+        if TOKEN in command and "HF_TOKEN" not in os.environ:
+            instruction = f"set HF_TOKEN to the token, and {instruction}"
     return Interrupted(
-        f"interrupted at step {stop.step} of {stop.num_steps}{place}, {state}: go on with the same"
-        f" launcher and\n\n    {command}\n",
+        f"interrupted at step {stop.step} of {stop.num_steps}{place}, {state}: {instruction}\n\n"
+        f"    {command}\n",
         stop.number,
     )
 
 
-def resume_arguments(arguments: Sequence[str], value: str, overwrites: bool) -> list[str]:
-    """The arguments of a script that go on from a checkpoint.
+def resume_command(arguments: Sequence[str], overwrites: bool) -> str:
+    """The arguments of a script that go on from the newest checkpoint, as a shell reads them.
 
     Of two equal flags the last one holds, so that added flags overrule the others and the recipe.
+    Where there is no checkpoint yet, "auto" begins; so do runs of a search or a comparison that
+    have not begun.
 
     Args:
-        arguments: the script's arguments.
-        value: value of ``--resume_from_checkpoint``.
+        arguments: the script's arguments, as they were typed.
         overwrites: whether the run was to replace an earlier one.
     """
-    added = ["--resume_from_checkpoint", value]
+    added = ["--resume_from_checkpoint", "auto"]
     if overwrites:
         added = ["--overwrite_output_dir", "false", *added]
     words = list(arguments)
-    for position, word in enumerate(words):
-        flag, _, _ = word.partition("=")
-        if flag.replace("-", "_") == "__hub_token":  # a secret is not repeated
-            if "=" in word:
-                words[position] = f"{flag}={TOKEN}"
-            elif position + 1 < len(words):
-                words[position + 1] = TOKEN
     # So that the command does not grow with each interruption.
-    if words[-len(added) :] == added:  # they are those of a resumed run already
-        return words
-    return words + added
+    if words[-len(added) :] != added:
+        words += added
+    quoted: list[str] = []
+    is_secret = False  # the value of the flag before it
+    for word in words:
+        flag, equals_sign, _ = word.partition("=")
+        is_token_flag = flag.replace("-", "_") == "__hub_token"
+        if is_secret:
+            quoted.append(f'"{TOKEN}"')  # a shell expands it in double quotes
+        elif is_token_flag and equals_sign:
+            quoted.append(f'{flag}="{TOKEN}"')
+        else:
+            quoted.append(shlex.quote(word))
+        is_secret = is_token_flag and not equals_sign
+    return " ".join(quoted)

@@ -88,6 +88,7 @@ class RunLog:
         date = _date()
         earlier: dict[str, Any] = {}
         resumed: list[Any] = []
+        removed_checkpoints: list[int] = []
         if resume_step is not None:
             # A checkpoint may have been copied without its record.
             if (self.folder / RUN).exists():
@@ -96,6 +97,9 @@ class RunLog:
             self._truncate(resume_step)
             resumed = list(earlier.get("resumed", []))
             resumed.append({"step": resume_step, "at": date})
+            for step in earlier.get("removed_checkpoints", []):
+                if step <= resume_step:
+                    removed_checkpoints.append(step)
         commit, differs = provenance.commit()
         public_options = dict(config)
         for name in SECRETS:
@@ -118,7 +122,7 @@ class RunLog:
             "resumed": resumed,
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
-            "removed_checkpoints": earlier.get("removed_checkpoints", []),
+            "removed_checkpoints": removed_checkpoints,
             # Its state now.
             "status": "running",
             "card": earlier.get("card", False),

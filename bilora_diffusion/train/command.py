@@ -30,6 +30,7 @@ from ..run.interruption import Stop
 from ..run.record import read_run
 from . import dry_run, setup
 from .engine import build_accelerator, free_memory
+from .resume import without_sources
 from .search import report
 from .search.runs import Search
 from .setup import Config, Script, translated_errors
@@ -58,6 +59,7 @@ def train(
     arguments = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
+    launch = interruption.find_launch(arguments)
     cfg = script.resolve(argv) if config is None else config
     configs: list[Any] = [cfg]
     if cfg.compare != NO_CONTROL:
@@ -70,9 +72,13 @@ def train(
     # command writes into them.
     folders = [Path(run_cfg.output_dir) for run_cfg in configs]
     with ExitStack() as locks:
+        locked_folders: list[Path] = []
         for folder in folders:
             refuse_unusable(folder)
-            locks.enter_context(locked(folder))
+            # A control's folder is made when the control begins, so that no empty one is seen.
+            if folder == folders[0] or folder.exists():
+                locks.enter_context(locked(folder))
+                locked_folders.append(folder)
         runs = plan(configs)
         accelerator = build_accelerator(cfg)
         repo_ids = hub_repositories(runs)
@@ -94,15 +100,19 @@ def train(
                 runs = []  # no run begins
             else:
                 task = task.with_config(choice)
-        for number, run in enumerate(runs):
+        for number, planned_run in enumerate(runs):
+            run = planned_run
             if run.is_finished:
                 logger.info("%s has this run already, to its end", run.folder)
                 continue
+            if run.folder not in locked_folders:
+                locks.enter_context(locked(run.folder))
+                (run,) = plan([run.cfg])  # another command may have trained there meanwhile
             if number > 0:
                 accelerator = build_accelerator(run.cfg)
                 task = task.with_config(run.cfg)
             repo_id = repo_ids.get(run.folder)
-            has_next = run is not runs[-1]
+            has_next = planned_run is not runs[-1]
             stop = _train_run(script, task, accelerator, run, repo_id, restores=has_next)
             if stop is not None:
                 stopped_folder = run.folder
@@ -128,6 +138,7 @@ def train(
             stop,
             # The command that goes on is shown only if the user has typed this one.
             arguments if argv is None else None,
+            launch,
             cfg.overwrite_output_dir,
             control_folder=folders[1] if len(folders) > 1 else None,
         )
@@ -239,6 +250,7 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
         checkpoint_folder = guard(
             Path(cfg.output_dir),
             cfg.resume_from_checkpoint,
+            settings=strict_json(cfg.resume_settings())[0],
             fit=cfg.fit,
             overwrite=cfg.overwrite_output_dir,
             exports_weights=methods.get(cfg.method).exports_weights,
@@ -252,8 +264,9 @@ def _has_finished(cfg: RunConfig) -> bool:
     folder = Path(cfg.output_dir)
     if classify(folder) is not State.FINISHED:
         return False
-    recorded_options = read_run(folder)["config"]
-    settings, _ = strict_json(cfg.resume_settings())
+    # Places of data are left out: `PlannedRun.require_same_data` compares what they hold.
+    recorded_options = without_sources(read_run(folder)["config"])
+    settings = without_sources(strict_json(cfg.resume_settings())[0])
     missing = object()
     return all(recorded_options.get(name, missing) == settings[name] for name in settings)
 

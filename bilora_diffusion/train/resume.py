@@ -12,9 +12,15 @@ from .. import adapters
 from ..config.run import FORMER_OPTIONS
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
-from ..run.data import require_same_content
+from ..run.data import HELDOUT, TRAINING, require_same_content
 from ..run.runlog import RunLog
 from .trainer import Trainer
+
+# Options that say where the samples of each set of the record of data are.
+SOURCES = {
+    TRAINING: frozenset({"dataset_name", "instance_data_dir", "class_data_dir", "train_file"}),
+    HELDOUT: frozenset({"validation_dataset", "validation_file"}),
+}
 
 
 def save(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
@@ -139,8 +145,24 @@ def require_same_work(
     """
     free = free | {"content"} | FORMER_OPTIONS
     sizes = current.keys() - set(options)
+    # Equal data may have moved, or their place may be written in another way.
+    for name, sources in SOURCES.items():
+        if saved["content"][name]["hash"] == current["content"][name]["hash"]:
+            saved = without_sources(saved, sources)
+            current = without_sources(current, sources)
     # Options first, then the data, then the sizes: the number of steps can follow from that of the
     # samples, and the sentence names the cause.
     require_same_settings(saved, current, free | sizes)
     require_same_content(saved["content"], current["content"], depends_on_heldout)
     require_same_settings(saved, current, free)
+
+
+def without_sources(
+    settings: Mapping[str, Any], sources: Set[str] = SOURCES[TRAINING] | SOURCES[HELDOUT]
+) -> dict[str, Any]:
+    """Settings without the places of data, also of the data of each concept."""
+    remainder = {name: value for name, value in settings.items() if name not in sources}
+    if "concepts" in remainder:
+        concepts = remainder["concepts"]
+        remainder["concepts"] = [without_sources(options, sources) for options in concepts]
+    return remainder

@@ -22,7 +22,7 @@ from ..core.files import counted
 from ..methods import Method, for_run
 from ..run import checkpoint, console, hub, provenance
 from ..run.data import summarize
-from ..run.folder import FIT_RECORD, clear
+from ..run.folder import FIT_RECORD, clear, rewind
 from ..run.interruption import Stop
 from ..run.record import last_measured, read_run, read_search
 from ..run.runlog import RunLog
@@ -181,6 +181,8 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
     if not is_resumed:
         # With --fit the search has emptied the folder, and its own files stay beside the run.
         clear(folder, overwrite=cfg.overwrite_output_dir and not cfg.fit)
+    elif cfg.overwrite_output_dir:
+        rewind(folder, trainer.step)
     log = RunLog(folder, trainer.accelerator.device)
     log.start(
         cfg.to_dict(),

@@ -20,6 +20,7 @@ from bilora_diffusion.run.checkpoint import (
     require_same_settings,
     resolve,
 )
+from bilora_diffusion.train.resume import require_same_work
 from tests.run.recorded_runs import save
 
 DTYPES = (
@@ -121,6 +122,7 @@ def crash_at(monkeypatch, call):
         os: ("mkdir", "rename", "replace", "fsync"),
         shutil: ("rmtree", "copymode"),
         checkpoint: ("save_file",),
+        Path: ("unlink",),
     }
     for module, names in changes.items():
         for name in names:
@@ -243,6 +245,43 @@ def test_only_a_run_of_the_same_settings_goes_on():
             require_same_settings(saved, current)
         for part in (*parts, "--output_dir"):
             assert part in str(error.value)
+
+
+def test_equal_data_may_have_moved_and_other_data_are_refused():
+    def run(place, training="a", heldout="b"):
+        concept = {"concept": "dog", "dataset_name": place, "class_data_dir": f"{place}/class"}
+        content = {"training": training, "held-out": heldout}
+        records = {name: {"count": 1, "hash": value} for name, value in content.items()}
+        return {
+            "dataset_name": place,
+            "train_file": f"{place}/rows.jsonl",
+            "validation_dataset": f"{place}/held_out",
+            "concepts": [concept],
+            "rank": 4,
+            "content": records,
+        }
+
+    def go_on(current, depends_on_heldout=True):
+        saved = run("photos")
+        options = current.keys() - {"content"}
+        require_same_work(
+            saved,
+            current,
+            options=options,
+            free=set() if depends_on_heldout else {"validation_dataset"},
+            depends_on_heldout=depends_on_heldout,
+        )
+
+    go_on(run("/home/photos"))
+    with pytest.raises(UserError, match="rank was 4 and is 8"):
+        go_on({**run("/home/photos"), "rank": 8})
+    with pytest.raises(UserError, match='dataset_name was "photos" and is "/home/photos"'):
+        go_on(run("/home/photos", training="c"))
+    with pytest.raises(UserError, match="validation_dataset was"):
+        go_on(run("/home/photos", heldout="c"))
+    with pytest.raises(UserError, match="in the training data, some of"):
+        go_on(run("photos", training="c"))
+    go_on(run("/home/photos", heldout="c"), depends_on_heldout=False)
 
 
 def test_only_tensors_of_the_same_names_and_shapes_are_taken():

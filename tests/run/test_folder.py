@@ -1,14 +1,17 @@
 """Which output folders are refused, what a fresh start deletes; refusing changes nothing."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run.folder import clear, guard, refuse_unusable
-from bilora_diffusion.run.runlog import RunLog
+from bilora_diffusion.run.checkpoint import load, steps
+from bilora_diffusion.run.folder import clear, guard, refuse_unusable, rewind
+from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
 from tests.run.recorded_runs import save
+from tests.run.test_checkpoint import Crash, crash_at
 from tests.scripts.runs import file_contents
 
 
@@ -18,10 +21,10 @@ def start(folder):
     return log
 
 
-def refused(*parts, folder, resume=None, overwrite=False):
+def refused(*parts, folder, resume=None, overwrite=False, settings=None):
     """The folder is refused by a sentence that has these parts."""
     with pytest.raises(UserError) as error:
-        guard(folder, resume, overwrite=overwrite)
+        guard(folder, resume, overwrite=overwrite, settings=settings)
     for part in parts:
         assert str(part) in str(error.value)
 
@@ -120,6 +123,104 @@ def test_checkpoints_whose_record_is_lost_are_resumed_and_else_kept(tmp_path):
     path = save(tmp_path, 5)
     assert guard(tmp_path, "auto") == path
     for overwrite in (False, True):
-        refused(tmp_path, "--resume_from_checkpoint latest", folder=tmp_path, overwrite=overwrite)
+        refused(tmp_path, "--resume_from_checkpoint auto", folder=tmp_path, overwrite=overwrite)
     (tmp_path / "run.json").write_text("{")
     refused("run.json", folder=tmp_path, resume="latest")
+
+
+def test_the_same_run_is_called_so_and_another_by_what_differs(tmp_path):
+    settings = {"rank": 4, "betas": [0.9, 0.99]}
+    log = RunLog(tmp_path)
+    config = {**settings, "betas": (0.9, 0.99), "output_dir": "x"}
+    log.start(config, "lora", 0, None, num_steps=500)
+    same_run = f"{tmp_path} holds this run, "
+    auto = "--resume_from_checkpoint auto"
+    refused(f"{same_run}interrupted before", auto, folder=tmp_path, settings=settings)
+    save(tmp_path, 100)
+    save(tmp_path, 200)
+    log.close("interrupted")
+    words = "interrupted and saved up to step 200 of 500: "
+    refused(same_run + words, auto, "--overwrite", folder=tmp_path, settings=settings)
+    log.start(config, "lora", 0, 200, num_steps=500)
+    log.close("failed", "a loss is not finite")
+    refused(f"{same_run}failed and saved", folder=tmp_path, settings=settings)
+    difference = "holds another run (rank was 4 and is 8)"
+    refused(difference, auto, folder=tmp_path, settings={**settings, "rank": 8})
+    log.start(config, "lora", 0, 200, num_steps=500)
+    log.close("finished")
+    refused(f"{same_run}finished", auto, folder=tmp_path, settings=settings)
+
+
+def finished_run(folder):
+    """A finished run of four steps, each of which has a checkpoint, an export and images."""
+    log = start(folder)
+    for step in range(1, 5):
+        log.metric(step, loss=step / 2)
+        save(folder, step, step)
+        for name in ("exports", "validation"):
+            (folder / name / f"step-{step}").mkdir(parents=True)
+    log.record_removed_checkpoints([0, 3])
+    log.close("finished")
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"of step 4")
+    (folder / "photo.png").write_bytes(b"mine")
+    return folder
+
+
+def test_an_earlier_checkpoint_is_gone_on_from_only_if_what_is_later_may_be_deleted(tmp_path):
+    run = finished_run(tmp_path / "run")
+    before = file_contents(run)
+    for value in ("step-2", run / "checkpoints" / "step-2"):
+        later = f"{run} holds later checkpoints than step-2 (step-3, step-4)"
+        refused(later, "auto", "--overwrite_output_dir", folder=run, resume=value)
+        assert guard(run, value, overwrite=True) == run / "checkpoints" / "step-2"
+    assert guard(run, "step-4") == guard(run, "auto") == run / "checkpoints" / "step-4"
+    assert file_contents(run) == before
+
+    rewind(run, 2)
+    log = RunLog(run)
+    log.start({}, method="lora", seed=0, resume_step=2)
+    for name in ("checkpoints", "exports", "validation"):
+        assert sorted(path.name for path in (run / name).iterdir()) == ["step-1", "step-2"]
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == [
+        "metrics.jsonl",
+        "photo.png",
+        "run.json",
+    ]
+    assert [row["step"] for row in read_metrics(run)] == [1, 2]
+    assert read_run(run)["removed_checkpoints"] == [0]
+
+
+@pytest.mark.slow
+def test_a_crash_while_later_steps_are_deleted_leaves_a_run_that_goes_on(tmp_path):
+    newest_steps = set()
+    for call in range(1, 100):  # until there are fewer changes than that
+        run = finished_run(tmp_path / str(call))
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, call)
+            try:
+                rewind(run, 2)
+                RunLog(run).start({}, method="lora", seed=0, resume_step=2)
+                is_complete = True
+            except Crash:
+                is_complete = False
+        for value in ("auto", "step-2"):
+            parts = Path(shutil.copytree(run, tmp_path / f"{call} {value}"))
+            chosen = guard(parts, value, overwrite=value != "auto")
+            assert chosen is not None
+            step = load(chosen).step
+            if value == "auto":
+                newest_steps.add(step)
+            else:
+                rewind(parts, step)
+            RunLog(parts).start({}, method="lora", seed=0, resume_step=step)
+            # The log has each step up to the newest checkpoint, and no later one.
+            assert [row["step"] for row in read_metrics(parts)] == list(range(1, step + 1))
+            assert steps(parts)[-1] == step
+            # A run that counts as finished has its file.
+            weights = run / "pytorch_lora_weights.safetensors"
+            assert weights.exists() or read_run(run)["status"] != "finished"
+        if is_complete:
+            break
+    assert is_complete
+    assert call > 10
+    assert newest_steps == {2, 3, 4}

@@ -1,6 +1,7 @@
 """The lock of a run folder."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def test_one_command_at_a_time_has_a_folder_and_the_lock_leaves_no_file(tmp_path
     folder = tmp_path / "a" / "b"
     with locked(folder):
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
-        with pytest.raises(UserError, match=f"another command .*{folder}"), locked(folder):
+        owner = f"process {os.getpid()} on {platform.node()} is writing into {folder}"
+        with pytest.raises(UserError, match=owner), locked(folder):
             pass
         assert (folder / LOCK_FILE).exists()
         with locked(folder / "fit" / "run"):  # as a search locks the folder of each of its runs
@@ -52,12 +54,16 @@ def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     worker = int(process.stdout.readline())
     try:
-        with pytest.raises(UserError, match=str(tmp_path)), locked(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"process {process.pid} .*{tmp_path}"),
+            locked(tmp_path),
+        ):
             pass
         process.kill()
         process.wait()
         assert (tmp_path / LOCK_FILE).exists()
-        with locked(tmp_path):
+        owner = f"process {os.getpid()} "  # in place of the killed one
+        with locked(tmp_path), pytest.raises(UserError, match=owner), locked(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)

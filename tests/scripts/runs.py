@@ -91,7 +91,9 @@ def copied(run: Path, folder: Path) -> Path:
 def resumed(run: Path, step: int, **values: Any) -> Path:
     """A copy that goes on from one of the run's checkpoints; returns its folder."""
     parts = copied(run, run.with_name(f"{run.name}-parts"))
-    return train(parts, **values, resume_from_checkpoint=parts / "checkpoints" / f"step-{step}")
+    checkpoint = parts / "checkpoints" / f"step-{step}"
+    # What the copy holds of later steps is deleted.
+    return train(parts, **values, resume_from_checkpoint=checkpoint, overwrite_output_dir=True)
 
 
 def resumes_exactly(run: Path, step: int, **values: Any) -> None:

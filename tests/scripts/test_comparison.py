@@ -96,6 +96,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     write_card = setup.write_card
 
     def interrupted_write_card(*arguments):
+        assert not control_folder(parts, "lora").exists()  # it is made when the control begins
         write_card(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
 

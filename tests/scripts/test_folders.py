@@ -35,8 +35,9 @@ TRAINS = (BEGINS, RESUMES)
 # Every other outcome is a refusal, by its reason.
 NO_CHECKPOINT = "checkpoint 'latest' does not exist"
 NO_SEARCH = "holds no search to go on with"
-UNSAVED_RUN = "holds a run without a checkpoint"
-FOREIGN_RUN = "holds another run"
+UNSAVED_RUN = "holds this run, interrupted before its first checkpoint"
+SAVED_RUN = "holds this run, interrupted and saved up to step 1 of 2"
+DONE_RUN = "holds this run, finished"
 NO_FIT = "holds a run without a search"
 OPEN_FIT = "holds an interrupted --fit"
 DONE_FIT = "holds a finished --fit"
@@ -44,8 +45,8 @@ DONE_FIT = "holds a finished --fit"
 OUTCOMES = {
     "empty": (BEGINS, NO_CHECKPOINT, BEGINS, BEGINS, NO_SEARCH, BEGINS, DRY),
     "begun run": (UNSAVED_RUN, NO_CHECKPOINT, BEGINS, NO_FIT, NO_FIT, NO_FIT, DRY),
-    "interrupted run": (FOREIGN_RUN, RESUMES, RESUMES, NO_FIT, NO_FIT, NO_FIT, DRY),
-    "finished run": (FOREIGN_RUN, RESUMES, RESUMES, NO_FIT, NO_FIT, NO_FIT, DRY),
+    "interrupted run": (SAVED_RUN, RESUMES, RESUMES, NO_FIT, NO_FIT, NO_FIT, DRY),
+    "finished run": (DONE_RUN, RESUMES, RESUMES, NO_FIT, NO_FIT, NO_FIT, DRY),
     "interrupted search": (OPEN_FIT, OPEN_FIT, OPEN_FIT, RESUMES, RESUMES, RESUMES, DRY),
     "interrupted last run": (OPEN_FIT, OPEN_FIT, OPEN_FIT, RESUMES, RESUMES, RESUMES, DRY),
     "finished fit": (DONE_FIT, DONE_FIT, DONE_FIT, DONE_FIT, RESUMES, RESUMES, DRY),

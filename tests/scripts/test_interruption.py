@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import time
@@ -15,6 +14,7 @@ from bilora_diffusion.run import checkpoint, runlog, snapshots
 from bilora_diffusion.run.record import BY_CONCEPT
 from tests.scripts.runs import (
     ON_CPUS,
+    ROOT,
     SCRIPT,
     TEXT_SCRIPT,
     TORCHRUN,
@@ -22,7 +22,6 @@ from tests.scripts.runs import (
     column,
     difference,
     flags,
-    run_python,
     started,
     train,
     train_once,
@@ -88,8 +87,12 @@ def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment
     while runlog.read_run(folder)["status"] == "running" and time.monotonic() < end:
         time.sleep(0.1)
     assert runlog.read_run(folder)["status"] == "interrupted", output
-    (line,) = [line for line in output.splitlines() if "--resume_from_checkpoint latest" in line]
-    run_python(shlex.split(line), processes, environment=environment)
+    (line,) = [line for line in output.splitlines() if "--resume_from_checkpoint auto" in line]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, env=variables, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.slow

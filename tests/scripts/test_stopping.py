@@ -195,7 +195,8 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     run = train(tmp_path / "run", **shared)
     content = runlog.read_run(run)["content"]
     assert content["training"]["count"] == content["held-out"]["count"] == 2
-    go_on = {**shared, "resume_from_checkpoint": run / "checkpoints" / "step-1"}
+    go_on = {**shared, "overwrite_output_dir": True}
+    go_on["resume_from_checkpoint"] = run / "checkpoints" / "step-1"
 
     original = picture.read_bytes()
     shutil.copy(next(icons["validation_dataset"].glob("*.png")), picture)
@@ -206,12 +207,16 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     with pytest.raises(UserError, match=f"renamed .{renamed.name} to {moved.name}"):
         train(run, **go_on)
     moved.rename(renamed)
+    # The same pictures at another place.
+    elsewhere = icons["dataset"].rename(tmp_path / "elsewhere")
+    train(run, **{**go_on, "dataset": None, "instance_data_dir": elsewhere})
+    elsewhere.rename(icons["dataset"])
 
     # Held-out pictures may change, unless the run leaves the best of its steps.
     train(run, **go_on, validation_part="1/2")
     assert any("in the held-out data" in record.message for record in caplog.records)
     best = train(tmp_path / "best", **shared, keep_best=True, validation_part="2/2")
-    go_on = {**shared, "resume_from_checkpoint": best / "checkpoints" / "step-1"}
+    go_on["resume_from_checkpoint"] = best / "checkpoints" / "step-1"
     with pytest.raises(UserError, match="validation_part was"):
         train(best, **go_on, keep_best=True, validation_part="1/2")
 
@@ -222,7 +227,7 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     file = write_rows(tmp_path / "train.jsonl", rows)
     options = {**material("seq2seq"), "train_file": file, "checkpointing_steps": 1}
     run = train_text(tmp_path / "run", **options)
-    go_on = {**options, "resume_from_checkpoint": "step-1"}
+    go_on = {**options, "resume_from_checkpoint": "step-1", "overwrite_output_dir": True}
     changed_rows = copy.deepcopy(rows)
     changed_rows[2]["answer"] = "five"
     write_rows(file, changed_rows)
@@ -231,6 +236,8 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
 
     # Both the checkpoint and the run's record hold options that an earlier version had.
     write_rows(file, rows)
+    (tmp_path / "elsewhere").mkdir()
+    go_on["train_file"] = file.rename(tmp_path / "elsewhere" / file.name)
     saved = checkpoint.load(run / "checkpoints" / "step-1")
     saved.extra["config"] |= {"efm_beta": 0.9, "looksam_k": 5}
     checkpoint.save(run, saved)

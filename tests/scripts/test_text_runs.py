@@ -72,7 +72,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
     flags = {**flags_by_kind[kind], "method": method, **values}
     folder = train_text(tmp_path / "run", **flags)
     parts = copied(folder, tmp_path / "parts")
-    train_text(parts, **flags, resume_from_checkpoint="step-1")
+    train_text(parts, **flags, resume_from_checkpoint="step-1", overwrite_output_dir=True)
     assert_same_run(folder, parts, "grad_norm", "heldout_loss")
     record = runlog.read_run(folder)
     assert record["status"] == "finished"

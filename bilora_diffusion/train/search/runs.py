@@ -223,7 +223,9 @@ class Search:
         Returns:
             The configuration to train with, or a `Stop`.
         """
-        overwrite = self.cfg.overwrite_output_dir
+        # With a checkpoint, of the last run, the search itself stays.
+        resumes = self.cfg.resume_from_checkpoint is not None
+        overwrite = self.cfg.overwrite_output_dir and not resumes
         record = None if overwrite else read_search(self.folder / FIT_RECORD)
         self._accelerator.wait_for_everyone()  # all read the record before one replaces it
         if record is not None:
