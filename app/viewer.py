@@ -77,13 +77,13 @@ def serve(args: argparse.Namespace) -> None:
         try:
             import gradio  # noqa: F401
 
-            from . import page
+            from . import guard, page
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
         # Before the server is built, whose log keeps the stream that it finds.
-        with contextlib.redirect_stderr(page.ShortLines(sys.stderr)):
+        with contextlib.redirect_stderr(guard.ShortLines(sys.stderr)):
             server = page.server(
                 catalog,
                 host=args.host,

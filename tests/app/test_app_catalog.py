@@ -304,7 +304,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
     try:
         assert str(port) in process.stdout.readline()
         # An event that fails: Gradio prints its trace, and in it what was sent.
-        Visitor(port).send(1, ["x" * 900_000])
+        Visitor(port).send(1, [["x" * 9_000] * 10])
         assert list(temporary.glob("bilora-viewer-*"))
         process.send_signal(signal_number)
         if is_ignored:
