@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from html import unescape
 from pathlib import Path
@@ -318,6 +319,34 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
     finally:
         process.kill()
     assert not list(temporary.glob("bilora-viewer-*"))
+
+
+def test_a_viewer_deletes_the_temporary_folders_of_those_that_were_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / viewer.CACHE_LOCK).touch()
+    (tmp_path / "bilora-viewer-link").symlink_to(outside, target_is_directory=True)
+    (tmp_path / "bilora-viewer-new").mkdir()  # of a viewer that has not locked it yet
+    kept = {"outside", "bilora-viewer-link", "bilora-viewer-new"}
+    code = "import time; from app import viewer\nwith viewer.own_cache() as cache:\n"
+    code += "    print(cache, flush=True); time.sleep(60)"
+    processes = [started("-c", code, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        killed, running = (Path(process.stdout.readline().strip()) for process in processes)
+        (killed / "copy.png").touch()
+        processes[0].kill()
+        processes[0].wait(20)
+        with viewer.own_cache() as cache:
+            names = {path.name for path in tmp_path.iterdir()}
+            assert names == kept | {running.name, cache.name}
+        assert {path.name for path in tmp_path.iterdir()} == kept | {running.name}
+        assert (outside / viewer.CACHE_LOCK).exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(20)
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
