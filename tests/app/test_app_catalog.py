@@ -208,6 +208,7 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         "1": ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
         "2": ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
         "3": ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
+        "4\\5": ("run.json", "{}", "backslash"),
     }
     make_run(tmp_path / "good")
     for name, (file, text, _) in broken.items():
@@ -215,7 +216,7 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         (tmp_path / name / file).write_text(text)
     catalog = Catalog(tmp_path)
     assert paths(catalog) == ["good"]
-    assert [folder.path for folder in catalog.scan.broken] == list(broken)
+    assert sorted(folder.path for folder in catalog.scan.broken) == list(broken)
     for folder in catalog.scan.broken:
         assert broken[folder.path][2] in folder.reason
         assert str(tmp_path) not in folder.reason
