@@ -330,7 +330,7 @@ def test_a_viewer_deletes_the_temporary_folders_of_those_that_were_killed(tmp_pa
     (outside / viewer.CACHE_LOCK).touch()
     (tmp_path / "bilora-viewer-link").symlink_to(outside, target_is_directory=True)
     (tmp_path / "bilora-viewer-new").mkdir()  # of a viewer that has not locked it yet
-    kept = {"outside", "bilora-viewer-link", "bilora-viewer-new"}
+    other_names = {"outside", "bilora-viewer-link", "bilora-viewer-new"}
     code = "import time; from app import viewer\nwith viewer.own_cache() as cache:\n"
     code += "    print(cache, flush=True); time.sleep(60)"
     processes = [started("-c", code, stdout=subprocess.PIPE) for _ in range(2)]
@@ -341,8 +341,8 @@ def test_a_viewer_deletes_the_temporary_folders_of_those_that_were_killed(tmp_pa
         processes[0].wait(20)
         with viewer.own_cache() as cache:
             names = {path.name for path in tmp_path.iterdir()}
-            assert names == kept | {running.name, cache.name}
-        assert {path.name for path in tmp_path.iterdir()} == kept | {running.name}
+            assert names == other_names | {running.name, cache.name}
+        assert {path.name for path in tmp_path.iterdir()} == other_names | {running.name}
         assert (outside / viewer.CACHE_LOCK).exists()
     finally:
         for process in processes:
