@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from html import unescape
 from pathlib import Path
@@ -207,6 +208,7 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         "1": ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
         "2": ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
         "3": ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
+        "4\\5": ("run.json", "{}", "backslash"),
     }
     make_run(tmp_path / "good")
     for name, (file, text, _) in broken.items():
@@ -214,7 +216,7 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         (tmp_path / name / file).write_text(text)
     catalog = Catalog(tmp_path)
     assert paths(catalog) == ["good"]
-    assert [folder.path for folder in catalog.scan.broken] == list(broken)
+    assert sorted(folder.path for folder in catalog.scan.broken) == list(broken)
     for folder in catalog.scan.broken:
         assert broken[folder.path][2] in folder.reason
         assert str(tmp_path) not in folder.reason
@@ -304,7 +306,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
     try:
         assert str(port) in process.stdout.readline()
         # An event that fails: Gradio prints its trace, and in it what was sent.
-        Visitor(port).send(1, ["x" * 900_000])
+        Visitor(port).send(1, [["x" * 9_000] * 10])
         assert list(temporary.glob("bilora-viewer-*"))
         process.send_signal(signal_number)
         if is_ignored:
@@ -318,6 +320,34 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
     finally:
         process.kill()
     assert not list(temporary.glob("bilora-viewer-*"))
+
+
+def test_a_viewer_deletes_the_temporary_folders_of_those_that_were_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / viewer.CACHE_LOCK).touch()
+    (tmp_path / "bilora-viewer-link").symlink_to(outside, target_is_directory=True)
+    (tmp_path / "bilora-viewer-new").mkdir()  # of a viewer that has not locked it yet
+    other_names = {"outside", "bilora-viewer-link", "bilora-viewer-new"}
+    code = "import time; from app import viewer\nwith viewer.own_cache() as cache:\n"
+    code += "    print(cache, flush=True); time.sleep(60)"
+    processes = [started("-c", code, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        killed, running = (Path(process.stdout.readline().strip()) for process in processes)
+        (killed / "copy.png").touch()
+        processes[0].kill()
+        processes[0].wait(20)
+        with viewer.own_cache() as cache:
+            names = {path.name for path in tmp_path.iterdir()}
+            assert names == other_names | {running.name, cache.name}
+        assert {path.name for path in tmp_path.iterdir()} == other_names | {running.name}
+        assert (outside / viewer.CACHE_LOCK).exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(20)
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
