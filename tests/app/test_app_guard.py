@@ -35,6 +35,8 @@ from tests.app.visitor import LOCAL, Visitor
 EVIL = "http://evil.example"
 SECRET = "nobody may read this"
 JOIN = "/gradio_api/queue/join"
+# A server that reads an endless file does not answer at all; a busy machine takes a while.
+PATIENCE_SECONDS = 15
 # Ports of the servers of this process
 OWN_PORTS: set[int] = set()
 # The routes of Gradio that the page needs
@@ -297,7 +299,7 @@ def test_no_event_takes_a_file_or_an_address(served):
         start = time.monotonic()
         answer = served.ask(f"/gradio_api/{route}", "POST", body)
         assert answer.status == 400, (body, answer.read())
-        assert time.monotonic() - start < 1, body
+        assert time.monotonic() - start < PATIENCE_SECONDS, body
     assert len(requests) > 1000
     assert served.calls == []
     assert copies() == copies_before
@@ -318,7 +320,7 @@ def test_gradio_itself_refuses_files_that_it_has_not_made(unguarded):
             answer = unguarded.send(
                 event, [*values[:position], file_object, *values[position + 1 :]]
             )
-            assert time.monotonic() - start < 1, (event, position)
+            assert time.monotonic() - start < PATIENCE_SECONDS, (event, position)
             assert "/gradio_api/file=" not in answer, (event, position)
     assert copies() == copies_before
     assert not is_read(unguarded.root.parent / "pipe")
