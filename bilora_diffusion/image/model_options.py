@@ -11,6 +11,9 @@ from ..core.values import (
     DECAYS,
     FACTORS,
     GUIDANCES,
+    MODEL_SHIFT,
+    NO_SHIFT,
+    PIPELINE_SHIFT,
     RATES,
     STEPS,
     Range,
@@ -164,6 +167,13 @@ class DiffusionOptions:
         " and kohya's scripts for Stable Diffusion XL.",
         range=FACTORS,
     )
+    # Read and checked: `derived.range_of_levels`.
+    timestep_range: list[float] = option(  # noqa: RUF009 (as `lora_layers`)
+        [0.0, 1.0],
+        "Lowest and highest noise level that is trained, as shares of the full noise, such as 0 0.8"
+        " (the thousandth of kohya's --min_timestep and --max_timestep). Levels within keep their"
+        " distribution; the held-out loss has all levels.",
+    )
     hold_unconditional: float = option(
         0.0,
         "Hold the unconditional prediction, which guidance leads away from, at the base model's:"
@@ -254,11 +264,13 @@ class FlowOptions:
         " error of the clean image, as diffusers' script for SD3 does unless it is given 0.",
         ignored=(ON_SDXL,),
     )
-    timestep_shift: str = option(
-        "pipeline",
-        "Noise levels: shifted as the pipeline shifts them at this resolution, or, where that"
-        " depends on the resolution (FLUX, Qwen-Image), none, as in diffusers' scripts.",
-        choices=("pipeline", "none"),
+    timestep_shift: float | str = option(
+        MODEL_SHIFT,
+        "Shift of the noise levels: model, as its authors trained it (docs/models.md); pipeline, as"
+        " it samples; none; or a number s, which makes evenly spaced levels t to s t / (1 + (s - 1)"
+        " t). FLUX and later models are shifted by the resolution.",
+        range=Range(100, "all noise levels would be alike", greater_than=0),
+        words=(MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT),
         ignored=(ON_SDXL,),
     )
 
