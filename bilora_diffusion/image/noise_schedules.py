@@ -254,12 +254,13 @@ class FlowMatching(SampledLevels):
         kind = str(config.get("_class_name", "FlowMatch"))
         if "FlowMatch" not in kind:
             raise ValueError(f"its scheduler, a {kind}, has no straight paths to noise")
+        changes: dict[str, Any] = {}
         if shift is not None:
             mu = None
             # Without Qwen-Image's `shift_terminal` too, which would stretch the levels.
-            own_shift = {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
-            config = {**config, **own_shift}
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
+            changes = {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
+        # As arguments: in a configuration diffusers ignores values that had been its defaults.
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
         steps = int(scheduler.config["num_train_timesteps"])
         even_levels = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
         scheduler.set_timesteps(sigmas=even_levels, mu=mu)
