@@ -171,7 +171,7 @@ class DiffusionOptions:
     timestep_range: list[float] = option(  # noqa: RUF009 (as `lora_layers`)
         [0.0, 1.0],
         "Lowest and highest noise level that is trained, as shares of the full noise, such as 0 0.8"
-        " (the thousandth of kohya's --min_timestep and --max_timestep). Levels within keep their"
+        " (kohya's --min_timestep and --max_timestep over 1000). Levels within keep their"
         " distribution; the held-out loss has all levels.",
     )
     hold_unconditional: float = option(
@@ -266,9 +266,9 @@ class FlowOptions:
     )
     timestep_shift: float | str = option(
         MODEL_SHIFT,
-        "Shift of the noise levels: model, as its authors trained it (docs/models.md); pipeline, as"
-        " it samples; none; or a number s, which makes evenly spaced levels t to s t / (1 + (s - 1)"
-        " t). FLUX and later models are shifted by the resolution.",
+        "Shift of the noise levels in training: model, that of its authors (docs/models.md);"
+        " pipeline, that of sampling; none; or a number s, by which evenly spaced levels t become"
+        " s t / (1 + (s - 1) t).",
         range=Range(100, "all noise levels would be alike", greater_than=0),
         words=(MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT),
         ignored=(ON_SDXL,),
