@@ -127,7 +127,8 @@ def check(
         label = f"{dashes}{name}"
         _check_text(label, value)
         if properties.range:
-            properties.range.check(label, value, smallest)
+            for number in value if isinstance(value, list) else [value]:
+                properties.range.check(label, number, smallest)
         if properties.choices:
             check_choice(label, value, properties.choices)
         if properties.is_path and isinstance(value, str):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 from ..config import machine
 from ..config.derived import Rule, default_text_encoder_lr, default_validation_loss_steps, derive
 from ..core.errors import UserError, reading
-from ..core.files import is_file, quoted, read_text
+from ..core.files import is_file, read_text
 from ..core.values import ATTENTION, EMBEDDED
 from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, embedded, heldout_name
 from .base_model import SDXL_BASE, BaseModel
@@ -152,7 +151,6 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
     cfg = replace(
         cfg,
         lora_layers=words_of_layers(cfg.lora_layers),
-        timestep_range=range_of_levels(cfg.timestep_range),
         pipeline=model.pipeline,
         predicts_noise=model.predicts_noise,
         embeds_guidance=model.family.embeds_guidance(model.configs),
@@ -204,23 +202,6 @@ def words_of_layers(values: list[str]) -> list[str]:
     if words == [ATTENTION]:
         return []
     return words
-
-
-def range_of_levels(values: Sequence[Any]) -> list[float]:
-    """The two numbers of ``--timestep_range``, which are texts if a recipe gives them.
-
-    Raises:
-        UserError: they are no two numbers from 0 to 1, the lower one first.
-    """
-    given = " ".join(map(str, values))
-    fix = "give two numbers from 0 to 1, the lower one first, such as 0 0.8"
-    try:
-        numbers = [float(value) for value in values]
-    except ValueError as error:
-        raise UserError(f"--timestep_range is {quoted(given)}: {fix}.") from error
-    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1] <= 1:
-        raise UserError(f"--timestep_range is {quoted(given)}: {fix}.")
-    return numbers
 
 
 def default_train_batch_size(cfg: ImageOptions) -> int:

@@ -167,12 +167,13 @@ class DiffusionOptions:
         " and kohya's scripts for Stable Diffusion XL.",
         range=FACTORS,
     )
-    # Read and checked: `derived.range_of_levels`.
+    # Two numbers: `config.check_level_range`.
     timestep_range: list[float] = option(  # noqa: RUF009 (as `lora_layers`)
         [0.0, 1.0],
         "Lowest and highest noise level that is trained, as shares of the full noise, such as 0 0.8"
         " (kohya's --min_timestep and --max_timestep over 1000). Levels within keep their"
         " distribution; the held-out loss has all levels.",
+        range=Range(1, "it is the full noise", at_least=0),
     )
     hold_unconditional: float = option(
         0.0,

@@ -172,9 +172,9 @@ def truncated(quantile: Any, low: float, high: float) -> Any:
     """Quantiles of a distribution within two places, from those of the whole."""
     p = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     places = quantile(p)
-    below = float((places < low).double().mean())
-    up_to = float((places <= high).double().mean())
-    return lambda p: quantile(below + p * (up_to - below))
+    lowest = float((places < low).double().mean())
+    highest = float((places <= high).double().mean())
+    return lambda p: quantile(lowest + p * (highest - lowest))
 
 
 @pytest.mark.parametrize(("low", "high"), RANGES)
@@ -212,15 +212,15 @@ def test_samples_within_a_range_are_those_of_the_run_without_it(words):
     """So that runs with and without a range are paired, and all levels change nothing."""
     everywhere = flow_schedule(SD3, words)
     explicit = flow_schedule(SD3, f"{words} --timestep_range 0 1")
-    within = flow_schedule(SD3, f"{words} --timestep_range 0.3 0.9")
+    bounded = flow_schedule(SD3, f"{words} --timestep_range 0.3 0.9")
     for seed in range(50):
-        index, explicit_index, within_index = (
+        index, explicit_index, bounded_index = (
             schedule.sample_level_index(torch.Generator().manual_seed(seed))
-            for schedule in (everywhere, explicit, within)
+            for schedule in (everywhere, explicit, bounded)
         )
         assert torch.equal(index, explicit_index)
         if 0.3 <= everywhere.sigmas[index] <= 0.9:
-            assert torch.equal(index, within_index)
+            assert torch.equal(index, bounded_index)
 
 
 def test_the_held_out_grid_has_all_levels_whatever_the_range():
@@ -230,26 +230,29 @@ def test_the_held_out_grid_has_all_levels_whatever_the_range():
         assert schedule.sigmas[grid_levels(LEVELS)[0]] > 0.9
 
 
-@pytest.mark.parametrize(
-    "given", ["0.8 0.2", "0.5 0.5", "-0.1 0.8", "0.0 1.5", "nan 1.0", "0.5", "0.0 0.5 1.0"]
-)
-def test_a_range_that_is_none_is_refused(given):
-    sentence = f'--timestep_range is "{given}": give two numbers'
-    with pytest.raises(UserError, match=sentence):
-        configuration("mini", f"--timestep_range {given}")
+NO_RANGES = {
+    **dict.fromkeys(["0.8 0.2", "0.5 0.5", "0.5", "0.0 0.5 1.0"], "give two numbers from 0 to 1"),
+    "-0.1 0.8": "is -0.1: give 0 or more",
+    "0 1.5": "is 1.5: give at most 1, since it is the full noise",
+    "nan 1": "is nan: give a finite number",
+    "low high": '"low": give a number',
+}
 
 
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ("--timestep_range low high", '--timestep_range is "low": give a number'),
-        ("--timestep_shift 0", "--timestep_shift is 0.0: give a number above 0"),
-        ("--timestep_shift flux", '"flux": give a number or model or pipeline or none'),
-    ],
-)
-def test_words_that_are_no_noise_levels_are_refused(given, sentence):
-    with pytest.raises(UserError, match=sentence):
-        configuration("mini", given)
+@pytest.mark.parametrize("numbers", NO_RANGES)
+def test_a_range_that_is_none_is_refused(numbers, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"timestep_range: [{', '.join(numbers.split())}]\n", encoding="utf-8")
+    for words in (f"--timestep_range {numbers}", f"--config {recipe}"):
+        with pytest.raises(UserError, match=f"timestep_range .*{NO_RANGES[numbers]}"):
+            configuration("mini", words)
+
+
+def test_a_shift_that_is_none_is_refused():
+    with pytest.raises(UserError, match=r"--timestep_shift is 0\.0: give a number above 0"):
+        configuration("mini", "--timestep_shift 0")
+    with pytest.raises(UserError, match='"flux": give a number or model or pipeline or none'):
+        configuration("mini", "--timestep_shift flux")
 
 
 def test_a_range_without_samples_is_refused():
