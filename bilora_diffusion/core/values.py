@@ -61,6 +61,8 @@ ADAPTER_GUIDANCE = "adapter"
 BASE_GUIDANCE = "base"
 # Models of the unconditional prediction in classifier-free guidance.
 GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
+# Values of `--timestep_shift`: as the model was trained, as its pipeline samples, none.
+MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT = "model", "pipeline", "none"
 # Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps.
 NOISE_LEVELS = 10
 
