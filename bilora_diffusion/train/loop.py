@@ -112,7 +112,7 @@ def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None
     # The main process measures. If weights are split, each forward pass needs all processes.
     measures = log is not None or trainer.accelerator.is_fsdp2
     if measures and trainer.task.has_heldout:
-        with bar.waiting_for("held-out loss"):
+        with bar.waiting_for("held-out samples"):
             values = trainer.task.heldout_loss(trainer.evaluating())
         log_measurement(trainer, log, trainer.step, values)
     value = values.get(trainer.cfg.heldout_measure)
