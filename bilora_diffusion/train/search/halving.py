@@ -174,7 +174,10 @@ class Halving:
                     self._extend_rates(space, limit)
 
     def _extend_rates(self, space: Space, limit: int) -> None:
-        """Go on beyond the space while the best rate of a method is the lowest or the highest."""
+        """Go on beyond the space while the best rate of a method is the lowest or the highest.
+
+        The rates of a file are not extended (`Space.extends_rates`).
+        """
         has_trained = True
         while has_trained:
             rates = space.next_rates(self._leaders(space), self.curves)

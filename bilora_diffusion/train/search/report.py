@@ -113,6 +113,7 @@ def lines(folder: Path, sample_noun: str) -> list[str]:
         sample_noun: name of the samples in the plural, such as "images".
     """
     record: Any = read_search(folder / FIT_RECORD)
+    config = read_run(folder)["config"]  # of the last run
     folds = record["settings"]["folds"]
     data = "a held-out set"
     if folds > 1:
@@ -127,8 +128,8 @@ def lines(folder: Path, sample_noun: str) -> list[str]:
     return [
         f"fit: {data}, {configurations}, {runs} in {duration(seconds)}",
         *_standing_lines(record, folds),
-        *_last_run(record, read_run(folder)["config"]),
-        *_doubts(record),
+        *_last_run(record, config),
+        *_doubts(record, config),
     ]
 
 
@@ -190,8 +191,8 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
     return [*sentences, f"the same without --fit: {words}"]
 
 
-def _doubts(record: Mapping[str, Any]) -> list[str]:
-    """A sentence for each reason why the choice may not be the best."""
+def _doubts(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each reason why the choice may not be the best; arguments as `_last_run`'s."""
     choice, settings = record["choice"], record["settings"]
     measure = MEASURE_TITLES[settings["measure"]]
     sentences = []
@@ -215,7 +216,10 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
             )
     edge = choice["rate_edge"]
     if edge:
-        sentences.append(f"its rate is the {edge} that was tried: raise --fit_budget to go on")
+        fix = "raise --fit_budget to go on"
+        if config.get("fit_space"):
+            fix = f"add {'lower' if edge == 'lowest' else 'higher'} ones to --fit_space"
+        sentences.append(f"its rate is the {edge} that was tried: {fix}")
     if folds < settings["folds"]:
         verb = "was" if folds == 1 else "were"
         sentences.append(
