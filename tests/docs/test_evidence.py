@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from docs import evidence
-from docs.evidence import FAILS, HOLDS, OPEN, Check, Figure
+from docs.evidence import FAILS, HOLDS, NO_DIFFERENCE, OPEN, Check, Figure
 from eval.table import Entry, Result, Row, write
 
 BELOW_ZERO = Check("", "", "", "", upper=0.0)
@@ -18,10 +18,12 @@ NEAR_ZERO = Check("", "", "", "", tolerance=0.1)  # a tenth of the size, which i
     [
         (BELOW_ZERO, -2.0, -1.0, HOLDS),
         (BELOW_ZERO, -1.0, 1.0, OPEN),
-        (BELOW_ZERO, 0.0, 0.0, FAILS),
+        (BELOW_ZERO, 0.0, 1.0, FAILS),
+        (BELOW_ZERO, 0.0, 0.0, NO_DIFFERENCE),
         (ABOVE_TWO, 2.5, 3.0, HOLDS),
         (ABOVE_TWO, 1.0, 3.0, OPEN),
         (NEAR_ZERO, -0.4, 0.4, HOLDS),
+        (NEAR_ZERO, 0.0, 0.0, HOLDS),
         (NEAR_ZERO, -0.6, 0.4, OPEN),
         (NEAR_ZERO, 0.6, 0.7, FAILS),
     ],
@@ -40,7 +42,10 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
     figure = evidence.figure(Check("", str(tmp_path), "Bi-LoRA", "loss", control="LoRA", upper=0.0))
     assert figure.mean == pytest.approx((-1 - 0.5 - 1) / 3)
     assert (figure.count, figure.size) == (3, 4.0)  # the size is the control's mean
-    assert -1 <= figure.low < figure.mean < figure.high <= -0.5
+    # Student's t of the differences -1, -0.5 and -1: 4.302653 of 2 degrees of freedom
+    half_width = 4.302653 * (0.25 / 3) ** 0.5 / 3**0.5
+    assert figure.high - figure.mean == pytest.approx(half_width)
+    assert figure.mean - figure.low == pytest.approx(half_width)
     with pytest.raises(ValueError, match="lossy of LoRA"):
         evidence.figure(Check("", str(tmp_path), "LoRA", "lossy"))
 
