@@ -141,7 +141,7 @@ def verdict(check: Check, figure: Figure) -> str:
         # A tolerance is the same in both directions.
         upper = check.tolerance * figure.size
         lower = -upper
-    elif figure.low == figure.high == 0:
+    elif figure.low == figure.high == 0 and 0 in (lower, upper):
         return NO_DIFFERENCE
     if lower < figure.low and figure.high < upper:
         return HOLDS
