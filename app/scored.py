@@ -16,7 +16,6 @@ from urllib.parse import urlencode
 from pydantic import TypeAdapter
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.figures import student_interval
 from eval import compare
 from eval.clip_scores.prompts import Prompt
 from eval.clip_scores.reporting import METRICS
@@ -213,7 +212,7 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
         if row.subject in (a, b) and counts:
             pair_rows.append(replace(row, group=row.subject))
     summaries = {}
-    for summary in compare.summaries(pair_rows, a, interval=student_interval):
+    for summary in compare.summaries(pair_rows, a):
         summaries[summary.group, summary.item] = summary
 
     texts_with_image = {text for _, text, _ in result.images}

@@ -8,16 +8,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bilora_diffusion.core.figures import Interval
+from bilora_diffusion.core.figures import BOOTSTRAP_FROM, Interval
 
 from .table import Metric, Provenance, Result, Summary
 
 NOT_AVAILABLE = "n/a"
-# With fewer seeds a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
-FEW_SEEDS = 10
 # Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
 MAX_FURTHER_DECIMALS = 2
-INTERVALS = "its 95 % interval (bootstrap, BCa)"
+# See `core.figures.mean_interval`.
+INTERVALS = f"its 95 % interval (Student's t; from {BOOTSTRAP_FROM} values on a bootstrap, BCa)"
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,6 @@ def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequenc
     """The end of a report: figures, notes, facts, and the origin of the result."""
     pictures = [f"![{name.removesuffix('.png')}]({name})" for name in result.figures]
     sentences = [escaped(note) for note in result.notes]
-    if any(1 < len(result.members(group)) < FEW_SEEDS for group in result.groups):
-        sentences.append("With fewer than ten seeds a bootstrap interval is too narrow.")
     sentences += [escaped(fact) for fact in facts]
     sentences += origin(result.provenance, packages)
     return page(*pictures, listed(sentences)).rstrip()

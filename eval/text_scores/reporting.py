@@ -8,8 +8,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from bilora_diffusion.core.figures import student_interval
-
 from .. import compare
 from ..report import INTERVALS, escaped, listed, table
 from ..table import Metric, Result, Row, Summary
@@ -36,7 +34,7 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
     over_items: dict[tuple[str, str], Summary] = {}
     for name in benchmarks:
         items = averaged_items(rows, name)
-        lines = compare.summaries(items, control, compare.ITEM, interval=student_interval)
+        lines = compare.summaries(items, control, compare.ITEM)
         for line in lines:
             over_items[line.group, name] = line
 
@@ -127,8 +125,8 @@ def introduction(result: Result) -> str:
     legend = (
         f"Mean over seeds with {INTERVALS}; percentages, but for points, losses and perplexities."
         " Difference: to"
-        f" {escaped(result.control)}, over common seeds by bootstrap, or over items (the same"
-        " questions, where there are not two common seeds) by Student's t, and in how many of them"
+        f" {escaped(result.control)}, over common seeds, or over items (the same"
+        " questions, where there are not two common seeds), and in how many of them"
         " it is better; items say how sure a difference of these runs is, not what another seed"
         " would bring. Cost: gradient steps per training iteration. Peak memory: the most that a"
         " run took to train, on a CPU by its process."

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.run import checkpoint
 from eval import checkpoints, compare, table, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
@@ -71,7 +72,7 @@ def test_seeds_of_one_method_at_one_step_are_one_group(tmp_path):
     assert labels(result.subjects) == ["a step 20", "b step 20"]
     assert result.groups == ["step 20"]
     line = result.summary("step 20", "heldout:cola:accuracy")
-    assert line.interval == pytest.approx((0.3, 0.4))
+    assert line.interval == pytest.approx(mean_interval([0.3, 0.4]))
 
 
 def test_steps_without_a_held_out_figure_are_refused(tmp_path, capsys):

@@ -15,7 +15,7 @@ from ...core.durable import (
     strict_json,
     write_text,
 )
-from ...core.figures import new_figure, student_interval
+from ...core.figures import mean_interval, new_figure
 from ...core.files import counted, duration
 from ...core.values import MEASURE_TITLES
 from ...run import provenance
@@ -90,7 +90,7 @@ def draw(folder: Path, halving: Halving, title_of_measure: str) -> None:
                 paired = chosen_loss + losses - chosen_curve[chosen_step]
                 if step == 0 or not paired.mean() < HIGHEST * chosen_loss:
                     continue
-                low, high = student_interval(paired) or (nan, nan)
+                low, high = mean_interval(paired) or (nan, nan)
                 steps.append(step)
                 means.append(paired.mean())
                 lows.append(low)
