@@ -38,6 +38,7 @@ from ..core.lora_names import (
 from . import checkpoint, snapshots
 from .record import RUN, VALIDATION, read_search
 from .runlog import CARD, ERROR, METRICS, read_run
+from .settings import describe_differences
 
 # Folder of the adapters of checkpoints.
 EXPORTS = "exports"
@@ -228,7 +229,7 @@ def _describe_occupied(folder: Path, state: State, settings: Mapping[str, Any]) 
     recorded_settings = {}
     for name in settings.keys() & record["config"].keys():
         recorded_settings[name] = record["config"][name]
-    differences = checkpoint.describe_differences(recorded_settings, settings)
+    differences = describe_differences(recorded_settings, settings)
     if differences:
         return OCCUPIED.format(folder=folder, differences=differences)
     return SAME_RUN[state].format(
