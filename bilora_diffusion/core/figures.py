@@ -21,8 +21,10 @@ class Interval(NamedTuple):
     high: float
 
 
-def student_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
-    """95 % interval of the mean by Student's t, which is wide where values are few.
+def student_interval(
+    values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE
+) -> Interval | None:
+    """Interval of the mean by Student's t, by default of 95 %; it is wide where values are few.
 
     Returns:
         None for fewer than two values, or values that are not finite.
@@ -33,7 +35,7 @@ def student_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2 or not np.isfinite(array).all():
         return None
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1)
+    quantile = stats.t.ppf((1 + confidence) / 2, len(array) - 1)
     half_width = float(stats.sem(array) * quantile)
     mean = float(array.mean())
     return Interval(mean - half_width, mean + half_width)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from bilora_diffusion.core.figures import student_interval
 
 from .. import compare
+from ..compare import IntervalOfMean
 from ..report import INTERVALS, escaped, listed, table
 from ..table import Metric, Result, Row, Summary
 from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
@@ -18,12 +19,18 @@ from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 ABSENT = "–"
 
 
-def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) -> list[Summary]:
+def summaries(
+    rows: Sequence[Row],
+    benchmarks: Collection[str],
+    control: str,
+    interval: IntervalOfMean | None = None,
+) -> list[Summary]:
     """Means over seeds, and each row's difference to the control's.
 
     Args:
         rows: those without an item are scores, those with one are questions.
         benchmarks: the metrics that have items.
+        interval: of a mean; by default Student's over items, and the bootstrap's over seeds.
     """
     scores = []
     groups_with_items = set()
@@ -36,12 +43,15 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
     over_items: dict[tuple[str, str], Summary] = {}
     for name in benchmarks:
         items = averaged_items(rows, name)
-        lines = compare.summaries(items, control, compare.ITEM, interval=student_interval)
+        lines = compare.summaries(
+            items, control, compare.ITEM, interval=interval or student_interval
+        )
         for line in lines:
             over_items[line.group, name] = line
 
     summaries = []
-    for line in compare.summaries(scores, control):
+    over_seeds = interval or compare.bootstrap_interval
+    for line in compare.summaries(scores, control, interval=over_seeds):
         key = line.group, line.metric
         # One pair of seeds has no interval; pairs of the same questions have one.
         if line.metric in benchmarks and key in groups_with_items and line.pairs < 2:
