@@ -279,16 +279,18 @@ def neighbour(prompt_rows: Sequence[PromptRow], prompt: str, step: int) -> str:
 def first_view(scores: str, result: Scored) -> View:
     """The view before anything is chosen: a pair of adapters, and the largest gain.
 
-    Of checkpoints the pair is the last step and the one that the answer compares with it, and all
-    others are shown too; of other scores it is the first two adapters.
+    Of checkpoints the pair is the last step and the one that the answer compares with it, by the
+    score that decides, and all others are shown too; of other scores it is the first two adapters.
     """
     labels_with_image = {label for label, _, _ in result.images}
     labels = [label for label in result.labels if label in labels_with_image] or result.labels
     also = labels[2:4]
+    metric = next(iter(metrics(result)), "i2t")
     pair = pair_of_steps(result)
     if pair is not None and set(pair) <= set(labels):
         also = [label for label in labels if label not in pair]
         labels = pair
+        metric = result.settings.answers[0].metric
     view = View(
         scores,
         a=labels[0],
@@ -296,7 +298,7 @@ def first_view(scores: str, result: Scored) -> View:
         also=tuple(also),
         prompt=next(iter(result.texts), ""),
         seed=next(iter(result.settings.seeds), 0),
-        metric=next(iter(metrics(result)), "i2t"),
+        metric=metric,
     )
     prompt_rows = listed(view, result)
     if not prompt_rows:

@@ -57,6 +57,8 @@ WIDE = "c0"
 DASHES = ("", "fe", "fd", "fc")
 # and the same for a broad line.
 BROAD_DASHES = ("fb", "fa", "f9", "f8")
+# the radius has short dashes with wide gaps, in which the equal norm below it is seen.
+RADIUS = "f7"
 # Plots whose colors are of concepts or configurations, not of runs
 WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
@@ -316,10 +318,7 @@ def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def radii(runs: Sequence[TrainingRun]) -> list[Line]:
-    """The radius rho: one line for each constant value, and one for each run where it changes.
-
-    The lines are dashed: the norm is often equal to its radius, and is seen between the dashes.
-    """
+    """The radius rho: one line for each constant value, and one for each run where it changes."""
     points_by_name: dict[str, Points] = {}
     for run in runs:
         config = run.run.record["config"]
@@ -336,7 +335,7 @@ def radii(runs: Sequence[TrainingRun]) -> list[Line]:
         # A line of several runs is as long as the longest one.
         if name not in points_by_name or points_by_name[name][-1][0] < points[-1][0]:
             points_by_name[name] = points
-    return [Line(name, points, GREY + DASHES[1]) for name, points in points_by_name.items()]
+    return [Line(name, points, GREY + RADIUS) for name, points in points_by_name.items()]
 
 
 def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:

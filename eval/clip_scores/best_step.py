@@ -40,6 +40,8 @@ class BestStep:
     # The step that the sentence compares with the last one: a better one, else the best of the
     # others; the last one itself where no other was scored
     other: int
+    # Name of the score that decides
+    metric: str
     sentence: str
 
 
@@ -67,7 +69,7 @@ def _answer(curves: Result, run: str) -> BestStep:
     others = [point for point in points if point.step != last]
     if not others:
         sentence = f"Only step {last} was scored, so there is none to choose."
-        return BestStep(run, last, last, sentence)
+        return BestStep(run, last, last, name, sentence)
     verdicts = [compare.verdict(point, metric.higher_is_better) for point in others]
     better = [point for point, word in zip(others, verdicts, strict=True) if word == BETTER]
     if better:
@@ -85,7 +87,7 @@ def _answer(curves: Result, run: str) -> BestStep:
                 f"No step is surely better than the last ({last}) by {metric.title} ({best_other})"
                 f"{_other_opinion(curves, run, name)}: keep the last, and look at the images."
             )
-    return BestStep(run, last, point.step or 0, sentence)
+    return BestStep(run, last, point.step or 0, name, sentence)
 
 
 def _better(curves: Result, run: str, point: Summary, name: str, last: int) -> str:

@@ -116,18 +116,19 @@ def test_checkpoints_open_with_the_last_step_and_the_one_that_the_answer_names(t
     labels = [f"step {step}" for step in (10, 20, 30, 40, 50)]
     images: dict[Key, ScoredImage] = {}
     for label in labels:
-        images[label, RABBIT, 0] = ScoredImage(f"{label}.png", {"i2t": 0.5})
+        images[label, RABBIT, 0] = ScoredImage(f"{label}.png", {"i2t": 0.5, "truth": 0.5})
     scores = scores_of(labels, PROMPTS[:1], images, (0,))
     entries = []
     for entry in scores.result.subjects:
         step = int(entry.label.removeprefix("step "))
         entries.append(replace(entry, about={"run": "dog", "step": step}))
-    answer = {"run": "dog", "last": 50, "other": 20, "sentence": "<b>No step</b> is better."}
+    answer = {"run": "dog", "last": 50, "other": 20, "metric": "truth"}
+    answer["sentence"] = "<b>No step</b> is better."
     settings = scores.result.settings | {"answers": [answer]}
     write(data.scored(replace(scores.result, subjects=entries, settings=settings)), tmp_path)
     (item,) = Catalog(tmp_path).scan.scores
     view = data.first_view("scores", item.result)
-    assert (view.a, view.b) == ("step 50", "step 20")
+    assert (view.a, view.b, view.metric) == ("step 50", "step 20", "truth")
     assert view.also == ("step 10", "step 30", "step 40")
     assert compare.answers(item.result) == "<p>&lt;b&gt;No step&lt;/b&gt; is better.</p>"
     assert compare.answers(scores) == ""

@@ -16,6 +16,7 @@ from app.training_data import (
     FAINT,
     GREY,
     LABEL_COLORS,
+    RADIUS,
     TITLES,
     Line,
     TrainingRun,
@@ -140,7 +141,7 @@ def test_the_radius_is_dashed_on_top_of_the_norm():
     log_rows = [{"step": step, "auxiliary_norm": 0.05} for step in (1, 2)]
     norm, radius = charts([training_run("ours", log_rows)], window=1)["norm"][1:]
     assert norm.points == radius.points == [(1, 0.05), (2, 0.05)]
-    assert radius.color == GREY + DASHES[1]
+    assert radius.color == GREY + RADIUS
 
 
 def test_a_constant_learning_rate_is_a_line_of_the_card_and_no_plot():

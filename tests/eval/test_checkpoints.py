@@ -253,6 +253,7 @@ def test_one_sentence_says_which_step_is_best(name):
     scores, other, sentence = ANSWERS[name]
     (answer,) = answers_of(scores)
     assert (answer.run, answer.last, answer.other) == ("dog", 30, other)
+    assert answer.metric == ("truth" if "truth" in scores else "i2t")
     assert re.match(sentence, answer.sentence)
     both = answers_of(scores, runs=("dog", "cat"))
     assert [answer.sentence.partition(": ")[0] for answer in both] == ["dog", "cat"]
