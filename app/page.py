@@ -80,14 +80,10 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 
 def title(catalog: Catalog) -> str:
-    """The page's heading: name of the root, and the numbers of folders in it."""
+    """The page's heading: name of the root, and the numbers of runs and results in it."""
     scan = catalog.scan
-    counts = [
-        counted(len(scan.runs), "run"),
-        counted(len(scan.scores), "score folder"),
-        counted(len(scan.results), "result"),
-    ]
-    return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
+    counts = f"{counted(len(scan.runs), 'run')}, {counted(len(scan.results), 'result')}"
+    return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {counts}</p>"
 
 
 def notices(catalog: Catalog) -> str:

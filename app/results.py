@@ -113,7 +113,7 @@ def text(catalog: Catalog, item: ResultItem) -> str:
         with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):
-        return f"The report {REPORT} can't be read: run `python -m eval.{item.kind}` again."
+        return f"The report {REPORT} can't be read: make the result again."
     return inert(PICTURE.sub("", report))
 
 

@@ -27,7 +27,7 @@ from bilora_diffusion.core.values import (
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 
-from .runs import CONTROL, Progress, RunItem
+from .runs import CONTROL, Progress, RunItem, control_of
 
 Row = Mapping[str, Any]
 # (step, value), by step.
@@ -57,6 +57,8 @@ WIDE = "c0"
 DASHES = ("", "fe", "fd", "fc")
 # and the same for a broad line.
 BROAD_DASHES = ("fb", "fa", "f9", "f8")
+# the radius has short dashes with wide gaps, in which the equal norm below it is seen.
+RADIUS = "f7"
 # Plots whose colors are of concepts or configurations, not of runs
 WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
@@ -180,26 +182,33 @@ def curves(
     return lines
 
 
-def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[Line]:
+def differences(
+    runs: Sequence[TrainingRun], key: str, window: int = 1, in_percent: bool = False
+) -> list[Line]:
     """Each run minus plain LoRA of the same seed on the same data, step by step.
 
     Such runs see the same samples with the same noise in each step.
+
+    Args:
+        runs: runs, LoRA's among them.
+        key: name of the metric.
+        window: steps of the running mean.
+        in_percent: the difference is in percent of LoRA's value.
     """
-    keys = [(run.run.seed, run.run.is_text, run.run.data_hash) for run in runs]
-    controls: dict[tuple[Any, ...], TrainingRun] = {}
-    for pair_key, run in zip(keys, runs, strict=True):
-        if run.run.method == CONTROL:
-            controls.setdefault(pair_key, run)
+    items = [run.run for run in runs]
     lines = []
-    for pair_key, run in zip(keys, runs, strict=True):
-        control = controls.get(pair_key, run)
-        if control is run:
+    for run in runs:
+        control = control_of(run.run, items)
+        if control is None:
             continue
-        control_values = dict(series(control.rows, key))
+        control_values = dict(series(runs[items.index(control)].rows, key))
         points = []
         for step, value in series(run.rows, key):
-            if step in control_values:
-                points.append((step, value - control_values[step]))
+            control_value = control_values.get(step)
+            if control_value is None or (in_percent and control_value == 0):
+                continue
+            unit = control_value / 100 if in_percent else 1.0
+            points.append((step, (value - control_value) / unit))
         lines.append(run.line(smooth(points, window)))
     return over_zero(lines, "LoRA of the same seed")
 
@@ -326,7 +335,7 @@ def radii(runs: Sequence[TrainingRun]) -> list[Line]:
         # A line of several runs is as long as the longest one.
         if name not in points_by_name or points_by_name[name][-1][0] < points[-1][0]:
             points_by_name[name] = points
-    return [Line(name, points) for name, points in points_by_name.items()]
+    return [Line(name, points, GREY + RADIUS) for name, points in points_by_name.items()]
 
 
 def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
@@ -341,7 +350,7 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
         "loss": curves(runs, "loss", window, background=("loss", "each step")),
         "loss-difference": differences(runs, "loss", window),
         "heldout": curves(runs, HELDOUT_LOSS, background=(TRAINING_GRID_LOSS, "training set")),
-        "heldout-difference": differences(runs, HELDOUT_LOSS),
+        "heldout-difference": differences(runs, HELDOUT_LOSS, in_percent=True),
         "distance": curves(runs, HELDOUT_DISTANCE),
         "concepts": by_concept(runs),
         "levels": over_zero(levels, "base model"),
@@ -349,14 +358,23 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
-    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=UNPROJECTED)
+    # The last lines lie on top.
+    plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radii(runs)
     plots["rise"] = curves(runs, "loss_rise", window)
-    plots["rate"] = curves(runs, "lr")
+    plots["rate"] = []
+    if any(constant_rate(run) is None for run in runs):
+        plots["rate"] = curves(runs, "lr")
     return plots
 
 
+def constant_rate(run: TrainingRun) -> float | None:
+    """The learning rate of a run that has had one rate so far; None where it changes."""
+    rates = {rate for _, rate in series(run.rows, "lr")}
+    return rates.pop() if len(rates) == 1 else None
+
+
 UNPROJECTED = ("auxiliary_norm_before", "before the projection")
-BELOW_ZERO = "Below zero: better than LoRA of the same seed."
+BELOW_ZERO = "Below zero: lower than LoRA of the same seed. A lower loss is not better samples."
 # Each plot's title and caption.
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
@@ -365,7 +383,7 @@ TITLES = {
         "Below zero: fits the training data better; says nothing of other data.",
     ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
-    "heldout-difference": ("Held-out loss, difference to LoRA", BELOW_ZERO),
+    "heldout-difference": ("Held-out loss, difference to LoRA in %", BELOW_ZERO),
     "distance": ("Distance of samples to held-out images", "By --choose_by samples."),
     "concepts": ("Held-out loss of each concept", "Colors are of concepts here."),
     "levels": (
@@ -380,7 +398,7 @@ TITLES = {
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (
         "Norm of the auxiliary, ‖B₂A₂‖",
-        "After the projection; faint: before it. Grey: the radius ρ.",
+        "After the projection; faint: before it; dashed: the radius ρ.",
     ),
     "rise": (
         "Rise of the loss by the auxiliary",

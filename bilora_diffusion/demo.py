@@ -11,6 +11,7 @@ colors makes.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import torch
 from PIL.Image import Image
 
 from .config.command_line import UserErrorParser
+from .core.durable import dump_json, write_text
 from .core.errors import TrainingError, UserError, run_cli
 from .core.figures import new_figure
 from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
@@ -144,20 +146,43 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
     samples = sample_runs(folder, steps)
     picture = folder / "grid.png"
     draw(samples, losses, steps, picture)
-    print(f"\nBoth runs saw the same data and noise in all {steps} steps (equal digests).")
-    print(as_table(samples, losses))
+    sentence = f"Both runs saw the same data and noise in all {steps} steps (equal digests)."
+    curves = as_table(samples, losses)
+    write_result(picture, sentence, curves)
+    print(f"\n{sentence}")
+    print(curves)
     print("\nRun folders:")
     for method in METHODS:
         print(f"  {TITLES[method]:8} {folder / method}")
     print(f"The picture of samples and curves: {picture}")
     if in_repository():
-        folders = " ".join(str(folder / method) for method in METHODS)
+        folders = [str(folder / method) for method in METHODS]
         heldout = runlog.read_run(folder / METHODS[0])["config"]["validation_dataset"]
-        print(
-            f"\nScore both: python -m eval.clip_scores {folders} --prompts {heldout}"
-            " --guidance_from base --guidance_scale 2"
-        )
+        print(f"\nScore both: {scoring_command(folders, heldout)}")
         print(f"Look at them: python -m app.viewer {folder}")
+
+
+def scoring_command(folders: Sequence[str], heldout: str) -> str:
+    """The command that scores runs of the miniature by their held-out icons.
+
+    Guidance comes from the base model: ordinary guidance takes much of the style out again.
+    """
+    return (
+        f"python -m eval.clip_scores {shlex.join(folders)} --prompts {shlex.quote(heldout)}"
+        " --guidance_from base --guidance_scale 2"
+    )
+
+
+def write_result(picture: Path, sentence: str, curves: str) -> None:
+    """Write ``result.json`` and ``report.md`` beside the picture, by which the viewer shows it.
+
+    They are those of ``eval.table``, which an installed package does not have, without rows.
+    """
+    # Lines with an indent are shown as they are.
+    indented = "\n".join(f"    {line}" for line in curves.splitlines())
+    write_text(picture.parent / "report.md", f"# Demo\n\n{sentence}\n\n{indented}\n")
+    record = {"schema_version": 1, "kind": "demo", "figures": [picture.name]}
+    write_text(picture.parent / "result.json", dump_json(record))
 
 
 def require_paired(folders: Sequence[Path]) -> int:

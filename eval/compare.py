@@ -87,6 +87,7 @@ def summaries(
     control: str = "",
     unit: str = SEED,
     unpaired: Collection[str] = (),
+    confidence: float = CONFIDENCE,
 ) -> list[Summary]:
     """One summary for each metric, item and step of each group.
 
@@ -97,6 +98,7 @@ def summaries(
         unit: what is averaged and paired. With "item" there is one summary for all items.
         control: the group that the others are compared with; "" for no comparison.
         unpaired: groups that are not compared.
+        confidence: level of the differences' intervals.
     """
     parts: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
@@ -108,7 +110,7 @@ def summaries(
         for group, group_values in values.items():
             fields = _average(group_values, step)
             if group != control and group not in unpaired and control in values:
-                differences = _difference(group_values, values[control])
+                differences = _difference(group_values, values[control], confidence)
                 if differences:
                     fields |= {"control": control, **differences}
             lines.append(Summary(group, metric, item, step, unit, **fields))
@@ -133,7 +135,7 @@ def _average(values: Units, step: int | None) -> dict[str, Any]:
     return {"count": len(defined), "mean": mean(defined), "error": error, "low": low, "high": high}
 
 
-def _difference(group_values: Units, control_values: Units) -> dict[str, Any]:
+def _difference(group_values: Units, control_values: Units, confidence: float) -> dict[str, Any]:
     """Fields of a `Summary` of the differences, paired by unit; {} without a pair."""
     differences = []
     for unit, value in group_values.items():
@@ -142,7 +144,7 @@ def _difference(group_values: Units, control_values: Units) -> dict[str, Any]:
             differences.append(value - control_value)
     if not differences:
         return {}
-    low, high = mean_interval(differences) or (None, None)
+    low, high = mean_interval(differences, confidence) or (None, None)
     # Equal weights and noise have a difference of exactly 0.
     signs = np.sign(differences)
     return {

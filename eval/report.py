@@ -133,12 +133,14 @@ def comparison(
     result: Result,
     columns: Sequence[Column],
     facts: Mapping[str, Callable[[str], str]] | None = None,
+    control_mark: str = "control",
 ) -> str:
     """A table with a row for each group, and columns for the metrics and their differences.
 
     Args:
         facts: head of a column -> its cell for a group, before the metrics. By default one with the
             number of runs, and groups without any of the metrics are left out.
+        control_mark: word after the name of the group that the others are compared with.
     """
     columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
     head = ["run", *columns_of_facts]
@@ -154,7 +156,7 @@ def comparison(
             continue
         is_unpaired = result.settings.get("paired", {}).get(group) is False
         is_control = group == result.control
-        cells = [f"{group} (control)" if is_control else group]
+        cells = [f"{group} ({control_mark})" if is_control else group]
         cells += [fact(group) for fact in columns_of_facts.values()]
         for column, line in zip(columns, lines, strict=True):
             metric = result.metric(column.metric)

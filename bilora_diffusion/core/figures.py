@@ -26,8 +26,10 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
-    """95 % interval of the mean of independent values, such as paired differences.
+def mean_interval(
+    values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE
+) -> Interval | None:
+    """Interval of the mean of independent values, such as paired differences; by default of 95 %.
 
     Fewer than `BOOTSTRAP_FROM` values, such as training seeds, have Student's t, which covers the
     mean of normal values in 95 % of all samples, however few they are. More, such as prompts, have
@@ -54,7 +56,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
     if spread <= 1e-12 * np.abs(array).max():
         return Interval(center, center)
     if count < BOOTSTRAP_FROM:
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+        quantile = stats.t.ppf((1 + confidence) / 2, count - 1)
         half_width = float(stats.sem(array) * quantile)
         return Interval(center - half_width, center + half_width)
 
@@ -67,7 +69,7 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
         rounded_mean,
         n_resamples=RESAMPLES,
         batch=max(1, BATCH_VALUES // count),
-        confidence_level=CONFIDENCE,
+        confidence_level=confidence,
         method="BCa",
         rng=np.random.default_rng(0),
     ).confidence_interval

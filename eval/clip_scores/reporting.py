@@ -15,8 +15,9 @@ from bilora_diffusion.core.values import BASE_GUIDANCE
 
 from .. import compare
 from ..plot import canvas
-from ..report import INTERVALS, escaped, number, table
+from ..report import INTERVALS, escaped, number, section, table
 from ..table import Metric, Result
+from .prompts import ICON_PROMPTS
 
 # The paper's Table 4 and Figure A1 show six prompts; the table also has the average over all.
 TABLE_ROWS = 6
@@ -116,6 +117,24 @@ def legend(result: Result) -> str:
         f" {INTERVALS}. Difference: to {escaped(result.control)}, paired by prompt, with its"
         " interval and the number of prompts in which it is better. " + " ".join(sentences)
     )
+
+
+def answers(result: Result) -> list[str]:
+    """A sentence for each run on its best step; [] if the subjects are no checkpoints."""
+    return [answer["sentence"] for answer in result.settings.get("answers", ())]
+
+
+def training_seeds(result: Result, group: str) -> str:
+    """Number of runs of a group; a dash for the base model and files, whose seeds are unknown."""
+    runs = [entry for entry in result.members(group) if entry.kind == "run"]
+    return str(len(runs)) if runs else BLANK
+
+
+def paper_table(result: Result) -> str:
+    """The section after the paper's Table 4; "" for prompts that are not the paper's."""
+    if result.settings["prompt_set"] != ICON_PROMPTS:
+        return ""
+    return section("In the shape of the paper's Table 4", scores(result))
 
 
 def scores(result: Result) -> str:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from bilora_diffusion.core.figures import CONFIDENCE
+
 from .. import compare
 from ..report import INTERVALS, escaped, listed, table
 from ..table import Metric, Result, Row, Summary
@@ -16,12 +18,18 @@ from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 ABSENT = "–"
 
 
-def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) -> list[Summary]:
+def summaries(
+    rows: Sequence[Row],
+    benchmarks: Collection[str],
+    control: str,
+    confidence: float = CONFIDENCE,
+) -> list[Summary]:
     """Means over seeds, and each row's difference to the control's.
 
     Args:
         rows: those without an item are scores, those with one are questions.
         benchmarks: the metrics that have items.
+        confidence: level of the differences' intervals.
     """
     scores = []
     groups_with_items = set()
@@ -34,12 +42,12 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
     over_items: dict[tuple[str, str], Summary] = {}
     for name in benchmarks:
         items = averaged_items(rows, name)
-        lines = compare.summaries(items, control, compare.ITEM)
+        lines = compare.summaries(items, control, compare.ITEM, confidence=confidence)
         for line in lines:
             over_items[line.group, name] = line
 
     summaries = []
-    for line in compare.summaries(scores, control):
+    for line in compare.summaries(scores, control, confidence=confidence):
         key = line.group, line.metric
         # One pair of seeds has no interval; pairs of the same questions have one.
         if line.metric in benchmarks and key in groups_with_items and line.pairs < 2:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from app import catalog as catalogs
-from app import parts, validation, viewer
+from app import parts, results, validation, viewer
 from app.catalog import DEPTH, Catalog
+from app.page import title
 from app.runs import ordered, pair
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.demo import scoring_command, write_result
 from bilora_diffusion.image.validation import INDEX
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 from tests.app.visitor import Visitor
@@ -108,6 +111,24 @@ def test_runs_without_images_are_named_with_the_flag_that_makes_them(tmp_path):
     assert "shown (" not in text
 
 
+def test_the_heading_counts_each_folder_once(tmp_path):
+    make_run(tmp_path / "dog")
+    make_scores(tmp_path / "scores")
+    assert title(Catalog(tmp_path)).endswith("</b> · 1 run, 1 result</p>")
+
+
+def test_the_demo_s_picture_is_a_result(tmp_path):
+    picture = tmp_path / "grid.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    write_result(picture, "Both runs saw the same data.", "loss  step 75\nLoRA     1.0")
+    catalog = Catalog(tmp_path)
+    (item,) = catalog.scan.results
+    assert (item.kind, item.figures) == ("demo", ["grid.png"])
+    assert not catalog.scan.broken
+    assert "    LoRA     1.0" in results.text(catalog, item)
+    assert len(results.pictures(catalog, item)[0]) == 1
+
+
 def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path, monkeypatch):
     run = make_run(tmp_path / "lora", status="running")
     catalog = Catalog(tmp_path)
@@ -155,6 +176,14 @@ def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):
     for method in ("lora", "bilora"):
         assert f"--output_dir 'my runs'/{method}" in text
     assert text.count("--validation_prompt") == 2
+    # Runs of the miniature as the demo leaves them get the demo's own command.
+    heldout = "mini-duotone-heldout"
+    config = {"pretrained_model_name_or_path": "mini", "validation_dataset": heldout}
+    for method in ("lora", "bilora"):
+        make_run(root / method, method=method, config=config)
+    command = scoring_command(["my runs/lora", "my runs/bilora"], heldout)
+    assert "--guidance_from base" in command
+    assert command in unescape(parts.empty(Catalog(root), "", "clip_scores"))
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
     # From elsewhere the path is absolute; for visitors of a public viewer it has no parents.
@@ -172,7 +201,9 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
             make_images(run, step, 2)
     catalog = Catalog(tmp_path)
     runs = ordered(validation.with_images(catalog))
-    assert validation.common_steps(runs) == [50, 100]
+    assert validation.all_steps(runs) == [50, 100]
+    assert validation.first_step(runs) == 50, "the last step that both have"
+    assert validation.first_step(runs[1:]) == 100
     table = validation.table(catalog, runs, 50)
     assert table.count("<section") == 2
     assert table.count("<img") == 6  # two prompts by three columns
@@ -180,6 +211,33 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
     assert validation.table(catalog, runs, 100).count("no image at step 100") == 2
+
+
+def test_images_of_one_prompt_are_named_by_their_seeds(tmp_path):
+    def make(name, first_seed):
+        config = {"validation_prompts": ["a cat"], "num_validation_images": 2}
+        run = make_run(tmp_path / name, config=config)
+        make_images(run, 5, 2)
+        entries = []
+        for number in range(2):
+            seed = None if first_seed is None else first_seed + number
+            entries.append({"file": f"00{number}.png", "prompt": "a cat", "seed": seed})
+        (run / "validation" / "step-5" / INDEX).write_text(json.dumps({"images": entries}))
+
+    def heads(*names):
+        runs = [run for run in catalog.scan.runs if run.path in names]
+        table = validation.table(catalog, runs, 5)
+        captions = re.findall("<figcaption>([^<]*)", table)
+        return re.findall("<h2>([^<]*)", table), [text.partition(")")[2] for text in captions]
+
+    for name, first_seed in {"a": 3, "b": 3, "c": 4, "old": None}.items():
+        make(name, first_seed)
+    catalog = Catalog(tmp_path)
+    assert heads("a", "b") == (["a cat, seed 3", "a cat, seed 4"], [""] * 4)
+    # Images from different noise stand side by side: each has its own seed.
+    seeds = [f", image of seed {seed}" for seed in (3, 4, 4, 5)]
+    assert heads("a", "c") == (["a cat", "a cat"], seeds)
+    assert heads("old") == (["a cat (1)", "a cat (2)"], ["", ""])
 
 
 def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):

@@ -70,6 +70,14 @@ FILLED = {
     "Training": "#training-loss svg.marks",
     "Results": "#results-result input",
 }
+# Left and right edges of the labels of a plot's steps, in pixels and in order
+LABEL_EDGES = """(plot) => [
+    ...plot.querySelectorAll('g[aria-label^="X-axis"] .role-axis-label text')
+  ]
+  .filter((label) => label.getAttribute("opacity") !== "0")
+  .map((label) => label.getBoundingClientRect())
+  .map(({ left, right }) => [left, right])
+  .sort(([a], [b]) => a - b)"""
 CARD = "#compare-cards figure.card"
 PATIENCE_MS = 600_000  # that two small images may take on a machine with other work
 LABELS = ("quagga-run", "zebra-run")  # words that stand nowhere else in the page
@@ -193,7 +201,7 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     second = go(visit(phone=True, dark=True), viewer.url, "Generate")
 
     def begin(page, steps):
-        expect(page.locator("#generate-b input")).to_have_value("bilora (Bi-LoRA, seed 0)")
+        expect(page.locator("#generate-a input")).to_have_value("bilora (Bi-LoRA, seed 0)")
         field = page.locator("#generate-steps input")
         field.fill(str(steps))
         field.blur()
@@ -248,6 +256,11 @@ def test_curves_follow_a_run(small, visit):
     train(range(101, 201))
     expect(card).to_contain_text("200 of 400 steps")
     expect(curve).not_to_have_attribute("d", path)
+    for chart in ("loss", "norm", "rate"):
+        edges = page.locator(f"#training-{chart}").evaluate(LABEL_EDGES)
+        assert len(edges) > 2
+        for (_, end), (start, _) in pairwise(edges):
+            assert end + 3 < start, "labels of the steps are apart"
     page.locator("#training-norm svg.marks").hover()
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
 

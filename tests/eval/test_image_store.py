@@ -14,7 +14,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import images as images_module
-from eval.clip_scores.images import Sampling, Store, jobs
+from eval.clip_scores.images import ImageBar, Sampling, Store, jobs
 from eval.clip_scores.prompts import Prompt
 from eval.subjects import single
 from tests.export.export_models import write_lora
@@ -48,7 +48,7 @@ def store_and_jobs(pipeline, tmp_path_factory):
     subjects = single(["base", f"Zero={zero}", f"Random={random}", f"Text={text}"])
     store = new_store(tmp_path_factory.mktemp("store"), pipeline)
     by_label = {subject.label: jobs(subject, PROMPTS, SEEDS) for subject in subjects}
-    assert store.generate(all_jobs(by_label), progress=False) == 24
+    assert store.generate(all_jobs(by_label)) == 24
     return store, by_label
 
 
@@ -108,11 +108,14 @@ def test_only_what_is_missing_or_damaged_is_made_again(
     unfinished.rename(unfinished.with_name(f".tmp-{unfinished.name}"))  # as a kill leaves it
     no_picture.write_bytes(b"no picture")
     assert store.missing(todo) == todo[1:]
-    assert store.generate(todo) == 5
-    assert counts == [8]  # five images, and what fills the denoiser's batches
+    with ImageBar(store, store.missing(todo)) as bar:
+        # Of two processes the second is done first. The bar counts its images too.
+        assert store.generate(todo, batch=3, process=(1, 2)) == 3
+        assert store.generate(todo, batch=3, process=(0, 2), bar=bar) == 2
+    assert counts == [4, 4]  # five images, and what fills the denoiser's batches
     progress = capsys.readouterr().err
-    assert "1/6" in progress  # it starts with what is there
-    assert "6/6" in progress
+    assert "0/5" in progress  # of the images that are to be made
+    assert "5/5" in progress
     assert pixels(store, todo) == pixels(whole_store, todo)
     assert intact.stat().st_mtime_ns == before
     assert not list(tmp_path.rglob(".tmp-*"))
