@@ -11,7 +11,7 @@ colors, and runs differ by their dashes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,11 +27,8 @@ from bilora_diffusion.core.values import (
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 
+from .points import Points, Row, series, smooth, thin
 from .runs import CONTROL, Progress, RunItem, control_of
-
-Row = Mapping[str, Any]
-# (step, value), by step.
-Points = list[tuple[int, float]]
 
 # Colors of runs; each has a contrast of at least 3 to a light and to a dark page.
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
@@ -64,8 +61,6 @@ WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
 # Column of the held-out loss at one noise level.
 LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
-# Points of a line, about.
-MAX_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -104,37 +99,6 @@ class Line:
     run: str = ""
     # True for a broad line, in a plot with a legend
     is_broad: bool = False
-
-
-def series(rows: Sequence[Row], key: str) -> Points:
-    """A metric over the steps, without rows that lack it or have null for a non-finite number."""
-    points = []
-    for row in rows:
-        if type(row.get(key)) in (int, float):  # and not bool, which is an int
-            points.append((row["step"], float(row[key])))
-    return points
-
-
-def smooth(points: Points, window: int) -> Points:
-    """The mean of each value and up to `window - 1` values before it."""
-    values = pd.Series([value for _, value in points], dtype=float)
-    means = values.rolling(max(1, window), min_periods=1).mean()
-    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
-
-
-def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """Thin a curve out to about `limit` points, such that its length and its peaks stay.
-
-    These are the first and the last point, and the lowest and the highest of equal stretches.
-    """
-    if len(points) <= limit:
-        return points
-    chosen = {0, len(points) - 1}
-    values = np.asarray([value for _, value in points])
-    for stretch in np.array_split(np.arange(len(points)), limit // 2):  # numbers of points
-        chosen.add(int(stretch[values[stretch].argmin()]))
-        chosen.add(int(stretch[values[stretch].argmax()]))
-    return [points[number] for number in sorted(chosen)]
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:

@@ -25,8 +25,9 @@ from ..core.durable import strict_json
 from ..core.errors import placed
 from ..run import console, hub, interruption
 from ..run.data import record_content, require_same_content, summarize
-from ..run.folder import State, classify, guard, locked, refuse_unusable
+from ..run.folder import State, classify, guard, refuse_unusable
 from ..run.interruption import Stop
+from ..run.lock import locked
 from ..run.record import read_run
 from . import dry_run, setup
 from .engine import build_accelerator, free_memory
