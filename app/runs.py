@@ -110,9 +110,10 @@ def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
 def control_of(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
     """The first plain LoRA run with the same seed and data; None if that is the run itself."""
     key = (run.seed, run.is_text, run.data_hash)
-    for other in runs:
-        if other.method == CONTROL and (other.seed, other.is_text, other.data_hash) == key:
-            return None if other is run else other
+    for control in runs:
+        control_key = (control.seed, control.is_text, control.data_hash)
+        if control.method == CONTROL and control_key == key:
+            return None if control is run else control
     return None
 
 

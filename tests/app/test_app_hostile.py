@@ -41,7 +41,7 @@ class Tabs:
             "reports": [],
         }
         runs = validation.with_images(self.catalog)
-        for step in validation.common_steps(runs):
+        for step in validation.all_steps(runs):
             values["images"].append(validation.table(self.catalog, runs, step))
         for item in self.catalog.scan.results:
             pictures, _ = results.pictures(self.catalog, item)
