@@ -110,10 +110,10 @@ def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
 def control_of(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
     """The first plain LoRA run with the same seed and data; None if that is the run itself."""
     key = (run.seed, run.is_text, run.data_hash)
-    for candidate in runs:
-        candidate_key = (candidate.seed, candidate.is_text, candidate.data_hash)
-        if candidate.method == CONTROL and candidate_key == key:
-            return None if candidate is run else candidate
+    for control in runs:
+        control_key = (control.seed, control.is_text, control.data_hash)
+        if control.method == CONTROL and control_key == key:
+            return None if control is run else control
     return None
 
 

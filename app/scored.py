@@ -289,7 +289,8 @@ def first_view(scores: str, result: Scored) -> View:
     if pair is not None and set(pair) <= set(labels):
         also = [label for label in labels if label not in pair]
         labels = pair
-        metric = result.settings.answers[0].metric
+        if result.settings.answers[0].metric in metrics(result):
+            metric = result.settings.answers[0].metric
     view = View(
         scores,
         a=labels[0],
@@ -311,7 +312,7 @@ def pair_of_steps(result: Scored) -> list[str] | None:
         return None
     answer = result.settings.answers[0]
     pair = []
-    for step in (answer.last, answer.other):
+    for step in (answer.last, answer.candidate):
         for entry in result.result.subjects:
             is_of_run = entry.about.get("run") == answer.run
             # Of several runs of one group, the first one's checkpoint

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.figures import CONFIDENCE
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured, read_run
 
@@ -122,13 +123,12 @@ def left_out(subjects: Sequence[Subject], text: str) -> list[str]:
     sentences = []
     for folder, steps in scored_steps.items():
         all_steps = checkpoint.steps(folder)
-        others = [str(step) for step in all_steps if step not in steps]
-        if others:
-            named = "checkpoint" if len(others) == 1 else "checkpoints"
+        missing_steps = [step for step in all_steps if step not in steps]
+        if missing_steps:
             sentences.append(
-                f"Left out of {folder.name}: {named} {', '.join(others)}, which an interruption"
-                f" saved between two of --checkpointing_steps; --steps"
-                f" {','.join(map(str, all_steps))} scores all."
+                f"Left out of {folder.name}: {counted(len(missing_steps), 'checkpoint')}"
+                f" ({', '.join(map(str, missing_steps))}) that an interruption saved between two of"
+                f" --checkpointing_steps; --steps {','.join(map(str, all_steps))} scores all."
             )
     return sentences
 

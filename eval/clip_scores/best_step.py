@@ -39,14 +39,14 @@ class BestStep:
     last: int
     # The step that the sentence compares with the last one: a better one, else the best of the
     # others; the last one itself where no other was scored
-    other: int
+    candidate: int
     # Name of the score that decides
     metric: str
     sentence: str
 
 
 def best_steps(curves: Result) -> list[BestStep]:
-    """The answer of each run.
+    """The answer of each run that has a score.
 
     Args:
         curves: of :func:`~eval.checkpoints.curves`.
@@ -54,29 +54,37 @@ def best_steps(curves: Result) -> list[BestStep]:
     answers = []
     for run in curves.groups:
         answer = _answer(curves, run)
+        if answer is None:
+            continue
         if len(curves.groups) > 1:
             answer = replace(answer, sentence=f"{run}: {answer.sentence}")
         answers.append(answer)
     return answers
 
 
-def _answer(curves: Result, run: str) -> BestStep:
-    """The answer of one run."""
-    name = next(name for name in DECIDING if curves.over_training(run, name))
+def _answer(curves: Result, run: str) -> BestStep | None:
+    """The answer of one run; None if no score that decides has a value."""
+    name = ""
+    points: list[Summary] = []
+    for name in DECIDING:
+        points = [point for point in curves.over_training(run, name) if point.mean is not None]
+        if points:
+            break
+    if not points:
+        return None
     metric = curves.metric(name)
-    points = [point for point in curves.over_training(run, name) if point.mean is not None]
     last = max(point.step or 0 for point in points)
-    others = [point for point in points if point.step != last]
-    if not others:
+    candidates = [point for point in points if point.step != last]
+    if not candidates:
         sentence = f"Only step {last} was scored, so there is none to choose."
         return BestStep(run, last, last, name, sentence)
-    verdicts = [compare.verdict(point, metric.higher_is_better) for point in others]
-    better = [point for point, word in zip(others, verdicts, strict=True) if word == BETTER]
+    verdicts = [compare.verdict(point, metric.higher_is_better) for point in candidates]
+    better = [point for point, word in zip(candidates, verdicts, strict=True) if word == BETTER]
     if better:
         point = _highest(better)
         sentence = _better(curves, run, point, name, last)
     else:
-        point = _highest(others)
+        point = _highest(candidates)
         best_other = f"the best of the others is step {point.step}, {_change(point, metric)}"
         if all(word == WORSE for word in verdicts):
             sentence = (

@@ -122,7 +122,7 @@ def test_checkpoints_open_with_the_last_step_and_the_one_that_the_answer_names(t
     for entry in scores.result.subjects:
         step = int(entry.label.removeprefix("step "))
         entries.append(replace(entry, about={"run": "dog", "step": step}))
-    answer = {"run": "dog", "last": 50, "other": 20, "metric": "truth"}
+    answer = {"run": "dog", "last": 50, "candidate": 20, "metric": "truth"}
     answer["sentence"] = "<b>No step</b> is better."
     settings = scores.result.settings | {"answers": [answer]}
     write(data.scored(replace(scores.result, subjects=entries, settings=settings)), tmp_path)

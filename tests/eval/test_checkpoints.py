@@ -79,9 +79,9 @@ def test_a_checkpoint_that_an_interruption_saved_is_left_out_unless_it_is_named_
     make_run(tmp_path / "c", interval=15)
     for name, text, scored_steps, sentence in (
         ("a", "all", [10, 20], ""),
-        ("b", "all", [20], "Left out of b: checkpoint 10, .*; --steps 10,20 scores all"),
+        ("b", "all", [20], r"Left out of b: 1 checkpoint \(10\) .*; --steps 10,20 scores all"),
         ("b", "10,20", [10, 20], ""),
-        ("c", "all", [20], "Left out of c: checkpoint 10, "),
+        ("c", "all", [20], r"Left out of c: 1 checkpoint \(10\) "),
     ):
         out = tmp_path / f"out-{name}-{text}"
         result = result_of(text_scores.main, out, tmp_path / name, "--steps", text)
@@ -251,9 +251,9 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_one_sentence_says_which_step_is_best(name):
-    scores, other, sentence = ANSWERS[name]
+    scores, candidate, sentence = ANSWERS[name]
     (answer,) = answers_of(scores)
-    assert (answer.run, answer.last, answer.other) == ("dog", 30, other)
+    assert (answer.run, answer.last, answer.candidate) == ("dog", 30, candidate)
     assert answer.metric == ("truth" if "truth" in scores else "i2t")
     assert re.match(sentence, answer.sentence)
     both = answers_of(scores, runs=("dog", "cat"))
@@ -273,3 +273,4 @@ def test_an_interval_of_the_answer_is_wider_the_more_steps_there_are_to_choose_f
 def test_a_single_prompt_shows_no_step_to_be_better():
     (answer,) = answers_of({"truth": {10: SURE, 30: 0}}, count=1)
     assert answer.sentence.startswith("No step is surely better than the last (30) by truth")
+    assert answers_of({"nearest": {10: SURE, 30: 0}}) == [], "no score that decides"

@@ -148,7 +148,7 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     assert scored(result).labels == ["step 1", "step 2"]  # as the viewer reads it
     # One sentence says which step is best: last at the terminal, first in the report.
     (answer,) = scored(result).settings.answers
-    assert (answer.last, answer.other) == (2, 1)
+    assert (answer.last, answer.candidate) == (2, 1)
     assert stdout.splitlines()[-1] == answer.sentence
     report = (tmp_path / "scores" / table.REPORT).read_text()
     assert report.splitlines()[0] == f"**{answer.sentence}**"
