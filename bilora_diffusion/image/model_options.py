@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from ..core.fields import IgnoredCase, option, unless
 from ..core.values import (
-    BATCHES,
     DECAYS,
     FACTORS,
     GUIDANCES,
@@ -300,13 +299,6 @@ class PriorOptions:
         "Weight of the class images in the loss.",
         range=FACTORS,
         ignored=(WITHOUT_PRIOR,),
-    )
-    sample_batch_size: int = option(
-        4,
-        "Images that are generated at a time, on each device.",
-        range=BATCHES,
-        ignored=(WITHOUT_PRIOR,),
-        may_change_on_resume=True,
     )
     # Derived: `families.base.Family.precision`.
     prior_generation_precision: str | None = option(

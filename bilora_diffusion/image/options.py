@@ -10,6 +10,7 @@ from ..config.run import RunConfig
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
     ADAPTER_GUIDANCE,
+    BATCHES,
     BY_LOSS,
     BY_SAMPLES,
     GUIDANCE_SOURCES,
@@ -23,7 +24,13 @@ from ..core.values import (
     Range,
 )
 from ..mini import FOLDERS
-from .model_options import DiffusionOptions, FlowOptions, ModelOptions, PriorOptions
+from .model_options import (
+    WITHOUT_PRIOR,
+    DiffusionOptions,
+    FlowOptions,
+    ModelOptions,
+    PriorOptions,
+)
 
 CACHE_AUTO = "auto"
 CACHE_FOLDER = "bilora-diffusion"  # in the user's folder of caches
@@ -60,6 +67,11 @@ WITHOUT_CHOICE = IgnoredCase(
 WITHOUT_SAMPLES = IgnoredCase(
     lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
     "without a prompt",
+    "add `--validation_prompt` or drop it",
+)
+WITHOUT_ANY_SAMPLES = IgnoredCase(
+    lambda v: WITHOUT_SAMPLES.when(v) and WITHOUT_PRIOR.when(v),
+    "where no images are sampled",
     "add `--validation_prompt` or drop it",
 )
 
@@ -250,6 +262,14 @@ class ValidationOptions:
         " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
         choices=GUIDANCE_SOURCES,
         ignored=(WITHOUT_SAMPLES,),
+    )
+    # 4, as in diffusers' scripts.
+    sample_batch_size: int = option(
+        4,
+        "Images that are sampled at a time on each device: those of prompts, of --choose_by samples"
+        " and of --with_prior_preservation. Fewer take less memory.",
+        range=BATCHES,
+        ignored=(WITHOUT_ANY_SAMPLES,),
     )
     skip_final_inference: bool = option(
         False,

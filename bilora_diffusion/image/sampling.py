@@ -24,14 +24,18 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import LoraLayer
+from ..core.files import counted
 from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
-from ..train.task import precision
+from ..train.task import explain_memory_errors, precision
 from .config import require_unconditional
 from .families import family_of
 from .families.base import Conditions, Family, Unconditional, join_rows, move, split_rows
 from .latents import require_finite
 
+# Fixes for images that are not finite, and for memory that is full.
 OVERFLOW_FIX = "fp16 overflows in the model or its adapter, so use bf16 or fp32"
+DIVERGED_FIX = "the adapter is too strong: use an earlier step, or train with a lower learning rate"
+SMALLER_IMAGES = "sample smaller images"
 
 
 @torch.no_grad()
@@ -47,6 +51,7 @@ def generate(
     guidance_from: str = ADAPTER_GUIDANCE,
     embeddings: tuple[Conditions, Conditions] | None = None,
     batch: int = 8,
+    memory_fix: str = f"sample fewer images at a time, or {SMALLER_IMAGES}",
     on_step: Callable[[int], None] | None = None,
 ) -> list[Image]:
     """One image per prompt; the same seed gives the same initial noise on every device.
@@ -61,13 +66,15 @@ def generate(
             "base" for the same without its adapters.
         embeddings: of the prompts and of the negative prompts, (n, ...) each.
         batch: images that are sampled together.
+        memory_fix: what the user can do where the memory is too small for a batch, without a
+            period.
         on_step: called after each step with its number, from 1.
 
     Returns:
         n PIL images, RGB.
 
     Raises:
-        TrainingError: an image is not finite.
+        TrainingError: an image is not finite, or the memory is full.
         UserError: guidance from the base model, and no unconditional prediction at this scale.
     """
     is_base = guidance_from == BASE_GUIDANCE
@@ -107,7 +114,10 @@ def generate(
         source_of_guidance: AbstractContextManager[None] = nullcontext()
         if is_base:
             source_of_guidance = unconditional_by_base(family, denoiser, len(names))
-        with source_of_guidance:
+        action = f"sampling {names[0]}"
+        if len(names) > 1:
+            action += f" together with {counted(len(names) - 1, 'other image')}"
+        with explain_memory_errors(action, memory_fix), source_of_guidance:
             output: Any = sampler(
                 **arguments,
                 generator=generators,
@@ -159,18 +169,25 @@ def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[I
         names: of the images, for messages.
 
     Raises:
-        TrainingError: an image is not finite.
+        TrainingError: an image is not finite, or the memory is full.
     """
     vae = pipeline.vae
     home_device = vae.device
-    vae.to(latents.device)  # it may be on the CPU, with --offload
     space = family_of(pipeline).latent_space(vae)
-    scaled = space.decode(latents.to(vae.dtype))
-    # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
-    pixels = torch.cat([space.decode_pixels(vae, latent[None]).cpu() for latent in scaled])
-    vae.to(home_device)
-    for name, image in zip(names, pixels, strict=True):
-        require_finite(f"the image of {name}", OVERFLOW_FIX, image)
+    decoded: list[Tensor] = []  # (1, 3, H, W) each
+    try:
+        # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
+        for name, latent in zip(names, latents, strict=True):
+            with explain_memory_errors(f"decoding {name}", SMALLER_IMAGES):
+                vae.to(latents.device)  # it may be on the CPU, with --offload
+                scaled = space.decode(latent[None].to(vae.dtype))
+                decoded.append(space.decode_pixels(vae, scaled).cpu())
+    finally:
+        vae.to(home_device)
+    fix = OVERFLOW_FIX if torch.float16 in (latents.dtype, vae.dtype) else DIVERGED_FIX
+    for name, image in zip(names, decoded, strict=True):
+        require_finite(f"the image of {name}", fix, image)
+    pixels = torch.cat(decoded)  # (n, 3, H, W)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")
 
 

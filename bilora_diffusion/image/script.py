@@ -206,6 +206,9 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
                 [str(cfg.class_prompt)] * len(batch),
                 [cfg.seed + number for number in batch],
                 size=cfg.resolution,
+                batch=cfg.sample_batch_size,
+                memory_fix=f"lower --sample_batch_size (now {cfg.sample_batch_size}), or put images"
+                " of your own into --class_data_dir",
             )
             for number, image in zip(batch, sampled_images, strict=True):
                 image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:12]

@@ -29,6 +29,8 @@ from .sets import ImageSet
 
 # A step, and the positions of a micro-batch within the step's whole batch.
 MicroBatchPlace = tuple[int, tuple[int, ...]]
+# Of an image: (3, H, W) in [-1, 1], and (1, H, W) in [0, 1] or None.
+PixelsAndMask = tuple[Tensor, Tensor | None]
 MAX_CACHED_LATENTS = 2000  # images whose latents ``--cache_latents auto`` caches in memory
 # Of resized images that a training process caches, with the processes that read images for it.
 MAX_RESIZED_BYTES = 10**9
@@ -58,7 +60,7 @@ class TrainingSample:
     crop: Crop
     size: Size
     caption: str
-    pixels_and_mask: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
+    pixels_and_mask: PixelsAndMask | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class TrainingSample:
         height, width = self.size
         return original_height, original_width, self.crop.top, self.crop.left, height, width
 
-    def read(self, resized_images: ResizedImages | None = None) -> tuple[Tensor, Tensor | None]:
+    def read(self, resized_images: ResizedImages | None = None) -> PixelsAndMask:
         """The pixels, (3, H, W) in [-1, 1], and their mask, (1, H, W) in [0, 1] or None.
 
         They are read from the file, unless a process has read them ahead.
@@ -187,13 +189,29 @@ class TrainingStream:
             step_size: slots of a whole step, over all processes.
         """
         loader = DataLoader(
-            _MicroBatches(self, schedule, step_size),
-            batch_size=None,  # an item is a whole micro-batch
+            _Pictures(self, schedule, step_size),
+            batch_size=None,  # an item has the pictures of a whole micro-batch
             shuffle=False,
             num_workers=self.cfg.dataloader_num_workers if self._reads_ahead else 0,
             worker_init_fn=_ignore_signals,
         )
-        yield from zip(schedule, loader, strict=True)
+        for place, pictures in zip(schedule, loader, strict=True):
+            samples = self.samples(place, step_size)
+            for sample, picture in zip(samples, pictures, strict=True):
+                sample.pixels_and_mask = picture
+            yield place, samples
+
+    def samples(self, place: MicroBatchPlace, step_size: int) -> list[TrainingSample]:
+        """The samples of a micro-batch; see `batches`."""
+        step, slots = place
+        kinds = [INSTANCE]
+        if self.classes:
+            kinds.append(CLASS)
+        samples = []
+        for kind in kinds:
+            for slot in slots:
+                samples.append(self.sample(step, slot, step_size, kind))
+        return samples
 
     def sample(self, step: int, slot: int, step_size: int, kind: str) -> TrainingSample:
         """The sample of one slot of one step; ``kind`` is `INSTANCE` or `CLASS`."""
@@ -239,11 +257,11 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _MicroBatches(Dataset):
-    """The samples of each micro-batch of a schedule.
+class _Pictures(Dataset):
+    """Pixels and mask of each sample of a schedule's micro-batches; None where latents are cached.
 
-    Images whose latents are not cached are read here, in a process of the data loader where it has
-    some.
+    They are read in a process of the data loader where it has some. Nothing else comes from there:
+    samples refer to the whole set of images, which would cross with each of them.
     """
 
     def __init__(
@@ -259,19 +277,14 @@ class _MicroBatches(Dataset):
     def __len__(self) -> int:
         return len(self._schedule)
 
-    def __getitem__(self, number: int) -> list[TrainingSample]:
-        step, slots = self._schedule[number]
-        kinds = [INSTANCE]
-        if self._stream.classes:
-            kinds.append(CLASS)
-        samples = []
-        for kind in kinds:
-            for slot in slots:
-                samples.append(self._stream.sample(step, slot, self._step_size, kind))
-        for sample in samples:
+    def __getitem__(self, number: int) -> list[PixelsAndMask | None]:
+        pictures: list[PixelsAndMask | None] = []
+        for sample in self._stream.samples(self._schedule[number], self._step_size):
+            picture = None
             if not self._stream.is_cached(sample):
-                sample.pixels_and_mask = sample.read(self._resized_images)
-        return samples
+                picture = sample.read(self._resized_images)
+            pictures.append(picture)
+        return pictures
 
 
 def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:

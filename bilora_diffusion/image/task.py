@@ -35,7 +35,7 @@ from .likeness import SampledDistance
 from .loss import PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
 from .noise_schedules import noise_schedule
 from .pipeline import select_layers
-from .sampling import generate
+from .sampling import SMALLER_IMAGES, generate
 from .sets import ImageSet
 from .stream import INSTANCE, TrainingSample, TrainingStream
 from .validation import ValidationSample, write_images
@@ -385,4 +385,14 @@ class DreamBooth:
                 guidance_from=shared.guidance_from,
                 embeddings=embeddings,
                 batch=self.cfg.sample_batch_size,
+                memory_fix=self._memory_fix(len(samples)),
             )
+
+    def _memory_fix(self, count: int) -> str:
+        """What the user can do where the memory is too small to sample so many images."""
+        fixes = []
+        if min(count, self.cfg.sample_batch_size) > 1:
+            fixes.append(f"lower --sample_batch_size (now {self.cfg.sample_batch_size})")
+        if not self.cfg.offload:
+            fixes.append("add --offload")
+        return ", ".join([*fixes, f"or {SMALLER_IMAGES}"]) if fixes else SMALLER_IMAGES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from accelerate.utils import send_to_device
 
 from ..core.durable import write_text
 from ..core.errors import UserError
+from ..core.files import counted
 from ..core.values import TRAINING_GRID_LOSS
-from ..train.task import inference, loss_by_part
+from ..train.task import explain_memory_errors, inference, loss_by_part
 from .config import TextConfig
 from .encode import Encoded
 from .metrics import score
@@ -92,9 +94,10 @@ class Evaluation:
         with inference(self.module):
             for numbers in self.batches(rows.lengths[:count]):
                 batch = collate([rows.row(number) for number in numbers], kind, pad_token_id)
-                inputs: Any = send_to_device(batch, self.loaded.model.device)
-                logits = self.module.logits(inputs)
-                losses = self.module.losses(logits, inputs["labels"]).double().tolist()
+                with self._explain_memory_errors("measuring the held-out loss", len(numbers)):
+                    inputs: Any = send_to_device(batch, self.loaded.model.device)
+                    logits = self.module.logits(inputs)
+                    losses = self.module.losses(logits, inputs["labels"]).double().tolist()
                 for number, loss in zip(numbers, losses, strict=True):
                     sums[number] = loss
                 if kind == "classification":
@@ -115,7 +118,8 @@ class Evaluation:
         with inference(self.module):
             for numbers in self.batches([len(prompt) for prompt in prompts]):
                 batch_prompts = [prompts[number] for number in numbers]
-                texts = generate(self.loaded, batch_prompts, self.new_tokens)
+                with self._explain_memory_errors("generating answers", len(numbers)):
+                    texts = generate(self.loaded, batch_prompts, self.new_tokens)
                 for number, text in zip(numbers, texts, strict=True):
                     answers[number] = text
         lines = []
@@ -134,6 +138,13 @@ class Evaluation:
         references = [self.rows.example(number).answer for number in range(len(predictions))]
         figures = score(rows.metrics, predictions, references, rows.label_words, rows.answer_marker)
         return {PREFIX + name: value for name, value in figures.items()}
+
+    def _explain_memory_errors(self, action: str, count: int) -> AbstractContextManager[None]:
+        """Name the options that help where the memory is too small for a batch of rows."""
+        fix = "give --generation_max_new_tokens a smaller number, or shorter rows"
+        if count > 1:
+            fix = f"lower --eval_batch_size (now {self.cfg.eval_batch_size})"
+        return explain_memory_errors(f"{action} of {counted(count, 'row')}", fix)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Numbers of rows of about the same length, the longest first."""

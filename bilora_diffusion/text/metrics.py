@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from typing import Any
@@ -36,7 +36,7 @@ def score(
         answer_marker: text that stands before the answer proper, for "answer_match".
 
     Raises:
-        UserError: scikit-learn is missing, or a reference has no marker.
+        UserError: scikit-learn is missing.
     """
     answers = [text.strip() for text in predictions]
     right_answers = [text.strip() for text in references]
@@ -78,6 +78,30 @@ def require_packages(metrics: Sequence[str]) -> None:
         _sklearn()
 
 
+def require_references(
+    metrics: Sequence[str], references: Iterable[tuple[str, str]], answer_marker: str | None
+) -> None:
+    """Refuse right answers that a metric can't score, before anything is trained.
+
+    Args:
+        metrics: some of `METRICS`.
+        references: name of each row, and its right answer.
+        answer_marker: as in `score`.
+
+    Raises:
+        UserError: an answer lacks the marker; the message names its row.
+    """
+    if "answer_match" not in metrics:
+        return
+    for row, reference in references:
+        if answer_after(reference, answer_marker) is None:
+            raise UserError(
+                f'{row} has the answer "{reference[-60:]}" without "{answer_marker}", after which'
+                " answers are compared: correct it, or give --max_predictions 0, with which no"
+                " answers are generated."
+            )
+
+
 def _sklearn() -> Any:
     try:
         import sklearn.metrics
@@ -112,16 +136,8 @@ def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: An
 def _answer_match(
     answers: list[str], references: list[str], labels: Sequence[str], marker: str | None
 ) -> float:
-    """Share of equal answers proper."""
-    right_answers = []
-    for reference in references:
-        right_answer = answer_after(reference, marker)
-        if right_answer is None:
-            raise UserError(
-                f'the reference "{reference[-60:]}" has no "{marker}", after which its answer'
-                " should stand: correct it, or use another metric."
-            )
-        right_answers.append(right_answer)
+    """Share of equal answers proper; all references have the marker (`require_references`)."""
+    right_answers = [answer_after(reference, marker) for reference in references]
     return _share_of_equal([answer_after(answer, marker) for answer in answers], right_answers)
 
 

@@ -28,10 +28,10 @@ from ..train.setup import Script
 from ..train.trainer import Trainer
 from .config import TextConfig
 from .evaluation import PREFIX
-from .metrics import require_packages
+from .metrics import require_packages, require_references
 from .models import AUTO_CLASSES, TextSource
 from .places import PACKAGED
-from .rows import encode_rows, open_rows
+from .rows import Rows, encode_rows, open_rows
 from .task import NAME, TextTask, memory_by_phase
 
 PIPELINE_TAGS = {
@@ -56,6 +56,7 @@ class TextScript(Script[TextConfig]):
         rows = open_rows(cfg)
         if rows.validation:
             require_packages(rows.metrics)
+            require_scorable(cfg, rows)
         warn_of_copies(cfg, rows)
         compute_dtype = DTYPES[accelerator.mixed_precision]
         dtype = compute_dtype
@@ -107,6 +108,17 @@ class TextScript(Script[TextConfig]):
 TEXT = TextScript()
 # Train as the command line says and leave a run folder; see `command.train`.
 train = functools.partial(command.train, TEXT)
+
+
+def require_scorable(cfg: TextConfig, rows: Rows) -> None:
+    """Refuse held-out rows whose right answers the run's metrics can't score."""
+    references = []
+    for example in rows.validation or []:
+        if example.answer.strip():  # rows with a blank answer are left out
+            references.append((example.where, example.answer))
+    # Only the first ones are answered.
+    references = references[: cfg.max_predictions]
+    require_references(rows.metrics, references, rows.answer_marker)
 
 
 def warn_of_copies(cfg: TextConfig, rows: Any) -> None:

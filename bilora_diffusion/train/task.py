@@ -17,6 +17,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from ..config.run import RunConfig
+from ..core.errors import TrainingError
 from ..core.seeds import generator
 from ..core.values import HELDOUT_LOSS, part_prefix
 from ..methods import Target
@@ -172,6 +173,25 @@ def inference(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(training)
+
+
+@contextmanager
+def explain_memory_errors(action: str, fix: str) -> Iterator[None]:
+    """Within the context an error of a device whose memory is full becomes one sentence.
+
+    Args:
+        action: what was done, such as "sampling 4 images".
+        fix: what the user can do, without a period.
+
+    Raises:
+        TrainingError: the memory is full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # The frames of a traceback hold the tensors that have filled the memory.
+        error.with_traceback(None)
+        raise TrainingError(f"{action} needs more memory than is left: {fix}.") from error
 
 
 def precision(model: nn.Module) -> torch.dtype:

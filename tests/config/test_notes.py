@@ -38,6 +38,7 @@ def resolved(words, caplog):
         (f"{MINI} --max_train_steps 9", "--num_train_epochs 2", "--max_train_steps"),
         (f"{MINI} --validation_prompt x", "--final_validation_prompt y", "drop it"),
         (HUB, "--skip_final_inference", "--validation_prompt"),
+        (HUB, "--sample_batch_size 1", "--validation_prompt"),
         (MINI, "--hub_token hf_x", "--push_to_hub"),
         (MINI, "--revision main", "hub id"),
         (f"{MINI} --validation_dataset none", "--validation_loss_steps 5", "--validation_dataset"),

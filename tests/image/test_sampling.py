@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from bilora_diffusion.core.errors import TrainingError
+from bilora_diffusion.image import script
 from bilora_diffusion.image.captions import PromptCache
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
@@ -17,9 +19,10 @@ from bilora_diffusion.image.latents import Encoder, LatentSpace
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import embed, embed_negative, generate
-from bilora_diffusion.image.script import missing_class_images
+from bilora_diffusion.image.script import class_images, missing_class_images
 from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
+from bilora_diffusion.train.search.trials import is_out_of_memory
 from tests.image.image_folders import difference
 from tests.scripts.runs import flags
 
@@ -86,6 +89,70 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
     assert torch.equal(global_state, torch.get_rng_state())
 
 
+@pytest.fixture
+def batch_sizes(pipeline):
+    """Images of each call of the UNet, whose rows are two for each image."""
+    sizes = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    yield sizes
+    hook.remove()
+
+
+@pytest.mark.parametrize("size", [1, 9])  # 9 is more than the default of `generate`
+def test_so_many_images_are_sampled_at_a_time(size, pipeline, batch_sizes, tmp_path, monkeypatch):
+    """Validation images and class images, each with what the option says."""
+    monkeypatch.setattr(type(pipeline), "to", lambda self, _: self)
+    monkeypatch.setattr(script, "load_base", lambda *_: pipeline)
+    monkeypatch.setattr(StableDiffusionXL, "usual_sampling", lambda *_: (1, 5.0))
+    prompts = {"validation_prompt": "an icon", "num_validation_images": 9}
+    cfg = resolve(flags(tmp_path, **prompts, sample_batch_size=size))
+    images = open_images("mini", caption_column="prompt")
+    task = DreamBooth(cfg, pipeline, TrainingStream(cfg, images))
+    task.embed(torch.device("cpu"))
+    task.sample_images(cfg.samples)
+    assert set(batch_sizes) == {2 * size}
+
+    batch_sizes.clear()
+    classes = {"class_prompt": "an icon", "class_data_dir": tmp_path / "class"}
+    prior = {**classes, "with_prior_preservation": True, "num_class_images": 9}
+    cfg = resolve(flags(tmp_path, **prior, sample_batch_size=size))
+    assert len(class_images(cfg, Accelerator())) == 9
+    assert set(batch_sizes) == {2 * size}
+
+
+def test_a_full_memory_is_one_sentence_with_the_options_that_help(pipeline, tmp_path):
+    def fill_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    images = open_images("mini", caption_column="prompt")
+
+    def error_of(module, **options):
+        prompts = {"validation_prompt": "an icon", "num_validation_images": 2}
+        cfg = resolve(flags(tmp_path, **prompts, **options))
+        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, images))
+        task.embed(torch.device("cpu"))
+        hook = module.register_forward_pre_hook(fill_memory)
+        try:
+            with pytest.raises(TrainingError) as caught:
+                task.sample_images(cfg.samples)
+        finally:
+            hook.remove()
+        # A search leaves a run out that does not fit; the cause's frames would hold the memory.
+        assert is_out_of_memory(caught.value)
+        assert caught.value.__cause__.__traceback__ is None
+        return str(caught.value)
+
+    sentence = error_of(pipeline.unet)
+    assert "'an icon' with seed 0 together with 1 other image" in sentence
+    assert "--sample_batch_size (now 4)" in sentence
+    assert "--offload" in sentence
+    sentence = error_of(pipeline.unet, sample_batch_size=1, offload=True)
+    assert "--sample_batch_size" not in sentence
+    assert "--offload" not in sentence
+    # Images are decoded one by one.
+    assert "decoding 'an icon' with seed 0 needs" in error_of(pipeline.vae.post_quant_conv)
+
+
 def test_latents_that_are_not_finite_are_refused_by_the_images_name(pipeline, tmp_path):
     space, device = LatentSpace.from_config(pipeline.vae), torch.device("cpu")
     infinite = torch.full((3, 64, 64), torch.inf)
@@ -102,7 +169,7 @@ def test_a_sampled_image_that_is_not_finite_is_refused_by_its_prompt(pipeline):
     hook = pipeline.unet.conv_out.register_forward_hook(
         lambda module, inputs, output: output * torch.inf
     )
-    with pytest.raises(TrainingError, match=r"'an icon' with seed 5 is not finite.*bf16"):
+    with pytest.raises(TrainingError, match=r"'an icon' with seed 5 is not finite.*learning rate"):
         generate(pipeline, ["an icon"], [5], size=64, steps=1)
     hook.remove()
 

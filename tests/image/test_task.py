@@ -1,11 +1,13 @@
 """Inputs and losses of a micro-batch, by options of the image script."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from bilora_diffusion import adapters
 from bilora_diffusion.image.captions import fixed_texts
@@ -101,6 +103,30 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
     for batch in task.micro_batches([(15, (0,)), (15, (1,))], 2):
         cut_losses.append(task.module(batch.inputs))
     torch.testing.assert_close(torch.cat(cut_losses), losses)
+
+
+def test_processes_that_read_ahead_hand_over_pixels_alone(make_task, monkeypatch):
+    """The same data to the bit, without the set of images and its hashes with each sample."""
+    handed_over = []
+
+    class RecordingLoader(DataLoader):
+        def __iter__(self):
+            for item in super().__iter__():
+                handed_over.append(len(pickle.dumps(item)))
+                yield item
+
+    monkeypatch.setattr("bilora_diffusion.image.stream.DataLoader", RecordingLoader)
+    schedule = [(step, (0, 1)) for step in range(4)]
+    shared = {"cache_latents": "no", "random_flip": True, "with_prior_preservation": True, **CLASS}
+    batches = list(make_task(**shared).micro_batches(schedule, 2))
+    handed_over.clear()
+    batches_read_ahead = make_task(**shared, dataloader_num_workers=2).micro_batches(schedule, 2)
+    for batch, read_ahead in zip(batches, batches_read_ahead, strict=True):
+        assert (read_ahead.names, read_ahead.digests) == (batch.names, batch.digests)
+        for name, values in batch.inputs.items():
+            torch.testing.assert_close(read_ahead.inputs[name], values, rtol=0, atol=0)
+    num_pixel_bytes = 4 * 4 * 3 * 64 * 64  # float32, of two images and two class images
+    assert num_pixel_bytes < max(handed_over) < num_pixel_bytes + 4000
 
 
 def test_a_search_on_a_flow_model_has_embedded_the_texts_of_all_folds(tmp_path):

@@ -120,6 +120,15 @@ def test_zero_factors_and_no_factors():
         ball.project_([], 1.0)
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])  # the second on MPS
+def test_a_radius_of_0_leaves_zeros(precision, monkeypatch):
+    monkeypatch.setattr(ball, "wide_dtype", lambda _: precision)
+    factors = [Factors("0", torch.randn(2, 3), torch.randn(4, 2), 1.0)]
+    ball.project_(factors, 0.0)
+    assert not factors[0].A.any()
+    assert not factors[0].B.any()
+
+
 def test_large_groups_are_measured_in_pieces(monkeypatch):
     generator = torch.Generator().manual_seed(4)
     factors = [random_factors((6, 5, 2), generator, 1.5) for _ in range(7)]

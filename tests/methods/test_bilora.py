@@ -119,6 +119,40 @@ def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
     assert run.method.metrics()["rho"] == pytest.approx(largest_rho)
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32])  # the second on MPS
+@pytest.mark.parametrize("init", ["pissa", "lora-ga"])
+def test_the_smallest_change_of_a_large_primary_is_seen(init, precision, monkeypatch):
+    """At the first rates of a long warm-up the change is a rounding error of the weights' norm."""
+    monkeypatch.setattr(ball, "wide_dtype", lambda _: precision)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    config = BiLoRAConfig(rank=4, rho="auto", init=init, target_modules=("0", "2"))
+    bilora = attach(model, config)
+    x = torch.randn(8, 64)
+
+    def backward():
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    if init == "lora-ga":
+        bilora.initialise(backward)
+        model.zero_grad()
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=1e-10))
+    bilora.bind(optimizer)
+    bilora.observe(backward())
+    optimizer.step()
+
+    squares = 0.0
+    for _, layer in adapters.layers(model, PRIMARY):
+        A, B = (weight.detach().double() for weight in adapters.weights(layer, PRIMARY))
+        A0, B0 = (weight.detach().double() for weight in adapters.weights(layer, adapters.INITIAL))
+        squares += float((layer.scaling[PRIMARY] * (B @ A - B0 @ A0)).square().sum())
+    # Any auxiliary with A2 = B2 = 0 would stay there.
+    limit = radius.MAX_SHARE * math.sqrt(squares)
+    assert 0 < bilora.auxiliary_norm() == pytest.approx(limit, rel=1e-4)
+
+
 def matrices(model):
     """The weights that act in both layers, one after the other."""
     weights = []

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text import catalog
 from bilora_diffusion.text.catalog import CatalogTask
+from bilora_diffusion.text.config import resolve
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.metrics import answer_after, score
 from bilora_diffusion.text.rows import held_out, open_task
+from bilora_diffusion.text.script import TEXT
+from tests.text import text_builders as texts
 
 ROOT = Path(__file__).resolve().parents[2]
 T5: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -222,9 +226,27 @@ def test_the_answer_after_a_marker(text, answer):
     assert answer_after(text, "####") == answer
 
 
-def test_a_missing_package_or_marker_is_named(monkeypatch):
-    with pytest.raises(UserError, match='the reference "72" has no "####"'):
-        score(["answer_match"], ["72"], ["72"], answer_marker="####")
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(UserError, match=r'pip install "bilora-diffusion\[text\]"'):
         score(["f1"], ["a"], ["a"])
+
+
+def test_a_right_answer_that_can_not_be_scored_is_refused_before_training(tmp_path, monkeypatch):
+    sums = [{"query": f"{n} + 1?", "response": f"It is.\nThe answer is: {n + 1}"} for n in range(9)]
+    held = [sums[7], {"query": "0 + 0?", "response": " "}, sums[8], {**sums[8], "response": "9"}]
+    place = save_set(tmp_path / "set", train=sums[:7], validation=held)
+    marked = {"metrics": ("answer_match",), "answer_marker": "The answer is:"}
+    task = math_task(place, "validation", **marked)
+    monkeypatch.setitem(catalog.TASKS, "math", task)
+    base = texts.SAVERS["causal"](tmp_path / "base")
+    options = {"model_name_or_path": base, "task": "math", "cache_dir": tmp_path}
+
+    def build(**values):
+        cfg = resolve(texts.text_flags(tmp_path / "run", **options, **values))
+        return TEXT.build_task(cfg, Accelerator())
+
+    with pytest.raises(UserError, match=r'^row 4 .* "9" without "The answer is:".*predictions 0'):
+        build()
+    # The answers of the first rows can be scored; the blank one is left out.
+    assert build(max_predictions=2).evaluation.answer(tmp_path).keys() == {"heldout_answer_match"}

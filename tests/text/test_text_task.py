@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.encode import best_fit, pack, require_packable
 from bilora_diffusion.text.evaluation import generate
@@ -120,6 +120,17 @@ def test_predictions_are_those_of_single_generation(tmp_path):
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         assert line["prediction"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
     assert values == {"heldout_exact_match": hits / 7}
+
+
+def test_a_full_memory_is_one_sentence_with_the_option_that_helps(tmp_path):
+    def fill_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    task = task_of(tmp_path, "causal")
+    task.loaded.model.register_forward_pre_hook(fill_memory)
+    for measure in (task.evaluation.measure, lambda: task.evaluation.answer(tmp_path)):
+        with pytest.raises(TrainingError, match=r"of 7 rows needs .* --eval_batch_size \(now 16\)"):
+            measure()
 
 
 def test_an_empty_prompt_is_answered_and_changes_no_other_answer(tmp_path):

@@ -111,7 +111,9 @@ def clipping(sums: Squares, rho: float | Tensor) -> tuple[Tensor, Tensor]:
     a = (sums.norm.clamp_min(0) + rounding).sqrt()
     b = sums.relative.sqrt()
     d = sums.absolute.sqrt()
-    f = 2 * rho / (d + (d * d + 4 * rho * (a + b)).sqrt())
+    denominator = d + (d * d + 4 * rho * (a + b)).sqrt()
+    # In fp32 it can be 0 for a radius of 0, where the factor is 0.
+    f = 2 * rho / denominator.clamp_min(torch.finfo(norm.dtype).tiny)
     return norm, torch.where(norm > rho, f, 1.0)
 
 

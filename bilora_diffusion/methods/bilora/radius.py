@@ -59,7 +59,10 @@ _SMALLEST = 1e-30  # in place of a zero in a denominator
 def weight_changes(layers: Layers, scales: Sequence[float]) -> list[adapters.Factors]:
     """The primary's change of each layer's weight, as factors B A.
 
-    First values that an init took out of the weight do not count: B A - B0 A0 is [B, -B0] [A; A0].
+    First values that an init took out of the weight do not count. The change is written as
+    B A - B0 A0 = [B - B0, B0] [A; A - A0], whose factors are as small as itself: the norm of
+    [B, -B0] [A; A0] would be lost in rounding at the first steps of a long warm-up, and a limit of
+    0 would set the auxiliary to 0 for ever.
 
     Args:
         layers: layers with the primary.
@@ -73,8 +76,8 @@ def weight_changes(layers: Layers, scales: Sequence[float]) -> list[adapters.Fac
         _path, layer = named_layer
         if INITIAL in layer.lora_A:
             (initial,) = adapters.factors_of([named_layer], INITIAL)
-            A = torch.cat([A, initial.A])
-            B = torch.cat([B, -initial.B], dim=1)
+            A = torch.cat([A, A - initial.A])
+            B = torch.cat([B - initial.B, initial.B], dim=1)
         changes.append(adapters.Factors(factors.name, A, B, scale))
     return changes
 
