@@ -62,6 +62,7 @@ LINK = "it is a link out of the root: copy it, or give its own folder as the roo
 # Digits of a step at most; JavaScript has no larger whole numbers.
 DIGITS = 15
 RENAME = "its name is not UTF-8: give it another"
+BACKSLASH = "its name has a backslash, which separates folders on Windows: give it another"
 # Time for which one scan of the root serves all visitors.
 FRESH_SECONDS = 2.0
 
@@ -241,6 +242,8 @@ class Catalog:
                     continue
                 if not is_text(entry.name) and is_folder(Path(entry.path)):
                     scan.broken.append(Broken(join(folder, ascii(entry.name)), RENAME))
+                elif "\\" in entry.name and is_folder(Path(entry.path)):
+                    scan.broken.append(Broken(path, BACKSLASH))
                 elif entry.is_symlink() and Path(entry.path).is_dir():
                     # A link within the root is not followed, since it could lead in a circle: its
                     # folder is found in its own place.

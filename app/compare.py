@@ -43,52 +43,51 @@ class Tab:
         self.catalog = catalog
         self.prompt = gr.State("")
         self.empty = parts.html(visible=False)
-        with (
-            gr.Accordion("Scored images", visible=False, elem_id="compare-body") as self.body,
-            gr.Row(equal_height=False),
-        ):
-            # Left: the choice, and the list of prompts.
-            with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
-                self.scores = _list("scores", "Scores")
-                with gr.Row():
-                    self.a = _list("a", "A", min_width=120)
-                    self.b = _list("b", "B", min_width=120)
-                self.also = _list("also", "Also show", multiselect=True)
-                with gr.Row():
-                    self.seed = _list("seed", "Seed", min_width=90)
-                    self.metric = _list("metric", "Score", min_width=120)
-                orders = [(text, key) for key, text in data.ORDERS.items()]
-                self.order = _list("order", "Sort by the change from A to B", choices=orders)
-                self.words = gr.Textbox(
-                    label="Filter", placeholder="words of the prompt", elem_id="compare-words"
-                )
-                pick = "bilora.pick(element, trigger, watch)"
-                self.list = parts.html("compare-list", js_on_load=pick)
-            # Right: the view of one prompt.
-            with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
-                with gr.Row(elem_id="compare-steps"):
-                    previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
-                    self.place = parts.html("compare-place")
-                    following = gr.Button("Next →", elem_id="compare-next", size="sm")
-                self.title = parts.html("compare-prompt")
-                self.cards = parts.html("compare-cards")
-                self.slider = parts.html("compare-slider")
-                # The server knows the query of a view, the browser makes a link of it.
-                self.query = gr.Textbox(visible=False)
-                link = gr.Textbox(
-                    label="Link to this view",
-                    elem_id="compare-link",
-                    interactive=False,
-                    buttons=["copy"],
-                    max_lines=1,
-                )
+        with gr.Accordion("Scored images", visible=False, elem_id="compare-body") as self.body:
+            self.answer = parts.html("compare-answer", visible=False)
+            with gr.Row(equal_height=False):
+                # Left: the choice, and the list of prompts.
+                with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
+                    self.scores = _list("scores", "Scores")
+                    with gr.Row():
+                        self.a = _list("a", "A", min_width=120)
+                        self.b = _list("b", "B", min_width=120)
+                    self.also = _list("also", "Also show", multiselect=True)
+                    with gr.Row():
+                        self.seed = _list("seed", "Seed", min_width=90)
+                        self.metric = _list("metric", "Score", min_width=120)
+                    orders = [(text, key) for key, text in data.ORDERS.items()]
+                    self.order = _list("order", "Sort by the change from A to B", choices=orders)
+                    self.words = gr.Textbox(
+                        label="Filter", placeholder="words of the prompt", elem_id="compare-words"
+                    )
+                    pick = "bilora.pick(element, trigger, watch)"
+                    self.list = parts.html("compare-list", js_on_load=pick)
+                # Right: the view of one prompt.
+                with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
+                    with gr.Row(elem_id="compare-steps"):
+                        previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
+                        self.place = parts.html("compare-place")
+                        following = gr.Button("Next →", elem_id="compare-next", size="sm")
+                    self.title = parts.html("compare-prompt")
+                    self.cards = parts.html("compare-cards")
+                    self.slider = parts.html("compare-slider")
+                    # The server knows the query of a view, the browser makes a link of it.
+                    self.query = gr.Textbox(visible=False)
+                    link = gr.Textbox(
+                        label="Link to this view",
+                        elem_id="compare-link",
+                        interactive=False,
+                        buttons=["copy"],
+                        max_lines=1,
+                    )
 
         # In the order of the fields of `View`, which is made of their values.
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]
         view = [self.prompt, self.title, self.place, self.list, self.cards]
         view += [self.slider, self.query]
-        widgets = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
+        widgets = list(dict.fromkeys([self.empty, self.body, self.answer, *choice, *view]))
         changed(self.open, [], widgets, **ORDERED)
         # Other scores have other adapters, prompts and seeds: all widgets are filled again.
         self.scores.input(
@@ -140,6 +139,7 @@ class Tab:
         return {
             self.empty: gr.update(visible=False),
             self.body: gr.update(visible=True, label=f"Scored images: {item.name}"),
+            self.answer: parts.notice(answers(item.result)),
             self.scores: gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
             self.a: gr.update(choices=labels, value=view.a),
             self.b: gr.update(choices=labels, value=view.b),
@@ -311,6 +311,12 @@ def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
             f"{escape(image.nearest_image)} · {times_100(image.scores.get('nearest'))}</span></div>"
         )
     return text
+
+
+def answers(result: Scored) -> str:
+    """The sentences on the best steps of runs whose checkpoints were scored, as HTML."""
+    sentences = [answer.sentence for answer in result.settings.answers]
+    return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
 
 
 def legend(result: Scored) -> str:

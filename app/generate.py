@@ -24,7 +24,7 @@ from eval.clip_scores.settings import usual
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET
-from .runs import PROMPT, ordered, pair, suggest_prompt
+from .runs import CONTROL, PROMPT, RunItem, control_of, newest, ordered, suggest_prompt
 from .sampling import BASE, Pipelines, can_sample, checked, sides
 
 # Models of the unconditional prediction as the tab Generate names them.
@@ -32,6 +32,10 @@ GUIDANCE_TITLES = {
     ADAPTER_GUIDANCE: "the adapter (what other programs do)",
     BASE_GUIDANCE: "the base model",
 }
+
+
+# Runs without weights that are named; the others are counted.
+MAX_NAMES = 4
 
 
 class Stopped(Exception):
@@ -145,6 +149,7 @@ class Tab:
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
                 self.a = gr.Dropdown(label="A", elem_id="generate-a")
                 self.b = gr.Dropdown(label="B", elem_id="generate-b")
+                self.absent = parts.html("generate-absent", visible=False)
                 number_options: dict[str, Any] = {"precision": 0, "min_width": 90}
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", elem_id="generate-seed", **number_options)
@@ -165,7 +170,9 @@ class Tab:
             # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
-        changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
+                outputs[1].value = message("The images of A and B appear here: press Generate.")
+        filled = [self.a, self.b, self.absent, self.empty]
+        changed(self.choices, [self.a, self.b], filled, **QUIET)
         choice_events = [self.a.change, self.b.change]
         inputs = [self.a, self.b, base, prompt]
         gr.on(choice_events, self.suggest, inputs, [prompt, steps, guidance, base], **QUIET)
@@ -174,7 +181,10 @@ class Tab:
             work.events("generate", self.generate, prompt, inputs, outputs)
 
     def choices(self, a: str | None, b: str | None) -> list[Any]:
-        """Fill the two lists, at first with LoRA and Bi-LoRA chosen; a choice stays."""
+        """Fill the two lists, at first with a run and its LoRA control chosen; a choice stays.
+
+        Without a control the first choice is the newest run and the base model.
+        """
         runs = ordered([run for run in self.catalog.scan.runs if can_sample(run)])
         choices = [("base model", BASE)]
         for run in runs:
@@ -182,16 +192,12 @@ class Tab:
         paths = {path for _, path in choices}
         has_choice = a in paths and b in paths and {a, b} != {BASE}
         if not has_choice:
-            # The base model stands for a run that is not there.
-            first_paths = [BASE, BASE]
-            for run in pair(runs):
-                first_paths.append(run.path)
-            a, b = first_paths[-2:]
+            a, b = first_choice(runs)
         text = ""
         if not runs:
             text = parts.empty(self.catalog, "No trained run yet", "demo")
         lists = [gr.update(choices=choices, value=value) for value in (a, b)]
-        return [*lists, parts.notice(text)]
+        return [*lists, parts.notice(without_weights(self.catalog)), parts.notice(text)]
 
     def suggest(self, a: str, b: str, last_base: str, prompt: str) -> list[Any]:
         """Suggest a prompt, steps and a guidance scale for a choice.
@@ -248,6 +254,33 @@ class Tab:
             yield message("Done."), _cards(labels, images), parts.slider(labels, images)
         except Stopped:
             yield message("Cancelled."), gr.skip(), gr.skip()
+
+
+def first_choice(runs: Sequence[RunItem]) -> tuple[str, str]:
+    """Paths of the first pair: the newest run that has a LoRA control, and this control.
+
+    Without such a run it is the newest run and the base model, without runs the base model alone.
+    """
+    newest_runs = newest(runs)
+    for run in newest_runs:
+        control = control_of(run, newest_runs)
+        if control is not None and run.method != CONTROL:
+            return run.path, control.path
+    return (newest_runs[0].path if newest_runs else BASE), BASE
+
+
+def without_weights(catalog: Catalog) -> str:
+    """The runs of images that are not in the lists, and why, as HTML; "" if there is none."""
+    names = []
+    for run in catalog.scan.runs:
+        if run.weights is None and not run.is_text:
+            names.append(f"{run.name}, {run.status}")
+    if not names:
+        return ""
+    listed = "; ".join(names[:MAX_NAMES])
+    if len(names) > MAX_NAMES:
+        listed += f"; and {len(names) - MAX_NAMES} more"
+    return message(f"Not in the lists, since they have no exported file yet: {listed}.")
 
 
 def _cards(labels: Sequence[str], images: Sequence[Image.Image]) -> str:

@@ -19,8 +19,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import is_file
+from bilora_diffusion.demo import scoring_command
 from bilora_diffusion.image.image_files import DECODE_ERRORS
 
 from .catalog import Catalog
@@ -216,13 +218,17 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
     for name in names:
         if name in EVALUATIONS:
             purpose = EVALUATIONS[name]
-            places = [catalog.place(run.path) for run in measurable(catalog, name)]
+            runs = measurable(catalog, name)
+            places = [catalog.place(run.path) for run in runs]
             if not places:
                 places = [catalog.place("lora"), catalog.place("bilora")]
             tool = "clip_scores" if name == "vote" else name
             command = f"python -m eval.{tool} {shlex.join(places)}"
             if name == "text_scores":
                 command += " --benchmarks heldout"
+            heldout = heldout_of_miniature(runs)
+            if tool == "clip_scores" and heldout is not None:
+                command = scoring_command(places, heldout)
         else:
             purpose, command = COMMANDS[name]
             root = catalog.place()
@@ -237,6 +243,18 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
         f'<section class="empty"><h2>{escape(title)}</h2><ol>{rows}</ol>'
         "<p>What they leave appears here by itself.</p></section>"
     )
+
+
+def heldout_of_miniature(runs: Sequence[RunItem]) -> str | None:
+    """Name of the held-out icons that all runs of a miniature share, as in the demo, or None."""
+    heldout_sets = [name for name in mini.FOLDERS if name.endswith(mini.HELDOUT_SUFFIX)]
+    names = set()
+    for run in runs:
+        config = run.record["config"]
+        is_miniature = str(config.get("pretrained_model_name_or_path")) in mini.PIPELINES
+        names.add(str(config.get("validation_dataset")) if is_miniature else None)
+    name = names.pop() if len(names) == 1 else None
+    return name if name in heldout_sets else None
 
 
 def measurable(catalog: Catalog, name: str) -> Sequence[RunItem]:

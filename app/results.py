@@ -25,6 +25,10 @@ REPORT_BYTES = 1_000_000
 # Marks of which Gradio's page would make HTML, requests or diagrams, and entities for them, which
 # it shows as text.
 ENTITIES = {"<": "&lt;", "![": "&#33;[", "```": "&#96;&#96;&#96;", "~~~": "&#126;&#126;&#126;"}
+# Levels of quotes and lists in a line; some thousand would fill the browser's stack.
+MAX_NESTING = 50
+_MARK = r"[ \t]*(?:>|(?:[-+*]|\d{1,9}[.)])(?=\s))"
+NESTED = re.compile(rf"^((?:{_MARK}){{{MAX_NESTING}}})(?:{_MARK})+", re.MULTILINE)
 # A picture in Markdown; no bracket within, so that a megabyte of "![" takes linear time.
 PICTURE = re.compile(r"!\[[^\[\]]*\]\([^()]*\)")
 
@@ -109,12 +113,16 @@ def text(catalog: Catalog, item: ResultItem) -> str:
         with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):
-        return f"The report {REPORT} can't be read: run `python -m eval.{item.kind}` again."
+        return f"The report {REPORT} can't be read: make the result again."
     return inert(PICTURE.sub("", report))
 
 
 def inert(markdown: str) -> str:
-    """Make Markdown harmless: Gradio's page makes no HTML, request or diagram of it."""
+    """Make Markdown harmless: Gradio's page makes no HTML, request or diagram of it.
+
+    Marks of nesting beyond `MAX_NESTING` are left out.
+    """
+    markdown = NESTED.sub(r"\1", markdown)
     for mark, entities in ENTITIES.items():
         markdown = markdown.replace(mark, entities)
     return markdown

@@ -107,6 +107,21 @@ def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
     return sorted(runs, key=lambda run: (run.method != CONTROL, run.method, str(run.seed)))
 
 
+def control_of(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
+    """The first plain LoRA run with the same seed and data; None if that is the run itself."""
+    key = (run.seed, run.is_text, run.data_hash)
+    for control in runs:
+        control_key = (control.seed, control.is_text, control.data_hash)
+        if control.method == CONTROL and control_key == key:
+            return None if control is run else control
+    return None
+
+
+def newest(runs: Sequence[RunItem]) -> list[RunItem]:
+    """Sort runs by their start, the newest first."""
+    return sorted(runs, key=lambda run: str(run.record.get("started_at")), reverse=True)
+
+
 def pair(runs: Sequence[RunItem]) -> list[RunItem]:
     """The two runs to compare first; fewer if there are fewer.
 
@@ -196,7 +211,7 @@ def progress(
     elif is_running and activity != TRAINING:
         status = activity
         started_at = datetime.fromisoformat(record["doing_since"]).timestamp()
-        reason = f"since {duration(max(0.0, current_time - started_at))}"
+        reason = f"for {duration(max(0.0, current_time - started_at))}"
     left_seconds = None
     if is_running and total is not None and step_times:
         left_seconds = max(0, total - steps) * step_seconds

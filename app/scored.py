@@ -8,16 +8,16 @@ labels and prompts by their texts, so that a link stays valid when the images ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, unquote, urlencode
 
 from pydantic import TypeAdapter
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.figures import student_interval
 from eval import compare
+from eval.clip_scores.best_step import BestStep
 from eval.clip_scores.prompts import Prompt
 from eval.clip_scores.reporting import METRICS
 from eval.table import FILE, Result, Summary
@@ -54,6 +54,8 @@ class Settings:
     seeds: list[int]
     scorer: ScoringModel
     captioner: ScoringModel | None
+    # Of each run whose checkpoints were scored
+    answers: list[BestStep] = field(default_factory=list)
 
 
 # Label of the adapter, text of the prompt, seed.
@@ -213,7 +215,7 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
         if row.subject in (a, b) and counts:
             pair_rows.append(replace(row, group=row.subject))
     summaries = {}
-    for summary in compare.summaries(pair_rows, a, interval=student_interval):
+    for summary in compare.summaries(pair_rows, a):
         summaries[summary.group, summary.item] = summary
 
     texts_with_image = {text for _, text, _ in result.images}
@@ -274,17 +276,29 @@ def neighbour(prompt_rows: Sequence[PromptRow], prompt: str, step: int) -> str:
 
 
 def first_view(scores: str, result: Scored) -> View:
-    """The view before anything is chosen: the first two adapters, and the largest gain."""
+    """The view before anything is chosen: a pair of adapters, and the largest gain.
+
+    Of checkpoints the pair is the last step and the one that the answer compares with it, by the
+    score that decides, and all others are shown too; of other scores it is the first two adapters.
+    """
     labels_with_image = {label for label, _, _ in result.images}
     labels = [label for label in result.labels if label in labels_with_image] or result.labels
+    also = labels[2:4]
+    metric = next(iter(metrics(result)), "i2t")
+    pair = pair_of_steps(result)
+    if pair is not None and set(pair) <= set(labels):
+        also = [label for label in labels if label not in pair]
+        labels = pair
+        if result.settings.answers[0].metric in metrics(result):
+            metric = result.settings.answers[0].metric
     view = View(
         scores,
         a=labels[0],
         b=labels[1] if len(labels) > 1 else labels[0],
-        also=tuple(labels[2:4]),
+        also=tuple(also),
         prompt=next(iter(result.texts), ""),
         seed=next(iter(result.settings.seeds), 0),
-        metric=next(iter(metrics(result)), "i2t"),
+        metric=metric,
     )
     prompt_rows = listed(view, result)
     if not prompt_rows:
@@ -292,11 +306,29 @@ def first_view(scores: str, result: Scored) -> View:
     return replace(view, prompt=prompt_rows[0].text)
 
 
+def pair_of_steps(result: Scored) -> list[str] | None:
+    """Labels of the last step and of the other one of the first answer; None without them."""
+    if not result.settings.answers:
+        return None
+    answer = result.settings.answers[0]
+    pair = []
+    for step in (answer.last, answer.candidate):
+        for entry in result.result.subjects:
+            is_of_run = entry.about.get("run") == answer.run
+            # Of several runs of one group, the first one's checkpoint
+            if is_of_run and entry.about.get("step") == step:
+                pair.append(entry.label)
+                break
+    return pair if len(pair) == 2 else None
+
+
 def link(view: View) -> str:
     """The query that opens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``."""
     words = {}
     for name, value in vars(view).items():
-        word = ",".join(view.also) if name == "also" else str(value)
+        word = str(value)
+        if name == "also":  # labels may have commas in them
+            word = ",".join(quote(label, safe=" ") for label in view.also)
         if word:
             words[name] = word
     return "?" + urlencode(words)
@@ -316,9 +348,8 @@ def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View,
     first = first_view(scores, result)
     also = first.also
     if "a" in query:
-        # Labels may have commas in them, so each label is searched in the text.
-        labels_of_link = f",{query.get('also', '')},"
-        also = tuple(label for label in result.labels if f",{label}," in labels_of_link)
+        labels_of_link = [unquote(word) for word in query.get("also", "").split(",")]
+        also = tuple(label for label in result.labels if label in labels_of_link)
     choices: dict[str, Sequence[str]] = {
         "a": result.labels,
         "b": result.labels,

@@ -21,7 +21,7 @@ from eval.subjects import differing_options
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .runs import Progress, RunItem, ordered, progress
+from .runs import Progress, RunItem, newest, ordered, progress
 from .training_data import (
     COLORS,
     TITLES,
@@ -30,6 +30,7 @@ from .training_data import (
     TrainingRun,
     ceiling,
     charts,
+    constant_rate,
     legend,
     radii,
     table,
@@ -79,6 +80,9 @@ def _lines(run: TrainingRun) -> list[str]:
         if norm != "scaled":
             text += f", {norm} norm"
         settings.append(text)
+    rate = constant_rate(run)
+    if rate is not None:
+        settings.append(f"learning rate {rate:g}")
     if run.fit:
         settings.append(_search_line(run))
     facts = []
@@ -249,9 +253,7 @@ class Tab:
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
         """Fill the list of runs, and choose new ones that are going on."""
-        runs = sorted(
-            self.catalog.scan.runs, key=lambda run: str(run.record.get("started_at")), reverse=True
-        )
+        runs = newest(self.catalog.scan.runs)
         if not runs:
             text = parts.empty(self.catalog, "No runs yet", "demo", "train")
             return {self.notice: parts.notice(text)}
@@ -318,11 +320,19 @@ class Tab:
             metrics_file = self.catalog.resolve(f"{path}/{METRICS}")
             record = read_run(folder)
             rows = []
+            fault_of_log = ""
             last_written = record_file.stat().st_mtime
             if metrics_file.exists():
-                rows = self.catalog.cached(metrics_file, partial(read_metrics, folder))
                 last_written = max(last_written, metrics_file.stat().st_mtime)
+                try:
+                    rows = self.catalog.cached(metrics_file, partial(read_metrics, folder))
+                except (UserError, OSError) as error:
+                    fault_of_log = f"log unreadable: {self.catalog.without_root(error)}"
             state = progress(record, rows, last_written)
+            if fault_of_log:
+                # The run may be whole all the same: its status is that of its record.
+                state = replace(state, reason=fault_of_log)
+                return TrainingRun(replace(run, record=record), color, [], state, is_readable=False)
             fit = {}
             try:
                 fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
@@ -332,5 +342,5 @@ class Tab:
             return TrainingRun(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs are shown
             reason = self.catalog.without_root(error)
-            state = Progress("failed", reason, 0, None, 0.0, None, 0)
+            state = Progress("unreadable", reason, 0, None, 0.0, None, 0)
             return TrainingRun(run, color, [], state, is_readable=False)

@@ -11,7 +11,7 @@ colors, and runs differ by their dashes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,11 +27,8 @@ from bilora_diffusion.core.values import (
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 
-from .runs import CONTROL, Progress, RunItem
-
-Row = Mapping[str, Any]
-# (step, value), by step.
-Points = list[tuple[int, float]]
+from .points import Points, Row, series, smooth, thin
+from .runs import CONTROL, Progress, RunItem, control_of
 
 # Colors of runs; each has a contrast of at least 3 to a light and to a dark page.
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
@@ -57,13 +54,13 @@ WIDE = "c0"
 DASHES = ("", "fe", "fd", "fc")
 # and the same for a broad line.
 BROAD_DASHES = ("fb", "fa", "f9", "f8")
+# the radius has short dashes with wide gaps, in which the equal norm below it is seen.
+RADIUS = "f7"
 # Plots whose colors are of concepts or configurations, not of runs
 WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
 # Column of the held-out loss at one noise level.
 LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
-# Points of a line, about.
-MAX_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -102,37 +99,6 @@ class Line:
     run: str = ""
     # True for a broad line, in a plot with a legend
     is_broad: bool = False
-
-
-def series(rows: Sequence[Row], key: str) -> Points:
-    """A metric over the steps, without rows that lack it or have null for a non-finite number."""
-    points = []
-    for row in rows:
-        if type(row.get(key)) in (int, float):  # and not bool, which is an int
-            points.append((row["step"], float(row[key])))
-    return points
-
-
-def smooth(points: Points, window: int) -> Points:
-    """The mean of each value and up to `window - 1` values before it."""
-    values = pd.Series([value for _, value in points], dtype=float)
-    means = values.rolling(max(1, window), min_periods=1).mean()
-    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
-
-
-def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """Thin a curve out to about `limit` points, such that its length and its peaks stay.
-
-    These are the first and the last point, and the lowest and the highest of equal stretches.
-    """
-    if len(points) <= limit:
-        return points
-    chosen = {0, len(points) - 1}
-    values = np.asarray([value for _, value in points])
-    for stretch in np.array_split(np.arange(len(points)), limit // 2):  # numbers of points
-        chosen.add(int(stretch[values[stretch].argmin()]))
-        chosen.add(int(stretch[values[stretch].argmax()]))
-    return [points[number] for number in sorted(chosen)]
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
@@ -180,26 +146,33 @@ def curves(
     return lines
 
 
-def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[Line]:
+def differences(
+    runs: Sequence[TrainingRun], key: str, window: int = 1, in_percent: bool = False
+) -> list[Line]:
     """Each run minus plain LoRA of the same seed on the same data, step by step.
 
     Such runs see the same samples with the same noise in each step.
+
+    Args:
+        runs: runs, LoRA's among them.
+        key: name of the metric.
+        window: steps of the running mean.
+        in_percent: the difference is in percent of LoRA's value.
     """
-    keys = [(run.run.seed, run.run.is_text, run.run.data_hash) for run in runs]
-    controls: dict[tuple[Any, ...], TrainingRun] = {}
-    for pair_key, run in zip(keys, runs, strict=True):
-        if run.run.method == CONTROL:
-            controls.setdefault(pair_key, run)
+    items = [run.run for run in runs]
     lines = []
-    for pair_key, run in zip(keys, runs, strict=True):
-        control = controls.get(pair_key, run)
-        if control is run:
+    for run in runs:
+        control = control_of(run.run, items)
+        if control is None:
             continue
-        control_values = dict(series(control.rows, key))
+        control_values = dict(series(runs[items.index(control)].rows, key))
         points = []
         for step, value in series(run.rows, key):
-            if step in control_values:
-                points.append((step, value - control_values[step]))
+            control_value = control_values.get(step)
+            if control_value is None or (in_percent and control_value == 0):
+                continue
+            unit = control_value / 100 if in_percent else 1.0
+            points.append((step, (value - control_value) / unit))
         lines.append(run.line(smooth(points, window)))
     return over_zero(lines, "LoRA of the same seed")
 
@@ -326,7 +299,7 @@ def radii(runs: Sequence[TrainingRun]) -> list[Line]:
         # A line of several runs is as long as the longest one.
         if name not in points_by_name or points_by_name[name][-1][0] < points[-1][0]:
             points_by_name[name] = points
-    return [Line(name, points) for name, points in points_by_name.items()]
+    return [Line(name, points, GREY + RADIUS) for name, points in points_by_name.items()]
 
 
 def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
@@ -341,7 +314,7 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
         "loss": curves(runs, "loss", window, background=("loss", "each step")),
         "loss-difference": differences(runs, "loss", window),
         "heldout": curves(runs, HELDOUT_LOSS, background=(TRAINING_GRID_LOSS, "training set")),
-        "heldout-difference": differences(runs, HELDOUT_LOSS),
+        "heldout-difference": differences(runs, HELDOUT_LOSS, in_percent=True),
         "distance": curves(runs, HELDOUT_DISTANCE),
         "concepts": by_concept(runs),
         "levels": over_zero(levels, "base model"),
@@ -349,14 +322,23 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
-    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=UNPROJECTED)
+    # The last lines lie on top.
+    plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radii(runs)
     plots["rise"] = curves(runs, "loss_rise", window)
-    plots["rate"] = curves(runs, "lr")
+    plots["rate"] = []
+    if any(constant_rate(run) is None for run in runs):
+        plots["rate"] = curves(runs, "lr")
     return plots
 
 
+def constant_rate(run: TrainingRun) -> float | None:
+    """The learning rate of a run that has had one rate so far; None where it changes."""
+    rates = {rate for _, rate in series(run.rows, "lr")}
+    return rates.pop() if len(rates) == 1 else None
+
+
 UNPROJECTED = ("auxiliary_norm_before", "before the projection")
-BELOW_ZERO = "Below zero: better than LoRA of the same seed."
+BELOW_ZERO = "Below zero: lower than LoRA of the same seed. A lower loss is not better samples."
 # Each plot's title and caption.
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
@@ -365,7 +347,7 @@ TITLES = {
         "Below zero: fits the training data better; says nothing of other data.",
     ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
-    "heldout-difference": ("Held-out loss, difference to LoRA", BELOW_ZERO),
+    "heldout-difference": ("Held-out loss, difference to LoRA in %", BELOW_ZERO),
     "distance": ("Distance of samples to held-out images", "By --choose_by samples."),
     "concepts": ("Held-out loss of each concept", "Colors are of concepts here."),
     "levels": (
@@ -380,7 +362,7 @@ TITLES = {
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (
         "Norm of the auxiliary, ‖B₂A₂‖",
-        "After the projection; faint: before it. Grey: the radius ρ.",
+        "After the projection; faint: before it; dashed: the radius ρ.",
     ),
     "rise": (
         "Rise of the loss by the auxiliary",

@@ -39,6 +39,8 @@ class Column:
     step: int
     # Files relative to the root, by prompt and by number among the prompt's images
     files: dict[tuple[str, int], str]
+    # The seed of each image's noise, by the same; None where the index has none
+    seeds: dict[tuple[str, int], int | None]
 
 
 def build(catalog: Catalog, changed: Any) -> None:
@@ -89,9 +91,9 @@ def build(catalog: Catalog, changed: Any) -> None:
     def show(paths: list[str], chosen_step: int | None) -> Update:
         run_of_path = {run.path: run for run in with_images(catalog)}
         runs = [run_of_path[path] for path in paths if path in run_of_path]
-        steps = common_steps(runs)
+        steps = all_steps(runs)
         if chosen_step not in steps:
-            chosen_step = steps[-1] if steps else 0
+            chosen_step = first_step(runs)
         choice = gr.update(choices=steps, value=chosen_step, visible=len(steps) > 1)
         return {step: choice, images: table(catalog, runs, chosen_step)}
 
@@ -122,7 +124,14 @@ def without_images(catalog: Catalog) -> str:
     )
 
 
-def common_steps(runs: Sequence[RunItem]) -> list[int]:
+def first_step(runs: Sequence[RunItem]) -> int:
+    """The step to show first: the last at which all runs have images, else the last of any."""
+    steps = all_steps(runs)
+    common_steps = [step for step in steps if all(step in run.steps for run in runs)]
+    return max(common_steps or steps, default=0)
+
+
+def all_steps(runs: Sequence[RunItem]) -> list[int]:
     """Steps at which any of the runs has images: those after step 0, or this one alone."""
     steps: set[int] = set()
     for run in runs:
@@ -146,17 +155,26 @@ def table(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
                 break
     blocks = ""
     for prompt, number in keys:
+        key = (prompt, number)
+        seeds = {column.seeds[key] for column in columns if key in column.seeds}
+        # A prompt with a single image needs no seed to tell it apart.
+        position = ""
+        if len(seeds) == 1 and (prompt, 1) in keys:
+            (seed,) = seeds
+            position = f" ({number + 1})" if seed is None else f", seed {seed}"
         cells = ""
         for column in columns:
-            file = column.files.get((prompt, number))
+            title = column.title
+            if len(seeds) > 1 and key in column.seeds:
+                title += f", image of seed {column.seeds[key]}"
+            file = column.files.get(key)
             address = None
             missing = "not a prompt of this run"
             if file is not None:
                 address = parts.address_below(catalog, file)
                 missing = f"no image at step {column.step}"
-            picture = parts.image(address, f"{column.title}: {prompt}", missing)
-            cells += f"<figure>{picture}<figcaption>{escape(column.title)}</figcaption></figure>"
-        position = f" ({number + 1})" if number else ""
+            picture = parts.image(address, f"{title}: {prompt}{position}", missing)
+            cells += f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>"
         blocks += (
             f'<section class="subject"><h2>{escape(prompt)}{position}</h2>'
             f'<div class="row" style="--columns: {len(columns)}">{cells}</div></section>'
@@ -168,10 +186,13 @@ def read_column(catalog: Catalog, run: RunItem, step: int, title: str) -> Column
     """Read the index of a run's images at a step; a damaged one gives a column without images."""
     folder = str(PurePosixPath(run.path) / validation_folder(Path(), step))
     files: dict[tuple[str, int], str] = {}
+    seeds: dict[tuple[str, int], int | None] = {}
     counts: Counter[str] = Counter()
     with contextlib.suppress(UserError):
         index = catalog.resolve(f"{folder}/{INDEX}")
         for image in read_index(index, run.record["config"]):
-            files[image.prompt, counts[image.prompt]] = f"{folder}/{image.file}"
+            key = (image.prompt, counts[image.prompt])
+            files[key] = f"{folder}/{image.file}"
+            seeds[key] = image.seed
             counts[image.prompt] += 1
-    return Column(title, step, files)
+    return Column(title, step, files, seeds)

@@ -15,12 +15,16 @@ import argparse
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from bilora_diffusion.core.errors import UserError, run_cli
 from eval.command import Parser
@@ -28,6 +32,9 @@ from eval.command import Parser
 # Gradio's own default
 PORT = 7860
 LOCAL = "127.0.0.1"
+# Beginning of the name of a viewer's temporary folder, and the lock file in it.
+CACHE_PREFIX = "bilora-viewer-"
+CACHE_LOCK = "in-use.lock"
 HOST_NAME = re.compile(r"[a-z0-9._-]+", re.IGNORECASE)
 
 
@@ -69,21 +76,18 @@ def serve(args: argparse.Namespace) -> None:
     public = args.host not in (LOCAL, "localhost", "::1")
     catalog = Catalog(args.root, public=public or bool(args.allow_host))
     check_names(args.allow_host)
-    with (
-        listen(args.host, args.port) as listener,
-        tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache,
-    ):
-        be_private(Path(cache))
+    with listen(args.host, args.port) as listener, own_cache() as cache:
+        be_private(cache)
         try:
             import gradio  # noqa: F401
 
-            from . import page
+            from . import guard, page
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
         # Before the server is built, whose log keeps the stream that it finds.
-        with contextlib.redirect_stderr(page.ShortLines(sys.stderr)):
+        with contextlib.redirect_stderr(guard.ShortLines(sys.stderr)):
             server = page.server(
                 catalog,
                 host=args.host,
@@ -99,6 +103,35 @@ def serve(args: argparse.Namespace) -> None:
             server.run(sockets=[listener])
         if not server.started:
             raise UserError("the viewer's server did not start: its message is above")
+
+
+@contextlib.contextmanager
+def own_cache() -> Iterator[Path]:
+    """A temporary folder of this viewer within the context.
+
+    A viewer that was killed leaves its folder, with copies of what it served. The next one deletes
+    it: a folder is in use as long as a process holds its lock.
+    """
+    with tempfile.TemporaryDirectory(prefix=CACHE_PREFIX) as folder:
+        cache = Path(folder)
+        with FileLock(cache / "new.lock"):
+            # It gets its name when it is locked, since another viewer deletes a folder whose lock
+            # nobody holds.
+            (cache / "new.lock").rename(cache / CACHE_LOCK)
+            delete_left_caches()
+            yield cache
+
+
+def delete_left_caches() -> None:
+    """Delete the temporary folders of this user's viewers that have ended."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{CACHE_PREFIX}*"):
+        lock_file = folder / CACHE_LOCK
+        with contextlib.suppress(OSError, Timeout):
+            status = folder.lstat()
+            is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            if is_own and lock_file.is_file():
+                with FileLock(lock_file, timeout=0):
+                    shutil.rmtree(folder)
 
 
 def be_private(cache: Path) -> None:

@@ -21,7 +21,7 @@ from picture_study import METRICS, draw_fronts
 
 from bilora_diffusion.core.durable import write_text
 from bilora_diffusion.core.errors import UserError, run_cli
-from bilora_diffusion.core.figures import Interval
+from bilora_diffusion.core.figures import Interval, mean_interval
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from eval import compare, report, table
 from eval.command import Parser, open_folder
@@ -88,7 +88,7 @@ def page(results: dict[str, Result], command: str, figures: Sequence[str]) -> st
     introduction = (
         "A row of LoRA has means over training seeds, every other row its differences to LoRA,"
         f" paired by seed, with {report.INTERVALS} and the number of seeds in which the variant is"
-        " better. `n` is the number of seeds. With fewer than ten seeds an interval is too narrow."
+        " better. `n` is the number of seeds."
     )
     return report.page(
         "# Judged by sampled images: all sets",
@@ -138,7 +138,7 @@ def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | Non
     if not regrets_by_seed:
         return None, None
     seed_means = [compare.mean(regrets) for regrets in regrets_by_seed.values()]
-    return compare.mean(seed_means), compare.bootstrap_interval(seed_means)
+    return compare.mean(seed_means), mean_interval(seed_means)
 
 
 if __name__ == "__main__":

@@ -182,11 +182,11 @@ Inputs = dict[str, Any]
 class Shape:
     """A workload of step_cost.py."""
 
-    # Sentence for the report; "{batch}" stands for the number of samples
+    # Sentence for the report; "{batch}" stands for the number of samples, "{length}" for tokens
     note: str
     # Makes the model; called under any default device
     build: Callable[[], nn.Module]
-    # (model, samples, dtype, device, generator) -> tensors of one batch
+    # (model, samples, tokens, dtype, device, generator) -> tensors of one batch
     inputs: Callable[..., Inputs]
     # (model, inputs) -> scalar
     loss: Callable[[Any, Inputs], Tensor]
@@ -198,10 +198,19 @@ class Shape:
     dtype: str
     steps: int
     warmup: int
+    # Tokens of a text by default; None for images
+    length: int | None = None
 
 
 def _unet_inputs(
-    pixels: int, length: int, model: Any, batch: int, dtype: Any, device: Any, generator: Any
+    pixels: int,
+    prompt_length: int,
+    model: Any,
+    batch: int,
+    _: None,
+    dtype: Any,
+    device: Any,
+    generator: Any,
 ) -> Inputs:
     """Latents, prompt embeddings and size conditioning for images of ``pixels`` x ``pixels``."""
     config = model.config
@@ -217,7 +226,7 @@ def _unet_inputs(
         "sample": normal(latents),
         "noise": normal(latents),
         "timestep": torch.randint(1000, (batch,), generator=generator).to(device),
-        "encoder_hidden_states": normal((batch, length, config.cross_attention_dim)),
+        "encoder_hidden_states": normal((batch, prompt_length, config.cross_attention_dim)),
         "added_cond_kwargs": {
             "text_embeds": normal((batch, pooled)),
             "time_ids": sizes.to(device=device, dtype=dtype),
@@ -233,7 +242,13 @@ def _unet_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _text_inputs(
-    source: int, target: int | None, model: Any, batch: int, _: Any, device: Any, generator: Any
+    target: int | None,
+    model: Any,
+    batch: int,
+    source: int,
+    _: Any,
+    device: Any,
+    generator: Any,
 ) -> Inputs:
     """Sequences without padding, all of them targets unless these have a length of their own."""
 
@@ -259,9 +274,9 @@ MINI = Shape(
     warmup=5,
 )
 T5 = Shape(
-    note="T5-base, rank 8 on every linear layer, batch {batch} of 128 + 8 tokens",
+    note="T5-base, rank 8 on every linear layer, batch {batch} of {length} + 8 tokens",
     build=t5_base,
-    inputs=partial(_text_inputs, 128, 8),  # the paper's limit is 256 tokens
+    inputs=partial(_text_inputs, 8),
     loss=lambda model, inputs: model(**inputs).loss,  # mean cross entropy of the targets
     spec=AdapterSpec(rank=8, alpha=16),
     lr=5e-4,
@@ -269,16 +284,18 @@ T5 = Shape(
     dtype="fp32",
     steps=40,
     warmup=3,
+    length=128,  # the paper's limit is 256
 )
 LLAMA = replace(
     T5,
-    note="2 layers of Llama 2 7B, rank 8 on every linear layer, batch {batch} of 256 tokens",
+    note="2 layers of Llama 2 7B, rank 8 on every linear layer, batch {batch} of {length} tokens",
     # A small vocabulary, so that the time is that of the layers
     build=lambda: llama_7b(num_hidden_layers=2, vocab_size=2048),
-    inputs=partial(_text_inputs, 256, None),  # the paper's limit is 1,024 (256 for Llama 3.1)
+    inputs=partial(_text_inputs, None),
     batch=2,
     steps=12,
     warmup=2,
+    length=256,  # the paper's limit is 1,024 (256 for Llama 3.1)
 )
 SDXL_UNET = replace(
     MINI,

@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py --shapes mini                     # a minute or two on a CPU
     python benchmarks/step_cost.py --shapes t5-base --methods all --json t5.json
-    python benchmarks/step_cost.py --shapes t5-base --methods all --batch 32   # as in Table A4
+    python benchmarks/step_cost.py --shapes t5-base --methods all,full --batch 32   # Table A9
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
 
 All variants are in one process on the same base weights and take turns, one step each, in rotating
@@ -152,7 +152,7 @@ def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -
     base = materialize(shape.build, dtype=dtype, device=device, seed=SEED)
     base.train().requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)
-    inputs = shape.inputs(base, args.batch, dtype, device, generator)
+    inputs = shape.inputs(base, args.batch, args.length, dtype, device, generator)
     return [Variant(kind, args, base, inputs) for kind in kinds]
 
 
@@ -191,9 +191,10 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {
         "shapes": args.shapes,
         "batch": args.batch,
+        "length": args.length,
         "dtype": args.dtype,
         "steps": args.steps,
-        "note": shape.note.format(batch=args.batch),
+        "note": shape.note.format(batch=args.batch, length=args.length),
         "layers": variants[0].layers,
         "arms": rows,
         **circumstances(device),
@@ -203,8 +204,9 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def memory_of(kind: str, args: argparse.Namespace) -> int:
     """Peak memory of a variant in its own process, which starts before this one holds a model."""
     command = [sys.executable, __file__, "--arm", kind]
-    for name in ("shapes", "dtype", "batch"):
-        command += [f"--{name}", str(getattr(args, name))]
+    for name in ("shapes", "dtype", "batch", "length"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         lines = process.stderr.strip().splitlines() or ["no message"]
@@ -245,28 +247,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", required=True, choices=SHAPES)
     parser.add_argument("--steps", type=int, help="measured rounds")
     parser.add_argument("--batch", type=int, help="samples of a step; default: the shapes' own")
+    parser.add_argument("--length", type=int, help="tokens of a text; default: the shapes' own")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base weights; bf16: autocast")
     usual = "lora,bilora,bilora-peft"
     parser.add_argument("--arms", default=usual, help=f"some of {','.join(KINDS)}")
     parser.add_argument(
-        "--methods", help=f"instead of --arms: all ({','.join(METHODS)}), or some of them"
+        "--methods",
+        help=f"instead of --arms: all ({','.join(METHODS)}), some of them, or all,full",
     )
     parser.add_argument("--json", type=Path, help="also write the result, with every time, there")
     parser.add_argument("--arm", choices=KINDS, help="run it alone and print its peak memory")
     args = parser.parse_args(argv)
     args.arms = args.arms.split(",")
     if args.methods:
-        names = METHODS if args.methods == "all" else args.methods.split(",")
+        names = []
+        for word in args.methods.split(","):
+            names += METHODS if word == "all" else [word]
         args.arms = [BASELINE]
         args.arms += [name for name in names if name != BASELINE]
-    for name in ("dtype", "steps", "batch"):
+    if args.length is not None and SHAPES[args.shapes].length is None:
+        raise UserError(f"--length is {args.length}, and {args.shapes} has images: leave it out.")
+    for name in ("dtype", "steps", "batch", "length"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(SHAPES[args.shapes], name))
     if BASELINE not in args.arms or len(set(args.arms) & KINDS.keys()) < len(args.arms):
         raise UserError(
             f"--arms is {','.join(args.arms)}; name {BASELINE} and others of {', '.join(KINDS)}."
         )
-    check(args, "steps", "batch")
+    counts = ["steps", "batch"]
+    if args.length is not None:
+        counts.append("length")
+    check(args, *counts)
     return args
 
 

@@ -16,12 +16,15 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from eval.compare import ITEM, SEED, bootstrap_interval, mean, units
+from bilora_diffusion.core.figures import mean_interval
+from eval.compare import ITEM, SEED, mean, units
 from eval.report import table
 from eval.table import read
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
+# All differences are exactly 0, so that the figure says nothing about the claim.
+NO_DIFFERENCE = "no difference at all"
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,7 @@ def figure(check: Check) -> Figure:
             if key in control_values:
                 differences[key] = value - control_values[key]
         values = differences
-    # By the same bootstrap as in the results themselves.
-    interval = bootstrap_interval(list(values.values())) if values else None
+    interval = mean_interval(list(values.values())) if values else None
     if interval is None:
         raise ValueError(f"{check.result} has no interval for {check.metric} of {check.group}.")
     size = 1.0
@@ -135,10 +137,12 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
 def verdict(check: Check, figure: Figure) -> str:
     """The verdict on a check: it holds or fails if the whole interval says so."""
     lower, upper = check.lower, check.upper
-    # A tolerance is the same in both directions.
     if check.tolerance is not None:
+        # A tolerance is the same in both directions.
         upper = check.tolerance * figure.size
         lower = -upper
+    elif figure.low == figure.high == 0 and 0 in (lower, upper):
+        return NO_DIFFERENCE
     if lower < figure.low and figure.high < upper:
         return HOLDS
     if figure.high <= lower or figure.low >= upper:

@@ -156,6 +156,7 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
         "hold weights": samples.hold_weights,
         "held": samples.hold_unconditional,
         "rules": samples.rules,
+        "judges": samples.judges,
     },
 }
 

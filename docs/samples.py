@@ -56,6 +56,17 @@ SUBJECT_VARIANTS = {
     "per sample, doubled rate": "learning rate doubled",
     "LoRA, doubled rate": "LoRA, learning rate doubled",
 }
+# Group of results/fit_by_samples -> value of `--choose_by`, and the choice of its search
+JUDGES = {
+    "Bi-LoRA (fit-samples)": (
+        "`samples`",
+        "Bi-LoRA, `rho` 0.05, learning rate 2e-3, rank 8, 60 steps",
+    ),
+    "Bi-LoRA (fit-loss)": (
+        "`loss`",
+        "per-sample auxiliaries, `--rho auto`, learning rate 1e-3, rank 16, 150 steps",
+    ),
+}
 BEST = f"best {HELDOUT_LOSS}"
 ONE_AUXILIARY, PER_SAMPLE = "one, rho auto", "one for each sample, rho auto"
 
@@ -108,7 +119,11 @@ def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool =
     text = report.number(line.difference, metric, "+")
     if intervals and line.difference_interval is not None:
         text += f" {report.interval(line.difference_interval, metric, '+')}"
-    # No sign before zeros
+    return without_signs_of_zeros(text)
+
+
+def without_signs_of_zeros(text: str) -> str:
+    """The text without the sign of each number that is rounded to zero."""
     return re.sub(r"[+-](0\.0+)\b", r"\1", text)
 
 
@@ -247,9 +262,23 @@ def rules() -> Iterable[str]:
             text = report.number(regret, COSINE)
             if bounds is not None:
                 text += f" {report.interval(bounds, COSINE)}"
-            cells.append(text)
+            cells.append(without_signs_of_zeros(text))
         rows.append((title, *cells))
     yield report.table(("rule", *sets.values()), rows)
+
+
+def judges() -> Iterable[str]:
+    """Scores of what a search chooses by samples, and by the held-out loss."""
+    result = table.read(ROOT / "results" / "fit_by_samples")
+    rows = []
+    for group, (judge, choice) in JUDGES.items():
+        score, image_to_text = result.summary(group, "truth"), result.summary(group, "i2t")
+        assert score is not None
+        assert image_to_text is not None
+        bounds = report.interval(score.interval, COSINE)
+        score_cell = f"{report.number(score.mean, COSINE)} {bounds}"
+        rows.append((judge, choice, score_cell, report.number(image_to_text.mean, COSINE)))
+    yield report.table(("`--choose_by`", "choice", "score", "image to text"), rows)
 
 
 def readme() -> Iterable[str]:

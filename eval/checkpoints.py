@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.figures import CONFIDENCE
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured, read_run
 
@@ -24,19 +26,23 @@ from .plot import Curve, Panel
 from .subjects import Subject
 from .table import Entry, Metric, Result, Row, Summary
 
-HELP = "Score these checkpoints of each run: all, or steps such as 40,80."
+HELP = (
+    "Score these checkpoints of each run: steps such as 40,80, or all, which are those of"
+    " --checkpointing_steps and the last one."
+)
 # A value of ``--steps``, and the picture that it adds
 ALL_STEPS = "all"
 FIGURE = "steps.png"
 LOSS = Metric(
     "held-out loss", "that of the run at this step, in metrics.jsonl, one number", form=".4f"
 )
-# Rows, and the group that is the ``control`` -> their summaries
+# Rows, the group that is the ``control``, and the ``confidence`` of intervals -> summaries
 Summarize = Callable[..., Sequence[Summary]]
 BEST_STEPS_NOTE = (
     "The best step by each score, and its difference to the last step. The same measurements choose"
     " the step and give its score, so this score is too favourable. Differences are paired; the"
-    " figure's bands are not."
+    " figure's bands are not. The intervals here are wider than those of the scores, since they"
+    " hold for all steps together (95 % after Bonferroni's correction)."
 )
 # Fields of a `Summary` in the unit of its metric
 SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
@@ -56,6 +62,12 @@ class OverSteps(Evaluation):
             self.curves = curves(result, summarize)
             self.settings["best_steps"] = best(self.curves)
         return result
+
+    def control_mark(self, result: Result) -> str:
+        """ "last" where all differences are to the last step of one run."""
+        runs = {subject.about.get("run") for subject in result.subjects}
+        is_last = result.control == last_group(result.subjects)
+        return "last" if is_last and len(runs) == 1 else "control"
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         if self.curves is None:
@@ -80,6 +92,47 @@ def read_steps(text: str) -> list[int] | None:
     return sorted(set(map(int, words)))
 
 
+def scheduled(steps: Sequence[int], interval: int | None) -> list[int]:
+    """The checkpoints of ``--checkpointing_steps`` among a run's, and the last one.
+
+    An interruption saves a checkpoint at any step, which says nothing about the run's progress
+    beside its neighbours.
+    """
+    chosen_steps = []
+    for step in steps:
+        if not interval or step % interval == 0 or step == steps[-1]:
+            chosen_steps.append(step)
+    return chosen_steps
+
+
+def left_out(subjects: Sequence[Subject], text: str) -> list[str]:
+    """A sentence for each run with checkpoints that ``--steps all`` leaves out.
+
+    Args:
+        subjects: checkpoints that are scored.
+        text: of ``--steps``.
+    """
+    from bilora_diffusion.run import checkpoint
+
+    if read_steps(text) is not None:  # the user has named them
+        return []
+    scored_steps: dict[Path, list[int]] = {}
+    for subject in subjects:
+        if subject.folder is not None and "step" in subject.about:
+            scored_steps.setdefault(subject.folder, []).append(subject.about["step"])
+    sentences = []
+    for folder, steps in scored_steps.items():
+        all_steps = checkpoint.steps(folder)
+        missing_steps = [step for step in all_steps if step not in steps]
+        if missing_steps:
+            sentences.append(
+                f"Left out of {folder.name}: {counted(len(missing_steps), 'checkpoint')}"
+                f" ({', '.join(map(str, missing_steps))}) that an interruption saved between two of"
+                f" --checkpointing_steps; --steps {','.join(map(str, all_steps))} scores all."
+            )
+    return sentences
+
+
 def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
     """Checkpoints of runs as subjects, each with its primary as the run would have exported it.
 
@@ -102,7 +155,10 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
     subjects: list[Subject] = []
     for run in runs:
         assert run.folder is not None
-        steps = checkpoint.steps(run.folder) if chosen_steps is None else chosen_steps
+        steps = chosen_steps
+        if steps is None:
+            interval = run.record["config"].get("checkpointing_steps")
+            steps = scheduled(checkpoint.steps(run.folder), interval)
         if not steps:
             raise UserError(without_checkpoints(run.folder))
         for step in steps:
@@ -158,7 +214,9 @@ def heldout_loss(subject: Subject) -> list[Row]:
 def curves(result: Result, summarize: Summarize) -> Result:
     """The result as curves over steps: a group for each run, and differences to its last step.
 
-    Values are multiplied by their metrics' scales, since a figure shows them so.
+    Intervals of differences hold for all steps of a run together: each has the level
+    1 - 0.05 / n for n differences (Bonferroni). So a step may be chosen by them. Values are
+    multiplied by their metrics' scales, since a figure shows them so.
     """
     runs: dict[str, dict[str, int]] = {}  # run -> group -> step
     for subject in result.subjects:
@@ -170,7 +228,14 @@ def curves(result: Result, summarize: Summarize) -> Result:
             if row.group in steps and row.metric in result.metrics:
                 rows.append(row)
         last_group = max(steps, key=steps.__getitem__)
-        for line in summarize(rows, control=last_group):
+        confidence = 1 - (1 - CONFIDENCE) / max(1, len(steps) - 1)
+        joint_lines = summarize(rows, control=last_group, confidence=confidence)
+        for line, joint_line in zip(summarize(rows, control=last_group), joint_lines, strict=True):
+            line = replace(
+                line,
+                difference_low=joint_line.difference_low,
+                difference_high=joint_line.difference_high,
+            )
             scale = result.metric(line.metric).scale
             scaled = {}
             for name in SCALED_FIELDS:

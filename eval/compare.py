@@ -9,91 +9,42 @@ are averaged first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.core.figures import CONFIDENCE, Interval
+from bilora_diffusion.core.figures import CONFIDENCE, Interval, mean_interval
 
 from .table import Entry, Row, Summary
 
 # The units that are averaged and paired
 SEED, ITEM = "seed", "item"
-# Bootstrap samples where there are more than can be enumerated
-RESAMPLES = 9999
 # Verdicts on a difference
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
-# Values -> interval of their mean
-IntervalOfMean = Callable[[Sequence[float]], Interval | None]
 # Seed or item, the unit that is averaged and paired -> its value
 Units = Mapping[Any, float | None]
-
-
-def bootstrap_interval(values: Sequence[float]) -> Interval | None:
-    """95 % interval of the mean of independent values by a bias-corrected, accelerated bootstrap.
-
-    BCa (Efron, "Better Bootstrap Confidence Intervals", 1987) over all n**n resamples of up to
-    five values, and over `RESAMPLES` random ones of more. The order of the values has no influence,
-    and the interval follows their unit and offset. ``scipy.stats.bootstrap`` compares the resampled
-    means with the mean exactly: of few values many are equal to it, and rounding would decide.
-
-    Equal values have an interval without width, since BCa is not defined for them. With few values
-    a bootstrap interval is too narrow: of 95 % intervals of normal values, 72 % cover the mean for
-    3, 84 % for 5 and 90 % for 10.
-    """
-    from scipy.special import ndtr, ndtri  # in functions, so that --help does not wait for it
-
-    array = np.sort(np.asarray(values, dtype=np.float64))
-    count = len(array)
-    if count < 2 or not np.isfinite(array).all():
-        return None
-    center = float(array.mean())
-    spread = float(np.ptp(array))
-    # Values that are equal but for rounding have no distribution to resample.
-    if spread <= 1e-12 * np.abs(array).max():
-        return Interval(center, center)
-    deviations = (array - center) / spread
-
-    # A resample is n indices of the n values.
-    if count**count <= RESAMPLES:
-        indices = np.indices((count,) * count).reshape(count, -1).T  # (resamples, n)
-    else:
-        indices = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    means = deviations[indices].mean(axis=1)  # (resamples,); 0 is the mean of the values
-
-    # z0 = Phi^-1(share of resampled means below the mean); ties count half. The tolerance is for
-    # rounding: the deviations are of order one.
-    is_tie = np.abs(means) < 1e-9
-    is_below = (means < 0) & ~is_tie
-    bias = ndtri(is_below.mean() + is_tie.mean() / 2)
-    # a = sum(d^3) / (6 sum(d^2)^1.5), the jackknife's acceleration of a mean.
-    acceleration = np.sum(deviations**3) / (6 * np.sum(deviations**2) ** 1.5)
-    # The quantiles of the bounds: Phi(z0 + (z0 + z) / (1 - a (z0 + z))).
-    shifted = bias + ndtri([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    quantiles = ndtr(bias + shifted / (1 - acceleration * shifted))
-
-    # No interpolation: the few means that five values can have are far apart.
-    low, high = np.quantile(means, quantiles, method="averaged_inverted_cdf")
-    return Interval(center + spread * float(low), center + spread * float(high))
 
 
 def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
     """95 % interval of (wins + ties / 2) / n; None for a single pair that is a tie.
 
     Without ties it is Wilson's interval of a proportion, which has width even if all pairs are won.
-    With ties the rate is not a proportion, and the interval is a bootstrap over the values 1, 1/2
-    and 0 of the pairs.
+    With ties the rate is not a proportion, and the interval is that of the mean of the pairs'
+    values 1, 1/2 and 0, cut at 0 and 1.
     """
     from scipy import stats
 
     # A tie is half a win.
     if ties:
-        return bootstrap_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
+        interval = mean_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
+        if interval is None:
+            return None
+        return Interval(max(interval.low, 0.0), min(interval.high, 1.0))
     proportion = stats.binomtest(wins, wins + losses).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(proportion.low), float(proportion.high))
 
@@ -136,7 +87,7 @@ def summaries(
     control: str = "",
     unit: str = SEED,
     unpaired: Collection[str] = (),
-    interval: IntervalOfMean = bootstrap_interval,
+    confidence: float = CONFIDENCE,
 ) -> list[Summary]:
     """One summary for each metric, item and step of each group.
 
@@ -147,7 +98,7 @@ def summaries(
         unit: what is averaged and paired. With "item" there is one summary for all items.
         control: the group that the others are compared with; "" for no comparison.
         unpaired: groups that are not compared.
-        interval: of a mean.
+        confidence: level of the differences' intervals.
     """
     parts: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
@@ -157,16 +108,16 @@ def summaries(
     for (metric, item, step), part in parts.items():
         values = units(part, unit)
         for group, group_values in values.items():
-            fields = _average(group_values, step, interval)
+            fields = _average(group_values, step)
             if group != control and group not in unpaired and control in values:
-                differences = _difference(group_values, values[control], interval)
+                differences = _difference(group_values, values[control], confidence)
                 if differences:
                     fields |= {"control": control, **differences}
             lines.append(Summary(group, metric, item, step, unit, **fields))
     return lines
 
 
-def _average(values: Units, step: int | None, interval: IntervalOfMean) -> dict[str, Any]:
+def _average(values: Units, step: int | None) -> dict[str, Any]:
     """Fields of a `Summary` of these values: count, mean, error and interval."""
     from scipy import stats
 
@@ -180,13 +131,11 @@ def _average(values: Units, step: int | None, interval: IntervalOfMean) -> dict[
         error = float(stats.sem(defined))  # s / sqrt(n), s with n - 1 degrees of freedom
     low = high = None
     if step is None:
-        low, high = interval(defined) or (None, None)
+        low, high = mean_interval(defined) or (None, None)
     return {"count": len(defined), "mean": mean(defined), "error": error, "low": low, "high": high}
 
 
-def _difference(
-    group_values: Units, control_values: Units, interval: IntervalOfMean
-) -> dict[str, Any]:
+def _difference(group_values: Units, control_values: Units, confidence: float) -> dict[str, Any]:
     """Fields of a `Summary` of the differences, paired by unit; {} without a pair."""
     differences = []
     for unit, value in group_values.items():
@@ -195,8 +144,8 @@ def _difference(
             differences.append(value - control_value)
     if not differences:
         return {}
-    low, high = interval(differences) or (None, None)
-    # Of equal weights and noise a difference is exactly 0.
+    low, high = mean_interval(differences, confidence) or (None, None)
+    # Equal weights and noise have a difference of exactly 0.
     signs = np.sign(differences)
     return {
         "difference": mean(differences),

@@ -172,12 +172,16 @@ class Evaluation:
         """Head of a column -> its cell for a group; see :func:`~eval.report.comparison`."""
         return None
 
+    def control_mark(self, result: Result) -> str:
+        """Word after the name of the group that the others are compared with."""
+        return "control"
+
     def report(self, result: Result) -> str:
         """The text of ``report.md``."""
         title = self.title or self.name.replace("_", " ").capitalize()
         parts = [f"# {title}", self.introduction(result)]
         for heading, columns in self.columns(result).items():
-            text = report.comparison(result, columns, self.facts(result))
+            text = report.comparison(result, columns, self.facts(result), self.control_mark(result))
             if heading:
                 text = report.section(heading, text)
             parts.append(text)

@@ -1,4 +1,4 @@
-"""Training loss, held-out loss and their gap over training (Figure A3).
+"""Training loss, held-out loss, their gap and held-out metrics over training (Figure A3).
 
     python -m eval.generalization runs/heldout_loss/*
     python -m eval.generalization runs/lora-seed0 runs/bilora-seed0 --control LoRA \\
@@ -7,6 +7,8 @@
 
 Runs that make images have to be trained with --validation_dataset and --validation_loss_steps
 (recipes/mini.yaml does both), runs on text with --validation_loss_steps and --eval_train_samples.
+Metrics of runs on text, such as accuracy, are drawn where --validation_epochs has recorded them
+over training. They are measured on held-out rows only, so that they have no gap.
 Runs of one method and setting that differ in the seed are repeats; differences to the control are
 paired by seed.
 Writes rows.csv, summary.csv, result.json, report.md and generalization.png.
@@ -15,7 +17,7 @@ Writes rows.csv, summary.csv, result.json, report.md and generalization.png.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from bilora_diffusion.core.errors import UserError
@@ -28,6 +30,7 @@ from .plot import Curve, Panel
 from .report import Column
 from .subjects import Subject, by_group, paired
 from .table import Metric, Result, Row
+from .text_scores.benchmarks import PREFIX, TITLES
 
 GAP = "gap"
 LOWEST_AT = f"step of best {HELDOUT_LOSS}"
@@ -35,11 +38,14 @@ LOWEST_AT = f"step of best {HELDOUT_LOSS}"
 LEVEL_LOSS = f"final {HELDOUT_LOSS} by level"
 
 
-def metrics(common_loss: float | None = None) -> dict[str, Metric]:
+def metrics(
+    common_loss: float | None = None, heldout_metrics: Iterable[str] = ()
+) -> dict[str, Metric]:
     """Titles and forms of the metrics; losses are shown times 1000.
 
     Args:
         common_loss: the training loss at which runs are compared, for the title of that column.
+        heldout_metrics: names of further metrics, such as "heldout_accuracy"; shown in percent.
     """
     loss_text = "" if common_loss is None else f" ({1000 * common_loss:.2f})"
     titles = {
@@ -55,6 +61,11 @@ def metrics(common_loss: float | None = None) -> dict[str, Metric]:
     }
     metrics = {name: Metric(title, scale=1000, form=".2f") for name, title in titles.items()}
     metrics[LOWEST_AT] = Metric("step of the lowest", higher_is_better=None)
+    for name in heldout_metrics:
+        word = name.removeprefix(PREFIX)
+        title = f"held-out {TITLES.get(word, word)}"
+        for key in (name, f"final {name}"):
+            metrics[key] = Metric(title, higher_is_better=True, scale=100, form=".2f")
     return metrics
 
 
@@ -67,10 +78,11 @@ class GeneralizationOptions:
 
 
 class Generalization(Evaluation):
-    """Both losses of each run at each step that has both, their gap, and key figures.
+    """Both losses of each run at each step that has both, their gap, metrics, and key figures.
 
     ``settings``: ``paired``, group -> whether its runs saw the control's inputs;
-    ``equal_training``, the training loss at which runs are compared and the group that sets it.
+    ``equal_training``, the training loss at which runs are compared and the group that sets it;
+    ``heldout_metrics``, names of the metrics of held-out rows.
     """
 
     name = "generalization"
@@ -91,6 +103,8 @@ class Generalization(Evaluation):
             yield subject.row(TRAINING_GRID_LOSS, training, step=step)
             yield subject.row(HELDOUT_LOSS, heldout, step=step)
             yield subject.row(GAP, heldout - training, step=step)
+        for step, name, value in heldout_metrics(subject):
+            yield subject.row(name, value, step=step)
         last_step = points[-1][0]
         for line in subject.log():
             for name, loss in line.items():
@@ -109,7 +123,10 @@ class Generalization(Evaluation):
         for row in rows:
             if row.metric == HELDOUT_LOSS:  # a loss at two steps is lowest at the first of them
                 step_of.setdefault((row.subject, row.value), row.step)
-        for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP):
+        measured_names = dict.fromkeys(row.metric for row in rows)
+        further_metrics = [name for name in measured_names if _is_heldout_metric(name)]
+        self.settings["heldout_metrics"] = further_metrics
+        for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP, *further_metrics):
             rows += compare.final(rows, name)
         rows += best_rows
         rows += equal_rows
@@ -119,7 +136,8 @@ class Generalization(Evaluation):
         self.settings["equal_training"] = None if common_loss is None else asdict(common_loss)
         self._note(subjects, unpaired)
         summaries = compare.summaries(rows, self.control, unpaired=unpaired)
-        titles = metrics(None if common_loss is None else common_loss.training_loss)
+        training_loss = None if common_loss is None else common_loss.training_loss
+        titles = metrics(training_loss, further_metrics)
         return self.result(subjects, rows, summaries, self.control, metrics=titles)
 
     def _note(self, subjects: Sequence[Subject], unpaired: Sequence[str]) -> None:
@@ -144,10 +162,18 @@ class Generalization(Evaluation):
                 self.notes.append(f"{label}: not finished ({', '.join(running)}).")
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        """Figure A3: both losses and their gap, and under them the differences to the control."""
+        """Figure A3: both losses, their gap and metrics, and the differences to the control below.
+
+        A metric that was measured at the end alone is in the table only.
+        """
         upper_row, lower_row = [], []
         lower_title = f"minus {result.control}: mean and 95 % interval"
-        for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP):
+        names = [TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP]
+        # Results of earlier versions lack the setting.
+        for name in result.settings.get("heldout_metrics", ()):
+            if any(len(result.curve(group, name)) > 1 for group in result.groups):
+                names.append(name)
+        for name in names:
             curves, differences = [], []
             for group in result.groups:
                 label = f"{group}, {len(result.members(group))} seeds"
@@ -161,16 +187,21 @@ class Generalization(Evaluation):
         return {"generalization.png": [upper_row, lower_row]}
 
     def introduction(self, result: Result) -> str:
+        units = "Losses x 1000"
+        if result.settings.get("heldout_metrics"):
+            units += " and metrics in percent"
         return (
-            "Losses x 1000, mean over seeds, and the difference to"
-            f" {report.escaped(result.control)} paired by seed, with {report.INTERVALS} and the"
-            " number of seeds in which it is lower."
+            f"{units}, mean over seeds, and the difference to {report.escaped(result.control)}"
+            f" paired by seed, with {report.INTERVALS} and the number of seeds in which it is"
+            " better."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         names = [f"final {name}" for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP)]
         names += [f"best {HELDOUT_LOSS}", f"equal_training {HELDOUT_LOSS}"]
         columns = [Column(name, difference=True, interval=False) for name in names]
+        for name in result.settings.get("heldout_metrics", ()):
+            columns.append(Column(f"final {name}", difference=True, interval=False))
         return {"": [*columns, Column(LOWEST_AT)]}
 
     def further(self, result: Result) -> list[str]:
@@ -210,6 +241,23 @@ def losses(subject: Subject) -> list[tuple[int, float, float]]:
             " --validation_loss_steps."
         )
     return points
+
+
+def _is_heldout_metric(name: str) -> bool:
+    """True for a metric of held-out rows, such as "heldout_accuracy"; not for a loss."""
+    return name.startswith(PREFIX) and not name.startswith(HELDOUT_LOSS)
+
+
+def heldout_metrics(subject: Subject) -> list[tuple[int, str, float]]:
+    """(step, name, value) of each recorded metric of held-out rows; none of runs on images."""
+    if not subject.is_text:
+        return []
+    values: dict[tuple[int, str], float] = {}
+    for line in subject.log():
+        for name, value in line.items():
+            if _is_heldout_metric(name) and value is not None:
+                values[line["step"], name] = value
+    return [(step, name, value) for (step, name), value in values.items()]
 
 
 main = Generalization.main

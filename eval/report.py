@@ -8,16 +8,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bilora_diffusion.core.figures import Interval
+from bilora_diffusion.core.figures import BOOTSTRAP_FROM, Interval
 
 from .table import Metric, Provenance, Result, Summary
 
 NOT_AVAILABLE = "n/a"
-# With fewer seeds a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
-FEW_SEEDS = 10
 # Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
 MAX_FURTHER_DECIMALS = 2
-INTERVALS = "its 95 % interval (bootstrap, BCa)"
+# See `core.figures.mean_interval`.
+INTERVALS = f"its 95 % interval (Student's t; from {BOOTSTRAP_FROM} values on a bootstrap, BCa)"
 
 
 @dataclass(frozen=True)
@@ -134,12 +133,14 @@ def comparison(
     result: Result,
     columns: Sequence[Column],
     facts: Mapping[str, Callable[[str], str]] | None = None,
+    control_mark: str = "control",
 ) -> str:
     """A table with a row for each group, and columns for the metrics and their differences.
 
     Args:
         facts: head of a column -> its cell for a group, before the metrics. By default one with the
             number of runs, and groups without any of the metrics are left out.
+        control_mark: word after the name of the group that the others are compared with.
     """
     columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
     head = ["run", *columns_of_facts]
@@ -155,7 +156,7 @@ def comparison(
             continue
         is_unpaired = result.settings.get("paired", {}).get(group) is False
         is_control = group == result.control
-        cells = [f"{group} (control)" if is_control else group]
+        cells = [f"{group} ({control_mark})" if is_control else group]
         cells += [fact(group) for fact in columns_of_facts.values()]
         for column, line in zip(columns, lines, strict=True):
             metric = result.metric(column.metric)
@@ -192,8 +193,6 @@ def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequenc
     """The end of a report: figures, notes, facts, and the origin of the result."""
     pictures = [f"![{name.removesuffix('.png')}]({name})" for name in result.figures]
     sentences = [escaped(note) for note in result.notes]
-    if any(1 < len(result.members(group)) < FEW_SEEDS for group in result.groups):
-        sentences.append("With fewer than ten seeds a bootstrap interval is too narrow.")
     sentences += [escaped(fact) for fact in facts]
     sentences += origin(result.provenance, packages)
     return page(*pictures, listed(sentences)).rstrip()

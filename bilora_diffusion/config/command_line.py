@@ -234,11 +234,16 @@ class CommandLine(UserErrorParser):
                 words[name] = texts
             else:
                 lists[name] = texts
-        # Single values are read like flags, by the option's type; items of lists stay texts.
+        # Single values and lists of numbers are read like flags, by the option's type; items of
+        # other lists stay texts.
         values = self.explicit([f"--{name}={text}" for name, text in words.items()])
         for name, texts in lists.items():
-            if texts is not None:
-                values[name] = texts
+            if texts is None:
+                continue
+            values[name] = texts
+            if option_of(self._fields[name]).range:
+                action = self._option_string_actions[f"--{name}"]
+                values[name] = [self._get_value(action, text) for text in texts]
         return values
 
     def _texts(self, name: str, value: Any) -> str | list[Any] | None:

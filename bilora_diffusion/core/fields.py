@@ -127,7 +127,8 @@ def check(
         label = f"{dashes}{name}"
         _check_text(label, value)
         if properties.range:
-            properties.range.check(label, value, smallest)
+            for number in value if isinstance(value, list) else [value]:
+                properties.range.check(label, number, smallest)
         if properties.choices:
             check_choice(label, value, properties.choices)
         if properties.is_path and isinstance(value, str):
@@ -243,7 +244,10 @@ def _parser_arguments(field: dataclasses.Field[Any], hint: Any, bare: bool) -> d
     arguments: dict[str, Any] = {"default": default_of(field), "choices": properties.choices}
     if field.default_factory is not dataclasses.MISSING:  # a list
         action = "extend" if properties.itemized else "store"
-        return arguments | {"type": typing.get_args(hint)[0], "nargs": "+", "action": action}
+        item: Any = typing.get_args(hint)[0]
+        if item in (int, float):
+            item = _number_reader(item, ())
+        return arguments | {"type": item, "nargs": "+", "action": action}
     if isinstance(hint, types.UnionType):  # of a type and None, or of a number and words
         hint = typing.get_args(hint)[0]
     if hint in (int, float):

@@ -61,6 +61,8 @@ ADAPTER_GUIDANCE = "adapter"
 BASE_GUIDANCE = "base"
 # Models of the unconditional prediction in classifier-free guidance.
 GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
+# Values of `--timestep_shift`: as the model was trained, as its pipeline samples, none.
+MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT = "model", "pipeline", "none"
 # Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps.
 NOISE_LEVELS = 10
 
@@ -138,7 +140,20 @@ class Range:
         text = f"{value!r:.80}"
         if type(value) is int and abs(value) >= 10**30:  # too long for a sentence
             text = f"a number of {len(str(abs(value)))} digits"
-        raise UserError(f"{label} is {text}: {fix}.")
+        raise UserError(f"{label} is {text}{self._hint(value, smallest)}: {fix}.")
+
+    def _hint(self, value: Any, smallest: float) -> str:
+        """ " (did you mean 2e-4?)" for 2e4, whose exponent seems to lack its sign; or "".
+
+        Only of floats from 10,000 on, which nobody writes out.
+        """
+        if type(value) is not float or not 1e4 <= value < math.inf:
+            return ""
+        mantissa, exponent = f"{value:.10e}".split("e")
+        suggestion = f"{mantissa.rstrip('0').rstrip('.')}e-{int(exponent)}"
+        if self._fix(float(suggestion)) or float(suggestion) < smallest:
+            return ""
+        return f" (did you mean {suggestion}?)"
 
     def _fix(self, value: Any) -> str | None:
         """The advice for a number out of the range; None for one in it."""

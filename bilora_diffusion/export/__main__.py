@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> None:
                 print(as_table(contents))
         return
     # Imported here, since inspecting a file needs no torch.
-    from ..run.folder import locked_around
+    from ..run.lock import locked_around
     from .conversion import export_file, export_step
 
     with locked_around(Path(options.output or options.source)):

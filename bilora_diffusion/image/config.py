@@ -109,6 +109,7 @@ class DreamBoothConfig(ImageOptions):
 
     def check_inputs(self) -> None:
         check_settings(self)
+        check_level_range(self.timestep_range)
         if self.validation_part is not None:
             read_part(self.validation_part)
         scheme, _, source = self.image_model.partition(":")
@@ -299,6 +300,15 @@ def require_unconditional(
         f"{request} is refused, since this {family.title} makes no unconditional prediction at a"
         f" guidance of {guidance:g}: {fix}."
     )
+
+
+def check_level_range(levels: Sequence[float]) -> None:
+    """Refuse a ``--timestep_range`` other than two numbers, the lower one first."""
+    if len(levels) != 2 or levels[0] >= levels[1]:
+        raise UserError(
+            f"--timestep_range is {quoted(' '.join(map(str, levels)))}: give two numbers from 0 to"
+            " 1, the lower one first, such as 0 0.8."
+        )
 
 
 def check_cache(disk_cache: str) -> None:

@@ -10,6 +10,9 @@ from ..core.values import (
     DECAYS,
     FACTORS,
     GUIDANCES,
+    MODEL_SHIFT,
+    NO_SHIFT,
+    PIPELINE_SHIFT,
     RATES,
     STEPS,
     Range,
@@ -163,6 +166,14 @@ class DiffusionOptions:
         " and kohya's scripts for Stable Diffusion XL.",
         range=FACTORS,
     )
+    # Two numbers: `config.check_level_range`.
+    timestep_range: list[float] = option(  # noqa: RUF009 (as `lora_layers`)
+        [0.0, 1.0],
+        "Lowest and highest noise level that is trained, as shares of the full noise, such as 0 0.8"
+        " (kohya's --min_timestep and --max_timestep over 1000). Levels within keep their"
+        " distribution; the held-out loss has all levels.",
+        range=Range(1, "it is the full noise", at_least=0),
+    )
     hold_unconditional: float = option(
         0.0,
         "Hold the unconditional prediction, which guidance leads away from, at the base model's:"
@@ -269,11 +280,13 @@ class FlowOptions:
         " error of the clean image, as diffusers' script for SD3 does unless it is given 0.",
         ignored=(ON_SDXL,),
     )
-    timestep_shift: str = option(
-        "pipeline",
-        "Noise levels: shifted as the pipeline shifts them at this resolution, or, where that"
-        " depends on the resolution (FLUX, Qwen-Image), none, as in diffusers' scripts.",
-        choices=("pipeline", "none"),
+    timestep_shift: float | str = option(
+        MODEL_SHIFT,
+        "Shift of the noise levels in training: model, that of its authors (docs/models.md);"
+        " pipeline, that of sampling; none; or a number s, by which evenly spaced levels t become"
+        " s t / (1 + (s - 1) t).",
+        range=Range(100, "all noise levels would be alike", greater_than=0),
+        words=(MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT),
         ignored=(ON_SDXL,),
     )
 

@@ -30,18 +30,21 @@ from diffusers.training_utils import (
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.values import MODEL_SHIFT, NO_SHIFT
 from .config import DreamBoothConfig
 from .families.base import Family
+from .sampled_levels import ALL_LEVELS, SampledLevels
 
 
 @dataclass(frozen=True)
-class Denoising:
+class Denoising(SampledLevels):
     """The noise schedule of a diffusion model, with the methods of `FlowMatching`."""
 
     scheduler: Any  # DDPM for the standard formulation, Euler or EDM-Euler for the EDM one
     kind: str = "standard"  # or "edm", on a variance-preserving model, or "edm_native"
     snr_gamma: float | None = None  # cap of the signal-to-noise weights; None for no weights
     snr_weighting: str = "published"  # or "diffusers", which differ for velocity
+    level_range: tuple[float, float] = ALL_LEVELS
 
     @classmethod
     def from_config(
@@ -51,11 +54,13 @@ class Denoising:
         edm: bool = False,
         snr_gamma: float | None = None,
         snr_weighting: str = "published",
+        level_range: tuple[float, float] = ALL_LEVELS,
     ) -> Denoising:
         """Build from the configuration of a pipeline's scheduler; its class decides on native EDM.
 
         Raises:
-            UserError: min-SNR weights together with the EDM formulation.
+            UserError: min-SNR weights together with the EDM formulation, or a range of levels on a
+                model with native EDM.
             ValueError: an unknown kind of prediction or of noise levels.
         """
         class_name = str(config.get("_class_name", ""))
@@ -68,6 +73,12 @@ class Denoising:
         if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
             raise ValueError(f"it predicts '{config['prediction_type']}', not noise or velocity")
         if is_native:
+            if level_range != ALL_LEVELS:
+                low, high = level_range
+                raise UserError(
+                    f"--timestep_range {low:g} {high:g} can't be used on a model with an"
+                    f" {class_name}, whose noise levels are no shares of a full noise: drop it."
+                )
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
         standard: Any = DDPMScheduler.from_config(config)
         # alpha_bar, the product of the alphas up to each timestep, (T,)
@@ -76,8 +87,9 @@ class Denoising:
         if not has_levels or not bool(((signal >= 0) & (signal < 1)).all()):
             raise ValueError(f"its scheduler, a {class_name}, has no noise levels from 0 to 1")
         if edm:
-            return cls(EulerDiscreteScheduler.from_config(config), "edm")
-        return cls(standard, "standard", snr_gamma, snr_weighting)
+            euler = EulerDiscreteScheduler.from_config(config)
+            return cls(euler, "edm", level_range=level_range)
+        return cls(standard, "standard", snr_gamma, snr_weighting, level_range)
 
     @property
     def num_timesteps(self) -> int:
@@ -89,9 +101,16 @@ class Denoising:
         """True if the model predicts a velocity, False if it predicts noise."""
         return self.scheduler.config["prediction_type"] == "v_prediction"
 
-    def sample_level_index(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level, 0-d; all are equally likely."""
-        return torch.randint(self.num_timesteps, (), generator=random)
+    def sample_all(self, count: int, random: torch.Generator) -> Tensor:
+        """Numbers of noise levels, (count,); all are equally likely."""
+        return torch.randint(self.num_timesteps, (count,), generator=random)
+
+    def share(self, level_index: Tensor) -> Tensor:
+        timesteps = level_index
+        if self.kind == "edm":
+            # Levels are numbered from the noisiest on.
+            timesteps = self.num_timesteps - 1 - level_index
+        return timesteps.double() / self.num_timesteps
 
     def level(self, level_index: Tensor) -> Tensor:
         """Noise levels as logs name them, by their numbers."""
@@ -189,7 +208,7 @@ def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = F
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(SampledLevels):
     """Noise levels of a model's own schedule, sampled and weighted by a scheme.
 
     Class images have the same weights as instance images.
@@ -203,6 +222,7 @@ class FlowMatching:
         mode_scale: of "mode".
         preconditioned: weigh by s^2 as well: the error of x_s - s v, the clean image (Section 5 of
             Karras et al. 2022, https://arxiv.org/abs/2206.00364).
+        level_range: lowest and highest level that is sampled.
     """
 
     sigmas: Tensor
@@ -211,24 +231,36 @@ class FlowMatching:
     logit_std: float = 1.0
     mode_scale: float = 1.29
     preconditioned: bool = False
+    level_range: tuple[float, float] = ALL_LEVELS
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], mu: float | None, **settings: Any) -> Self:
-        """Take all noise levels of a pipeline's scheduler, as it shifts them.
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        mu: float | None = None,
+        *,
+        shift: float | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Take all noise levels of a pipeline's scheduler, as it shifts them or by another shift.
 
         Args:
             config: of the scheduler, which shifts the levels by its ``shift`` or by ``mu``.
-            mu: logarithm of the shift, of a scheduler that shifts by resolution; None leaves its
-                levels unshifted.
+            mu: logarithm of the shift, for a scheduler that shifts by resolution.
+            shift: the s of evenly spaced t with levels s t / (1 + (s - 1) t), instead of the
+                scheduler's own shift; 1 leaves them evenly spaced.
             settings: the other arguments of the class.
         """
         kind = str(config.get("_class_name", "FlowMatch"))
         if "FlowMatch" not in kind:
             raise ValueError(f"its scheduler, a {kind}, has no straight paths to noise")
-        # Without mu the scheduler would refuse to shift by resolution.
-        if mu is None and config.get("use_dynamic_shifting"):
-            config = {**config, "use_dynamic_shifting": False, "shift": 1.0}
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
+        changes: dict[str, Any] = {}
+        if shift is not None:
+            mu = None
+            # Without Qwen-Image's `shift_terminal` too, which would stretch the levels.
+            changes = {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
+        # As arguments: in a configuration diffusers ignores values that had been its defaults.
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
         steps = int(scheduler.config["num_train_timesteps"])
         even_levels = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
         scheduler.set_timesteps(sigmas=even_levels, mu=mu)
@@ -239,12 +271,15 @@ class FlowMatching:
         """Number of noise levels."""
         return len(self.sigmas)
 
-    def sample_level_index(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level, 0-d, sampled by the scheme."""
-        share = compute_density_for_timestep_sampling(
-            self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
+    def sample_all(self, count: int, random: torch.Generator) -> Tensor:
+        """Numbers of noise levels, (count,), sampled by the scheme."""
+        places = compute_density_for_timestep_sampling(
+            self.scheme, count, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )
-        return (share * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)[0]
+        return (places * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
+
+    def share(self, level_index: Tensor) -> Tensor:
+        return self.sigmas[level_index]
 
     def level(self, level_index: Tensor) -> Tensor:
         """Noise levels as logs name them, by their numbers."""
@@ -302,24 +337,49 @@ NoiseSchedule = Denoising | FlowMatching
 
 
 def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> NoiseSchedule:
-    """The noise levels of the pipeline's scheduler, sampled and weighted by the run's options."""
+    """The noise levels of a run, sampled and weighted by its options.
+
+    Raises:
+        UserError: no level, or hardly one, is within ``--timestep_range``, or there are no shares.
+    """
     config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    if not family.flow:
-        return Denoising.from_config(
+    low, high = cfg.timestep_range
+    if family.flow:
+        schedule = FlowMatching.from_config(
+            config,
+            **level_shift(cfg, family, pipeline),
+            scheme=cfg.weighting_scheme or family.weighting,
+            logit_mean=cfg.logit_mean,
+            logit_std=cfg.logit_std,
+            mode_scale=cfg.mode_scale,
+            preconditioned=cfg.precondition_outputs,
+            level_range=(low, high),
+        )
+    else:
+        schedule = Denoising.from_config(
             config,
             edm=cfg.do_edm_style_training,
             snr_gamma=cfg.snr_gamma,
             snr_weighting=cfg.snr_weighting,
+            level_range=(low, high),
         )
-    mu = None
-    if cfg.timestep_shift == "pipeline":
-        mu = family.mu(pipeline, family.tokens(cfg.resolution, cfg.resolution))
-    return FlowMatching.from_config(
-        config,
-        mu,
-        scheme=cfg.weighting_scheme or family.weighting,
-        logit_mean=cfg.logit_mean,
-        logit_std=cfg.logit_std,
-        mode_scale=cfg.mode_scale,
-        preconditioned=cfg.precondition_outputs,
-    )
+    schedule.require_samples()
+    return schedule
+
+
+def level_shift(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> dict[str, float]:
+    """The shift of a flow model's noise levels in training, as `FlowMatching.from_config` takes it.
+
+    Returns:
+        A ``shift``, or ``mu`` for the levels of the pipeline's scheduler.
+    """
+    tokens = family.tokens(cfg.resolution, cfg.resolution)
+    shift = cfg.timestep_shift
+    if shift == NO_SHIFT:
+        return {"shift": 1.0}
+    if not isinstance(shift, str):
+        return {"shift": shift}
+    model_shift = family.training_shift(tokens)
+    if shift == MODEL_SHIFT and model_shift is not None:
+        return {"shift": model_shift}
+    return {"mu": family.mu(pipeline, tokens)}

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..adapters.quantize import quantize
 from ..core.errors import placed
+from ..core.files import counted
 from ..core.lora_names import (
     FILE_NAME,
     base_workflow_file_name,
@@ -51,6 +52,8 @@ from .task import DreamBooth
 PRECISIONS = DTYPES | {"fp32": torch.float32}  # of class images
 # File name of a sampled class image: its number and a hash of its pixels.
 CLASS_IMAGE = re.compile(r"(\d+)-[0-9a-f]{12}\.png")
+# A set of fewer training images is named in a warning.
+FEW_IMAGES = 5
 logger = logging.getLogger(__name__)
 
 
@@ -293,6 +296,12 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
     def open_part(concept_cfg: DreamBoothConfig) -> ImageSet:
         image_set = open_set(concept_cfg, concept_cfg.source, concept_cfg.dataset_config_name)
         image_set.require_masks()
+        if len(image_set) < FEW_IMAGES:
+            logger.warning(
+                "%s has %s: 10 to 30 are usual, and so few are soon learned by heart.",
+                image_set.label,
+                counted(len(image_set), "image"),
+            )
         # Refuse captions here, before a model is loaded, with the concept's place in the message.
         Captions(concept_cfg, image_set)
         return image_set

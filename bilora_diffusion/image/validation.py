@@ -222,6 +222,7 @@ class ValidationImage:
 
     file: str
     prompt: str
+    seed: int | None = None  # of its noise; None where it is not known
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
@@ -241,13 +242,17 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
     damaged = UserError(f"{name} is damaged: delete it, and the order of the files counts.")
     try:
         entries = json.loads(text)["images"][:MAX_IMAGES]
-        images = [ValidationImage(entry["file"], entry["prompt"]) for entry in entries]
+        images = []
+        for entry in entries:
+            images.append(ValidationImage(entry["file"], entry["prompt"], entry.get("seed")))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
     # The index may come from someone else.
     for image in images:
         texts = (image.file, image.prompt)
         if not all(isinstance(text, str) and is_text(text) for text in texts):
+            raise damaged
+        if image.seed is not None and type(image.seed) is not int:
             raise damaged
         # No path out of the folder, and no name that raises an error when it is opened.
         if image.file != Path(image.file).name or "\0" in image.file:

@@ -27,7 +27,8 @@ from ..api import BiLoRA, BiLoRAConfig, attach
 from ..core.durable import readable_as, replacing
 from ..core.errors import UserError, reading, translated
 from ..core.lora_names import CONFIG, WEIGHTS
-from ..run.checkpoint import load_tensors, require_same_settings, separate
+from ..run.checkpoint import load_tensors, separate
+from ..run.settings import require_same_settings
 from . import checks
 
 # Column of the training set with the number of each row's sample.

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,57 +285,6 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
     if not names:
         advice = f"{root} holds none, use auto to start afresh"
     raise UserError(f"checkpoint {str(value)!r} does not exist: {advice}")
-
-
-def require_same_settings(
-    saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
-) -> None:
-    """Refuse to go on with other settings than `describe_differences` allows.
-
-    Args:
-        saved: settings that the checkpoint was made with.
-        current: settings of this run.
-        free: keys that may differ.
-
-    Raises:
-        UserError: something differs; the sentence names it.
-    """
-    differences = describe_differences(saved, current, free)
-    if differences:
-        raise UserError(
-            f"the checkpoint is of another config ({differences}): use the same values to resume,"
-            " or start a new run in another --output_dir"
-        )
-
-
-def describe_differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
-) -> str:
-    """Name up to three settings that differ, with both values; "" where all are equal.
-
-    They are compared as JSON: a tuple equals a list, NaN equals NaN, and True is not 1.
-
-    Args:
-        saved: settings of the earlier run.
-        current: settings of this run.
-        free: keys that may differ.
-    """
-    differences: list[str] = []
-    for key in {**saved, **current}:
-        saved_text = _describe_setting(saved, key)
-        current_text = _describe_setting(current, key)
-        if key not in free and saved_text != current_text:
-            differences.append(f"{key} was {saved_text} and is {current_text}")
-    listed = "; ".join(differences[:3])
-    if len(differences) > 3:
-        listed += f"; and {len(differences) - 3} more"
-    return listed
-
-
-def _describe_setting(settings: Mapping[str, Any], key: str) -> str:
-    if key not in settings:
-        return "not set"
-    return json.dumps(settings[key], default=str)
 
 
 @torch.no_grad()

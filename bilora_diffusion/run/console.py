@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..core.figures import student_interval
+from ..core.figures import mean_interval
 from ..core.files import duration
 from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES, part_prefix
 from . import checkpoint, runlog
@@ -306,7 +306,7 @@ def _is_sure(rows: Sequence[Mapping[str, Any]], measure: str, step: int, other_s
             differences.append(values[step] - values[other_step])
     if not differences:
         return True
-    interval = student_interval(differences)
+    interval = mean_interval(differences)
     return interval is not None and not interval.low <= 0 <= interval.high
 
 

@@ -1,31 +1,23 @@
-"""The run folder: what lies in it, whose it is, what a command may do in it, and its lock.
+"""The run folder: what is in it, whose it is, and what a command may do in it.
 
 A folder is a run's by its ``run.json``. What has a name that a run writes to and stands in a folder
 without one was made by somebody else, and is neither replaced nor deleted; so is a ``README.md``
 that the run did not write.
-
-One command at a time writes into a run folder. `filelock` takes ``flock`` on a hidden file. The
-system releases it however the process ends, so a crash leaves no stale lock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from .. import methods
 from ..core.durable import discard, dump_json, write_text
-from ..core.errors import UserError, is_main_process
+from ..core.errors import UserError
 from ..core.lora_names import (
     COMPONENTS,
     CONFIG,
@@ -38,6 +30,7 @@ from ..core.lora_names import (
 from . import checkpoint, snapshots
 from .record import RUN, VALIDATION, read_search
 from .runlog import CARD, ERROR, METRICS, read_run
+from .settings import describe_differences
 
 # Folder of the adapters of checkpoints.
 EXPORTS = "exports"
@@ -52,7 +45,6 @@ WHOLE_MODELS = (*COMPONENTS, "model")
 RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, WEIGHTS, CONFIG)
 # What else a run leaves, and a new start deletes.
 SIDE_NAMES = (VALIDATION, "logs", EXPORTS, *SEARCH_NAMES, snapshots.FOLDER, ERROR)
-LOCK_FILE = ".run.lock"  # hidden, so that it is neither uploaded nor listed
 
 
 def refuse_unusable(folder: Path) -> None:
@@ -228,7 +220,7 @@ def _describe_occupied(folder: Path, state: State, settings: Mapping[str, Any]) 
     recorded_settings = {}
     for name in settings.keys() & record["config"].keys():
         recorded_settings[name] = record["config"][name]
-    differences = checkpoint.describe_differences(recorded_settings, settings)
+    differences = describe_differences(recorded_settings, settings)
     if differences:
         return OCCUPIED.format(folder=folder, differences=differences)
     return SAME_RUN[state].format(
@@ -395,77 +387,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a run folder within the context; the folder is made if it is missing.
-
-    Afterwards the lock file is deleted, and so is a new folder that stayed empty. In a distributed
-    run only the main process takes the lock. The file names the process and its host.
-
-    Raises:
-        UserError: another command holds the lock, or the folder is not writable.
-    """
-    if not is_main_process():
-        yield
-        return
-    # From the inside out, in the order in which empty ones can be deleted.
-    new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        _acquire(lock, folder)
-        try:
-            yield
-        finally:
-            # Before the release: a command that opened this file meanwhile then sees that it is
-            # gone, and locks a new one.
-            (folder / LOCK_FILE).unlink(missing_ok=True)
-            lock.release()
-    finally:
-        with contextlib.suppress(OSError):  # raised for a folder with files, which stays
-            for new_folder in new_folders:
-                new_folder.rmdir()
-
-
-def _acquire(lock: FileLock, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        _name_owner(folder / LOCK_FILE)
-    except Timeout as error:
-        raise UserError(
-            f"{_describe_owner(folder)} is writing into {folder}: wait until it has ended, or give"
-            " another folder"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be locked ({error.strerror}): check its rights and the room on its"
-            " disk, or give another folder"
-        ) from error
-
-
-def _name_owner(lock_file: Path) -> None:
-    """Write the process and its host into a lock file that this process has locked."""
-    process = f"{os.getpid()}\n"
-    with contextlib.suppress(OSError):  # the lock holds without it, on a full disk too
-        # Where a file system has no locks, `filelock` has written them itself.
-        if not lock_file.read_text().startswith(process):
-            lock_file.write_text(f"{process}{platform.node()}\n")
-
-
-def _describe_owner(folder: Path) -> str:
-    """The process that holds a folder's lock, by the lock file."""
-    with contextlib.suppress(OSError, ValueError):
-        process, host = (folder / LOCK_FILE).read_text().splitlines()[:2]
-        return f"process {int(process)} on {host}"
-    return "another command"  # in the moment before its process is written down
-
-
-def locked_around(path: Path) -> AbstractContextManager[None]:
-    """`locked` for the run folder that a path is or lies in; without one, no lock is taken."""
-    path = path.absolute()
-    for folder in (path, *path.parents):
-        if (folder / RUN).is_file():
-            return locked(folder)
-    return contextlib.nullcontext()

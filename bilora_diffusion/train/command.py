@@ -25,8 +25,9 @@ from ..core.durable import strict_json
 from ..core.errors import placed
 from ..run import console, hub, interruption
 from ..run.data import record_content, require_same_content, summarize
-from ..run.folder import State, classify, guard, locked, refuse_unusable
+from ..run.folder import State, classify, guard, refuse_unusable
 from ..run.interruption import Stop
+from ..run.lock import locked
 from ..run.record import read_run
 from . import dry_run, setup
 from .engine import build_accelerator, free_memory
@@ -35,6 +36,7 @@ from .search import report
 from .search.runs import Search
 from .setup import Config, Script, translated_errors
 
+PACKAGE = __name__.partition(".")[0]
 logger = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ def train(
         Interrupted: a signal ended the command; the sentence says how to go on.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    show_messages()
     console.quiet()
     launch = interruption.find_launch(arguments)
     cfg = script.resolve(argv) if config is None else config
@@ -142,6 +144,18 @@ def train(
             cfg.overwrite_output_dir,
             control_folder=folders[1] if len(folders) > 1 else None,
         )
+
+
+def show_messages() -> None:
+    """Show the package's messages on stderr, and of the libraries only warnings."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        # open_clip has no logger of its own, and names each file that it reads.
+        return record.name.startswith(PACKAGE) or record.levelno >= logging.WARNING
+
+    handler = logging.StreamHandler()
+    handler.addFilter(is_shown)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[handler])
 
 
 def hub_repositories(runs: Sequence[PlannedRun]) -> dict[Path, str]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import adapters
 from ..config.run import FORMER_OPTIONS
 from ..run import checkpoint
-from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
+from ..run.checkpoint import Checkpoint, load_tensors
 from ..run.data import HELDOUT, TRAINING, require_same_content
 from ..run.runlog import RunLog
+from ..run.settings import require_same_settings
 from .trainer import Trainer
 
 # Options that say where the samples of each set of the record of data are.

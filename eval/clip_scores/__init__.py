@@ -17,7 +17,9 @@ drift from the base model. Beside the result's files it draws a grid of images.
 
 Without --prompts the prompts are those of the first run's training: the prompts of the shipped
 icons, else up to 64 captions of its held-out images, whose pictures are the ground truth, else its
-validation prompts, else its instance prompt in 20 contexts, else up to 20 of its captions.
+instance prompt in 20 contexts, else its validation prompts, else up to 20 of its captions.
+
+--steps ends with one sentence on the best step, which the report begins with.
 
 With --image_model, pictures are compared by DINOv2 too, whatever the scorer.
 
@@ -27,13 +29,13 @@ Scorer and captioner default to the embedded ones for the miniature, and otherwi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, strip_controls, translated
 from bilora_diffusion.core.files import counted, without_paths
 from bilora_diffusion.core.values import BASE_GUIDANCE
 from bilora_diffusion.run.record import RUN
@@ -45,6 +47,7 @@ from ..report import Column
 from ..subjects import BASE, Subject, settings_note, single
 from ..table import Result, Row, provenance_of_this_process
 from . import reporting, settings
+from .best_step import best_steps
 from .reporting import METRICS
 from .settings import (
     DEMO,
@@ -74,7 +77,8 @@ class ClipScores(OverSteps):
     held-out picture), colors (the map of the miniature's colors through which that is shown),
     general (scored by "drift" only) and truncated (longer than the scorer takes); ``prompt_set``,
     ``seeds``, ``sampling``; ``scorer``, ``captioner`` and ``image_model`` with name, kind, model,
-    revision and note, None without captions or such a model.
+    revision and note, None without captions or such a model; with --steps ``answers``, a `BestStep`
+    for each run.
     """
 
     name = "clip_scores"
@@ -133,6 +137,8 @@ class ClipScores(OverSteps):
         self.prompts = question.prompts
         self.prompt_set = question.name
         self.notes += filter(None, (question.note, settings_note(subjects)))
+        if args.steps is not None:
+            self.notes += checkpoints.left_out(subjects, args.steps)
         self.sampling = settings.sampling(args, base)
         if args.guidance_from == BASE_GUIDANCE:
             for subject in subjects:
@@ -217,13 +223,16 @@ class ClipScores(OverSteps):
 
     def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
         """Generate the missing images, or this process's share of them; returns their number."""
-        from .images import generate_in_processes
+        from .images import ImageBar, generate_in_processes
 
         batch = self.args.batch_size
         rank, count = self.state.process_index, self.state.num_processes
         if count == 1:
             return generate_in_processes(store, jobs, batch, self.args.processes)
-        return store.generate(jobs, batch=batch, process=(rank, count))
+        if rank > 0:
+            return store.generate(jobs, batch=batch, process=(rank, count))
+        with ImageBar(store, store.missing(jobs)) as bar:
+            return store.generate(jobs, batch=batch, bar=bar, process=(rank, count))
 
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
         """Fill in the settings."""
@@ -267,11 +276,24 @@ class ClipScores(OverSteps):
             metrics=metrics,
             provenance=provenance_of_this_process(self.command, self.device),
         )
-        return self.over_steps(result, summarize)
+        result = self.over_steps(result, summarize)
+        if self.curves is not None:
+            self.settings["answers"] = [asdict(answer) for answer in best_steps(self.curves)]
+        return result
 
     def write(self, result: Result) -> None:
         super().write(result)
         print(f"images made: {self.num_generated}, in {self.folder / IMAGES}")
+        # The answer to what --steps asks is the last line at the terminal too.
+        for sentence in reporting.answers(result):
+            print(strip_controls(sentence))
+
+    def report(self, result: Result) -> str:
+        sentences = [f"**{report.escaped(text)}**" for text in reporting.answers(result)]
+        return report.page(*sentences, super().report(result).rstrip())
+
+    def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
+        return {"training seeds": lambda group: reporting.training_seeds(result, group)}
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         figures = []
@@ -295,7 +317,7 @@ class ClipScores(OverSteps):
         return [
             reporting.legend(result),
             self.best_steps(result),
-            report.section("In the shape of the paper's Table 4", reporting.scores(result)),
+            reporting.paper_table(result),
             report.closing(replace(result, notes=[]), ("torch", "diffusers"), sentences),
         ]
 

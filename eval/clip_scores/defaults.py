@@ -20,6 +20,7 @@ from typing import Any
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.image.captions import add_trigger
 from bilora_diffusion.image.derived import ICONS
 from bilora_diffusion.image.opening import open_images
@@ -27,9 +28,8 @@ from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.run.data import samples_of_part
 
 from ..subjects import Subject
-from .prompts import CONTEXTS, FOLDER, Prompt, instance_of, numbered_lines, read
+from .prompts import CONTEXTS, FOLDER, ICON_PROMPTS, Prompt, instance_of, numbered_lines, read
 
-ICON_PROMPTS = "3d_icon"
 # Most held-out captions by default. Of two checkpoints and two seeds these are 256 images.
 MAX_HELDOUT_PROMPTS = 64
 # Most captions of training images by default, as many as there are contexts
@@ -136,13 +136,21 @@ def _of_run(run: Subject) -> Question:
     concepts = _concepts(run)
     if icon_set := _icon_set(run):
         return _icons(icon_set)
-    heldout = _heldout(run, concepts)
+    heldout, num_left_out = _heldout(run, concepts)
     # A single caption is that of all pictures, and asks for none of them.
     if len(heldout) > 1:
         title = f"held-out captions of {name}, whose pictures are the ground truth"
         if len(heldout) > MAX_HELDOUT_PROMPTS:
             title = f"the first {MAX_HELDOUT_PROMPTS} of {len(heldout)} {title}"
-        return Question(title, heldout[:MAX_HELDOUT_PROMPTS])
+        note = ""
+        if num_left_out:
+            note = (
+                f"{name} has {counted(num_left_out, 'held-out image')} without a caption in a file."
+                " The run measured them with its instance prompt; here no sample is compared with"
+                " them, since that prompt asks for no single picture: give each a caption"
+                " (docs/data.md)."
+            )
+        return Question(title, heldout[:MAX_HELDOUT_PROMPTS], note=note)
 
     note = ""
     if any(_text(concept, "validation_dataset") for concept in concepts):
@@ -185,9 +193,14 @@ def _icons(name: str) -> Question:
     return Question(name, prompts, is_of_icons=True)
 
 
-def _heldout(run: Subject, concepts: Sequence[Config]) -> list[Prompt]:
-    """The captions of the run's held-out images, each with the first picture that has it."""
+def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], int]:
+    """The captions of the run's held-out images, each with the first picture that has it.
+
+    Returns:
+        The captions as prompts, and the number of images without a caption or file of their own.
+    """
     prompts: list[Prompt] = []
+    num_images = 0
     for concept in concepts:
         dataset = _text(concept, "validation_dataset")
         if dataset is None:
@@ -196,8 +209,10 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> list[Prompt]:
         # With --validation_part, the part on which the run measured its held-out loss
         names = [entry.name for entry in images.entries]
         part = samples_of_part(_text(concept, "validation_part"), names, images.label)
-        prompts += _captioned(images.only(part), concept, with_pictures=True)
-    return _distinct(prompts)
+        measured_images = images.only(part)
+        num_images += len(measured_images)
+        prompts += _captioned(measured_images, concept, with_pictures=True)
+    return _distinct(prompts), num_images - len(prompts)
 
 
 def _captioned(images: ImageSet, concept: Config, with_pictures: bool) -> list[Prompt]:

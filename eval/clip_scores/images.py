@@ -54,6 +54,8 @@ from .prompts import Prompt
 LANES = 4
 # Images for which another process is worth its start
 WORTHWHILE = 32
+# From one look at the files of other processes to the next
+COUNT_SECONDS = 1.0
 # Name of the PNG's text with the parameters
 _CHUNK = "parameters"
 # The entry of the parameters that does not influence the image
@@ -182,7 +184,7 @@ class Store:
         jobs: Sequence[Job],
         *,
         batch: int = 16,
-        progress: bool = True,
+        bar: ImageBar | None = None,
         process: tuple[int, int] = (0, 1),
     ) -> int:
         """Generate the missing images; returns their number.
@@ -190,7 +192,7 @@ class Store:
         Args:
             batch: images that are generated before they are written, and the share that a process
                 takes at a time. It does not influence an image.
-            progress: show a bar (in the first process).
+            bar: it shows the progress, and counts the images of all processes.
             process: rank of this process, and number of the processes with the same jobs; each
                 generates its own share.
         """
@@ -203,15 +205,8 @@ class Store:
         todo = self.missing(share)
         if not todo:
             return 0
-        bar = tqdm(
-            desc="images",
-            unit="image",
-            total=len(share),
-            initial=len(share) - len(todo),
-            disable=not progress or rank > 0,
-        )
         num_made = 0
-        with bar, _one_thread(self.device):
+        with _one_thread(self.device):
             for subject, group in groupby(todo, key=lambda job: job.subject):
                 with applied(self.pipeline, subject, self.sampling.scale):
                     subject_jobs = list(group)
@@ -219,10 +214,12 @@ class Store:
                         part = subject_jobs[start : start + batch]
                         began = time.monotonic()
                         self._write(part, _sample(self.pipeline, self.sampling, part))
-                        bar.update(len(part))
                         num_made += len(part)
+                        if bar is None:
+                            continue
+                        bar.count()
                         is_first_part = num_made == len(part)
-                        if is_first_part and num_made < len(todo) and not bar.disable:
+                        if is_first_part and num_made < len(todo):
                             seconds = (time.monotonic() - began) / num_made
                             bar.write(_estimate(seconds, num_made, len(todo) - num_made))
         return len(todo)
@@ -249,6 +246,38 @@ class Store:
             with translated(f"{path} can't be written", "give another output folder"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, content.getvalue())
+
+
+class ImageBar:
+    """A progress bar of the images that are to be made, by this process or by others.
+
+    It counts the files that are there, as other processes report nothing.
+
+    Args:
+        store: the files.
+        missing: jobs whose images are to be made.
+    """
+
+    def __init__(self, store: Store, missing: Sequence[Job]) -> None:
+        self._store = store
+        self._missing = missing
+        self._bar = tqdm(desc="images", unit="image", total=len(missing), disable=not missing)
+
+    def __enter__(self) -> ImageBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def count(self) -> None:
+        """Show how many images are there by now."""
+        missing = self._store.missing(self._missing)
+        self._bar.update(len(self._missing) - len(missing))
+        self._missing = missing
+
+    def write(self, sentence: str) -> None:
+        """Print a sentence above the bar."""
+        self._bar.write(sentence)
 
 
 def _estimate(seconds: float, num_made: int, num_missing: int) -> str:
@@ -284,11 +313,14 @@ def generate_in_processes(
     children: Any = torch.multiprocessing.start_processes(
         _generate_share, shared, nprocs=count - 1, join=False, daemon=True, start_method="spawn"
     )
-    store.generate(missing, batch=batch, process=(0, count))
-    for process in children.processes:
-        process.join()
-    # Images of a process that ended early
-    store.generate(missing, batch=batch, progress=False)
+    with ImageBar(store, missing) as bar:
+        store.generate(missing, batch=batch, bar=bar, process=(0, count))
+        for process in children.processes:
+            while process.is_alive():
+                process.join(COUNT_SECONDS)
+                bar.count()
+        # Images of a process that ended early
+        store.generate(missing, batch=batch, bar=bar)
     return len(missing)
 
 

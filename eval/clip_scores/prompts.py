@@ -25,6 +25,8 @@ from bilora_diffusion.mini import FOLDERS, HELDOUT_SUFFIX, color_map, heldout_di
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"
 GENERAL = "general"
 CONTEXTS = "contexts"
+# The paper's prompts
+ICON_PROMPTS = "3d_icon"
 # The column of the prompts in a CSV file, and in the metadata of held-out images
 PROMPT = "prompt"
 # Largest file of prompts

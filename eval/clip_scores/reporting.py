@@ -15,12 +15,13 @@ from bilora_diffusion.core.values import BASE_GUIDANCE
 
 from .. import compare
 from ..plot import canvas
-from ..report import escaped, number, table
+from ..report import INTERVALS, escaped, number, section, table
 from ..table import Metric, Result
+from .prompts import ICON_PROMPTS
 
 # The paper's Table 4 and Figure A1 show six prompts; the table also has the average over all.
 TABLE_ROWS = 6
-# With fewer prompts a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
+# With fewer prompts a mean tells little.
 FEW_PROMPTS = 10
 # Scores of the paper's Table 4
 PAPER = ("i2t", "t2t")
@@ -86,8 +87,7 @@ def introduction(result: Result) -> str:
         notes.append(settings["captioner"]["note"])
     if count < FEW_PROMPTS:
         notes.append(
-            f"Fewer than {FEW_PROMPTS} prompts tell little: there is no interval, or it is too"
-            " narrow."
+            f"Fewer than {FEW_PROMPTS} prompts tell little: there is no interval, or it is wide."
         )
     source = ""
     if sampling["guidance_from"] == BASE_GUIDANCE:
@@ -113,10 +113,28 @@ def legend(result: Result) -> str:
         if name in measured:
             sentences.append(f"{metric.title}: {metric.explanation}.")
     return (
-        "Cosines x 100, each prompt's the mean over seeds, with 95 % intervals of the mean by"
-        f" bootstrap over prompts (BCa). Difference: to {escaped(result.control)},"
-        " paired by prompt, and in how many prompts it is better. " + " ".join(sentences)
+        "Cosines x 100: of each prompt the mean over seeds, then the mean over prompts with"
+        f" {INTERVALS}. Difference: to {escaped(result.control)}, paired by prompt, with its"
+        " interval and the number of prompts in which it is better. " + " ".join(sentences)
     )
+
+
+def answers(result: Result) -> list[str]:
+    """A sentence for each run on its best step; [] if the subjects are no checkpoints."""
+    return [answer["sentence"] for answer in result.settings.get("answers", ())]
+
+
+def training_seeds(result: Result, group: str) -> str:
+    """Number of runs of a group; a dash for the base model and files, whose seeds are unknown."""
+    runs = [entry for entry in result.members(group) if entry.kind == "run"]
+    return str(len(runs)) if runs else BLANK
+
+
+def paper_table(result: Result) -> str:
+    """The section after the paper's Table 4; "" for prompts that are not the paper's."""
+    if result.settings["prompt_set"] != ICON_PROMPTS:
+        return ""
+    return section("In the shape of the paper's Table 4", scores(result))
 
 
 def scores(result: Result) -> str:

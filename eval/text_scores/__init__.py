@@ -185,6 +185,8 @@ class TextScores(OverSteps):
 
         control = self.args.control or checkpoints.last_group(subjects)
         self.control = compare.control(subjects, control)
+        if self.args.steps is not None:
+            self.notes += checkpoints.left_out(subjects, self.args.steps)
         self.device = open_device(self.args.device)
         dtype = choose_dtype(self.args.dtype, self.device)
         self.models = Models(self.device, dtype)
@@ -310,7 +312,9 @@ class TextScores(OverSteps):
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
         return {
-            "seeds": lambda group: str(len({entry.seed for entry in result.members(group)})),
+            "training seeds": lambda group: str(
+                len({entry.seed for entry in result.members(group)})
+            ),
             "cost": partial(reporting.cost, result),
             "peak memory": partial(reporting.memory, result),
         }

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from bilora_diffusion.core.figures import student_interval
+from bilora_diffusion.core.figures import CONFIDENCE
 
 from .. import compare
 from ..report import INTERVALS, escaped, listed, table
@@ -18,12 +18,18 @@ from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 ABSENT = "–"
 
 
-def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) -> list[Summary]:
+def summaries(
+    rows: Sequence[Row],
+    benchmarks: Collection[str],
+    control: str,
+    confidence: float = CONFIDENCE,
+) -> list[Summary]:
     """Means over seeds, and each row's difference to the control's.
 
     Args:
         rows: those without an item are scores, those with one are questions.
         benchmarks: the metrics that have items.
+        confidence: level of the differences' intervals.
     """
     scores = []
     groups_with_items = set()
@@ -36,12 +42,12 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
     over_items: dict[tuple[str, str], Summary] = {}
     for name in benchmarks:
         items = averaged_items(rows, name)
-        lines = compare.summaries(items, control, compare.ITEM, interval=student_interval)
+        lines = compare.summaries(items, control, compare.ITEM, confidence=confidence)
         for line in lines:
             over_items[line.group, name] = line
 
     summaries = []
-    for line in compare.summaries(scores, control):
+    for line in compare.summaries(scores, control, confidence=confidence):
         key = line.group, line.metric
         # One pair of seeds has no interval; pairs of the same questions have one.
         if line.metric in benchmarks and key in groups_with_items and line.pairs < 2:
@@ -127,8 +133,8 @@ def introduction(result: Result) -> str:
     legend = (
         f"Mean over seeds with {INTERVALS}; percentages, but for points, losses and perplexities."
         " Difference: to"
-        f" {escaped(result.control)}, over common seeds by bootstrap, or over items (the same"
-        " questions, where there are not two common seeds) by Student's t, and in how many of them"
+        f" {escaped(result.control)}, over common seeds, or over items (the same"
+        " questions, where there are not two common seeds), and in how many of them"
         " it is better; items say how sure a difference of these runs is, not what another seed"
         " would bring. Cost: gradient steps per training iteration. Peak memory: the most that a"
         " run took to train, on a CPU by its process."

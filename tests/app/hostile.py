@@ -17,6 +17,8 @@ FORM = '<form action="http://evil.example/"><button>log in</button></form>'
 PICTURES = "!![a](b)[x](http://evil.example/a.png) ![y][1] <im<img x>g src=//evil.example>\n\n"
 PICTURES += "[1]: http://evil.example/b.png"
 DIAGRAM = "> ~~~mermaid\n> graph TD; A-->B\n> ~~~\n\n```mermaid\ngraph TD; A-->B\n```"
+NESTED = "\n\n".join(f"{marks * 5000}deep" for marks in (">", "- ", "> - ", "1. "))
+LAST_LINE = "the end of the report"
 FORMULA = r"$$\rlap{\smash{\rule{999em}{999em}}}$$"
 
 
@@ -143,6 +145,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
         make_result,
         report=f"{EVIL}\n\n{OVERLAY}\n\n{FORM}\n\n{PICTURES}\n\n{DIAGRAM}\n\n{FORMULA}",
     ),
+    "report is nested without end": partial(make_result, report=f"{NESTED}\n\n{LAST_LINE}"),
     "report of pictures without end": partial(make_result, report="![" * 400_000),
     "scores of markup": partial(make_scores, labels=(EVIL, f"b{EVIL}"), texts=(EVIL,)),
     "score is not a number": changed("rows.csv", "0.25", "nan"),
@@ -151,6 +154,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
     # names, links, rights, numbers
     "name is markup": in_folder(EVIL.replace("/", "|")),
     "name of other bytes": in_folder(b"\xff\xfe\x80"),
+    "name of a Windows path": in_folder("a\\b"),
     "name of two lines": in_folder("a\nb\r\tc"),
     "links in circles": loops,
     "60 folders deep": lambda folder: make_run(folder.joinpath(*["deep"] * 60)),

@@ -3,26 +3,21 @@
 import json
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from html import unescape
 from pathlib import Path
-from typing import Any
 
 import pytest
+from PIL import Image
 
 from app import catalog as catalogs
-from app import parts, validation, viewer
+from app import parts, results, validation
 from app.catalog import DEPTH, Catalog
+from app.page import title
 from app.runs import ordered, pair
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.demo import scoring_command, write_result
 from bilora_diffusion.image.validation import INDEX
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
-from tests.app.visitor import Visitor
-from tests.scripts.runs import free_port, started
 
 
 def paths(catalog):
@@ -107,6 +102,24 @@ def test_runs_without_images_are_named_with_the_flag_that_makes_them(tmp_path):
     assert "shown (" not in text
 
 
+def test_the_heading_counts_each_folder_once(tmp_path):
+    make_run(tmp_path / "dog")
+    make_scores(tmp_path / "scores")
+    assert title(Catalog(tmp_path)).endswith("</b> · 1 run, 1 result</p>")
+
+
+def test_the_demo_s_picture_is_a_result(tmp_path):
+    picture = tmp_path / "grid.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    write_result(picture, "Both runs saw the same data.", "loss  step 75\nLoRA     1.0")
+    catalog = Catalog(tmp_path)
+    (item,) = catalog.scan.results
+    assert (item.kind, item.figures) == ("demo", ["grid.png"])
+    assert not catalog.scan.broken
+    assert "    LoRA     1.0" in results.text(catalog, item)
+    assert len(results.pictures(catalog, item)[0]) == 1
+
+
 def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path, monkeypatch):
     run = make_run(tmp_path / "lora", status="running")
     catalog = Catalog(tmp_path)
@@ -154,6 +167,14 @@ def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):
     for method in ("lora", "bilora"):
         assert f"--output_dir 'my runs'/{method}" in text
     assert text.count("--validation_prompt") == 2
+    # Runs of the miniature as the demo leaves them get the demo's own command.
+    heldout = "mini-duotone-heldout"
+    config = {"pretrained_model_name_or_path": "mini", "validation_dataset": heldout}
+    for method in ("lora", "bilora"):
+        make_run(root / method, method=method, config=config)
+    command = scoring_command(["my runs/lora", "my runs/bilora"], heldout)
+    assert "--guidance_from base" in command
+    assert command in unescape(parts.empty(Catalog(root), "", "clip_scores"))
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
     # From elsewhere the path is absolute; for visitors of a public viewer it has no parents.
@@ -171,7 +192,9 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
             make_images(run, step, 2)
     catalog = Catalog(tmp_path)
     runs = ordered(validation.with_images(catalog))
-    assert validation.common_steps(runs) == [50, 100]
+    assert validation.all_steps(runs) == [50, 100]
+    assert validation.first_step(runs) == 50, "the last step that both have"
+    assert validation.first_step(runs[1:]) == 100
     table = validation.table(catalog, runs, 50)
     assert table.count("<section") == 2
     assert table.count("<img") == 6  # two prompts by three columns
@@ -179,6 +202,33 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
     assert validation.table(catalog, runs, 100).count("no image at step 100") == 2
+
+
+def test_images_of_one_prompt_are_named_by_their_seeds(tmp_path):
+    def make(name, first_seed):
+        config = {"validation_prompts": ["a cat"], "num_validation_images": 2}
+        run = make_run(tmp_path / name, config=config)
+        make_images(run, 5, 2)
+        entries = []
+        for number in range(2):
+            seed = None if first_seed is None else first_seed + number
+            entries.append({"file": f"00{number}.png", "prompt": "a cat", "seed": seed})
+        (run / "validation" / "step-5" / INDEX).write_text(json.dumps({"images": entries}))
+
+    def heads(*names):
+        runs = [run for run in catalog.scan.runs if run.path in names]
+        table = validation.table(catalog, runs, 5)
+        captions = re.findall("<figcaption>([^<]*)", table)
+        return re.findall("<h2>([^<]*)", table), [text.partition(")")[2] for text in captions]
+
+    for name, first_seed in {"a": 3, "b": 3, "c": 4, "old": None}.items():
+        make(name, first_seed)
+    catalog = Catalog(tmp_path)
+    assert heads("a", "b") == (["a cat, seed 3", "a cat, seed 4"], [""] * 4)
+    # Images from different noise stand side by side: each has its own seed.
+    seeds = [f", image of seed {seed}" for seed in (3, 4, 4, 5)]
+    assert heads("a", "c") == (["a cat", "a cat"], seeds)
+    assert heads("old") == (["a cat (1)", "a cat (2)"], ["", ""])
 
 
 def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
@@ -207,6 +257,7 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         "1": ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
         "2": ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
         "3": ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
+        "4\\5": ("run.json", "{}", "backslash"),
     }
     make_run(tmp_path / "good")
     for name, (file, text, _) in broken.items():
@@ -214,7 +265,7 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         (tmp_path / name / file).write_text(text)
     catalog = Catalog(tmp_path)
     assert paths(catalog) == ["good"]
-    assert [folder.path for folder in catalog.scan.broken] == list(broken)
+    assert sorted(folder.path for folder in catalog.scan.broken) == list(broken)
     for folder in catalog.scan.broken:
         assert broken[folder.path][2] in folder.reason
         assert str(tmp_path) not in folder.reason
@@ -242,85 +293,3 @@ def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
         assert catalog.resolve("not/there").parent.parent == catalog.root
         assert [run.path for run in catalog.scan.runs] == ["inside"]
         assert {row.path for row in catalog.scan.broken} == {"folder", "record"}
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["none"], "there is no folder none"),
-        (["file"], "file is a file"),
-        ([".", "--port", "TAKEN"], "--port TAKEN"),
-        ([".", "--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
-        ([".", "--prot", "7861"], 'did you mean "--port"'),
-        ([".", "--allow_host", "http://lab.example"], "--allow_host http://lab.example"),
-        ([".", "--allow_host", "lab.example:80"], "--allow_host lab.example:80"),
-        ([".", "--allow_host", "*"], "--allow_host *"),
-        ([".", "--allow_host", ""], "--allow_host "),
-    ],
-)
-def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, sentence):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = str(listener.getsockname()[1])
-        arguments = [word.replace("TAKEN", port) for word in words]
-        assert viewer.main(arguments) == 2
-    assert sentence.replace("TAKEN", port) in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    port = free_port()
-    process = started("-m", "app.viewer", tmp_path, "--port", port, stdout=subprocess.PIPE)
-    try:
-        assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
-        assert Visitor(port).ask("/config").status == 200
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signal_number", "is_ignored"), [(signal.SIGTERM, False), (signal.SIGHUP, True)]
-)
-def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, is_ignored):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    port = free_port()
-    before = signal.getsignal(signal_number)
-    if is_ignored:  # as nohup does
-        signal.signal(signal_number, signal.SIG_IGN)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = started("-m", "app.viewer", tmp_path, "--port", port, **pipes)
-    signal.signal(signal_number, before)
-    try:
-        assert str(port) in process.stdout.readline()
-        # An event that fails: Gradio prints its trace, and in it what was sent.
-        Visitor(port).send(1, ["x" * 900_000])
-        assert list(temporary.glob("bilora-viewer-*"))
-        process.send_signal(signal_number)
-        if is_ignored:
-            time.sleep(0.5)
-            assert process.poll() is None
-            process.terminate()
-        assert process.wait(60) == 0
-        errors = process.stderr.read()
-        assert errors.count("Traceback") == 1
-        assert len(errors) < 10_000
-    finally:
-        process.kill()
-    assert not list(temporary.glob("bilora-viewer-*"))
-
-
-def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)  # importing it now raises ImportError
-    assert viewer.main([str(tmp_path), "--port", str(free_port())]) == 2
-    assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err

@@ -96,15 +96,42 @@ def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result):
     about = {"a": BILORA, "b": LORA, "also": (BASE,), "prompt": CLOUD, "seed": 1}
     view = replace(first, **about, order="name", words="n")
     query = data.link(view)
-    assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%2C+plain&prompt=")
+    assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%252C+plain&prompt=")
     assert data.opened(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
     assert data.opened({}, "scores", result) == (first, [])
+    # A label may be a part of another one, between its commas.
+    nested = scores_of(("a", "b", "c", "x,b,c", "50%2Cb"), PROMPTS, {}, (0,))
+    for also in (("x,b,c",), ("50%2Cb",), ("c", "x,b,c")):
+        query = dict(parse_qsl(data.link(replace(VIEW, a="a", b="a", also=also))[1:]))
+        assert data.opened(query, "scores", nested)[0].also == also
     # Names that are gone since the link was made
     lost = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
     view, missing = data.opened(lost, "scores", result)
     assert view == replace(first, also=())
     for word, sentence in zip(lost.values(), missing, strict=True):
         assert f'"{word}"' in sentence
+
+
+def test_checkpoints_open_with_the_last_step_and_the_one_that_the_answer_names(tmp_path):
+    labels = [f"step {step}" for step in (10, 20, 30, 40, 50)]
+    images: dict[Key, ScoredImage] = {}
+    for label in labels:
+        images[label, RABBIT, 0] = ScoredImage(f"{label}.png", {"i2t": 0.5, "truth": 0.5})
+    scores = scores_of(labels, PROMPTS[:1], images, (0,))
+    entries = []
+    for entry in scores.result.subjects:
+        step = int(entry.label.removeprefix("step "))
+        entries.append(replace(entry, about={"run": "dog", "step": step}))
+    answer = {"run": "dog", "last": 50, "candidate": 20, "metric": "truth"}
+    answer["sentence"] = "<b>No step</b> is better."
+    settings = scores.result.settings | {"answers": [answer]}
+    write(data.scored(replace(scores.result, subjects=entries, settings=settings)), tmp_path)
+    (item,) = Catalog(tmp_path).scan.scores
+    view = data.first_view("scores", item.result)
+    assert (view.a, view.b, view.metric) == ("step 50", "step 20", "truth")
+    assert view.also == ("step 10", "step 30", "step 40")
+    assert compare.answers(item.result) == "<p>&lt;b&gt;No step&lt;/b&gt; is better.</p>"
+    assert compare.answers(scores) == ""
 
 
 def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):

@@ -135,6 +135,36 @@ def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path
     assert suggested(BASE, BASE, "a fox") == "a fox"
 
 
+def test_the_first_choice_is_a_run_and_its_control_and_runs_without_weights_are_named(tmp_path):
+    with gr.Blocks() as page:
+        catalog = Catalog(tmp_path)
+        tab = Tab(Work(catalog, page, "cpu"), page.load)
+
+    def first():
+        catalog.refresh()
+        a, b, absent, _ = tab.choices(None, None)
+        return a["value"], b["value"], absent["value"]
+
+    def make(name, method, day, data_hash, **changes):
+        started_at = f"2026-01-{day:02d}T00:00:00+00:00"
+        run = make_run(tmp_path / name, method, started_at=started_at, **changes)
+        (run / "metrics.jsonl").write_text(f'{{"step": 1, "digest": "{data_hash}"}}\n')
+        return run
+
+    assert first() == (BASE, BASE, "")
+    make("dog", "bilora", 1, "d0")
+    assert first() == ("dog", BASE, "")
+    (make("dog-lora", "lora", 2, "d0", status="interrupted") / WEIGHTS).unlink()
+    make("try", "lora", 3, "e0")
+    a, b, absent = first()
+    assert (a, b) == ("try", BASE), "a run on other data is no control"
+    assert "dog-lora (LoRA, seed 0), interrupted" in absent
+    (tmp_path / "dog-lora" / WEIGHTS).touch()
+    assert first() == ("dog", "dog-lora", "")
+    a, b, _, _ = tab.choices("try", "dog")
+    assert (a["value"], b["value"]) == ("try", "dog"), "a choice stays"
+
+
 def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(tmp_path):
     root = tmp_path / "root"
     make_run(root / "a", config={"pretrained_model_name_or_path": "mini", "resolution": 64})

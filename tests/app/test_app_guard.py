@@ -2,28 +2,41 @@
 
 import http.client
 import io
+import itertools
+import json
+import os
 import random
 import re
 import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+import uvicorn
+from gradio.utils import get_upload_folder
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from app import page
 from app.catalog import Catalog
-from app.page import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
+from app.guard import MAX_BODY_BYTES, MAX_LINE_LENGTH, MAX_TEXT_LENGTH, ShortLines, guarded
 from app.votes import VoteStore
 from tests.app.folders import make_run, make_scores
 from tests.app.visitor import LOCAL, Visitor
 
 EVIL = "http://evil.example"
 SECRET = "nobody may read this"
+JOIN = "/gradio_api/queue/join"
+# A server that reads an endless file does not answer at all; a busy machine takes a while.
+PATIENCE_SECONDS = 15
+# Ports of the servers of this process
+OWN_PORTS: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -33,29 +46,45 @@ class Served(Visitor):
     root: Path
     calls: list[Any]
 
+    def files(self) -> list[str]:
+        """What nobody may read: outside of the root, by a link in it, a pipe and a device."""
+        outside = self.root.parent
+        names = ("secret.txt", "own.txt", "root/link/secret.txt", "root/../secret.txt", "pipe")
+        return [*(f"{outside}/{name}" for name in names), "/dev/zero"]
+
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A viewer of one run, in a process whose calls of other machines are written down."""
+def root(tmp_path_factory):
+    """A root with a run and scores, beside it what nobody may read."""
     root = tmp_path_factory.mktemp("served") / "root"
     make_run(root / "lora")
     make_scores(root / "scores")
-    (root.parent / "secret.txt").write_text(SECRET)
-    (root / "link").symlink_to(root.parent, target_is_directory=True)
+    outside = root.parent
+    (outside / "secret.txt").write_text(SECRET)
+    (outside / "own.txt").write_text(SECRET)
+    (outside / "own.txt").chmod(0o600)
+    os.mkfifo(outside / "pipe")
+    (root / "link").symlink_to(outside, target_is_directory=True)
+    return root
+
+
+@contextmanager
+def serving(server: uvicorn.Server, root: Path) -> Iterator[Served]:
+    """Run a server in a thread; calls of other machines are written down and refused."""
     listener = socket.create_server((LOCAL, 0))
     port = listener.getsockname()[1]
+    OWN_PORTS.add(port)
     calls = []
     connect = socket.socket.connect
 
     def recorded_connect(self, address):
-        if address != (LOCAL, port):
+        if address[0] != LOCAL or address[1] not in OWN_PORTS:
             calls.append(address)
             raise ConnectionRefusedError(address)
         connect(self, address)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", recorded_connect)
-        server = page.server(Catalog(root), host=LOCAL, public=False, device=None)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         served = Served(port, root, calls)
@@ -65,10 +94,28 @@ def served(tmp_path_factory):
         thread.join(20)
 
 
+@pytest.fixture(scope="module")
+def served(root):
+    """The viewer."""
+    server = page.server(Catalog(root), host=LOCAL, public=False, device=None)
+    with serving(server, root) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def unguarded(root):
+    """The viewer without its guard."""
+    app = page.application(page.build(Catalog(root)))
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+    with serving(page.Server(config), root) as served:
+        yield served
+
+
 def test_it_serves_no_file_tells_no_place_and_asks_nobody(served):
     root = served.root
     files = ["/etc/passwd", f"{root}/link/secret.txt", f"{root}/lora/run.json", "pyproject.toml"]
     files += [f"{root}/../secret.txt", f"{EVIL}/a.png", f"http://{LOCAL}:9/a.png"]
+    files += [f"{get_upload_folder()}/{'../' * 20}etc/passwd"]
     for route in ("/gradio_api/file=", "/file=", "/static/", "/assets/", "/gradio_api/proxy="):
         for path in files:
             for text in {path, quote(path, safe="")}:
@@ -77,13 +124,119 @@ def test_it_serves_no_file_tells_no_place_and_asks_nobody(served):
                 content = answer.read().decode()
                 assert SECRET not in content
                 assert "schema_version" not in content
-    for path in ("/gradio_api/upload", "/gradio_api/component_server", "/gradio_api/call/x"):
-        assert served.ask(path, "POST", {"data": [], "fn_index": 0}).status == 403, path
     for path in ("/config", "/"):
         text = served.ask(path).read().decode()
         assert f"{root}/" not in text
         assert f"{Path.home()}/" not in text
     assert served.calls == []
+
+
+def file_objects(path: str) -> list[Any]:
+    """Objects that Gradio takes, took or may take for a file or an address."""
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    return [
+        {"path": path, **meta},
+        {"path": path, "url": path, "orig_name": "a", "is_stream": True, **meta},
+        {"path": path},
+        {"url": path, **meta},
+    ]
+
+
+def with_file(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
+    """An event with a file in place of each of its values, and as the data of a click."""
+    body = {"data": values, "fn_index": event, "trigger_id": 1, "session_hash": "visitor"}
+    for position in range(len(values) + 1):
+        yield body | {"data": [*values[:position], file_object, *values[position + 1 :]]}
+    yield body | {"event_data": file_object}
+
+
+def with_file_anywhere(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
+    """An event with a file in each of its fields, and within lists and objects."""
+    for value in ([file_object], [[file_object]], {"value": file_object}):
+        yield from with_file(event, values, value)
+    body = next(with_file(event, values, None))
+    for field in ("data", "fn_index", "trigger_id", "session_hash", "event_id", "other"):
+        yield body | {field: file_object}
+
+
+def copies() -> set[Path]:
+    """Copies in Gradio's cache of what nobody may read."""
+    names = ("secret.txt", "own.txt", "pipe", "zero", "passwd")
+    return {path for path in Path(get_upload_folder()).rglob("*") if path.name in names}
+
+
+def is_read(pipe: Path) -> bool:
+    """Test that a pipe is open for reading."""
+    try:
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(60)  # a pipe or a device keeps its reader waiting
+def test_no_event_takes_a_file_or_an_address(served):
+    copies_before = copies()
+    paths = [*served.files(), f"http://{LOCAL}:9/a.png", f"{EVIL}/a.png"]
+    forms = itertools.cycle(file_objects(served.files()[0]))
+    requests = []
+    for event, values in served.events():
+        for path in paths:
+            requests += with_file(event, values, file_objects(path)[0])
+        requests += with_file(event, values, next(forms))
+        requests += with_file_anywhere(event, values, next(forms))
+    for number, body in enumerate(requests):
+        route = ("queue/join", "run/predict")[number % 2]
+        start = time.monotonic()
+        answer = served.ask(f"/gradio_api/{route}", "POST", body)
+        assert answer.status == 400, (body, answer.read())
+        assert time.monotonic() - start < PATIENCE_SECONDS, body
+    assert len(requests) > 1000
+    assert served.calls == []
+    assert copies() == copies_before
+    assert not is_read(served.root.parent / "pipe")
+
+
+@pytest.mark.timeout(60)  # a pipe or a device keeps its reader waiting
+def test_gradio_itself_refuses_files_that_it_has_not_made(unguarded):
+    """Web addresses are the guard's alone: Gradio itself fetches public ones."""
+    copies_before = copies()
+    paths = itertools.cycle(unguarded.files())
+    for event, values in unguarded.events():
+        for position in range(len(values)):
+            file_object: Any = file_objects(next(paths))[0]
+            if position % 2:
+                file_object = [file_object]
+            start = time.monotonic()
+            answer = unguarded.send(
+                event, [*values[:position], file_object, *values[position + 1 :]]
+            )
+            assert time.monotonic() - start < PATIENCE_SECONDS, (event, position)
+            assert "/gradio_api/file=" not in answer, (event, position)
+    assert copies() == copies_before
+    assert not is_read(unguarded.root.parent / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"fn_index": 4444, "data": []}, "no such event"),
+        ({"fn_index": "1", "data": []}, "no such event"),
+        ({"fn_index": [1], "data": []}, "no such event"),
+        ({"data": []}, "no such event"),
+        ([1], "JSON object"),
+        ("{" * 90_000, "JSON object"),
+        (b"\xff\xfe{", "JSON object"),
+        ({"fn_index": 1, "data": [["x" * (MAX_TEXT_LENGTH + 1)]]}, "10,001 characters"),
+    ],
+)
+def test_events_that_the_page_does_not_send_are_refused_in_a_sentence(served, body, sentence):
+    content = body if isinstance(body, str | bytes) else json.dumps(body)
+    connection = http.client.HTTPConnection(LOCAL, served.port, timeout=5)
+    connection.request("POST", JOIN, content, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 400
+    assert sentence in json.load(answer)["detail"]
 
 
 def test_a_vote_is_of_the_voter_who_began(served):
@@ -99,7 +252,7 @@ def test_a_vote_is_of_the_voter_who_began(served):
         click("vote-left", token, None, formula)
     answer = click("vote-start", "scores", "", formula)
     (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', answer)
-    click("vote-left", token, {"voter": formula}, formula)
+    click("vote-left", token, None, data=formula)
     (vote,) = VoteStore(Catalog(served.root), random.Random()).votes()
     assert re.fullmatch("[0-9a-f]{16}", vote.session)
 
@@ -128,12 +281,14 @@ def test_a_vote_is_of_the_voter_who_began(served):
     ],
 )
 def test_other_names_and_web_sites_are_refused(listens_on, host, origin, status):
-    app = guarded(PlainTextResponse("here"), listens_on, listens_on != LOCAL, ["Lab.Example"])
+    app = guarded(PlainTextResponse("here"), [1], listens_on, listens_on != LOCAL, ["Lab.Example"])
     headers = {"Host": host}
     if origin is not None:
         headers["Origin"] = origin
-    for method in ("GET", "OPTIONS", "POST"):
-        answer = TestClient(app).request(method, "/config", headers=headers)
+    client = TestClient(app)
+    assert client.options("/config", headers=headers).status_code == 403
+    for method, path in (("GET", "/config"), ("POST", JOIN)):
+        answer = client.request(method, path, headers=headers, json={"fn_index": 1})
         assert answer.status_code == status
         assert not [name for name in answer.headers if "access-control" in name]
         has_policy = "frame-ancestors 'none'" in answer.headers.get("Content-Security-Policy", "")
@@ -146,7 +301,7 @@ def test_what_fails_after_its_answer_is_one_line_without_what_was_sent(capsys):
         await PlainTextResponse("here")(scope, receive, send)
         raise RuntimeError("a\033[2J" + "long\n" * 1000)
 
-    client = TestClient(guarded(closed_early, LOCAL, public=False))
+    client = TestClient(guarded(closed_early, [], LOCAL, public=False))
     assert client.get("/config", headers={"Host": "localhost"}).text == "here"
     (line,) = capsys.readouterr().err.splitlines()
     assert "RuntimeError" in line
@@ -164,13 +319,14 @@ def test_what_a_browser_sent_is_short_and_inert_at_the_terminal():
 
 
 def test_large_and_endless_bodies_are_refused(served):
-    path = "/gradio_api/queue/join"
-    body = {"fn_index": 1, "session_hash": "large", "data": ["x" * (MAX_BODY_BYTES - 100)]}
-    assert served.ask(path, "POST", body).status == 200
-    body["data"] *= 2
-    assert served.ask(path, "POST", body).status == 413
+    text = "x" * MAX_TEXT_LENGTH
+    body = {"fn_index": 1, "session_hash": "large", "data": [text] * 9}
+    assert served.ask(JOIN, "POST", body).status == 200
+    body["data"] = [text] * 10
+    assert served.ask(JOIN, "POST", body).status == 413
     # A body in pieces, which does not say its length
     connection = http.client.HTTPConnection(LOCAL, served.port, timeout=30)
-    pieces = iter([b"x" * 2**16] * 20)
-    connection.request("POST", path, pieces, encode_chunked=True)
+    pieces = iter([b"x" * 2**14] * 20)
+    connection.request("POST", JOIN, pieces, encode_chunked=True)
     assert connection.getresponse().status == 413
+    assert MAX_BODY_BYTES < 20 * 2**14

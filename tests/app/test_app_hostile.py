@@ -1,5 +1,6 @@
 """One damaged or hostile folder takes nothing else from any tab."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from app import compare, generate, page, results, scored, training, validation, 
 from app.catalog import Catalog
 from app.generate import Work
 from app.votes import ANY_PAIR
-from tests.app.hostile import HOSTILE, make_good
+from tests.app.hostile import HOSTILE, LAST_LINE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
 
@@ -41,7 +42,7 @@ class Tabs:
             "reports": [],
         }
         runs = validation.with_images(self.catalog)
-        for step in validation.common_steps(runs):
+        for step in validation.all_steps(runs):
             values["images"].append(validation.table(self.catalog, runs, step))
         for item in self.catalog.scan.results:
             pictures, _ = results.pictures(self.catalog, item)
@@ -104,6 +105,9 @@ def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tmp_path, mo
     for part in ("page", "images", "cards"):  # the others' texts are no HTML
         assert "<script" not in contents[part], part
     assert "<" not in contents["reports"], "Markdown passes HTML on"
+    # A thousand levels of nesting fill the browser's stack.
+    assert LAST_LINE in contents["reports"]
+    assert not re.search(r"(> ?|- |> - |1\. ){100}", contents["reports"])
     for part, text in contents.items():
         assert "rm -rf" not in text, f"a command to copy in {part}"
         assert str(tmp_path) not in text, f"{part} names a place"

@@ -16,6 +16,7 @@ from app.training_data import (
     FAINT,
     GREY,
     LABEL_COLORS,
+    RADIUS,
     TITLES,
     Line,
     TrainingRun,
@@ -98,7 +99,7 @@ def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does
     assert progress(record(status="finished"), log_rows, 0.0, 1e9).status == "finished"
     busy = record() | {"doing": "validation images", "doing_since": "1970-01-01T00:00:00+00:00"}
     state = progress(busy, rows(0.1), 0.0, STALE_SECONDS + 1)
-    assert (state.status, state.reason) == ("validation images", "since 3 min 1 s")
+    assert (state.status, state.reason) == ("validation images", "for 3 min 1 s")
     assert progress(busy, rows(0.1), 0.0, 2 * BUSY_SECONDS).status == "stalled"
     state = progress(record(status="failed") | {"error": "a reason"}, rows(0.1), 0.0, 1e9)
     assert (state.status, state.reason) == ("failed", "a reason")
@@ -126,6 +127,31 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
     for unpaired in (runs[1:], [other_data, runs[2]]):
         assert table(charts(unpaired, window=1)["loss-difference"]).empty
     assert charts([], 5).keys() == TITLES.keys()
+
+
+def test_a_difference_of_held_out_losses_is_in_percent_of_lora_s():
+    lora_rows = [{"step": 0, "heldout_loss": 0.0}, {"step": 5, "heldout_loss": 0.08}]
+    our_rows = [{"step": 0, "heldout_loss": 1.0}, {"step": 5, "heldout_loss": 0.0798}]
+    runs = [training_run("lora", lora_rows, record("lora")), training_run("ours", our_rows)]
+    (_, ours) = charts(runs, window=1)["heldout-difference"]
+    assert ours.points == [(5, pytest.approx(-0.25))]  # not of a loss of zero
+
+
+def test_the_radius_is_dashed_on_top_of_the_norm():
+    log_rows = [{"step": step, "auxiliary_norm": 0.05} for step in (1, 2)]
+    norm, radius = charts([training_run("ours", log_rows)], window=1)["norm"][1:]
+    assert norm.points == radius.points == [(1, 0.05), (2, 0.05)]
+    assert radius.color == GREY + RADIUS
+
+
+def test_a_constant_learning_rate_is_a_line_of_the_card_and_no_plot():
+    constant = training_run("a", [{"step": step, "lr": 2e-4} for step in (1, 2)])
+    changing = training_run("b", [{"step": step, "lr": 1e-3 / step} for step in (1, 2)])
+    assert charts([constant], window=1)["rate"] == []
+    assert len(charts([constant, changing], window=1)["rate"]) == 2
+    card_list, _ = training.cards([constant, changing])
+    assert card_list.count("learning rate") == 1
+    assert "learning rate 0.0002" in card_list
 
 
 def test_noise_levels_are_a_change_since_the_start():
@@ -248,6 +274,15 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     damaged = draw(after[tab.last_state])
     assert "line 4 of metrics.jsonl" in damaged[tab.cards].replace("bilora/", "")
     assert plotted(tab, damaged, "loss")[1:] == means[1:]
+    assert '<li class="running"' in damaged[tab.cards], "the status is that of its record"
+    assert "log unreadable: " in damaged[tab.cards]
+    assert "2 of 9 steps" not in damaged[tab.cards]
+    log.close("finished")
+    finished = draw()[tab.cards]
+    assert 'class="finished"' in finished
+    assert 'class="failed"' not in finished
+    (log.folder / "run.json").write_text("{")
+    assert 'class="unreadable"' in draw()[tab.cards]
 
 
 def test_a_damaged_search_leaves_the_curves_of_its_run(tmp_path):

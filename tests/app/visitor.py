@@ -24,8 +24,8 @@ class Visitor:
         connection.request(method, path, content, headers)
         return connection.getresponse()
 
-    def events(self, element: str) -> list[tuple[int, list[Any]]]:
-        """The events of the element with this id.
+    def events(self, element: str | None = None) -> list[tuple[int, list[Any]]]:
+        """The events of the element with this id; without one all that the server answers.
 
         Returns:
             (number, values of its inputs on a new page) of each.
@@ -35,7 +35,8 @@ class Visitor:
         events = []
         for event in config["dependencies"]:
             target, _ = event["targets"][0]
-            if target in properties and properties[target].get("elem_id") == element:
+            name = properties.get(target, {}).get("elem_id")
+            if event["backend_fn"] and element in (None, name):
                 values = [properties[part].get("value") for part in event["inputs"]]
                 events.append((event["id"], values))
         return events

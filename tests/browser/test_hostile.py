@@ -8,7 +8,7 @@ from playwright.sync_api import Response, expect
 
 from app.catalog import Catalog
 from docs.screenshots import go, pick
-from tests.app.hostile import HOSTILE, make_good
+from tests.app.hostile import HOSTILE, LAST_LINE, make_good
 
 pytestmark = pytest.mark.slow
 LOCALHOST = "127.0.0.1"
@@ -46,6 +46,12 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
     for text in ("log in", "overlay", "graph TD", r"\rule", "<script>"):  # as it is written
         expect(report).to_contain_text(text)
     expect(report.locator("form, img, svg, .katex, .mermaid, [style*=fixed]")).to_have_count(0)
+    pick(
+        page,
+        "results-result",
+        f"Landscape: {list(HOSTILE).index('report is nested without end'):03}",
+    )
+    expect(report).to_contain_text(LAST_LINE)
     expect(page.get_by_test_id("toast-body")).to_have_count(0)
     assert page.evaluate("window.evil") is None
     for url in requested_urls:

@@ -70,6 +70,14 @@ FILLED = {
     "Training": "#training-loss svg.marks",
     "Results": "#results-result input",
 }
+# Left and right edges of the labels of a plot's steps, in pixels and in order
+LABEL_EDGES = """(plot) => [
+    ...plot.querySelectorAll('g[aria-label^="X-axis"] .role-axis-label text')
+  ]
+  .filter((label) => label.getAttribute("opacity") !== "0")
+  .map((label) => label.getBoundingClientRect())
+  .map(({ left, right }) => [left, right])
+  .sort(([a], [b]) => a - b)"""
 CARD = "#compare-cards figure.card"
 PATIENCE_MS = 600_000  # that two small images may take on a machine with other work
 LABELS = ("quagga-run", "zebra-run")  # words that stand nowhere else in the page
@@ -193,7 +201,7 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     second = go(visit(phone=True, dark=True), viewer.url, "Generate")
 
     def begin(page, steps):
-        expect(page.locator("#generate-b input")).to_have_value("bilora (Bi-LoRA, seed 0)")
+        expect(page.locator("#generate-a input")).to_have_value("bilora (Bi-LoRA, seed 0)")
         field = page.locator("#generate-steps input")
         field.fill(str(steps))
         field.blur()
@@ -234,20 +242,27 @@ def test_curves_follow_a_run(small, visit):
             log.metric(step, loss=0.1 + 1 / step, lr=1e-3 / step, seconds=0.05, **norms)
         log.sync()
 
-    config = {"pretrained_model_name_or_path": "mini", "rho": 0.05, "max_train_steps": 400}
+    config = {"pretrained_model_name_or_path": "mini", "rho": 0.05, "max_train_steps": 500}
     log.start(config, method="bilora", seed=0, resume_step=None)
     log.record_activity("training")
     train(range(1, 101))
     page = go(visit(), small.url, "Training")
     card = page.locator("#training-cards li")
-    expect(card).to_contain_text("100 of 400 steps")
+    expect(card).to_contain_text("100 of 500 steps")
     for chart, count in {"loss": 2, "norm": 3, "rate": 1}.items():
         expect(page.locator(f"#training-{chart} .mark-line path")).to_have_count(count)
     curve = page.locator("#training-loss .mark-line path").last
     path = curve.get_attribute("d") or ""
-    train(range(101, 201))
-    expect(card).to_contain_text("200 of 400 steps")
+    train(range(101, 501))
+    expect(card).to_contain_text("500 of 500 steps")
     expect(curve).not_to_have_attribute("d", path)
+    page.set_viewport_size({"width": 1400, "height": 900})  # three plots side by side
+    page.wait_for_timeout(1000)  # milliseconds; until they are drawn again
+    for chart in ("loss", "norm", "rate"):
+        edges = page.locator(f"#training-{chart}").evaluate(LABEL_EDGES)
+        assert len(edges) > 2
+        for (_, end), (start, _) in pairwise(edges):
+            assert end + 5 < start, "labels of the steps are apart"
     page.locator("#training-norm svg.marks").hover()
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
 

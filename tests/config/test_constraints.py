@@ -34,6 +34,11 @@ BAD_COMMAND_LINES = [
     (f"{TEXT} --quantize nf8", ["nf8", "nf4"]),
     (f"{IMAGE} --rho 0", ["--rho is 0.0", "above 0"]),
     (f"{TEXT} --rho nan", ["--rho is nan"]),
+    (
+        f"{IMAGE} --learning_rate 2e4",
+        ["is 20000.0 (did you mean 2e-4?)", "at most"],
+    ),
+    (f"{TEXT} --adam_weight_decay 1.5e5", ["(did you mean 1.5e-5?)"]),
     (f"{IMAGE} --rank=-{'1' * 400}", ["400 digits", "1 or more"]),
     (f"{IMAGE} --train_batch_size 60000 --gradient_accumulation_steps 60000", ["60000", "smaller"]),
     (f"{TEXT} --hub_model_id {LATIN}", ["--hub_model_id"]),
@@ -79,6 +84,14 @@ def folder(tmp_path):
     for part in ("unet", "vae", "text_encoder", "tokenizer", "tokenizer_2"):
         (tmp_path / "other" / part).mkdir()
     return tmp_path
+
+
+@pytest.mark.parametrize("words", ["--validation_guidance_scale 2e2", "--snr_gamma 1e300"])
+def test_no_number_is_guessed_that_nobody_would_type(words):
+    """200 is no slip of an exponent, and 1e-300 is 0 in fp32."""
+    with pytest.raises(UserError) as error:
+        DreamBoothConfig.resolve(f"{IMAGE} {words}".split())
+    assert "did you mean" not in str(error.value)
 
 
 @pytest.mark.parametrize(("words", "parts"), BAD_COMMAND_LINES)

@@ -5,8 +5,11 @@ from math import inf
 import pytest
 
 from docs import evidence
-from docs.evidence import FAILS, HOLDS, OPEN, Check, Figure
-from eval.table import Entry, Result, Row, write
+from docs.evidence import FAILS, HOLDS, NO_DIFFERENCE, OPEN, Check, Figure
+from eval.compare import summaries
+from eval.table import Entry, Result, Row, read, write
+
+RESULTS = sorted((evidence.ROOT / "results").rglob("result.json"))
 
 BELOW_ZERO = Check("", "", "", "", upper=0.0)
 ABOVE_TWO = Check("", "", "", "", lower=2.0)
@@ -18,10 +21,13 @@ NEAR_ZERO = Check("", "", "", "", tolerance=0.1)  # a tenth of the size, which i
     [
         (BELOW_ZERO, -2.0, -1.0, HOLDS),
         (BELOW_ZERO, -1.0, 1.0, OPEN),
-        (BELOW_ZERO, 0.0, 0.0, FAILS),
+        (BELOW_ZERO, 0.0, 1.0, FAILS),
+        (BELOW_ZERO, 0.0, 0.0, NO_DIFFERENCE),
+        (ABOVE_TWO, 0.0, 0.0, FAILS),
         (ABOVE_TWO, 2.5, 3.0, HOLDS),
         (ABOVE_TWO, 1.0, 3.0, OPEN),
         (NEAR_ZERO, -0.4, 0.4, HOLDS),
+        (NEAR_ZERO, 0.0, 0.0, HOLDS),
         (NEAR_ZERO, -0.6, 0.4, OPEN),
         (NEAR_ZERO, 0.6, 0.7, FAILS),
     ],
@@ -40,7 +46,10 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
     figure = evidence.figure(Check("", str(tmp_path), "Bi-LoRA", "loss", control="LoRA", upper=0.0))
     assert figure.mean == pytest.approx((-1 - 0.5 - 1) / 3)
     assert (figure.count, figure.size) == (3, 4.0)  # the size is the control's mean
-    assert -1 <= figure.low < figure.mean < figure.high <= -0.5
+    # Student's t of the differences -1, -0.5 and -1: 4.302653 of 2 degrees of freedom
+    half_width = 4.302653 * (0.25 / 3) ** 0.5 / 3**0.5
+    assert figure.high - figure.mean == pytest.approx(half_width)
+    assert figure.mean - figure.low == pytest.approx(half_width)
     with pytest.raises(ValueError, match="lossy of LoRA"):
         evidence.figure(Check("", str(tmp_path), "LoRA", "lossy"))
 
@@ -61,3 +70,20 @@ def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side():
         assert claim.checks
         for check in claim.checks:
             assert (check.upper < inf) + (check.lower > -inf) + (check.tolerance is not None) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.parent.name)
+def test_the_intervals_of_every_recorded_result_are_those_of_its_rows(file):
+    result = read(file.parent)
+    lines = {}
+    for over in {line.over for line in result.summaries}:
+        for line in summaries(result.rows, result.control, over):
+            lines[over, line.group, line.metric, line.item, line.step] = line
+    for line in result.summaries:
+        expected = lines.get((line.over, line.group, line.metric, line.item, line.step))
+        if line.interval is not None:
+            assert line.interval == pytest.approx(expected.interval)
+        if line.difference_interval is not None:
+            interval = expected.difference_interval
+            assert line.difference_interval == pytest.approx(interval, rel=1e-6, abs=1e-12)

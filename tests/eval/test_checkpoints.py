@@ -1,12 +1,17 @@
 """Checkpoints as subjects: which, what they are called, what is best, and what is refused."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.run import checkpoint
 from eval import checkpoints, compare, table, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
+from eval.clip_scores.best_step import best_steps
 from eval.table import Entry, Metric, Result, Row
 from eval.text_scores import base_models
 from tests.eval.commands import result_of
@@ -14,15 +19,16 @@ from tests.eval.text_score_models import save_record
 from tests.run import recorded_runs
 
 ACCURACY = "heldout_accuracy"
+SUMMARIZE = partial(compare.summaries, unit=compare.ITEM)
 
 
-def make_run(folder, seed=0, steps=(5, 10, 20)):
+def make_run(folder, seed=0, steps=(5, 10, 20), interval=10):
     """A text run with the checkpoints 10 and 20, held-out figures of ``steps``, and no weights."""
     rows = []
     for step in steps:
         accuracy = 0.5 + seed / 10 - step / 100  # falls, as the loss does
         rows.append((step, {HELDOUT_LOSS: 1 / step, ACCURACY: accuracy}))
-    save_record(folder, seed=seed, rows=rows)
+    save_record(folder, seed=seed, rows=rows, checkpointing_steps=interval)
     peft = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
     extra = {"result": {"adapters": {"model": peft}, "averaged": []}, "average": None}
     for step in (10, 20):
@@ -65,13 +71,32 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
     assert str(tmp_path) not in (out / table.FILE).read_text()
 
 
+def test_a_checkpoint_that_an_interruption_saved_is_left_out_unless_it_is_named_or_the_last(
+    tmp_path, capsys
+):
+    make_run(tmp_path / "a")  # checkpoints 10 and 20
+    make_run(tmp_path / "b", interval=20)
+    make_run(tmp_path / "c", interval=15)
+    for name, text, scored_steps, sentence in (
+        ("a", "all", [10, 20], ""),
+        ("b", "all", [20], r"Left out of b: 1 checkpoint \(10\) .*; --steps 10,20 scores all"),
+        ("b", "10,20", [10, 20], ""),
+        ("c", "all", [20], r"Left out of c: 1 checkpoint \(10\) "),
+    ):
+        out = tmp_path / f"out-{name}-{text}"
+        result = result_of(text_scores.main, out, tmp_path / name, "--steps", text)
+        assert labels(result.subjects) == [f"step {step}" for step in scored_steps]
+        assert re.search(sentence, " ".join(result.notes))
+        assert ("Left out" in capsys.readouterr().out) == (sentence != "")
+
+
 def test_seeds_of_one_method_at_one_step_are_one_group(tmp_path):
     first, second = make_run(tmp_path / "a", seed=0), make_run(tmp_path / "b", seed=1)
     result = result_of(text_scores.main, tmp_path / "out", first, second, "--steps", "20")
     assert labels(result.subjects) == ["a step 20", "b step 20"]
     assert result.groups == ["step 20"]
     line = result.summary("step 20", "heldout:cola:accuracy")
-    assert line.interval == pytest.approx((0.3, 0.4))
+    assert line.interval == pytest.approx(mean_interval([0.3, 0.4]))
 
 
 def test_steps_without_a_held_out_figure_are_refused(tmp_path, capsys):
@@ -120,10 +145,8 @@ def curves_of_one_run(advantage):
         if step != 20:
             rows.append(Row(name, name, None, HELDOUT_LOSS, value=step / 10))
 
-    def summarize(rows, control):
-        return compare.summaries(rows, control, compare.ITEM)
-
-    return checkpoints.curves(Result("clip_scores", entries, metrics, rows=rows), summarize)
+    result = Result("clip_scores", entries, metrics, rows=rows)
+    return checkpoints.curves(result, SUMMARIZE)
 
 
 @pytest.mark.parametrize(("advantage", "verb"), [(0.1, "excludes"), (0.001, "includes")])
@@ -140,3 +163,114 @@ def test_the_best_step_and_how_sure_it_is(advantage, verb, tmp_path):
         assert point.interval[0] < point.mean < point.interval[1]
     assert [point.step for point in curves.over_training("dog", HELDOUT_LOSS)] == [10, 30]
     assert (tmp_path / checkpoints.draw(curves, tmp_path)).exists()
+
+
+METRICS_OF_IMAGES = {
+    "i2t": Metric("I2T", "", True, 100, ".2f"),
+    "truth": Metric("truth", "", True, 100, ".2f"),
+    "nearest": Metric("memorization", "", False, 100, ".2f"),
+}
+
+
+def answers_of(scores, count=12, runs=("dog",)):
+    """The answers on scores of checkpoints, each of ``count`` prompts.
+
+    Args:
+        scores: metric -> step -> how much higher its mean is than at the last step. Single
+            prompts differ from this by 0.01 up and down.
+    """
+    rows, entries = [], {}
+    for run in runs:
+        for metric, changes in scores.items():
+            for step, change in changes.items():
+                name = f"{run} step {step}"
+                entries[name] = Entry(name, name, about={"run": run, "step": step})
+                for number in range(count):
+                    noise = 0.01 * (-1) ** number if change else 0.0
+                    value = number / 100 + change + noise
+                    rows.append(Row(name, name, 0, metric, f"prompt {number}", value=value))
+    result = Result("clip_scores", list(entries.values()), METRICS_OF_IMAGES, rows=rows)
+    return best_steps(checkpoints.curves(result, SUMMARIZE))
+
+
+SURE, UNSURE = 0.1, 0.005
+ANSWERS = {
+    "truth, surely better": (
+        {"truth": {10: UNSURE, 20: SURE, 30: 0}, "i2t": {10: SURE, 20: UNSURE, 30: 0}},
+        20,
+        r"By truth step 20 is better than the last \(30\), \+10\.00 \[\+9\..*\]: take it, and",
+    ),
+    "truth, surely better, and worse by others": (
+        {
+            "truth": {20: SURE, 30: 0},
+            "i2t": {20: -SURE, 30: 0},
+            "nearest": {20: SURE, 30: 0},
+        },
+        20,
+        r"By truth step 20 is better .*, but worse by I2T, -10.* and by memorization, \+10.*: look",
+    ),
+    "truth, not surely better": (
+        {"truth": {10: UNSURE, 20: -SURE, 30: 0}, "i2t": {10: UNSURE, 20: UNSURE, 30: 0}},
+        10,
+        r"No step is surely better than the last \(30\) by truth \(the best of the others is step"
+        r" 10, \+0\.50 \[-.*\]\): keep the last, and look at the images\.",
+    ),
+    "truth, not surely better, and the other scores say otherwise": (
+        {
+            "truth": {10: UNSURE, 30: 0},
+            "i2t": {10: SURE, 30: 0},
+            "nearest": {10: -SURE, 30: 0},
+        },
+        10,
+        r"No step is surely better .*\), though step 10 is by I2T, \+10.*: keep the last, and look",
+    ),
+    "truth, all others worse": (
+        {"truth": {10: -SURE, 20: -0.05, 30: 0}, "i2t": {10: SURE, 20: SURE, 30: 0}},
+        20,
+        r"The last step \(30\) is the best by truth \(.* step 20, -5\.00 \[-5.*\]\): keep it\.",
+    ),
+    "without truth, surely better": (
+        {"i2t": {10: UNSURE, 20: SURE, 30: 0}, "nearest": {10: -SURE, 20: -SURE, 30: 0}},
+        20,
+        r"By I2T step 20 is better .*; without held-out pictures no score shows whether it has"
+        r" learned as much: look at the images of both\.",
+    ),
+    "without truth, surely better, and copies more": (
+        {"i2t": {20: SURE, 30: 0}, "nearest": {20: SURE, 30: 0}},
+        20,
+        r"By I2T step 20 is better .*, but worse by memorization, \+10.*: look at the images",
+    ),
+    "without truth, not surely better, and copies less": (
+        {"i2t": {20: UNSURE, 30: 0}, "nearest": {20: -SURE, 30: 0}},
+        20,
+        r"No step is surely better than the last \(30\) by I2T .*: keep the last",
+    ),
+    "one step": ({"i2t": {30: 0}}, 30, r"Only step 30 was scored"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_one_sentence_says_which_step_is_best(name):
+    scores, candidate, sentence = ANSWERS[name]
+    (answer,) = answers_of(scores)
+    assert (answer.run, answer.last, answer.candidate) == ("dog", 30, candidate)
+    assert answer.metric == ("truth" if "truth" in scores else "i2t")
+    assert re.match(sentence, answer.sentence)
+    both = answers_of(scores, runs=("dog", "cat"))
+    assert [answer.sentence.partition(": ")[0] for answer in both] == ["dog", "cat"]
+
+
+def test_an_interval_of_the_answer_is_wider_the_more_steps_there_are_to_choose_from():
+    # The mean is 2.45 standard errors above zero: enough for one other step (2.20), not for five.
+    advantage = 2.45 * 0.01 * (12 / 11) ** 0.5 / 12**0.5
+    (of_two,) = answers_of({"truth": {10: advantage, 60: 0}})
+    assert of_two.sentence.startswith("By truth step 10 is better")
+    steps = {10: advantage, **dict.fromkeys((20, 30, 40, 50), -SURE), 60: 0}
+    (of_six,) = answers_of({"truth": steps})
+    assert of_six.sentence.startswith("No step is surely better")
+
+
+def test_a_single_prompt_shows_no_step_to_be_better():
+    (answer,) = answers_of({"truth": {10: SURE, 30: 0}}, count=1)
+    assert answer.sentence.startswith("No step is surely better than the last (30) by truth")
+    assert answers_of({"nearest": {10: SURE, 30: 0}}) == [], "no score that decides"

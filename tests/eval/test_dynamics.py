@@ -247,6 +247,36 @@ def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(res
     assert "not paired" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_metrics_of_held_out_rows_are_drawn_over_training(tmp_path):
+    config = {"model_name_or_path": "smollm2"}
+    runs = []
+    for method, gain in (("lora", 0.0), ("bilora", 0.01)):
+        for seed in range(2):
+            run = recorded_runs.make(
+                tmp_path / f"{method}{seed}",
+                method,
+                seed,
+                STEPS[1:],
+                config,
+                losses=losses(method, seed),
+            )
+            with (run / "metrics.jsonl").open("a") as log:
+                for step in STEPS[1:]:
+                    log.write(f'{{"step": {step}, "heldout_accuracy": {step / 100 + gain}}}\n')
+                log.write(f'{{"step": {STEPS[-1]}, "heldout_f1": 0.5}}\n')  # at the end alone
+            runs.append(run)
+    result = measure(tmp_path, runs)
+    curve = result.curve("Bi-LoRA", "heldout_accuracy")
+    assert [point.step for point in curve] == list(STEPS[1:])
+    assert [point.difference for point in curve] == pytest.approx([0.01] * 3)
+    final = result.summary("Bi-LoRA", "final heldout_accuracy")
+    assert (final.mean, final.higher) == (pytest.approx(0.31), 2)
+    command = object.__new__(generalization.Generalization)
+    (upper_row, _) = command.panels(result)["generalization.png"]
+    assert [panel.title for panel in upper_row][3:] == ["held-out accuracy"]
+    assert "| held-out F1 | difference |" in (tmp_path / "out" / table.REPORT).read_text()
+
+
 def test_the_loss_by_noise_level_is_that_of_the_last_step(tmp_path):
     runs = []
     for method, at_level_125 in (("lora", 0.2), ("bilora", 0.15)):

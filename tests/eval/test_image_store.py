@@ -14,7 +14,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import images as images_module
-from eval.clip_scores.images import Sampling, Store, jobs
+from eval.clip_scores.images import ImageBar, Sampling, Store, jobs
 from eval.clip_scores.prompts import Prompt
 from eval.subjects import single
 from tests.export.export_models import write_lora
@@ -42,13 +42,13 @@ def store_and_jobs(pipeline, tmp_path_factory):
     Tests only read it.
     """
     folder = tmp_path_factory.mktemp("loras")
-    zero = write_lora(folder / "zero", pipeline, size=0.0)
+    zero = write_lora(folder / "zero", pipeline, size=1e-20)
     random = write_lora(folder / "random", pipeline)
     text = write_lora(folder / "text", pipeline, size=3.0, components=("text_encoder",))
     subjects = single(["base", f"Zero={zero}", f"Random={random}", f"Text={text}"])
     store = new_store(tmp_path_factory.mktemp("store"), pipeline)
     by_label = {subject.label: jobs(subject, PROMPTS, SEEDS) for subject in subjects}
-    assert store.generate(all_jobs(by_label), progress=False) == 24
+    assert store.generate(all_jobs(by_label)) == 24
     return store, by_label
 
 
@@ -75,7 +75,7 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(store_and
     assert jobs(base[0].subject, [general], [0])[0].file != base[0].file
     base_pixels = pixels(store, base)
     assert len(set(base_pixels)) == 6
-    # An adapter that adds nothing gives the base model's images, so the noise is the same.
+    # An adapter that adds next to nothing gives the base model's images, so the noise is the same.
     assert pixels(store, zero) == base_pixels
     for label in ("Random", "Text"):
         for image, base_image in zip(pixels(store, by_label[label]), base_pixels, strict=True):
@@ -108,11 +108,14 @@ def test_only_what_is_missing_or_damaged_is_made_again(
     unfinished.rename(unfinished.with_name(f".tmp-{unfinished.name}"))  # as a kill leaves it
     no_picture.write_bytes(b"no picture")
     assert store.missing(todo) == todo[1:]
-    assert store.generate(todo) == 5
-    assert counts == [8]  # five images, and what fills the denoiser's batches
+    with ImageBar(store, store.missing(todo)) as bar:
+        # Of two processes the second is done first. The bar counts its images too.
+        assert store.generate(todo, batch=3, process=(1, 2)) == 3
+        assert store.generate(todo, batch=3, process=(0, 2), bar=bar) == 2
+    assert counts == [4, 4]  # five images, and what fills the denoiser's batches
     progress = capsys.readouterr().err
-    assert "1/6" in progress  # it starts with what is there
-    assert "6/6" in progress
+    assert "0/5" in progress  # of the images that are to be made
+    assert "5/5" in progress
     assert pixels(store, todo) == pixels(whole_store, todo)
     assert intact.stat().st_mtime_ns == before
     assert not list(tmp_path.rglob(".tmp-*"))

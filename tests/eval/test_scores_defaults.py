@@ -66,6 +66,16 @@ def test_held_out_captions_come_first_with_their_pictures_and_the_trigger_word(t
     assert (second.text, second.reference.name) == ("TOK, a dog, number 1", "002.png")
 
 
+def test_held_out_images_without_a_caption_are_counted_and_no_sample_is_compared_with_them(
+    tmp_path,
+):
+    held_out = captioned(tmp_path / "mixed", ["a dog asleep", "a dog in a tree", " ", ""])
+    dog = run(validation_dataset=held_out, instance_prompt="a photo of TOK dog")
+    question = of_subjects([dog], "some/model")
+    assert texts(question) == ["a dog asleep", "a dog in a tree"]
+    assert "dog has 2 held-out images without a caption" in question.note
+
+
 def test_without_held_out_captions_a_run_is_asked_its_validation_prompts(tmp_path):
     one_caption = captioned(tmp_path / "alike", ["a dog", "a dog"])  # too few to ask
     dog = run(instance_data_dir="photos", validation_dataset=one_caption, **VALIDATION)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
@@ -70,7 +71,7 @@ def test_variants_are_compared_seed_by_seed(sweep_over, tmp_path, capsys):
     assert result.summary("lora", "final heldout_loss").mean == pytest.approx(0.085)
     final = result.summary("bilora", "final heldout_loss")
     assert final.difference == pytest.approx(-0.015)
-    assert final.difference_interval == pytest.approx((-0.02, -0.01))
+    assert final.difference_interval == pytest.approx(mean_interval([-0.02, -0.01]))
     assert (final.lower, final.pairs) == (2, 2)
     best = result.summary("bilora", "best heldout_loss")
     assert best.difference == pytest.approx(-0.01)  # 0.07 - 0.08 and 0.06 - 0.07

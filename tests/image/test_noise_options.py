@@ -176,22 +176,6 @@ def test_a_flow_models_loss_has_the_weight_of_the_scheme(scheme, precondition):
     torch.testing.assert_close(losses.double(), weights, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("resolution", "tokens"), [(64, 16), (128, 64)])
-def test_noise_levels_are_shifted_by_the_resolution_unless_told_not_to(resolution, tokens):
-    """By FLUX's line from 0.5 at 256 tokens to 1.15 at 4096."""
-    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
-    even = 1 - INDEX.double() / LEVELS
-    shifted = math.exp(mu) / (math.exp(mu) + 1 / even - 1)
-    words = f"--resolution {resolution}"
-    for option, expected in (
-        ("", shifted),
-        ("--timestep_shift pipeline", shifted),
-        ("--timestep_shift none", even),
-    ):
-        schedule = flow_schedule(FLUX, f"{words} {option}")
-        torch.testing.assert_close(schedule.sigmas[INDEX].double(), expected, rtol=1e-5, atol=0)
-
-
 def velocity_weight(snr: torch.Tensor, gamma: float, weighting: str) -> torch.Tensor:
     """Min-SNR weight of the velocity's error at ratios (n,), or what diffusers' scripts have."""
     capped = snr.clamp(max=gamma)

@@ -16,8 +16,11 @@ from PIL import Image
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import image_files, sets
 from bilora_diffusion.image.captions import captions_or_prompts
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.image.script import training_images
 from tests.image.image_folders import photos, save, table
+from tests.scripts.runs import flags
 
 
 @pytest.fixture
@@ -244,3 +247,18 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(hub_options):
 def test_a_row_without_an_image_is_named(hub_options):
     with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
         open_images("someone/icons", **hub_options)
+
+
+def test_fewer_images_than_five_are_a_line(tmp_path, caplog):
+    def messages_of(count):
+        for number in range(count):
+            save(tmp_path / f"{number}.png")
+        options = {"dataset": tmp_path, "instance_prompt": "a TOK", "resolution": 64}
+        cfg = resolve(flags(tmp_path / "run", **options, pretrained_model_name_or_path="mini"))
+        caplog.clear()
+        assert len(training_images(cfg)) == count
+        return [record.getMessage() for record in caplog.records]
+
+    (message,) = messages_of(1)
+    assert "has 1 image: " in message
+    assert messages_of(5) == []

@@ -17,9 +17,9 @@ from bilora_diffusion.run.checkpoint import (
     load,
     load_tensors,
     prune,
-    require_same_settings,
     resolve,
 )
+from bilora_diffusion.run.settings import require_same_settings
 from bilora_diffusion.train.resume import require_same_work
 from tests.run.recorded_runs import save
 
@@ -272,16 +272,16 @@ def test_equal_data_may_have_moved_and_other_data_are_refused():
             depends_on_heldout=depends_on_heldout,
         )
 
-    go_on(run("/home/photos"))
+    go_on(run("../other/photos"))
     with pytest.raises(UserError, match="rank was 4 and is 8"):
-        go_on({**run("/home/photos"), "rank": 8})
-    with pytest.raises(UserError, match='dataset_name was "photos" and is "/home/photos"'):
-        go_on(run("/home/photos", training="c"))
+        go_on({**run("../other/photos"), "rank": 8})
+    with pytest.raises(UserError, match=r'dataset_name was "photos" and is "../other/photos"'):
+        go_on(run("../other/photos", training="c"))
     with pytest.raises(UserError, match="validation_dataset was"):
-        go_on(run("/home/photos", heldout="c"))
+        go_on(run("../other/photos", heldout="c"))
     with pytest.raises(UserError, match="in the training data, some of"):
         go_on(run("photos", training="c"))
-    go_on(run("/home/photos", heldout="c"), depends_on_heldout=False)
+    go_on(run("../other/photos", heldout="c"), depends_on_heldout=False)
 
 
 def test_only_tensors_of_the_same_names_and_shapes_are_taken():

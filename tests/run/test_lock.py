@@ -11,7 +11,7 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.image.script import train
-from bilora_diffusion.run.folder import LOCK_FILE, locked
+from bilora_diffusion.run.lock import LOCK_FILE, locked
 from bilora_diffusion.run.runlog import RunLog
 from bilora_diffusion.train import command
 from tests.run.recorded_runs import save
@@ -20,7 +20,7 @@ from tests.scripts.runs import ROOT, flags
 HOLD_AND_FORK = """
 import os, signal, sys, time
 from pathlib import Path
-from bilora_diffusion.run.folder import locked
+from bilora_diffusion.run.lock import locked
 with locked(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data loader's worker
         print(os.getpid(), flush=True)

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import subprocess
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,15 +80,45 @@ def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
     assert set(arms) == set(names()) - {"full"}
 
 
+def test_step_cost_measures_full_fine_tuning_too_at_the_batch_and_length_asked_for(
+    load, monkeypatch, tmp_path, capsys
+):
+    file = tmp_path / "result.json"
+    step_cost = load("step_cost")
+    narrow = narrow_llama(load, step_cost)
+    monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow)
+    commands = []
+
+    def peak_memory(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="1\n", stderr="")
+
+    monkeypatch.setattr(step_cost, "subprocess", SimpleNamespace(run=peak_memory))
+    flags = f"--shapes llama-7b-layer --steps 1 --batch 3 --length 5 --json {file}"
+    step_cost.main(f"{flags} --methods all,full".split())
+    result = json.loads(file.read_text())
+    assert set(result["arms"]) == set(names())
+    assert (result["batch"], result["length"]) == (3, 5)
+    assert "batch 3 of 5 tokens" in capsys.readouterr().out
+    assert len(commands) == len(names())
+    assert all(command[-4:] == ["--batch", "3", "--length", "5"] for command in commands)
+    arms = result["arms"]
+    assert arms["full"]["trained_parameters"] > arms["lora"]["trained_parameters"]
+
+
+def narrow_llama(load, step_cost):
+    """The shape of Llama's layers with a model of a few parameters."""
+    llama = step_cost.SHAPES["llama-7b-layer"]
+    return replace(llama, build=partial(load("random_models").llama_7b, **LLAMA))
+
+
 @pytest.mark.parametrize(
     ("shapes", "layers"), [pytest.param("mini", 56, marks=pytest.mark.slow), ("llama-7b-layer", 14)]
 )
 def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp_path, monkeypatch):
     step_cost = load("step_cost")
     file = tmp_path / "result.json"
-    llama = step_cost.SHAPES["llama-7b-layer"]
-    narrow = replace(llama, build=partial(load("random_models").llama_7b, **LLAMA))
-    monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow)
+    monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow_llama(load, step_cost))
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
     step_cost.main(f"--shapes {shapes} --steps 5 --json {file}".split())
     result = json.loads(file.read_text())
@@ -110,6 +142,8 @@ AGAINST = f"against_diffusers --script {TEXT_SCRIPT}"
     ("line", "part"),
     [
         ("step_cost --shapes mini --arms bilora", "--arms"),
+        ("step_cost --shapes mini --length 256", "--length"),
+        ("step_cost --shapes t5-base --length 0", "--length"),
         ("step_cost --shapes mini --json no/such/a.json", "no/such/a.json"),
         ("against_diffusers --script no.py", "no.py"),
         (f"{AGAINST} --device cuda", "--device"),

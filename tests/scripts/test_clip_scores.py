@@ -134,7 +134,8 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     run = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
     command = command_line(tmp_path / "scores", f"{run} {tiny_models}")
     result = score(f"{command} --max_prompts 2 --steps all")
-    assert "10 of 10 images are to be made" in capsys.readouterr().out  # with the base model's
+    stdout = capsys.readouterr().out
+    assert "10 of 10 images are to be made" in stdout  # with the base model's
     assert [subject.label for subject in result.subjects] == result.groups == ["step 1", "step 2"]
     assert result.subjects[1].digest == find(str(run)).digest  # the run's own end
     recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(run)}
@@ -145,6 +146,15 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     assert result.figures == ["grid.png", "steps.png"]
     assert len(result.settings["best_steps"]) == len({line.metric for line in result.summaries})
     assert scored(result).labels == ["step 1", "step 2"]  # as the viewer reads it
+    # One sentence says which step is best: last at the terminal, first in the report.
+    (answer,) = scored(result).settings.answers
+    assert (answer.last, answer.candidate) == (2, 1)
+    assert stdout.splitlines()[-1] == answer.sentence
+    report = (tmp_path / "scores" / table.REPORT).read_text()
+    assert report.splitlines()[0] == f"**{answer.sentence}**"
+    assert "| step 2 (last) | 1 |" in report
+    assert "| training seeds |" in report
+    assert "Table 4" not in report  # whose prompts are others
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def text_options():
     return {**material("seq2seq"), "validation_file": heldout("seq2seq"), **TEXT}
 
 
-def whole_text_run():
+def unfailed_text_run():
     return train_text_once("seq2seq", **text_options())
 
 
@@ -73,7 +73,7 @@ def failed_steps(folder):
 
 @pytest.mark.parametrize(("failing_call", "error"), list(enumerate(ERRORS, start=1)))
 def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_call, error):
-    whole = train_once(**IMAGES)
+    unfailed = train_once(**IMAGES)
     folder = tmp_path / "run"
     with failing(image_task, {failing_call}, error):
         if failing_call == STEPS:
@@ -86,7 +86,7 @@ def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_c
     assert str(error) in line
     assert ("error.txt" in line) == (not isinstance(error, TrainingError))
     assert checkpoint.steps(folder) == [1, 2, 3]
-    assert_same_run(whole, folder)
+    assert_same_run(unfailed, folder)
     assert failed_steps(folder) == [failing_call]
     assert runlog.read_run(folder)["status"] == "finished"
     assert (folder / "README.md").exists()
@@ -123,7 +123,7 @@ def test_a_run_of_which_every_image_fails_leaves_checkpoints_and_its_file(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("failing_call", range(1, STEPS + 1))
 def test_a_run_whose_answers_fail_goes_on_and_exports(tmp_path, failing_call):
-    whole = whole_text_run()
+    unfailed = unfailed_text_run()
     folder = tmp_path / "run"
     options = text_options()
     with failing(evaluation, {failing_call}, torch.OutOfMemoryError("out of memory")) as calls:
@@ -134,8 +134,8 @@ def test_a_run_whose_answers_fail_goes_on_and_exports(tmp_path, failing_call):
             train_text(folder, **options)
     assert len(calls) == STEPS
     assert checkpoint.steps(folder) == [1, 2, 3]
-    assert difference(whole, folder) == 0
-    assert column(whole, "digest") == column(folder, "digest")
+    assert difference(unfailed, folder) == 0
+    assert column(unfailed, "digest") == column(folder, "digest")
     assert failed_steps(folder) == [failing_call]
 
 
@@ -158,9 +158,9 @@ def test_a_run_that_was_killed_while_it_sampled_samples_when_it_is_resumed(tmp_p
         pass
 
     image_run = train_once(**IMAGES)
-    for train_run, module, whole, options in (
+    for train_run, module, unfailed, options in (
         (train, image_task, image_run, IMAGES),
-        (train_text, evaluation, whole_text_run(), text_options()),
+        (train_text, evaluation, unfailed_text_run(), text_options()),
     ):
         for failing_call in (2, STEPS):
             folder = tmp_path / f"{train_run.__name__}-{failing_call}"
@@ -168,9 +168,9 @@ def test_a_run_that_was_killed_while_it_sampled_samples_when_it_is_resumed(tmp_p
                 train_run(folder, **options)
             assert checkpoint.steps(folder)[-1] == failing_call
             train_run(folder, **options, resume_from_checkpoint="auto")
-            assert_same_run(whole, folder)
-            for key in {key for row in runlog.read_metrics(whole) for key in row} - {"seconds"}:
-                assert column(folder, key) == column(whole, key), key
-            for file in whole.glob("validation/*/*"):
-                copy = folder / file.relative_to(whole)
+            assert_same_run(unfailed, folder)
+            for key in {key for row in runlog.read_metrics(unfailed) for key in row} - {"seconds"}:
+                assert column(folder, key) == column(unfailed, key), key
+            for file in unfailed.glob("validation/*/*"):
+                copy = folder / file.relative_to(unfailed)
                 assert copy.read_bytes() == file.read_bytes()

@@ -117,9 +117,9 @@ def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_o
     options |= {"lr_scheduler": "constant", "max_train_steps": 4, "validation_loss_steps": 1}
     run = train_text(tmp_path / "run", **options, keep_best=True, early_stopping_patience=4)
     measured = dict(losses(run))
-    assert min(measured, key=measured.get) == 0
+    assert min(measured, key=measured.__getitem__) == 0
     best = results(run)["best_step"]
-    assert best == min(range(1, 5), key=measured.get)
+    assert best == min(range(1, 5), key=measured.__getitem__)
     assert any(key.endswith("lora_B.weight") and value.any() for key, value in weights(run).items())
     (end,) = [record.message for record in caplog.records if record.message.startswith("done in")]
     assert f"the files are of step {best}, the best" in end

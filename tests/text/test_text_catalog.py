@@ -234,8 +234,13 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_a_right_answer_that_can_not_be_scored_is_refused_before_training(tmp_path, monkeypatch):
     sums = [{"query": f"{n} + 1?", "response": f"It is.\nThe answer is: {n + 1}"} for n in range(9)]
-    held = [sums[7], {"query": "0 + 0?", "response": " "}, sums[8], {**sums[8], "response": "9"}]
-    place = save_set(tmp_path / "set", train=sums[:7], validation=held)
+    heldout_rows = [
+        sums[7],
+        {"query": "0 + 0?", "response": " "},
+        sums[8],
+        {**sums[8], "response": "9"},
+    ]
+    place = save_set(tmp_path / "set", train=sums[:7], validation=heldout_rows)
     marked = {"metrics": ("answer_match",), "answer_marker": "The answer is:"}
     task = math_task(place, "validation", **marked)
     monkeypatch.setitem(catalog.TASKS, "math", task)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.train.search.halving import Trial
 from bilora_diffusion.train.search.runs import Search
@@ -13,11 +14,13 @@ from bilora_diffusion.train.search.space import arguments
 COMMAND = ["--dataset", "mini", "--validation_dataset", "none", "--fit"]
 
 
-def search_of(options=""):
-    """The search of a command line on 12 images."""
+def search_of(options="", count=12):
+    """The search of a command line on so many images."""
     argv = COMMAND + options.split()
-    names = [f"image {number}" for number in range(12)]
-    task: Any = SimpleNamespace(cfg=resolve(argv), names=names, num_samples=12, has_heldout=False)
+    names = [f"image {number}" for number in range(count)]
+    task: Any = SimpleNamespace(
+        cfg=resolve(argv), names=names, num_samples=count, has_heldout=False
+    )
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1)
     script: Any = SimpleNamespace(resolve=resolve)
     return Search(script, argv, task, accelerator)
@@ -73,6 +76,22 @@ def test_runs_have_the_warm_up_of_the_command_and_the_last_one_a_part_of_it(tmp_
     assert (trial.max_train_steps, trial.output_dir) == (100, str(tmp_path))
     final = search.final_config((("method", "lora"),), steps=50)
     assert (final.lr_scheduler, final.lr_warmup_steps, final.max_train_steps) == ("cosine", 10, 50)
+
+
+def test_a_list_of_rates_is_not_extended_and_the_default_one_is(tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("learning_rate: [1e-3, 3e-3]\n")
+    listed = search_of(f"--fit_space {space}").space
+    for searched_space, count in ((listed, 0), (search_of().space, 1)):
+        *_, highest = rates = searched_space.variants("learning_rate", searched_space.starts()[0])
+        assert len(searched_space.next_rates([highest], rates)) == count
+
+
+def test_a_search_needs_two_images():
+    with pytest.raises(UserError, match=r"^--fit needs 2 images, there is 1: "):
+        search_of(count=1)
+    with pytest.raises(UserError, match=r"^--fit needs 2 images, there is 1: "):
+        search_of("--fit_folds 4", count=1)
 
 
 def test_values_that_do_not_go_together_are_dropped_with_the_reason(tmp_path):

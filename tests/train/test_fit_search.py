@@ -102,6 +102,19 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
     assert rows[-1]["interval"].low < rows[-1]["difference"] < rows[-1]["interval"].high
 
 
+def test_rates_that_the_user_has_listed_are_not_widened():
+    trained = set()
+
+    def record(trial):
+        trained.update(value for name, value in trial.candidate if name == RATE)
+        return curve_of(overfitting, trial)
+
+    rates = ("0.0001", "0.0002", "0.0004")  # the best one is at the edge
+    search = search_by(record, Space({RATE: rates, "rank": ("4", "8")}, extends_rates=False))
+    assert trained == set(rates)
+    assert report.rate_edge(search, search.choice[0]) == "highest"
+
+
 def test_a_run_on_all_samples_is_between_as_many_epochs_and_as_many_steps():
     fold = {step: np.full(3, float(step)) for step in range(0, 201, 20)}
     no_runs: Any = None
@@ -272,6 +285,13 @@ def test_the_end_says_where_a_choice_is_unsure(loss, plan, values, doubt, tmp_pa
     if plan is SHORT_PLAN:
         assert "1 of 4 folds was" in text
         assert "1 configuration, 1 run in" in text
+
+
+def test_an_edge_of_listed_rates_is_mended_in_their_list(tmp_path, monkeypatch):
+    plan = Plan(1, 300, 20, 600)
+    search = search_loss(lower_at_high_rates, plan, learning_rate=["1e-3", "2e-3"])
+    text = report_of(search, tmp_path, monkeypatch, fit_space="space.yaml")
+    assert "its rate is the highest that was tried: add higher ones to --fit_space" in text
 
 
 def test_the_end_has_the_options_that_make_the_last_run_again(tmp_path, monkeypatch):

@@ -114,6 +114,17 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.pixel_shuffle(patches, 2)
 
 
+def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
+    """Logarithm of the shift, linear in the tokens between two points of a scheduler; {}: FLUX.1's.
+
+    https://github.com/black-forest-labs/flux/blob/main/src/flux/sampling.py
+    """
+    few_tokens = config.get("base_image_seq_len", 256)
+    many_tokens = config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (tokens - few_tokens) / (many_tokens - few_tokens)
+
+
 def latent_pixels(vae: Mapping[str, Any]) -> int:
     """Pixels per latent along a side, from an autoencoder's configuration."""
     # Each block but the last halves the sides.
@@ -277,15 +288,12 @@ class Family:
         return height // self.patch * (width // self.patch)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        """Logarithm of the shift of the noise levels, where it depends on the number of tokens.
+        """Logarithm of the shift in sampling, where it depends on the number of tokens."""
+        return mu_of(tokens, pipeline.scheduler.config)
 
-        It is linear in the tokens, between two points in the scheduler's configuration.
-        """
-        config = pipeline.scheduler.config
-        few_tokens = config.get("base_image_seq_len", 256)
-        many_tokens = config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return low + (high - low) * (tokens - few_tokens) / (many_tokens - few_tokens)
+    def training_shift(self, tokens: int) -> float | None:
+        """The shift s in training, of levels s t / (1 + (s - 1) t); None: as in sampling."""
+        return None
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         """Arguments of the pipeline's call for embedded prompts and a guidance scale.

@@ -31,6 +31,9 @@ class Flux(Family):
 
     Default targets are the projections of attention, in double and single blocks. In single blocks
     attention and feed-forward share their output layer, ``proj_out``, which counts as feed-forward.
+
+    It was trained with the shift of sampling, which depends on the resolution: its authors' word in
+    https://github.com/Nerogar/OneTrainer/pull/1516.
     """
 
     title: ClassVar[str] = "FLUX.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from .base import (
     Configs,
     Family,
     LatentSpace,
+    mu_of,
 )
 from .flux import positions
 
@@ -118,7 +120,14 @@ class Flux2Klein(Family):
         std = (variance + vae.config.batch_norm_eps).sqrt()
         return PatchSpace(1.0, mean, std, samples_posterior=False)
 
+    def training_shift(self, tokens: int) -> float | None:
+        # FLUX.1's: its authors' word in https://github.com/Nerogar/OneTrainer/pull/1516. The same
+        # is `flux2_shift` of https://github.com/kohya-ss/musubi-tuner/blob/main/docs/flux_2.md.
+        return math.exp(mu_of(tokens, {}))
+
     def mu(self, pipeline: Any, tokens: int) -> float:
+        # Higher, and for sampling alone:
+        # https://github.com/black-forest-labs/flux2/blob/main/src/flux2/sampling.py
         return compute_empirical_mu(tokens, self.steps)
 
     def prepare_sampler(self, sampler: Any) -> None:

@@ -32,6 +32,11 @@ class Krea2(Family):
 
     An embedded prompt has no padding, (tokens, layers, width). Most prompts are short, and padding
     changes nothing: the transformer masks it, and gives tokens of text no positions.
+
+    Turbo was trained with the shift of sampling
+    (https://github.com/krea-ai/krea-2/blob/main/sampling.py). That of Raw in training is not
+    published; here it is that of sampling, as ``krea2_shift`` of
+    https://github.com/kohya-ss/musubi-tuner/blob/main/docs/krea2.md.
     """
 
     title: ClassVar[str] = "Krea 2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
-from .base import Activations, Conditions, Family, pad, unpad
+from .base import Activations, Conditions, Family, mu_of, pad, unpad
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Lumina2(Family):
             encoder_hidden_states=sequence,
             encoder_attention_mask=mask,
         ).sample
+
+    def training_shift(self, tokens: int) -> float | None:
+        # FLUX.1's: `do_shift` in its authors' transport/transport.py. The scheduler's shift of 6 is
+        # for sampling: https://github.com/Alpha-VLLM/Lumina-Image-2.0/issues/42
+        return math.exp(mu_of(tokens, {}))
 
     def mu(self, pipeline: Any, tokens: int) -> float:
         # The pipeline passes the channels of its latents as the number of tokens.

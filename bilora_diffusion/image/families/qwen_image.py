@@ -40,7 +40,11 @@ class VideoSpace(LatentSpace):
 
 @dataclass(frozen=True)
 class QwenImage(Family):
-    """https://arxiv.org/abs/2508.02324"""
+    """https://arxiv.org/abs/2508.02324
+
+    The shift in training is not published. Here it is that of sampling, as ``qwen_shift`` of
+    https://github.com/kohya-ss/musubi-tuner/blob/main/docs/qwen_image.md.
+    """
 
     title: ClassVar[str] = "Qwen-Image"
     pipeline: ClassVar[str] = "QwenImagePipeline"

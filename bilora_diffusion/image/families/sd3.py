@@ -25,7 +25,10 @@ from .base import (
 
 @dataclass(frozen=True)
 class StableDiffusion3(Family):
-    """https://arxiv.org/abs/2403.03206"""
+    """https://arxiv.org/abs/2403.03206
+
+    Its noise levels have the shift of 3 in training too, at 1024 pixels (Section 5.3.2).
+    """
 
     title: ClassVar[str] = "Stable Diffusion 3"
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"

@@ -15,7 +15,11 @@ from .base import Activations, ComfyUI, Conditions, Family, LatentSpace, Uncondi
 
 @dataclass(frozen=True)
 class ZImage(Family):
-    """https://arxiv.org/abs/2511.22699"""
+    """https://arxiv.org/abs/2511.22699
+
+    The shift in training has no published number. The paper (pre-training) names FLUX.1's strategy
+    and levels by "logit_normal"; diffusers' script trains with the shift of sampling, 6, as here.
+    """
 
     title: ClassVar[str] = "Z-Image"
     pipeline: ClassVar[str] = "ZImagePipeline"

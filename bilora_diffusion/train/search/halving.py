@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ...core.errors import TrainingError
-from ...core.figures import student_interval
+from ...core.figures import mean_interval
 from ...core.seeds import digest_texts
 from .space import METHOD, RATE, Candidate, Space
 
@@ -174,7 +174,10 @@ class Halving:
                     self._extend_rates(space, limit)
 
     def _extend_rates(self, space: Space, limit: int) -> None:
-        """Go on beyond the space while the best rate of a method is the lowest or the highest."""
+        """Go on beyond the space while the best rate of a method is the lowest or the highest.
+
+        The rates of a file are not extended (`Space.extends_rates`).
+        """
         has_trained = True
         while has_trained:
             rates = space.next_rates(self._leaders(space), self.curves)
@@ -212,7 +215,7 @@ class Halving:
             if is_falling or folds > len(self.curves[ranking[0]]):
                 continue
             differences = self._differences(candidate, ranking[0])
-            interval = student_interval(differences)
+            interval = mean_interval(differences)
             if interval is not None and interval.low > 0:
                 reason = f"worse by {differences.mean():.4g}"
                 self.dropped[candidate] = f"{reason} ({interval.low:.4g} to {interval.high:.4g})"
@@ -349,7 +352,7 @@ class Halving:
                 "steps": step,
                 "folds": min(len(curves), len(self.curves[chosen])),
                 "difference": float(differences.mean()),
-                "interval": student_interval(differences),
+                "interval": mean_interval(differences),
             }
 
         def rank(candidate: Candidate) -> tuple[bool, bool, int, float]:

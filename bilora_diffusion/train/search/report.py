@@ -15,7 +15,7 @@ from ...core.durable import (
     strict_json,
     write_text,
 )
-from ...core.figures import new_figure, student_interval
+from ...core.figures import mean_interval, new_figure
 from ...core.files import counted, duration
 from ...core.values import MEASURE_TITLES
 from ...run import provenance
@@ -90,7 +90,7 @@ def draw(folder: Path, halving: Halving, title_of_measure: str) -> None:
                 paired = chosen_loss + losses - chosen_curve[chosen_step]
                 if step == 0 or not paired.mean() < HIGHEST * chosen_loss:
                     continue
-                low, high = student_interval(paired) or (nan, nan)
+                low, high = mean_interval(paired) or (nan, nan)
                 steps.append(step)
                 means.append(paired.mean())
                 lows.append(low)
@@ -113,6 +113,7 @@ def lines(folder: Path, sample_noun: str) -> list[str]:
         sample_noun: name of the samples in the plural, such as "images".
     """
     record: Any = read_search(folder / FIT_RECORD)
+    config = read_run(folder)["config"]  # of the last run
     folds = record["settings"]["folds"]
     data = "a held-out set"
     if folds > 1:
@@ -127,8 +128,8 @@ def lines(folder: Path, sample_noun: str) -> list[str]:
     return [
         f"fit: {data}, {configurations}, {runs} in {duration(seconds)}",
         *_standing_lines(record, folds),
-        *_last_run(record, read_run(folder)["config"]),
-        *_doubts(record),
+        *_last_run(record, config),
+        *_doubts(record, config),
     ]
 
 
@@ -190,8 +191,8 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
     return [*sentences, f"the same without --fit: {words}"]
 
 
-def _doubts(record: Mapping[str, Any]) -> list[str]:
-    """A sentence for each reason why the choice may not be the best."""
+def _doubts(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each reason why the choice may not be the best; arguments as `_last_run`'s."""
     choice, settings = record["choice"], record["settings"]
     measure = MEASURE_TITLES[settings["measure"]]
     sentences = []
@@ -215,7 +216,10 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
             )
     edge = choice["rate_edge"]
     if edge:
-        sentences.append(f"its rate is the {edge} that was tried: raise --fit_budget to go on")
+        fix = "raise --fit_budget to go on"
+        if config.get("fit_space"):
+            fix = f"add {'lower' if edge == 'lowest' else 'higher'} ones to --fit_space"
+        sentences.append(f"its rate is the {edge} that was tried: {fix}")
     if folds < settings["folds"]:
         verb = "was" if folds == 1 else "were"
         sentences.append(

@@ -125,7 +125,7 @@ class Search:
             interval = min(steps, cfg.validation_loss_steps)
         budget = cfg.fit_budget or BUDGET * steps
         self.plan = Plan(len(self._folds), steps, interval, budget)
-        self.space = Space(self._space_values())
+        self.space = Space(self._space_values(), extends_rates=cfg.fit_space is None)
         self._require_possible()
         self.halving = Halving(self.plan, self._train_trials)
 
@@ -367,6 +367,10 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
     Raises:
         UserError: there are fewer samples than folds, or than two, or two have the same name.
     """
+    if len(names) < 2:
+        raise UserError(
+            f"--fit needs 2 {noun}, there is {len(names)}: give more {noun}, or a held-out set."
+        )
     count = folds
     if not count:
         count = FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names))

@@ -62,9 +62,15 @@ def title(candidate: Candidate) -> str:
 
 @dataclass(frozen=True)
 class Space:
-    """Options and the values that each may have, in the order in which they are searched."""
+    """Options and the values that each may have, in the order in which they are searched.
+
+    Attributes:
+        values: values of each option.
+        extends_rates: True if the search may go on beyond the rates; False for a list of the user.
+    """
 
     values: Values
+    extends_rates: bool = True
 
     def candidate(self, values: Mapping[str, str]) -> Candidate:
         """Values as a candidate, without the options that its method does not read."""
@@ -108,9 +114,12 @@ class Space:
     ) -> list[Candidate]:
         """The next rate beyond the tried ones, for each start whose rate is at their edge.
 
-        It goes up or down by the factor between the two highest rates of the space.
+        It goes up or down by the factor between the two highest rates of the space. There is none
+        in a space whose rates are not extended.
         """
-        candidates = []
+        candidates: list[Candidate] = []
+        if not self.extends_rates:
+            return candidates
         for start in starts:
             rate = float(dict(start)[RATE])
             other_options = {**dict(start), RATE: ""}

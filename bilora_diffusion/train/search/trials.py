@@ -18,8 +18,9 @@ from ... import adapters
 from ...core.errors import Diverged
 from ...core.values import part_prefix
 from ...run import checkpoint
-from ...run.folder import FIT, locked
+from ...run.folder import FIT
 from ...run.interruption import Stop
+from ...run.lock import locked
 from ...run.record import RUN, read_metrics, read_run
 from .. import engine, setup
 from .halving import Curve, Trial

@@ -1,0 +1,62 @@
+"""Sampling of noise levels in training, within a range: ``--timestep_range``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+
+ALL_LEVELS = (0.0, 1.0)  # of `--timestep_range`
+# A range is refused if it has less than this share of the samples of its distribution: a level is
+# sampled again until it is in the range.
+SMALLEST_SHARE = 1e-4
+SAMPLES_OF_SHARE = 100_000  # by which this share is estimated
+
+
+class SampledLevels(ABC):
+    """Noise levels that are sampled by their numbers, within a range.
+
+    A level out of the range is sampled again, so that the distribution within the range keeps its
+    form, and a range that has all levels changes no sample.
+    """
+
+    level_range: tuple[float, float]  # lowest and highest level, as shares of the full noise
+
+    @abstractmethod
+    def sample_all(self, count: int, random: torch.Generator) -> Tensor:
+        """Numbers of noise levels, (count,), sampled from all of them."""
+
+    @abstractmethod
+    def share(self, level_index: Tensor) -> Tensor:
+        """Noise levels as shares of the full noise, by their numbers."""
+
+    def in_range(self, level_index: Tensor) -> Tensor:
+        """Test that noise levels are in the range, by their numbers."""
+        if self.level_range == ALL_LEVELS:
+            return torch.ones_like(level_index, dtype=torch.bool)
+        low, high = self.level_range
+        share = self.share(level_index).double()
+        return (share >= low) & (share <= high)
+
+    def sample_level_index(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level within the range, 0-d."""
+        while True:
+            level_index = self.sample_all(1, random)[0]
+            if self.in_range(level_index):
+                return level_index
+
+    def require_samples(self) -> None:
+        """Refuse a range that the distribution hardly reaches, which would be sampled forever."""
+        if self.level_range == ALL_LEVELS:
+            return
+        random = torch.Generator().manual_seed(0)
+        share = float(self.in_range(self.sample_all(SAMPLES_OF_SHARE, random)).double().mean())
+        if share < SMALLEST_SHARE:
+            low, high = self.level_range
+            raise UserError(
+                f"--timestep_range {low:g} {high:g} has fewer than 1 in {1 / SMALLEST_SHARE:,.0f}"
+                " of the noise levels that this run samples: widen it."
+            )

@@ -1,0 +1,95 @@
+"""The lock of a run folder: one command at a time writes into it.
+
+`filelock` takes ``flock`` on a hidden file. The system releases it however the process ends, so a
+crash leaves no stale lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..core.errors import UserError, is_main_process
+from .record import RUN
+
+LOCK_FILE = ".run.lock"  # hidden, so that it is neither uploaded nor listed
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run folder within the context; the folder is made if it is missing.
+
+    Afterwards the lock file is deleted, and so is a new folder that stayed empty. In a distributed
+    run only the main process takes the lock. The file names the process and its host.
+
+    Raises:
+        UserError: another command holds the lock, or the folder is not writable.
+    """
+    if not is_main_process():
+        yield
+        return
+    # From the inside out, in the order in which empty ones can be deleted.
+    new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        _acquire(lock, folder)
+        try:
+            yield
+        finally:
+            # Before the release: a command that opened this file meanwhile then sees that it is
+            # gone, and locks a new one.
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
+    finally:
+        with contextlib.suppress(OSError):  # raised for a folder with files, which stays
+            for new_folder in new_folders:
+                new_folder.rmdir()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        _name_owner(folder / LOCK_FILE)
+    except Timeout as error:
+        raise UserError(
+            f"{_describe_owner(folder)} is writing into {folder}: wait until it has ended, or give"
+            " another folder"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be locked ({error.strerror}): check its rights and the room on its"
+            " disk, or give another folder"
+        ) from error
+
+
+def _name_owner(lock_file: Path) -> None:
+    """Write the process and its host into a lock file that this process has locked."""
+    process = f"{os.getpid()}\n"
+    with contextlib.suppress(OSError):  # the lock holds without it, on a full disk too
+        # Where a file system has no locks, `filelock` has written them itself.
+        if not lock_file.read_text().startswith(process):
+            lock_file.write_text(f"{process}{platform.node()}\n")
+
+
+def _describe_owner(folder: Path) -> str:
+    """The process that holds a folder's lock, by the lock file."""
+    with contextlib.suppress(OSError, ValueError):
+        process, host = (folder / LOCK_FILE).read_text().splitlines()[:2]
+        return f"process {int(process)} on {host}"
+    return "another command"  # in the moment before its process is written down
+
+
+def locked_around(path: Path) -> AbstractContextManager[None]:
+    """`locked` for the run folder that a path is or lies in; without one, no lock is taken."""
+    path = path.absolute()
+    for folder in (path, *path.parents):
+        if (folder / RUN).is_file():
+            return locked(folder)
+    return contextlib.nullcontext()
