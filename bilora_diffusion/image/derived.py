@@ -155,6 +155,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         predicts_noise=model.predicts_noise,
         embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
+        unguided_scale=model.family.unguided,
         # Without --resolution the size that the model was made for.
         resolution=cfg.resolution or model.side,
     )
@@ -247,7 +248,7 @@ def default_image_model(cfg: ImageOptions) -> str:
 def default_validation_guidance_scale(cfg: ImageOptions) -> float | None:
     """No guidance for a guided target, which has it in the file; None for the model's usual one."""
     if cfg.guided_target > 1:
-        return cfg.family.unguided
+        return cfg.unguided_scale
     return None
 
 

@@ -171,17 +171,19 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
         # Guidance of scale S: u + S (p - u); the target of p is that of (p - u) / S + u.
         share = (1 - 1 / scale) * torch.tensor(guided_rows).double().view(-1, 1, 1, 1)
         guided_target = inputs["noise"].double() + share * (prediction - unconditional)
-    expected = (prediction - guided_target).square().mean(dim=(1, 2, 3))
-    expected = expected[:2] + expected[2:] if count == 4 else expected  # with the class images
+    row_losses = (prediction - guided_target).square().mean(dim=(1, 2, 3))
+    expected = row_losses[:2] + row_losses[2:] if count == 4 else row_losses  # with class images
     if HOLDS in inputs:
         change = predict(exact, inputs, empty) - unconditional
         expected = expected + 4 * change.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-6)
     expected.sum().backward()
     for name in names:
-        gradients = [p.grad for p in adapters.parameters(task.pipeline.unet, name)]
-        exact_gradients = [p.grad for p in adapters.parameters(exact.unet, name)]
-        for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
+        parameters = adapters.parameters(task.pipeline.unet, name)
+        exact_parameters = adapters.parameters(exact.unet, name)
+        for parameter, exact_parameter in zip(parameters, exact_parameters, strict=True):
+            gradient, exact_gradient = parameter.grad, exact_parameter.grad
+            assert gradient is not None and exact_gradient is not None  # noqa: PT018
             error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
             assert error < 1e-3
 
