@@ -49,6 +49,11 @@ VARIANTS: dict[str, dict[str, bool | str]] = {
         "hold_unconditional_every": "4",
     },
     "Bi-LoRA, held": {"method": "bilora", "hold_unconditional": "4"},
+    # Trained towards what guidance of a scale would predict.
+    "LoRA, guided target 1.5": {"method": "lora", "guided_target": "1.5"},
+    "LoRA, guided target 2": {"method": "lora", "guided_target": "2.0"},
+    "LoRA, guided target 3": {"method": "lora", "guided_target": "3.0"},
+    "Bi-LoRA, guided target 2": {"method": "bilora", "guided_target": "2.0"},
 }
 
 

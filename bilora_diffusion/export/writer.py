@@ -131,12 +131,15 @@ def write_file(path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping
 def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
     """Metadata of a run with these options that ends today, for `save_diffusers`."""
     init = config["init_lora_weights"]
+    guided_target = config.get("guided_target", 1)  # older runs and text have none
     facts = {
         "method": config["method"],
         "rho": config["rho"],
         "seed": config["seed"],
         "steps": steps,
         "init": None if init == "default" else init,
+        # Guidance that the file has in it: its images are sampled without.
+        "guided_target": guided_target if guided_target > 1 else None,
     }
     entries = {
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),

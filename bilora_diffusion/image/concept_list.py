@@ -54,6 +54,7 @@ FACTS = (
     "with_prior_preservation",
     "prior_prediction_weight",
     "hold_unconditional",
+    "guided_target",
 )
 Config = TypeVar("Config", bound=ImageOptions)
 

@@ -155,6 +155,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         predicts_noise=model.predicts_noise,
         embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
+        unguided_scale=model.family.unguided,
         # Without --resolution the size that the model was made for.
         resolution=cfg.resolution or model.side,
     )
@@ -244,6 +245,13 @@ def default_image_model(cfg: ImageOptions) -> str:
     return cfg.image_model
 
 
+def default_validation_guidance_scale(cfg: ImageOptions) -> float | None:
+    """No guidance for a guided target, which has it in the file; None for the model's usual one."""
+    if cfg.guided_target > 1:
+        return cfg.unguided_scale
+    return None
+
+
 def default_vae(cfg: ImageOptions) -> str | None:
     """A repaired autoencoder for SDXL's base in fp16, in which its own one overflows."""
     # Activations exceed fp16's 65,504. Other SDXL models may have a repaired one already.
@@ -268,5 +276,6 @@ MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
     ("pretrained_vae_model_name_or_path", default_vae),
     ("gradient_checkpointing", default_gradient_checkpointing),
     ("image_model", default_image_model),
+    ("validation_guidance_scale", default_validation_guidance_scale),
     ("validation_loss_steps", default_validation_loss_steps),
 )

@@ -1,7 +1,14 @@
 """The trained models with their loss on a micro-batch, and the held-out loss.
 
+With ``--guided_target S`` the adapters are trained towards what classifier-free guidance of scale S
+would predict, with the base model's unconditional prediction u. The target of a prediction p is
+
+    target + (1 - 1/S) (p - u),  without gradient through p and u,
+
+whose fixed point is p = u + S (target - u): docs/methods.md, "The guided target".
+
 The held-out loss is measured on a fixed grid of noise levels with fixed noise, so that two
-measurements differ by the weights alone.
+measurements differ by the weights alone. Its target is the plain one.
 """
 
 from __future__ import annotations
@@ -28,9 +35,23 @@ from .stream import TrainingSample, centered_samples
 
 # Inputs that are conditions of further predictions: the class prompt's and the empty prompt's.
 PRIOR, UNCONDITIONAL = "prior", "unconditional"
+# Input that is there in a step that holds the unconditional prediction; its value is not read.
+HOLDS = "holds_unconditional"
+# Input of a guided target: 1 - 1/S of each row, 0 for a row with the plain target.
+GUIDANCE_SHARE = "guidance_share"
 # All other inputs are the conditions of the images' own captions.
 NO_CONDITIONS = frozenset(
-    ("latents", "noise", "level_index", "is_instance", "mask_weights", PRIOR, UNCONDITIONAL)
+    (
+        "latents",
+        "noise",
+        "level_index",
+        "is_instance",
+        "mask_weights",
+        PRIOR,
+        UNCONDITIONAL,
+        HOLDS,
+        GUIDANCE_SHARE,
+    )
 )
 PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
 
@@ -48,10 +69,13 @@ class DreamBoothModule(nn.Module):
     - the family's conditions or, where the text encoders are trained, ``ids``, two tensors
       (n, tokens), and ``has_text``, (n,), False where zeros stand for the text
     - `PRIOR` and `UNCONDITIONAL`, conditions of further predictions, in some runs and steps
+    - `GUIDANCE_SHARE`, (n,), with a guided target, and `HOLDS` in steps that hold the unconditional
+      prediction; both need `UNCONDITIONAL`
 
     The loss of a slot is that of its instance image, plus ``prior_loss_weight`` times that of its
-    class image, plus ``prior_prediction_weight`` times the instance image's `departures` for the
-    conditions `PRIOR` and ``hold_unconditional`` times its departures for `UNCONDITIONAL`.
+    class image, plus ``prior_prediction_weight`` times the instance image's departures for the
+    conditions `PRIOR` and ``hold_unconditional`` times its departures for `UNCONDITIONAL`. A
+    departure is the mean square by which the adapters change a prediction.
 
     Args:
         family: the kind of model, which knows how the denoiser is called.
@@ -77,46 +101,70 @@ class DreamBoothModule(nn.Module):
         self.text_encoders = nn.ModuleList(text_encoders)
         self.noise_schedule = noise_schedule
         self.prior_loss_weight = prior_loss_weight
-        self.departure_weights = {PRIOR: prior_prediction_weight, UNCONDITIONAL: hold_unconditional}
+        self.prior_prediction_weight = prior_prediction_weight
+        self.hold_unconditional = hold_unconditional
         self._adapted: list[adapters.LoraLayer] | None = None
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per slot, (slots,), in float32."""
-        losses = self.sample_losses(inputs)  # (n,)
+        noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
+        prediction = self._predict(own_conditions(inputs), noisy, levels)
+        base_unconditional = None
+        if UNCONDITIONAL in inputs:
+            base_unconditional = self.base_prediction(inputs, UNCONDITIONAL, noisy, levels)
+        if GUIDANCE_SHARE in inputs and base_unconditional is not None:
+            share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
+            # The error of this to the plain target is that of the prediction to the guided target.
+            prediction = prediction.float()
+            prediction = prediction - share * (prediction.detach() - base_unconditional)
+        losses = self.noise_schedule.loss(prediction, inputs)  # (n,), in float32
+
         if self.prior_loss_weight is not None:
             instance, prior = losses.chunk(2)  # (slots,) each
             losses = instance + self.prior_loss_weight * prior
-        for name, weight in self.departure_weights.items():
-            if name in inputs:
-                noisy, levels = self.noise_schedule.add_noise(inputs)
-                departures = self.departures(inputs, name, noisy, levels)  # (n,)
-                # The first rows, the instance images.
-                losses = losses + weight * departures[: len(losses)]
+        # Of departures only the first rows are used, those of instance images. Class images are
+        # among the rows, since an auxiliary for each sample is chosen by the rows of the batch.
+        if PRIOR in inputs:
+            before = self.base_prediction(inputs, PRIOR, noisy, levels)
+            departures = self.departures(before, inputs, PRIOR, noisy, levels)  # (n,)
+            losses = losses + self.prior_prediction_weight * departures[: len(losses)]
+        if HOLDS in inputs and base_unconditional is not None:
+            departures = self.departures(base_unconditional, inputs, UNCONDITIONAL, noisy, levels)
+            losses = losses + self.hold_unconditional * departures[: len(losses)]
         return losses
 
-    def departures(
+    def base_prediction(
         self, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
     ) -> Tensor:
-        """Mean squares by which the adapters change a prediction, (n,) in float32.
-
-        All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
-        with gradient checkpointing a layer is computed again after this function. Class images are
-        among the rows, since an auxiliary for each sample goes by the rows of the micro-batch.
+        """What the base model predicts: without adapters and gradients, (n, c, h, w) in float32.
 
         Args:
+            inputs: of `forward`.
             name: of the conditions in the inputs, `PRIOR` or `UNCONDITIONAL`.
             noisy: noisy latents, (n, c, h, w).
             levels: their noise levels, (n,).
         """
-        conditions = {**inputs[name], "time_ids": inputs["time_ids"]}
         if self._adapted is None:
             # Found once: the walk over all modules takes time.
             self._adapted = []
             for model in (self.denoiser, *self.text_encoders):
                 self._adapted += [layer for _, layer in adapters.layers(model)]
         with torch.no_grad(), adapters.off(self._adapted):
-            before = self._predict(conditions, noisy, levels).float()
-        after = self._predict(conditions, noisy, levels).float()
+            return self._predict(further_conditions(inputs, name), noisy, levels).float()
+
+    def departures(
+        self, before: Tensor, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
+    ) -> Tensor:
+        """Mean squares by which the adapters change a prediction, (n,) in float32.
+
+        All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
+        with gradient checkpointing a layer is computed again after this function.
+
+        Args:
+            before: `base_prediction` for the same arguments.
+            inputs, name, noisy, levels: those of `base_prediction`.
+        """
+        after = self._predict(further_conditions(inputs, name), noisy, levels).float()
         return (after - before).square().flatten(1).mean(dim=1)
 
     def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
@@ -141,14 +189,24 @@ class DreamBoothModule(nn.Module):
         return conditions
 
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
-        """One loss per row, (n,), in float32, of instance and class images alike."""
-        conditions = {}
-        for name, values in inputs.items():
-            if name not in NO_CONDITIONS:
-                conditions[name] = values
+        """Loss of each row to its plain target, (n,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
-        prediction = self._predict(conditions, noisy, levels)  # in the dtype of the weights
-        return self.noise_schedule.loss(prediction, inputs)  # in float32
+        prediction = self._predict(own_conditions(inputs), noisy, levels)
+        return self.noise_schedule.loss(prediction, inputs)
+
+
+def own_conditions(inputs: dict[str, Any]) -> Conditions:
+    """Conditions of the rows' own captions."""
+    conditions = {}
+    for name, values in inputs.items():
+        if name not in NO_CONDITIONS:
+            conditions[name] = values
+    return conditions
+
+
+def further_conditions(inputs: dict[str, Any], name: str) -> Conditions:
+    """Conditions `PRIOR` or `UNCONDITIONAL`, at the rows' own sizes."""
+    return {**inputs[name], "time_ids": inputs["time_ids"]}
 
 
 def grid_levels(total: int) -> list[int]:

@@ -372,6 +372,8 @@ class ImageOptions(
         pipeline: class of the base model's pipeline.
         embeds_guidance: True if the denoiser has an embedding of guidance, which training gives.
         is_unguided: True if its images have no unconditional prediction by default.
+        unguided_scale: largest guidance scale at which its pipeline makes no unconditional
+            prediction.
         predicts_noise: True if the denoiser predicts noise, and not a velocity.
     """
 
@@ -382,6 +384,7 @@ class ImageOptions(
     pipeline: str = ""
     embeds_guidance: bool = False
     is_unguided: bool = False
+    unguided_scale: float = 1.0
     predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"

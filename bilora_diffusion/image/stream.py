@@ -175,7 +175,7 @@ class TrainingStream:
         texts = self._captions.all_texts()
         if self.classes or self.cfg.prior_prediction_weight:
             texts += [str(concept.class_prompt) for concept in self.cfg.concept_configs]
-        if self.cfg.hold_unconditional:
+        if self.cfg.hold_unconditional or self.cfg.guided_target > 1:
             texts.append("")
         return list(dict.fromkeys(texts))
 

@@ -32,7 +32,7 @@ from .families.base import Family
 from .families.sdxl import tokenize
 from .latents import Encoder, weight_map
 from .likeness import SampledDistance
-from .loss import PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
+from .loss import GUIDANCE_SHARE, HOLDS, PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
 from .noise_schedules import noise_schedule
 from .pipeline import select_layers
 from .sampling import SMALLER_IMAGES, generate
@@ -317,6 +317,16 @@ class DreamBooth:
             inputs[PRIOR] = self.condition([str(sample.cfg.class_prompt) for sample in samples])
         # Steps are counted from 1, as in the log, so that a resumed run holds in the same ones.
         if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
+            inputs[HOLDS] = torch.ones(len(samples), dtype=torch.bool)
+        if self.cfg.guided_target > 1:
+            # Class images and dropped captions keep the plain target: the first stand for what the
+            # base model makes, the second train the unconditional prediction.
+            is_guided = torch.tensor(
+                [sample.kind == INSTANCE and sample.caption != "" for sample in samples]
+            )
+            if is_guided.any():
+                inputs[GUIDANCE_SHARE] = (1 - 1 / self.cfg.guided_target) * is_guided.float()
+        if HOLDS in inputs or GUIDANCE_SHARE in inputs:
             inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
         noise_schedule = self.module.noise_schedule
         ratios = noise_schedule.snr(inputs["level_index"])

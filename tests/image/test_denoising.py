@@ -150,7 +150,8 @@ def test_the_departure_is_that_from_the_model_without_adapters():
     pooled = torch.randn(2, 96)
     time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
     inputs = {PRIOR: {"sequence": sequence, "pooled": pooled}, "time_ids": time_ids}
-    departures = module.departures(inputs, PRIOR, noisy, levels)
+    before = module.base_prediction(inputs, PRIOR, noisy, levels)
+    departures = module.departures(before, inputs, PRIOR, noisy, levels)
 
     # By diffusers' own call of the UNet.
     added = {"text_embeds": pooled, "time_ids": time_ids}

@@ -14,7 +14,7 @@ from bilora_diffusion.adapters.injection import base_of, target_layers
 from bilora_diffusion.image.captions import PromptCache
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.families.base import STEPS, join_rows
-from bilora_diffusion.image.loss import DreamBoothModule
+from bilora_diffusion.image.loss import GUIDANCE_SHARE, UNCONDITIONAL, DreamBoothModule
 from bilora_diffusion.image.noise_schedules import FlowMatching
 from bilora_diffusion.image.pipeline import select_layers
 from bilora_diffusion.image.sampling import bare_sampler, embed_negative, generate
@@ -142,6 +142,48 @@ def test_the_loss_is_the_formula(kind):
     assert expected.min() > 0.1
     assert (expected[0] - expected[1]).abs() > 1e-3
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@each_kind
+def test_the_guided_target_of_a_velocity_is_the_formula(kind):
+    """In float64; the second row keeps the plain target, and no gradient reaches the target."""
+    pipeline = make_pipeline(kind)
+    family, model = family_of(pipeline), pipeline.transformer
+    module: Any = module_of(pipeline, "none")
+    conditional = family.embed(pipeline, PROMPTS)
+    unconditional = family.negative(pipeline, family.embed(pipeline, [""] * 2))
+    inputs = inputs_of(pipeline, conditional, 2)
+    levels = module.noise_schedule.sigmas[inputs["level_index"]]
+    s = levels.view(-1, 1, 1, 1)
+    noisy = (1 - s) * inputs["latents"] + s * inputs["noise"]
+    with torch.no_grad():
+        base_velocity = family.predict(model, noisy, levels, unconditional).double()
+
+    inject(model, AdapterSpec(rank=2, target_modules=select_layers(["attention"], family, model)))
+    adapted_layers: Any = layers(model)
+    for number, (_, layer) in enumerate(adapted_layers):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.5, generator=generator(number))
+    velocity = family.predict(model, noisy, levels, conditional).double()
+    share = torch.tensor([0.5, 0.0]).double().view(-1, 1, 1, 1)  # 1 - 1 / S of a scale of 2
+    target = (inputs["noise"] - inputs["latents"]).double()
+    target = target + share * (velocity.detach() - base_velocity)
+    expected = ((velocity - target) ** 2).mean(dim=(1, 2, 3))
+    weights = [layer.lora_B["default"].weight for _, layer in adapted_layers]
+    expected_gradients = torch.autograd.grad(expected.sum(), weights, allow_unused=True)
+
+    inputs |= {GUIDANCE_SHARE: share.flatten().float(), UNCONDITIONAL: unconditional}
+    losses = module(inputs)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(losses.sum(), weights, allow_unused=True)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        if expected_gradient is None:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+    # The guidance is far from zero: another base or share would be seen.
+    plain = ((velocity - (inputs["noise"] - inputs["latents"])) ** 2).mean(dim=(1, 2, 3))
+    assert abs(plain[0] - expected[0]) > 1e-3
+    torch.testing.assert_close(plain[1], expected[1])
 
 
 @each_kind

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from bilora_diffusion import adapters
 from bilora_diffusion.image.captions import fixed_texts
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.loss import UNCONDITIONAL
+from bilora_diffusion.image.loss import GUIDANCE_SHARE, HOLDS, UNCONDITIONAL
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.sampling import embed_negative
+from bilora_diffusion.image.sampling import embed, embed_negative
 from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from tests.scripts.runs import flags
@@ -103,6 +103,98 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
     for batch in task.micro_batches([(15, (0,)), (15, (1,))], 2):
         cut_losses.append(task.module(batch.inputs))
     torch.testing.assert_close(torch.cat(cut_losses), losses)
+
+
+def predict(pipeline, inputs, embedded):
+    """diffusers' own call of the UNet on the rows of a micro-batch, in float64."""
+    alphas = pipeline.scheduler.alphas_cumprod.double()[inputs["level_index"]].view(-1, 1, 1, 1)
+    noisy = alphas.sqrt() * inputs["latents"].double()
+    noisy = noisy + (1 - alphas).sqrt() * inputs["noise"].double()
+    time_ids = inputs["time_ids"].double()
+    added = {"text_embeds": embedded["pooled"].double(), "time_ids": time_ids}
+    sequence = embedded["sequence"].double()
+    return pipeline.unet(noisy, inputs["level_index"], sequence, added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize(
+    ("options", "guided_rows"),
+    [
+        ({}, (True, True)),
+        ({"with_prior_preservation": True, **CLASS}, (True, True, False, False)),
+        ({"train_text_encoder": True}, (True, True)),
+        ({"caption_dropout": 0.5}, (False, True)),
+        ({"hold_unconditional": 4, "hold_unconditional_every": 1}, (True, True)),
+        ({"gradient_checkpointing": True, "method": "bilora", "rho": 3}, (True, True)),
+    ],
+    ids=["alone", "class images", "encoders", "dropped caption", "held", "checkpointing"],
+)
+def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
+    options, guided_rows, make_task
+):
+    """Loss and gradients against a float64 reference; class images and dropped captions have the
+    plain target, and an unconditional prediction of the base model has no adapters anywhere.
+    """
+    scale = 3
+    task = make_task(guided_target=scale, random_flip=True, **options)
+    original = copy.deepcopy(task.pipeline)
+    names = (adapters.PRIMARY, adapters.AUXILIARY)[: 2 if "rho" in options else 1]
+    for target in task.targets():
+        for name in names:
+            adapters.inject(target.model, target.spec, name)
+            for number, factors in enumerate(adapters.factors(target.model, name)):
+                random = torch.Generator().manual_seed(number)
+                torch.nn.init.normal_(factors.B, std=0.2, generator=random)
+        adapters.activate(target.model, names)
+    for step in range(20):  # until the rows are as wanted
+        ((_, samples),) = task.stream.batches([(step, (0, 1))], 2)
+        captions = [sample.caption for sample in samples]
+        if [caption != "" for caption in captions[:2]] == list(guided_rows[:2]):
+            break
+    inputs = micro_batch(task, step).inputs
+    losses = task.module(inputs)
+    losses.sum().backward()
+
+    count = len(guided_rows)
+    exact, exact_original = copy.deepcopy(task.pipeline), original
+    for pipeline in (exact, exact_original):
+        for part in ("unet", "text_encoder", "text_encoder_2"):
+            getattr(pipeline, part).double()
+    exact.unet.zero_grad()
+    empty = embed_negative(exact_original, count)
+    if "train_text_encoder" in options:
+        own = embed(exact, captions)
+    else:
+        own = {name: inputs[name] for name in ("sequence", "pooled")}
+    prediction = predict(exact, inputs, own)
+    with torch.no_grad():
+        unconditional = predict(exact_original, inputs, empty)
+        # Guidance of scale S: u + S (p - u); the target of p is that of (p - u) / S + u.
+        share = (1 - 1 / scale) * torch.tensor(guided_rows).double().view(-1, 1, 1, 1)
+        guided_target = inputs["noise"].double() + share * (prediction - unconditional)
+    row_losses = (prediction - guided_target).square().mean(dim=(1, 2, 3))
+    expected = row_losses[:2] + row_losses[2:] if count == 4 else row_losses  # with class images
+    if HOLDS in inputs:
+        change = predict(exact, inputs, empty) - unconditional
+        expected = expected + 4 * change.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-6)
+    expected.sum().backward()
+    for name in names:
+        parameters = adapters.parameters(task.pipeline.unet, name)
+        exact_parameters = adapters.parameters(exact.unet, name)
+        for parameter, exact_parameter in zip(parameters, exact_parameters, strict=True):
+            gradient, exact_gradient = parameter.grad, exact_parameter.grad
+            assert gradient is not None and exact_gradient is not None  # noqa: PT018
+            error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
+            assert error < 1e-3
+
+    # Rows with the plain target have the loss of a run without a guided target, to the bit.
+    if GUIDANCE_SHARE in inputs:
+        del inputs[GUIDANCE_SHARE]
+    is_plain = [not is_guided for is_guided in guided_rows[:2]]
+    if any(is_plain):
+        assert torch.equal(task.module(inputs)[is_plain], losses[is_plain])
+    cut = [task.module(b.inputs) for b in task.micro_batches([(step, (0,)), (step, (1,))], 2)]
+    torch.testing.assert_close(torch.cat(cut), losses)
 
 
 def test_processes_that_read_ahead_hand_over_pixels_alone(make_task, monkeypatch):

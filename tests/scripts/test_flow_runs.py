@@ -132,12 +132,13 @@ def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     assert cfg.guidance_scale == 2.0
 
 
-def test_hold_unconditional_needs_an_unconditional_prediction(tmp_path):
+@pytest.mark.parametrize("option", ["hold_unconditional", "guided_target"])
+def test_it_needs_an_unconditional_prediction(tmp_path, option):
     turbo = tmp_path / "Z-Image-Turbo"
     turbo.symlink_to(shared("ZImagePipeline"))
-    sentence = "--hold_unconditional 4.0 with a model without an unconditional prediction.*drop it"
+    sentence = f"--{option} 4.0 with a model without an unconditional prediction.*drop it"
     for model in (shared("FluxPipeline"), turbo):
-        values = on(SD3, hold_unconditional=4, max_train_steps=16)
+        values = on(SD3, max_train_steps=16, **{option: 4})
         values["pretrained_model_name_or_path"] = model
         with pytest.raises(UserError, match=sentence):
             resolve(flags(tmp_path / "run", **values))
