@@ -162,10 +162,10 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
     exact.unet.zero_grad()
     empty = embed_negative(exact_original, count)
     if "train_text_encoder" in options:
-        own = embed(exact, captions)
+        captioned = embed(exact, captions)
     else:
-        own = {name: inputs[name] for name in ("sequence", "pooled")}
-    prediction = predict(exact, inputs, own)
+        captioned = {name: inputs[name] for name in ("sequence", "pooled")}
+    prediction = predict(exact, inputs, captioned)
     with torch.no_grad():
         unconditional = predict(exact_original, inputs, empty)
         # Guidance of scale S: u + S (p - u); the target of p is that of (p - u) / S + u.
