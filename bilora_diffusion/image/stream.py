@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import UserError
+from ..core.files import counted
 from ..core.seeds import digest_texts, generator
 from ..run.interruption import SIGNALS
 from ..train.task import KindsOrder, SampleOrder
@@ -169,6 +171,33 @@ class TrainingStream:
         """Test that the latents of a sample are cached for the samples with the same content."""
         original_size = sample.images.entries[sample.index].size
         return self._has_cache and has_one_crop(self.cfg, original_size, sample.size)
+
+    def summary(self) -> str:
+        """Numbers and sizes of the training images, in a few words."""
+        summary = counted(len(self.images), "image")
+        if self.cfg.concepts:
+            concepts = self.cfg.concept_configs
+            names = [concept.concept for concept in concepts]
+            counts = Counter(self.images.of_each(names))  # images by the concept's name
+            parts = []
+            for concept in concepts:
+                parts.append(f"{concept.concept} {counts[concept.concept]} x {concept.repeats}")
+            summary += f" of {counted(len(concepts), 'concept')} ({', '.join(parts)})"
+        if self.classes:
+            summary += f" and {counted(len(self.classes), 'class image')}"
+        sizes = sorted(set(self.sizes))
+        if sizes == [(self.cfg.resolution, self.cfg.resolution)]:
+            sizes_text = str(self.cfg.resolution)
+        else:
+            sizes_text = ", ".join(f"{height} x {width}" for height, width in sizes)
+        summary += f" at {sizes_text} px"
+        enlarged = 0
+        for entry, size in zip(self.images.entries, self.sizes, strict=True):
+            if entry.size[0] < size[0] or entry.size[1] < size[1]:
+                enlarged += 1
+        if enlarged:
+            summary += f", {enlarged} of them smaller and enlarged"
+        return summary
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
 from ..config.derived import text_encoder_rate
-from ..core.files import counted
 from ..core.seeds import digest, generator
 from ..core.values import ATTENTION
 from ..methods import Target
@@ -102,30 +100,7 @@ class DreamBooth:
 
     def data_summary(self) -> str:
         """Numbers and sizes of the training images, in a few words."""
-        summary = counted(len(self.stream.images), "image")
-        if self.cfg.concepts:
-            concepts = self.cfg.concept_configs
-            names = [concept.concept for concept in concepts]
-            counts = Counter(self.stream.images.of_each(names))  # images by the concept's name
-            parts = []
-            for concept in concepts:
-                parts.append(f"{concept.concept} {counts[concept.concept]} x {concept.repeats}")
-            summary += f" of {counted(len(concepts), 'concept')} ({', '.join(parts)})"
-        if self.stream.classes:
-            summary += f" and {counted(len(self.stream.classes), 'class image')}"
-        sizes = sorted(set(self.stream.sizes))
-        if sizes == [(self.cfg.resolution, self.cfg.resolution)]:
-            sizes_text = str(self.cfg.resolution)
-        else:
-            sizes_text = ", ".join(f"{height} x {width}" for height, width in sizes)
-        summary += f" at {sizes_text} px"
-        enlarged = 0
-        for entry, size in zip(self.stream.images.entries, self.stream.sizes, strict=True):
-            if entry.size[0] < size[0] or entry.size[1] < size[1]:
-                enlarged += 1
-        if enlarged:
-            summary += f", {enlarged} of them smaller and enlarged"
-        return summary
+        return self.stream.summary()
 
     def targets(self) -> list[Target]:
         """What is trained: layers of the denoiser and, where they are trained, of text encoders."""

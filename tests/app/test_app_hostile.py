@@ -83,6 +83,7 @@ def event_json(values):
     return orjson.dumps(values, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
+@pytest.mark.slow
 def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tmp_path, monkeypatch):
     monkeypatch.setattr(gr, "Warning", print)
     make_good(tmp_path)

@@ -71,7 +71,14 @@ def failed_steps(folder):
     return [failure["step"] for failure in failures]
 
 
-@pytest.mark.parametrize(("failing_call", "error"), list(enumerate(ERRORS, start=1)))
+@pytest.mark.parametrize(
+    ("failing_call", "error"),
+    [
+        pytest.param(1, ERRORS[0], marks=pytest.mark.slow),
+        pytest.param(2, ERRORS[1], marks=pytest.mark.slow),
+        (3, ERRORS[2]),
+    ],
+)
 def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_call, error):
     unfailed = train_once(**IMAGES)
     folder = tmp_path / "run"

@@ -79,6 +79,7 @@ def test_twenty_steps_are_those_of_a_float64_reference(tmp_path, monkeypatch):
         assert error < 1e-3, key
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_plain_target_are_those_of_a_run_without_the_option(tmp_path):
     """At a scale of 1 nothing is computed that a plain run does not compute."""
     icons = two_icons(tmp_path / "icons") | {"validation_dataset": "none"}

@@ -129,15 +129,8 @@ HOLD = {
     "gradient_checkpointing": True,
     "noise_offset": 0.1,
 }
-GUIDED = {
-    "guided_target": 2.5,
-    "caption_dropout": 0.3,
-    "train_text_encoder": True,
-    "text_encoder_lr": 1e-3,
-    "gradient_checkpointing": True,
-    "no_output_kohya_format": True,
-}
-GUIDED_NF4 = {"guided_target": 2.0, "quantize": "nf4", "method": "lora-sam"}
+GUIDED = {**ENCODERS, "init_lora_weights": "default", "guided_target": 2, "caption_dropout": 0.3}
+GUIDED_NF4 = {"guided_target": 2, "quantize": "nf4", "method": "lora-sam"}
 SLOW_OPTIONS: list[dict[str, Any]] = [STREAM, ENCODERS, CONVOLUTIONS, QUANTIZED, NOISE, HOLD]
 SLOW_OPTIONS += [GUIDED, GUIDED_NF4]
 """What a script adds to a method's life; methods, inits and optimizers are the contract's."""
