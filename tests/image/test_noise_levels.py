@@ -313,8 +313,8 @@ def test_a_checkpoint_of_a_run_at_other_noise_levels_is_refused(tmp_path):
     checkpoint.save(run, saved)
     sentence = 'timestep_shift was "pipeline" and is "model"'
     with pytest.raises(UserError, match=sentence):
-        train(run, **values, resume_from_checkpoint="step-1")
+        train(run, **values, resume_from_checkpoint="step-1", overwrite_output_dir=True)
     del saved.extra["config"]["timestep_range"]
     checkpoint.save(run, saved)
     with pytest.raises(UserError, match=sentence):
-        train(run, **values, resume_from_checkpoint="step-1")
+        train(run, **values, resume_from_checkpoint="step-1", overwrite_output_dir=True)
