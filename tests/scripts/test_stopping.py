@@ -94,7 +94,8 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
     # A run that goes on after its best step still leaves that step, which its checkpoint holds.
     parts = copied(run, tmp_path / "parts")
     after_best = parts / "checkpoints" / f"step-{stop - 2}"
-    train_text(parts, **options, **STOPPING, resume_from_checkpoint=after_best)
+    go_on = {"resume_from_checkpoint": after_best, "overwrite_output_dir": True}
+    train_text(parts, **options, **STOPPING, **go_on)
     assert difference(run, parts) == 0
     assert column(run, "digest") == column(parts, "digest")
     resumed_outcome = results(parts)
