@@ -15,7 +15,7 @@ from typing import Any
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import duration
-from bilora_diffusion.run.record import HEARTBEAT_SECONDS
+from bilora_diffusion.run.record import HEARTBEAT_SECONDS, TRAINING_ACTIVITY
 
 # Methods of the pair that is shown before anything is chosen.
 CONTROL, OURS = "lora", "bilora"
@@ -23,8 +23,6 @@ CONTROL, OURS = "lora", "bilora"
 STALE_SECONDS = 12 * HEARTBEAT_SECONDS
 # The same for a run that does something else than steps, such as validation images.
 BUSY_SECONDS = 3600.0
-# Activity in ``run.json`` of a run that takes steps
-TRAINING = "training"
 # Steps whose median gives the time that is left.
 RECENT_STEPS = 50
 # A prompt for the miniature, where a run has none.
@@ -200,15 +198,15 @@ def progress(
     total = record.get("num_steps") or record["config"].get("max_train_steps")
     status = record["status"]
     reason = record.get("error") or ""
-    activity = record.get("doing") or TRAINING
+    activity = record.get("doing") or TRAINING_ACTIVITY
     # A run that trains writes at every step; one that samples images may be silent for long.
-    patience = STALE_SECONDS if activity == TRAINING else BUSY_SECONDS
+    patience = STALE_SECONDS if activity == TRAINING_ACTIVITY else BUSY_SECONDS
     is_running = status == "running"
     if is_running and silent_seconds > max(patience, 10 * step_seconds):
         is_running = False
         status = "stalled"
         reason = f"it has written nothing for {duration(silent_seconds)}: it was probably killed"
-    elif is_running and activity != TRAINING:
+    elif is_running and activity != TRAINING_ACTIVITY:
         status = activity
         started_at = datetime.fromisoformat(record["doing_since"]).timestamp()
         reason = f"for {duration(max(0.0, current_time - started_at))}"

@@ -229,13 +229,7 @@ def curves(result: Result, summarize: Summarize) -> Result:
                 rows.append(row)
         last_group = max(steps, key=steps.__getitem__)
         confidence = 1 - (1 - CONFIDENCE) / max(1, len(steps) - 1)
-        joint_lines = summarize(rows, control=last_group, confidence=confidence)
-        for line, joint_line in zip(summarize(rows, control=last_group), joint_lines, strict=True):
-            line = replace(
-                line,
-                difference_low=joint_line.difference_low,
-                difference_high=joint_line.difference_high,
-            )
+        for line in summarize(rows, control=last_group, confidence=confidence):
             scale = result.metric(line.metric).scale
             scaled = {}
             for name in SCALED_FIELDS:

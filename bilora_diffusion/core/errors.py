@@ -193,20 +193,31 @@ def _report(error: BaseException) -> int:
     if disk_is_full(error):
         _print_error("the disk is full: make room and give the same command again")
         return 2
-    trace = getattr(error, TRACE, None) or keep_trace(error)
-    place = f"the trace is in {trace}"
-    if trace is None:
-        place = "set BILORA_TRACEBACK=1 to see the trace, which could not be written to a file"
-    _print_error(f"{unexpected(error)}; {place}")
+    _print_error(f"{describe(error)}; {describe_trace(error)}")
     return 1
 
 
-def unexpected(error: BaseException) -> str:
-    """An exception that nobody foresaw, as the start of a sentence."""
+def describe(error: BaseException) -> str:
+    """An error as a sentence: the package's own errors have all facts in theirs."""
+    if isinstance(error, UserError | TrainingError):
+        return str(error)
     text = f"unexpected {type(error).__name__}"
     if str(error):
         text += f": {reason(error)}"
     return text
+
+
+def describe_trace(error: BaseException, folder: Path | None = None) -> str:
+    """A clause on the place of an error's trace, which is kept now if it was not before.
+
+    Args:
+        error: the exception.
+        folder: that of `keep_trace`.
+    """
+    trace = getattr(error, TRACE, None) or keep_trace(error, folder)
+    if trace is None:
+        return "set BILORA_TRACEBACK=1 to see the trace, which could not be written to a file"
+    return f"the trace is in {trace}"
 
 
 def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:

@@ -56,6 +56,14 @@ NO_CONDITIONS = frozenset(
 PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
 
 
+class HeldPrediction(NamedTuple):
+    """A prediction that is held at the base model's."""
+
+    weight: float  # of its departures in the loss
+    conditions: Conditions
+    base_prediction: Tensor  # (n, c, h, w)
+
+
 class DreamBoothModule(nn.Module):
     """The trained models and their loss.
 
@@ -109,14 +117,24 @@ class DreamBoothModule(nn.Module):
         """One loss per slot, (slots,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
         prediction = self._predict(own_conditions(inputs), noisy, levels)
-        base_unconditional = None
+        # Further predictions, and what the base model makes of their conditions.
+        held_predictions: list[HeldPrediction] = []
+        if PRIOR in inputs:
+            conditions = further_conditions(inputs, PRIOR)
+            base_prior = self.base_prediction(conditions, noisy, levels)
+            weight = self.prior_prediction_weight
+            held_predictions.append(HeldPrediction(weight, conditions, base_prior))
         if UNCONDITIONAL in inputs:
-            base_unconditional = self.base_prediction(inputs, UNCONDITIONAL, noisy, levels)
-        if GUIDANCE_SHARE in inputs and base_unconditional is not None:
-            share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
-            # The error of this to the plain target is that of the prediction to the guided target.
-            prediction = prediction.float()
-            prediction = prediction - share * (prediction.detach() - base_unconditional)
+            conditions = further_conditions(inputs, UNCONDITIONAL)
+            base_unconditional = self.base_prediction(conditions, noisy, levels)
+            if HOLDS in inputs:
+                weight = self.hold_unconditional
+                held_predictions.append(HeldPrediction(weight, conditions, base_unconditional))
+            if GUIDANCE_SHARE in inputs:
+                share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
+                # The error of this to the plain target is that of the prediction to the guided one.
+                prediction = prediction.float()
+                prediction = prediction - share * (prediction.detach() - base_unconditional)
         losses = self.noise_schedule.loss(prediction, inputs)  # (n,), in float32
 
         if self.prior_loss_weight is not None:
@@ -124,23 +142,16 @@ class DreamBoothModule(nn.Module):
             losses = instance + self.prior_loss_weight * prior
         # Of departures only the first rows are used, those of instance images. Class images are
         # among the rows, since an auxiliary for each sample is chosen by the rows of the batch.
-        if PRIOR in inputs:
-            before = self.base_prediction(inputs, PRIOR, noisy, levels)
-            departures = self.departures(before, inputs, PRIOR, noisy, levels)  # (n,)
-            losses = losses + self.prior_prediction_weight * departures[: len(losses)]
-        if HOLDS in inputs and base_unconditional is not None:
-            departures = self.departures(base_unconditional, inputs, UNCONDITIONAL, noisy, levels)
-            losses = losses + self.hold_unconditional * departures[: len(losses)]
+        for held_prediction in held_predictions:
+            departures = self.departures(held_prediction, noisy, levels)  # (n,)
+            losses = losses + held_prediction.weight * departures[: len(losses)]
         return losses
 
-    def base_prediction(
-        self, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
-    ) -> Tensor:
+    def base_prediction(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
         """What the base model predicts: without adapters and gradients, (n, c, h, w) in float32.
 
         Args:
-            inputs: of `forward`.
-            name: of the conditions in the inputs, `PRIOR` or `UNCONDITIONAL`.
+            conditions: of the n rows.
             noisy: noisy latents, (n, c, h, w).
             levels: their noise levels, (n,).
         """
@@ -150,22 +161,20 @@ class DreamBoothModule(nn.Module):
             for model in (self.denoiser, *self.text_encoders):
                 self._adapted += [layer for _, layer in adapters.layers(model)]
         with torch.no_grad(), adapters.off(self._adapted):
-            return self._predict(further_conditions(inputs, name), noisy, levels).float()
+            return self._predict(conditions, noisy, levels).float()
 
-    def departures(
-        self, before: Tensor, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
-    ) -> Tensor:
+    def departures(self, held_prediction: HeldPrediction, noisy: Tensor, levels: Tensor) -> Tensor:
         """Mean squares by which the adapters change a prediction, (n,) in float32.
 
         All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
         with gradient checkpointing a layer is computed again after this function.
 
         Args:
-            before: `base_prediction` for the same arguments.
-            inputs, name, noisy, levels: those of `base_prediction`.
+            held_prediction: conditions, and the base model's prediction for them.
+            noisy, levels: those of `base_prediction`.
         """
-        after = self._predict(further_conditions(inputs, name), noisy, levels).float()
-        return (after - before).square().flatten(1).mean(dim=1)
+        prediction = self._predict(held_prediction.conditions, noisy, levels).float()
+        return (prediction - held_prediction.base_prediction).square().flatten(1).mean(dim=1)
 
     def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
         """The denoiser's prediction, (n, c, h, w).

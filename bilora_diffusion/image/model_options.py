@@ -198,14 +198,6 @@ class DiffusionOptions:
         " target, as in diffusers' scripts.",
         range=Range(100, "images are spoiled by far less", at_least=1),
     )
-    guided_target: float = option(
-        1.0,
-        "Train towards what guidance of this scale would predict, with the base model's"
-        " unconditional prediction, so that images keep a strong style without guidance or with"
-        " little: they are sampled without, in half the time (docs/methods.md). 1 is the plain"
-        " target, as in diffusers' scripts.",
-        range=Range(100, "images are spoiled by far less", at_least=1),
-    )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Use xFormers' attention instead of PyTorch's.", may_change_on_resume=True
     )

@@ -34,6 +34,7 @@ from ..core.values import (
     SIDES,
     STRENGTHS,
 )
+from ..run.record import image_file_name
 from .options import ImageOptions
 
 INDEX = "index.json"
@@ -182,11 +183,6 @@ def samples_of(cfg: ImageOptions) -> list[ValidationSample]:
     return samples
 
 
-def file_name(number: int) -> str:
-    """Name of a sample's file, by its number in their order."""
-    return f"{number:03d}.png"
-
-
 def write_images(
     folder: Path,
     samples: Sequence[ValidationSample],
@@ -200,9 +196,6 @@ def write_images(
         with_settings: write its sample's settings into each file, as the text "settings".
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # A resumed run may make fewer images than the folder has.
-    for file in folder.glob("*.png"):
-        file.unlink()
     entries = []
     for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
         information = PngInfo()
@@ -210,8 +203,8 @@ def write_images(
             settings = json.dumps(sample.to_dict(), ensure_ascii=False)
             # A chunk of the type iTXt is UTF-8; plain text chunks are Latin-1.
             information.add_itxt("settings", settings)
-        image.save(folder / file_name(number), pnginfo=information)
-        entries.append({"file": file_name(number), **sample.to_dict()})
+        image.save(folder / image_file_name(number), pnginfo=information)
+        entries.append({"file": image_file_name(number), **sample.to_dict()})
     # Last, so that all files of an index exist.
     write_text(folder / INDEX, dump_json({"images": entries}))
 
@@ -267,5 +260,5 @@ def derive_index(config: Mapping[str, Any]) -> list[ValidationImage]:
         for _ in range(config.get("num_validation_images") or 0):
             if len(images) == MAX_IMAGES:
                 return images
-            images.append(ValidationImage(file_name(len(images)), prompt))
+            images.append(ValidationImage(image_file_name(len(images)), prompt))
     return images

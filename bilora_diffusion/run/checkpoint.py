@@ -248,14 +248,6 @@ def later_steps(folder: Path, chosen: Path) -> list[int]:
         return [step for step in steps(folder) if step > chosen_step]
 
 
-def truncate(folder: Path, last_step: int) -> None:
-    """Delete the checkpoints of steps after ``last_step``, the newest first."""
-    folders = _find_steps(Path(folder) / CHECKPOINTS)
-    for step in sorted(folders, reverse=True):
-        if step > last_step:
-            discard(folders[step])
-
-
 def resolve(folder: Path, value: str | Path | None) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint VALUE`` names in the run ``folder``.
 

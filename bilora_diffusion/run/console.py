@@ -19,10 +19,9 @@ from ..core.figures import mean_interval
 from ..core.files import duration
 from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES, part_prefix
 from . import checkpoint, runlog
-from .record import BY_CONCEPT
+from .record import BY_CONCEPT, TRAINING_ACTIVITY
 
 logger = logging.getLogger(__name__)
-TRAINING = "training"  # activity of a run between two evaluations
 SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
 
 
@@ -46,6 +45,8 @@ class Bar:
         self._weight = 0.0  # sum of the weights
 
     def __enter__(self) -> Bar:
+        if self._record is not None:
+            self._record(TRAINING_ACTIVITY)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,11 +72,6 @@ class Bar:
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update()
 
-    def start_training(self) -> None:
-        """Record that the steps begin."""
-        if self._record is not None:
-            self._record(TRAINING)
-
     def show_error(self, sentence: str) -> None:
         """Log an error that does not end the run, on a line of its own."""
         self._bar.clear()
@@ -93,7 +89,7 @@ class Bar:
         try:
             yield
         finally:
-            self._record(TRAINING)
+            self._record(TRAINING_ACTIVITY)
             self._bar.set_description_str(self._name)
             # The bar's clock: the time of the activity does not count for the next step.
             self._bar.unpause()

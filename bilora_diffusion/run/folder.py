@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import methods
-from ..core.durable import discard, dump_json, write_text
+from ..core.durable import dump_json, write_text
 from ..core.errors import UserError
 from ..core.lora_names import (
     COMPONENTS,
@@ -28,7 +28,7 @@ from ..core.lora_names import (
     workflow_file_name,
 )
 from . import checkpoint, snapshots
-from .record import RUN, VALIDATION, read_search
+from .record import RUN, VALIDATION, discard_later_steps, read_search
 from .runlog import CARD, ERROR, METRICS, read_run
 from .settings import describe_differences
 
@@ -362,12 +362,9 @@ def rewind(folder: Path, step: int) -> None:
         write_text(folder / RUN, dump_json(record))
         for name in _result_names(folder):
             _delete(folder / name)
-    for export in (folder / EXPORTS).glob("step-*"):
-        number = export.name.removeprefix("step-")
-        if number.isdecimal() and int(number) > step:
-            discard(export)
+    discard_later_steps(folder / EXPORTS, step)
     # Last, so that after a crash the command is refused or repeated until all else is deleted.
-    checkpoint.truncate(folder, step)
+    discard_later_steps(folder / checkpoint.CHECKPOINTS, step)
 
 
 def _result_names(folder: Path) -> list[str]:

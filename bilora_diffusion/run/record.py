@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..core.durable import discard
 from ..core.errors import UserError
 from ..core.files import regular_file
 from ..core.values import TRAINING_GRID_LOSS
@@ -28,6 +29,8 @@ VALIDATION = "validation"
 BY_CONCEPT = "heldout_loss_by_concept/"
 # Validation images of one prompt at most, as for the option.
 PICTURES = 10_000
+# Activity of a run between two evaluations.
+TRAINING_ACTIVITY = "training"
 # Time between two writes of ``run.json`` while a run trains.
 HEARTBEAT_SECONDS = 15.0
 
@@ -41,6 +44,22 @@ Text = Annotated[str, Field(max_length=100_000)]
 def validation_folder(run_folder: Path, step: int) -> Path:
     """The folder of the images or answers of a validation."""
     return run_folder / VALIDATION / f"step-{step}"
+
+
+def image_file_name(number: int) -> str:
+    """Name of the file of a validation's image, by its number in their order."""
+    return f"{number:03d}.png"
+
+
+def discard_later_steps(root: Path, last_step: int) -> None:
+    """Delete the folders "step-N" of steps after ``last_step``, the newest first."""
+    later_folders = {}
+    for folder in root.glob("step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > last_step:
+            later_folders[int(number)] = folder
+    for step in sorted(later_folders, reverse=True):
+        discard(later_folders[step])
 
 
 class _Strict(BaseModel):

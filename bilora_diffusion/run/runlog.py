@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import torch
 
 from ..core.durable import (
-    discard,
     dump_json,
     strict_json,
     sync,
@@ -30,6 +29,7 @@ from .record import (
     RUN,
     SCHEMA_VERSION,
     VALIDATION,
+    discard_later_steps,
     read_metrics,
     read_run,
 )
@@ -219,10 +219,7 @@ class RunLog:
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
-        for images in self.folder.glob(f"{VALIDATION}/step-*"):
-            number = images.name.removeprefix("step-")
-            if number.isdecimal() and int(number) > step:
-                discard(images)
+        discard_later_steps(self.folder / VALIDATION, step)
 
 
 def _date() -> str:

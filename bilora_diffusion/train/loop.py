@@ -25,12 +25,13 @@ from ..core.errors import (
     Diverged,
     TrainingError,
     UserError,
+    describe,
+    describe_trace,
     keep_trace,
-    unexpected,
 )
 from ..core.values import MEASURE_TITLES
 from ..run.console import Bar
-from ..run.record import read_metrics, validation_folder
+from ..run.record import image_file_name, read_metrics, validation_folder
 from ..run.runlog import RunLog
 from . import resume
 from .engine import Blocks
@@ -77,11 +78,10 @@ def run(
         # From here on there is something to save: a signal waits for the end of a step.
         trainer.interruption.patient = True
         if not trainer.is_finished:
-            is_validated = is_resumed and is_due(trainer.step, trainer.validation_steps)
-            if is_validated and not evaluations.has_samples():
+            has_validation = is_resumed and is_due(trainer.step, trainer.validation_steps)
+            if has_validation and not evaluations.has_samples():
                 # The run ended between this step's checkpoint and its validation samples.
                 evaluations.validate()
-            bar.start_training()
             take_steps(trainer, folder, log, bar, evaluations)
         if not trainer.is_finished:  # a signal came
             return []
@@ -125,10 +125,10 @@ def take_steps(
         # the best measurement so far, so it is saved after it.
         if trainer.is_finished or is_due(trainer.step, cfg.validation_loss_steps):
             evaluations.measure()
-        is_saved = False
-        if trainer.stop_signal() is not None or is_due(trainer.step, cfg.checkpointing_steps):
+        is_stopping = trainer.stop_signal() is not None
+        is_saved = is_stopping or is_due(trainer.step, cfg.checkpointing_steps)
+        if is_saved:
             resume.save(trainer, folder, log)
-            is_saved = True
         if trainer.is_finished:
             return
         if is_due(trainer.step, trainer.validation_steps):
@@ -230,9 +230,11 @@ class Evaluations:
             evaluating = trainer.evaluating(final_weights=trainer.is_finished)
             values = trainer.task.validate(step, folder, evaluating)
         if self._log is not None:
-            images = image_files(validation_folder(self._folder, step))
-            trackers = trainer.accelerator.trackers
-            show_images(trackers, images, trainer.cfg.sampled_prompts, trainer.step)
+            prompts = trainer.cfg.sampled_prompts
+            # By name: a resumed run may make fewer images than the folder has.
+            images_folder = validation_folder(self._folder, step)
+            images = [images_folder / image_file_name(number) for number in range(len(prompts))]
+            show_images(trainer.accelerator.trackers, images, prompts, trainer.step)
         return values
 
     def _attempt(
@@ -257,11 +259,10 @@ class Evaluations:
         except Exception as error:
             if trainer.step == 0 or trainer.accelerator.is_fsdp2 or disk_is_full(error):
                 raise
-            sentence = str(error).rstrip(".")
-            # The package's own errors have all facts in their sentence.
+            sentence = describe(error).rstrip(".")
+            place = ""  # of the trace, which the record does not name: it may be published
             if not isinstance(error, UserError | TrainingError):
-                trace = keep_trace(error, self._folder)
-                sentence = f"{unexpected(error)}; the trace is in {trace}"
+                place = f"; {describe_trace(error, self._folder)}"
         # Here nothing refers to the error any more, whose frames held tensors.
         clear_device_cache(garbage_collection=True)
         failure = Failure(trainer.step, f"the {name} at step {trainer.step} failed: {sentence}")
@@ -269,14 +270,8 @@ class Evaluations:
         consequence = "training goes on"
         if trainer.is_finished:
             consequence = "the result is exported all the same"
-        self._bar.show_error(f"{failure.sentence}; {consequence}.")
+        self._bar.show_error(f"{failure.sentence}{place}; {consequence}.")
         return None
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images of a step in the order of their numbers."""
-    # Names have three digits or more: "1000.png" would come before "101.png".
-    return sorted(folder.glob("*.png"), key=lambda file: int(file.stem))
 
 
 def log_measurement(
@@ -361,11 +356,9 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
             )
             _close(log, "failed", sentence)
             raise TrainingError(sentence) from error
-        sentence = str(error)
-        # The package's own errors have all facts in their sentence.
+        sentence = describe(error)
         if not isinstance(error, UserError | TrainingError):
             keep_trace(error, folder)
-            sentence = unexpected(error)
         # A search goes on without a run that diverged; another error ends it.
         results = {"diverged": True} if isinstance(error, Diverged) else {}
         _close(log, "failed", sentence, **results)

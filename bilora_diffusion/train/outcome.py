@@ -174,19 +174,17 @@ class Outcome:
         return replaced(self._weights, self.average.values)
 
     @property
-    def has_best(self) -> bool:
-        """True if the run exports its best step; without a finite measurement there is none."""
-        return self._cfg.keep_best and self.best.step is not None
+    def best_step(self) -> int | None:
+        """The best step, if the run exports it; without a finite measurement there is none."""
+        return self.best.step if self._cfg.keep_best else None
 
     def applied(self) -> AbstractContextManager[None]:
         """Context manager: the trained weights are those that the run exports."""
-        return self.best.applied() if self.has_best else self.averaged()
+        return self.averaged() if self.best_step is None else self.best.applied()
 
     def step(self, last_step: int) -> int:
         """Step of the weights that a run exports which ended after `last_step`."""
-        if self.has_best and self.best.step is not None:
-            return self.best.step
-        return last_step
+        return last_step if self.best_step is None else self.best_step
 
     def results(self) -> dict[str, Any]:
         """Figures for the run's record: the early end, and the best step if the run leaves it."""
@@ -221,12 +219,9 @@ class Outcome:
         """Restore what `state_dict` gave."""
         if self.average is not None:
             self.average.steps = state["average"]["steps"]
-        best = state["best"]
-        if best["step"] == 0:  # of an earlier version, in which step 0 could be the best
-            best = {"step": None, "loss": None, "since": 0}
-        self.best.step = best["step"]
-        self.best.measurement = best["loss"]
-        self.best.since = best["since"]
+        self.best.step = state["best"]["step"]
+        self.best.measurement = state["best"]["loss"]
+        self.best.since = state["best"]["since"]
 
 
 def export_facts(method: Method) -> dict[str, Any]:

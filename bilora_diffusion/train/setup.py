@@ -134,7 +134,7 @@ def run(
                 if is_search_run:  # its curve has a gap
                     raise TrainingError(failures[0].sentence)
                 results["failed_evaluations"] = [failure._asdict() for failure in failures]
-            if log is not None and not is_search_run:
+            if log is not None and exports:
                 results |= exported
                 write_card(script, trainer, folder, log, results, repo_id)
             elif is_search_run and checkpoint.steps(folder)[-1:] != [trainer.step]:

@@ -7,7 +7,7 @@ import torch
 
 from bilora_diffusion import adapters
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
-from bilora_diffusion.image.loss import PRIOR, DreamBoothModule
+from bilora_diffusion.image.loss import DreamBoothModule, HeldPrediction
 from bilora_diffusion.image.noise_schedules import Denoising, min_snr_weights
 from bilora_diffusion.image.pipeline import load_pipeline
 
@@ -149,9 +149,10 @@ def test_the_departure_is_that_from_the_model_without_adapters():
     sequence = torch.randn(2, 32, 192)
     pooled = torch.randn(2, 96)
     time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-    inputs = {PRIOR: {"sequence": sequence, "pooled": pooled}, "time_ids": time_ids}
-    before = module.base_prediction(inputs, PRIOR, noisy, levels)
-    departures = module.departures(before, inputs, PRIOR, noisy, levels)
+    conditions = {"sequence": sequence, "pooled": pooled, "time_ids": time_ids}
+    base_prediction = module.base_prediction(conditions, noisy, levels)
+    held_prediction = HeldPrediction(1, conditions, base_prediction)
+    departures = module.departures(held_prediction, noisy, levels)
 
     # By diffusers' own call of the UNet.
     added = {"text_embeds": pooled, "time_ids": time_ids}

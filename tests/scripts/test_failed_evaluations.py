@@ -95,7 +95,10 @@ def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_c
     assert checkpoint.steps(folder) == [1, 2, 3]
     assert_same_run(unfailed, folder)
     assert failed_steps(folder) == [failing_call]
-    assert runlog.read_run(folder)["status"] == "finished"
+    record = runlog.read_run(folder)
+    assert record["status"] == "finished"
+    # The record may be published, so it has no place of this machine.
+    assert str(tmp_path) not in str(record["results"]["failed_evaluations"])
     assert (folder / "README.md").exists()
     images = {path.parent.name for path in folder.glob("validation/*/*.png")}
     assert images == {f"step-{step}" for step in range(1, STEPS + 1) if step != failing_call}

@@ -3,11 +3,13 @@
 import logging
 import sys
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 from PIL import Image
 
 from bilora_diffusion.mini import scorer
+from bilora_diffusion.run.record import validation_folder
 from bilora_diffusion.train import command, loop
 
 
@@ -35,3 +37,26 @@ def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):
     log = Mock()
     loop.show_images([SimpleNamespace(name="wandb", log=log)], files, ["a frog", "a sun"], step=0)
     log.assert_called_once_with({"validation": [((4, 4), "a frog"), ((4, 4), "a sun")]}, step=0)
+
+
+def test_trackers_get_the_images_of_the_run_and_no_older_ones(tmp_path, monkeypatch):
+    """A resumed run may make fewer images than the folder of the step has; 1000 comes after 101."""
+    show_images = Mock()
+    monkeypatch.setattr(loop, "show_images", show_images)
+    prompts = ["a frog"] * 1001
+    trainer: Any = SimpleNamespace(
+        step=3,
+        is_finished=False,
+        evaluating=lambda final_weights: None,
+        task=SimpleNamespace(validate=lambda step, folder, evaluating: {}),
+        cfg=SimpleNamespace(sampled_prompts=prompts),
+        accelerator=SimpleNamespace(is_fsdp2=False, trackers=[]),
+    )
+    folder = validation_folder(tmp_path, 3)
+    folder.mkdir(parents=True)
+    (folder / "1001.png").touch()  # of a run with more images
+    log: Any = Mock()
+    loop.Evaluations(trainer, tmp_path, log, Mock())._make_samples()
+    _, files, shown_prompts, _ = show_images.call_args.args
+    assert [file.name for file in files[-2:]] == ["999.png", "1000.png"]
+    assert len(files) == len(shown_prompts) == 1001
