@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import methods
-from bilora_diffusion.config.run import FORMER_OPTIONS
+from bilora_diffusion.core import removed
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.core.lora_names import DENOISERS, ENCODERS, FILE_NAME
@@ -74,8 +74,14 @@ class Subject(Entry):
         script = TextConfig if self.is_text else DreamBoothConfig
         method_ignores = methods.option_names() - methods.get(str(self.method)).reads
         names = set(self.record["config"]) - script.without_influence - method_ignores
-        names -= {"seed", "method"} | FORMER_OPTIONS
-        return {name: self.option(name) for name in sorted(names)}
+        names -= {"seed", "method"}
+        settings: dict[str, Any] = {}
+        for name in sorted(names):
+            # An option that this version does not have, and that had no effect, says nothing.
+            option = removed.OPTIONS.get(name)
+            if option is None or not option.is_neutral(self.option(name)):
+                settings[name] = self.option(name)
+        return settings
 
     def log(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; [] if it is not a run."""

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..core import removed
 from ..core.errors import UserError, did_you_mean, placed, reason
 from ..core.fields import add_flags, check, default_of, option_of, options_of
 from ..core.files import is_file, quoted, read_text
@@ -61,6 +62,8 @@ class UserErrorParser(argparse.ArgumentParser):
     """A parser that raises its complaints as a `UserError` of one sentence."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.dest == "method":
+            removed.refuse_method(value)
         if action.choices is not None:
             check_choice(action.option_strings[0], value, action.choices)
 
@@ -182,6 +185,7 @@ class CommandLine(UserErrorParser):
         """
         name = word.lstrip("-").replace("-", "_")
         dashes = "--" if word.startswith("-") else ""
+        removed.refuse_option(name, f"{dashes}{name}")
         if name in self._foreign:
             reason, instead = self._foreign[name]
             sentence = f"{dashes}{name} is no option here, since {reason}: {instead}."

@@ -17,9 +17,6 @@ from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptio
 HELDOUT_OPTIONS = frozenset(
     {"validation_dataset", "validation_file", "validation_part", "max_eval_samples"}
 )
-# Options of methods that have left. Checkpoints and records of earlier versions hold them; no
-# method of this version reads them.
-FORMER_OPTIONS = frozenset({"efm_beta", "efm_schedule", "looksam_k", "looksam_alpha"})
 
 
 class RunConfig(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from ..core import removed
 from ..core.errors import UserError, did_you_mean
 from ..core.values import AUTO
 from .base import Method
@@ -57,6 +58,7 @@ def get(name: str) -> type[Method]:
     Raises:
         UserError: no such method.
     """
+    removed.refuse_method(name)
     if name not in _METHODS:
         hint = did_you_mean(name, _METHODS)
         raise UserError(f'method is "{name}"{hint}; use one of {", ".join(names())}.')

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import adapters
-from ..config.run import FORMER_OPTIONS
+from ..core import removed
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors
 from ..run.data import HELDOUT, TRAINING, require_same_content
@@ -144,7 +144,8 @@ def require_same_work(
     Raises:
         UserError: something differs; the sentence says what.
     """
-    free = free | {"content"} | FORMER_OPTIONS
+    removed.require_neutral(saved)
+    free = free | {"content"} | removed.OPTIONS.keys()
     sizes = current.keys() - set(options)
     # Equal data may have moved, or their place may be written in another way.
     for name, sources in SOURCES.items():
