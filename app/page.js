@@ -123,18 +123,6 @@ const bilora = {
       event.target.parentElement.style.setProperty("--at", `${event.target.value}%`);
   });
 
-  // A vote by a key: once however long it is held, and only while a ballot is seen.
-  document.addEventListener("keydown", (event) => {
-    if (event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
-    const typing = "input, textarea, select, [contenteditable=true]";
-    if (event.target instanceof Element && event.target.closest(typing)) return;
-    const side = { 1: "left", 2: "right", 0: "tie" }[event.key];
-    const button = side && document.getElementById(`vote-${side}`);
-    if (!button || button.offsetParent === null) return;
-    event.preventDefault();
-    button.click();
-  });
-
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
     if (!(event.target instanceof Element)) return;

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 
 from bilora_diffusion.core.files import counted
 
-from . import compare, generate, grid, parts, results, training, validation, vote
+from . import compare, generate, grid, parts, results, training, validation
 from .catalog import Catalog
 from .guard import guarded
 from .parts import QUIET, html
@@ -62,8 +62,6 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
                 grid.Grid(work, runs_changed)
             with gr.Tab("Generate", id="generate", elem_id="tab-generate"):
                 generate.Tab(work, runs_changed)
-            with gr.Tab("Vote", id="vote", elem_id="tab-vote"):
-                vote.Tab(catalog, scores_changed)
             with gr.Tab("Training", id="training", elem_id="tab-training"):
                 training.Tab(catalog, runs_changed)
             with gr.Tab("Results", id="results", elem_id="tab-results"):

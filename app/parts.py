@@ -194,7 +194,6 @@ COMMANDS = {
 }
 # Purposes of commands of ``eval``, which take runs.
 EVALUATIONS = {
-    "vote": "A vote needs images of two runs from the same prompts and seeds:",
     "clip_scores": (
         "Sample images with each run and score them (for a quick try add --max_prompts 6 --seeds"
         " 0):"
@@ -222,12 +221,11 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
             places = [catalog.place(run.path) for run in runs]
             if not places:
                 places = [catalog.place("lora"), catalog.place("bilora")]
-            tool = "clip_scores" if name == "vote" else name
-            command = f"python -m eval.{tool} {shlex.join(places)}"
+            command = f"python -m eval.{name} {shlex.join(places)}"
             if name == "text_scores":
                 command += " --benchmarks heldout"
             heldout = heldout_of_miniature(runs)
-            if tool == "clip_scores" and heldout is not None:
+            if name == "clip_scores" and heldout is not None:
                 command = scoring_command(places, heldout)
         else:
             purpose, command = COMMANDS[name]

@@ -1,8 +1,8 @@
-"""A result of ``eval.clip_scores`` image by image, for the tabs Compare and Vote.
+"""A result of ``eval.clip_scores`` image by image, for the tab Compare.
 
-It has the images with their scores, and the data of Compare: scores of each prompt, their order,
-one view, its link. There are no files and no widgets here. Adapters are named by their
-labels and prompts by their texts, so that a link stays valid when the images are scored again.
+It has the images with their scores, the scores of each prompt, their order, one view, and its
+link. There are no files and no widgets here. Adapters are named by their labels and prompts by
+their texts, so that a link stays valid when the images are scored again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m app.viewer                       # finds run and result folders below this folder
     python -m app.viewer demo --port 7861
-    python -m app.viewer demo --host 0.0.0.0   # other machines may look, generate and vote, too
+    python -m app.viewer demo --host 0.0.0.0   # other machines may look and generate, too
     python -m app.viewer demo --allow_host lab.example   # behind a proxy of this name
 
 Reads the files below ROOT and the base models that its runs name, and serves nothing else. It sends

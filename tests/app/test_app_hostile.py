@@ -8,10 +8,9 @@ import gradio as gr
 import orjson
 import pytest
 
-from app import compare, generate, page, results, scored, training, validation, vote
+from app import compare, generate, page, results, scored, training, validation
 from app.catalog import Catalog
 from app.generate import Work
-from app.votes import ANY_PAIR
 from tests.app.hostile import HOSTILE, LAST_LINE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
@@ -26,7 +25,6 @@ class Tabs:
             changed = gr.State().change
             self.compare = compare.Tab(self.catalog, changed)
             self.generate = generate.Tab(Work(self.catalog, blocks, "cpu"), changed)
-            self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 
     def contents(self):
@@ -36,7 +34,7 @@ class Tabs:
             "images": [],
             "Generate": list(self.generate.choices("", "")),
             "Training": list(self.training._load(None).values()),
-            **self._scores(),
+            "Compare": self._scores(),
             **self._curves(),
             "Results": [],
             "reports": [],
@@ -51,17 +49,14 @@ class Tabs:
         return {part: event_json(part_values) for part, part_values in values.items()}
 
     def _scores(self):
-        """Each score folder is opened, compared and voted on."""
+        """Each score folder is opened and compared."""
         request: Any = SimpleNamespace(query_params={})
         compared = list(self.compare.open(request).values())
-        votes = list(self.vote._load(None, None).values())
         for item in self.catalog.scan.scores:
             first = scored.first_view(item.path, item.result)
             compared += self.compare._opened({"scores": item.path}).values()
             compared += self.compare.step(1, *vars(first).values()).values()
-            votes += self.vote.votes.pairs(item.path)
-            votes += self.vote._begin(item.path, ANY_PAIR, "").values()
-        return {"Compare": compared, "Vote": votes}
+        return compared
 
     def _curves(self):
         """Six runs at a time are drawn beside the good ones."""
@@ -94,10 +89,9 @@ def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tmp_path, mo
     for tab in ("Generate", "Training"):
         assert "good/lora" in contents[tab]
         assert "good/bilora" in contents[tab]
-    for tab in ("Compare", "Vote"):
-        assert "good/scores" in contents[tab]
+    assert "good/scores" in contents["Compare"]
     assert "good/landscape 1" in contents["Results"]
-    for tab in ("images", "Compare", "Vote"):
+    for tab in ("images", "Compare"):
         assert contents[tab].count("data:image/webp") >= 2, tab
     for part in ("cards", "curves"):
         assert "(LoRA, seed 0" in contents[part]

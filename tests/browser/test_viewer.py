@@ -8,8 +8,7 @@ from playwright.sync_api import ConsoleMessage, Request, Response, expect
 
 from bilora_diffusion.run.runlog import RunLog
 from docs.screenshots import go, pick
-from tests.app.folders import make_scores
-from tests.browser.conftest import SEEDS, TEXTS, fits, serving
+from tests.browser.conftest import fits, serving
 from tests.scripts.runs import free_port
 
 pytestmark = pytest.mark.slow
@@ -66,7 +65,6 @@ LEVELS = """() => [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")]
 FILLED = {
     "Compare": "#compare-cards figure.card img",
     "Generate": "#generate-a input",
-    "Vote": "#vote-start",
     "Training": "#training-loss svg.marks",
     "Results": "#results-result input",
 }
@@ -80,22 +78,6 @@ LABEL_EDGES = """(plot) => [
   .sort(([a], [b]) => a - b)"""
 CARD = "#compare-cards figure.card"
 PATIENCE_MS = 600_000  # that two small images may take on a machine with other work
-LABELS = ("quagga-run", "zebra-run")  # words that stand nowhere else in the page
-# Keeps the server's answers, its streams of events too, which the browser itself forgets
-LISTEN = """
-window.heard = [];
-const ask = window.fetch;
-window.fetch = async (...request) => {
-    const answer = await ask(...request);
-    const reader = answer.clone().body?.pipeThrough(new TextDecoderStream()).getReader();
-    const listen = async () => {
-        for (let part = await reader.read(); !part.done; part = await reader.read())
-            window.heard.push(part.value);
-    };
-    if (reader) listen().catch(() => {});
-    return answer;
-};
-"""
 
 
 def check_training_on_a_phone(page):
@@ -225,16 +207,8 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     expect(second.get_by_test_id("toast-body")).to_have_count(0)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, start):
-    """A viewer of scores of two adapters alone."""
-    root = tmp_path_factory.mktemp("small")
-    make_scores(root / "scores", LABELS, TEXTS, SEEDS)
-    return start(root)
-
-
-def test_curves_follow_a_run(small, visit):
-    log = RunLog(small.root / "bilora", "cpu")
+def test_curves_follow_a_run(tmp_path, start, visit):
+    log = RunLog(tmp_path / "bilora", "cpu")
 
     def train(steps):
         for step in steps:
@@ -246,7 +220,7 @@ def test_curves_follow_a_run(small, visit):
     log.start(config, method="bilora", seed=0, resume_step=None)
     log.record_activity("training")
     train(range(1, 101))
-    page = go(visit(), small.url, "Training")
+    page = go(visit(), start(tmp_path).url, "Training")
     card = page.locator("#training-cards li")
     expect(card).to_contain_text("100 of 500 steps")
     for chart, count in {"loss": 2, "norm": 3, "rate": 1}.items():
@@ -267,61 +241,11 @@ def test_curves_follow_a_run(small, visit):
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
 
 
-def test_votes_are_blind_and_a_session_goes_on(small, visit):
-    page = visit(phone=True)
-    pair_count = len(TEXTS) * len(SEEDS)
-    page.add_init_script(LISTEN)
-    standing = page.locator("#vote-booth #vote-standing")
-
-    def heard():
-        return "".join(page.evaluate("window.heard"))
-
-    go(page, small.url, "Vote")
-    pick(page, "vote-pair", " and ".join(LABELS))
-    # The lists of all tabs name the adapters before a vote: wait until no more names come.
-    count, last_count = 0, -1
-    while count == 0 or count != last_count:
-        page.wait_for_timeout(4000)
-        last_count = count
-        count = sum(heard().count(label) for label in LABELS)
-    page.evaluate("window.heard = []")
-    page.locator("#vote-start").click()
-    left_image = page.locator("#vote-image-left").bounding_box()
-    right_image = page.locator("#vote-image-right").bounding_box()
-    assert left_image["y"] == right_image["y"], "side by side"
-    assert fits(page)
-    choices = ("1", "left", "0", "tie")  # keys and buttons
-    for number, choice in enumerate(choices):
-        expect(standing).to_contain_text(f"{number} of {pair_count}")
-        ballot = page.locator("#vote-booth [data-ballot]").get_attribute("data-ballot")
-        if choice.isdecimal():
-            page.keyboard.press(choice)
-        else:
-            page.locator(f"#vote-{choice}").click()
-        expect(page.locator(f"[data-ballot='{ballot}']")).to_have_count(0)
-    text = heard()
-    assert text.count("data:image/webp;base64,") >= 2 * len(choices), "the ballots were read"
-    for label in LABELS:
-        assert label not in text
-
-    go(page, small.url, "Vote")  # the same browser goes on
-    page.locator("#vote-start").click()
-    expect(standing).to_contain_text(f"{len(choices)} of {pair_count}")
-    # Clicks that follow before the next pair is there count once.
-    page.evaluate(
-        "for (const side of ['left', 'right', 'left'])"
-        " document.getElementById(`vote-${side}`).click();"
-    )
-    expect(standing).to_contain_text(f"{len(choices) + 1} of {pair_count}")
-    page.locator("#vote-show").click()
-    expect(page.locator("#vote-result")).to_contain_text(f"{LABELS[0]} over {LABELS[1]}")
-
-
 def test_a_page_loads_again_by_itself_when_its_server_was_started_again(tmp_path, visit):
     port, page = free_port(), visit()
     with serving(tmp_path, tmp_path / "first.log", port) as viewer:
-        go(page, viewer.url, "Vote")
+        go(page, viewer.url, "Training")
         page.evaluate("window.isOld = true")
     with serving(tmp_path, tmp_path / "second.log", port):
         page.wait_for_function("window.isOld === undefined")
-        expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Vote")
+        expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")
