@@ -1,4 +1,4 @@
-"""Smoke tests of the viewer in a real browser; its data are tested in ``tests/app``."""
+"""Smoke tests of the viewer in a real browser; ``tests/app`` tests its data."""
 
 import re
 from itertools import pairwise
@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import ConsoleMessage, Request, Response, expect
 
 from bilora_diffusion.run.runlog import RunLog
-from docs.screenshots import go, pick
 from tests.browser.conftest import fits, serving
+from tests.browser.driver import GENERATED_MS, go, pick
 from tests.scripts.runs import free_port
 
 pytestmark = pytest.mark.slow
@@ -47,9 +47,9 @@ NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [
     ...[...(element.labels || [])].map((label) => label.textContent),
   ].some((name) => name && name.trim()))
   .map((element) => element.outerHTML.slice(0, 200))"""
-# Visible targets below the 24 pixels of WCAG 2.2
+# Visible buttons smaller than the 24 pixels of WCAG 2.2
 SMALL = """() => [...document.querySelectorAll(
-    ".token-remove, .reset-button, .icon-button, .download-link, .label-wrap"
+    ".token-remove, .reset-button, .icon-button, .label-wrap"
   )]
   .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
   .filter((element) => {
@@ -57,11 +57,11 @@ SMALL = """() => [...document.querySelectorAll(
     return Math.min(width, height) < 24;
   })
   .map((element) => element.outerHTML.slice(0, 200))"""
-# Levels of the visible headings, in their order
+# Levels of the visible headings, in the order of the page
 LEVELS = """() => [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")]
   .filter((element) => element.checkVisibility())
   .map((element) => Number(element.tagName[1]))"""
-# Tab -> a part that is there when it has been filled
+# Tab -> a part that is there when the tab is filled
 FILLED = {
     "Compare": "#compare-cards figure.card img",
     "Generate": "#generate-a input",
@@ -77,11 +77,10 @@ LABEL_EDGES = """(plot) => [
   .map(({ left, right }) => [left, right])
   .sort(([a], [b]) => a - b)"""
 CARD = "#compare-cards figure.card"
-PATIENCE_MS = 600_000  # that two small images may take on a machine with other work
 
 
 def check_training_on_a_phone(page):
-    """Its widgets stand one under the other, of one width."""
+    """The widgets are one below the other and have the same width."""
     runs = page.locator("#training-runs").bounding_box()
     window = page.locator("#training-window").bounding_box()
     assert runs["y"] + runs["height"] <= window["y"]
@@ -92,7 +91,8 @@ def check_results(page):
     pick(page, "results-result", "Landscape: landscape")
     expect(page.locator("#results-report table")).to_contain_text("very wide")
     cell = page.locator("#results-report td").first.bounding_box()
-    assert cell["height"] < 60, "its words stand in one line"
+    assert cell["height"] < 60, "the words are in one line"
+    expect(page.locator("#results-figures img.zoom")).to_have_count(1)
     padding = page.locator("#results-result input").evaluate(
         "input => parseFloat(getComputedStyle(input).paddingRight)"
     )
@@ -110,7 +110,9 @@ def check_accessible(page):
 
 
 @pytest.mark.parametrize("is_dark_phone", [False, True])
-def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit, is_dark_phone):
+def test_every_tab_is_readable_fits_and_requests_nothing_from_others(
+    viewer, visit, is_dark_phone
+):
     page = visit(phone=is_dark_phone, dark=is_dark_phone)
     messages: list[ConsoleMessage] = []
     requests: list[Request] = []
@@ -133,7 +135,7 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit, is
     page.go_back()
     expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")
     for answer in answers:
-        assert answer.ok, answer.url  # no route that the page needs is closed
+        assert answer.ok, answer.url  # all routes that the page needs are open
     for message in messages:
         assert "Content Security Policy" not in message.text
 
@@ -151,7 +153,7 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     expect(place).to_have_text("2 of 4")
     words = page.locator("#compare-words textarea, #compare-words input")
     words.click()
-    page.keyboard.type("jk")  # a field keeps its keys
+    page.keyboard.type("jk")  # in a text field these keys are text
     expect(page.locator("#compare-list")).to_contain_text("No prompt contains these words")
     words.fill("")
     page.locator("#compare-list button.prompt", has_text="frog").click()
@@ -195,11 +197,11 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     first.locator("#generate-cancel").click()
     expect(first.locator("#generate-status")).to_contain_text("Cancelled.")
     begin(first, 1000)
-    begin(second, 2)  # waits its turn, which comes when the first has gone
+    begin(second, 2)  # starts when the first page is closed
     first.close()
-    expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=PATIENCE_MS)
+    expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=GENERATED_MS)
     expect(second.locator("#generate-slider img")).to_have_count(2)
-    begin(second, 0)  # what was there before leaves
+    begin(second, 0)  # clears the earlier images
     expect(second.get_by_test_id("toast-body")).to_contain_text("steps is 0")
     expect(second.locator("#generate-slider img")).to_have_count(0)
     expect(second.locator("#generate-status")).not_to_contain_text("Done.")
@@ -231,17 +233,17 @@ def test_curves_follow_a_run(tmp_path, start, visit):
     expect(card).to_contain_text("500 of 500 steps")
     expect(curve).not_to_have_attribute("d", path)
     page.set_viewport_size({"width": 1400, "height": 900})  # three plots side by side
-    page.wait_for_timeout(1000)  # milliseconds; until they are drawn again
+    page.wait_for_timeout(1000)  # milliseconds; until the plots are redrawn
     for chart in ("loss", "norm", "rate"):
         edges = page.locator(f"#training-{chart}").evaluate(LABEL_EDGES)
         assert len(edges) > 2
         for (_, end), (start, _) in pairwise(edges):
-            assert end + 5 < start, "labels of the steps are apart"
+            assert end + 5 < start, "labels of the steps do not touch"
     page.locator("#training-norm svg.marks").hover()
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
 
 
-def test_a_page_loads_again_by_itself_when_its_server_was_started_again(tmp_path, visit):
+def test_a_page_reloads_when_its_server_was_restarted(tmp_path, visit):
     port, page = free_port(), visit()
     with serving(tmp_path, tmp_path / "first.log", port) as viewer:
         go(page, viewer.url, "Training")
