@@ -1,6 +1,6 @@
 """Bi-LoRA in Transformers' Trainer: a causal language model on plain text.
 
-    python examples/trainer_bilora.py --model HuggingFaceTB/SmolLM2-135M --data stanfordnlp/imdb \\
+    python examples/4_trainer.py --model HuggingFaceTB/SmolLM2-135M --data stanfordnlp/imdb \\
         --output_dir runs/imdb --learning_rate 5e-4 --num_train_epochs 1
 
 `--model` and `--data` are names on the hub, or a folder and a JSONL file with a text in each row;
@@ -23,7 +23,7 @@ from bilora_diffusion.core.errors import run_cli
 from bilora_diffusion.core.files import require_column
 from bilora_diffusion.integrations import scripts, use_bilora
 
-EXAMPLE = "python examples/trainer_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
+EXAMPLE = "python examples/4_trainer.py --model smollm2 --data rows.jsonl --output_dir runs/a"
 
 
 @dataclass

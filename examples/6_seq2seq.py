@@ -1,6 +1,6 @@
 """Bi-LoRA in Transformers' Seq2SeqTrainer: T5 learns to write one column from another.
 
-    python examples/seq2seq_bilora.py --model google-t5/t5-base --data knkarthick/samsum \\
+    python examples/6_seq2seq.py --model google-t5/t5-base --data knkarthick/samsum \\
         --source dialogue --target summary --prefix "summarize: " --output_dir runs/samsum \\
         --learning_rate 5e-4 --num_train_epochs 3 --predict_with_generate True
 
@@ -25,8 +25,7 @@ from bilora_diffusion.core.files import require_column
 from bilora_diffusion.integrations import scripts, use_bilora
 
 EXAMPLE = (
-    "python examples/seq2seq_bilora.py --model google-t5/t5-small --data rows.jsonl"
-    " --output_dir runs/a"
+    "python examples/6_seq2seq.py --model google-t5/t5-small --data rows.jsonl --output_dir runs/a"
 )
 
 

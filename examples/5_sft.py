@@ -1,6 +1,6 @@
 """Bi-LoRA in TRL's SFTTrainer: instruction tuning of a causal language model.
 
-    python examples/sft_bilora.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+    python examples/5_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
         --data trl-lib/Capybara --output_dir runs/capybara --learning_rate 5e-4 --max_steps 500
 
 `--model` and `--data` are names on the hub, or a folder and a JSONL file whose rows have
@@ -22,7 +22,7 @@ from bilora_diffusion import BiLoRAConfig
 from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.integrations import scripts, use_bilora
 
-EXAMPLE = "python examples/sft_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
+EXAMPLE = "python examples/5_sft.py --model smollm2 --data rows.jsonl --output_dir runs/a"
 # A set has one of these columns, and with "prompt" also "completion".
 COLUMNS = ("messages", "prompt", "text")
 
