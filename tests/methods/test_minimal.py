@@ -118,7 +118,7 @@ def test_radius_zero_is_lora():
 def test_the_minimal_file_runs(capsys, monkeypatch):
     monkeypatch.setattr(minimal, "SEEDS", range(2))
     minimal.main()
-    base, lora, *others, _ = capsys.readouterr().out.splitlines()
+    base, lora, *bilora, _ = capsys.readouterr().out.splitlines()
     assert float(base[18:].split()[0]) < float(lora[18:].split()[0])
-    assert len(others) == len(minimal.RADII) - 1
-    assert all("minus LoRA" in line for line in others)
+    assert len(bilora) == len(minimal.RADII) - 1
+    assert all("minus LoRA" in line for line in bilora)

@@ -103,7 +103,7 @@ def test_a_trainer_saves_an_adapter(name, tmp_path, capsys):
         assert "held-out loss" in stdout
         assert len((run / "predictions.jsonl").read_text().splitlines()) == 4
     if name == TRAINER:
-        assert "the auxiliary ended at 0.0500" in stdout
+        assert "norm of the auxiliary: 0.0500" in stdout
         file = run / "adapter_model.safetensors"
         weights = load_file(file)
         file.unlink()
