@@ -4,8 +4,9 @@
     python examples/minimal.py              # 15 seconds on a CPU; nothing is downloaded
 
 A network that reads upright digits learns to read digits that are turned by 90 degrees, from 40
-images. The script trains it with LoRA and with Bi-LoRA and measures both on the other images.
-`tests/methods/test_minimal.py` compares this file with the library.
+images. The script trains it with LoRA and with Bi-LoRA and measures both on the other images. On
+this small problem Bi-LoRA with the paper's radius of 0.05 is level with LoRA, and a larger radius
+does not help. `tests/methods/test_minimal.py` compares this file with the library.
 """
 
 from __future__ import annotations
