@@ -162,11 +162,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     """Print the held-out accuracy of LoRA and Bi-LoRA, and their difference over seeds."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32) / 16  # (1797, 8, 8), from 0 to 1
-    labels = torch.tensor(digits.target)
-    base = train_base(images[:600].flatten(1), labels[:600])
-    images, labels = images[600:].rot90(dims=(1, 2)).flatten(1), labels[600:]  # (1197, 64)
+    pixels, digits = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32) / 16  # (1797, 64), from 0 to 1
+    labels = torch.tensor(digits)
+    base = train_base(images[:600], labels[:600])
+    images = images[600:].view(-1, 8, 8).rot90(dims=(1, 2)).flatten(1)  # (1197, 64)
+    labels = labels[600:]
     print(f"{'base model':18} {accuracy(base, images, labels):.1f} % of the turned digits")
     accuracies: dict[float, list[float]] = {rho: [] for rho in RADII}
     for seed in SEEDS:
