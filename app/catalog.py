@@ -62,7 +62,7 @@ SKIPPED = frozenset(
 
 LINK = "it is a link out of the root: copy it, or give the link's target as the root"
 # Most digits of a step; JavaScript has no larger integers.
-DIGITS = 15
+MAX_STEP_DIGITS = 15
 RENAME = "its name is not UTF-8: give it another"
 BACKSLASH = "its name has a backslash, which separates folders on Windows: give it another"
 # Time for which all visitors share one scan of the root
@@ -88,7 +88,7 @@ class ResultItem:
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenFolder:
     """A folder that can't be shown, with the reason in one sentence."""
 
     path: str
@@ -102,7 +102,7 @@ class Scan:
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ResultItem] = field(default_factory=list)
     results: list[ResultItem] = field(default_factory=list)
-    broken: list[Broken] = field(default_factory=list)
+    broken: list[BrokenFolder] = field(default_factory=list)
 
 
 class Catalog:
@@ -231,7 +231,7 @@ class Catalog:
                 with os.scandir(self.root / folder) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
-                scan.broken.append(Broken(folder, f"it can't be read ({error.strerror})"))
+                scan.broken.append(BrokenFolder(folder, f"it can't be read ({error.strerror})"))
                 continue
             names = {entry.name for entry in entries}
             subfolders = []
@@ -241,14 +241,14 @@ class Catalog:
                 if entry.name in SKIPPED or entry.name.startswith(".") or is_search:
                     continue
                 if not is_text(entry.name) and is_folder(Path(entry.path)):
-                    scan.broken.append(Broken(join(folder, ascii(entry.name)), RENAME))
+                    scan.broken.append(BrokenFolder(join(folder, ascii(entry.name)), RENAME))
                 elif "\\" in entry.name and is_folder(Path(entry.path)):
-                    scan.broken.append(Broken(path, BACKSLASH))
+                    scan.broken.append(BrokenFolder(path, BACKSLASH))
                 elif entry.is_symlink() and Path(entry.path).is_dir():
                     # A link within the root is not followed, since it could lead in a circle; the
                     # scan finds its target anyway.
                     if not Path(entry.path).resolve().is_relative_to(self.root):
-                        scan.broken.append(Broken(path, LINK))
+                        scan.broken.append(BrokenFolder(path, LINK))
                 elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
                     subfolders.append((path, depth + 1))
             if "pyvenv.cfg" not in names:
@@ -307,7 +307,7 @@ class Catalog:
                 missing_files.append(file)
         if missing_files:
             reason = f"{FILE} names {missing_files[0]}, which is not there: make the result again"
-            scan.broken.append(Broken(folder, reason))
+            scan.broken.append(BrokenFolder(folder, reason))
         return ResultItem(folder, title, head["kind"], result, figures)
 
     def _read_file(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
@@ -324,7 +324,7 @@ class Catalog:
         except Exception as error:
             # One damaged folder of any kind must not hide the others.
             reason = f"{file} is damaged ({type(error).__name__})"
-        scan.broken.append(Broken(folder, reason))
+        scan.broken.append(BrokenFolder(folder, reason))
         return None
 
 
@@ -338,7 +338,7 @@ def read_steps(folder: Path, pattern: str) -> tuple[int, ...]:
     steps = []
     for path in folder.glob(pattern):
         digits = path.parent.name.removeprefix("step-")
-        if digits.isdecimal() and len(digits) <= DIGITS:
+        if digits.isdecimal() and len(digits) <= MAX_STEP_DIGITS:
             steps.append(int(digits))
     return tuple(sorted(steps))
 

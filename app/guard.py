@@ -52,7 +52,7 @@ POLICY = (
     " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none';"
     " frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
-# Headers of every response
+# Headers of every answered request
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -108,7 +108,7 @@ class PageGuard:
         self._accepts_addresses = accepts_addresses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer or refuse a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -134,7 +134,7 @@ class PageGuard:
         """
         try:
             await self._app(scope, receive, _with_policy(send))
-        except Exception as error:  # of any kind, since the next request must be answered
+        except Exception as error:  # of any kind, because the next request must be answered
             line = f"a request failed: {type(error).__name__}: {reason(error)}"
             print(strip_controls(line), file=sys.stderr, flush=True)
             print_trace_if_asked(error)

@@ -110,9 +110,7 @@ def check_accessible(page):
 
 
 @pytest.mark.parametrize("is_dark_phone", [False, True])
-def test_every_tab_is_readable_fits_and_requests_nothing_from_others(
-    viewer, visit, is_dark_phone
-):
+def test_every_tab_is_readable_fits_and_requests_nothing_from_others(viewer, visit, is_dark_phone):
     page = visit(phone=is_dark_phone, dark=is_dark_phone)
     messages: list[ConsoleMessage] = []
     requests: list[Request] = []
