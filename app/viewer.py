@@ -18,6 +18,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,13 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace) -> None:
     """Check the arguments, find the folders, and serve until interrupted."""
-    disable_telemetry()
     from .catalog import Catalog
 
     public = args.host not in (LOCAL, "localhost", "::1")
     catalog = Catalog(args.root, public=public or bool(args.allow_host))
     check_names(args.allow_host)
-    with listen(args.host, args.port) as listener:
+    temporary_folder = tempfile.TemporaryDirectory(prefix="bilora-viewer-")
+    with listen(args.host, args.port) as listener, temporary_folder as folder:
+        set_variables(folder)
         try:
             import gradio  # noqa: F401
 
@@ -97,9 +99,15 @@ def serve(args: argparse.Namespace) -> None:
             raise UserError("the viewer's server did not start: see its message above")
 
 
-def disable_telemetry() -> None:
-    """Turn off the telemetry of Gradio and of the hub, which read these variables at import."""
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+def set_variables(folder: str) -> None:
+    """Set the variables that Gradio reads when it is imported.
+
+    They turn off telemetry, and give Gradio a temporary folder, which it creates even if nothing is
+    stored in it: the folder that it creates otherwise may belong to another user of the machine.
+    """
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=folder
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
