@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..adapters import PRIMARY, weights
 from ..core.errors import UserError
+from . import perturb
 from .base import CountingMethod, HookedMethod, unwrapped
 from .options import MethodOptions, falling
 from .registry import register
@@ -89,7 +90,7 @@ class LoRAoBAR(BAR):
     summary = "Trained as LoRA with factors balanced by their norms at each step (oBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
-        return _norms(A) >= _norms(B)
+        return perturb.norms(A) >= perturb.norms(B)
 
 
 @register("lora-nbar")
@@ -102,7 +103,7 @@ class LoRAnBAR(BAR):
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         g_A = [cast(Tensor, factor.grad) for factor in A]
         g_B = [cast(Tensor, factor.grad) for factor in B]
-        return _norms(g_A) < _norms(g_B)
+        return perturb.norms(g_A) < perturb.norms(g_B)
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
@@ -112,14 +113,3 @@ def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
         for parameter in group["params"]:
             rates[id(parameter)] = group["lr"] * group.get("d", 1.0)
     return rates
-
-
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Frobenius norms, (len(tensors),), on the first one's device, in fp32 or wider."""
-    wide = []
-    for tensor in tensors:
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        wide.append(tensor.detach().to(dtype))
-    # It takes one kernel for all tensors of a device; they may lie on several.
-    norms = torch._foreach_norm(wide)
-    return torch.stack([norm.to(wide[0].device) for norm in norms])
