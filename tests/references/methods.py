@@ -87,14 +87,13 @@ Rules = Sequence[Mapping[str, SGD | AdamW]]
 
 @dataclass
 class Net:
-    """Two layers with the optimizer of each matrix, the number of the step from 0, and what a
-    method remembers.
+    """Two layers with the optimizer of each matrix, the number of the step from 0, and numbers
+    that a method records.
     """
 
     layers: list[Layer]
     rules: Rules
     k: int = 0
-    memory: Gradients = field(default_factory=list)
     numbers: dict[str, list[float]] = field(default_factory=dict)
 
     def gradients(
