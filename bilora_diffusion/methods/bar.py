@@ -10,16 +10,17 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..adapters import PRIMARY, weights
 from ..core.errors import UserError
 from . import perturb
-from .base import CountingMethod, HookedMethod, unwrapped
+from .base import CountingMethod, unwrapped
 from .options import MethodOptions, falling
 from .registry import register
 
 
-class BAR(HookedMethod, CountingMethod, ABC):
+class BAR(CountingMethod, ABC):
     """Balances the factors of each layer before each optimizer step.
 
     One factor is multiplied by 1 - alpha_t lr_t, the other by 1 + alpha_t lr_t, with the learning
@@ -33,6 +34,7 @@ class BAR(HookedMethod, CountingMethod, ABC):
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self.depends_on_length = self.options.bar_schedule != "constant"
+        self._hook: RemovableHandle | None = None
 
     def bind(self, optimizer: Optimizer) -> None:
         """Balance before every step of `optimizer`.
@@ -40,21 +42,26 @@ class BAR(HookedMethod, CountingMethod, ABC):
         Raises:
             UserError: it lacks a parameter of the adapters, or can't have hooks.
         """
+        optimizer = unwrapped(optimizer)
         # Only checked here and read again in each step: accelerate's `prepare` and a resume replace
         # the groups.
-        rates = _learning_rates(unwrapped(optimizer))
+        rates = _learning_rates(optimizer)
         for path, layer in self.layers:
             A, B = weights(layer, PRIMARY)
             if id(A) not in rates or id(B) not in rates:
                 raise UserError(f"The optimizer lacks {path}; make it from param_groups().")
         super().bind(optimizer)
+        if self._hook is not None:  # the method was bound to another optimizer before
+            self._hook.remove()
+        # It does not run in steps that a gradient scaler skips.
+        self._hook = optimizer.register_step_pre_hook(self._balance)
 
     @abstractmethod
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         """Whether A is the factor that shrinks, of each layer: (layers,) bool."""
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _balance(self, optimizer: Optimizer, *_: Any) -> None:
         self.steps_taken += 1
         strength = self.options.bar_alpha
         if self.depends_on_length:

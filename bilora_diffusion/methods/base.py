@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused, inits
@@ -272,27 +271,3 @@ def unwrapped(optimizer: Any) -> Optimizer:
             )
         optimizer = cast(Any, optimizer).optimizer
     return optimizer
-
-
-class HookedMethod(Method):
-    """A method that acts on the layers' gradients or factors before each step that is taken.
-
-    Steps that a gradient scaler skips call nothing.
-    """
-
-    _hook: RemovableHandle | None = None
-
-    def bind(self, optimizer: Optimizer) -> None:
-        """Call `before_step` before every step of `optimizer`.
-
-        Raises:
-            UserError: it can't be hooked.
-        """
-        super().bind(optimizer)
-        if self._hook is not None:  # the method was bound to another optimizer before
-            self._hook.remove()
-        self._hook = unwrapped(optimizer).register_step_pre_hook(self.before_step)
-
-    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Act before a step of `optimizer`; further arguments are those of the step."""
-        raise NotImplementedError
