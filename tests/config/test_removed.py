@@ -57,3 +57,17 @@ def test_a_recorded_option_is_ignored_only_where_it_had_no_effect(name):
         resume_with(value)
     with pytest.raises(UserError, match=f"--{name} other, which was removed"):
         resume_with("other")
+
+
+@pytest.mark.parametrize(("name", "value"), removed.VALUES)
+@pytest.mark.parametrize("script", PARSERS)
+def test_a_removed_value_is_refused_with_what_to_use(script, name, value, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{name}: {value}\n")
+    for words in ([f"--{name}", value], ["--config", str(recipe)]):
+        with pytest.raises(UserError) as error:
+            PARSERS[script].read(words)
+        assert f"{value} was removed: {removed.VALUES[name, value]}" in str(error.value)
+        assert removed.TAG in str(error.value)
+    with pytest.raises(UserError, match=f"--{name} {value}, which was removed"):
+        removed.require_neutral({name: value})
