@@ -1,4 +1,4 @@
-"""Bi-LoRA with an auxiliary for each sample, in a plain PyTorch loop over diffusers' models.
+"""Bi-LoRA in a plain PyTorch loop over diffusers' models.
 
     python examples/own_loop.py            # two runs of 160 steps: two minutes on a CPU
 
@@ -58,7 +58,7 @@ def loss(unet: Any, scheduler: Any, data: dict[str, Tensor], rows: Tensor, seed:
     return F.mse_loss(unet(noisy, timesteps, text, added_cond_kwargs=added).sample, noise)
 
 
-def train(per_sample: bool, rho: float, steps: int) -> list[float]:
+def train(rho: float, steps: int) -> list[float]:
     """Train the adapters; returns the loss on unseen icons every `EVALUATION_STEPS` steps."""
     kind: Any = StableDiffusionXLPipeline
     pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
@@ -73,8 +73,6 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
         rank=4,
         alpha=8,
         rho=rho,
-        auxiliaries=count if per_sample else 1,
-        auxiliary_learning_rate=3e-3,
         target_modules=ATTENTION,
     )
     bilora = attach(pipeline.unet, config)
@@ -93,23 +91,22 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
         # Both runs have the same batches, which depend on the step alone.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH_SIZE]
-        with bilora.samples(rows.tolist()):  # each row sees the auxiliary of its own sample
-            loss(pipeline.unet, scheduler, training_icons, rows, seed=10_000 + step).backward()
+        loss(pipeline.unet, scheduler, training_icons, rows, seed=10_000 + step).backward()
         optimizer.step()
         optimizer.zero_grad()
     return heldout_losses
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the held-out loss of LoRA and of an auxiliary for each sample."""
-    parser = argparse.ArgumentParser(description="An auxiliary for each sample in a plain loop.")
+    """Print the held-out loss of LoRA and of Bi-LoRA."""
+    parser = argparse.ArgumentParser(description="Bi-LoRA in a plain loop.")
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--rho", type=float, default=1.5)
+    parser.add_argument("--rho", type=float, default=1.0)
     args = parser.parse_args(argv)
     print("held-out loss x 1000 at", *range(0, args.steps + 1, EVALUATION_STEPS))
     # With a radius near 0 the auxiliary has no effect.
-    for name, per_sample, rho in (("LoRA", False, 1e-9), ("per sample", True, args.rho)):
-        losses = train(per_sample, rho, args.steps)
+    for name, rho in (("LoRA", 1e-9), ("Bi-LoRA", args.rho)):
+        losses = train(rho, args.steps)
         texts = [f"{1000 * value:.1f}" for value in losses]
         print(f"{name:22}", *texts, flush=True)
 

@@ -29,6 +29,7 @@ from ..core.lora_names import INITIAL, PRIMARY
 from ..core.seeds import seed_of
 from .access import base_rows, base_weight, from_rows, is_quantized, layers, rows, weights
 from .injection import AdapterSpec, inject
+from .precision import exact_dtype
 
 # Singular components that an init takes, in units of the rank: the shorter side of a weight must
 # have as many.
@@ -168,11 +169,9 @@ def subtract_initial(model: nn.Module) -> None:
     for _, layer in layers(model, INITIAL):
         weight = base_weight(layer)
         A, B = weights(layer, INITIAL)
-        wide = torch.float64
-        if weight.device.type == "mps":  # which has none
-            wide = torch.float32
-        change = B.flatten(1).to(wide) @ A.flatten(1).to(wide) * layer.scaling[INITIAL]
-        weight.copy_(weight.to(wide) - from_rows(layer, change))
+        exact = exact_dtype(weight.device)
+        change = B.flatten(1).to(exact) @ A.flatten(1).to(exact) * layer.scaling[INITIAL]
+        weight.copy_(weight.to(exact) - from_rows(layer, change))
 
 
 def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from ..core import fields
 from ..core.values import HELDOUT_LOSS
-from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
+from ..methods.options import AdapterOptions, MethodFlags
 from . import constraints
 from .command_line import CommandLine
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
@@ -22,7 +22,6 @@ HELDOUT_OPTIONS = frozenset(
 class RunConfig(
     AdapterOptions,
     MethodFlags,
-    SingleMethodOptions,
     StepOptions,
     StoppingOptions,
     OptimizerOptions,

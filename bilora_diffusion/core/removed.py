@@ -40,9 +40,19 @@ OPTIONS: dict[str, RemovedOption] = {
     "efm_schedule": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_k": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_alpha": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
+    "auxiliaries": RemovedOption("leave it out, all samples see one auxiliary", (None, 1)),
+    "auxiliary_snr_gamma": RemovedOption("leave it out, it needs several auxiliaries", None),
+    "auxiliary_direction": RemovedOption("leave it out, the auxiliary ascends", ("ascent",)),
+    "ball": RemovedOption("leave it out, one ball bounds all layers", ("global",)),
+    "loss_rise": RemovedOption("give --rho a number, such as 0.05", None),
+    "l2sp_lambda": RemovedOption("use --method lora", None),
+    "use_ema": RemovedOption("use --keep_best"),
+    "ema_decay": RemovedOption("use --keep_best", None),
 }
+# Values of options of `TAG`, and what to use in their place, in the imperative.
+VALUES: dict[tuple[str, str], str] = {("rho", "auto"): "give a number, such as 0.05"}
 # What to use in place of a method of `TAG`, in the imperative.
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {"lora-l2sp": "use --method lora"}
 
 
 def refuse_option(name: str, spelling: str) -> None:
@@ -60,6 +70,24 @@ def refuse_option(name: str, spelling: str) -> None:
         raise UserError(
             f"{spelling} was removed: {option.instead}. The last version with it is"
             f" {option.version} in git."
+        )
+
+
+def refuse_value(name: str, spelling: str, value: str) -> None:
+    """Refuse a value of an option that was removed.
+
+    Args:
+        name: of the option.
+        spelling: of the option, as in messages.
+        value: as the user wrote it.
+
+    Raises:
+        UserError: it was removed. The sentence says what to use.
+    """
+    if (name, value) in VALUES:
+        raise UserError(
+            f"{spelling} {value} was removed: {VALUES[name, value]}. The last version with it is"
+            f" {TAG} in git."
         )
 
 
@@ -85,9 +113,15 @@ def require_neutral(saved: Mapping[str, Any]) -> None:
     Raises:
         UserError: one of them was removed, and has an effect.
     """
+    versions: dict[str, str] = {}  # of each option that has an effect
     for name, option in OPTIONS.items():
         if name in saved and not option.is_neutral(saved[name]):
-            raise UserError(
-                f"it was trained with --{name} {saved[name]}, which was removed: resume it with"
-                f" {option.version} in git, or start a new run in another folder."
-            )
+            versions[name] = option.version
+    for name, value in VALUES:
+        if saved.get(name) == value:
+            versions[name] = TAG
+    for name, version in versions.items():
+        raise UserError(
+            f"it was trained with --{name} {saved[name]}, which was removed: resume it with"
+            f" {version} in git, or start a new run in another folder."
+        )

@@ -23,7 +23,7 @@ from ..core.values import (
     HELDOUT_DISTANCE,
     HELDOUT_LOSS,
 )
-from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
+from ..methods.options import AdapterOptions, MethodFlags
 from ..run.data import read_part
 from .base_model import BaseModel, describe, folder_of
 from .concept_list import check_images, check_settings, with_sets_of_images
@@ -56,7 +56,6 @@ GROUPS = (
     PriorOptions,
     ValidationOptions,
     ImageOutputOptions,
-    SingleMethodOptions,
 )
 
 # Options that the distance of samples depends on.

@@ -16,7 +16,6 @@ from .options import MethodOptions as MethodOptions
 if TYPE_CHECKING:
     from .base import Method, StepOptimizer, Target  # noqa: F401
     from .registry import (  # noqa: F401
-        check_rho,
         create,
         default_rho,
         for_run,
@@ -32,7 +31,6 @@ MODULE_OF_NAME = {
     "Method": "base",
     "StepOptimizer": "base",
     "Target": "base",
-    "check_rho": "registry",
     "create": "registry",
     "default_rho": "registry",
     "for_run": "registry",

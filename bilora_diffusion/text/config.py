@@ -16,7 +16,6 @@ from ..config.run import RunConfig, without_influence
 from ..core.errors import UserError
 from ..core.files import TABLES, is_file
 from ..core.values import ALL_LINEAR
-from ..methods.options import SingleMethodOptions
 from ..run.data import read_part
 from .options import (
     EvaluationOptions,
@@ -39,7 +38,6 @@ GROUPS = (
     TextOptimizerOptions,
     EvaluationOptions,
     TextOutputOptions,
-    SingleMethodOptions,
 )
 # Default of Tables A4 to A7.
 EPOCHS = 3

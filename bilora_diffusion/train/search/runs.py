@@ -139,11 +139,6 @@ class Search:
         form = bilora_form(self.cfg.heldout_measure)
         bilora = dict(form)
         del bilora[METHOD]
-        try:
-            for_run(vars(self.config(form)), 1, self.task.names)
-        except UserError:
-            # An auxiliary for each sample is refused for too many samples.
-            bilora.pop("auxiliaries", None)
         # --scale_lr multiplies the rate of each run, so the space has rates before that.
         rate = self.config((("scale_lr", "false"),)).learning_rate
         return default_values(self._typed, rate, self.cfg.rank, bilora)
@@ -261,18 +256,8 @@ class Search:
             report.write(self.folder, self._settings(), self.halving, is_done)
 
     def final_config(self, candidate: Candidate, steps: int) -> Any:
-        """Make the configuration of the last run: the user's schedule, scaled to the chosen steps.
-
-        For a method that gains from it, a constant rate is replaced by one that falls to zero over
-        twice the chosen steps, which sum up to the same. Plain LoRA overfits while the rate falls.
-        """
+        """The configuration of the last run: the user's schedule, scaled to the chosen steps."""
         cfg = self.config(candidate)
-        gains_from_decay = for_run(vars(cfg), steps, self.task.names).gains_from_decay
-        is_constant = "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant")
-        if gains_from_decay and is_constant:
-            # The sum of 1 - t / 2n over 2n steps is n.
-            cfg = replace(cfg, lr_scheduler="linear")
-            steps = 2 * steps
         warmup_steps = self.cfg.lr_warmup_steps
         if warmup_steps:
             # The warm-up keeps its share of the steps.
@@ -342,7 +327,7 @@ class Search:
             try:
                 cfg = self.trial_config(trial.candidate, folder)
                 task = self.task.with_config(cfg, fold, is_trial=True)
-                for_run(vars(cfg), self.plan.steps, task.sample_names)
+                for_run(vars(cfg), self.plan.steps)
             except UserError as error:
                 # Values that go with others of the space need not go with each other.
                 return str(error)

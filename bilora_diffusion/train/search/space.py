@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ...config.command_line import read_options
 from ...core.errors import UserError, did_you_mean
-from ...core.values import HELDOUT_LOSS, RANKS
-from ...methods import get, names, reads
+from ...core.values import RANKS
+from ...methods import names, reads
 
 RATE, METHOD = "learning_rate", "method"
 # Ranks that are searched by default, with the double of the second.
@@ -29,8 +29,7 @@ def bilora_form(measure: str) -> Candidate:
     By samples no form is better than the paper's on all sets: where shapes must change, an
     auxiliary for each sample, whose held-out loss is the lowest, loses subjects (docs/results.md).
     """
-    options = get("bilora").search_options if measure == HELDOUT_LOSS else {}
-    return ((METHOD, "bilora"), *options.items())
+    return ((METHOD, "bilora"),)
 
 
 def arguments(candidate: Candidate) -> list[str]:
