@@ -72,7 +72,7 @@ class Best:
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
-        """Context manager: sets the parameters to the stored values and restores them afterwards."""
+        """Context manager: sets the parameters to the stored values, and restores them."""
         values = []
         for parameter, value in zip(self.parameters, self.values, strict=True):
             values.append(value.to(parameter.device))
