@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,22 +28,13 @@ class BiLoRAConfig:
     Args:
         rank: rank of the primary.
         alpha: the primary's scale is alpha / rank.
-        auxiliaries: number of auxiliaries. 1 is the paper's. Of N, sample number i sees the one of
-            number i % N, which only its samples' gradients move (`BiLoRA.samples`), so N samples
-            have one each.
         auxiliary_rank: rank of the auxiliary; None uses the primary's.
         auxiliary_alpha: alpha of the auxiliary; None uses the primary's.
-        rho: radius of the ball that bounds the auxiliary (Eq. 8). "auto" sets itself by the losses
-            given to `BiLoRA.observe`.
+        rho: radius of the ball that bounds the auxiliary (Eq. 8).
         rho_norm: what the ball bounds: "scaled" is the change of the weights, s * B2 @ A2;
             "unscaled" is B2 @ A2, as in Eq. 10.
-        loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
-            None is 0.2, with several auxiliaries 0.4.
-        auxiliary_snr_gamma: with several auxiliaries, an image sees its auxiliary times
-            sqrt(min(SNR, gamma) / gamma), where `BiLoRA.samples` is given ratios; with 0 always the
-            full auxiliary.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
-            `param_groups`. Three times that is right for several auxiliaries on images.
+            `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
             name endings.
         modules_to_save: names of modules whose full weights are trained and saved together with
@@ -60,13 +51,10 @@ class BiLoRAConfig:
 
     rank: int = like(AdapterOptions, "rank", default=8)
     alpha: float = like(AdapterOptions, "lora_alpha", default=16)
-    auxiliaries: int = like(MethodFlags, "auxiliaries")
     auxiliary_rank: int | None = like(MethodFlags, "auxiliary_rank")
     auxiliary_alpha: float | None = like(MethodFlags, "auxiliary_alpha")
-    rho: float | str = like(MethodFlags, "rho", default=_Method.default_rho)
+    rho: float = like(MethodFlags, "rho", default=_Method.default_rho)
     rho_norm: str = like(MethodFlags, "rho_norm")
-    loss_rise: float | None = like(MethodFlags, "loss_rise")
-    auxiliary_snr_gamma: float = like(MethodFlags, "auxiliary_snr_gamma")
     auxiliary_learning_rate: float | None = like(MethodFlags, "auxiliary_learning_rate")
     target_modules: str | tuple[str, ...] = adapters.ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()
@@ -159,30 +147,6 @@ class BiLoRA:
     def bind(self, optimizer: Optimizer) -> None:
         """Project the auxiliary onto the ball after every step of `optimizer` (Eq. 10)."""
         self._method.bind(optimizer)
-
-    def samples(
-        self, numbers: Iterable[int], snr: Iterable[float] = ()
-    ) -> AbstractContextManager[None]:
-        """A context for the forward and backward pass of a micro-batch with several auxiliaries.
-
-        Args:
-            numbers: number of the sample in each row, such as its place in the data set.
-            snr: signal-to-noise ratio of each row, where a model learns to predict noise.
-        """
-        # Numbers may come as a tensor.
-        sample_numbers = [int(number) for number in numbers]
-        ratios = [float(ratio) for ratio in snr]
-        return self._method.around_batch(sample_numbers, ratios)
-
-    def observe(self, loss: Tensor) -> None:
-        """Take the loss of the coming step, before each `optimizer.step()`.
-
-        It is needed only where rho is "auto".
-
-        Args:
-            loss: mean loss over the samples of the step's gradient, 0-d.
-        """
-        self._method.observe(loss)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Context manager that disables the auxiliary, for evaluation without backward passes."""

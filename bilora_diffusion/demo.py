@@ -1,7 +1,7 @@
 """The demo: LoRA and Bi-LoRA learn the colors of 23 icons, and a figure shows what they learned.
 
     bilora demo --output_dir demo
-    bilora demo --rho auto --output_dir demo-auto       # with options of the training script
+    bilora demo --rho 0.5 --output_dir demo-wide        # with options of the training script
     bilora demo --config mini_flow --output_dir demo-flow     # another recipe and its data
 
 Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. Their
@@ -55,7 +55,7 @@ MEASURING_FLAGS = (
     "--checkpointing_steps=75",
     "--checkpoints_total_limit=4",
     "--validation_loss_steps=75",
-    "--validation_part=1/4",
+    "--max_eval_samples=32",
     "--validation_epochs=1000",
 )
 # Number of held-out icons after them whose samples are compared with the truth at each step.

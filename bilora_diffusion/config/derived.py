@@ -1,7 +1,7 @@
 """Defaults and rates that depend on other options, on the method or on the machine.
 
 A rule is a function from the configuration, as far as it is derived, to the option's value. It
-stands beside the option's declaration where it needs no more than the options there.
+is next to the option's declaration where it needs only the options there.
 `image.derived` and `text.config` have the rules of their own options.
 
 Every learning rate of a run, from its default to what the optimizer gets, is here:
@@ -11,8 +11,8 @@ Every learning rate of a run, from its default to what the optimizer gets, is he
     --text_encoder_lr          -> the primaries of trained text encoders
 
 Prodigy (arXiv 2306.06101) estimates one step size for all parameters and takes the learning rate
-as a factor on it, so that under it all rates are ``--learning_rate``. The rates lie beside the
-options and not beside the optimizers, since a run records the rates that it trains with.
+as a factor on it, so that under it all rates are ``--learning_rate``. The rates are with the
+options and not with the optimizers, since a run records the rates that it trains with.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ PRODIGY_RATE = 1.0
 LOW_PRODIGY_RATE = 0.1
 # AdamW moves each weight by about the rate in a step. From this rate on it trains no adapter.
 HIGH_ADAMW_RATE = 0.1
-# An auxiliary of single images moves once per epoch. At the primary's rate it lags behind, and
-# points less well uphill (docs/methods.md).
-SAMPLE_AUXILIARY_FACTOR = 3
-# Digits of a product of rates, so that 3 times 2e-4 is written 0.0006.
-DIGITS = 9
 Config = TypeVar("Config", bound=RunConfig)
 # An option, and the function that derives its value where nobody gave one.
 Rule = tuple[str, Callable[[Config], object]]
@@ -54,18 +49,6 @@ def default_learning_rate(cfg: RunConfig) -> float:
     if cfg.optimizer == "prodigy":
         return PRODIGY_RATE
     return cfg.learning_rate
-
-
-def default_auxiliary_learning_rate(cfg: RunConfig) -> float | None:
-    """Three times the primary's rate for several auxiliaries on images.
-
-    Returns:
-        None for the primary's own rate, which is the paper's (Appendix G).
-    """
-    has_several = cfg.method == "bilora" and cfg.auxiliaries != 1
-    if has_several and cfg.modality == "image":
-        return float(f"{SAMPLE_AUXILIARY_FACTOR * cfg.learning_rate:.{DIGITS}g}")
-    return None
 
 
 def default_text_encoder_lr(cfg: RunConfig) -> float | None:
@@ -103,7 +86,7 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
 
 
 def default_validation_loss_steps(cfg: RunConfig) -> int:
-    """The interval of the measurements in a run that goes by held-out samples; else none."""
+    """Steps between measurements where held-out samples decide what is exported; else none."""
     if cfg.depends_on_heldout and cfg.max_train_steps:
         return cfg.measurement_interval(cfg.max_train_steps)
     return cfg.validation_loss_steps
@@ -113,7 +96,6 @@ DERIVED_DEFAULTS: tuple[Rule[RunConfig], ...] = (  # in this order: each may rea
     ("lora_alpha", default_lora_alpha),  # from the rank
     ("rho", default_rho),  # from the method
     ("learning_rate", default_learning_rate),  # from the optimizer
-    ("auxiliary_learning_rate", default_auxiliary_learning_rate),  # from the learning rate
     ("mixed_precision", default_mixed_precision),
     ("report_to", default_report_to),
 )

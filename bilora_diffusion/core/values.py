@@ -1,6 +1,6 @@
 """Values that an option can have: choices by name, and ranges of numbers.
 
-They stand here, and not beside the code that acts on them, because a command line is read before
+They are here, and not next to the code that uses them, because a command line is read before
 torch and PEFT are imported.
 
 The lower bound of a range is the least number with a meaning. The upper bound is far beyond what
@@ -48,13 +48,7 @@ LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
 
 # Adapters and methods.
 INITS = ("default", "gaussian", "pissa", "lora-ga")  # first values of the primary
-# Value of `--rho`: a radius that sets itself.
-AUTO = "auto"
-# Value of `--auxiliaries`: one for each sample.
-SAMPLE = "sample"
 RHO_NORMS = ("scaled", "unscaled")
-BALLS = ("global", "per-layer", "none")
-DIRECTIONS = ("ascent", "descent")
 SCHEDULES = ("constant", "linear", "cosine")
 
 ADAPTER_GUIDANCE = "adapter"
@@ -82,17 +76,11 @@ MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def part_prefix(measure: str) -> str:
-    """Start of the names of a measure's values for parts of the samples, before the part's number.
-
-    A part is one held-out sample, where there are few of them.
-    """
-    return f"{measure}_of/"
-
-
+# Start of the name of the distance for one held-out picture, before the picture's number.
+DISTANCE_BY_PICTURE = "heldout_distance_of/"
 BY_SAMPLES = "samples"
 BY_LOSS = "loss"
-# What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss.
+# Values of ``--choose_by``: distance of samples to held-out pictures, or held-out loss.
 JUDGES = (BY_SAMPLES, BY_LOSS)
 # The miniature's scorer, where a model that embeds images is asked for.
 EMBEDDED = "embedded"

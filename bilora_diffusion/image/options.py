@@ -59,10 +59,15 @@ WITHOUT_PROMPT = IgnoredCase(
     "add `--validation_prompt` or drop it",
 )
 
+WITHOUT_HELDOUT_IMAGES = IgnoredCase(
+    lambda v: not v["validation_dataset"],
+    "without held-out images",
+    "add `--validation_dataset` or drop it",
+)
 WITHOUT_CHOICE = IgnoredCase(
-    lambda v: not (v["fit"] or v["keep_best"] or v["early_stopping_patience"]),
+    lambda v: not (v["keep_best"] or v["early_stopping_patience"]),
     "where nothing is chosen",
-    "add `--keep_best` or `--fit`, or drop it",
+    "add `--keep_best` or drop it",
 )
 WITHOUT_SAMPLES = IgnoredCase(
     lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
@@ -174,7 +179,7 @@ class DataOptions:
         "lanczos", "How images are resized.", choices=INTERPOLATIONS
     )
     skip_bad_images: bool = option(
-        False, "Leave unreadable images out, and list them, instead of stopping."
+        False, "Skip unreadable images, and list them, instead of stopping."
     )
     cache_latents: str = option(
         "auto",
@@ -200,7 +205,12 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Images and losses that show how training goes."""
+    """Sampled images and measurements during training.
+
+    "validation" has two meanings in the names of these options, as in diffusers' scripts: sampled
+    images (``validation_prompt``, ``validation_epochs``), and the held-out images that are measured
+    (``validation_dataset``, ``validation_loss_steps``).
+    """
 
     section: ClassVar[str] = "validation"
     may_change_on_resume: ClassVar[bool] = True
@@ -285,35 +295,21 @@ class ValidationOptions:
         " mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
         is_path=True,
     )
-    validation_part: str | None = like(
-        HeldOutOptions,
-        "validation_part",
-        ignored=(
-            IgnoredCase(
-                lambda v: not v["validation_dataset"],
-                "without held-out images",
-                "add `--validation_dataset` or drop it",
-            ),
-        ),
+    max_eval_samples: int | None = like(
+        HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_HELDOUT_IMAGES,)
     )
     # Derived: `config.derived.default_validation_loss_steps`.
     validation_loss_steps: int = option(
         0,
         "Measure the held-out loss, and with --choose_by samples the distance of samples, every"
-        " so many steps; 0 measures at the start and the end only. --fit, --keep_best and"
+        " so many steps; 0 measures at the start and the end only. --keep_best and"
         " --early_stopping_patience measure five times by default, with --choose_by loss twenty.",
         range=STEPS.or_zero,
-        ignored=(
-            IgnoredCase(
-                lambda v: not v["validation_dataset"] and not v["fit"],
-                "without held-out images",
-                "add `--validation_dataset`, `--fit`, or drop it",
-            ),
-        ),
+        ignored=(WITHOUT_HELDOUT_IMAGES,),
     )
     choose_by: str = option(
         BY_SAMPLES,
-        "What --fit, --keep_best and --early_stopping_patience go by: samples, the distance of"
+        "Measure that --keep_best and --early_stopping_patience use: samples, the distance of"
         " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
         " held-out loss, which is cheaper and is lowest long before images are best.",
         choices=JUDGES,
@@ -374,7 +370,6 @@ class ImageOptions(
         is_unguided: True if its images have no unconditional prediction by default.
         unguided_scale: largest guidance scale at which its pipeline makes no unconditional
             prediction.
-        predicts_noise: True if the denoiser predicts noise, and not a velocity.
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -385,7 +380,6 @@ class ImageOptions(
     embeds_guidance: bool = False
     is_unguided: bool = False
     unguided_scale: float = 1.0
-    predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"
 

@@ -27,9 +27,9 @@ from ..core.values import (
 from ..methods.options import AdapterOptions, MethodFlags
 
 WITHOUT_ROWS = IgnoredCase(
-    lambda v: not v["task"] and not v["validation_file"] and not v["fit"],
+    lambda v: not v["task"] and not v["validation_file"],
     "without held-out rows",
-    "add `--validation_file`, `--fit`, or drop it",
+    "add `--validation_file` or drop it",
 )
 
 
@@ -108,13 +108,6 @@ class TextDataOptions:
     max_train_samples: int | None = option(
         None, "Use only so many training rows, chosen by seed 0.", range=ROWS
     )
-    max_eval_samples: int | None = option(
-        None,
-        "Use only so many held-out rows.",
-        aliases=("--max_validation_samples",),
-        range=ROWS,
-        may_change_on_resume=True,
-    )
     packing: bool = option(
         False,
         "Put several rows of a causal model into one, up to --max_length; no row sees the others.",
@@ -152,12 +145,11 @@ class TextAdapterOptions(AdapterOptions):
 class TextMethodFlags(MethodFlags):
     """Options of the methods on the command line."""
 
-    rho: float | str | None = like(
+    rho: float | None = like(
         MethodFlags,
         "rho",
         help="Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, of a step uphill 0.01. bilora"
-        " takes auto too: a radius that sets itself by --loss_rise.",
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, of a step uphill 0.01.",
     )
 
 
@@ -236,17 +228,7 @@ class EvaluationOptions:
         aliases=("--per_device_eval_batch_size",),
         range=BATCHES,
     )
-    validation_part: str | None = like(
-        HeldOutOptions,
-        "validation_part",
-        ignored=(
-            IgnoredCase(
-                lambda v: not v["task"] and not v["validation_file"],
-                "without a validation set",
-                "add `--validation_file` or drop it",
-            ),
-        ),
-    )
+    max_eval_samples: int | None = like(HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_ROWS,))
     validation_loss_steps: int = option(
         0,
         "Measure the held-out loss every so many steps; 0: at the start and the end only.",

@@ -11,7 +11,7 @@ stays whole on every process, as under DDP, and its gradients are averaged once 
 - a step costs one all-reduce of the gradients. Split factors would cost two all-gathers for each
   adapted layer in each projection.
 
-It costs memory that is small beside a base in bf16: 16 bytes for each trained number.
+It costs little memory compared with a base in bf16: 16 bytes for each trained number.
 
 ``--compile`` compiles a model's repeated blocks in place with the adapters inside. Only training
 steps run compiled. Measurements, samples and exports use the blocks as they are, so that they are
@@ -69,7 +69,7 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
     distributed = DistributedDataParallelKwargs(
         find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
     )
-    # The other processes may wait for long while one samples images or trains a run of a search.
+    # The other processes may wait for long while one samples images.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
     logs = str(Path(cfg.output_dir, cfg.logging_dir))
     try:
@@ -226,25 +226,19 @@ def tied_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def average_gradients(
-    accelerator: Accelerator, optimizer: Optimizer, unregistered: Sequence[nn.Parameter] = ()
-) -> None:
-    """Average the gradients over all processes that accelerate does not average.
+def average_gradients(accelerator: Accelerator, optimizer: Optimizer) -> None:
+    """Average the gradients over all processes under FSDP2; DDP averages them itself.
 
-    These are all gradients under FSDP2, and under DDP those of parameters that no module holds. A
-    parameter that the rows of a process do not reach (an expert of a mixture, the auxiliary of
-    another process's sample) counts as zero there; one that no process reaches has no gradient.
+    A parameter that the rows of a process do not reach (an expert of a mixture) counts as zero
+    there; one that no process reaches has no gradient.
 
     Args:
         accelerator: engine.
         optimizer: optimizer of all trained parameters.
-        unregistered: the parameters that no module holds.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not accelerator.is_fsdp2:
         return
-    parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(unregistered)
-    if not parameters:
-        return
+    parameters = parameters_of(optimizer)
     # All processes must make the same reductions, so they first agree on which have a gradient.
     is_reached = [float(parameter.grad is not None) for parameter in parameters]
     on_device = torch.tensor(is_reached, device=accelerator.device)
@@ -308,7 +302,7 @@ class Blocks:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Within the context a training step may compile, of which the end prints the time.
+        """Context manager: lets a training step compile, and prints how long it took.
 
         Raises:
             TrainingError: PyTorch could not compile.
@@ -319,7 +313,7 @@ class Blocks:
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import CppCompileError
 
-        # The counters are of the process, so that their differences are of the step.
+        # The counters belong to the process; their differences belong to the step.
         graphs_before, seconds_before = _compiled()
         try:
             yield

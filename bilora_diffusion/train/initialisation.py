@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def initialise(
     task: Task, targets: Sequence[Target], cfg: RunConfig, accelerator: Accelerator
-) -> bool:
+) -> None:
     """Give the primaries of a task's models their first values, by their init.
 
     Each process computes all values. Then the others take those of the first process, so that all
@@ -43,9 +43,6 @@ def initialise(
         targets: its models after `Method.setup`.
         cfg: training configuration.
         accelerator: engine.
-
-    Returns:
-        True if an init needs weights or gradients.
 
     Raises:
         UserError: the loss reaches no layer of a model.
@@ -145,7 +142,7 @@ def has_fp16_layers(models: Mapping[str, nn.Module]) -> bool:
 
 @contextlib.contextmanager
 def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the context backward passes add up the gradients of the base weights.
+    """Context manager: backward passes add up the gradients of the base weights.
 
     The adapters are off, so that the gradients are those of the base model. Each goes to the CPU as
     soon as it is computed, and `.grad` is freed: the device has one layer's at a time, the CPU all

@@ -19,13 +19,10 @@ from torch import Tensor, nn
 from ..config.run import RunConfig
 from ..core.errors import TrainingError
 from ..core.seeds import generator
-from ..core.values import HELDOUT_LOSS, part_prefix
 from ..methods import Target
 from ..run.data import SampleContent
 
-# Largest number of parts of the held-out samples that are logged, each as a column.
-MAX_PARTS = 128
-# Number of times that a sample appears in one pass over the data: of all samples, or of each.
+# Number of times that a sample appears in one pass over the data: one number, or one per sample.
 Repeats = int | Sequence[int]
 
 
@@ -40,9 +37,6 @@ class MicroBatch:
             same.
         inputs: arguments of the task's module.
         levels: noise levels of its images, in the units of the log.
-        samples: number in the training set of the sample of each row of the module's input; None
-            for a row that is no sample, such as a class image.
-        snr: signal-to-noise ratio of each row, for models that predict noise.
     """
 
     slots: tuple[int, ...]
@@ -50,8 +44,6 @@ class MicroBatch:
     digests: tuple[str, ...]
     inputs: dict[str, Any] = field(repr=False)
     levels: tuple[float, ...] = ()
-    samples: tuple[int | None, ...] = ()
-    snr: tuple[float, ...] = ()
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """The inputs on a device."""
@@ -64,8 +56,6 @@ class MicroBatch:
 
 
 Config = TypeVar("Config", bound=RunConfig)
-# Positions of the samples to learn from, and of those to hold out.
-Fold = tuple[Sequence[int], Sequence[int]]
 
 
 class Task(Protocol[Config]):
@@ -88,16 +78,6 @@ class Task(Protocol[Config]):
     @property
     def module(self) -> nn.Module:
         """Module with the trained models as children; ``module(inputs)`` gives a loss per slot."""
-        ...
-
-    @property
-    def sample_names(self) -> Sequence[str]:
-        """Names of the samples of the training set, in the order of their numbers."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of all samples, by which they are dealt into folds."""
         ...
 
     def data_summary(self) -> str:
@@ -132,40 +112,14 @@ class Task(Protocol[Config]):
         """Names and hashes of the held-out samples, in order; [] without a set."""
         ...
 
-    def with_config(
-        self, cfg: Config, fold: Fold | None = None, is_trial: bool = False
-    ) -> Task[Config]:
-        """A task of another configuration, on the same models and encoded data.
-
-        Args:
-            cfg: configuration of the new task.
-            fold: samples to learn from and to hold out; None for all samples and the held-out set.
-            is_trial: True for a run of a search, which measures the loss of each held-out sample
-                and nothing else.
-        """
+    def with_config(self, cfg: Config) -> Task[Config]:
+        """A task of another configuration, with the same models and encoded data."""
         ...
-
-
-def loss_by_part(
-    losses: Sequence[float], total: float, measure: str = HELDOUT_LOSS
-) -> dict[str, float]:
-    """Losses "heldout_loss_of/N" of parts of the held-out samples; their mean is the held-out loss.
-
-    Args:
-        losses: sum of the losses of each sample.
-        total: number of losses in all of these sums together.
-        measure: name of the mean, such as ``heldout_distance``.
-    """
-    count = min(len(losses), MAX_PARTS)
-    parts = {}
-    for part in range(count):
-        parts[f"{part_prefix(measure)}{part}"] = sum(losses[part::count]) * count / total
-    return parts
 
 
 @contextmanager
 def inference(module: nn.Module) -> Iterator[None]:
-    """Within the context a module is in evaluation mode, and there are no gradients."""
+    """Context manager: puts a module into evaluation mode, without gradients."""
     training = module.training
     module.eval()
     try:
@@ -177,7 +131,7 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explain_memory_errors(action: str, fix: str) -> Iterator[None]:
-    """Within the context an error of a device whose memory is full becomes one sentence.
+    """Context manager: turns the error of a full device memory into one sentence.
 
     Args:
         action: what was done, such as "sampling 4 images".
@@ -248,11 +202,11 @@ class SampleOrder:
 
 
 class KindsOrder:
-    """A stream like that of `SampleOrder` in which all samples of a step are of one kind.
+    """A stream like that of `SampleOrder` in which all samples of a step have one kind.
 
     Each kind has a shuffled stream, which its steps continue. In every pass over the data it gets
     as many steps as its samples fill, so that in the long run all samples appear as often as they
-    repeat, however few are of a kind. The steps of a pass are shuffled.
+    repeat, however few have a kind. The steps of a pass are shuffled.
 
     Args:
         kinds: kind of each sample.

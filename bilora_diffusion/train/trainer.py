@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..config.run import RunConfig
-from ..core.errors import Diverged, UserError
+from ..core.errors import TrainingError, UserError
 from ..core.files import counted
 from ..core.seeds import digest_texts, seed_of
 from ..methods import Method
@@ -57,16 +57,10 @@ class Trainer:
         cfg: training configuration.
         accelerator: engine with ``gradient_accumulation_steps=1``: the trainer itself cuts steps
             into micro-batches.
-        last_step: last step of the run; None for the end of its schedules.
     """
 
     def __init__(
-        self,
-        task: Task,
-        method: Method,
-        cfg: RunConfig,
-        accelerator: Accelerator,
-        last_step: int | None = None,
+        self, task: Task, method: Method, cfg: RunConfig, accelerator: Accelerator
     ) -> None:
         self.task = task
         self.method = method
@@ -74,7 +68,6 @@ class Trainer:
         self.accelerator = accelerator
         self.layout = StepLayout.from_config(cfg, accelerator)
         self.num_steps = total_steps(cfg, task.num_samples, self.layout.step_size)
-        self.last_step = last_step or self.num_steps
         self.step = 0
 
         # The adapters' first values depend on the seed alone, not on earlier random numbers.
@@ -99,7 +92,7 @@ class Trainer:
         self._content: dict[str, Any] | None = None
         self._nonfinite_steps = 0  # in a row
         self._skipped_steps = 0  # in a row
-        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # of each forward pass
+        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # for each forward pass
 
     @property
     def validation_steps(self) -> int | None:
@@ -125,8 +118,7 @@ class Trainer:
         Raises:
             TrainingError: a loss or a gradient is not finite.
         """
-        if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
-            self.outcome.begin()
+        initialise(self.task, self.method.targets, self.cfg, self.accelerator)
 
     def probe(self) -> None:
         """Test the model on one sample with a forward and a backward pass, as in a step.
@@ -164,8 +156,8 @@ class Trainer:
             Values for the log.
 
         Raises:
-            Diverged: a loss is not finite, or the gradients of many steps in a row; nothing was
-                saved since.
+            TrainingError: a loss is not finite, or the gradients of many steps in a row are not;
+                nothing was saved since.
         """
         started = time.perf_counter()
         self._losses_of_step.clear()
@@ -175,7 +167,6 @@ class Trainer:
         # A step that the gradient scaler skips has changed no weights.
         if not self.clipped.skipped:
             self.lr_scheduler.step()
-            self.outcome.update()
         self.step += 1
 
         # Up to here work was only queued on the device. Reading its numbers waits for all of it.
@@ -203,7 +194,7 @@ class Trainer:
         return values
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
-        """A closure that leaves the mean gradient of the whole step in ``.grad`` at each call.
+        """A closure that puts the mean gradient of the whole step into ``.grad`` at each call.
 
         It returns the mean loss over all processes, a 0-d tensor.
         """
@@ -217,14 +208,14 @@ class Trainer:
                 # DDP averages gradients over processes in the last backward pass only.
                 is_local = number < len(batches) - 1 and not self.accelerator.is_fsdp2
                 no_sync = self.accelerator.no_sync(self.module) if is_local else nullcontext()
-                with no_sync, self.method.around_batch(batch.samples, batch.snr):
+                with no_sync:
                     losses = self.module(batch.on(device))  # (slots,)
                     self._losses_of_step.append((losses.detach(), batch))
-                    # Micro-batches are of equal size: this adds up to the mean of all slots.
+                    # Micro-batches have equal sizes: this adds up to the mean of all slots.
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total_loss += loss.detach()
-            engine.average_gradients(self.accelerator, self.optimizer, self.method.loose_parameters)
+            engine.average_gradients(self.accelerator, self.optimizer)
             return self.accelerator.reduce(total_loss, reduction="mean")  # pyright: ignore
 
         return forward_backward
@@ -270,7 +261,7 @@ class Trainer:
         if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
             return
         if nonfinite_names:
-            raise Diverged(
+            raise TrainingError(
                 f"the loss at step {self.step} is not finite for {', '.join(nonfinite_names)}:"
                 " lower --learning_rate or look at these samples; the last checkpoint is untouched."
             )
@@ -278,9 +269,9 @@ class Trainer:
     def _require_progress(self) -> None:
         """Refuse gradients that were not finite in too many steps in a row, or in the whole run."""
         self._skipped_steps = self._skipped_steps + 1 if self.clipped.skipped else 0
-        has_learned_nothing = self.step == self.last_step == self._skipped_steps
+        has_learned_nothing = self.step == self.num_steps == self._skipped_steps
         if self._skipped_steps > MAX_SKIPPED_STEPS or has_learned_nothing:
-            raise Diverged(
+            raise TrainingError(
                 f"the gradients of the last {counted(self._skipped_steps, 'step')} were not finite,"
                 " so that fp16's gradient scaler skipped them: give --mixed_precision bf16 or no;"
                 " the last checkpoint is untouched."
@@ -295,17 +286,16 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """True if the run ends here: at its last step, or earlier by its held-out loss."""
-        return self.step >= self.last_step or self.outcome.best.is_exhausted
+        return self.step >= self.num_steps or self.outcome.best.is_exhausted
 
     @contextmanager
     def evaluating(self, final_weights: bool = False) -> Iterator[None]:
-        """Within the context the models are as in use: the primary alone, without compilation.
+        """Context manager: the models are as in use, with the primary alone and uncompiled.
 
         Args:
-            final_weights: True for the weights that the run leaves, False for those of this step.
-                Both are averages if averages are stored.
+            final_weights: True for the weights that the run exports, False for those of this step.
         """
-        weights = self.outcome.applied() if final_weights else self.outcome.averaged()
+        weights = self.outcome.applied() if final_weights else nullcontext()
         uncompiled = nullcontext()
         if self.cfg.compile:
             # Graphs round differently, and users of the exported file compute without them.

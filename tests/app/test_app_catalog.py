@@ -26,7 +26,6 @@ def paths(catalog):
 
 def test_a_scan_finds_runs_and_results_but_not_in_checkpoints_or_too_deep(tmp_path):
     make_run(tmp_path / "b" / "lora")
-    make_run(tmp_path / "b" / "lora" / "fit" / "lora_fold1")  # belongs to a search
     make_run(tmp_path / "a", method="bilora", status="running")
     deep = tmp_path.joinpath(*"cdefghij"[:DEPTH])
     for folder in (deep, deep / "x", tmp_path / "env" / "run"):

@@ -1,17 +1,16 @@
-"""Runs of several concepts from the command line: resumed, paired, searched, with class images."""
+"""Runs of several concepts from the command line: resumed, paired, with class images."""
 
 import json
 import shutil
 from collections import Counter
 
 import pytest
-from safetensors.torch import load_file
 
 import train_dreambooth_bilora
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.record import BY_CONCEPT, read_search
+from bilora_diffusion.run.record import BY_CONCEPT
 from eval.clip_scores.measure import training_sets
 from eval.landscape_points import open_points
 from eval.subjects import gather
@@ -48,12 +47,11 @@ def write_list(path, rows):
 
 
 def values(concepts, **options):
-    """Flags of a short run, with an auxiliary for each image."""
+    """Flags of a short run."""
     return {
         "dataset": concepts,
         "pretrained_model_name_or_path": "mini",
         "max_train_steps": 4,
-        "auxiliaries": "sample",
         "train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "checkpointing_steps": 2,
@@ -71,8 +69,6 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
     run = train(tmp_path / "run", **values(concepts, **image_options))
     assert "6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5)" in caplog.text
     assert "4 steps of 2 (0.571 epochs)" in caplog.text, "an epoch has 14 samples"
-    saved = load_file(run / "checkpoints" / "step-4" / "adapters.safetensors")
-    assert sum("/auxiliary/" in key for key in saved) == 6, "one for each image, not each repeat"
 
     rows = [row for row in runlog.read_metrics(run) if "heldout_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
@@ -110,25 +106,6 @@ def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
     stdout = capsys.readouterr().out
     assert "data: 6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5) at 64 px" in stdout
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.slow
-def test_a_search_deals_the_images_of_all_concepts_into_folds(concepts, tmp_path):
-    rows = json.loads(concepts.read_text())
-    for row in rows:
-        row["validation_dataset"] = None
-    training_list = write_list(tmp_path / "training.yaml", rows)
-    space = tmp_path / "space.yaml"
-    space.write_text("method: [lora]\nrank: [2, 4]\n")
-    fit = {"fit": True, "fit_space": space, "fit_budget": 16, "fit_folds": 2}
-    run = train(tmp_path / "fit", **values(training_list, **fit))
-    record = read_search(run / "fit.json")
-    assert record is not None
-    choice = record["choice"]
-    # LoRA does not read `--auxiliaries sample`, which therefore leaves its last run as it is.
-    assert runlog.read_run(run)["results"]["steps"] == choice["steps"]
-    chosen_runs = [run for run in record["runs"] if run["title"] == choice["title"]]
-    assert {run["fold"] for run in chosen_runs} == {1, 2}
 
 
 @pytest.mark.slow

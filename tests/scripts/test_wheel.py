@@ -71,7 +71,7 @@ def answers(installed, folder, commands):
 
 
 def test_the_demo_trains_and_draws(installed, tmp_path):
-    demo = "demo --max_train_steps 4 --validation_part 1/32 --num_validation_images 0"
+    demo = "demo --max_train_steps 4 --max_eval_samples 4 --num_validation_images 0"
     demo_answer, export_answer = answers(installed, tmp_path, [demo, "export demo/bilora"])
     code, output = demo_answer
     assert code == 0, output
