@@ -41,7 +41,7 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work. The message says what is saved and how to go on.
+    """A signal ended the work. The message says what is saved and how to resume.
 
     Attributes:
         number: number of the signal.

@@ -168,7 +168,7 @@ class PlannedRun:
 
     Attributes:
         cfg: its configuration.
-        checkpoint_folder: checkpoint to go on from; None for a new run.
+        checkpoint_folder: checkpoint to resume from; None for a new run.
         is_finished: True if an earlier command has trained it to its end.
     """
 

@@ -350,7 +350,7 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
     except Exception as error:
         if disk_is_full(error):
             sentence = (
-                f"the disk that holds {folder} is full: make room and go on with"
+                f"the disk that holds {folder} is full: make room and resume with"
                 " --resume_from_checkpoint auto"
             )
             _close(log, "failed", sentence)

@@ -85,7 +85,7 @@ def run(
         task: task that is trained.
         accelerator: engine of the run.
         folder: run folder.
-        checkpoint_folder: checkpoint to go on from; None for a new run.
+        checkpoint_folder: checkpoint to resume from; None for a new run.
         repo_id: hub repository that the folder is pushed to.
 
     Returns:
@@ -123,7 +123,7 @@ def run(
             failures = loop.run(trainer, folder, log, None if log is None else export)
             # A signal that ended the loop after a step is recorded like one that ended it within.
             if not trainer.is_finished:
-                raise KeyboardInterrupt
+                raise Interrupted
             results = {} if log is None else measured_results(trainer, folder)
             if failures:
                 results["failed_evaluations"] = [failure._asdict() for failure in failures]
@@ -177,7 +177,7 @@ def require_evaluated(folder: Path) -> None:
 
 
 def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
-    """Begin the record of a run or go on with it; a new run deletes files that it may overwrite."""
+    """Begin or continue the record of a run; a new run deletes files that it may overwrite."""
     cfg = trainer.cfg
     if not is_resumed:
         clear(folder, overwrite=cfg.overwrite_output_dir)
