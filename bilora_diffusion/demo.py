@@ -1,7 +1,7 @@
 """The demo: LoRA and Bi-LoRA learn the colors of 23 icons, and a figure shows what they learned.
 
     bilora demo --output_dir demo
-    bilora demo --rho auto --output_dir demo-auto       # with options of the training script
+    bilora demo --rho 0.5 --output_dir demo-wide        # with options of the training script
     bilora demo --config mini_flow --output_dir demo-flow     # another recipe and its data
 
 Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. Their

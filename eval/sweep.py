@@ -10,7 +10,7 @@ An experiment is a YAML file:
     recipe: recipes/mini.yaml
     variants:
       LoRA: {method: lora}
-      LoRA + EMA: {method: lora, use_ema: true}
+      LoRA-SAM: {method: lora-sam}
       Bi-LoRA: {method: bilora}
     axes: {rho: [0.05, 1]}             # Bi-LoRA with both; LoRA has no rho
     seeds: 0..4
