@@ -22,6 +22,8 @@ from .table import Entry, Row, Summary
 
 # The units that are averaged and paired
 SEED, ITEM = "seed", "item"
+# Start of the name of a metric at one training loss, which depends on all runs of a result
+EQUAL_TRAINING = "equal_training"
 # Verdicts on a difference
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
@@ -260,7 +262,7 @@ def equal_training(
         values = [row.value or 0.0 for row in curve.rows]
         value = at_training_loss(curve.losses, values, common_loss.training_loss)
         if value is not None:
-            equal_row = _with_prefix("equal_training", curve.rows[0])
+            equal_row = _with_prefix(EQUAL_TRAINING, curve.rows[0])
             equal_rows.append(replace(equal_row, value=value))
     return common_loss, equal_rows
 

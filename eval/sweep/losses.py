@@ -1,15 +1,15 @@
-"""Metrics, figures and sentences of a sweep's report."""
+"""The report of losses, or of another metric of the log: metrics, figures and sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 
-from bilora_diffusion.core.values import TRAINING_GRID_LOSS
+from bilora_diffusion.core.values import HELDOUT_LOSS, TRAINING_GRID_LOSS
 
-from . import report
-from .plot import Curve, Forest, Panel
-from .table import Entry, Metric, Result
+from .. import report
+from ..plot import Curve, Forest, Panel
+from ..table import Entry, Metric, Result
 
 # Metric beside those of ``metrics.jsonl``
 SECONDS = "seconds_per_step"
@@ -24,11 +24,8 @@ def metrics(result: Result) -> dict[str, Metric]:
     """
     name = result.settings["metric"]
     higher_is_better = result.settings["higher_is_better"]
-    means: list[float] = []
-    for group in result.groups:
-        line = result.summary(group, f"final {name}")
-        if line is not None and line.mean is not None:
-            means.append(abs(line.mean))
+    # Runs of which only scored checkpoints are recorded have no final value.
+    means = _means(result, f"final {name}") or _means(result, name)
     scale, form = 1, ".4f"
     if means and max(means) < 1 and not higher_is_better:
         scale, form = 1000, ".2f"
@@ -42,12 +39,26 @@ def metrics(result: Result) -> dict[str, Metric]:
     return {
         TRAINING_GRID_LOSS: make_metric(TRAINING_GRID_LOSS),
         f"final {TRAINING_GRID_LOSS}": make_metric(f"final {TRAINING_GRID_LOSS}"),
-        name: make_metric(name),
+        name: make_metric("held-out loss" if name == HELDOUT_LOSS else name),
         f"final {name}": make_metric("final"),
         f"best {name}": make_metric(f"{extreme} over training"),
         f"equal_training {name}": make_metric(f"at equal training loss{loss_text}"),
         SECONDS: Metric("s per step"),
     }
+
+
+def _means(result: Result, name: str) -> list[float]:
+    """Sizes of the means of a metric in all groups and at all steps."""
+    means = []
+    for line in result.summaries:
+        if line.metric == name and line.mean is not None:
+            means.append(abs(line.mean))
+    return means
+
+
+def has_key_figures(result: Result) -> bool:
+    """Test that the metric at the end of training is known of any run."""
+    return bool(result.select(f"final {result.settings['metric']}"))
 
 
 def suffix(result: Result) -> str:
@@ -104,7 +115,7 @@ def notes(result: Result) -> Iterator[str]:
             f"With {intervals} intervals in a column, one in twenty misses its value by chance"
             " alone."
         )
-    for label in settings["arms"]:
+    for label in settings["variants"]:
         if settings["paired"].get(label) is False:
             yield (
                 f"{label} did not see the control's inputs at each step (by their digests), so it"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from eval.table import Metric
+from ..table import Metric
 
 # Captions that a rule may sample, as many as `--choose_by samples` takes
 CAPTIONS = 8
@@ -33,7 +33,7 @@ Truths = Mapping[int, Sequence[float]]
 
 
 def regrets(truths: Truths, losses: Mapping[int, float]) -> dict[str, float]:
-    """The regret of each rule on one run; {} if there are fewer than two parts of captions.
+    """The regret of each rule on one run; {} without two parts of captions with a ground truth.
 
     Captions beyond the last whole part are left out.
 
@@ -42,7 +42,7 @@ def regrets(truths: Truths, losses: Mapping[int, float]) -> dict[str, float]:
         losses: held-out loss by step. Without one at each checkpoint the rule by loss is left out.
     """
     steps = sorted(truths)
-    parts = len(truths[steps[0]]) // CAPTIONS
+    parts = min(map(len, truths.values()), default=0) // CAPTIONS
     if parts < 2:
         return {}
     rule_regrets: dict[str, list[float]] = {}

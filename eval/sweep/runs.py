@@ -25,8 +25,8 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.run import checkpoint, runlog
 
-from .sweep_plan import Run
-from .sweep_reporting import FAILED, FINISHED, WAITING
+from .losses import FAILED, FINISHED, WAITING
+from .plan import Run
 
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"
@@ -35,8 +35,9 @@ LAUNCHER = "accelerate.commands.launch"
 PATIENCE_SECONDS = 30.0
 # From one look at the running processes to the next
 POLL_SECONDS = 0.05
-# Variable that sets PyTorch's number of threads
+# Variables that set PyTorch's number of threads, and the GPUs that it sees
 THREADS = "OMP_NUM_THREADS"
+GPUS = "CUDA_VISIBLE_DEVICES"
 # Stands before the sentence of a run that failed
 ERROR_MARK = "error: "
 # End of the output of a run that failed without a sentence
@@ -78,7 +79,7 @@ class Runner:
     recipe: Path
     # Folder of the run folders; must exist
     runs_dir: Path
-    # Runs at a time; several share the cores among them
+    # Runs at a time; several share the cores and the GPUs among them
     jobs: int = 1
     # Name of a run -> its outcome so far
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -119,7 +120,9 @@ class Runner:
                 while waiting or processes:
                     # Start as many as may run, then look which have ended.
                     while waiting and len(processes) < self.jobs:
-                        processes.append(RunProcess(self, waiting.pop(0)))
+                        used_slots = {process.slot for process in processes}
+                        slot = min(set(range(self.jobs)) - used_slots)
+                        processes.append(RunProcess(self, waiting.pop(0), slot))
                         bar.set_postfix_str(", ".join(p.run.name for p in processes))
                     for process in list(processes):
                         if process.is_running():
@@ -138,15 +141,23 @@ class Runner:
         if outcome.status == FAILED:
             bar.write(f"{outcome.run} failed: {outcome.error}", file=sys.stderr)
 
-    def environment(self) -> dict[str, str] | None:
-        """Environment of each run; None for that of this process.
+    def environment(self, slot: int) -> dict[str, str] | None:
+        """Environment of a run; None for that of this process.
 
-        Runs at a time share the cores, unless the user has set the number of threads.
+        Runs at a time share the cores, unless the user has set the number of threads, and take
+        turns with the GPUs that this process sees.
+
+        Args:
+            slot: number of the run among those at a time, from 0 on.
         """
-        if self.jobs == 1 or THREADS in os.environ:
+        if self.jobs == 1:
             return None
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        return {**os.environ, THREADS: str(threads)}
+        environment = dict(os.environ)
+        environment.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        gpus = visible_gpus()
+        if gpus:
+            environment[GPUS] = gpus[slot % len(gpus)]
+        return environment
 
     def _record(self) -> None:
         outcomes = []
@@ -159,11 +170,22 @@ class Runner:
         write_text(self.runs_dir / RECORD, dump_json(record))
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as `GPUS` names them."""
+    names = os.environ.get(GPUS)
+    if names is not None:
+        return [name.strip() for name in names.split(",") if name.strip()]
+    import torch  # here, so that --help does not wait for it
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 class RunProcess:
     """A run in a process group of its own, with its output in ``<folder>.log``."""
 
-    def __init__(self, runner: Runner, run: Run) -> None:
+    def __init__(self, runner: Runner, run: Run, slot: int) -> None:
         self.run = run
+        self.slot = slot
         self.folder = runner.runs_dir / run.name
         self.log = Path(f"{self.folder}.log")
         with self.log.open("ab") as log:
@@ -177,7 +199,7 @@ class RunProcess:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # a group that can be ended as a whole
-                env=runner.environment(),
+                env=runner.environment(slot),
             )
 
     def is_running(self) -> bool:

@@ -1,4 +1,4 @@
-"""An experiment, read from a YAML file (see `eval.sweep`), and its runs: variants times seeds.
+"""The runs of an experiment: variants times seeds.
 
 Every run is checked by the training script's own parser before the first one is trained.
 """
@@ -10,20 +10,17 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
-import reprlib
 import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.config import resolving
 from bilora_diffusion.config import run as run_config
-from bilora_diffusion.config.command_line import read_options
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
 from bilora_diffusion.core.fields import default_of
 from bilora_diffusion.core.files import ROOT, without_paths
@@ -31,152 +28,16 @@ from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.text.config import TextConfig
 
-from .command import read_integers
+from .experiment import HELDOUT, IMAGE_SCRIPT, SEED, Experiment, Scores, read_experiment
 
-IMAGE_SCRIPT = "train_dreambooth_bilora.py"
-SEED = "seed"
-# Options of the training script that the sweep sets
-SWEEP_OPTIONS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 # Training script -> class of its configuration
 CONFIGS = {IMAGE_SCRIPT: DreamBoothConfig, "train_text_bilora.py": TextConfig}
 # Options without influence on the training, by which figures are recorded that runs compare
 MEASURING_OPTIONS = (*sorted(run_config.HELDOUT_OPTIONS), "validation_loss_steps")
+# Between labels of ``--variants``, since a label may have commas
+SEPARATOR = ";"
 # Imports a script once, since a method can be registered once.
 import_script = functools.cache(runpy.run_path)
-
-
-def read_value(value: Any) -> bool | str:
-    """A single value of an option."""
-    if not isinstance(value, bool | str):
-        raise ValueError("a single value")
-    return value
-
-
-def read_options_of(mapping: Any) -> Any:
-    """Options by their names in Python; those that the sweep sets are refused."""
-    if mapping is None:
-        return {}
-    if not isinstance(mapping, dict):
-        return mapping
-    options = {}
-    for name, value in mapping.items():
-        option = str(name).replace("-", "_")
-        if option == SEED:
-            raise UserError("an option sets the seed: give seeds instead.")
-        if option in SWEEP_OPTIONS:
-            raise UserError(f"an option sets {option}, which the sweep does: leave it out.")
-        options[option] = value
-    return options
-
-
-def read_seeds(value: Any) -> tuple[int, ...]:
-    """The seeds of ``0..4`` (4 included), of ``0,1,5``, or of a list."""
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return tuple(read_integers(text, f'"{text}" is no list of seeds'))
-
-
-def require_different(values: list[Any]) -> list[Any]:
-    """Refuse a list with a value twice."""
-    for value in values:
-        if values.count(value) > 1:
-            raise UserError(f"{value} stands twice in a list: keep one.")
-    return values
-
-
-# Types of the file's values, which are checked while they are read
-Value = Annotated[Any, BeforeValidator(read_value)]
-Values = Annotated[dict[str, Value], BeforeValidator(read_options_of)]
-Axis = Annotated[list[Value], Field(min_length=1)]
-
-
-class Experiment(BaseModel):
-    """The content of a file; `eval.sweep` explains its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    # YAML file of options that all runs share, or several of them
-    recipe: str | list[str]
-    script: str = IMAGE_SCRIPT
-    # Further options of all runs; those of a variant win
-    options: Values = {}
-    # Label -> options
-    variants: dict[str, Values] = {}
-    # Option -> its values
-    axes: Annotated[dict[str, Axis], BeforeValidator(read_options_of)] = {}
-    # None for the recipe's seed
-    seeds: Annotated[tuple[int, ...] | None, BeforeValidator(read_seeds)] = None
-    # Label of the variant that the others are compared with; None for the first
-    control: str | None = None
-    # Key of ``metrics.jsonl``
-    metric: str = HELDOUT_LOSS
-    higher_is_better: bool = False
-
-
-def read_experiment(path: Path, settings: Sequence[str] = (), **overrides: Any) -> Experiment:
-    """The experiment of a file.
-
-    Args:
-        path: the file.
-        settings: the ``NAME=VALUE`` words of ``--set``, added to the file's options.
-        overrides: further keys that the command line gives; None leaves the file's.
-    """
-    if not path.is_file():
-        raise UserError(f'there is no experiment "{path}": correct the name of the file.')
-    content = read_options(path, f'the experiment "{path}"', "the command line")
-    with placed(f"{path}: "):
-        if not isinstance(content, dict):
-            raise UserError("an experiment is a mapping: write lines like recipe: FILE.yaml.")
-        # Flags are keys of the file that the command line gives, so they are checked as such.
-        content |= {key: value for key, value in overrides.items() if value is not None}
-        return parse(content, read_settings(settings))
-
-
-def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
-    """The typed content of a file, with further options of all runs."""
-    try:
-        experiment = Experiment.model_validate(content)
-    except ValidationError as error:
-        raise UserError(describe(error)) from error
-    experiment = experiment.model_copy(update={"options": {**experiment.options, **options}})
-    # An option has one value in a run.
-    for name, values in experiment.axes.items():
-        require_different(values)
-        in_variants = any(name in options for options in experiment.variants.values())
-        if in_variants or name in experiment.options:
-            raise UserError(f'"{name}" is an axis and set elsewhere too: keep one.')
-    return experiment
-
-
-def describe(error: ValidationError) -> str:
-    """The first problem of a file's content."""
-    # A misspelt key is told first: the key that it stands for is missing only therefore.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    keys = list(Experiment.model_fields)
-    name = ".".join(str(part) for part in problem["loc"][:3] if part not in ("str", "list[str]"))
-    reason = problem.get("ctx", {}).get("error")
-    if isinstance(reason, UserError):
-        return f"{name}: {reason}"
-    if problem["type"] == "extra_forbidden":
-        return f'there is no key "{name}"{did_you_mean(name, keys)}: use {", ".join(keys)}.'
-    if problem["type"] == "missing":
-        return f'it has no "{name}": write it as the experiments in eval/experiments do.'
-    value = reprlib.repr(problem["input"])
-    return f'"{name}" can\'t be {value}: write it as the experiments in eval/experiments do.'
-
-
-def read_settings(words: Sequence[str]) -> dict[str, str]:
-    """The ``NAME=VALUE`` words of ``--set``."""
-    values: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        name = name.strip().lstrip("-")
-        if not (name and equals and value.strip()):
-            raise UserError(f'--set has "{word}": write NAME=VALUE.')
-        if name in values:
-            raise UserError(f'--set gives "{name}" twice: keep one.')
-        values[name] = value
-    return read_options_of(values)
 
 
 @dataclass(frozen=True)
@@ -209,24 +70,78 @@ class Plan:
     experiment: Experiment
     recipe: Path
     script: Path
+    # Labels of all variants of the experiment, in the order of the report
+    labels: Sequence[str]
+    # The variants that are trained
     variants: Sequence[Variant]
     seeds: Sequence[int]
     # Seed by seed, so that pairs are finished early
     runs: Sequence[Run]
     # Label of the variant that the others are compared with
     control: str
+    # Base model of the runs
+    base_model: str
 
 
-def load(path: Path, settings: Sequence[str] = (), **overrides: Any) -> list[Plan]:
-    """The plans of a file's experiment: one for each of its recipes; see `read_experiment`."""
-    experiment = read_experiment(path, settings, **overrides)
+def load(
+    path: Path,
+    settings: Sequence[str] = (),
+    keys: Mapping[str, Any] | None = None,
+    scores_keys: Mapping[str, Any] | None = None,
+    variants: str | None = None,
+) -> list[Plan]:
+    """The plans of a file's experiment: one for each of its recipes.
+
+    Args:
+        path, settings, keys, scores_keys: as of `read_experiment`.
+        variants: labels with semicolons between them; None for all variants.
+    """
+    experiment = read_experiment(path, settings, keys, scores_keys)
     with placed(f"{path}: "):
         script = find_script(experiment.script)
-        name = Path(path.stem)
-        if isinstance(experiment.recipe, str):
-            return [make_plan(experiment, name, find_recipe(experiment.recipe), script)]
-        recipes = map(find_recipe, experiment.recipe)
-        return [make_plan(experiment, name / recipe.stem, recipe, script) for recipe in recipes]
+        if experiment.scores is not None:
+            experiment = with_checkpoints(experiment, experiment.scores, script)
+        recipes, names = [experiment.recipe], [Path(path.stem)]
+        if not isinstance(experiment.recipe, str):
+            recipes = experiment.recipe
+            names = [Path(path.stem) / Path(recipe).stem for recipe in recipes]
+        plans = []
+        for recipe, name in zip(recipes, names, strict=True):
+            plan = make_plan(experiment, name, find_recipe(str(recipe)), script)
+            plans.append(plan if variants is None else with_variants(plan, variants))
+        return plans
+
+
+def with_checkpoints(experiment: Experiment, scores: Scores, script: Path) -> Experiment:
+    """The experiment with options by which its runs save the checkpoints that are sampled.
+
+    Options that the experiment gives stay as they are.
+    """
+    if CONFIGS.get(script.name) is TextConfig:
+        raise UserError(f"scores are those of images, and {script.name} trains on text.")
+    options = {
+        "max_train_steps": str(max(scores.steps)),
+        # The largest interval that has all sampled steps
+        "checkpointing_steps": str(math.gcd(*scores.steps)),
+        # No limit: a checkpoint of an interruption must not push out one that is sampled.
+        "checkpoints_total_limit": "0",
+        "num_validation_images": "0",
+    }
+    return experiment.model_copy(update={"options": {**options, **experiment.options}})
+
+
+def with_variants(plan: Plan, text: str) -> Plan:
+    """The plan with only the variants of these labels, which have semicolons between them."""
+    labels = [label.strip() for label in text.split(SEPARATOR)]
+    for label in labels:
+        if label not in plan.labels:
+            raise UserError(
+                f'--variants has "{label}"{did_you_mean(label, plan.labels)}: choose from'
+                f" {f'{SEPARATOR} '.join(plan.labels)}."
+            )
+    variants = [variant for variant in plan.variants if variant.label in labels]
+    runs = [run for run in plan.runs if run.variant in labels]
+    return dataclasses.replace(plan, variants=variants, runs=runs)
 
 
 def find_recipe(name: str) -> Path:
@@ -270,8 +185,45 @@ def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) ->
             identity = {**identity_of(config, script), SEED: seed}
             folder = folder_name(variant.label, seed, identity)
             runs.append(Run(folder, variant.label, seed, flags))
-    control = choose_control(experiment.control, [variant.label for variant in variants])
-    return Plan(name, experiment, recipe, script, variants, seeds, runs, control)
+    labels = [variant.label for variant in variants]
+    if experiment.scores is not None:
+        scores = check_scores(experiment.scores, labels, configs)
+        experiment = experiment.model_copy(update={"scores": scores})
+    return Plan(
+        name,
+        experiment,
+        recipe,
+        script,
+        labels,
+        variants,
+        seeds,
+        runs,
+        control=choose_control(experiment.control, labels),
+        base_model=configs[0].base_model,
+    )
+
+
+def check_scores(scores: Scores, labels: Sequence[str], configs: Sequence[Any]) -> Scores:
+    """Check that each run saves the sampled checkpoints; name the held-out set in the prompts."""
+    for label, config in zip(labels, configs, strict=True):
+        last_step = config.max_train_steps
+        interval = config.checkpointing_steps
+        for step in scores.steps:
+            is_saved = interval and step % interval == 0
+            if not is_saved or (last_step is not None and step > last_step):
+                raise UserError(
+                    f'scores.steps has {step}, at which the variant "{label}" has no checkpoint:'
+                    " leave max_train_steps and checkpointing_steps out of its options."
+                )
+    if scores.prompts != HELDOUT:
+        return scores
+    heldout = configs[0].validation_dataset
+    if heldout is None:
+        raise UserError(
+            f"scores.prompts is {HELDOUT}, and the runs have no held-out images: give them a"
+            " validation_dataset, or name the prompts."
+        )
+    return scores.model_copy(update={"prompts": heldout})
 
 
 def make_variants(
@@ -307,7 +259,9 @@ def resolve(
         config = config_class.resolve(
             ["--config", str(recipe), *flags, "--output_dir=run", "--overwrite_output_dir"]
         )
-    if experiment.metric == HELDOUT_LOSS and getattr(config, "validation_dataset", "") is None:
+    # Samples need no held-out loss.
+    is_required = experiment.metric == HELDOUT_LOSS and experiment.scores is None
+    if is_required and getattr(config, "validation_dataset", "") is None:
         raise UserError(
             f'the variant "{label}" would have no {HELDOUT_LOSS}: give it a validation_dataset, or'
             " compare by another metric."

@@ -1,28 +1,46 @@
 """Train the runs of an experiment, and compare its variants with a control, paired by seed.
 
     python -m eval.sweep eval/experiments/lora_bilora.yaml
-    python -m eval.sweep eval/experiments/radius_mini.yaml --output_dir results/radius_mini
-    python -m eval.sweep eval/experiments/lora_bilora.yaml --seeds 0,1 \\
-        --set max_train_steps=2 num_validation_images=0 --runs_dir runs/try    # minutes on a CPU
+    python -m eval.sweep eval/experiments/pictures_icons.yaml --output_dir results/pictures_icons
+    python -m eval.sweep eval/experiments/sdxl_3d_icon.yaml --dry_run         # hours and memory
+    python -m eval.sweep eval/experiments/pictures_icons.yaml --variants "LoRA;Bi-LoRA" \\
+        --seeds 0 --steps 20,40 --max_prompts 8 --runs_dir runs/try          # minutes on a CPU
 
 An experiment is a YAML file:
 
     recipe: recipes/mini.yaml
     variants:
       LoRA: {method: lora}
-      LoRA + EMA: {method: lora, use_ema: true}
+      LoRA-SAM: {method: lora-sam}
       Bi-LoRA: {method: bilora}
-    axes: {rho: [0.05, 1]}             # Bi-LoRA with both; LoRA has no rho
+    axes: {rho: [0.05, 1]}             # LoRA-SAM and Bi-LoRA with both; LoRA has no rho
     seeds: 0..4
+    scores:                            # sample checkpoints and score the samples
+      prompts: mini-heldout            # --prompts of eval.clip_scores, or heldout
+      max_prompts: 32
+      steps: [100, 300]                # checkpoints
+      guidances: [adapter:4, base:2]   # whose unconditional prediction, and the scale
+      seeds: [0]                       # of the images of each prompt
+      options: {skip_captions: true}   # further options of eval.clip_scores
+      memory_gigabytes: 38             # of the models that sample and score, if they are large
 
 Further keys: script (default: train_dreambooth_bilora.py), options (of all runs), control (default:
 the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a list, there
-is one comparison for each of its recipes.
+is one comparison for each of its recipes. `prompts: heldout` are the captions of the runs' held-out
+images. With scores, the runs end at the last of the steps and keep their checkpoints.
 
-Every run is checked by the training script's own parser before the first one starts. A finished run
-is not repeated and an interrupted one goes on, so the same command can be given again at any time.
-Writes rows.csv, summary.csv, result.json, report.md and sweep.png, beside the runs in
-RUNS_DIR/EXPERIMENT.
+"guidance 4" takes both predictions from the adapter, as every program does; "base's guidance 2"
+takes the unconditional one from the base model. All variants get the same prompts and the same
+initial noise. A seed's value is the mean over its images.
+
+Every run is checked by the training script's own parser before the first one starts, and so are the
+scorer and the memory of the GPU. A finished run is not repeated and an interrupted one goes on, so
+the same command can be given again at any time. With scores, runs whose rows are in --output_dir
+stay there and are not repeated either: seeds and variants can be added later, without the folders
+of the first ones. Each run trains on one GPU; with --jobs several run at a time, on all GPUs.
+
+Writes rows.csv, summary.csv, result.json, report.md and figures, beside the runs in
+RUNS_DIR/EXPERIMENT. They hold no path of this machine.
 """
 
 from __future__ import annotations
@@ -38,22 +56,25 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.files import without_paths
+from bilora_diffusion.core.files import counted, without_paths
 from bilora_diffusion.core.values import TRAINING_GRID_LOSS, WORKERS
 
-from . import compare, plot
-from . import sweep_reporting as reporting
-from .command import Parser, open_folder, run
-from .evaluation import Evaluation
-from .report import Column
-from .sources import open_run
-from .subjects import Subject, by_group, paired
-from .sweep_reporting import FINISHED, SECONDS, WAITING
-from .table import Result, Row, command_line
+from .. import compare, plot
+from ..command import COUNTS, Parser, open_folder
+from ..evaluation import Evaluation
+from ..report import Column
+from ..sources import open_run
+from ..subjects import Subject, by_group, paired
+from ..table import Result, Row
+from . import losses
+from .losses import FINISHED, SECONDS, WAITING
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
-    from .sweep_plan import Plan
-    from .sweep_runs import Outcome
+    from .plan import Plan, Run
+    from .runs import Outcome
+
+
+FIGURE = "sweep.png"
 
 
 @dataclass(frozen=True)
@@ -62,13 +83,24 @@ class SweepOptions:
 
     section = "sweep"
     set: list[str] = option([], "Options of all runs, NAME=VALUE.")  # noqa: RUF009
+    variants: str | None = option(
+        None, "Labels with semicolons between them, of the variants to train (default: all)."
+    )
     seeds: str | None = option(None, "Seeds instead of the experiment's, as 0..4 or 0,1.")
     metric: str | None = option(None, "Key in metrics.jsonl instead of the experiment's.")
+    steps: str | None = option(None, "Sampled checkpoints instead of the experiment's.")
+    guidances: str | None = option(
+        None, "Kinds of guidance instead of the experiment's, as adapter:4,base:2."
+    )
+    max_prompts: int | None = option(None, "Sample the first prompts only.", range=COUNTS)
+    processes: int | None = option(None, "Sampling processes.", range=WORKERS)
     runs_dir: Path = option(  # noqa: RUF009
         Path("runs"), "Folder that gets a folder of runs for each experiment."
     )
-    jobs: int = option(1, "Runs at a time, which share the cores.", range=WORKERS)
-    dry_run: bool = option(False, "Check and list the runs only.")
+    jobs: int = option(1, "Runs at a time, which share the cores and the GPUs.", range=WORKERS)
+    dry_run: bool = option(
+        False, "Check and list the runs only; with scores also the hours and the memory."
+    )
 
 
 class Sweep(Evaluation):
@@ -77,17 +109,17 @@ class Sweep(Evaluation):
     A subject is a run, a group is a variant. ``about`` of a subject has the run's outcome:
     ``status`` (finished, failed or waiting), ``exit_code`` and ``error``.
 
-    ``settings``: ``recipe``, ``metric``, ``higher_is_better``, ``seeds``; ``arms``, label of a
-    variant -> its ``options``; ``paired``, label -> whether its runs saw the control's inputs;
-    ``equal_training``, the training loss at which variants are compared and the variant that sets
-    it, or None.
+    ``settings``: ``experiment``, ``recipe``, ``metric``, ``higher_is_better``, ``seeds``;
+    ``variants``, label -> its options; ``paired``, label -> whether its runs saw the control's
+    inputs; ``equal_training``, the training loss at which variants are compared and the variant
+    that sets it, or None.
     """
 
     name = "sweep"
     options = (SweepOptions,)
 
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
-        from .sweep_runs import Runner
+        from .runs import Runner
 
         # Each experiment has its own folder; its result is beside its runs.
         runs_dir = args.runs_dir / plan.name
@@ -97,31 +129,17 @@ class Sweep(Evaluation):
         self.plan = plan
         self.experiment = plan.experiment
         self.runner = Runner(plan.script, plan.recipe, runs_dir, args.jobs)
-        variants: dict[str, Any] = {}
+        variants = {}
         for variant in plan.variants:
-            variants[variant.label] = {"options": shown_options(variant.values)}
+            variants[variant.label] = shown_options(variant.values)
         self.settings |= {
+            "experiment": str(plan.name),
             "recipe": plan.recipe.name,
             "metric": plan.experiment.metric,
             "higher_is_better": plan.experiment.higher_is_better,
             "seeds": list(plan.seeds),
-            "arms": variants,
+            "variants": variants,
         }
-
-    @classmethod
-    def main(cls, argv: Sequence[str] | None = None) -> int:
-        """Check all experiments, then train and compare one after another."""
-        words = sys.argv[1:] if argv is None else list(argv)
-        command = command_line(f"eval.{cls.name}", words)
-
-        def work() -> int:
-            args = cls.parser().read(words)
-            # All plans are checked before the first run starts.
-            sweeps = [cls(args, command, plan) for plan in load_plans(args)]
-            codes = [sweep.work() or 0 for sweep in sweeps]
-            return max(codes)
-
-        return run(work)
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -144,11 +162,12 @@ class Sweep(Evaluation):
 
     def describe(self) -> str:
         """The variants; in a dry run also the command line of each run and its folder's state."""
-        from .sweep_runs import state
+        from .runs import state
 
         plan = self.plan
-        count = f"{len(plan.variants)} variants x {len(plan.seeds)} seeds = {len(plan.runs)} runs"
-        lines = [f"{plan.name}: {count}"]
+        variants = counted(len(plan.variants), "variant")
+        seeds, runs = counted(len(plan.seeds), "seed"), counted(len(plan.runs), "run")
+        lines = [f"{plan.name}: {variants} x {seeds} = {runs}"]
         for variant in plan.variants:
             mark = " (control)" if variant.label == plan.control else ""
             lines.append(f"  {variant.label}{mark}")
@@ -170,9 +189,10 @@ class Sweep(Evaluation):
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
         """Train the runs that are not finished; print failures, after which the exit code is 1."""
         runs_dir = self.runner.runs_dir
-        outcomes = self.runner.run_all(self.plan.runs)
-        trained = [subject_of(runs_dir, outcome) for outcome in outcomes]
-        self._require_metric(trained)
+        missing = self.missing_runs()
+        outcomes = self.runner.run_all(missing) if missing else []
+        trained = {outcome.run: subject_of(runs_dir, outcome) for outcome in outcomes}
+        self.require_metric(list(trained.values()))
         failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
         if failures:
             reasons = []
@@ -184,9 +204,13 @@ class Sweep(Evaluation):
                 file=sys.stderr,
             )
             self.exit_code = 1
-        return trained
+        return [trained.get(subject.label, subject) for subject in subjects]
 
-    def _require_metric(self, subjects: Sequence[Subject]) -> None:
+    def missing_runs(self) -> Sequence[Run]:
+        """The planned runs that are to be trained, if they are not finished."""
+        return self.plan.runs
+
+    def require_metric(self, subjects: Sequence[Subject]) -> None:
         """Refuse a metric that no run has."""
         metric = self.experiment.metric
         names = set[str]()
@@ -203,18 +227,22 @@ class Sweep(Evaluation):
             )
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        names = dict.fromkeys((self.experiment.metric, TRAINING_GRID_LOSS))  # which may be the same
+        metric = self.experiment.metric
+        names = dict.fromkeys((metric, TRAINING_GRID_LOSS))  # which may be the same
         measured, seconds = [], []
         for line in subject.log():
             if line.get("seconds") is not None:
                 seconds.append(line["seconds"])
             # Both losses are compared at the steps at which the metric was measured.
-            if self.experiment.metric in line:
+            if metric in line:
                 measured.append(line)
+        curve = []
         for line in measured:
             for name in names:
                 if name in line:
-                    yield subject.row(name, line[name], step=line["step"])
+                    curve.append(subject.row(name, line[name], step=line["step"]))
+        yield from curve
+        yield from compare.best(curve, metric, self.experiment.higher_is_better)
         if subject.best_step is not None:
             measured = [line for line in measured if line["step"] <= subject.best_step]
         if measured:
@@ -225,37 +253,38 @@ class Sweep(Evaluation):
             yield subject.row(SECONDS, statistics.median(seconds))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        metric = self.experiment.metric
-        control = self.plan.control
-        finished = [subject for subject in subjects if subject.finished]
-        # Runs are paired only if both saw the same inputs at each step.
-        pairs: dict[str, bool | None] = {}
-        if control in by_group(finished):
-            pairs = paired(finished, control)
+        metric, control = self.experiment.metric, self.plan.control
+        pairs = self.pairs(subjects)
         unpaired = [group for group, is_paired in pairs.items() if is_paired is False]
         # A variant that learns less also overfits less. At one training loss that plays no part.
         common_loss, equal_rows = compare.equal_training(rows, metric, TRAINING_GRID_LOSS, unpaired)
-        rows += compare.best(rows, metric, self.experiment.higher_is_better)
         rows += equal_rows
         lines = compare.summaries(rows, control, unpaired=unpaired)
         self.settings["paired"] = pairs
         self.settings["equal_training"] = None if common_loss is None else asdict(common_loss)
         result = self.result(subjects, rows, lines, control)
-        self.notes += reporting.notes(result)
-        return replace(result, metrics=reporting.metrics(result))
+        self.notes += losses.notes(result)
+        return replace(result, metrics=losses.metrics(result))
+
+    def pairs(self, subjects: Sequence[Subject]) -> dict[str, bool | None]:
+        """Variant -> whether its finished runs saw the control's inputs; see `subjects.paired`."""
+        finished = [subject for subject in subjects if subject.finished]
+        if self.plan.control not in by_group(finished):
+            return {}
+        return paired(finished, self.plan.control)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         size = (12, max(3.6, 0.34 * len(result.groups) + 1.6))
-        row = reporting.panels(result)
-        plot.panels(result, folder / "sweep.png", [row], control=result.control, figsize=size)
-        return ["sweep.png"]
+        row = losses.panels(result)
+        plot.panels(result, folder / FIGURE, [row], control=result.control, figsize=size)
+        return [FIGURE]
 
     def introduction(self, result: Result) -> str:
-        return reporting.introduction(result)
+        return losses.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         columns = []
-        for figure in reporting.KEY_FIGURES:
+        for figure in losses.KEY_FIGURES:
             name = f"{figure} {result.settings['metric']}"
             columns.append(Column(name, difference=True, interval=False))
         columns.append(Column(f"final {TRAINING_GRID_LOSS}", interval=False))
@@ -263,22 +292,7 @@ class Sweep(Evaluation):
         return {"": columns}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        return {"seeds": lambda group: reporting.finished(result, group)}
-
-
-def load_plans(args: argparse.Namespace) -> list[Plan]:
-    """The plans of a command line, one for each recipe of each experiment."""
-    from .sweep_plan import load
-
-    plans: list[Plan] = []
-    for path in args.experiments:
-        plans += load(path, args.set, seeds=args.seeds, metric=args.metric)
-    if args.output_dir is not None and len(plans) > 1:
-        raise UserError(
-            f"--output_dir is one folder for {len(plans)} comparisons: leave it out, then each is"
-            " written beside its runs."
-        )
-    return plans
+        return {"seeds": lambda group: losses.finished(result, group)}
 
 
 def shown_options(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,9 +311,3 @@ def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
         return replace(subject, group=outcome.variant, about=about)
     name = outcome.run
     return Subject(name, outcome.variant, source=name, seed=outcome.seed, about=about)
-
-
-main = Sweep.main
-
-if __name__ == "__main__":
-    sys.exit(main())
