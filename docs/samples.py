@@ -9,9 +9,10 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks import picture_table, step_rules
+from bilora_diffusion.core.figures import Interval, mean_interval
 from bilora_diffusion.core.values import HELDOUT_LOSS
-from eval import report, table
+from eval import compare, report, table
+from eval.sweep import step_rules
 from eval.table import Metric, Result, Summary
 
 from .evidence import ROOT, Check, Figure, figure
@@ -258,13 +259,25 @@ def rules() -> Iterable[str]:
     for rule, title in titles.items():
         cells = []
         for name in sets:
-            regret, bounds = picture_table.mean_regret(read(name), rule)
+            regret, bounds = mean_regret(read(name), rule)
             text = report.number(regret, COSINE)
             if bounds is not None:
                 text += f" {report.interval(bounds, COSINE)}"
             cells.append(without_signs_of_zeros(text))
         rows.append((title, *cells))
     yield report.table(("rule", *sets.values()), rows)
+
+
+def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | None]:
+    """Mean regret over variants, guidances and seeds, with its interval over seeds."""
+    regrets_by_seed: dict[int | None, list[float]] = {}
+    for row in result.select(rule):
+        if row.value is not None:
+            regrets_by_seed.setdefault(row.seed, []).append(row.value)
+    if not regrets_by_seed:
+        return None, None
+    seed_means = [compare.mean(regrets) for regrets in regrets_by_seed.values()]
+    return compare.mean(seed_means), mean_interval(seed_means)
 
 
 def judges() -> Iterable[str]:

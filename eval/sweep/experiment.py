@@ -198,16 +198,17 @@ def read_experiment(
         if not isinstance(content, dict):
             raise UserError("an experiment is a mapping: write lines like recipe: FILE.yaml.")
         # Flags are keys of the file that the command line gives, so they are checked as such.
-        content |= _given(keys)
-        given = _given(scores_keys)
-        if given:
+        content |= _without_none(keys)
+        score_values = _without_none(scores_keys)
+        if score_values:
             if not isinstance(content.get("scores"), dict):
-                raise UserError(f"it has no scores, to which --{next(iter(given))} belongs.")
-            content["scores"] = {**content["scores"], **given}
+                flag = next(iter(score_values))
+                raise UserError(f"it has no scores, to which --{flag} belongs: leave it out.")
+            content["scores"] = {**content["scores"], **score_values}
         return parse(content, read_settings(settings))
 
 
-def _given(keys: Mapping[str, Any] | None) -> dict[str, Any]:
+def _without_none(keys: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (keys or {}).items() if value is not None}
 
 

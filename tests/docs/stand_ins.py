@@ -24,8 +24,7 @@ from bilora_diffusion.image import loss
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import TextConfig
 from eval import landscape_points as points
-from eval.sweep import plan
-from eval.sweep import runs
+from eval.sweep import plan, runs
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measurement
 from tests.docs.pages import TEXT_SCRIPT, load_program

@@ -98,8 +98,8 @@ RULES = (
     Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
     Rule(
-        "benchmarks/picture(s|_table).py",
-        reason="hours, or their results: tests/scripts/test_pictures.py",
+        "benchmarks/picture|eval/experiments/(pictures|guided|hold|sdxl|flux2|peft)",
+        reason="samples, which take hours: tests/scripts/test_scored_sweep.py",
     ),
     Rule("fit_regret", reason="hours: it trains a whole space"),
     Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),

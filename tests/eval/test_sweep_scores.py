@@ -44,8 +44,8 @@ def test_runs_keep_the_checkpoints_that_are_sampled(plan):
     assert flags["num_validation_images"] == "0"
     assert flags_of(plan(SCORES, {"steps": "20,50"}))["checkpointing_steps"] == "10"
     # What the experiment says stays.
-    given = flags_of(plan(SCORES, options={"max_train_steps": 12, "checkpointing_steps": 1}))
-    assert (given["max_train_steps"], given["checkpointing_steps"]) == ("12", "1")
+    own_flags = flags_of(plan(SCORES, options={"max_train_steps": 12, "checkpointing_steps": 1}))
+    assert (own_flags["max_train_steps"], own_flags["checkpointing_steps"]) == ("12", "1")
     for options in ({"max_train_steps": 5}, {"checkpointing_steps": 4}):
         with pytest.raises(UserError, match="has no checkpoint: leave max_train_steps"):
             plan(SCORES, options=options)
@@ -80,7 +80,10 @@ def test_bad_scores_are_refused(key, plan):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("pictures_duotone --variants LoRA;Lora", '--variants has "Lora": choose from LoRA; Bi-LoRA; LoRA-SAM.'),
+        (
+            "pictures_duotone --variants LoRA;Lora",
+            '--variants has "Lora": choose from LoRA; Bi-LoRA; LoRA-SAM.',
+        ),
         ("pictures_duotone --guidances best:4", '"best:4" is no kind of guidance'),
         ("pictures_duotone --steps a", "is no list of numbers: write whole numbers"),
         ("lora_bilora --steps 4", "it has no scores, to which --steps belongs"),
@@ -117,13 +120,13 @@ def test_runs_that_can_not_stand_beside_recorded_ones_are_refused():
     record.require_alike(settings, planned)
     assert list(record.subjects) == [entry.label for entry in entries]
 
+    scores = {**settings["scores"], "steps": [1000]}
     with pytest.raises(UserError, match=r"has a result with scores.steps \[100, 300, 500, 1000\]"):
-        scores = {**settings["scores"], "steps": [1000]}
         record.require_alike({**settings, "scores": scores}, planned)
     # The same variant and seed under another name, which has a hash of the options
-    other = [Run("lora-seed0-0", first.group, first.seed or 0, ())]
+    other_runs = [Run("lora-seed0-0", first.group, first.seed or 0, ())]
     with pytest.raises(UserError, match=f"has LoRA with seed 0 .*{first.label}"):
-        record.require_alike(settings, other)
+        record.require_alike(settings, other_runs)
     # Losses alone, which have no scores
     losses = Record(ROOT / "results" / "lora_bilora", "sweep")
     with pytest.raises(UserError, match="has a result with"):
@@ -143,19 +146,23 @@ def test_an_extended_result_names_what_differs_in_its_provenance():
     assert extended.differing == ["commit"]
 
 
-@pytest.mark.parametrize("name", ["pictures_duotone", "guided_target"])
-def test_recorded_runs_are_those_of_the_experiment(name):
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("pictures_duotone", "pictures_duotone"), ("guided_target", "guided_target_icons")],
+)
+def test_recorded_runs_are_those_of_the_experiment(name, folder):
     """So that a seed or a variant can be added to the published result."""
-    folder = ROOT / "results" / {"guided_target": "guided_target_icons"}.get(name, name)
-    result = table.read(folder)
+    result = table.read(ROOT / "results" / folder)
     recorded = {entry.label: (entry.group, entry.seed) for entry in result.subjects}
     (loaded,) = load(EXPERIMENTS / f"{name}.yaml")
     planned = {run.name: (run.variant, run.seed) for run in loaded.runs}
     common = recorded.keys() & planned.keys()
     assert {recorded[run] for run in common} >= {("LoRA", 0)}
     assert all(recorded[run] == planned[run] for run in common)
-    scores = scoring.Scoring(loaded.experiment.scores, folder).settings()
-    settings = {"recipe": "mini.yaml", "options": loaded.experiment.options, "scores": scores}
+    scores = loaded.experiment.scores
+    assert scores is not None
+    settings = {"recipe": "mini.yaml", "options": loaded.experiment.options}
+    settings["scores"] = scoring.Scoring(scores, ROOT).settings()
     assert common_settings(result) == settings
 
 
@@ -173,6 +180,8 @@ def test_a_result_of_recorded_runs_stays_as_it_is(tmp_path, capsys):
     assert set(result.groups) == set(recorded.groups)
     assert result.provenance == recorded.provenance
     line = result.summary("Bi-LoRA, per sample", "truth", "guidance 4", step=300)
+    assert line.mean is not None
+    assert line.difference is not None
     assert f"{100 * line.mean:.2f} ({100 * line.difference:+.2f} [" in capsys.readouterr().out
 
 
@@ -188,7 +197,7 @@ def test_a_small_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(scoring.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(scoring.torch.cuda, "mem_get_info", lambda: (1, 24e9))
     scoring.require_memory(20)
-    with pytest.raises(UserError, match="samples with 38 GB of weights, .* this GPU has 24 GB"):
+    with pytest.raises(UserError, match=r"samples with 38 GB of weights, .* this GPU has 24 GB"):
         scoring.require_memory(38)
 
 
