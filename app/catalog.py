@@ -29,7 +29,6 @@ from bilora_diffusion.core.lora_names import (
     FILE_NAME,
     WEIGHTS,
 )
-from bilora_diffusion.run.folder import FIT
 from bilora_diffusion.run.record import METRICS, RUN, VALIDATION, read_run
 from eval import table
 from eval.table import FILE
@@ -237,8 +236,7 @@ class Catalog:
             subfolders = []
             for entry in entries:
                 path = join(folder, entry.name)
-                is_search = entry.name == FIT and RUN in names  # runs of a search are no own runs
-                if entry.name in SKIPPED or entry.name.startswith(".") or is_search:
+                if entry.name in SKIPPED or entry.name.startswith("."):
                     continue
                 if not is_text(entry.name) and is_folder(Path(entry.path)):
                     scan.broken.append(Broken(join(folder, ascii(entry.name)), RENAME))

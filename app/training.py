@@ -13,9 +13,7 @@ import gradio as gr
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import bytes_for_people, duration
-from bilora_diffusion.run.folder import FIT_RECORD
-from bilora_diffusion.run.record import METRICS, RUN, read_metrics, read_run, read_search
-from bilora_diffusion.train.search.halving import BUDGET
+from bilora_diffusion.run.record import METRICS, RUN, read_metrics, read_run
 from eval.subjects import differing_options
 
 from . import parts
@@ -67,7 +65,7 @@ def cards(runs: Sequence[TrainingRun]) -> tuple[str, str]:
 
 
 def _lines(run: TrainingRun) -> list[str]:
-    """Lines of a run's card: radius and search, progress, and the reason of a fault."""
+    """Lines of a run's card: radius and rate, progress, and the reason of a fault."""
     state = run.state
     if not run.is_readable:
         return [state.reason]
@@ -83,34 +81,16 @@ def _lines(run: TrainingRun) -> list[str]:
     rate = constant_rate(run)
     if rate is not None:
         settings.append(f"learning rate {rate:g}")
-    if run.fit:
-        settings.append(_search_line(run))
-    facts = []
-    if state.steps or not run.fit:  # before a search has ended there are no steps of the run
-        steps = f"{state.steps} steps"
-        if state.total:
-            steps = f"{state.steps} of {state.total} steps"
-        facts = [steps, duration(state.wall_seconds)]
+    steps = f"{state.steps} steps"
+    if state.total:
+        steps = f"{state.steps} of {state.total} steps"
+    facts = [steps, duration(state.wall_seconds)]
     if state.left_seconds:
         facts.append(f"about {duration(state.left_seconds)} left")
     if state.peak_memory_bytes:
         facts.append(f"peak {bytes_for_people(state.peak_memory_bytes)}")
     lines = [" · ".join(settings), " · ".join(facts), state.reason]
     return [line for line in lines if line]
-
-
-def _search_line(run: TrainingRun) -> str:
-    """The choice of a run's search, or how far it is."""
-    choice = run.fit["choice"]
-    budget = run.run.record["config"].get("fit_budget") or BUDGET * (run.state.total or 0)
-    title = "still searching"
-    limit = ""
-    if choice:
-        title = f"{choice['title']}, {choice['steps']} steps"
-    elif budget:
-        limit = f" of at most {budget:,}"
-    count = len(run.fit["runs"])
-    return f"--fit: {title} ({count} runs, {run.fit['spent']:,}{limit} steps)"
 
 
 def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
@@ -286,8 +266,7 @@ class Tab:
             runs.append(self._read(path, color))
         states: list[Any] = [window]
         for run in runs:
-            search_size = (run.fit.get("spent"), len(run.fit.get("runs", ())))
-            states.append((run.run.name, len(run.rows), run.state, search_size))
+            states.append((run.run.name, len(run.rows), run.state))
         if states == last_state:
             return {self.cards: gr.skip()}
         card_list, names = cards(runs)
@@ -333,13 +312,7 @@ class Tab:
                 # The run may be whole all the same: its status is that of its record.
                 state = replace(state, reason=fault_of_log)
                 return TrainingRun(replace(run, record=record), color, [], state, is_readable=False)
-            fit = {}
-            try:
-                fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
-            except UserError as error:
-                # The run itself is whole: only the curves of its search are missing.
-                state = replace(state, reason=state.reason or self.catalog.without_root(error))
-            return TrainingRun(replace(run, record=record), color, rows, state, fit)
+            return TrainingRun(replace(run, record=record), color, rows, state)
         except Exception as error:  # whatever is in one folder, the other runs are shown
             reason = self.catalog.without_root(error)
             state = Progress("unreadable", reason, 0, None, 0.0, None, 0)

@@ -4,15 +4,15 @@
         TITLES[name], table(lines)
 
 A run has one color in all plots. Lines in the background (each step's loss, the training set) are
-faint, and lines of no run are grey. In the plots of `WITH_LEGEND` concepts or configurations have
-colors, and runs differ by their dashes.
+faint, and lines of no run are grey. In the plots of `WITH_LEGEND` concepts have colors, and runs
+differ by their dashes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from .runs import CONTROL, Progress, RunItem, control_of
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
 # Color of lines that belong to no run.
 GREY = "#808890"
-# Colors of concepts and configurations, of the same contrast.
+# Colors of concepts, of the same contrast.
 LABEL_COLORS = (
     "#3b82f6",
     "#ef4444",
@@ -52,13 +52,10 @@ FAINT = "80"
 WIDE = "c0"
 # by the run's number a line is solid, dashed, dotted, or dashed and dotted;
 DASHES = ("", "fe", "fd", "fc")
-# and the same for a broad line.
-BROAD_DASHES = ("fb", "fa", "f9", "f8")
 # the radius has short dashes with wide gaps, in which the equal norm below it is seen.
 RADIUS = "f7"
-# Plots whose colors are of concepts or configurations, not of runs
-WITH_LEGEND = ("concepts", "fit")
-OTHER_LABEL = "other configurations"
+# Plots whose colors are those of concepts, not of runs
+WITH_LEGEND = ("concepts",)
 # Column of the held-out loss at one noise level.
 LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 
@@ -73,8 +70,6 @@ class TrainingRun:
     rows: list[dict[str, Any]]
     # Its progress; the reason of a run that can't be read
     state: Progress
-    # Record of its search, if it has one
-    fit: Row = field(default_factory=dict)
     # True if record and log could be read
     is_readable: bool = True
 
@@ -97,8 +92,6 @@ class Line:
     label: str = ""
     # Name of the dashes in a legend
     run: str = ""
-    # True for a broad line, in a plot with a legend
-    is_broad: bool = False
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
@@ -220,60 +213,21 @@ def by_concept(runs: Sequence[TrainingRun]) -> list[Line]:
     return colored(lines)
 
 
-def of_fits(runs: Sequence[TrainingRun]) -> list[Line]:
-    """The held-out losses of each run's search, up to twice the lowest one.
-
-    The line of the choice is broad; while there is no choice, that of the lowest loss.
-    """
-    lines = []
-    for run in runs:
-        curves_of_search = []
-        lowest: dict[str, float] = {}  # loss of each configuration
-        for candidate in run.fit.get("runs", ()):
-            title = candidate["title"]
-            points = []
-            for step, loss in zip(candidate["steps"], candidate["losses"], strict=True):
-                if step > 0 and loss is not None:
-                    points.append((step, loss))
-                    lowest[title] = min(loss, lowest.get(title, loss))
-            if points:
-                name = f"{run.run.name}, {title}, fold {candidate['fold']}"
-                curves_of_search.append(Line(name, points, label=title, run=run.run.name))
-        ranking = sorted(lowest, key=lambda title: lowest[title])
-        limit = 2 * min(lowest.values(), default=0.0)
-        chosen = (run.fit.get("choice") or {}).get("title", next(iter(ranking), ""))
-        # The choice and the best of the others have colors.
-        labels = [chosen] + [title for title in ranking if title != chosen]
-        labels = labels[: len(LABEL_COLORS)]
-        for line in curves_of_search:
-            points = [point for point in line.points if point[1] <= limit]
-            label = line.label if line.label in labels else OTHER_LABEL
-            if points:
-                is_broad = line.label == chosen
-                lines.append(replace(line, points=points, label=label, is_broad=is_broad))
-    lines.sort(key=lambda line: line.is_broad)  # the last ones lie on top
-    return colored(lines)
-
-
 def colored(lines: Sequence[Line]) -> list[Line]:
     """Give each line the color of its label and the dashes of its run."""
-    labels = list(dict.fromkeys(line.label for line in lines if line.label != OTHER_LABEL))
+    labels = list(dict.fromkeys(line.label for line in lines))
     runs = list(dict.fromkeys(line.run for line in lines))
     colored_lines = []
     for line in lines:
-        color = GREY
-        if line.label != OTHER_LABEL:
-            color = LABEL_COLORS[labels.index(line.label) % len(LABEL_COLORS)]
-        dashes = BROAD_DASHES if line.is_broad else DASHES
-        color += dashes[runs.index(line.run) % len(dashes)]
+        color = LABEL_COLORS[labels.index(line.label) % len(LABEL_COLORS)]
+        color += DASHES[runs.index(line.run) % len(DASHES)]
         colored_lines.append(replace(line, color=color))
     return colored_lines
 
 
 def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
     """Names and colors of a legend: of each label, and of each run if there are several."""
-    colors = {line.label: line.color[: len(GREY)] for line in lines}
-    entries = sorted(colors.items(), key=lambda entry: entry[0] == OTHER_LABEL)
+    entries = list({line.label: line.color[: len(GREY)] for line in lines}.items())
     runs = list(dict.fromkeys(line.run for line in lines))
     if len(runs) > 1:
         for number, run in enumerate(runs):
@@ -318,7 +272,6 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
         "distance": curves(runs, HELDOUT_DISTANCE),
         "concepts": by_concept(runs),
         "levels": over_zero(levels, "base model"),
-        "fit": of_fits(runs),
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
@@ -353,11 +306,6 @@ TITLES = {
     "levels": (
         "Held-out loss at each noise level",
         "The last measurement minus the base model's; across: the timestep.",
-    ),
-    "fit": (
-        "Search of --fit",
-        "Held-out loss or distance of samples, up to twice the lowest; broad: the choice, or the"
-        " lowest so far.",
     ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (

@@ -73,13 +73,16 @@ class Subject(Entry):
         """The options of the run that influence what it learns, without seed and method."""
         script = TextConfig if self.is_text else DreamBoothConfig
         method_ignores = methods.option_names() - methods.get(str(self.method)).reads
-        names = set(self.record["config"]) - script.without_influence - method_ignores
+        names = set(self.record["config"]) - script.changeable_options() - method_ignores
         names -= {"seed", "method"}
+        depends_on_heldout = bool(
+            self.option("keep_best") or self.option("early_stopping_patience")
+        )
         settings: dict[str, Any] = {}
         for name in sorted(names):
             # An option that this version does not have, and that had no effect, says nothing.
             option = removed.OPTIONS.get(name)
-            if option is None or not option.is_neutral(self.option(name)):
+            if option is None or not option.is_neutral(self.option(name), depends_on_heldout):
                 settings[name] = self.option(name)
         return settings
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core.fields import IgnoredCase, option, unless
 from ..core.values import (
     BATCHES,
     DECAYS,
     RATES,
+    ROWS,
     SHARES,
     STEPS,
     Range,
@@ -32,7 +33,6 @@ AT_A_CONSTANT_RATE = IgnoredCase(
     "on a constant learning rate",
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
-FOR_FIT: Any = {"may_change_on_resume": True, "ignored": (unless("fit", True, "without a search"),)}
 # The value of ``--compare`` without a control run.
 NO_CONTROL = "none"
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
@@ -121,7 +121,7 @@ def default_mixed_precision(options: StepOptions) -> str:
 
 @dataclass(frozen=True)
 class StoppingOptions:
-    """Early stopping, the best step and the search, by what is measured on held-out samples."""
+    """Early stopping and the best step, by what is measured on held-out samples."""
 
     section: ClassVar[str] = "when to stop"
 
@@ -138,41 +138,18 @@ class StoppingOptions:
         "Save the weights of the best step instead of the last step's; averaged ones with"
         " --use_ema. Images: by --choose_by; text: by the held-out loss.",
     )
-    fit: bool = option(
-        False,
-        "Choose rate, rank, method, steps by paired runs on folds or a held-out set, then train.",
-        may_change_on_resume=True,
-    )
-    # The search of --fit.
-    fit_space: str | None = option(
-        None,
-        "YAML file of what --fit searches: option -> values. Default: rates, ranks, methods.",
-        is_path=True,
-        **FOR_FIT,
-    )
-    fit_budget: int | None = option(
-        None,
-        "Optimizer steps of all runs of --fit but the last. Default: 10 times --max_train_steps.",
-        range=STEPS,
-        **FOR_FIT,
-    )
-    fit_folds: int | None = option(
-        None,
-        "Folds of --fit. Default: 4, or as many as there are samples below 8.",
-        range=Range(1000, "each is several runs", at_least=2),
-        **FOR_FIT,
-    )
 
 
 @dataclass(frozen=True)
 class HeldOutOptions:
-    """The measured part of what is held out; each script has it in another section."""
+    """The number of held-out samples; each script declares it in another section."""
 
-    validation_part: str | None = option(
+    max_eval_samples: int | None = option(
         None,
-        "Measure only part i of n of the validation set, such as 1/2. The names of the samples"
-        " decide which are in it, not the seed. Choose by one part and judge by another. Default:"
-        " all.",
+        "Measure only so many held-out samples (of each concept), the same ones in every run."
+        " Default: all.",
+        aliases=("--max_validation_samples",),
+        range=ROWS,
         may_change_on_resume=True,
     )
 

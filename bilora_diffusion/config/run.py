@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from ..core import fields
+from ..core.durable import strict_json
 from ..core.values import HELDOUT_LOSS
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
+from ..run.settings import without_options
 from . import constraints
 from .command_line import CommandLine
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
 # Options that say which samples are held out.
-HELDOUT_OPTIONS = frozenset(
-    {"validation_dataset", "validation_file", "validation_part", "max_eval_samples"}
-)
+HELDOUT_OPTIONS = frozenset({"validation_dataset", "validation_file", "max_eval_samples"})
 
 
 class RunConfig(
@@ -36,8 +36,6 @@ class RunConfig(
     alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them
     description: ClassVar[str]
     usage: ClassVar[str]
-    without_influence: ClassVar[frozenset[str]]  # options that do not touch what is learned
-    without_samples: ClassVar[Mapping[str, Any]]  # options under which no samples are made
 
     # Names of the options that the command line or its recipe gives.
     given_options: frozenset[str]
@@ -114,25 +112,36 @@ class RunConfig(
                 options[name] = values[name]
         return options
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The options that decide what is learned: a resumed run must have the same."""
-        options = self.to_dict()
-        for name in self.without_influence:
-            options.pop(name, None)
-        return options
+    @classmethod
+    def changeable_options(cls) -> frozenset[str]:
+        """Names of the options that may change on resume, since they do not change the training."""
+        names: set[str] = set()
+        for group in cls.groups:
+            group_may_change = getattr(group, "may_change_on_resume", False)
+            for name, field in fields.options_of([group]).items():
+                if group_may_change or fields.option_of(field).may_change_on_resume:
+                    names.add(name)
+        return frozenset(names)
 
     def resume_settings(self) -> dict[str, Any]:
-        """`fingerprint` with the held-out options; a resumed run may change `free_options`."""
-        settings = self.fingerprint()
-        for name, value in self.to_dict().items():
-            if name in self.heldout_options:
-                settings[name] = value
-        return settings
+        """The options that may not change on resume, as JSON values; see `fixed_options`."""
+        settings, _ = strict_json(self.to_dict())
+        return self.fixed_options(settings)
+
+    def fixed_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Recorded options of a run without those that may change on resume.
+
+        Where a measurement decides which weights the run exports, its options may not change.
+        """
+        names = self.changeable_options()
+        if self.depends_on_heldout:
+            names -= self.measurement_options
+        return without_options(settings, names)
 
     @property
     def depends_on_heldout(self) -> bool:
-        """Whether the measure of held-out samples decides what the run leaves."""
-        return bool(self.fit or self.keep_best or self.early_stopping_patience)
+        """Whether the measurement of held-out samples decides which weights the run exports."""
+        return bool(self.keep_best or self.early_stopping_patience)
 
     @property
     def heldout_measure(self) -> str:
@@ -140,28 +149,10 @@ class RunConfig(
         return HELDOUT_LOSS
 
     @property
-    def heldout_options(self) -> frozenset[str]:
+    def measurement_options(self) -> frozenset[str]:
         """The options that say what is measured, and on which samples."""
         return HELDOUT_OPTIONS
 
     def measurement_interval(self, steps: int) -> int:
         """Steps from one measurement to the next, of twenty in a run of ``steps``."""
         return max(1, steps // 20)
-
-    @property
-    def free_options(self) -> frozenset[str]:
-        """The options that a resumed run may change."""
-        if self.depends_on_heldout:
-            return self.without_influence - self.heldout_options
-        return self.without_influence
-
-
-def without_influence(groups: Sequence[type]) -> frozenset[str]:
-    """Names of the options that do not touch what is learned, with ``may_change_on_resume``."""
-    names: set[str] = set()
-    for group in groups:
-        group_may_change = getattr(group, "may_change_on_resume", False)
-        for name, field in fields.options_of([group]).items():
-            if group_may_change or fields.option_of(field).may_change_on_resume:
-                names.add(name)
-    return frozenset(names)

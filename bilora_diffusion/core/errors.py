@@ -40,14 +40,14 @@ class TrainingError(RuntimeError):
     """Training or export can't go on: a loss is not finite, or a file does not match the model."""
 
 
-class Diverged(TrainingError):
-    """A loss is not finite, because of the run's own options."""
-
-
 class Interrupted(KeyboardInterrupt):
-    """The signal `number` ended the work. The message says what is saved and how to go on."""
+    """A signal ended the work. The message says what is saved and how to go on.
 
-    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+    Attributes:
+        number: number of the signal.
+    """
+
+    def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.number = number
 

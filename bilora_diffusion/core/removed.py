@@ -28,10 +28,19 @@ class RemovedOption:
     neutral_values: tuple[Any, ...] | None = (None, False)
     # Tag or commit of the last version with the option
     version: str = TAG
+    # Whether it only says what is measured: it has an effect only on runs that choose by it
+    is_of_measurement: bool = False
 
-    def is_neutral(self, value: Any) -> bool:
-        """Test that a run with this recorded value is trained the same by this version."""
-        return self.neutral_values is None or value in self.neutral_values
+    def is_neutral(self, value: Any, depends_on_heldout: bool = True) -> bool:
+        """Test that a run with this recorded value is trained the same by this version.
+
+        Args:
+            value: the recorded value.
+            depends_on_heldout: whether held-out measurements decide which weights the run exports.
+        """
+        if self.neutral_values is None or value in self.neutral_values:
+            return True
+        return self.is_of_measurement and not depends_on_heldout
 
 
 _RIVALS_VERSION = "14fa1222^"
@@ -40,6 +49,14 @@ OPTIONS: dict[str, RemovedOption] = {
     "efm_schedule": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_k": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_alpha": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
+    "fit": RemovedOption("use a recipe with --keep_best, or python -m eval.sweep"),
+    # Read by the search of --fit only
+    "fit_space": RemovedOption("use python -m eval.sweep", None),
+    "fit_budget": RemovedOption("use python -m eval.sweep", None),
+    "fit_folds": RemovedOption("use --validation_dataset or --validation_file", None),
+    "validation_part": RemovedOption(
+        "use --max_eval_samples, or a held-out set of its own", (None,), is_of_measurement=True
+    ),
 }
 # What to use in place of a method of `TAG`, in the imperative.
 METHODS: dict[str, str] = {}
@@ -76,17 +93,18 @@ def refuse_method(name: str) -> None:
         )
 
 
-def require_neutral(saved: Mapping[str, Any]) -> None:
+def require_neutral(saved: Mapping[str, Any], depends_on_heldout: bool = True) -> None:
     """Refuse recorded options that change the training and that this version does not have.
 
     Args:
         saved: options of a run or a checkpoint.
+        depends_on_heldout: as for `RemovedOption.is_neutral`.
 
     Raises:
         UserError: one of them was removed, and has an effect.
     """
     for name, option in OPTIONS.items():
-        if name in saved and not option.is_neutral(saved[name]):
+        if name in saved and not option.is_neutral(saved[name], depends_on_heldout):
             raise UserError(
                 f"it was trained with --{name} {saved[name]}, which was removed: resume it with"
                 f" {option.version} in git, or start a new run in another folder."

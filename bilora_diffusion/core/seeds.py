@@ -55,29 +55,6 @@ def digest_texts(texts: Iterable[str]) -> str:
     return _hash(_encode(text) for text in texts).hex()
 
 
-def deal_into_parts(names: Iterable[str], count: int) -> list[list[int]]:
-    """Deal names into parts whose sizes differ by one at most.
-
-    The part of a name depends on the names and the count alone, not on their order or on a run's
-    seed, so that all runs that are compared hold out the same samples.
-
-    Returns:
-        For each of the ``count`` parts the positions of its names.
-
-    Raises:
-        ValueError: fewer names than parts, or one name twice.
-    """
-    name_list = list(names)
-    if not 0 < count <= len(name_list):
-        raise ValueError(f"{len(name_list)} names can't be dealt into {count} parts.")
-    if len(set(name_list)) < len(name_list):
-        raise ValueError("A name stands twice.")
-
-    sort_keys = [(seed_of("part", name), name) for name in name_list]
-    order = sorted(range(len(sort_keys)), key=sort_keys.__getitem__)
-    return [sorted(order[part::count]) for part in range(count)]
-
-
 def _encode(part: int | str) -> bytes:
     """Encode a part of a key with type and length, so that (1, 23), (12, 3), ("1", 23) differ."""
     if isinstance(part, bool) or not isinstance(part, int | str):

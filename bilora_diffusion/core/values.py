@@ -82,17 +82,11 @@ MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def part_prefix(measure: str) -> str:
-    """Start of the names of a measure's values for parts of the samples, before the part's number.
-
-    A part is one held-out sample, where there are few of them.
-    """
-    return f"{measure}_of/"
-
-
+# Start of the name of the distance for one held-out picture, before the picture's number.
+DISTANCE_BY_PICTURE = "heldout_distance_of/"
 BY_SAMPLES = "samples"
 BY_LOSS = "loss"
-# What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss.
+# Values of ``--choose_by``: distance of samples to held-out pictures, or held-out loss.
 JUDGES = (BY_SAMPLES, BY_LOSS)
 # The miniature's scorer, where a model that embeds images is asked for.
 EMBEDDED = "embedded"

@@ -71,8 +71,7 @@ class Captions:
         prompts = [concept.instance_prompt for concept in cfg.concept_configs]
         plain_texts = captions_or_prompts(images, prompts)
         self._require_tags(plain_texts, images.label)
-        # As many for a fold of the images as for all of them, whose texts are embedded beforehand.
-        num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // images.num_opened))
+        num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // len(images)))
         self._texts: list[list[str]] = []  # of each image, in each order of its tags
         for sample, text in enumerate(plain_texts):
             config = self._configs[sample]

@@ -7,12 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
-from ..config.run import without_influence
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
 from ..core.values import (
@@ -24,7 +22,6 @@ from ..core.values import (
     HELDOUT_LOSS,
 )
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
-from ..run.data import read_part
 from .base_model import BaseModel, describe, folder_of
 from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults
@@ -79,10 +76,6 @@ class DreamBoothConfig(ImageOptions):
     """
 
     groups: ClassVar[tuple[type, ...]] = GROUPS
-    without_influence: ClassVar[frozenset[str]] = frozenset(
-        {*without_influence(GROUPS), "validation_settings"}
-    )
-    without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType({"num_validation_images": 0})
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
         ("dataset_name", "instance_data_dir"),
         ("max_train_steps", "num_train_epochs"),
@@ -110,8 +103,6 @@ class DreamBoothConfig(ImageOptions):
     def check_inputs(self) -> None:
         check_settings(self)
         check_level_range(self.timestep_range)
-        if self.validation_part is not None:
-            read_part(self.validation_part)
         scheme, _, source = self.image_model.partition(":")
         if self.image_model != EMBEDDED and (scheme != DINOV2 or not source):
             raise UserError(
@@ -137,7 +128,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def chooses_by_samples(self) -> bool:
-        """True if the distance of samples decides what the run leaves."""
+        """True if the distance of samples decides which weights the run exports."""
         return self.depends_on_heldout and self.choose_by == BY_SAMPLES
 
     @property
@@ -147,8 +138,8 @@ class DreamBoothConfig(ImageOptions):
         return HELDOUT_LOSS
 
     @property
-    def heldout_options(self) -> frozenset[str]:
-        options = super().heldout_options | {"choose_by"}
+    def measurement_options(self) -> frozenset[str]:
+        options = super().measurement_options | {"choose_by"}
         if self.chooses_by_samples:
             options |= SAMPLING_OPTIONS
         return options
@@ -212,18 +203,9 @@ class DreamBoothConfig(ImageOptions):
             values["concepts"] = self.concepts
         return values
 
-    def fingerprint(self) -> dict[str, Any]:
-        values = super().fingerprint()
-        if self.concepts:
-            concepts = []
-            for options in self.concepts:
-                influential = {}
-                for name, value in options.items():
-                    if name not in self.without_influence:
-                        influential[name] = value
-                concepts.append(influential)
-            values["concepts"] = concepts
-        return values
+    @classmethod
+    def changeable_options(cls) -> frozenset[str]:
+        return super().changeable_options() | {"validation_settings"}
 
 
 # Makes the configuration of a command line of the image script.

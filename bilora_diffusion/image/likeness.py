@@ -24,10 +24,9 @@ from torch.nn.functional import normalize
 
 from ..adapters.quantize import held_bytes
 from ..core.errors import UserError, translated
-from ..core.values import DINOV2, EMBEDDED, HELDOUT_DISTANCE
+from ..core.values import DINOV2, DISTANCE_BY_PICTURE, EMBEDDED, HELDOUT_DISTANCE
 from ..train.dry_run import empty
 from ..train.soundness import require_whole
-from ..train.task import loss_by_part
 from .sets import ImageSet
 from .stream import centered_samples
 from .validation import ValidationSample, usual_sample
@@ -127,7 +126,7 @@ def _translated_errors(name: str) -> AbstractContextManager[None]:
     return translated(f"--image_model {name} can't be read", fix)
 
 
-# Cached, so that the runs of a search share the model.
+# Cached, so that the run and the control of --compare share the model.
 @lru_cache(maxsize=1)
 def image_embedder(name: str, device: torch.device) -> Embed:
     """Load the image model of ``--image_model``: ``embedded``, or one of `load_dinov2`."""
@@ -186,5 +185,7 @@ class SampledDistance:
             for _, batch in itertools.groupby(self.samples, lambda sample: sample.batch_settings):
                 images += self.task.sample_images(list(batch))
         distances = 1 - (self.embeddings(images) * self.picture_embeddings).sum(dim=1)  # (n,)
-        by_picture = loss_by_part(distances.tolist(), len(distances), HELDOUT_DISTANCE)
-        return {HELDOUT_DISTANCE: float(distances.mean()), **by_picture}
+        values = {HELDOUT_DISTANCE: float(distances.mean())}
+        for number, distance in enumerate(distances.tolist()):
+            values[f"{DISTANCE_BY_PICTURE}{number}"] = distance
+        return values

@@ -25,7 +25,7 @@ from .. import adapters
 from ..core.seeds import generator
 from ..core.values import BY_LEVEL, HELDOUT_LOSS, NOISE_LEVELS, TRAINING_GRID_LOSS
 from ..run.record import BY_CONCEPT
-from ..train.task import inference, loss_by_part, precision
+from ..train.task import inference, precision
 from .families.base import Conditions, Family, move
 from .families.sdxl import encode
 from .latents import Encoder
@@ -264,9 +264,10 @@ class GridLoss:
             task.encoder.disk,
             task.encoder.cache,
         )
-        self.sets = {HELDOUT_LOSS: self._load(encoder, heldout)}
-        if stream is not None:
-            self.sets[TRAINING_GRID_LOSS] = self._load(encoder, stream.images)
+        self.sets = {
+            HELDOUT_LOSS: self._load(encoder, heldout),
+            TRAINING_GRID_LOSS: self._load(encoder, stream.images),
+        }
 
     def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
         """Encode the images of a set."""
@@ -284,16 +285,12 @@ class GridLoss:
         - ``heldout_loss`` and ``train_grid_loss``
         - ``heldout_loss_by_level/LEVEL``, over the held-out images at one level
         - ``heldout_loss_by_concept/NAME``, over the held-out images of one concept
-
-        Without training images: ``heldout_loss``, and that of each image (`loss_by_part`).
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
         # First over the levels, then over the images, as the means by concept are.
         losses = {name: float(table.mean(0).mean()) for name, table in tables.items()}
         heldout = tables[HELDOUT_LOSS]  # (levels, images)
-        if TRAINING_GRID_LOSS not in tables:
-            return losses | loss_by_part(heldout.mean(0).tolist(), heldout.shape[1])
         concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT_LOSS]]
         for concept in filter(None, dict.fromkeys(concepts)):  # "" in a run without concepts
             is_of_concept = torch.tensor([name == concept for name in concepts])  # (images,)

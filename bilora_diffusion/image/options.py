@@ -59,10 +59,15 @@ WITHOUT_PROMPT = IgnoredCase(
     "add `--validation_prompt` or drop it",
 )
 
+WITHOUT_HELDOUT_IMAGES = IgnoredCase(
+    lambda v: not v["validation_dataset"],
+    "without held-out images",
+    "add `--validation_dataset` or drop it",
+)
 WITHOUT_CHOICE = IgnoredCase(
-    lambda v: not (v["fit"] or v["keep_best"] or v["early_stopping_patience"]),
+    lambda v: not (v["keep_best"] or v["early_stopping_patience"]),
     "where nothing is chosen",
-    "add `--keep_best` or `--fit`, or drop it",
+    "add `--keep_best` or drop it",
 )
 WITHOUT_SAMPLES = IgnoredCase(
     lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
@@ -285,35 +290,21 @@ class ValidationOptions:
         " mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
         is_path=True,
     )
-    validation_part: str | None = like(
-        HeldOutOptions,
-        "validation_part",
-        ignored=(
-            IgnoredCase(
-                lambda v: not v["validation_dataset"],
-                "without held-out images",
-                "add `--validation_dataset` or drop it",
-            ),
-        ),
+    max_eval_samples: int | None = like(
+        HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_HELDOUT_IMAGES,)
     )
     # Derived: `config.derived.default_validation_loss_steps`.
     validation_loss_steps: int = option(
         0,
         "Measure the held-out loss, and with --choose_by samples the distance of samples, every"
-        " so many steps; 0 measures at the start and the end only. --fit, --keep_best and"
+        " so many steps; 0 measures at the start and the end only. --keep_best and"
         " --early_stopping_patience measure five times by default, with --choose_by loss twenty.",
         range=STEPS.or_zero,
-        ignored=(
-            IgnoredCase(
-                lambda v: not v["validation_dataset"] and not v["fit"],
-                "without held-out images",
-                "add `--validation_dataset`, `--fit`, or drop it",
-            ),
-        ),
+        ignored=(WITHOUT_HELDOUT_IMAGES,),
     )
     choose_by: str = option(
         BY_SAMPLES,
-        "What --fit, --keep_best and --early_stopping_patience go by: samples, the distance of"
+        "Measure that --keep_best and --early_stopping_patience use: samples, the distance of"
         " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
         " held-out loss, which is cheaper and is lowest long before images are best.",
         choices=JUDGES,

@@ -30,7 +30,7 @@ from ..core.lora_names import (
 from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
-from ..run.data import describe_copies, samples_of_part
+from ..run.data import choose_samples, describe_copies
 from ..run.record import VALIDATION
 from ..train import command
 from ..train.engine import DTYPES
@@ -72,7 +72,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
         # The images first: they are quicker to refuse.
         training = training_images(cfg)
         heldout = heldout_images(cfg)
-        warn_of_copies(cfg, training, heldout)
+        warn_of_copies(training, heldout)
 
         family = cfg.family
         # Frozen weights are as precise as the arithmetic; trained ones would lose small updates in
@@ -142,14 +142,11 @@ DREAMBOOTH = DreamBoothScript()
 train = partial(command.train, DREAMBOOTH)
 
 
-def warn_of_copies(cfg: DreamBoothConfig, training: ImageSet, heldout: ImageSet | None) -> None:
-    """Warn of images that are trained on and held out at the same time, by a set or by folds."""
-    heldout_pictures = None
-    if heldout is not None:
-        heldout_pictures = heldout.pictures()
-    elif not cfg.fit:
+def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
+    """Warn of images that are both trained on and held out."""
+    if heldout is None:
         return
-    if line := describe_copies("images", training.pictures(), heldout_pictures):
+    if line := describe_copies("images", training.pictures(), heldout.pictures()):
         logger.warning("%s", line)
 
 
@@ -320,6 +317,6 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
             return None
         image_set = open_set(concept_cfg, concept_cfg.validation_dataset)
         names = [entry.name for entry in image_set.entries]
-        return image_set.only(samples_of_part(concept_cfg.validation_part, names, image_set.label))
+        return image_set.only(choose_samples(names, concept_cfg.max_eval_samples))
 
     return joined(cfg, open_part)

@@ -138,8 +138,6 @@ class ImageSet:
                 self.skipped.append(f"{entry.name}: {reason(error)}")
             else:
                 self.entries.append(entry)
-        # Also of a part of the set (`only`): the number of images in the whole set
-        self.num_opened = len(self.entries)
         if not self.entries:
             raise UserError(
                 f"{label} has no readable image: all {len(entries)} are damaged; replace them."
@@ -183,7 +181,6 @@ class ImageSet:
         if joint_set is not None:
             joint_set.label = label
             joint_set.entries = entries
-            joint_set.num_opened = len(entries)
             # The sets of the concepts have given their notes.
             joint_set.skipped = []
             joint_set._remarks = ()

@@ -21,7 +21,7 @@ from ..core.values import ATTENTION
 from ..methods import Target
 from ..run.data import SampleContent
 from ..run.record import validation_folder
-from ..train.task import Fold, MicroBatch, inference
+from ..train.task import MicroBatch, inference
 from . import disk_cache
 from .captions import PromptCache, fixed_texts
 from .config import DreamBoothConfig
@@ -65,8 +65,7 @@ class DreamBooth:
         self.validation = validation
         self.num_samples = stream.num_samples
         self.has_heldout = validation is not None
-        # Folds are dealt by name, and each sample is one image.
-        self.names = self.sample_names = [entry.name for entry in stream.images.entries]
+        self.sample_names = [entry.name for entry in stream.images.entries]
 
         self.family: Family = type(family_of(pipeline))(**cfg.family_settings)
         denoiser = self.family.model(pipeline)
@@ -96,7 +95,6 @@ class DreamBooth:
 
         self.prompts: PromptCache | None = None  # None also while the text encoders are trained
         self._source: Encoder | None = None  # of an earlier run, whose latents are used again
-        self._is_trial = False  # a run of a search
 
     def data_summary(self) -> str:
         """Numbers and sizes of the training images, in a few words."""
@@ -132,20 +130,12 @@ class DreamBooth:
             return []
         return self.validation.sample_contents()
 
-    def with_config(
-        self, cfg: DreamBoothConfig, fold: Fold | None = None, is_trial: bool = False
-    ) -> DreamBooth:
+    def with_config(self, cfg: DreamBoothConfig) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
-        images, validation = self.stream.images, self.validation
-        if fold is not None:
-            training_indices, heldout_indices = fold
-            validation = images.only(heldout_indices)
-            images = images.only(training_indices)
-        stream = TrainingStream(cfg, images, self.stream.classes)
-        task = DreamBooth(cfg, self.pipeline, stream, validation)
+        stream = TrainingStream(cfg, self.stream.images, self.stream.classes)
+        task = DreamBooth(cfg, self.pipeline, stream, self.validation)
         task.prompts = self.prompts
         task._source = self.encoder
-        task._is_trial = is_trial
         task.to_device(self.device)
         return task
 
@@ -154,11 +144,8 @@ class DreamBooth:
         disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         self.prompts.add(self.stream.captions())
-        if self.family.flow:
-            if self.validation is not None:
-                self.prompts.add(fixed_texts(self.cfg, self.validation))
-            if self.cfg.fit:  # a search holds out the training images in turn
-                self.prompts.add(fixed_texts(self.cfg, self.stream.images))
+        if self.family.flow and self.validation is not None:
+            self.prompts.add(fixed_texts(self.cfg, self.validation))
         if self.cfg.chooses_by_samples:
             self.prompts.add([""])
         if self.cfg.validation_prompts:
@@ -199,9 +186,7 @@ class DreamBooth:
         self.grid: GridLoss | None = None
         self.sampled: SampledDistance | None = None
         if self.validation is not None:
-            # A search measures the held-out images alone, each by itself.
-            training = None if self._is_trial else self.stream
-            self.grid = GridLoss(self, training, self.validation)
+            self.grid = GridLoss(self, self.stream, self.validation)
             if self.cfg.chooses_by_samples:
                 self.sampled = SampledDistance(self, self.validation)
 

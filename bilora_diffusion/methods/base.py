@@ -73,8 +73,6 @@ class Method:
             not average their gradients and `zero_grad` of a model does not clear them.
         depends_on_length: whether a step depends on the length of the run
             (`MethodOptions.num_steps`).
-        gains_from_decay: whether a rate that falls to zero over twice the best step gives a better
-            result than a constant rate up to that step; `--fit` then trains with the former.
         on_perturbed: a function to call within a step while the primaries hold A + e_A and B + e_B,
             and their `.grad` holds e (`train.dynamics` sets it); None to call nothing.
     """
@@ -93,8 +91,6 @@ class Method:
     exports_weights: ClassVar[bool] = False  # a run leaves whole models, not adapters
     # Options under which it trains as plain LoRA does; None if there are none.
     lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
-    # Options, as words of a command line, with which `--fit` tries it.
-    search_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
@@ -110,7 +106,6 @@ class Method:
         self.weights: list[nn.Parameter] = []
         self.loose_parameters: Sequence[nn.Parameter] = ()
         self.depends_on_length = False
-        self.gains_from_decay = False
         self.on_perturbed: Callable[[], None] | None = None
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.figures import mean_interval
 from ..core.files import duration
-from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES, part_prefix
+from ..core.values import DISTANCE_BY_PICTURE, HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
 from . import checkpoint, runlog
 from .record import BY_CONCEPT, TRAINING_ACTIVITY
 
@@ -143,13 +143,12 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
                 "the held-out loss does not show which step samples best, images can improve long"
                 " after it is lowest: compare the images of all steps, or train with --keep_best"
             )
-    # A search holds out parts of the data by itself.
-    elif not config.get("fit"):
+    else:
         # The scripts call their held-out data differently.
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
         advice = (
-            "nothing was held out, and the training loss can't say when the model overfits:"
-            f" --fit chooses the steps by folds of the same data, {flag} measures on other data"
+            "nothing was held out, and the training loss can't say when the model overfits: give"
+            f" data that is not trained on as {flag}"
         )
     if in_repository():
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
@@ -287,18 +286,20 @@ def _advice(
     if best_step in saved_steps:
         export = f"python -m bilora_diffusion.export {folder} --step {best_step}"
         return f"{sentence}. Export it with {export}"
-    return f"{sentence}. To have it, train again with --keep_best, or with --fit"
+    return f"{sentence}. To have it, train again with --keep_best"
 
 
 def _is_sure(rows: Sequence[Mapping[str, Any]], measure: str, step: int, other_step: int) -> bool:
     """Whether two steps differ by more than the spread of the difference over held-out samples.
 
     The difference of each sample is taken, so that samples that are hard at every step don't widen
-    the interval. A measure that is not recorded by sample counts as sure.
+    the interval. The held-out loss is not recorded by sample; its differences count as sure.
     """
+    if measure != HELDOUT_DISTANCE:
+        return True
     differences = []
     for name in dict.fromkeys(itertools.chain(*rows)):
-        if name.startswith(part_prefix(measure)):
+        if name.startswith(DISTANCE_BY_PICTURE):
             values = _column(rows, name)
             if step not in values or other_step not in values:
                 return False

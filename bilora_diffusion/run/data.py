@@ -1,20 +1,17 @@
 """The samples that a run learns from and those that it is measured on.
 
-Checkpoints, ``run.json`` and ``fit.json`` hold a record of both, by which a resumed run knows
-whether its data are still the same. With ``--validation_part i/n`` one of n parts of the validation
-set is measured, so that what was chosen by one part can be judged by another. Copies of training
-samples among the held-out ones are reported.
+Checkpoints and ``run.json`` have a record of both, by which a resumed run knows whether its data
+are still the same. Copies of training samples among the held-out ones are reported.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
-from ..core.seeds import deal_into_parts, digest_texts
+from ..core.seeds import digest_texts, seed_of
 
 # The two sets of a record.
 TRAINING = "training"
@@ -25,7 +22,6 @@ MAX_LISTED = 1000
 MAX_NAMED = 3
 # Hexadecimal digits of a listed hash, which only explains a change that the full hash shows.
 LISTED_DIGITS = 8
-MAX_PARTS = 1000
 # The name of each sample, and a key of its content.
 Contents = Sequence[tuple[str, Hashable]]
 logger = logging.getLogger(__name__)
@@ -83,10 +79,10 @@ def require_same_content(
     """Refuse to go on with other data than before.
 
     Args:
-        saved: record of the checkpoint or of the search.
+        saved: record of the checkpoint.
         current: record of this run.
-        depends_on_heldout: whether the held-out samples decide what the run leaves. Otherwise a
-            change of them is only a warning.
+        depends_on_heldout: whether the held-out samples decide what the run exports. Otherwise
+            a change of them is only a warning.
 
     Raises:
         UserError: it names what changed.
@@ -181,74 +177,37 @@ def _enumerate(names: Sequence[str]) -> str:
     return text
 
 
-def read_part(text: str) -> tuple[int, int]:
-    """Read ``--validation_part i/n``.
+def choose_samples(names: Sequence[str], limit: int | None) -> list[int]:
+    """The positions of the samples that are measured, in the order of the set.
 
-    Returns:
-        The number of the part, from 1, and the number of parts.
-
-    Raises:
-        UserError: it is no such i/n.
-    """
-    number = count = 0
-    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
-    if match is not None:
-        number = int(match[1])
-        count = int(match[2])
-    if not 1 <= number <= count <= MAX_PARTS:
-        raise UserError(
-            f'--validation_part is "{text}": write i/n with i from 1 to n and n up to {MAX_PARTS},'
-            " for example 1/2."
-        )
-    return number, count
-
-
-def samples_of_part(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
-    """The positions of the samples of a part, in order.
+    They are the first ones of a shuffled order that depends on the names alone. So all runs that
+    are compared measure the same samples, and a larger limit adds samples.
 
     Args:
-        part: i/n; None for all samples.
-        names: an identifier of each sample; samples of one name fall into one part.
-        set_name: name of the set, for the message.
-
-    Raises:
-        UserError: there are fewer different samples than parts.
+        names: name of each sample.
+        limit: number of samples at most; None for all.
     """
-    if part is None:
-        return list(range(len(names)))
-    number, count = read_part(part)
-    different = list(dict.fromkeys(names))
-    if len(different) < count:
-        raise UserError(
-            f"--validation_part {part} asks for {count} parts of {set_name}, which has"
-            f" {len(different)}: ask for fewer."
-        )
-    part_names = {different[index] for index in deal_into_parts(different, count)[number - 1]}
-    return [index for index, name in enumerate(names) if name in part_names]
+    sort_keys = [(seed_of("held out", name), number) for number, name in enumerate(names)]
+    return sorted(number for _, number in sorted(sort_keys)[:limit])
 
 
-def describe_copies(noun: str, training: Contents, heldout: Contents | None = None) -> str | None:
+def describe_copies(noun: str, training: Contents, heldout: Contents) -> str | None:
     """A sentence on held-out samples that are trained on too; None where there is none.
 
     Args:
         noun: what the samples are, in the plural, such as "images".
         training: samples that are trained on.
-        heldout: samples that are held out; None where folds hold out parts of ``training``.
+        heldout: samples that are held out.
     """
-    first_names: dict[Hashable, str] = {}  # first sample of each content
-    pairs: list[tuple[str, str]] = []  # a held-out sample, and the training sample that it equals
+    first_names: dict[Hashable, str] = {}  # first training sample of each content
     for name, content in training:
-        if content in first_names:
-            pairs.append((name, first_names[content]))
-        # Of several training samples of one content the first is named.
         first_names.setdefault(content, name)
-    count = f"{len(training)} {noun}"
-    if heldout is not None:
-        pairs = [(name, first_names[key]) for name, key in heldout if key in first_names]
-        count = f"{len(heldout)} held-out {noun}"
+    # A held-out sample, and the training sample that it equals.
+    pairs = [(name, first_names[content]) for name, content in heldout if content in first_names]
     if not pairs:
         return None
     heldout_name, training_name = pairs[0]
+    count = f"{len(heldout)} held-out {noun}"
     return (
         f"{len(pairs)} of the {count} are also trained on, such as {heldout_name}, which is"
         f" {training_name}, so the held-out loss is too low: drop one of the two."

@@ -27,11 +27,9 @@ from ..adapters import CHANGE_BASE
 from ..core.durable import dump_json, write_text
 from ..core.errors import UserError, reason
 from ..core.files import without_paths
-from ..core.values import BY_SAMPLES, HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
 from ..methods import get
 from ..methods.registry import default_options
 from ..mini import embedded
-from .folder import FIT_FIGURE
 
 
 def write_card(
@@ -54,11 +52,9 @@ def write_card(
             paths of this machine, and the code that loads the weights.
     """
     method = get(options["method"])
-    judge = HELDOUT_DISTANCE if options.get("choose_by") == BY_SAMPLES else HELDOUT_LOSS
     outcome = {
         "step of these weights, the best one measured": results.get("best_step"),
         "stopped early, after steps": results["steps"] if results.get("stopped_early") else None,
-        "steps chosen by --fit": _chosen_steps(options, results),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
@@ -69,23 +65,11 @@ def write_card(
         method=method,
         settings=_without_none(_settings(options, results["steps"])),
         results=_without_none({**measured, **outcome}),
-        fit=FIT_FIGURE if options["fit"] else None,
-        fit_measure=MEASURE_TITLES[judge],
         **facts,
     )
     # Parts of the template that are left out leave empty lines.
     text = re.sub("\n{3,}", "\n\n", text.strip()) + "\n"
     write_text(folder / "README.md", text)
-
-
-def _chosen_steps(options: Mapping[str, Any], results: Mapping[str, Any]) -> str | int | None:
-    """The steps that a search chose, and those that were trained; None without a search."""
-    chosen_steps = results.get("chosen_steps")
-    trained_steps = options["max_train_steps"]
-    if chosen_steps in (None, trained_steps):
-        return chosen_steps
-    schedule = "at a rate that falls to zero"
-    return f"{chosen_steps} at a constant rate, trained as {trained_steps} {schedule}"
 
 
 def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,9 +156,9 @@ def _fence(text: str, min_length: int) -> str:
 
 
 # The exports are left out, since diffusers would load one of them where no file is named.
-NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "fit/*", "logs/*", ".*"]
+NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "logs/*", ".*"]
 # Files with paths of this machine: of the base model, the images and the run itself.
-WITH_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/config.json"]
+WITH_PATHS = ["run.json", "adapter_config.json", "config.json", "*/config.json"]
 
 
 def repository(name: str, token: str | None) -> str:

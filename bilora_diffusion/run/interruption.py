@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
@@ -34,15 +34,6 @@ TOKEN = "$HF_TOKEN"
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", *MPI_RANKS)
 
 
-class Stop(NamedTuple):
-    """End of a run by a signal."""
-
-    number: int  # of the signal
-    step: int  # optimizer steps taken
-    num_steps: int  # of the whole run
-    run: str | None = None  # name of a run of ``--fit``
-
-
 class Interruption:
     """A context within which SIGINT and SIGTERM ask the run to stop.
 
@@ -51,7 +42,7 @@ class Interruption:
 
     Args:
         patient: whether the first signal waits for the loop; False where nothing can be saved yet,
-            and the signal raises `KeyboardInterrupt`.
+            and the signal raises `Interrupted`.
 
     Attributes:
         number: number of the signal that came; None before.
@@ -85,12 +76,12 @@ class Interruption:
                 self._first_press = time.monotonic()
             # A second Ctrl-C, pressed by hand.
             elif time.monotonic() - self._first_press > ONE_PRESS_SECONDS:
-                raise KeyboardInterrupt
+                raise Interrupted(number=number)
         if self.number is not None:
             return
         self.number = number
         if not self.patient:
-            raise KeyboardInterrupt
+            raise Interrupted(number=number)
         if is_main_process():
             end = "stopping after this step and its measurements, with a checkpoint"
             line = f"\n{end}; Ctrl-C again stops at once\n"
@@ -145,41 +136,34 @@ def find_launch(arguments: Sequence[str]) -> str | None:
 
 def describe_interruption(
     folder: Path,
-    stop: Stop,
+    stop: Interrupted,
     arguments: Sequence[str] | None,
     launch: str | None,
     overwrites: bool,
     control_folder: Path | None = None,
 ) -> Interrupted:
-    """The message of an interrupted run, with the command that goes on from what is saved.
+    """The message of an interrupted command, and the command that resumes from what is saved.
 
     Args:
-        folder: folder of the run that was stopped.
-        stop: the signal and the step.
+        folder: folder of the run that was interrupted.
+        stop: its interruption (`train.setup.run`).
         arguments: the script's arguments, as they were typed; None for a call from Python.
         launch: the command line in front of the arguments (`find_launch`).
         overwrites: whether the run was to replace an earlier one.
         control_folder: folder of the control run of ``--compare``, which comes last.
     """
-    has_finished = stop.step == stop.num_steps and runlog.is_finished(folder)
+    has_finished = runlog.is_finished(folder)
     if has_finished and control_folder in (None, folder):
-        sentence = f"interrupted when the run in {folder} had already finished"
-        return Interrupted(sentence, stop.number)
+        return stop
 
-    saved = checkpoint.latest(folder / (stop.run or ""))
-    if has_finished:
-        state = f"that run is finished, the one in {control_folder} not yet begun"
-    elif saved is None and stop.run is not None:
-        state = "the runs of the search before it are saved"
-    elif saved is None:
-        state = "nothing was saved yet"
-    else:
-        state = f"{saved} is saved"
+    saved = checkpoint.latest(folder)
     place = ""
-    if control_folder is not None:
-        place = f" of the run in {folder}"
-    elif stop.run is not None:
-        place = f" of {stop.run}"
+    if has_finished:
+        state = f"the one in {control_folder} not yet begun"
+    else:
+        state = "nothing was saved yet" if saved is None else f"{saved} is saved"
+        if control_folder is not None:
+            place = f" of the run in {folder}"
     instruction = "go on with"
     if arguments is None:
         command = "the same arguments and --resume_from_checkpoint auto"
@@ -192,8 +176,7 @@ def describe_interruption(
         if TOKEN in command and "HF_TOKEN" not in os.environ:
             instruction = f"set HF_TOKEN to the token, and {instruction}"
     return Interrupted(
-        f"interrupted at step {stop.step} of {stop.num_steps}{place}, {state}: {instruction}\n\n"
-        f"    {command}\n",
+        f"{stop}{place}, {state}: {instruction}\n\n    {command}\n",
         stop.number,
     )
 
@@ -202,8 +185,7 @@ def resume_command(arguments: Sequence[str], overwrites: bool) -> str:
     """The arguments of a script that go on from the newest checkpoint, as a shell reads them.
 
     Of two equal flags the last one holds, so that added flags overrule the others and the recipe.
-    Where there is no checkpoint yet, "auto" begins; so do runs of a search or a comparison that
-    have not begun.
+    Where there is no checkpoint yet, "auto" begins; so does a control that has not begun.
 
     Args:
         arguments: the script's arguments, as they were typed.

@@ -1,4 +1,4 @@
-"""Types of a run's files, ``run.json``, ``metrics.jsonl`` and ``fit.json``, and their readers.
+"""Types of a run's files, ``run.json`` and ``metrics.jsonl``, and their readers.
 
 All code that reads a run (resume, guard, evaluation, viewer) reads it here, and relies on these
 types. A value that does not fit them makes the run unreadable, with the reason in one sentence.
@@ -13,9 +13,9 @@ import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.durable import discard
 from ..core.errors import UserError
@@ -92,6 +92,7 @@ class Options(_Strict):
     task: Text | None = None
     train_file: Text | None = None
     validation_prompts: list[Text] | None = None
+    max_eval_samples: Count | None = None
     num_validation_images: Annotated[int, Field(ge=0, le=PICTURES)] | None = None
     resolution: Annotated[int, Field(ge=1, le=2**16)] | None = None
     max_train_steps: Count | None = None
@@ -107,7 +108,7 @@ class Options(_Strict):
 
 
 class Results(_Strict):
-    """Outcome of a finished run; ``best_step`` is that of the weights it left, by --keep_best."""
+    """Outcome of a finished run; ``best_step`` is the step of its weights with --keep_best."""
 
     best_step: Count | None = None
 
@@ -142,58 +143,6 @@ class Line(_Strict):
     step: Count
     digest: Text | None = None
     dynamics: dict[str, Any] | None = None
-
-
-class SearchRun(_Strict):
-    """A run of a search, with its held-out losses by step."""
-
-    name: Text
-    title: Text
-    fold: Count
-    steps: list[Count]
-    losses: list[Number | None]
-
-    @model_validator(mode="after")
-    def _equally_long(self) -> Self:
-        if len(self.steps) != len(self.losses):
-            raise ValueError("losses of another number than the steps")
-        return self
-
-
-class SearchRow(_Strict):
-    """A configuration of a search, with a number of steps."""
-
-    options: dict[Text, Text]
-    title: Text
-    steps: Count
-
-
-class SearchChoice(SearchRow):
-    """The configuration that a search chose."""
-
-    steps: Annotated[Count, Field(ge=1)]
-    loss: Number
-    base_loss: Number | None  # of the base model on the same samples; None if not finite
-    rate_edge: Literal["lowest", "highest"] | None  # of the rates that were tried
-
-
-class SearchStanding(SearchRow):
-    """A configuration with the difference of its loss to that of the choice."""
-
-    folds: Count
-    difference: Number
-    interval: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
-
-
-class SearchRecord(_Strict):
-    """``fit.json``: the runs of a search, and what it chose."""
-
-    settings: dict[str, Any]
-    spent: Count
-    runs: list[SearchRun]
-    out: dict[Text, Text]
-    choice: SearchChoice | None
-    standings: list[SearchStanding]
 
 
 @contextlib.contextmanager
@@ -264,7 +213,7 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
     """
     newest: dict[str, tuple[int, float | None]] = {}
     for row in read_metrics(folder):
-        # A run may have gone on after the step whose weights it leaves.
+        # A run may have continued after the step whose weights it exports.
         if row["step"] > step:
             continue
         for key, value in row.items():
@@ -273,21 +222,6 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
             if is_heldout or key.startswith((TRAINING_GRID_LOSS, BY_CONCEPT)):
                 newest[key] = (row["step"], value)
     return newest
-
-
-def read_search(path: Path) -> dict[str, Any] | None:
-    """A run's ``fit.json``, which fits `SearchRecord`; None where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        with _reading(path, "restore it from a copy, or start a new run in another --output_dir"):
-            content = _parsed(regular_file(path).read_bytes())
-            SearchRecord.model_validate(content)
-            return content
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _parsed(data: bytes) -> Any:

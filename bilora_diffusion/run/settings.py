@@ -1,4 +1,4 @@
-"""Settings of an earlier run beside those of the run that is to go on from it."""
+"""Comparison of the options of an earlier run with those of the run that resumes it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from typing import Any
 from ..core.errors import UserError
 
 
+def without_options(settings: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    """Options without those of some names, also in the options of each concept."""
+    remainder = {name: value for name, value in settings.items() if name not in names}
+    if "concepts" in remainder:
+        concepts = remainder["concepts"]
+        remainder["concepts"] = [without_options(options, names) for options in concepts]
+    return remainder
+
+
 def require_same_settings(
     saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
 ) -> None:
-    """Refuse to go on with other settings than `describe_differences` allows.
+    """Refuse to resume with other settings.
 
     Args:
         saved: settings that the checkpoint was made with.

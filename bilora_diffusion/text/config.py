@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from ..config import resolving
 from ..config.derived import Rule, default_validation_loss_steps, derive
 from ..config.options import StoppingOptions
-from ..config.run import RunConfig, without_influence
+from ..config.run import RunConfig
 from ..core.errors import UserError
 from ..core.files import TABLES, is_file
 from ..core.values import ALL_LINEAR
 from ..methods.options import SingleMethodOptions
-from ..run.data import read_part
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,
@@ -69,10 +67,6 @@ class TextConfig(
 
     modality: ClassVar[str] = "text"
     groups: ClassVar[tuple[type, ...]] = GROUPS
-    without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
-    without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {"max_predictions": 0, "eval_train_samples": 0}
-    )
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = (
         ("task", "train_file"),
         ("max_train_steps", "num_train_epochs"),
@@ -106,8 +100,6 @@ class TextConfig(
             from . import catalog
 
             catalog.get(self.task)
-        if self.validation_part is not None:
-            read_part(self.validation_part)
         files = {"train_file": self.train_file, "validation_file": self.validation_file}
         for name, file in files.items():
             if not file:

@@ -14,7 +14,7 @@ from ..core.durable import write_text
 from ..core.errors import UserError
 from ..core.files import counted
 from ..core.values import TRAINING_GRID_LOSS
-from ..train.task import explain_memory_errors, inference, loss_by_part
+from ..train.task import explain_memory_errors, inference
 from .config import TextConfig
 from .encode import Encoded
 from .metrics import score
@@ -41,9 +41,6 @@ class Evaluation:
         module: the model with its loss.
         data: tokenized rows, with a validation set.
 
-    Attributes:
-        by_row: True if each row's loss is measured, and nothing else.
-
     Raises:
         UserError: answers may be longer than the model allows.
     """
@@ -57,7 +54,6 @@ class Evaluation:
         self.module = module
         self.data = data
         self.rows: Encoded = data.validation
-        self.by_row = False
         self.new_tokens = 0
         if loaded.kind != "classification":
             self.new_tokens = _max_new_tokens(cfg, loaded)
@@ -67,15 +63,11 @@ class Evaluation:
 
         Returns:
             "heldout_loss", the mean over all target tokens; a classifier's metrics; and
-            "train_grid_loss", the same loss on the first `eval_train_samples` training rows. With
-            `by_row` instead of these two the parts of the loss (`loss_by_part`).
+            "train_grid_loss", the same loss on the first `eval_train_samples` training rows.
         """
         losses, classes = self._measure(self.rows, len(self.rows))
         total = sum(self.rows.target_tokens)
         figures = {PREFIX + "loss": sum(losses) / total}
-        # A search pairs candidates by rows, so that it needs more than their mean.
-        if self.by_row:
-            return figures | loss_by_part(losses, total)
         if self.loaded.kind == "classification":
             words = self.data.rows.label_words
             figures |= self._scores([words[number] for number in classes])

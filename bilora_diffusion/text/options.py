@@ -27,9 +27,9 @@ from ..core.values import (
 from ..methods.options import AdapterOptions, MethodFlags
 
 WITHOUT_ROWS = IgnoredCase(
-    lambda v: not v["task"] and not v["validation_file"] and not v["fit"],
+    lambda v: not v["task"] and not v["validation_file"],
     "without held-out rows",
-    "add `--validation_file`, `--fit`, or drop it",
+    "add `--validation_file` or drop it",
 )
 
 
@@ -107,13 +107,6 @@ class TextDataOptions:
     max_target_length: int = option(64, "Tokens of a seq2seq model's answer.", range=TOKENS)
     max_train_samples: int | None = option(
         None, "Use only so many training rows, chosen by seed 0.", range=ROWS
-    )
-    max_eval_samples: int | None = option(
-        None,
-        "Use only so many held-out rows.",
-        aliases=("--max_validation_samples",),
-        range=ROWS,
-        may_change_on_resume=True,
     )
     packing: bool = option(
         False,
@@ -236,17 +229,7 @@ class EvaluationOptions:
         aliases=("--per_device_eval_batch_size",),
         range=BATCHES,
     )
-    validation_part: str | None = like(
-        HeldOutOptions,
-        "validation_part",
-        ignored=(
-            IgnoredCase(
-                lambda v: not v["task"] and not v["validation_file"],
-                "without a validation set",
-                "add `--validation_file` or drop it",
-            ),
-        ),
-    )
+    max_eval_samples: int | None = like(HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_ROWS,))
     validation_loss_steps: int = option(
         0,
         "Measure the held-out loss every so many steps; 0: at the start and the end only.",

@@ -12,7 +12,6 @@ import torch
 
 from ..core.errors import UserError, translated
 from ..core.seeds import digest_texts, generator, seed_of
-from ..run.data import samples_of_part
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask, packaged_rows
 from .config import TextConfig
@@ -66,14 +65,7 @@ def open_rows(cfg: TextConfig) -> Rows:
     train = subset(rows.train, cfg.max_train_samples, "train")
     validation = None
     if rows.validation:
-        examples = subset(rows.validation, cfg.max_eval_samples, "validation")
-        # Rows are dealt into parts by their texts, so that each stays in its part.
-        hashes = []
-        for example in examples:
-            texts = [example.prompt, example.input, example.pair or "", example.answer]
-            hashes.append(digest_texts(texts))
-        numbers = samples_of_part(cfg.validation_part, hashes, f"the held-out rows of {rows.name}")
-        validation = [examples[number] for number in numbers]
+        validation = subset(rows.validation, cfg.max_eval_samples, "validation")
     return replace(rows, train=train, validation=validation)
 
 

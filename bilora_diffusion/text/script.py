@@ -122,17 +122,13 @@ def require_scorable(cfg: TextConfig, rows: Rows) -> None:
 
 
 def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
-    """Warn of rows that are both learned from and held out, by a file or by the folds of a search.
+    """Warn of rows that are both trained on and held out.
 
-    A task's own validation split is not the user's, so it is not looked at.
+    A task's own validation split is not the user's, so it is not compared.
     """
-    heldout = None
-    if rows.validation is not None:
-        if cfg.task:
-            return
-        heldout = [(example.where, example) for example in rows.validation]
-    elif not cfg.fit:
+    if rows.validation is None or cfg.task:
         return
+    heldout = [(example.where, example) for example in rows.validation]
     training = [(example.where, example) for example in rows.train]
     sentence = describe_copies("rows", training, heldout)
     if sentence:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from ..methods import Target
 from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.dry_run import NUMBER_BYTES, STEP, PhaseMemory
-from ..train.task import Fold, LengthGroupedOrder, MicroBatch, SampleOrder
+from ..train.task import LengthGroupedOrder, MicroBatch, SampleOrder
 from .config import TextConfig
 from .evaluation import Evaluation
 from .examples import Example
 from .models import TextModel
 from .module import TextModule, collate
-from .rows import TextData, encode_rows
+from .rows import TextData
 
 NAME = "model"
 # Coefficients of `memory_by_phase`, measured (results/dry_run_memory).
@@ -59,10 +58,8 @@ class TextTask:
             )
         self.num_samples = len(data.train)
         self.sample_names = [data.train.name(number) for number in range(self.num_samples)]
-        self.names = [example.where for example in data.rows.train]  # before packing
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
         self.has_heldout = self.evaluation is not None
-        self._folds: dict[tuple[int, ...], TextData] = {}
 
     def data_summary(self) -> str:
         """The training set, in a few words."""
@@ -86,25 +83,9 @@ class TextTask:
         """Names and hashes of the held-out rows."""
         return _contents(self.data.rows.validation or [])
 
-    def with_config(
-        self, cfg: TextConfig, fold: Fold | None = None, is_trial: bool = False
-    ) -> TextTask:
+    def with_config(self, cfg: TextConfig) -> TextTask:
         """The same model and rows for a run of another configuration; see `Task`."""
-        data = self.data
-        if fold is not None:
-            train_numbers, heldout_numbers = fold
-            # Rows of a fold are tokenized once, whichever runs of the search train on it.
-            key = tuple(heldout_numbers)
-            if key not in self._folds:
-                train = [data.rows.train[number] for number in train_numbers]
-                validation = [data.rows.train[number] for number in heldout_numbers]
-                rows = replace(data.rows, train=train, validation=validation)
-                self._folds[key] = encode_rows(cfg, rows, self.loaded)
-            data = self._folds[key]
-        task = TextTask(cfg, self.loaded, data)
-        if task.evaluation is not None:
-            task.evaluation.by_row = is_trial
-        return task
+        return TextTask(cfg, self.loaded, self.data)
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int

@@ -14,26 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 from .. import adapters, methods
 from ..config.options import NO_CONTROL
 from ..config.resolving import collected_notes
 from ..config.run import RunConfig
-from ..core.durable import strict_json
-from ..core.errors import placed
+from ..core.errors import Interrupted, placed
 from ..run import console, hub, interruption
 from ..run.data import record_content, require_same_content, summarize
-from ..run.folder import State, classify, guard, refuse_unusable
-from ..run.interruption import Stop
+from ..run.folder import guard, refuse_unusable
 from ..run.lock import locked
 from ..run.record import read_run
 from . import dry_run, setup
 from .engine import build_accelerator, free_memory
-from .resume import without_sources
-from .search import report
-from .search.runs import Search
+from .resume import holds_finished_run
 from .setup import Config, Script, translated_errors
 
 PACKAGE = __name__.partition(".")[0]
@@ -45,8 +38,7 @@ def train(
 ) -> None:
     """Train by a command line into a run folder.
 
-    With ``--fit`` a search comes first. With ``--compare`` a control run is trained too, into a
-    folder of its own.
+    With ``--compare`` a control run is trained too, into a folder of its own.
 
     Args:
         script: script of the command.
@@ -56,7 +48,7 @@ def train(
     Raises:
         UserError: bad input; nothing was written.
         TrainingError: training could not go on; checkpoints and metrics stay.
-        Interrupted: a signal ended the command; the sentence says how to go on.
+        Interrupted: a signal ended the command; the sentence says how to resume.
     """
     arguments = sys.argv[1:] if argv is None else argv
     show_messages()
@@ -67,7 +59,7 @@ def train(
     if cfg.compare != NO_CONTROL:
         configs.append(control_config(script, arguments, cfg))
     if cfg.dry_run:
-        dry_run.run(script, configs, arguments)
+        dry_run.run(script, configs)
         return
 
     # The folders are checked before anything is loaded, and locked until the end, so that no second
@@ -89,19 +81,10 @@ def train(
         for run in runs:
             run.require_same_data(task)
 
-        # The search and all runs share the models and the encoded data.
-        stop: Stop | None = None
+        # Both runs share the models and the encoded data.
+        stop: Interrupted | None = None
         stopped_folder = folders[0]
         trained_folders = []
-        search = None
-        if cfg.fit:
-            search = Search(script, arguments, task, accelerator)
-            choice = search.choose()
-            if isinstance(choice, Stop):
-                stop = choice
-                runs = []  # no run begins
-            else:
-                task = task.with_config(choice)
         for number, planned_run in enumerate(runs):
             run = planned_run
             if run.is_finished:
@@ -113,20 +96,28 @@ def train(
             if number > 0:
                 accelerator = build_accelerator(run.cfg)
                 task = task.with_config(run.cfg)
-            repo_id = repo_ids.get(run.folder)
-            has_next = planned_run is not runs[-1]
-            stop = _train_run(script, task, accelerator, run, repo_id, restores=has_next)
+            with ExitStack() as restoring:
+                has_next = planned_run is not runs[-1]
+                if has_next:  # the next run starts from the same models
+                    for target in task.targets():
+                        restoring.enter_context(adapters.restored(target.model, target.spec))
+                stop = setup.run(
+                    script,
+                    task,
+                    accelerator,
+                    run.folder,
+                    run.checkpoint_folder,
+                    repo_ids.get(run.folder),
+                )
+                if has_next and stop is None:
+                    setup.close_run(accelerator)
             if stop is not None:
                 stopped_folder = run.folder
                 break
             trained_folders.append(run.folder)
 
-        if stop is None and accelerator.is_main_process:
-            # Read from the records of the runs, which have ended.
-            if search is not None:
-                logger.info("\n".join(report.lines(folders[0], search.sample_noun)))
-            if len(folders) > 1:
-                logger.info(console.describe_comparison(folders, script.scorer))
+        if stop is None and accelerator.is_main_process and len(folders) > 1:
+            logger.info(console.describe_comparison(folders, script.scorer))
         # In this order, since the end of training closes the process group (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
@@ -138,7 +129,7 @@ def train(
         raise interruption.describe_interruption(
             stopped_folder,
             stop,
-            # The command that goes on is shown only if the user has typed this one.
+            # The command that resumes is shown only if the user has typed this one.
             arguments if argv is None else None,
             launch,
             cfg.overwrite_output_dir,
@@ -169,46 +160,6 @@ def hub_repositories(runs: Sequence[PlannedRun]) -> dict[Path, str]:
             name = run.cfg.hub_model_id or run.folder.name
             repo_ids[run.folder] = hub.repository(name, run.cfg.hub_token)
     return repo_ids
-
-
-def _train_run(
-    script: Script[Any],
-    task: Any,
-    accelerator: Accelerator,
-    run: PlannedRun,
-    repo_id: str | None,
-    *,
-    restores: bool,
-) -> Stop | None:
-    """Train a run in its folder.
-
-    Args:
-        script: script of the task.
-        task: task with the configuration of the run.
-        accelerator: engine of the run.
-        run: the run, which is not finished.
-        repo_id: hub repository that the folder is pushed to.
-        restores: True to restore the models afterwards, for the next run.
-
-    Returns:
-        The signal that stopped the run; None without one.
-    """
-    with ExitStack() as restoring:
-        if restores:
-            for target in task.targets():
-                restoring.enter_context(adapters.restored(target.model, target.spec))
-        stop = setup.run(
-            script, task, accelerator, run.folder, run.checkpoint_folder, repo_id=repo_id
-        )
-        if restores and stop is None:
-            free_memory(accelerator)
-            # Not by `end_training`, which closes the process group too.
-            for tracker in accelerator.trackers:
-                tracker.finish()
-            if torch.cuda.is_available():
-                # The next run records its own peak.
-                torch.cuda.reset_peak_memory_stats()
-    return stop
 
 
 @dataclass(frozen=True)
@@ -258,31 +209,18 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
     for cfg in configs:
         # A finished run without a control is resumed all the same, which exports it again.
         resumes = len(configs) > 1 and cfg.resume_from_checkpoint == "auto"
-        if resumes and _has_finished(cfg):
+        if resumes and holds_finished_run(Path(cfg.output_dir), cfg):
             runs.append(PlannedRun(cfg, None, is_finished=True))
             continue
         checkpoint_folder = guard(
             Path(cfg.output_dir),
             cfg.resume_from_checkpoint,
-            settings=strict_json(cfg.resume_settings())[0],
-            fit=cfg.fit,
+            settings=cfg.resume_settings(),
             overwrite=cfg.overwrite_output_dir,
             exports_weights=methods.get(cfg.method).exports_weights,
         )
         runs.append(PlannedRun(cfg, checkpoint_folder))
     return runs
-
-
-def _has_finished(cfg: RunConfig) -> bool:
-    """Test that the output folder has a finished run of this configuration."""
-    folder = Path(cfg.output_dir)
-    if classify(folder) is not State.FINISHED:
-        return False
-    # Places of data are left out: `PlannedRun.require_same_data` compares what they hold.
-    recorded_options = without_sources(read_run(folder)["config"])
-    settings = without_sources(strict_json(cfg.resume_settings())[0])
-    missing = object()
-    return all(recorded_options.get(name, missing) == settings[name] for name in settings)
 
 
 def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> Any:

@@ -6,7 +6,6 @@ of model, which were fitted to a trace of every tensor (commit 48c0e54; results/
 """
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,8 +24,6 @@ from ..methods import Method, for_run
 from ..run import provenance
 from .engine import build_accelerator
 from .optimizers import StepLayout, total_steps
-from .search.runs import Search
-from .search.space import RATE, Candidate, title
 from .setup import Script
 
 # Bytes that a process takes on a GPU; 0.4 to 0.8 GB were measured.
@@ -42,13 +39,12 @@ BEFORE, STEP = "before training", "a training step"
 PhaseMemory = dict[str, dict[str, int]]
 
 
-def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) -> None:
+def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
     """Print the size of a run and the memory that it needs; of several runs those of the largest.
 
     Args:
         script: script of the run.
         configs: configuration of the run, and that of its control if there is one.
-        argv: the command line.
 
     Raises:
         UserError: bad input; several processes.
@@ -63,12 +59,6 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
     steps = total_steps(cfg, task.num_samples, step_size)
     phases = script.memory_by_phase(task, device)
     lines = ["--dry_run: nothing is loaded, trained or written."]
-    search = None
-    if cfg.fit:
-        search = Search(script, argv, task, accelerator)
-        candidate = largest_candidate(search, task, steps)
-        task = with_config(task, search.config(candidate))
-        lines.append(f"what follows is about the largest run of --fit: {title(candidate)}")
     if len(configs) > 1:
         task = largest_run(task, configs, steps)
         folders = " and ".join(run_cfg.output_dir for run_cfg in configs)
@@ -82,11 +72,8 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {step_size}, {counted(f'{epochs:.3g}', 'epoch')}",
     ]
-    if search is None:
-        hours = hours_for_each_second(steps, "a step")
-        lines.append(f"time: not estimated; {hours}, and the sampling of images")
-    else:
-        lines.append(describe_search(search.plan.budget, steps))
+    hours = hours_for_each_second(steps, "a step")
+    lines.append(f"time: not estimated; {hours}, and the sampling of images")
 
     process = process_bytes(device)
     phases = complete(phases, trained, process)
@@ -107,8 +94,6 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
         f"It {verdict}: the run needs about {bytes_for_people(peaks[highest])}, and {device.type}"
         f" has {bytes_for_people(room)} for it."
     )
-    if search is not None and device.type == "cuda" and not fits:
-        lines.append("--fit leaves out of its search what runs out of memory.")
     print("\n".join(lines), flush=True)
 
 
@@ -156,38 +141,6 @@ def complete(phases: PhaseMemory, trained: dict[str, int], process: int) -> Phas
     return complete_phases
 
 
-def describe_search(budget: int, steps: int) -> str:
-    """A line about the size of a search, and the hours that it takes."""
-    # On the first rung a run takes half of the steps (`halving.Plan`).
-    runs = budget * 2 // steps
-    shortest = steps // 2
-    hours = hours_for_each_second(budget + steps, "a step")
-    return (
-        f"--fit: before them at most {budget:,} steps, in up to {runs} runs of {shortest:,} steps"
-        f" and more; with the last one that is {hours}"
-    )
-
-
-def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
-    """The candidate of a search that needs most memory, with all samples as in the last run.
-
-    More memory by one option stays more whatever the others are. So for each method the options are
-    set in turn to the value that needs most.
-    """
-
-    @functools.cache  # the search looks at a candidate in several turns
-    def bytes_of(candidate: Candidate) -> int:
-        return trained_bytes(with_config(task, search.config(candidate)), steps)
-
-    candidates: list[Candidate] = [()]  # the command line as it is
-    for candidate in search.space.starts():
-        for name in search.space.axes():
-            if name != RATE:  # a rate takes no memory
-                candidate = max(search.space.variants(name, candidate), key=bytes_of)
-        candidates.append(candidate)
-    return max(candidates, key=bytes_of)
-
-
 def largest_run(task: Any, configs: Sequence[RunConfig], steps: int) -> Any:
     """The task with the configuration that needs most memory."""
     tasks = [with_config(task, cfg) for cfg in configs]
@@ -219,7 +172,7 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
         The method, and bytes of the trained weights and of what is stored for them, by part.
     """
     cfg = task.cfg
-    # On copies, since `largest_candidate` attaches several methods to the same models in turn.
+    # On copies, since `largest_run` attaches several methods to the same models in turn.
     method = for_run(vars(cfg), steps, task.sample_names)
     targets = []
     for target in task.targets():

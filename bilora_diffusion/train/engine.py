@@ -69,7 +69,7 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
     distributed = DistributedDataParallelKwargs(
         find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
     )
-    # The other processes may wait for long while one samples images or trains a run of a search.
+    # The other processes may wait for long while one samples images.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
     logs = str(Path(cfg.output_dir, cfg.logging_dir))
     try:

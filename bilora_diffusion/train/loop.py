@@ -22,7 +22,6 @@ from PIL import Image
 
 from ..core.durable import disk_is_full
 from ..core.errors import (
-    Diverged,
     TrainingError,
     UserError,
     describe,
@@ -359,14 +358,12 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
         sentence = describe(error)
         if not isinstance(error, UserError | TrainingError):
             keep_trace(error, folder)
-        # A search goes on without a run that diverged; another error ends it.
-        results = {"diverged": True} if isinstance(error, Diverged) else {}
-        _close(log, "failed", sentence, **results)
+        _close(log, "failed", sentence)
         raise
 
 
-def _close(log: RunLog | None, status: str, reason: str | None = None, **results: Any) -> None:
+def _close(log: RunLog | None, status: str, reason: str | None = None) -> None:
     """Close the record of a run; on a full disk it stays as it was."""
     with contextlib.suppress(OSError):
         if log is not None:
-            log.close(status, reason, **results)
+            log.close(status, reason)

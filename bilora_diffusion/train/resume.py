@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is saved of it, and what must be the same to go on from one."""
+"""Checkpoints of a run: what they save, and what must be the same to resume from one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from .. import adapters
+from ..config.run import RunConfig
 from ..core import removed
+from ..core.durable import strict_json
+from ..core.errors import UserError
+from ..core.fields import default_of, options_of
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors
 from ..run.data import HELDOUT, TRAINING, require_same_content
-from ..run.runlog import RunLog
-from ..run.settings import require_same_settings
+from ..run.record import read_run
+from ..run.runlog import RunLog, is_finished
+from ..run.settings import describe_differences, require_same_settings, without_options
 from .trainer import Trainer
 
 # Options that say where the samples of each set of the record of data are.
@@ -45,7 +50,7 @@ def save(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             scaler=None if scaler is None else scaler.state_dict(),
             extra={
                 **_sizes(trainer),
-                "config": cfg.resume_settings(),
+                "config": strict_json(cfg.to_dict())[0],
                 "content": trainer.content,
                 "method": trainer.method.state_dict(),
                 **trainer.outcome.state_dict(),
@@ -98,7 +103,7 @@ def _sizes(trainer: Trainer) -> dict[str, int]:
 
 
 def _require_same_run(trainer: Trainer, saved: Checkpoint) -> None:
-    """Refuse to go on with a checkpoint of other options, data or sizes."""
+    """Refuse to resume from a checkpoint of other options, data or sizes."""
     cfg, sizes = trainer.cfg, _sizes(trainer)
     options = cfg.resume_settings()
     # A step has the same result however it is cut into micro-batches.
@@ -109,17 +114,55 @@ def _require_same_run(trainer: Trainer, saved: Checkpoint) -> None:
     has_same_warmup = cfg.warmup_steps(saved.extra["num_steps"]) == warmup_steps
     if is_constant and has_same_warmup and not trainer.method.depends_on_length:
         free |= {"max_train_steps", "num_train_epochs", "num_steps"}
-    current = {**options, **sizes, "content": trainer.content}
-    recorded = dict(saved.extra["config"])
+    recorded = recorded_options(saved.extra["config"], cfg)
     for name in sizes:
         recorded[name] = saved.extra[name]
-    recorded["content"] = saved.extra["content"]
     require_same_work(
-        recorded,
-        current,
+        {**recorded, "content": saved.extra["content"]},
+        {**options, **sizes, "content": trainer.content},
         options=options.keys(),
-        free=free | cfg.free_options,
+        free=free,
         depends_on_heldout=cfg.depends_on_heldout,
+    )
+
+
+def recorded_options(options: Mapping[str, Any], cfg: RunConfig) -> dict[str, Any]:
+    """Options of a record or a checkpoint as this version has them, without those that may change.
+
+    An option that the version that wrote them did not have counts as having its default.
+
+    Args:
+        options: the options that were recorded.
+        cfg: configuration that they are compared with.
+
+    Raises:
+        UserError: an option that was removed had an effect.
+    """
+    removed.require_neutral(options, depends_on_heldout=cfg.depends_on_heldout)
+    known_options: dict[str, Any] = {}
+    for name, field in options_of(cfg.groups).items():
+        known_options[name] = default_of(field)
+    known_options.pop("hub_token")  # which is never recorded
+    for name, value in options.items():
+        if name not in removed.OPTIONS:
+            known_options[name] = value
+    return cfg.fixed_options(known_options)
+
+
+def holds_finished_run(folder: Path, cfg: RunConfig) -> bool:
+    """Test that a folder holds a finished run of this configuration, which need not be repeated.
+
+    Options that may change on resume, and places of data, may differ. `require_same_content`
+    compares the data themselves.
+    """
+    if not is_finished(folder):
+        return False
+    try:
+        recorded = recorded_options(read_run(folder)["config"], cfg)
+    except UserError:  # it was trained by a removed option
+        return False
+    return not describe_differences(
+        without_sources(recorded), without_sources(cfg.resume_settings())
     )
 
 
@@ -131,7 +174,7 @@ def require_same_work(
     free: Set[str],
     depends_on_heldout: bool,
 ) -> None:
-    """Refuse to go on with a run or a search of other options, other data or another size.
+    """Refuse to resume a run of other options, other data or another size.
 
     Args:
         saved: options, sizes that follow from them and from the data, and under "content" the
@@ -144,14 +187,13 @@ def require_same_work(
     Raises:
         UserError: something differs; the sentence says what.
     """
-    removed.require_neutral(saved)
-    free = free | {"content"} | removed.OPTIONS.keys()
+    free = free | {"content"}
     sizes = current.keys() - set(options)
     # Equal data may have moved, or their place may be written in another way.
     for name, sources in SOURCES.items():
         if saved["content"][name]["hash"] == current["content"][name]["hash"]:
-            saved = without_sources(saved, sources)
-            current = without_sources(current, sources)
+            saved = without_options(saved, sources)
+            current = without_options(current, sources)
     # Options first, then the data, then the sizes: the number of steps can follow from that of the
     # samples, and the sentence names the cause.
     require_same_settings(saved, current, free | sizes)
@@ -159,12 +201,6 @@ def require_same_work(
     require_same_settings(saved, current, free)
 
 
-def without_sources(
-    settings: Mapping[str, Any], sources: Set[str] = SOURCES[TRAINING] | SOURCES[HELDOUT]
-) -> dict[str, Any]:
-    """Settings without the places of data, also of the data of each concept."""
-    remainder = {name: value for name, value in settings.items() if name not in sources}
-    if "concepts" in remainder:
-        concepts = remainder["concepts"]
-        remainder["concepts"] = [without_sources(options, sources) for options in concepts]
-    return remainder
+def without_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the places of data."""
+    return without_options(settings, SOURCES[TRAINING] | SOURCES[HELDOUT])

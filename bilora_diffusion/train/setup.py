@@ -1,4 +1,4 @@
-"""One training run, from a task to the files that it leaves: record, loop, export.
+"""One training run, from a task to its files: record, loop, export.
 
 A training script is a subclass of `Script`; `command.train` runs it.
 """
@@ -17,16 +17,16 @@ import torch
 from accelerate import Accelerator
 
 from ..config.run import RunConfig
-from ..core.errors import LIBRARY_ERRORS, TrainingError, translated
+from ..core.errors import LIBRARY_ERRORS, Interrupted, TrainingError, translated
 from ..core.files import counted
 from ..methods import Method, for_run
-from ..run import checkpoint, console, hub, provenance
+from ..run import console, hub, provenance
 from ..run.data import summarize
-from ..run.folder import FIT_RECORD, clear, rewind
-from ..run.interruption import Stop
-from ..run.record import last_measured, read_run, read_search
+from ..run.folder import clear, rewind
+from ..run.record import last_measured, read_run
 from ..run.runlog import RunLog
 from . import loop, resume
+from .engine import free_memory
 from .loop import recorded, warn_of_zero_auxiliary
 from .optimizers import StepLayout, total_steps
 from .task import Task
@@ -67,7 +67,7 @@ class Script(ABC, Generic[Config]):
 
     @abstractmethod
     def file_names(self, folder: Path) -> dict[str, str]:
-        """Files that a run may leave: purpose -> name."""
+        """Files that a run may write: purpose -> name."""
 
 
 def run(
@@ -76,10 +76,9 @@ def run(
     accelerator: Accelerator,
     folder: Path,
     checkpoint_folder: Path | None,
-    last_step: int | None = None,
     repo_id: str | None = None,
-) -> Stop | None:
-    """Train a task in a folder that is locked, to the files that the run leaves.
+) -> Interrupted | None:
+    """Train a task in a folder that is locked, and export the result.
 
     Args:
         script: script of the task.
@@ -87,32 +86,29 @@ def run(
         accelerator: engine of the run.
         folder: run folder.
         checkpoint_folder: checkpoint to go on from; None for a new run.
-        last_step: last step of a run of a search, which exports nothing.
         repo_id: hub repository that the folder is pushed to.
 
     Returns:
-        The signal that stopped the run, or came too late to stop it; None without one.
+        The interruption that ended the run, or came too late to end it, for the caller to raise
+        when the engine is closed; None without one.
     """
     cfg = task.cfg
-    is_search_run = last_step is not None
     with translated_errors(cfg.base_model):
         step_size = StepLayout.from_config(cfg, accelerator).step_size
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps, task.sample_names)
-        trainer = Trainer(task, method, cfg, accelerator, last_step)
+        trainer = Trainer(task, method, cfg, accelerator)
         # With a checkpoint the model has been trained before.
         if checkpoint_folder is None:
             trainer.probe()
     if checkpoint_folder is not None:
         resume.load(trainer, checkpoint_folder)
-        if not is_search_run:
-            logger.info("resuming from %s", checkpoint_folder)
+        logger.info("resuming from %s", checkpoint_folder)
 
     log = None
     if accelerator.is_main_process:
         log = start_log(trainer, folder, is_resumed=checkpoint_folder is not None)
-        if not is_search_run:
-            announce(trainer, folder)
+        announce(trainer, folder)
 
     try:
         with trainer.interruption, recorded(log, folder):
@@ -124,32 +120,26 @@ def run(
                 with trainer.outcome.applied():
                     exported["export"] = script.export(cfg, trainer, folder)
 
-            exports = log is not None and not is_search_run
-            failures = loop.run(trainer, folder, log, export if exports else None)
+            failures = loop.run(trainer, folder, log, None if log is None else export)
             # A signal that ended the loop after a step is recorded like one that ended it within.
             if not trainer.is_finished:
                 raise KeyboardInterrupt
             results = {} if log is None else measured_results(trainer, folder)
             if failures:
-                if is_search_run:  # its curve has a gap
-                    raise TrainingError(failures[0].sentence)
                 results["failed_evaluations"] = [failure._asdict() for failure in failures]
-            if log is not None and exports:
+            if log is not None:
                 results |= exported
-                write_card(script, trainer, folder, log, results, repo_id)
-            elif is_search_run and checkpoint.steps(folder)[-1:] != [trainer.step]:
-                # The search may continue this run later.
-                resume.save(trainer, folder, log)
+                log.record_card()
+                script.write_card(cfg, folder, results, repo_id)
             # No process may close the group while another one still writes or measures.
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.stop_signal() or trainer.interruption.number or signal.SIGINT
-        return Stop(number, trainer.step, trainer.last_step)
+        return Interrupted(f"interrupted at step {trainer.step} of {trainer.num_steps}", number)
     if log is not None:
         log.close("finished", **results)
         warn_of_zero_auxiliary(folder)
-        if not is_search_run:
-            logger.info(console.describe_run(folder, script.file_names(folder), script.scorer))
+        logger.info(console.describe_run(folder, script.file_names(folder), script.scorer))
         # Last, so that the uploaded record is complete and a failed upload spoils nothing.
         if repo_id is not None:
             hub.push(folder, repo_id, cfg.hub_token)
@@ -157,7 +147,18 @@ def run(
     number = trainer.interruption.number
     if number is None:
         return None
-    return Stop(number, trainer.last_step, trainer.last_step)
+    return Interrupted(f"interrupted when the run in {folder} had already finished", number)
+
+
+def close_run(accelerator: Accelerator) -> None:
+    """Free what the engine of a run holds, before another run of the same process begins."""
+    free_memory(accelerator)
+    # Not by `end_training`, which closes the process group too.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if torch.cuda.is_available():
+        # The next run records its own peak.
+        torch.cuda.reset_peak_memory_stats()
 
 
 def require_evaluated(folder: Path) -> None:
@@ -179,8 +180,7 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
     """Begin the record of a run or go on with it; a new run deletes files that it may overwrite."""
     cfg = trainer.cfg
     if not is_resumed:
-        # With --fit the search has emptied the folder, and its own files stay beside the run.
-        clear(folder, overwrite=cfg.overwrite_output_dir and not cfg.fit)
+        clear(folder, overwrite=cfg.overwrite_output_dir)
     elif cfg.overwrite_output_dir:
         rewind(folder, trainer.step)
     log = RunLog(folder, trainer.accelerator.device)
@@ -189,7 +189,7 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
         cfg.method,
         cfg.seed,
         trainer.step if is_resumed else None,
-        num_steps=trainer.last_step,
+        num_steps=trainer.num_steps,
         content=summarize(trainer.content),
     )
     return log
@@ -215,7 +215,7 @@ def tracker_config(cfg: RunConfig) -> dict[str, Any]:
 def announce(trainer: Trainer, folder: Path) -> None:
     """Print data, length, method, device, settings and folder of a run before it begins."""
     cfg = trainer.cfg
-    steps, step_size = trainer.last_step, trainer.layout.step_size
+    steps, step_size = trainer.num_steps, trainer.layout.step_size
     epochs = steps * step_size / trainer.task.num_samples
     place = provenance.device(trainer.accelerator.device)["name"]
     processes = trainer.accelerator.num_processes
@@ -246,35 +246,9 @@ def describe_method(method: Method, rank: int) -> str:
 
 
 def measured_results(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Steps of a run, and the last measurements of the weights that it leaves."""
+    """Steps of a run, and the last measurements of the weights that it exports."""
     results = {"steps": trainer.step, **trainer.outcome.results()}
     measurements = last_measured(folder, trainer.outcome.step(trainer.step))
     for name, (_, value) in measurements.items():
         results[name] = value
     return results
-
-
-def write_card(
-    script: Script[Any],
-    trainer: Trainer,
-    folder: Path,
-    log: RunLog,
-    results: dict[str, Any],
-    repo_id: str | None,
-) -> None:
-    """Write the model card of a run whose files are exported.
-
-    Args:
-        script: script of the run.
-        trainer: Trainer at the end of the run.
-        folder: run folder.
-        log: record of the run.
-        results: results of the run; the number of steps that a search chose is added.
-        repo_id: hub repository that the folder is pushed to.
-    """
-    cfg = trainer.cfg
-    record = read_search(folder / FIT_RECORD) if cfg.fit else None
-    if record and record["choice"]:
-        results["chosen_steps"] = record["choice"]["steps"]
-    log.record_card()
-    script.write_card(cfg, folder, results, repo_id)

@@ -19,12 +19,9 @@ from torch import Tensor, nn
 from ..config.run import RunConfig
 from ..core.errors import TrainingError
 from ..core.seeds import generator
-from ..core.values import HELDOUT_LOSS, part_prefix
 from ..methods import Target
 from ..run.data import SampleContent
 
-# Largest number of parts of the held-out samples that are logged, each as a column.
-MAX_PARTS = 128
 # Number of times that a sample appears in one pass over the data: of all samples, or of each.
 Repeats = int | Sequence[int]
 
@@ -64,8 +61,6 @@ class MicroBatch:
 
 
 Config = TypeVar("Config", bound=RunConfig)
-# Positions of the samples to learn from, and of those to hold out.
-Fold = tuple[Sequence[int], Sequence[int]]
 
 
 class Task(Protocol[Config]):
@@ -93,11 +88,6 @@ class Task(Protocol[Config]):
     @property
     def sample_names(self) -> Sequence[str]:
         """Names of the samples of the training set, in the order of their numbers."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of all samples, by which they are dealt into folds."""
         ...
 
     def data_summary(self) -> str:
@@ -132,35 +122,9 @@ class Task(Protocol[Config]):
         """Names and hashes of the held-out samples, in order; [] without a set."""
         ...
 
-    def with_config(
-        self, cfg: Config, fold: Fold | None = None, is_trial: bool = False
-    ) -> Task[Config]:
-        """A task of another configuration, on the same models and encoded data.
-
-        Args:
-            cfg: configuration of the new task.
-            fold: samples to learn from and to hold out; None for all samples and the held-out set.
-            is_trial: True for a run of a search, which measures the loss of each held-out sample
-                and nothing else.
-        """
+    def with_config(self, cfg: Config) -> Task[Config]:
+        """A task of another configuration, with the same models and encoded data."""
         ...
-
-
-def loss_by_part(
-    losses: Sequence[float], total: float, measure: str = HELDOUT_LOSS
-) -> dict[str, float]:
-    """Losses "heldout_loss_of/N" of parts of the held-out samples; their mean is the held-out loss.
-
-    Args:
-        losses: sum of the losses of each sample.
-        total: number of losses in all of these sums together.
-        measure: name of the mean, such as ``heldout_distance``.
-    """
-    count = min(len(losses), MAX_PARTS)
-    parts = {}
-    for part in range(count):
-        parts[f"{part_prefix(measure)}{part}"] = sum(losses[part::count]) * count / total
-    return parts
 
 
 @contextmanager

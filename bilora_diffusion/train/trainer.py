@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..config.run import RunConfig
-from ..core.errors import Diverged, UserError
+from ..core.errors import TrainingError, UserError
 from ..core.files import counted
 from ..core.seeds import digest_texts, seed_of
 from ..methods import Method
@@ -57,16 +57,10 @@ class Trainer:
         cfg: training configuration.
         accelerator: engine with ``gradient_accumulation_steps=1``: the trainer itself cuts steps
             into micro-batches.
-        last_step: last step of the run; None for the end of its schedules.
     """
 
     def __init__(
-        self,
-        task: Task,
-        method: Method,
-        cfg: RunConfig,
-        accelerator: Accelerator,
-        last_step: int | None = None,
+        self, task: Task, method: Method, cfg: RunConfig, accelerator: Accelerator
     ) -> None:
         self.task = task
         self.method = method
@@ -74,7 +68,6 @@ class Trainer:
         self.accelerator = accelerator
         self.layout = StepLayout.from_config(cfg, accelerator)
         self.num_steps = total_steps(cfg, task.num_samples, self.layout.step_size)
-        self.last_step = last_step or self.num_steps
         self.step = 0
 
         # The adapters' first values depend on the seed alone, not on earlier random numbers.
@@ -164,8 +157,8 @@ class Trainer:
             Values for the log.
 
         Raises:
-            Diverged: a loss is not finite, or the gradients of many steps in a row; nothing was
-                saved since.
+            TrainingError: a loss is not finite, or the gradients of many steps in a row are not;
+                nothing was saved since.
         """
         started = time.perf_counter()
         self._losses_of_step.clear()
@@ -270,7 +263,7 @@ class Trainer:
         if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
             return
         if nonfinite_names:
-            raise Diverged(
+            raise TrainingError(
                 f"the loss at step {self.step} is not finite for {', '.join(nonfinite_names)}:"
                 " lower --learning_rate or look at these samples; the last checkpoint is untouched."
             )
@@ -278,9 +271,9 @@ class Trainer:
     def _require_progress(self) -> None:
         """Refuse gradients that were not finite in too many steps in a row, or in the whole run."""
         self._skipped_steps = self._skipped_steps + 1 if self.clipped.skipped else 0
-        has_learned_nothing = self.step == self.last_step == self._skipped_steps
+        has_learned_nothing = self.step == self.num_steps == self._skipped_steps
         if self._skipped_steps > MAX_SKIPPED_STEPS or has_learned_nothing:
-            raise Diverged(
+            raise TrainingError(
                 f"the gradients of the last {counted(self._skipped_steps, 'step')} were not finite,"
                 " so that fp16's gradient scaler skipped them: give --mixed_precision bf16 or no;"
                 " the last checkpoint is untouched."
@@ -295,14 +288,14 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """True if the run ends here: at its last step, or earlier by its held-out loss."""
-        return self.step >= self.last_step or self.outcome.best.is_exhausted
+        return self.step >= self.num_steps or self.outcome.best.is_exhausted
 
     @contextmanager
     def evaluating(self, final_weights: bool = False) -> Iterator[None]:
         """Within the context the models are as in use: the primary alone, without compilation.
 
         Args:
-            final_weights: True for the weights that the run leaves, False for those of this step.
+            final_weights: True for the weights that the run exports, False for those of this step.
                 Both are averages if averages are stored.
         """
         weights = self.outcome.applied() if final_weights else self.outcome.averaged()

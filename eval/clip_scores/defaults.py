@@ -25,7 +25,7 @@ from bilora_diffusion.image.captions import add_trigger
 from bilora_diffusion.image.derived import ICONS
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
-from bilora_diffusion.run.data import samples_of_part
+from bilora_diffusion.run.data import choose_samples
 
 from ..subjects import Subject
 from .prompts import CONTEXTS, FOLDER, ICON_PROMPTS, Prompt, instance_of, numbered_lines, read
@@ -206,10 +206,10 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], in
         if dataset is None:
             continue
         images = _open(run, concept, dataset)
-        # With --validation_part, the part on which the run measured its held-out loss
+        # The images on which the run measured its held-out loss
         names = [entry.name for entry in images.entries]
-        part = samples_of_part(_text(concept, "validation_part"), names, images.label)
-        measured_images = images.only(part)
+        limit = run.record["config"].get("max_eval_samples")
+        measured_images = images.only(choose_samples(names, limit))
         num_images += len(measured_images)
         prompts += _captioned(measured_images, concept, with_pictures=True)
     return _distinct(prompts), num_images - len(prompts)

@@ -26,6 +26,7 @@ from bilora_diffusion.core.fields import default_of
 from bilora_diffusion.core.files import ROOT, without_paths
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.image.config import DreamBoothConfig
+from bilora_diffusion.run.settings import without_options
 from bilora_diffusion.text.config import TextConfig
 
 from .experiment import HELDOUT, IMAGE_SCRIPT, SEED, Experiment, Scores, read_experiment
@@ -296,7 +297,7 @@ def identity_of(config: run_config.RunConfig, script: Path) -> dict[str, Any]:
     The recipe's options are among them, so a finished run is not taken for that of an edited
     recipe; defaults are not, so that a new option of the script renames no run.
     """
-    values = config.fingerprint()
+    values = without_options(config.to_dict(), config.changeable_options())
     for name in MEASURING_OPTIONS:
         values[name] = config.to_dict().get(name)
     for option in dataclasses.fields(config):

@@ -22,8 +22,6 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 LABELS = ("lora", "bilora")
 COLORS = ("teal", "orange", "maroon")
 """Colors of the images of each adapter."""
-SEARCHED = {"name": "lora", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1, 2]}
-FIT = {"settings": {}, "spent": 5, "runs": [SEARCHED], "out": {}, "choice": None, "standings": []}
 
 
 def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
@@ -61,7 +59,6 @@ def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
     checkpoint.mkdir(parents=True, exist_ok=True)
     for name in (DIGESTS, *FILES):
         (checkpoint / name).touch()
-    (folder / "fit.json").write_text(json.dumps(FIT), "utf-8")
     rows = '{"step": 1, "loss": 1.0, "heldout_loss": 1.0}\n'
     rows += '{"step": 2, "loss": 0.5, "heldout_loss": 1.0}\n'
     (folder / "metrics.jsonl").write_text(rows)

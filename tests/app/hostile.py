@@ -135,7 +135,6 @@ HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
         make_run, "metrics.jsonl", written('{"step": 1, "loss": 1e149}\n{"step": 9, "loss": 0}\n')
     ),
     "endless loss": replaced(make_run, "metrics.jsonl", written('{"step": 1, "loss": 1e999}\n')),
-    "fit without runs": replaced(make_run, "fit.json", written('{"spent": 1}')),
     "step is markup": lambda folder: make_images(make_run(folder), "<script>"),
     # results and scores
     "kind is markup": partial(make_result, kind=EVIL),

@@ -26,7 +26,6 @@ def paths(catalog):
 
 def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_path):
     make_run(tmp_path / "b" / "lora")
-    make_run(tmp_path / "b" / "lora" / "fit" / "lora_fold1")  # of a run that is shown
     make_run(tmp_path / "a", method="bilora", status="running")
     deep = tmp_path.joinpath(*"cdefghij"[:DEPTH])
     for folder in (deep, deep / "x", tmp_path / "env" / "run"):

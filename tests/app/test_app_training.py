@@ -1,7 +1,6 @@
 """Training curves: rho over the steps, the state, which lines there are, what the tab sends."""
 
 import math
-from dataclasses import replace
 
 import gradio as gr
 import pytest
@@ -10,7 +9,6 @@ from app import training
 from app.catalog import Catalog
 from app.runs import BUSY_SECONDS, STALE_SECONDS, RunItem, progress
 from app.training_data import (
-    BROAD_DASHES,
     COLORS,
     DASHES,
     FAINT,
@@ -164,25 +162,6 @@ def test_noise_levels_are_a_change_since_the_start():
     assert by_level(rows(1.0)) == []
 
 
-def test_a_search_has_a_color_for_each_configuration_and_the_choice_is_broad():
-    searched = []
-    for title, fold, loss in (("lora", 1, 0.5), ("bilora", 1, 0.7), ("lora", 2, 0.6)):
-        # The first loss is before training; one of None was not finite.
-        losses = {"steps": [0, 5, 9], "losses": [9.0, loss, None]}
-        searched.append({"title": title, "fold": fold} | losses)
-    for choice in ({"title": "lora"}, None):  # the lowest so far, while there is none
-        search = {"runs": searched, "choice": choice}
-        runs = [training_run("a", []), replace(training_run("b", []), fit=search)]
-        lines = charts(runs, 1)["fit"]
-        bilora_color, lora_color = LABEL_COLORS[0], LABEL_COLORS[1] + BROAD_DASHES[0]
-        assert described(lines) == [
-            ("b, bilora, fold 1", [(5, 0.7)], bilora_color),
-            ("b, lora, fold 1", [(5, 0.5)], lora_color),
-            ("b, lora, fold 2", [(5, 0.6)], lora_color),
-        ]
-        assert legend(lines) == [("bilora", LABEL_COLORS[0]), ("lora", LABEL_COLORS[1])]
-
-
 def test_concepts_have_colors_and_runs_have_dashes_and_both_are_in_the_legend():
     key = "heldout_loss_by_concept/"
     log_rows = [
@@ -283,15 +262,3 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     assert 'class="failed"' not in finished
     (log.folder / "run.json").write_text("{")
     assert 'class="unreadable"' in draw()[tab.cards]
-
-
-def test_a_damaged_search_leaves_the_curves_of_its_run(tmp_path):
-    run = make_run(tmp_path / "text", config={"model_name_or_path": "t5"})
-    write(run, '{"step": 1, "loss": 0.5, "accuracy": 0.75}\n')
-    (run / "fit.json").write_text("{")
-    with gr.Blocks():
-        tab = training.Tab(Catalog(tmp_path), gr.State().change)
-    update = tab._draw(["text"], 1)
-    assert "fit.json is damaged" in update[tab.cards]
-    assert 'class="failed"' not in update[tab.cards], "the run itself is whole"
-    assert plotted(tab, update, "accuracy")

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ... import adapters
 from ...adapters import AUXILIARY, PRIMARY
 from ...core.errors import UserError
-from ...core.values import AUTO, SAMPLE
+from ...core.values import AUTO
 from ..base import CountingMethod, MethodOptions, StepOptimizer, Target, TrainedBytes, unwrapped
 from ..registry import register
 from . import ball
@@ -62,10 +62,6 @@ class BiLoRA(CountingMethod):
     lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
         {"auxiliary_learning_rate": 0.0}
     )
-    # With little data each sample has its own auxiliary, within a radius that sets itself.
-    search_options: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"rho": AUTO, "auxiliaries": SAMPLE}
-    )
 
     auxiliary: Auxiliary
     radius: AutoRadius | None = None
@@ -74,7 +70,6 @@ class BiLoRA(CountingMethod):
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self.assignment = assign(self.options.auxiliaries, self.options.sample_names)
-        self.gains_from_decay = self.options.auxiliaries != 1
         # The auxiliary descends in an ablation of Eq. 9.
         self.is_ascending = self.options.auxiliary_direction == "ascent"
         self.optimizer: Optimizer | None = None
