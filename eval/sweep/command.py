@@ -131,7 +131,7 @@ class Sweep(Evaluation):
         self.runner = Runner(plan.script, plan.recipe, runs_dir, args.jobs)
         variants = {}
         for variant in plan.variants:
-            variants[variant.label] = shown_options(variant.values)
+            variants[variant.label] = shown_options(variant.options)
         self.settings |= {
             "experiment": str(plan.name),
             "recipe": plan.recipe.name,
@@ -162,7 +162,7 @@ class Sweep(Evaluation):
 
     def describe(self) -> str:
         """The variants; in a dry run also the command line of each run and its folder's state."""
-        from .runs import state
+        from .runs import describe_state
 
         plan = self.plan
         variants = counted(len(plan.variants), "variant")
@@ -173,7 +173,7 @@ class Sweep(Evaluation):
             lines.append(f"  {variant.label}{mark}")
         if self.args.dry_run:
             for planned in plan.runs:
-                folder_state = state(self.runner.runs_dir / planned.name)
+                folder_state = describe_state(self.runner.runs_dir / planned.name)
                 lines.append(f"\n{planned.name} ({folder_state})")
                 lines.append(shlex.join(self.runner.command(planned)))
         return "\n".join(lines)

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
-import re
 import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,33 +17,21 @@ from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.config import resolving
-from bilora_diffusion.config import run as run_config
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
-from bilora_diffusion.core.fields import default_of
 from bilora_diffusion.core.files import ROOT, without_paths
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.run.settings import without_options
 from bilora_diffusion.text.config import TextConfig
+from bilora_diffusion.train.variants import Variant, folder_name, identity_of, to_flags
 
 from .experiment import HELDOUT, IMAGE_SCRIPT, SEED, Experiment, Scores, read_experiment
 
 # Training script -> class of its configuration
 CONFIGS = {IMAGE_SCRIPT: DreamBoothConfig, "train_text_bilora.py": TextConfig}
-# Options without influence on the training, by which figures are recorded that runs compare
-MEASURING_OPTIONS = (*sorted(run_config.HELDOUT_OPTIONS), "validation_loss_steps")
 # Between labels of ``--variants``, since a label may have commas
 SEPARATOR = ";"
 # Imports a script once, since a method can be registered once.
 import_script = functools.cache(runpy.run_path)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table: a label, and option -> value without those its method ignores."""
-
-    label: str
-    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -182,8 +167,10 @@ def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) ->
     runs: list[Run] = []
     for seed in seeds:
         for variant, config in zip(variants, configs, strict=True):
-            flags = to_flags({**experiment.options, **variant.values, SEED: seed})
-            identity = {**identity_of(config, script), SEED: seed}
+            flags = to_flags({**experiment.options, **variant.options, SEED: seed})
+            identity = {**identity_of(config), SEED: seed}
+            if script.name not in CONFIGS:
+                identity["script"] = script.name
             folder = folder_name(variant.label, seed, identity)
             runs.append(Run(folder, variant.label, seed, flags))
     labels = [variant.label for variant in variants]
@@ -278,42 +265,6 @@ def label_of(name: str, axis_values: Mapping[str, Any], ignored: frozenset[str])
             (flag,) = to_flags({option: value})
             parts.append(without_paths(flag.removeprefix("--")))
     return ", ".join(parts)
-
-
-def to_flags(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Options as ``--name=value``; booleans are yes and no."""
-    flags = []
-    for name, value in values.items():
-        # A word fits a switch and an option with choices alike.
-        if isinstance(value, bool):
-            value = "yes" if value else "no"
-        flags.append(f"--{name}={value}")
-    return tuple(flags)
-
-
-def identity_of(config: run_config.RunConfig, script: Path) -> dict[str, Any]:
-    """Options that decide a run's result and are not at their default.
-
-    The recipe's options are among them, so a finished run is not taken for that of an edited
-    recipe; defaults are not, so that a new option of the script renames no run.
-    """
-    values = without_options(config.to_dict(), config.changeable_options())
-    for name in MEASURING_OPTIONS:
-        values[name] = config.to_dict().get(name)
-    for option in dataclasses.fields(config):
-        if option.name in values and values[option.name] == default_of(option):
-            del values[option.name]
-    if script.name not in CONFIGS:
-        values["script"] = script.name
-    return values
-
-
-def folder_name(label: str, seed: int, identity: Mapping[str, Any]) -> str:
-    """Name of a run's folder: its variant, its seed, and a hash of its options."""
-    # Letters, digits and points of the label, at most 60
-    slug = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")[:60] or "variant"
-    text = json.dumps(identity, sort_keys=True, default=str)
-    return f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def choose_control(label: str | None, labels: Sequence[str]) -> str:

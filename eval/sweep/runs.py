@@ -59,15 +59,23 @@ class Outcome:
     error: str | None = None
 
 
-def state(folder: Path) -> str:
-    """State of a run folder: finished, checkpoint (can be continued), begun, or new."""
-    # A folder with a damaged record counts as begun.
-    with contextlib.suppress(UserError):
-        if runlog.read_run(folder)["status"] == FINISHED:
-            return FINISHED
-    if checkpoint.latest(folder) is not None:
-        return "checkpoint"
-    return "begun" if folder.exists() else "new"
+def is_finished(folder: Path) -> bool:
+    """Test that a folder holds a finished run; its name has a hash of the options.
+
+    A damaged record counts as that of an unfinished run, and the training script refuses it.
+    """
+    try:
+        return runlog.is_finished(folder)
+    except UserError:
+        return False
+
+
+def describe_state(folder: Path) -> str:
+    """What a sweep does with a run of this folder."""
+    if is_finished(folder):
+        return "finished"
+    newest = checkpoint.latest(folder)
+    return "begins at step 0" if newest is None else f"resumes from {newest.name}"
 
 
 @dataclass
@@ -92,9 +100,7 @@ class Runner:
         command += ["--num_processes", "1"]
         command += [str(self.script), "--config", str(self.recipe)]
         command += [*run.flags, "--output_dir", str(folder)]
-        if state(folder) == "checkpoint":
-            return [*command, "--resume_from_checkpoint", "auto"]
-        return [*command, "--overwrite_output_dir"]
+        return [*command, "--resume_from_checkpoint", "auto"]
 
     def run_all(self, runs: Sequence[Run]) -> list[Outcome]:
         """Train the runs that are not finished; a failed run does not stop the others.
@@ -104,10 +110,9 @@ class Runner:
         """
         waiting: list[Run] = []
         for run in runs:
-            is_finished = state(self.runs_dir / run.name) == FINISHED
-            if not is_finished:
+            status = FINISHED if is_finished(self.runs_dir / run.name) else WAITING
+            if status == WAITING:
                 waiting.append(run)
-            status = FINISHED if is_finished else WAITING
             self.outcomes[run.name] = Outcome(run.name, run.variant, run.seed, status)
         self._record()
 
@@ -189,7 +194,7 @@ class RunProcess:
         self.folder = runner.runs_dir / run.name
         self.log = Path(f"{self.folder}.log")
         with self.log.open("ab") as log:
-            if state(self.folder) != "checkpoint":
+            if checkpoint.latest(self.folder) is None:
                 log.truncate(0)
             # A resumed run appends to the log; its error stands after this place.
             self.log_start = log.seek(0, os.SEEK_END)
@@ -210,7 +215,7 @@ class RunProcess:
         """The outcome of a run that has ended."""
         run = self.run
         # The record decides: a launcher may fail after its run has finished.
-        if state(self.folder) == FINISHED:
+        if is_finished(self.folder):
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
         code = self.popen.returncode

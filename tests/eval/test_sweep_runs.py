@@ -101,7 +101,7 @@ def test_an_interrupt_ends_all_running_processes(runner, interruption, sigint_ha
     for file in pid_files:
         # Empty if the script was ended between making the file and writing it.
         assert not psutil.pid_exists(int(file.read_text() or 0))
-        assert runs.state(file.parent) == "begun"
+        assert runs.describe_state(file.parent) == "begins at step 0"
     assert not (runner.runs_dir / "c").exists()
 
 
