@@ -7,6 +7,7 @@ Both see the same data, noise and first values, so that they differ in their met
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -56,7 +57,8 @@ def train(
     if cfg.compare != NO_CONTROL:
         configs.append(control_config(script, arguments, cfg))
         folders = [Path(run_cfg.output_dir) for run_cfg in configs]
-        closing = console.describe_comparison(folders, script.scorer)
+        score = f"python -m {script.scorer} {shlex.join(map(str, folders))} base"
+        closing = console.describe_comparison(folders, score)
     if cfg.dry_run:
         dry_run.run(script, configs)
         return
@@ -81,9 +83,7 @@ class Stopped:
     interruption: Interrupted
 
 
-def train_configs(
-    script: Script[Any], configs: Sequence[Any], closing: str = ""
-) -> Stopped | None:
+def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = "") -> Stopped | None:
     """Train runs on the same data one after another; they share the models and the encoded data.
 
     Args:

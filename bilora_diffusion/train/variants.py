@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -21,11 +22,11 @@ from .. import methods
 from ..config.options import NO_CONTROL
 from ..config.resolving import collected_notes
 from ..config.run import HELDOUT_OPTIONS, RunConfig
-from ..core.errors import placed
+from ..core.errors import TrainingError, placed
 from ..core.fields import default_of
 from ..run.data import record_content, require_same_content, summarize
 from ..run.folder import guard
-from ..run.record import read_run
+from ..run.record import read_metrics, read_run
 from ..run.settings import without_options
 from .resume import holds_finished_run
 from .setup import Script
@@ -107,6 +108,25 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
         )
         runs.append(PlannedRun(cfg, checkpoint_folder))
     return runs
+
+
+def require_paired(folders: Sequence[Path]) -> int:
+    """Check that runs saw the same inputs at every step; returns the number of steps.
+
+    Raises:
+        TrainingError: they did not, by the hashes in their logs.
+    """
+    hashes_of_run: list[list[str]] = []  # of the inputs of each step
+    for folder in folders:
+        rows = read_metrics(folder)
+        hashes_of_run.append([row["digest"] for row in rows if "digest" in row])
+    for step, hashes in enumerate(itertools.zip_longest(*hashes_of_run), start=1):
+        if len(set(hashes)) != 1:
+            raise TrainingError(
+                f"the runs {', '.join(map(str, folders))} saw different inputs at step {step}:"
+                " train them with the same seed, data, batch size and number of steps."
+            )
+    return len(hashes_of_run[0])
 
 
 def to_flags(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -71,12 +71,12 @@ def answers(installed, folder, commands):
 
 
 def test_the_demo_trains_and_draws(installed, tmp_path):
-    demo = "demo --max_train_steps 4 --validation_part 1/32 --num_validation_images 0"
+    demo = "demo --max_train_steps 4 --max_eval_samples 4 --num_validation_images 0"
     demo_answer, export_answer = answers(installed, tmp_path, [demo, "export demo/bilora"])
     code, output = demo_answer
     assert code == 0, output
     assert "saw the same data and noise in all 4 steps" in output
-    for row in ("base model: ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
+    for row in ("base model, ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
         assert row in output
     assert "python -m eval" not in output  # which only the repository has
     assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
