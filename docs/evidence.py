@@ -42,6 +42,8 @@ class Check:
     item: str = ""
     # Group whose value is subtracted, pair by pair; "" for the value itself
     control: str = ""
+    # Item of the control; "" for the same item
+    control_item: str = ""
     # Metric of the same group whose value is subtracted instead
     minus: str = ""
     # Item of the same group and metric whose value is subtracted instead
@@ -106,7 +108,9 @@ def figure(check: Check) -> Figure:
         metric, item = check.minus or check.metric, check.minus_item or check.item
         control_values = values_of(metric, check.group, item)
     else:
-        control_values = values_of(check.metric, check.control, check.item)
+        control_values = values_of(
+            check.metric, check.control, check.control_item or check.item
+        )
     if check.control or check.minus or check.minus_item:
         differences = {}
         for key, value in values.items():

@@ -31,7 +31,7 @@ from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
 from eval.report import table
 
-from . import evidence, memory, samples
+from . import evidence, memory, tables
 
 FOLDER = Path(__file__).parent
 # Marks around a generated section of a page; the last section may have no end.
@@ -141,22 +141,23 @@ def python() -> Iterable[str]:
 # Page -> its generated sections: name -> parts of the text
 PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "python.md": {"fields": python},
-    "../README.md": {"models": readme, "comparison": samples.readme},
+    "../README.md": {"models": readme},
     "options.md": {"options": options},
     "../results/README.md": {"claims": evidence.page},
     "models.md": {"memory": models},
     "results.md": {
-        "samples": samples.samples,
-        "one seed": samples.one_seed,
-        "rivals": samples.rivals,
-        "long": samples.long,
-        "guidance": samples.guidance,
-        "scales": samples.scales,
-        "subjects": samples.subjects,
-        "hold weights": samples.hold_weights,
-        "held": samples.hold_unconditional,
-        "rules": samples.rules,
-        "judges": samples.judges,
+        "samples": tables.samples,
+        "guided target": tables.guided_target,
+        "without guidance": tables.guided_target_without_guidance,
+        "guidance": tables.guidance,
+        "hold weights": tables.hold_weights,
+        "rules": tables.rules,
+        "methods": tables.methods,
+        "radii": tables.radii,
+        "together": tables.together,
+        "texts": tables.texts,
+        "step cost": tables.step_cost,
+        "against diffusers": tables.against_diffusers,
     },
 }
 

@@ -45,6 +45,8 @@ class Subject(Entry):
     weights: Path | None = None
     # Content of ``run.json``; {} if it is not a run
     record: Mapping[str, Any] = field(default_factory=dict)
+    # Scale of the guidance that the weights were trained towards (``--guided_target``); 1 for none
+    guided_target: float = 1.0
 
     @property
     def finished(self) -> bool:
@@ -140,6 +142,7 @@ def open_run(folder: Path, word: str) -> Subject:
         base_model=base,
         folder=folder,
         record=record,
+        guided_target=config.get("guided_target", 1.0),
     )
 
 
@@ -229,6 +232,7 @@ def _file(path: Path, name: str, word: str) -> Subject:
         digest=hash_of_lora(path),
         base_model=base_model,
         weights=path,
+        guided_target=float(metadata.get("bilora.guided_target", 1)),
     )
 
 

@@ -134,6 +134,10 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
     is_plain = not (exports_models or cfg.use_dora or cfg.train_text_encoder)
     if family.unconditional is Unconditional.FIRST_ROWS and is_plain:
         denoiser_by_rows = family.denoiser
+    # The guided target puts that guidance into the weights.
+    is_guided_target = cfg.guided_target > 1
+    if is_guided_target:
+        denoiser_by_rows = None
     vae = cfg.pretrained_vae_model_name_or_path
     return {
         "miniature": PIPELINES[base].__name__ if base in PIPELINES else None,
@@ -145,6 +149,8 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "misread": comfy.remark(cfg),
         "denoiser_by_rows": denoiser_by_rows,
         "guidance": family.default_guidance,
+        "guided_target": cfg.guided_target if is_guided_target else None,
+        "unguided": family.unguided,
         "models": list(results["export"]) if exports_models else [],
         # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
         "warns_of_encoders": not family.flow and not cfg.train_text_encoder,

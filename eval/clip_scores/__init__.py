@@ -136,10 +136,15 @@ class ClipScores(OverSteps):
         question = settings.question(args, subjects, base)
         self.prompts = question.prompts
         self.prompt_set = question.name
-        self.notes += filter(None, (question.note, settings_note(subjects)))
+        notes = (
+            question.note,
+            settings_note(subjects),
+            settings.guidance_note(args, subjects),
+        )
+        self.notes += filter(None, notes)
         if args.steps is not None:
             self.notes += checkpoints.left_out(subjects, args.steps)
-        self.sampling = settings.sampling(args, base)
+        self.sampling = settings.sampling(args, base, subjects)
         if args.guidance_from == BASE_GUIDANCE:
             for subject in subjects:
                 require_adapter(subject)

@@ -29,6 +29,7 @@ from bilora_diffusion.image.config import require_unconditional
 
 from ..checkpoints import HELP
 from ..command import COUNTS, read_integers
+from ..sources import BASE
 from ..subjects import Subject
 from .prompts import CONTEXTS, GENERAL, read
 
@@ -198,12 +199,18 @@ def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Questio
     return replace(default, prompts=prompts)
 
 
-def sampling(args: Namespace, base: str) -> Sampling:
-    """Sampling by the flags, and where these are not given as is usual for the base model."""
+def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sampling:
+    """Sampling by the flags, and where these are not given as is usual for the base model.
+
+    Args:
+        subjects: all that are sampled. If each was trained towards guidance, the default is none.
+    """
     from .images import Sampling
 
     model = describe(base)
     steps, guidance = usual(model)
+    if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
+        guidance = model.family.unguided
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
     if args.guidance_from == BASE_GUIDANCE:
@@ -217,6 +224,24 @@ def sampling(args: Namespace, base: str) -> Sampling:
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
         guidance_from=args.guidance_from,
+    )
+
+
+def needs_no_guidance(subjects: Sequence[Subject]) -> bool:
+    """Test that all adapters were trained towards guidance (``--guided_target``)."""
+    adapters = [subject for subject in subjects if subject.kind != BASE]
+    return bool(adapters) and all(subject.guided_target > 1 for subject in adapters)
+
+
+def guidance_note(args: Namespace, subjects: Sequence[Subject]) -> str:
+    """A sentence for a default scale that is not the one of every subject; "" otherwise."""
+    guided = [subject.label for subject in subjects if subject.guided_target > 1]
+    if args.guidance_scale is not None or not guided or needs_no_guidance(subjects):
+        return ""
+    return (
+        f"{', '.join(guided)}: trained towards guidance (--guided_target) and meant to be sampled"
+        " without it. All images here have the base model's usual guidance: compare with"
+        " --guidance_scale 1 too."
     )
 
 

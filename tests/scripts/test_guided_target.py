@@ -1,4 +1,4 @@
-"""Runs with a guided target: twenty steps against a float64 reference, and what their files say."""
+"""Runs with a guided target: twenty steps in float64, and how their files are sampled."""
 
 import copy
 from typing import Any
@@ -7,9 +7,24 @@ import pytest
 import torch
 
 from bilora_diffusion import adapters
+from bilora_diffusion.image.card import write_dreambooth_card
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.loss import UNCONDITIONAL, DreamBoothModule
 from bilora_diffusion.image.pipeline import load_pipeline
-from tests.scripts.runs import assert_same_run, train, two_icons, weights
+from eval.clip_scores import ClipScores, settings
+from eval.subjects import Subject
+from tests.scripts.runs import (
+    ON_CPUS,
+    SCRIPT,
+    assert_same_run,
+    column,
+    difference,
+    flags,
+    run_python,
+    train,
+    two_icons,
+    weights,
+)
 
 STEPS = 20
 SCALE = 2.5
@@ -85,3 +100,41 @@ def test_the_weights_of_a_plain_target_are_those_of_a_run_without_the_option(tmp
     icons = two_icons(tmp_path / "icons") | {"validation_dataset": "none"}
     plain = train(tmp_path / "plain", **icons)
     assert_same_run(plain, train(tmp_path / "one", **icons, guided_target=1.0))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """Each process predicts with the base model for its rows."""
+    icons = two_icons(tmp_path / "icons") | {"validation_dataset": "none", "guided_target": 2.0}
+    options = {**icons, "caption_dropout": 0.5, "max_train_steps": 4}
+    single = train(tmp_path / "single", **options, train_batch_size=2)
+    argv = flags(tmp_path / "double", **options, train_batch_size=1)
+    run_python([SCRIPT, *argv], processes=2, environment=ON_CPUS)
+    # A step of Adam is as long as the learning rate, whatever the gradient.
+    assert difference(single, tmp_path / "double") < 1e-3 / 10
+    assert column(single, "loss") == pytest.approx(column(tmp_path / "double", "loss"), rel=1e-4)
+
+
+def test_scores_and_cards_ask_for_no_guidance_where_all_adapters_have_it_in_them(tmp_path):
+    def sampled_scale(*subjects, words=""):
+        return settings.sampling(read(words), "mini", subjects).guidance_scale
+
+    def read(words):
+        return ClipScores.parser().read(["--prompts", "3d_icon", *words.split()])
+
+    base = Subject("base", "base model", "base", "base")
+    plain, guided = Subject("plain", "LoRA"), Subject("guided", "LoRA", guided_target=1.5)
+    assert sampled_scale(plain, base) == sampled_scale(plain, guided, base) == 4
+    assert sampled_scale(guided, base) == sampled_scale(guided) == 1
+    assert sampled_scale(guided, words="--guidance_scale 3") == 3
+    assert sampled_scale(guided, words="--guidance_from base") == 4
+    assert settings.guidance_note(read(""), [guided]) == ""
+    assert "guided: trained towards guidance" in settings.guidance_note(read(""), [plain, guided])
+    assert settings.guidance_note(read("--guidance_scale 1"), [plain, guided]) == ""
+
+    config = resolve(["--dataset", "linoyts/3d_icon", "--guided_target", "1.5"])
+    write_dreambooth_card(config, tmp_path, {"steps": 1, "export": {}}, None)
+    card = (tmp_path / "README.md").read_text()
+    assert "guidance_scale=1)" in card
+    assert "without a negative prompt" in card
+    assert "leave_unconditional_rows" not in card

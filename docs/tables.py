@@ -1,0 +1,388 @@
+"""Tables of README.md and docs/results.md.
+
+All figures are computed from ``results/``; none is written by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bilora_diffusion.core.figures import Interval, mean_interval
+from bilora_diffusion.core.values import HELDOUT_LOSS
+from eval import compare, report, table
+from eval.sweep import step_rules
+from eval.table import Metric, Result, Summary
+
+from .evidence import ROOT, Check, figure
+
+CONTROL = "LoRA"
+PAPER = "Bi-LoRA"
+GUIDANCE, BASE_GUIDANCE = "guidance 4", "base's guidance 2"
+STEPS = (100, 300, 1000)
+# Metrics of the tables: cosines x 100, losses x 1000, and values as they are
+COSINE = Metric("cosine", scale=100, form=".1f")
+LOSS = Metric("loss", scale=1000, form=".2f")
+TEXT_LOSS = Metric("loss of text", form=".4f")
+PERCENT = Metric("percent", scale=100, form=".2f")
+# Set of images -> its name in the tables; the results are in results/pictures_SET
+SETS = {
+    "icons": "23 icons",
+    "animals": "12 animals",
+    "duotone": "icons in two colors",
+    "gray": "gray icons",
+}
+ONE_SEED_SETS = {"pastel": "icons in pastel", "flow": "23 icons, mini-flow"}
+# How strongly and how often the unconditional prediction is held
+HOLD_VARIANTS = {
+    "LoRA, held weakly": "weight 1, every 16th step",
+    "LoRA, held": "weight 4, every 16th",
+    "LoRA, held strongly": "weight 16, every 16th",
+    "LoRA, held often": "weight 1, every 4th",
+}
+# Sets with results/guided_target_SET
+GUIDED_SETS = {**SETS, "pastel": ONE_SEED_SETS["pastel"]}
+GUIDED = "LoRA, guided target 1.5"
+SCALES = (1, 2, 4)
+METHODS = {
+    "LoRA, dropout 0.1": "LoRA, dropout 0.1",
+    "LoRA-SAM": "LoRA-SAM, two passes",
+    "LoRA-oBAR": "LoRA-oBAR",
+    "LoRA-nBAR": "LoRA-nBAR",
+    "Flat-LoRA": "Flat-LoRA",
+    PAPER: "Bi-LoRA, `rho` 0.05",
+    "Bi-LoRA, rho 1": "Bi-LoRA, `rho` 1",
+}
+TEXT_METHODS = {"LoRA-SAM": "LoRA-SAM, `rho` 0.01", PAPER: "Bi-LoRA"}
+BENCHMARKS = {
+    "sdxl-unet": "SDXL's UNet, bf16, 1 x 128 px",
+    "t5-base": "T5-base, 8 x 128 tokens",
+    "mini": "miniature, 4 x 64 px",
+}
+BENCHMARK_METHODS = {"bilora": "Bi-LoRA", "lora-sam": "LoRA-SAM", "flat-lora": "Flat-LoRA"}
+
+
+@functools.cache
+def read(name: str) -> Result:
+    """The result in a folder of ``results/``."""
+    return table.read(ROOT / "results" / name)
+
+
+def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool = True) -> str:
+    """The mean of the control, or another group's difference to it with its interval."""
+    if line is None:
+        return report.NOT_AVAILABLE
+    if line.group == result.control:
+        return report.number(line.mean, metric)
+    return _signed(line.difference, line.difference_interval if intervals else None, metric)
+
+
+def _signed(value: float | None, bounds: tuple[float, float] | None, metric: Metric) -> str:
+    """A difference with its interval, if there is one."""
+    text = report.number(value, metric, "+")
+    if bounds is not None:
+        text += f" {report.interval(bounds, metric, '+')}"
+    return without_signs_of_zeros(text)
+
+
+def without_signs_of_zeros(text: str) -> str:
+    """The text without the sign of each number that is rounded to zero."""
+    return re.sub(r"[+-](0\.0+)\b", r"\1", text)
+
+
+def difference(check: Check, metric: Metric) -> str:
+    """The figure of a check with its interval."""
+    value = figure(check)
+    return _signed(value.mean, (value.low, value.high), metric)
+
+
+def seeds(result: Result) -> int:
+    """Number of training seeds."""
+    return len(result.members(result.control))
+
+
+def samples() -> Iterable[str]:
+    """Samples of LoRA and of Bi-LoRA at the paper's settings, at three steps."""
+    rows = []
+    for name, title in {**SETS, **ONE_SEED_SETS}.items():
+        result = read(f"pictures_{name}")
+        for group, variant in {CONTROL: CONTROL, PAPER: "Bi-LoRA"}.items():
+            first_cell = f"{title}, {seeds(result)}" if group == CONTROL else ""
+            lines = [result.summary(group, "truth", GUIDANCE, step) for step in STEPS]
+            rows.append((first_cell, variant, *[cell(result, line, COSINE) for line in lines]))
+    yield report.table(("data, seeds", "run", *_step_heads(STEPS)), rows)
+
+
+def guided_target() -> Iterable[str]:
+    """LoRA's scores by step and scale of guidance, and what the guided target adds to each."""
+    rows = []
+    for name, title in GUIDED_SETS.items():
+        result = read(f"guided_target_{name}")
+        for step in (100, 200, 300):
+            cells = []
+            for group in (CONTROL, GUIDED):
+                for scale in SCALES:
+                    line = result.summary(group, "truth", f"guidance {scale}", step)
+                    cells.append(cell(result, line, COSINE))
+            first_cell = f"{title}, {seeds(result)}" if step == 100 else ""
+            rows.append((first_cell, f"{step}", *cells))
+    heads = [f"LoRA at {scale}" for scale in SCALES]
+    heads += [f"guided target at {scale}" for scale in SCALES]
+    yield report.table(("data, seeds", "step", *heads), rows)
+
+
+def guided_target_without_guidance() -> Iterable[str]:
+    """A guided target sampled at 1, against LoRA at its best of the scales, with the agreement
+    with the prompt and the likeness to the nearest training image.
+    """
+    rows = []
+    for name, title in GUIDED_SETS.items():
+        result = read(f"guided_target_{name}")
+        for step in (100, 300):
+            scale = best_scale(result, step)
+            cells = [f"{title}, {seeds(result)}" if step == 100 else "", f"{step}", f"{scale}"]
+            for metric in ("truth", "i2t", "nearest"):
+                control = result.summary(CONTROL, metric, f"guidance {scale}", step)
+                cells.append(report.number(control.mean if control else None, COSINE))
+                check = Check(
+                    "",
+                    f"results/guided_target_{name}",
+                    GUIDED,
+                    metric,
+                    "guidance 1",
+                    control=CONTROL,
+                    control_item=f"guidance {scale}",
+                    step=step,
+                )
+                cells.append(difference(check, COSINE))
+            rows.append(tuple(cells))
+    heads = ["data, seeds", "step", "LoRA's best scale"]
+    for title in ("score", "image to text", "nearest training image"):
+        heads += [f"{title}, LoRA", "guided target at 1"]
+    yield report.table(heads, rows)
+
+
+def best_scale(result: Result, step: int) -> int:
+    """The scale of guidance at which LoRA's samples come closest to the held-out images."""
+
+    def score(scale: int) -> float:
+        line = result.summary(CONTROL, "truth", f"guidance {scale}", step)
+        return (line.mean if line else None) or 0.0
+
+    return max(SCALES, key=score)
+
+
+def guidance() -> Iterable[str]:
+    """LoRA's score with ordinary guidance, and with guidance from the base model."""
+    rows = []
+    for name, title in SETS.items():
+        cells = []
+        for step in STEPS:
+            scores = []
+            for item in (GUIDANCE, BASE_GUIDANCE):
+                line = read(f"pictures_{name}").summary(CONTROL, "truth", item, step)
+                scores.append(report.number(line.mean if line else None, COSINE))
+            cells.append(" to ".join(scores))
+        rows.append((title, *cells))
+    yield report.table(("data", *_step_heads(STEPS)), rows)
+
+
+def hold_weights() -> Iterable[str]:
+    """What holding the unconditional prediction changes at step 300, by weight and period."""
+    rows = []
+    for name, title in SETS.items():
+        result = read(f"pictures_{name}_hold_weights")
+        cells = []
+        for group in (CONTROL, *HOLD_VARIANTS):
+            cells.append(cell(result, result.summary(group, "truth", GUIDANCE, 300), COSINE))
+        rows.append((title, *cells))
+    yield report.table(("data", CONTROL, *HOLD_VARIANTS.values()), rows)
+
+
+def rules() -> Iterable[str]:
+    """Regrets of the rules that choose a step."""
+    titles = {
+        step_rules.BY_LOSS: "lowest held-out loss",
+        step_rules.LAST: "last step",
+        step_rules.BY_CAPTIONS: f"best step by {step_rules.CAPTIONS} sampled captions",
+    }
+    sets = {**SETS, **ONE_SEED_SETS}
+    rows = []
+    for rule, title in titles.items():
+        cells = []
+        for name in sets:
+            regret, bounds = mean_regret(read(f"pictures_{name}"), rule)
+            text = report.number(regret, COSINE)
+            if bounds is not None:
+                text += f" {report.interval(bounds, COSINE)}"
+            cells.append(without_signs_of_zeros(text))
+        rows.append((title, *cells))
+    yield report.table(("rule", *sets.values()), rows)
+
+
+def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | None]:
+    """Mean regret over variants, guidances and seeds, with its interval over seeds."""
+    regrets_by_seed: dict[int | None, list[float]] = {}
+    for row in result.select(rule):
+        if row.value is not None:
+            regrets_by_seed.setdefault(row.seed, []).append(row.value)
+    if not regrets_by_seed:
+        return None, None
+    seed_means = [compare.mean(regrets) for regrets in regrets_by_seed.values()]
+    return compare.mean(seed_means), mean_interval(seed_means)
+
+
+def methods() -> Iterable[str]:
+    """Held-out losses of the methods on the miniature, lowest and at the end."""
+    result = read("methods")
+    columns = {f"best {HELDOUT_LOSS}": "lowest", f"final {HELDOUT_LOSS}": "end"}
+    yield _losses(result, METHODS, columns, LOSS, "method")
+
+
+def radii() -> Iterable[str]:
+    """Lowest held-out losses by radius and by the auxiliary's rank and learning rate."""
+    rows = []
+    changes = {
+        "`rho` 0.01, against 0.1": ("radius_small", "rho=0.01", "rho=0.1"),
+        "`rho` 0.05, against 0.1": ("radius_small", "rho=0.05", "rho=0.1"),
+        "rank 2 of the auxiliary, against 16, `rho` 1": (
+            "auxiliary_rank",
+            "rho=1, auxiliary_rank=2",
+            "rho=1, auxiliary_rank=16",
+        ),
+        "rank 8 of the auxiliary, against 16, `rho` 1": (
+            "auxiliary_rank",
+            "rho=1, auxiliary_rank=8",
+            "rho=1, auxiliary_rank=16",
+        ),
+        "a fifth of the primary's learning rate, against the same, `rho` 1": (
+            "auxiliary_rate",
+            "rho=1, auxiliary_learning_rate=2e-4",
+            "rho=1, auxiliary_learning_rate=1e-3",
+        ),
+        "ten times the primary's learning rate, against the same, `rho` 1": (
+            "auxiliary_rate",
+            "rho=1, auxiliary_learning_rate=1e-2",
+            "rho=1, auxiliary_learning_rate=1e-3",
+        ),
+    }
+    for title, (name, group, control) in changes.items():
+        check = _lowest(name, f"method=bilora, {group}", f"method=bilora, {control}")
+        rows.append((title, difference(check, LOSS)))
+    for rank in (4, 8, 16):
+        check = _lowest("ranks", f"rank {rank} + 8", f"rank {rank}")
+        title = f"primary of rank {rank}, with an auxiliary of rank 8 against none, `rho` 1"
+        rows.append((title, difference(check, LOSS)))
+    yield report.table(("change", "lowest held-out loss"), rows)
+
+
+def together() -> Iterable[str]:
+    """Lowest held-out losses of other forms without and with Bi-LoRA."""
+    rows = []
+    for form in ("PiSSA", "LoRA-GA", "DoRA", "NF4"):
+        without = read("together").summary(form, f"best {HELDOUT_LOSS}")
+        check = _lowest("together", f"{form}, Bi-LoRA", form)
+        value = report.number(without.mean if without else None, LOSS)
+        rows.append((form, value, difference(check, LOSS)))
+    yield report.table(("form", "LoRA", "with Bi-LoRA"), rows)
+
+
+def _lowest(name: str, group: str, control: str) -> Check:
+    """A group's lowest held-out loss minus its control's."""
+    return Check("", f"results/{name}", group, f"best {HELDOUT_LOSS}", control=control)
+
+
+def texts() -> Iterable[str]:
+    """Scores and losses of text."""
+    reviews = read("text_rotten_tomatoes/text_scores")
+    sums = read("text_gsm_symbolic/sweep")
+    columns = (
+        (reviews, "heldout:rotten_tomatoes:accuracy", "", PERCENT, "reviews: accuracy, %"),
+        (reviews, "heldout:rotten_tomatoes:loss", "", TEXT_LOSS, "reviews: loss"),
+        (sums, f"final {HELDOUT_LOSS}", "", TEXT_LOSS, "sums: loss per token"),
+    )
+    rows = []
+    for group, title in {CONTROL: CONTROL, **TEXT_METHODS}.items():
+        cells = []
+        for result, metric, item, form, _ in columns:
+            cells.append(cell(result, result.summary(group, metric, item), form))
+        rows.append((title, *cells))
+    yield report.table(("method", *[column[-1] for column in columns]), rows)
+
+
+def _losses(
+    result: Result,
+    groups: Mapping[str, str],
+    columns: Mapping[str, str],
+    metric: Metric,
+    head: str,
+) -> str:
+    """The control's values, and differences to them of other groups.
+
+    Args:
+        groups: group -> its name in the table.
+        columns: metric of the result -> its name in the table.
+    """
+    rows = []
+    for group, title in {result.control: str(result.control), **groups}.items():
+        lines = [result.summary(group, name) for name in columns]
+        rows.append((title, *[cell(result, line, metric) for line in lines]))
+    return report.table((head, *columns.values()), rows)
+
+
+def step_cost() -> Iterable[str]:
+    """Time and memory of a step over LoRA's."""
+    rows = []
+    variants = {name: _benchmark(f"step_cost/{name}")["arms"] for name in BENCHMARKS}
+    cells = []
+    for name in BENCHMARKS:
+        plain = variants[name]["lora"]
+        cells.append(f"{plain['median_seconds']:.3g} s, {_gigabytes(plain)}")
+    rows.append((CONTROL, *cells))
+    for method, title in BENCHMARK_METHODS.items():
+        cells = []
+        for name in BENCHMARKS:
+            variant = variants[name][method]
+            low, high = variant["ratio_interval_95"]
+            ratio = f"{variant['ratio_to_lora']:.3f} [{low:.3f}, {high:.3f}]"
+            cells.append(f"{ratio}, {_gigabytes(variant)}")
+        rows.append((title, *cells))
+    yield report.table(("method", *BENCHMARKS.values()), rows)
+
+
+def _gigabytes(variant: Mapping[str, Any]) -> str:
+    return f"{variant['peak_memory_bytes'] / 2**30:.2f} GiB"
+
+
+def against_diffusers() -> Iterable[str]:
+    """Whole commands over diffusers' script."""
+    models = {"random_sdxl": "SDXL, random weights, 256 px, bf16", "mini": "miniature"}
+    rows = []
+    for name, title in models.items():
+        content = _benchmark(f"against_diffusers/{name}")
+        for variant, values in content["arms"].items():
+            if variant.startswith("diffusers"):
+                continue
+            cells = []
+            for metric in ("seconds", "step", "memory", "heldout_loss"):
+                measured = values.get(metric)
+                if measured is None:
+                    cells.append("")
+                    continue
+                low, high = measured["ratio_95"]
+                cells.append(f"{measured['ratio']:.2f} [{low:.2f}, {high:.2f}]")
+            rows.append((f"{title}, {content['rounds']} rounds", variant, *cells))
+    heads = ("whole command", "a step", "memory", "held-out loss")
+    yield report.table(("model", "run", *heads), rows)
+
+
+def _benchmark(name: str) -> dict[str, Any]:
+    """The result of a benchmark."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _step_heads(steps: Sequence[int]) -> list[str]:
+    return [f"step {step:,}" for step in steps]
