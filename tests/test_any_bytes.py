@@ -13,7 +13,7 @@ from app.runs import RunItem, label, progress
 from app.training_data import TrainingRun, charts, table
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.run.record import read_metrics, read_search
+from bilora_diffusion.run.record import read_metrics
 from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
 from eval.sources import open_run
@@ -69,7 +69,7 @@ def read_run(path):
     record = dict(run.record)
     item = RunItem(".", label("run", record), record, None)
     state = progress(record, lines, 0.0, 0.0)
-    training_run = TrainingRun(item, 0, lines, state, read_search(folder / "fit.json") or {})
+    training_run = TrainingRun(item, 0, lines, state)
     for curves in charts([training_run], 5).values():
         table(curves)
 
@@ -85,7 +85,6 @@ READERS: dict[str, Callable[[Any], object]] = {
     "rows.parquet": open_file,
     "run.json": read_run,
     "metrics.jsonl": read_run,
-    "fit.json": read_run,
     "prompts.csv": prompts.read,
 }
 

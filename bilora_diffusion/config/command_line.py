@@ -2,7 +2,7 @@
 
 Nothing here knows about a particular script: any set of option dataclasses will do.
 
-A recipe is a YAML file of options, read so that a value is the text that stands there. YAML 1.1
+A recipe is a YAML file of options, read so that a value is the text as it is written. YAML 1.1
 makes numbers of ``1:30`` and ``010``, a date of ``2024-01-01`` and a truth of ``on``. Here every
 value is what is written, as on the command line, and the option's own type decides what it means;
 only ``true``, ``false`` and ``null`` (or nothing) are more than text. Anchors, tags and repeated
@@ -131,7 +131,7 @@ class CommandLine(UserErrorParser):
             alternatives: pairs of options of which one replaces the other. An option on the command
                 line overrules its partner in the recipe.
             ignored: a function of the options of the recipe and of those on the command line. It
-                returns the names of the recipe's options that do not hold beside the latter.
+                returns the names of the recipe's options that are ignored with the latter.
 
         Returns:
             Values of all options, and the names of those that the arguments or the recipe give.
@@ -217,7 +217,7 @@ class CommandLine(UserErrorParser):
         """The options that a mapping of a YAML file gives, as `explicit` returns them.
 
         Raises:
-            UserError: an unknown option, one that stands twice, a value of the wrong type.
+            UserError: an unknown option, one that is given twice, a value of the wrong type.
         """
         # A recipe has `center_crop: false` in place of a --no_ form, and names no other recipe.
         names: dict[str, str] = {}
@@ -251,10 +251,10 @@ class CommandLine(UserErrorParser):
         return values
 
     def _texts(self, name: str, value: Any) -> str | list[Any] | None:
-        """A value of a recipe as it stands on a command line; items may be mappings.
+        """A value of a recipe as it is written on a command line; items may be mappings.
 
         Returns:
-            None for null, which stands for no value.
+            None for null, which means no value.
         """
         field = self._fields[name]
         is_itemized = option_of(field).itemized
@@ -264,7 +264,7 @@ class CommandLine(UserErrorParser):
         is_list = isinstance(value, list)
         items = value if isinstance(value, list) else [value]
         kinds: tuple[type, ...] = (bool, str)
-        # A mapping stands for an item of a list, never for a single value.
+        # A mapping is an item of a list, never a single value.
         if is_itemized and (is_list or takes_list):
             kinds = (bool, str, dict)
         is_readable = all(isinstance(item, kinds) for item in items)
@@ -327,7 +327,7 @@ def read_options(path: Path, label: str, flag: str) -> Any:
 
 
 class _Loader(yaml.BaseLoader):
-    """PyYAML's loader that leaves values text, without the parts that options do not need."""
+    """PyYAML's loader that keeps values as text, without the parts that options do not need."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         # Aliases of aliases can grow to gigabytes, and a tag could name a Python object.

@@ -179,7 +179,7 @@ class DataOptions:
         "lanczos", "How images are resized.", choices=INTERPOLATIONS
     )
     skip_bad_images: bool = option(
-        False, "Leave unreadable images out, and list them, instead of stopping."
+        False, "Skip unreadable images, and list them, instead of stopping."
     )
     cache_latents: str = option(
         "auto",
@@ -205,7 +205,12 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Images and losses that show how training goes."""
+    """Sampled images and measurements during training.
+
+    "validation" has two meanings in the names of these options, as in diffusers' scripts: sampled
+    images (``validation_prompt``, ``validation_epochs``), and the held-out images that are measured
+    (``validation_dataset``, ``validation_loss_steps``).
+    """
 
     section: ClassVar[str] = "validation"
     may_change_on_resume: ClassVar[bool] = True

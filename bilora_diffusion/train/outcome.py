@@ -1,4 +1,4 @@
-"""Weights that a run leaves: those of the last or of the best step, averaged or not."""
+"""Weights that a run exports: those of the last or of the best step, averaged or not."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Best:
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the context the parameters have the stored values, afterwards their own again."""
+        """Context manager: sets the parameters to the stored values and restores them afterwards."""
         values = []
         for parameter, value in zip(self.parameters, self.values, strict=True):
             values.append(value.to(parameter.device))
@@ -187,7 +187,7 @@ class Outcome:
         return last_step if self.best_step is None else self.best_step
 
     def results(self) -> dict[str, Any]:
-        """Figures for the run's record: the early end, and the best step if the run leaves it."""
+        """Figures for the run's record: the early end, and the best step if the run exports it."""
         results: dict[str, Any] = {}
         if self.best.patience is not None:
             results["stopped_early"] = self.best.is_exhausted
@@ -207,7 +207,7 @@ class Outcome:
         return tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """State beside the tensors that a resume or an export (`export_facts`) needs."""
+        """State that a resume or an export (`export_facts`) needs in addition to the tensors."""
         best = self.best
         return {
             "average": None if self.average is None else {"steps": self.average.steps},

@@ -69,9 +69,9 @@ MEANINGS: list[Any] = [
         "--validation_prompt one --validation_prompts two --validation_prompts three",
         {"validation_prompts": ["one", "two", "three"], "num_validation_images": 4},
     ),
-    # what goes by the held-out loss measures it twenty times, unless given
-    (icons, "--fit", {"validation_loss_steps": 100}),
-    (icons, "--fit --choose_by loss", {"validation_loss_steps": 25}),
+    # what the held-out loss decides measures it twenty times, unless given
+    (mini, "--keep_best --max_train_steps 500", {"validation_loss_steps": 100}),
+    (mini, "--keep_best --choose_by loss --max_train_steps 500", {"validation_loss_steps": 25}),
     (mini, "--keep_best --max_train_steps 9", {"validation_loss_steps": 1}),
     (mini, "--keep_best --validation_loss_steps 3", {"validation_loss_steps": 3}),
     # booleans
@@ -194,7 +194,7 @@ def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_p
     assert repeated.to_dict() == {**record, "config": str(recipe)}
 
 
-RECORDING = "--allow_tf32 --cache_dir x --log_dynamics --dynamics_steps 3 --checkpointing_steps 7"
+RECORDING = "--allow_tf32 --cache_dir x --log_dynamics --dynamics_steps 3 --max_eval_samples 9"
 MEASURING = "--eval_steps 5 --max_eval_samples 9 --eval_batch_size 2 --preprocessing_num_workers 2"
 
 
@@ -205,12 +205,12 @@ MEASURING = "--eval_steps 5 --max_eval_samples 9 --eval_batch_size 2 --preproces
         (text, MEASURING, ["--max_length 9", "--template plain", "--warmup_ratio 0.5"]),
     ],
 )
-def test_the_fingerprint_holds_what_is_learned_and_no_more(read, harmless, changes):
-    default = read().fingerprint()
+def test_a_resume_may_change_what_does_not_change_the_training(read, harmless, changes):
+    default = read().resume_settings()
     cfg = read(f"{harmless} --output_dir x --report_to none")
-    assert cfg.fingerprint() == default
+    assert cfg.resume_settings() == default
     for change in changes:
-        assert read(change).fingerprint() != default
+        assert read(change).resume_settings() != default
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.rank = 5
     assert pickle.loads(pickle.dumps(cfg)) == cfg  # for the workers that read images

@@ -49,7 +49,7 @@ BAD_COMMAND_LINES = [
     (f"{IMAGE} --push_to_hub", ["--push_to_hub", "hf auth login"]),
     (f"{IMAGE} --push_to_hub --hub_token hf_x --report_to wandb", ["--hub_token", "hf auth login"]),
     # Images and models; tests/image has more of sets.
-    (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset stands twice", "list of concepts"]),
+    (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset is given twice", "list of concepts"]),
     (f"{FOLDER} a/b --instance_data_dir x --instance_data_dir y", ["--instance_data_dir stands"]),
     ("--dataset a/b", ["a/b", "--instance_prompt", "--caption_column"]),
     (f"{IMAGE} --variant fp16", ["--variant", "fp16"]),

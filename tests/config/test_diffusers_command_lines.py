@@ -85,10 +85,6 @@ class Images(list[None]):
         entry = SimpleNamespace(name="", size=(1024, 1024), caption="a dog", concept=0)
         return [entry] * len(self)
 
-    @property
-    def num_opened(self):
-        return len(self)
-
     def of_each(self, values):
         return values * len(self)
 
@@ -240,7 +236,7 @@ def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice, tmp_path):
     file.write_text(json.dumps(nf4))
     cfg = resolve(words({"bnb_quantization_config_path": file}))
     assert cfg.quantize == "nf4"
-    assert cfg.fingerprint() == resolve(words({"quantize": "nf4"})).fingerprint()
+    assert cfg.resume_settings() == resolve(words({"quantize": "nf4"})).resume_settings()
     file.write_text(json.dumps({**nf4, "llm_int8_skip_modules": ["proj_out"]}))
     with pytest.raises(UserError, match=r"bnb.json.*llm_int8_skip_modules"):
         resolve(words({"bnb_quantization_config_path": file}))

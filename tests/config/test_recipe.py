@@ -67,8 +67,8 @@ def test_a_radius_that_is_not_taken_over_is_named(caplog, tmp_path):
 
 
 def test_the_icons_recipe_is_the_command_of_one_flag():
-    short = resolve(["--dataset", "linoyts/3d_icon"]).fingerprint()
-    assert resolve(ICONS.split()).fingerprint() == {**short, "auxiliary_rank": 4}
+    short = resolve(["--dataset", "linoyts/3d_icon"]).resume_settings()
+    assert resolve(ICONS.split()).resume_settings() == {**short, "auxiliary_rank": 4}
     cfg = resolve(f"{ICONS} --learning_rate 1e-3".split())  # moves both rates
     assert cfg.learning_rate == 1e-3
     assert cfg.auxiliary_learning_rate is None

@@ -7,8 +7,9 @@ from bilora_diffusion.core import removed
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import options_of
 from bilora_diffusion.image.config import DreamBoothConfig
+from bilora_diffusion.run.settings import describe_differences
 from bilora_diffusion.text.config import TextConfig
-from bilora_diffusion.train.resume import require_same_work
+from bilora_diffusion.train.resume import recorded_options
 
 PARSERS = {"image": DreamBoothConfig.parser(), "text": TextConfig.parser()}
 
@@ -42,18 +43,34 @@ def test_no_option_and_no_method_of_this_version_counts_as_removed():
 @pytest.mark.parametrize("name", removed.OPTIONS)
 def test_a_recorded_option_is_ignored_only_where_it_had_no_effect(name):
     option = removed.OPTIONS[name]
-    content = {"hash": "1", "samples": [], "size": 0}
-    current = {"rank": 4, "content": {"training": content, "held-out": content}}
-
-    def resume_with(value):
-        require_same_work(
-            {**current, name: value}, current, options=["rank"], free=set(), depends_on_heldout=True
-        )
-
+    cfg = DreamBoothConfig.resolve(["--dataset", "mini", "--keep_best"])
+    recorded = cfg.to_dict()
+    assert recorded_options(recorded, cfg) == cfg.resume_settings()
     if option.neutral_values is None:
-        resume_with("a value")
+        assert recorded_options({**recorded, name: "a value"}, cfg) == cfg.resume_settings()
         return
     for value in option.neutral_values:
-        resume_with(value)
+        assert recorded_options({**recorded, name: value}, cfg) == cfg.resume_settings()
     with pytest.raises(UserError, match=f"--{name} other, which was removed"):
-        resume_with("other")
+        recorded_options({**recorded, name: "other"}, cfg)
+
+
+def test_what_was_measured_matters_only_where_a_measurement_decides():
+    recorded = {"validation_part": "1/2"}
+    removed.require_neutral(recorded, depends_on_heldout=False)
+    with pytest.raises(UserError, match="validation_part 1/2, which was removed"):
+        removed.require_neutral(recorded, depends_on_heldout=True)
+
+
+def test_an_option_that_a_record_lacks_counts_as_having_its_default():
+    flags = ["--dataset", "mini", "--keep_best"]
+    cfg = DreamBoothConfig.resolve(flags)
+    recorded = cfg.to_dict()
+    del recorded["max_eval_samples"], recorded["max_grad_norm"]
+    assert recorded_options(recorded, cfg) == cfg.resume_settings()
+    changed = DreamBoothConfig.resolve([*flags, "--max_grad_norm", "2", "--max_eval_samples", "8"])
+    differences = describe_differences(
+        recorded_options(recorded, changed), changed.resume_settings()
+    )
+    assert "max_grad_norm was 1.0 and is 2.0" in differences
+    assert "max_eval_samples was null and is 8" in differences

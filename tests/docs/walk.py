@@ -86,9 +86,8 @@ SHORT = (
     " --num_validation_images 1 --validation_num_inference_steps 1"
 )
 FEW_STEPS = f"--max_train_steps 2 {SHORT}"
-LITTLE_MEASURED = "--validation_part 1/64 --validation_loss_steps 2"
+LITTLE_MEASURED = "--max_eval_samples 2 --validation_loss_steps 2"
 MINIATURE = "--pretrained_model_name_or_path mini"
-A_SMALL_SEARCH = "--fit_space {space} --fit_budget 4 --fit_folds 2"
 FEW_IMAGES = "--max_prompts 2 --num_inference_steps 1 --seeds 0 --general_prompts none"
 VIEWER = Rule("^python -m app.viewer")
 RULES = (
@@ -101,11 +100,9 @@ RULES = (
         "benchmarks/picture|eval/experiments/(pictures|guided|hold|sdxl|flux2|peft)",
         reason="samples, which take hours: tests/scripts/test_scored_sweep.py",
     ),
-    Rule("fit_regret", reason="hours: it trains a whole space"),
     Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
     VIEWER,
     Rule("^python -m bilora_diffusion.export"),
-    Rule(f"{IMAGE_SCRIPT}.* --fit ", f"{MINIATURE} {FEW_STEPS} {A_SMALL_SEARCH}"),
     Rule(f"{IMAGE_SCRIPT}.* --config mini", f"{FEW_STEPS} {LITTLE_MEASURED}"),
     Rule(f"{IMAGE_SCRIPT}.*(--dataset mini|mini-flow)", FEW_STEPS),
     Rule(f"{IMAGE_SCRIPT}.* --config sdxl", f"{MINIATURE} {SHORT}"),
@@ -148,7 +145,7 @@ METHOD_OF_RUN = {
 # Flags of a run that a page takes for granted
 MEASURED: dict[str, Any] = {
     "validation_dataset": None,
-    "validation_part": "1/64",
+    "max_eval_samples": 2,
     "validation_loss_steps": 1,
     "checkpointing_steps": 1,
     "log_dynamics": True,
@@ -391,7 +388,5 @@ def check_training(step: Step, folder: Path, changed: set[Path]) -> None:
     for run in runs:
         assert runlog.read_run(run)["status"] == "finished"
         assert {folder / run / name for name in (LORA, ADAPTER)} & changed
-        if config.fit:
-            assert {folder / run / "fit.json", folder / run / "fit.png"} <= changed
         if step.name == IMAGE_SCRIPT and config.validation_prompts:
             assert list(run.glob("validation/step-*/000.png"))

@@ -100,12 +100,12 @@ def test_prompts_of_a_concept_are_drawn_with_those_of_the_run():
 
 
 def test_a_resume_needs_the_same_concepts_but_for_what_is_only_looked_at():
-    fingerprint = read(DOG + CAT % "repeats: 2").fingerprint()
+    settings = read(DOG + CAT % "repeats: 2").resume_settings()
     # Held-out images change no sample.
     measured = read(DOG + CAT % "repeats: 2, validation_dataset: held/dog")
-    assert measured.fingerprint() == fingerprint
-    assert read(DOG + CAT % "repeats: 3").fingerprint() != fingerprint
-    assert "concepts" not in resolve(["--dataset", "mini"]).fingerprint()
+    assert measured.resume_settings() == settings
+    assert read(DOG + CAT % "repeats: 3").resume_settings() != settings
+    assert "concepts" not in resolve(["--dataset", "mini"]).resume_settings()
 
 
 def test_what_has_no_effect_in_a_concept_is_said_with_its_place(caplog):

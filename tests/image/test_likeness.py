@@ -1,6 +1,5 @@
-"""The distance of samples to held-out pictures, and what goes by it: `--keep_best` and `--fit`."""
+"""The distance of samples to held-out pictures, and `--keep_best`, which uses it."""
 
-import math
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from bilora_diffusion.image.likeness import image_embedder, image_model_bytes, l
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.record import read_search
 from tests.eval.clip_models import save_dinov2
 from tests.scripts.runs import column, train, two_icons
 
@@ -100,28 +98,3 @@ def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
     resume = {"keep_best": True, "resume_from_checkpoint": "latest"}
     with pytest.raises(UserError, match="validation_guidance_scale was"):
         train(run, **icons, **resume, validation_guidance_scale=2)
-
-
-@pytest.mark.slow
-def test_a_search_chooses_what_has_the_nearest_samples(icons, tmp_path):
-    """Both ways train the same runs, and each chooses by its own measure."""
-    (tmp_path / "space.yaml").write_text("method: [lora]\nlearning_rate: [3.0e-2, 1.0e-6]\n")
-    search = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 12}
-    digests = []
-    for judge, measure in (("samples", "heldout_distance"), ("loss", "heldout_loss")):
-        folder = train(tmp_path / judge, **icons, **search, choose_by=judge)
-        record = read_search(folder / "fit.json")
-        assert record is not None
-        assert record["settings"]["measure"] == measure
-        lowest = math.inf
-        for run in record["runs"]:
-            values = column(folder / "fit" / run["name"], measure)
-            assert run["losses"] == pytest.approx(values, rel=1e-6)
-            lowest = min(lowest, *values[1:])  # the first one is the base model's
-        assert record["choice"]["loss"] == pytest.approx(lowest, rel=1e-6)
-        first_run = min(run["name"] for run in record["runs"])
-        # The same run has seen the same samples by both measures.
-        digests.append(column(folder / "fit" / first_run, "digest"))
-    assert all(digests)
-    for digest, digest_by_loss in zip(*digests, strict=False):  # one may have gone on for longer
-        assert digest == digest_by_loss

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from bilora_diffusion import adapters
-from bilora_diffusion.image.captions import fixed_texts
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.loss import GUIDANCE_SHARE, HOLDS, UNCONDITIONAL
 from bilora_diffusion.image.opening import open_images
@@ -219,21 +217,3 @@ def test_processes_that_read_ahead_hand_over_pixels_alone(make_task, monkeypatch
             torch.testing.assert_close(read_ahead.inputs[name], values, rtol=0, atol=0)
     num_pixel_bytes = 4 * 4 * 3 * 64 * 64  # float32, of two images and two class images
     assert num_pixel_bytes < max(handed_over) < num_pixel_bytes + 4000
-
-
-def test_a_search_on_a_flow_model_has_embedded_the_texts_of_all_folds(tmp_path):
-    """A flow model's encoders are gone when its folds begin."""
-    for number in range(4):
-        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text(f"icon {number}, red, flat, round, large, new")
-    options = {"pretrained_model_name_or_path": "mini-flow", "dataset": tmp_path, "fit": True}
-    cfg = resolve(flags(Path("run"), **options, shuffle_tags=True, choose_by="loss"))
-    stream = TrainingStream(cfg, open_images(str(tmp_path)))
-    task = DreamBooth(cfg, load_pipeline("mini-flow", dtype=torch.float32), stream)
-    task.embed(torch.device("cpu"))
-    task.to_device(torch.device("cpu"))
-    of_fold = task.with_config(cfg, fold=([3, 1, 2], [0]))
-    assert of_fold.prompts is not None
-    assert of_fold.validation is not None
-    of_fold.prompts(of_fold.stream.captions())
-    of_fold.prompts(fixed_texts(cfg, of_fold.validation))

@@ -3,15 +3,33 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import data
 from bilora_diffusion.run.data import (
     SampleContent,
+    choose_samples,
     describe_difference,
     record_content,
     require_same_content,
 )
+
+NAMES = st.lists(st.text(max_size=8), max_size=30)
+
+
+@given(NAMES, st.integers(1, 40), st.randoms())
+def test_the_chosen_samples_depend_on_the_names_alone(names, limit, random):
+    assert choose_samples(names, None) == list(range(len(names)))
+    chosen = choose_samples(names, limit)
+    assert len(chosen) == min(limit, len(names))
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(choose_samples(names, limit + 1))
+    chosen_names = sorted(names[number] for number in chosen)
+    random.shuffle(names)
+    assert sorted(names[number] for number in choose_samples(names, limit)) == chosen_names
+
 
 PICTURES = {
     "a.png": {"picture": "a" * 32, "caption": "1" * 32},

@@ -92,14 +92,12 @@ def test_files_and_folders_without_rights_are_refused(tmp_path, monkeypatch):
         refuse_unusable(tmp_path / "run")
 
 
-def test_without_overwriting_neither_checkpoints_nor_a_search_are_deleted(tmp_path):
+def test_without_overwriting_no_checkpoints_are_deleted(tmp_path):
     start(tmp_path).metric(1, loss=1.0)
     checkpoint = save(tmp_path, 1)
-    (tmp_path / "fit").mkdir()
-    (tmp_path / "fit.json").touch()
     clear(tmp_path, overwrite=False)
-    for path in (checkpoint, tmp_path / "fit", tmp_path / "fit.json", tmp_path / "run.json"):
-        assert path.exists()
+    assert checkpoint.exists()
+    assert (tmp_path / "run.json").exists()
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -115,8 +113,8 @@ def test_what_is_resumed_lies_in_the_folder(tmp_path):
     start(other_run).close("finished")
     save(other_run, 1)
     refused(other_run, path, "--output_dir", folder=other_run, resume=path)
-    # A run of a search is not the run of its folder.
-    refused(run / "fit", folder=run, resume=save(run / "fit" / "lora"))
+    # A run in a folder below is not the run of the folder.
+    refused(run / "below", folder=run, resume=save(run / "below" / "lora"))
 
 
 def test_checkpoints_whose_record_is_lost_are_resumed_and_else_kept(tmp_path):

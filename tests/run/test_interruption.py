@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bilora_diffusion.core.errors import Interrupted
 from bilora_diffusion.run import interruption
 from bilora_diffusion.run.interruption import (
     Interruption,
-    Stop,
     describe_interruption,
     find_launch,
     resume_command,
@@ -24,9 +24,9 @@ from tests.scripts.runs import ROOT
 @pytest.mark.parametrize("number", interruption.SIGNALS)
 def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number):
     handler = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), Interruption() as run:
+    with pytest.raises(Interrupted) as error, Interruption() as run:
         os.kill(os.getpid(), number)
-    assert run.number == number
+    assert run.number == error.value.number == number
     with Interruption(patient=True) as run:
         assert run.number is None
         os.kill(os.getpid(), number)
@@ -64,8 +64,9 @@ if "auto" in arguments:
     print(json.dumps([arguments, precision, os.environ.get("WORLD_SIZE")]))
     sys.exit()
 from pathlib import Path
-from bilora_diffusion.run.interruption import Stop, describe_interruption, find_launch
-stop = Stop(signal.SIGINT, 2, 8)
+from bilora_diffusion.core.errors import Interrupted
+from bilora_diffusion.run.interruption import describe_interruption, find_launch
+stop = Interrupted("interrupted at step 2 of 8", signal.SIGINT)
 launch = find_launch(arguments)
 print(describe_interruption(Path("none"), stop, arguments, launch, overwrites=False))
 """
@@ -132,7 +133,7 @@ def test_a_shell_puts_the_token_into_the_printed_command(tmp_path, monkeypatch):
     arguments = ["--instance_prompt", "a $HOME", f"--hub_token={SECRET}", "--hub-token", SECRET]
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, str(script), *arguments])
     launch = find_launch(arguments)
-    stop = Stop(signal.SIGINT, 2, 8)
+    stop = Interrupted("interrupted at step 2 of 8")
     message = str(describe_interruption(tmp_path, stop, arguments, launch, overwrites=True))
     assert SECRET not in message
     (line,) = [line.strip() for line in message.splitlines() if "auto" in line]
@@ -164,15 +165,8 @@ def test_without_the_launcher_and_the_token_the_sentence_asks_for_both(tmp_path,
     arguments = ["--hub_token", SECRET]
     launch = find_launch(arguments)
     assert launch is None
-    stop = Stop(signal.SIGINT, 2, 8)
+    stop = Interrupted("interrupted at step 2 of 8")
     message = str(describe_interruption(tmp_path, stop, arguments, launch, overwrites=False))
     assert "set HF_TOKEN to the token" in message
     assert "the same launcher and script" in message
     assert SECRET not in message
-
-
-def test_a_search_that_is_stopped_between_its_runs_has_saved_them(tmp_path):
-    stop = Stop(signal.SIGINT, 0, 8, run="the next run")
-    message = str(describe_interruption(tmp_path, stop, [], "python x.py", overwrites=False))
-    assert "the runs of the search before it are saved" in message
-    assert "--resume_from_checkpoint auto" in message

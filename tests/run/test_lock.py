@@ -38,8 +38,6 @@ def test_one_command_at_a_time_has_a_folder_and_the_lock_leaves_no_file(tmp_path
         with pytest.raises(UserError, match=owner), locked(folder):
             pass
         assert (folder / LOCK_FILE).exists()
-        with locked(folder / "fit" / "run"):  # as a search locks the folder of each of its runs
-            pass
     assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
     with locked(folder):
@@ -83,7 +81,7 @@ def test_of_several_processes_only_the_main_one_takes_it(tmp_path, monkeypatch, 
 COMMANDS = {
     "start": {},
     "resume": {"resume_from_checkpoint": "latest"},
-    "fit": {"fit": True, "overwrite_output_dir": True},
+    "overwrite": {"overwrite_output_dir": True},
 }
 
 
@@ -91,7 +89,7 @@ class Reached(Exception):
     """The first run was let in."""
 
 
-@pytest.mark.parametrize(("first", "second"), [("start", "fit"), ("fit", "resume")])
+@pytest.mark.parametrize(("first", "second"), [("start", "overwrite"), ("overwrite", "resume")])
 def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatch, first, second):
     folder = tmp_path / "run"
 

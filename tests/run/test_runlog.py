@@ -16,7 +16,6 @@ import torch
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import console, hub, provenance, runlog
-from bilora_diffusion.run.record import read_search
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
 
 CONFIG = {"rank": 4, "betas": (0.9, 0.999), "hub_token": "hf_secret", "output_dir": Path("out")}
@@ -117,23 +116,6 @@ def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
     assert [entry["step"] for entry in record["resumed"]] == [1]
 
 
-FIT_RUN = {"name": "a", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1.0, None]}
-FIT_CHOICE = {
-    "options": {"rank": "4"},
-    "title": "rank 4",
-    "steps": 5,
-    "loss": 0.5,
-    "base_loss": 1.0,
-    "rate_edge": None,
-}
-FIT = {
-    "settings": {},
-    "spent": 5,
-    "runs": [FIT_RUN],
-    "out": {},
-    "standings": [],
-    "choice": FIT_CHOICE,
-}
 RECORD = {"schema_version": 1, "method": "a", "status": "failed", "config": {}}
 DAMAGED: list[Any] = [
     ("run.json", "{", "damaged"),
@@ -143,14 +125,11 @@ DAMAGED: list[Any] = [
     ("run.json", {**RECORD, "config": {"rho": math.inf}}, "damaged"),
     ("metrics.jsonl", '{"step": 1}\n{"loss": 2}\n', r"line 2 of .*metrics\.jsonl"),
     ("metrics.jsonl", '{"step": 1, "loss": Infinity}\n', r"line 1 of .*metrics\.jsonl"),
-    ("fit.json", {**FIT, "runs": None}, r"fit\.json is damaged"),
-    ("fit.json", {**FIT, "runs": [{**FIT_RUN, "losses": [1.0]}]}, r"fit\.json is damaged"),
 ]
 """Files by content -> words of the sentence; tests/test_any_bytes.py tries any bytes."""
 READERS: dict[str, Callable[[Path], object]] = {
     "run.json": read_run,
     "metrics.jsonl": read_metrics,
-    "fit.json": lambda folder: read_search(folder / "fit.json"),
 }
 
 
@@ -163,7 +142,6 @@ def test_the_wrong_value_is_named(tmp_path, name, content, words):
 
 def test_what_is_not_there_and_what_another_version_added(tmp_path):
     assert read_metrics(tmp_path) == []
-    assert read_search(tmp_path / "fit.json") is None
     with pytest.raises(UserError, match=r"no run\.json"):
         read_run(tmp_path)
     start(tmp_path).close("finished")
@@ -172,8 +150,6 @@ def test_what_is_not_there_and_what_another_version_added(tmp_path):
     assert read_run(tmp_path)["seed"] == 3
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": NaN}\n{"step": 1, "lo')
     assert read_metrics(tmp_path) == [{"step": 0, "loss": None}]
-    (tmp_path / "fit.json").write_text(json.dumps(FIT))
-    assert read_search(tmp_path / "fit.json") == FIT
 
 
 def git(folder, *arguments):
@@ -205,7 +181,7 @@ ENDS = [
         RISING_LOSSES,
         "does not show which step samples best.* compare .*--keep_best",
     ),
-    ({}, {}, "--fit chooses .*--validation_dataset"),
+    ({}, {}, "give data that is not trained on as --validation_dataset"),
 ]
 
 
@@ -245,12 +221,22 @@ AS_BASE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.7, 0.8], 10: [0.96, 0.91, 0.6]}
 @pytest.mark.parametrize(
     ("distances", "results", "end", "advice"),
     [
-        (SURE, {"best_step": 5}, "the files are of step 5, the best", "step 5 was 20.0 % better"),
-        (SURE, {}, "the files are of step 10, the last", "step 5 was 20.0 % .*again with --keep_b"),
+        (
+            SURE,
+            {"best_step": 5},
+            "the files have the weights of step 5, the best",
+            "step 5 was 20.0 % better",
+        ),
+        (
+            SURE,
+            {},
+            "the files have the weights of step 10, the last",
+            "step 5 was 20.0 % .*again with --keep_b",
+        ),
         (
             UNSURE,
             {"best_step": 5, "stopped_early": True},
-            "stopped early at step 10 of 60; the files are of step 5",
+            "stopped early at step 10 of 60; the files have the weights of step 5",
             "step 5 was 4.0 % better than step 10, no more than the spread .*images of both$",
         ),
         (
@@ -305,7 +291,6 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     for name in ("unet/config.json", "adapter_config.json", "checkpoints/step-1/config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(model_config))
-    (tmp_path / "fit.json").write_text(json.dumps({"settings": config, "steps": [0]}))
     committed_files: dict[str, bytes] = {}
     uploads: list[dict[str, Any]] = []
 
@@ -317,7 +302,7 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "create_commit", commit)
     hub.push(tmp_path, "me/run", None)
     # Files that may name a path are committed with another content, the others as they are.
-    changed_names = {"run.json", "fit.json", "unet/config.json", "adapter_config.json"}
+    changed_names = {"run.json", "unet/config.json", "adapter_config.json"}
     assert set(committed_files) == changed_names
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = [file.relative_to(tmp_path).as_posix() for file in files]

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError, run_cli
-from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.methods import names
 from eval.clip_scores.prompts import read
 from eval.sweep import plan, scoring
@@ -186,87 +185,6 @@ def test_rounds_are_fair_and_the_ratio_is_paired(load):
     assert ratio == pytest.approx(1.1)
     assert interval == pytest.approx((1.1, 1.1))
     assert measure.paired_ratio([1.0], [2.0]) == (0.5, None)
-
-
-# Held-out losses of a search by the truth: configuration -> step -> loss. The lowest one is 2.0:
-# the command as given is no candidate, and a start is no choice.
-TRUE_LOSSES = {
-    "as given": {0: 9.0, 10: 1.0, 20: 3.0, 30: 5.0},
-    "rank 4": {0: 0.5, 10: 3.0, 20: 2.5, 30: 2.2},
-    "rank 8": {0: 9.0, 10: 2.4, 20: 2.0},
-}
-# Of the choice if it has to be trained to its step; one is not finite.
-CHOICE_LOSSES = {0: 9.0, 10: None, 20: 1.6}
-
-
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [
-        # The choice ends at 2.3: 2.3 / 2.0 - 1; at its step it has 2.5, at its best one 2.2. The
-        # command as given ends at 5.0: 1 - 2.3 / 5.0.
-        ("rank 4", {"regret": 0.15, "constant": 0.25, "configuration": 0.1, "best": 2.0}),
-        # Not in the search by the truth: its own 1.6 is the lowest loss.
-        ("rank 16", {"regret": 2.3 / 1.6 - 1, "constant": 0, "configuration": 0, "best": 1.6}),
-    ],
-)
-def test_regret_is_a_share_of_the_lowest_loss(choice, expected, load, tmp_path, monkeypatch):
-    fit_regret = load("fit_regret")
-    option, value = choice.split()
-    fit = {
-        "choice": {"title": choice, "steps": 20, "options": {option: value}},
-        "settings": {"every": 10},
-    }
-    truth: dict[str, Any] = {"runs": []}
-    for title, losses in TRUE_LOSSES.items():
-        run = {"title": title, "steps": list(losses), "losses": list(losses.values())}
-        truth["runs"].append(run)
-    metrics = {
-        "choice": [{"step": step, HELDOUT_LOSS: loss} for step, loss in CHOICE_LOSSES.items()],
-        "last": [{"step": 0, HELDOUT_LOSS: 9.0}, {"step": 40, HELDOUT_LOSS: 2.3}],
-    }
-    config = {"lr_scheduler": "linear", "max_train_steps": 40}
-    commands: dict[str, str] = {}
-
-    def record_run(_, folder, *options):
-        words = [word for option_list in options for word in option_list]
-        commands[folder.name] = " ".join(words)
-
-    searches = {"fit": fit, "truth": truth}
-    monkeypatch.setattr(fit_regret, "run", record_run)
-    monkeypatch.setattr(fit_regret, "read_search", lambda file: searches[file.parent.name])
-    monkeypatch.setattr(fit_regret, "read_metrics", lambda folder: metrics[folder.name])
-    monkeypatch.setattr(fit_regret, "read_run", lambda _: {"config": config})
-    measurement = fit_regret.measure("icons", 3, 30, tmp_path)
-
-    expected = {**expected, "choice": 2.3, "given": 5.0, "gain": 0.54}
-    assert measurement.values == pytest.approx(expected)
-    assert measurement.choice == f"{choice}, 20 steps"
-    # The fit sees nothing of the truth, and the choice is trained as the last run of `--fit`.
-    assert "mini-heldout" not in commands["fit"]
-    assert "mini-heldout" in commands["truth"]
-    assert f"--{option} {value}" in commands["last"]
-    assert "--lr_scheduler linear --max_train_steps 40" in commands["last"]
-    assert ("choice" in commands) == (choice == "rank 16")
-
-
-def test_the_loss_of_other_seeds_is_that_of_their_best_points(load):
-    fit_regret = load("fit_regret")
-
-    def measurement(curves):
-        return fit_regret.Measurement({}, "", curves)
-
-    measured = {
-        ("icons", 0): measurement({"a": {10: 3.0, 20: 2.0}, "b": {10: 5.0, 20: 7.0}}),
-        ("icons", 1): measurement({"a": {10: 1.0, 20: 2.0}, "b": {10: 4.0}}),  # best: a, 10
-        ("icons", 2): measurement({"b": {10: 6.0, 20: 0.5}}),  # best: b, 20
-        ("animals", 0): measurement({"a": {20: 0.1}}),
-    }
-    # With seed 0: a has 3.0 at step 10, and b has 7.0 at step 20.
-    assert fit_regret.loss_of_other_seeds(measured, ("icons", 0)) == 5.0
-    # With seed 1: a has 2.0 at step 20, the best point of seed 0; b was not measured at step 20.
-    assert fit_regret.loss_of_other_seeds(measured, ("icons", 1)) == 2.0
-    assert fit_regret.loss_of_other_seeds(measured, ("icons", 2)) is None
-    assert fit_regret.loss_of_other_seeds(measured, ("animals", 0)) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run import runlog
-from bilora_diffusion.train import setup
 from bilora_diffusion.train.variants import control_config, control_folder
 from tests.scripts.runs import (
     ON_CPUS,
@@ -55,7 +54,6 @@ def test_the_control_has_the_options_of_its_own_command(caplog):
     [
         ("--compare bilora", "name another"),
         ("--compare full", "by a separate command"),
-        ("--compare lora --fit", "drop"),
         ("--compare lora --resume_from_checkpoint latest", "auto"),
         ("--compare lor", 'did you mean "lora"'),
     ],
@@ -93,7 +91,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
 
     # Ctrl-C in the run's step 2, after its export, and in the control's step 2.
     steps_taken = interrupt(monkeypatch, 2, 6)
-    write_card = setup.write_card
+    write_card = DREAMBOOTH.write_card
 
     def interrupted_write_card(*arguments):
         assert not control_folder(parts, "lora").exists()  # it is made when the control begins
@@ -105,7 +103,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 of the run in .*auto"):
         train(parts, **flags)
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "write_card", interrupted_write_card)
+        patch.setattr(DREAMBOOTH, "write_card", interrupted_write_card)
         with pytest.raises(KeyboardInterrupt, match=r"(?s)parts-lora not yet begun.*auto"):
             train(parts, **flags)
     record = (parts / runlog.RUN).read_bytes()

@@ -1,4 +1,4 @@
-"""Runs of several concepts from the command line: resumed, paired, searched, with class images."""
+"""Runs of several concepts from the command line: resumed, paired, with class images."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import train_dreambooth_bilora
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.record import BY_CONCEPT, read_search
+from bilora_diffusion.run.record import BY_CONCEPT
 from eval.clip_scores.measure import training_sets
 from eval.landscape_points import open_points
 from eval.subjects import gather
@@ -110,25 +110,6 @@ def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
     stdout = capsys.readouterr().out
     assert "data: 6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5) at 64 px" in stdout
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.slow
-def test_a_search_deals_the_images_of_all_concepts_into_folds(concepts, tmp_path):
-    rows = json.loads(concepts.read_text())
-    for row in rows:
-        row["validation_dataset"] = None
-    training_list = write_list(tmp_path / "training.yaml", rows)
-    space = tmp_path / "space.yaml"
-    space.write_text("method: [lora]\nrank: [2, 4]\n")
-    fit = {"fit": True, "fit_space": space, "fit_budget": 16, "fit_folds": 2}
-    run = train(tmp_path / "fit", **values(training_list, **fit))
-    record = read_search(run / "fit.json")
-    assert record is not None
-    choice = record["choice"]
-    # LoRA does not read `--auxiliaries sample`, which therefore leaves its last run as it is.
-    assert runlog.read_run(run)["results"]["steps"] == choice["steps"]
-    chosen_runs = [run for run in record["runs"] if run["title"] == choice["title"]]
-    assert {run["fold"] for run in chosen_runs} == {1, 2}
 
 
 @pytest.mark.slow

@@ -148,20 +148,10 @@ def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
     assert {name: output[name] for name in parts} == parts
 
 
-def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
-    folder = tmp_path / "run"
-    search = image_run(capsys, folder, train_batch_size=4, fit=True, choose_by="loss")
-    bilora = {"method": "bilora", "rho": "auto", "auxiliaries": "sample", "rank": 16}
-    largest = image_run(capsys, folder, train_batch_size=4, **bilora)
-    assert "bilora (rho auto, auxiliaries sample)" in search
-    for name in ("adapters: auxiliary", "the optimizer's state", "gradients"):
-        assert parts_of(search)[name] == parts_of(largest)[name]
-
-
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(dry_run, "build_accelerator", lambda _: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match="one process"):
-        dry_run.run(DREAMBOOTH, [resolve(["--dataset", "mini"])], [])
+        dry_run.run(DREAMBOOTH, [resolve(["--dataset", "mini"])])
 
 
 def test_of_two_runs_the_larger_is_named(capsys, tmp_path):

@@ -164,7 +164,7 @@ def test_it_trains_and_shows_answers_before_and_after(tmp_path, capsys):
 
 
 NOTEBOOK = ROOT / "examples" / "miniature.ipynb"
-SHORT = 'shared += " --max_train_steps 8 --validation_loss_steps 8 --validation_part 1/16"\n'
+SHORT = 'shared += " --max_train_steps 8 --validation_loss_steps 8 --max_eval_samples 8"\n'
 
 
 def test_the_notebook_shows_curves_and_icons_of_both_methods(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
         learning_rate=3e-2,
         validation_loss_steps=1,
         validation_dataset="mini-heldout",
-        validation_part="1/32",
+        max_eval_samples=4,
         validation_prompt="a TOK icon of a rabbit",
         num_validation_images=1,
     )

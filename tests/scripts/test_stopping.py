@@ -10,14 +10,10 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts.runs import (
-    ON_CPUS,
-    SCRIPT,
     best_and_stop_step,
     column,
     copied,
     difference,
-    flags,
-    run_python,
     train,
     two_icons,
     weights,
@@ -123,7 +119,7 @@ def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_o
     assert best == min(range(1, 5), key=measured.__getitem__)
     assert any(key.endswith("lora_B.weight") and value.any() for key, value in weights(run).items())
     (end,) = [record.message for record in caplog.records if record.message.startswith("done in")]
-    assert f"the files are of step {best}, the best" in end
+    assert f"the files have the weights of step {best}, the best" in end
     assert "no measured step was better than the base model" in end
 
 
@@ -174,21 +170,6 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
         assert words in line
 
 
-@pytest.mark.matrix
-def test_two_processes_choose_as_one(tmp_path, icons):
-    space = tmp_path / "space.yaml"
-    space.write_text("rank: [2, 4]\n")
-    fit = {"fit": True, "fit_space": space, "fit_budget": 4}
-    options = {**icons, **fit, "max_train_steps": 2}
-    single = train(tmp_path / "one", **{**options, "train_batch_size": 2})
-    double = tmp_path / "two"
-    argv = flags(double, **options)
-    run_python([SCRIPT, *argv], processes=2, environment=ON_CPUS)
-    for key in ("steps", "chosen_steps"):
-        assert results(single)[key] == results(double)[key]
-    assert difference(single, double) < options["learning_rate"] / 10
-
-
 @pytest.mark.slow
 def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     picture, renamed = sorted(icons["dataset"].glob("*.png"))
@@ -214,12 +195,12 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     elsewhere.rename(icons["dataset"])
 
     # Held-out pictures may change, unless the run leaves the best of its steps.
-    train(run, **go_on, validation_part="1/2")
+    train(run, **go_on, max_eval_samples=1)
     assert any("in the held-out data" in record.message for record in caplog.records)
-    best = train(tmp_path / "best", **shared, keep_best=True, validation_part="2/2")
+    best = train(tmp_path / "best", **shared, keep_best=True)
     go_on["resume_from_checkpoint"] = best / "checkpoints" / "step-1"
-    with pytest.raises(UserError, match="validation_part was"):
-        train(best, **go_on, keep_best=True, validation_part="1/2")
+    with pytest.raises(UserError, match="max_eval_samples was null and is 1"):
+        train(best, **go_on, keep_best=True, max_eval_samples=1)
 
 
 @pytest.mark.slow

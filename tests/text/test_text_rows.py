@@ -125,18 +125,14 @@ def test_labels_are_the_numbers_of_the_words():
         with_labels([Example("y", "yess", where="row 2")], ("no", "yes"))
 
 
-def test_each_held_out_row_is_in_one_part(tmp_path):
+def test_a_number_of_held_out_rows_is_measured_the_same_for_each_seed(tmp_path):
     file = write(tmp_path, ".csv", [{"question": f"q{n}", "answer": "a"} for n in range(40)])
 
-    def heldout_prompts(part=None):
+    def heldout_prompts(seed):
         options = {"model_name_or_path": "smollm2", "train_file": file, "validation_file": file}
-        options |= {"max_eval_samples": 30, "validation_part": part}
-        rows = open_rows(resolve_text(words(options)))
+        rows = open_rows(resolve_text(words({**options, "max_eval_samples": 30, "seed": seed})))
         assert len(rows.train) == 40
         return [example.prompt for example in rows.validation or ()]
 
-    first, second = heldout_prompts("1/2"), heldout_prompts("2/2")
-    assert len(first) == len(second) == 15
-    assert sorted(first + second) == sorted(heldout_prompts())
-    with pytest.raises(UserError, match=r"asks for 31 parts of .* train\.csv"):
-        heldout_prompts("1/31")
+    assert len(heldout_prompts(0)) == 30
+    assert heldout_prompts(1) == heldout_prompts(0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilora_diffusion.core.seeds import deal_into_parts, digest, seed_of
+from bilora_diffusion.core.seeds import digest, seed_of
 from bilora_diffusion.train.task import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
@@ -25,26 +25,6 @@ def test_different_keys_have_different_seeds(a, b):
 def test_seeds_are_the_same_in_every_process_and_version():
     """A resumed run has the noise of the interrupted one, so the value must never change."""
     assert seed_of(0, "noise", 12, "a") == 5504335286977931919
-
-
-@given(st.sets(st.text(max_size=8), min_size=1, max_size=30), st.integers(1, 8), st.randoms())
-def test_parts_are_disjoint_even_and_independent_of_order(names, count, shuffle):
-    ordered = sorted(names)
-    if count > len(ordered):
-        with pytest.raises(ValueError, match=str(count)):
-            deal_into_parts(ordered, count)
-        return
-
-    def names_of_parts():
-        return [{ordered[number] for number in part} for part in deal_into_parts(ordered, count)]
-
-    name_sets = names_of_parts()
-    sizes = [len(name_set) for name_set in name_sets]
-    assert max(sizes) - min(sizes) <= 1
-    assert sum(sizes) == len(names)
-    assert set().union(*name_sets) == names
-    shuffle.shuffle(ordered)
-    assert names_of_parts() == name_sets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])

@@ -17,7 +17,6 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "DEEPSPEED": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}),
     "PARALLELISM_CONFIG": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}),
     "image models": (FSDP, {"modality": "image"}),
-    "--fit": (FSDP, {"fit": True}),
     "FSDP_OFFLOAD_PARAMS": ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {}),
     "FSDP_IGNORED_MODULES": ({**FSDP, "FSDP_IGNORED_MODULES": "a.*"}, {}),
     "ACCELERATE_DYNAMO_BACKEND": ({**FSDP, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}),
