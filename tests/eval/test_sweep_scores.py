@@ -128,7 +128,7 @@ def test_runs_that_can_not_stand_beside_recorded_ones_are_refused():
     with pytest.raises(UserError, match=f"has LoRA with seed 0 .*{first.label}"):
         record.require_alike(settings, other_runs)
     # Losses alone, which have no scores
-    losses = Record(ROOT / "results" / "lora_bilora", "sweep")
+    losses = Record(ROOT / "results" / "methods", "sweep")
     with pytest.raises(UserError, match="has a result with"):
         losses.require_alike(settings, planned)
 
