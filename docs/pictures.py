@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import re
 import socket
@@ -77,13 +76,11 @@ def draw_demo(path: Path) -> None:
     gray = [Image.new("RGB", (64, 64), "gray")] * demo.ICON_COUNT
     # Any steps and values: the structure of the picture has no numbers.
     curve = {75: 2.0, 150: 1.0}
-    samples = demo.Samples(["icon"] * demo.ICON_COUNT, gray, base_difference=3.0)
-    samples.images[demo.UNTRAINED] = gray
-    for variant in itertools.chain.from_iterable(demo.TRAINED.values()):
-        samples.images[variant] = gray
-        samples.differences[variant] = curve
-    losses: dict[str, demo.Curve] = {method: {0: 3.0, **curve} for method in demo.METHODS}
-    demo.draw(samples, losses, 150, path)
+    samples = [demo.Series("base model, guidance", {}, "k", gray, {0: 3.0})]
+    for variant in demo.VARIANTS:
+        samples.append(demo.Series(f"{variant.label}, guidance", {}, "k", gray, curve))
+    losses = {variant.label: {0: 3.0, **curve} for variant in demo.VARIANTS}
+    demo.draw(gray, samples, losses, path)
 
 
 # figures of data.md
@@ -265,7 +262,7 @@ def run(*words: str) -> None:
 def make_screenshots(names: Sequence[str]) -> None:
     """Take screenshots of the demo's runs and their results; make those if they are not there."""
     folder = RUNS / "demo"
-    runs = [str(folder / method) for method in demo.METHODS]
+    runs = [str(folder / "lora"), str(folder / "bilora")]
     if not (folder / "grid.png").exists():
         run("bilora_diffusion.demo", "--output_dir", str(folder))
     if not list(folder.glob("scores*/result.json")):
