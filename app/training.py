@@ -72,8 +72,7 @@ def _lines(run: TrainingRun) -> list[str]:
     config = run.run.record["config"]
     settings = []
     if radii([run]):
-        rho = config["rho"]  # a number, or "auto"
-        text = f"ρ {rho}" if isinstance(rho, str) else f"ρ {rho:g}"
+        text = f"ρ {config['rho']:g}"
         norm = config.get("rho_norm", "scaled")
         if norm != "scaled":
             text += f", {norm} norm"

@@ -236,20 +236,17 @@ def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def radii(runs: Sequence[TrainingRun]) -> list[Line]:
-    """The radius rho: one line for each constant value, and one for each run where it changes."""
+    """The radius rho of Bi-LoRA's runs: one line for each value."""
     points_by_name: dict[str, Points] = {}
     for run in runs:
-        config = run.run.record["config"]
-        rho = config.get("rho")
-        points = series(run.rows, "rho")
-        has_ball = run.run.method == "bilora" and config.get("ball") != "none"
-        if not points and has_ball and isinstance(rho, int | float):
-            # A constant radius is not logged; a run without steps has none.
+        rho = run.run.record["config"].get("rho")
+        # A run without steps has none.
+        points = []
+        if run.run.method == "bilora" and isinstance(rho, int | float):
             points = [(step, float(rho)) for step in sorted({1, run.state.steps} - {0})]
         if not points:
             continue
-        values = {value for _, value in points}
-        name = f"ρ = {points[0][1]:g}" if len(values) == 1 else f"ρ of {run.run.name}"
+        name = f"ρ = {rho:g}"
         # A line of several runs is as long as the longest one.
         if name not in points_by_name or points_by_name[name][-1][0] < points[-1][0]:
             points_by_name[name] = points
@@ -277,7 +274,6 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
         plots[name] = curves(runs, name)
     # The last lines lie on top.
     plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radii(runs)
-    plots["rise"] = curves(runs, "loss_rise", window)
     plots["rate"] = []
     if any(constant_rate(run) is None for run in runs):
         plots["rate"] = curves(runs, "lr")
@@ -311,10 +307,6 @@ TITLES = {
     "norm": (
         "Norm of the auxiliary, ‖B₂A₂‖",
         "After the projection; faint: before it; dashed: the radius ρ.",
-    ),
-    "rise": (
-        "Rise of the loss by the auxiliary",
-        "To first order, a share of the loss; running mean. A radius that sets itself follows it.",
     ),
     "rate": ("Learning rate", "Of the primary adapter."),
 }

@@ -57,7 +57,6 @@ VARIANTS = {
     "lora": "--method lora",
     "lora-again": "--method lora --disk_cache auto",
     "bilora": "--method bilora",
-    "bilora-sample": "--method bilora --auxiliaries sample --rho auto",
     "bilora-fp16": "--method bilora --mixed_precision fp16",
     "bilora-nf4": "--method bilora --quantize nf4",
     "bilora-compile": "--method bilora --compile",

@@ -64,10 +64,6 @@ class VariantKind(NamedTuple):
 # The methods of `--methods all`, which train adapters; `full` is run by its name only.
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
 KINDS = {name: VariantKind(methods.get(name).title, name) for name in methods.names()} | {
-    "bilora-auto": VariantKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),
-    "bilora-sample": VariantKind(
-        "Bi-LoRA, an auxiliary for each of 20 samples", "bilora", options={"auxiliaries": SAMPLES}
-    ),
     "bilora-peft": VariantKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": VariantKind("LoRA, PEFT's forward", "lora", fused=False),
     "bilora-compiled": VariantKind("Bi-LoRA, compiled", "bilora", compiled=True),
@@ -135,12 +131,9 @@ class Variant:
     def forward_backward(self) -> Tensor:
         """Loss and gradients of the batch, under autocast unless in fp32; called by the method."""
         device = next(self.model.parameters()).device.type
-        first = len(self.losses) * self.batch
-        samples = [number % SAMPLES for number in range(first, first + self.batch)]
-        with self.method.around_batch(samples):
-            with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.shape.loss(self.model, self.inputs)
-            loss.backward()
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.shape.loss(self.model, self.inputs)
+        loss.backward()
         return loss.detach()
 
 

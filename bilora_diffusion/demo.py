@@ -1,7 +1,7 @@
 """The demo: LoRA and Bi-LoRA learn the colors of 23 icons, and a figure shows what they learned.
 
     bilora demo --output_dir demo
-    bilora demo --config mini_flow --rho 1 --output_dir demo-flow     # options of bilora train
+    bilora demo --config mini_flow --rho 0.5 --output_dir demo-flow     # options of bilora train
 
 Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. A finished
 run is not repeated. Samples are compared with held-out icons in the same colors, which is what a

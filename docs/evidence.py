@@ -108,9 +108,7 @@ def figure(check: Check) -> Figure:
         metric, item = check.minus or check.metric, check.minus_item or check.item
         control_values = values_of(metric, check.group, item)
     else:
-        control_values = values_of(
-            check.metric, check.control, check.control_item or check.item
-        )
+        control_values = values_of(check.metric, check.control, check.control_item or check.item)
     if check.control or check.minus or check.minus_item:
         differences = {}
         for key, value in values.items():

@@ -114,7 +114,6 @@ def empty_task(name: str, *words: str) -> Any:
         family=family,
         pipeline=pipeline,
         models={family.denoiser: denoiser},
-        sample_names=[""],
         targets=lambda: [Target(family.denoiser, denoiser, spec, cfg.learning_rate)],
     )
 

@@ -185,7 +185,7 @@ def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
             if line is not None and line.mean is not None:
                 chances.append(line.mean)
         rho = result.settings["options"][group].get("rho")
-        if isinstance(rho, int | float):  # and not "auto"
+        if isinstance(rho, int | float):
             radii.append(rho)
         overlaps.append(Curve(group, COLUMNS, style="-"))
         overlaps.append(Curve(group, ROWS, style="--"))

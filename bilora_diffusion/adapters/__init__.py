@@ -42,6 +42,7 @@ from .injection import (
     restored,
     target_layers,
 )
+from .precision import exact_dtype, exact_stack, local_tensor, wide_dtype
 from .saving import (
     lora_config,
     peft_key,

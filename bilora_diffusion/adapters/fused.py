@@ -1,11 +1,11 @@
 """One low-rank product for both adapters, W0 x + [s1 B1, s2 B2] [A1; A2] x, in place of PEFT's two.
 
-The parameters stay separate. Each forward joins them, or takes the joined factors of the samples
-from a `SampleAdapter`. The product runs in the precision of the base's output (autocast's where it
-is on), so x is not copied to fp32 as PEFT does. Forward and backward are written out (`products`):
-autograd would add the product to the base's output through a view, which takes six more operations
-on all activations. The A of a convolution's adapters become one convolution with as many channels
-as both ranks. A layer in a state that one product can't express keeps PEFT's own forward.
+The parameters stay separate, and each forward joins them. The product runs in the precision of the
+base's output (autocast's where it is on), so x is not copied to fp32 as PEFT does. Forward and
+backward are written out (`products`): autograd would add the product to the base's output through a
+view, which takes six more operations on all activations. The A of a convolution's adapters become
+one convolution with as many channels as both ranks. A layer in a state that one product can't
+express keeps PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .access import weights
-from .per_sample_factors import LayerSlot, acting_slot, add_per_sample_convolution
 from .products import AdapterConvolution, AdapterProduct
 
 
@@ -29,100 +28,55 @@ class FusedLayer:
     """Base class that is put before the class of a PEFT layer; the layer's state stays as it is."""
 
     quantized: ClassVar[bool] = False  # whether the weight is in 4 bits
-    sample_slot: LayerSlot | None = None  # where the layer gets the factors of the samples
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slot: LayerSlot | None = None
-        if not self._disable_adapters:
-            slot = acting_slot(self, x)
-        replaced: str | None = None  # PEFT's adapter in whose place the samples' factors act
-        if slot is not None:
-            replaced = slot.adapter.name
-            if slot.adapter.factors is None:
-                slot = None  # no sample of the batch has factors: the adapter is only left out
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active: list[str] | None = None
         # Further arguments are PEFT's own, such as adapter_names, an adapter for each row.
         if not args and not kwargs:
-            active = _active_plain_adapters(self, x, replaced)
-        if active is not None and (slot is None or active == slot.adapter.fused_with):
-            return self._fused_forward(x, active, slot)
-        output = self._peft_forward(x, replaced, *args, **kwargs)
-        if slot is not None:
-            output = _add_sample_product(x, output, slot)
-        return output
-
-    def _peft_forward(
-        self: Any, x: Tensor, replaced: str | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """PEFT's own forward, without the adapter `replaced`."""
-        if replaced is not None:
-            active_adapters = self._active_adapter
-            # The attribute and not `set_adapter`, which changes what is trainable.
-            self._active_adapter = [name for name in self.active_adapters if name != replaced]
-            try:
-                return self._peft_forward(x, None, *args, **kwargs)
-            finally:
-                self._active_adapter = active_adapters
-        precision: AbstractContextManager[Any] = nullcontext()
-        if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
-            # Under CUDA's autocast PEFT's 4-bit layer computes DoRA's norms in half precision,
-            # which is up to 0.4 % off; its float layer computes them in fp32.
-            precision = torch.autocast(x.device.type, enabled=False)
-        with precision:
+            active = _active_plain_adapters(self, x)
+        if active is not None:
+            return _fused_forward(self, x, active)
+        with _peft_precision(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
-    def _fused_forward(
-        self: Any, x: Tensor, active: Sequence[str], slot: LayerSlot | None
-    ) -> Tensor:
-        """The base's output plus one product for the active adapters and the samples' factors."""
-        base = self.base_layer
-        is_plain_base = self.quantized or type(base) in (nn.Linear, nn.Conv2d)
-        is_autocast = torch.is_autocast_enabled(x.device.type)
-        if is_plain_base and is_autocast and x.dtype == torch.float32:
-            # Autocast would convert x once for the base and once for the adapters.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        output = weight = bias = None
-        if _is_frozen_linear(base):
-            # `AdapterProduct` computes the base's product too, and adds to it in place.
-            dtype = _output_dtype(x, base.weight)
-            x = x.to(dtype)
-            weight = base.weight.to(dtype)
-            if base.bias is not None:
-                bias = base.bias.to(dtype)
-        else:
-            output = base(x)
-            x = x.to(output.dtype)
-        # Not `list[Tensor]()`, which torch.compile can't trace.
-        factors: list[Tensor] = []  # A and B of each adapter
-        scales: list[float] = []  # alpha / rank of each
-        for name in active:
-            factors += weights(self, name)
-            scales.append(self.scaling[name])
-        if factors[0].dim() > 2:  # A has the kernel of a convolution
-            result: Tensor = AdapterConvolution.apply(
-                x, output, base.stride, base.padding, scales, *factors
-            )
-            # The samples' convolutions are grouped, so the primary's is computed separately.
-            if slot is not None:
-                result = add_per_sample_convolution(x, result, slot)
-            return result
-        if slot is not None:
-            joined = slot.factors(x.dtype, with_primary=True)
-            factors = [joined.A, joined.B_transposed]
-            scales = [slot.adapter.scale]
-        return AdapterProduct.apply(x, output, weight, bias, scales, slot is not None, *factors)  # type: ignore[no-any-return]
+
+def _peft_precision(layer: Any, x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which PEFT's own forward of a layer computes."""
+    if layer.quantized and layer.lora_variant and torch.is_autocast_enabled(x.device.type):
+        # Under CUDA's autocast PEFT's 4-bit layer computes DoRA's norms in half precision, which is
+        # up to 0.4 % off; its float layer computes them in fp32.
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
-def _add_sample_product(x: Tensor, output: Tensor, slot: LayerSlot) -> Tensor:
-    """Add the product of each sample's own factors to the output of a layer."""
-    x = x.to(output.dtype)
-    if isinstance(slot.down, nn.Conv2d):
-        return add_per_sample_convolution(x, output, slot)
-    factors = slot.factors(x.dtype, with_primary=False)
-    scales = [slot.adapter.scale]
-    return AdapterProduct.apply(
-        x, output, None, None, scales, True, factors.A, factors.B_transposed
-    )  # type: ignore[no-any-return]
+def _fused_forward(layer: Any, x: Tensor, active: Sequence[str]) -> Tensor:
+    """The base's output plus one product for the active adapters of a fused layer."""
+    base = layer.base_layer
+    is_plain_base = layer.quantized or type(base) in (nn.Linear, nn.Conv2d)
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    if is_plain_base and is_autocast and x.dtype == torch.float32:
+        # Autocast would convert x once for the base and once for the adapters.
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    output = weight = bias = None
+    if _is_frozen_linear(base):
+        # `AdapterProduct` computes the base's product too, and adds to it in place.
+        dtype = _output_dtype(x, base.weight)
+        x = x.to(dtype)
+        weight = base.weight.to(dtype)
+        if base.bias is not None:
+            bias = base.bias.to(dtype)
+    else:
+        output = base(x)
+        x = x.to(output.dtype)
+    # Not `list[Tensor]()`, which torch.compile can't trace.
+    factors: list[Tensor] = []  # A and B of each adapter
+    scales: list[float] = []  # alpha / rank of each
+    for name in active:
+        factors += weights(layer, name)
+        scales.append(layer.scaling[name])
+    if factors[0].dim() > 2:  # A has the kernel of a convolution
+        return AdapterConvolution.apply(x, output, base.stride, base.padding, scales, *factors)  # type: ignore[no-any-return]
+    return AdapterProduct.apply(x, output, weight, bias, scales, *factors)  # type: ignore[no-any-return]
 
 
 class FusedLinear(FusedLayer, lora.Linear):
@@ -183,13 +137,12 @@ def _fused_class(peft_class: type) -> type | None:
     return None
 
 
-def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[str] | None:
+def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
     """The one or two adapters that one product can express; None where PEFT's forward must run.
 
     Args:
         layer: a LoRA layer of PEFT.
         x: its input.
-        replaced: an active adapter to leave out, whose place the samples' factors take.
     """
     if layer._disable_adapters or layer.merged_adapters:
         return None
@@ -198,7 +151,7 @@ def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[
     A = modules["lora_A"]._modules
     B = modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
-    active = [name for name in layer.active_adapters if name in A and name != replaced]
+    active = [name for name in layer.active_adapters if name in A]
     if not 1 <= len(active) <= 2:
         return None
     # An evaluation of the primary gives, to the bit, what PEFT gives with the exported file.

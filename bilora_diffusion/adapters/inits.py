@@ -29,6 +29,7 @@ from ..core.lora_names import INITIAL, PRIMARY
 from ..core.seeds import seed_of
 from .access import base_rows, base_weight, from_rows, is_quantized, layers, rows, weights
 from .injection import AdapterSpec, inject
+from .precision import exact_dtype
 
 # Singular components that an init takes, in units of the rank: the shorter side of a weight must
 # have as many.
@@ -39,7 +40,7 @@ COMPONENTS = {"pissa": 1, "lora-ga": 2}
 # 4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
 EXACT_UP_TO = 2048
 # Of the randomized decompositions: the components that they compute, and subspace iterations.
-PISSA_OVERSAMPLING = 16  # components beside the r that are used
+PISSA_OVERSAMPLING = 16  # components in addition to the r that are used
 PISSA_ITERATIONS = 16
 LORA_GA_OVERSAMPLING = 4  # components, in units of the rank
 LORA_GA_ITERATIONS = 4
@@ -53,7 +54,7 @@ def needs_gradient(name: str) -> bool:
 
 
 def prepare(model: nn.Module, spec: AdapterSpec) -> None:
-    """Add the adapter `INITIAL` beside the primary, if `spec.init` changes the base weights.
+    """Add the adapter `INITIAL` to the primary's layers, if `spec.init` changes the base weights.
 
     Raises:
         UserError: a layer is too small, quantized or tied.
@@ -168,11 +169,9 @@ def subtract_initial(model: nn.Module) -> None:
     for _, layer in layers(model, INITIAL):
         weight = base_weight(layer)
         A, B = weights(layer, INITIAL)
-        wide = torch.float64
-        if weight.device.type == "mps":  # which has none
-            wide = torch.float32
-        change = B.flatten(1).to(wide) @ A.flatten(1).to(wide) * layer.scaling[INITIAL]
-        weight.copy_(weight.to(wide) - from_rows(layer, change))
+        exact = exact_dtype(weight.device)
+        change = B.flatten(1).to(exact) @ A.flatten(1).to(exact) * layer.scaling[INITIAL]
+        weight.copy_(weight.to(exact) - from_rows(layer, change))
 
 
 def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -206,8 +205,8 @@ def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tenso
 def signs(columns: Tensor) -> Tensor:
     """Signs that make the largest entry of each column positive, (r,).
 
-    A decomposition leaves the signs of singular vectors open. Which it takes depends on the last
-    bit of its input, and a gradient's on how the batch was cut.
+    A decomposition does not define the signs of singular vectors. They depend on the last bit of
+    its input, and those of a gradient on how the batch was split.
     """
     largest = columns.abs().argmax(0, keepdim=True)
     return columns.gather(0, largest)[0].sign()

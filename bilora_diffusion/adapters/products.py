@@ -16,9 +16,7 @@ from torch import Tensor
 class AdapterProduct(torch.autograd.Function):
     """y + s x A^T B^T with y = W x + b, or y given.
 
-    A is (R, in) and B (out, R) of all adapters, joined here or given joined (`is_joined`); R is the
-    sum of their ranks. Where each sample has factors of its own they are (samples, R, in) and
-    (samples, R, out).
+    A is (R, in) and B (out, R) of all adapters together; R is the sum of their ranks.
 
     B is stored and its gradient computed transposed, (R, out): a product with few columns takes two
     to four times as long on a CPU. The gradients are those of the single adapters' factors, in
@@ -33,23 +31,18 @@ class AdapterProduct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         scales: list[float],
-        is_joined: bool,
         *factors: Tensor,
     ) -> Tensor:
         ctx.scale = scales[0]  # `_join` multiplies the ratios of the other scales into B
-        ctx.is_joined = is_joined
-        if is_joined:
-            A, B_transposed = factors
-        else:
-            A, B_transposed = _join(ctx, factors, scales, x.dtype)
-        inputs = _split_samples(x, A)  # (tokens, in) or (samples, tokens, in)
-        hidden = (inputs @ A.mT).mul_(ctx.scale)  # (..., tokens, R)
+        A, B_transposed = _join(ctx, factors, scales, x.dtype)
+        inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        hidden = (inputs @ A.mT).mul_(ctx.scale)  # (tokens, R)
         if weight is not None:
-            result = F.linear(inputs, weight, bias)  # (..., tokens, out)
+            result = F.linear(inputs, weight, bias)  # (tokens, out)
         else:
             # A copy, since an autograd function must not change its inputs.
-            result = _split_samples(output, A).contiguous().clone()
-        _add_product_(result, hidden, B_transposed)
+            result = output.reshape(-1, output.shape[-1]).contiguous().clone()
+        result.addmm_(hidden, B_transposed)
         ctx.save_for_backward(inputs, weight, A, B_transposed, hidden)
         ctx.shape = x.shape
         return result.view(x.shape[:-1] + result.shape[-1:])
@@ -58,40 +51,21 @@ class AdapterProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         inputs, weight, A, B_transposed, hidden = ctx.saved_tensors
-        g_output = _split_samples(gradient, A)  # (..., tokens, out)
-        g_hidden = (g_output @ B_transposed.mT).mul_(ctx.scale)  # (..., tokens, R)
+        g_output = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
+        g_hidden = (g_output @ B_transposed.mT).mul_(ctx.scale)  # (tokens, R)
         g_x = None
         if ctx.needs_input_grad[0]:
             if weight is not None:
-                g_x = _add_product_(g_output @ weight, g_hidden, A)
+                g_x = (g_output @ weight).addmm_(g_hidden, A).view(ctx.shape)
             else:
-                g_x = g_hidden @ A  # autograd adds the base's part, by way of `g_base`
-            g_x = g_x.view(ctx.shape)
-        g_A = g_hidden.mT @ inputs  # (..., R, in)
-        g_B_transposed = hidden.mT @ g_output  # (..., R, out); `hidden` has the scale
+                g_x = (g_hidden @ A).view(ctx.shape)  # autograd adds the base's part: `g_base`
+        g_A = g_hidden.mT @ inputs  # (R, in)
+        g_B_transposed = hidden.mT @ g_output  # (R, out); `hidden` has the scale
         g_base = gradient if ctx.needs_input_grad[1] else None
-        # In the order of forward's arguments; weight, bias, scales and is_joined have none.
-        gradients = [g_x, g_base, None, None, None, None]
-        if ctx.is_joined:
-            gradients += g_A, g_B_transposed
-        else:
-            gradients += _separate(ctx, g_A, g_B_transposed)
+        # In the order of forward's arguments; weight, bias and scales have none.
+        gradients = [g_x, g_base, None, None, None]
+        gradients += _separate(ctx, g_A, g_B_transposed)
         return tuple(gradients)
-
-
-def _split_samples(values: Tensor, A: Tensor) -> Tensor:
-    """Values as (tokens, features); for an A of (samples, R, in) as (samples, tokens, features)."""
-    features = values.shape[-1]
-    if A.dim() == 2:
-        return values.reshape(-1, features)
-    return values.reshape(len(A), -1, features)
-
-
-def _add_product_(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Add left @ right in place."""
-    if result.dim() == 2:
-        return result.addmm_(left, right)
-    return result.baddbmm_(left, right)
 
 
 class AdapterConvolution(torch.autograd.Function):

@@ -62,19 +62,22 @@ class UserErrorParser(argparse.ArgumentParser):
     """A parser that raises its complaints as a `UserError` of one sentence."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.dest == "method":
+        if action.dest in ("method", "compare"):
             removed.refuse_method(value)
         if action.choices is not None:
             check_choice(action.option_strings[0], value, action.choices)
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         read: Any = action.type or str
+        # A positional argument has no option strings.
+        spelling = action.option_strings[0] if action.option_strings else action.dest
+        removed.refuse_value(action.dest, spelling, text)
         try:
             return read(text)
         except ValueError as error:
             # The error of a reader of `fields` is the advice; that of int is not.
             fix = "give a whole number" if read is int else error
-            raise UserError(f"{action.option_strings[0]} is {quoted(text)}: {fix}.") from error
+            raise UserError(f"{spelling} is {quoted(text)}: {fix}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a `UserError`."""

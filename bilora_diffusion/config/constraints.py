@@ -53,8 +53,7 @@ class Condition:
             case "absent":
                 return value in (None, "")
             case "above":
-                # A word, such as auto or sample, counts as more than any number.
-                return isinstance(value, str) or (value or 0) > float(self.argument)
+                return (value or 0) > float(self.argument)
             case "other than":
                 is_listed = value in self.argument.split(", ")
                 return value is not None and value != compared_value and not is_listed

@@ -34,11 +34,6 @@ PRODIGY_RATE = 1.0
 LOW_PRODIGY_RATE = 0.1
 # AdamW moves each weight by about the rate in a step. From this rate on it trains no adapter.
 HIGH_ADAMW_RATE = 0.1
-# An auxiliary of single images moves once per epoch. At the primary's rate it lags behind, and
-# points less well uphill (docs/methods.md).
-SAMPLE_AUXILIARY_FACTOR = 3
-# Digits of a product of rates, so that 3 times 2e-4 is written 0.0006.
-DIGITS = 9
 Config = TypeVar("Config", bound=RunConfig)
 # An option, and the function that derives its value where nobody gave one.
 Rule = tuple[str, Callable[[Config], object]]
@@ -54,18 +49,6 @@ def default_learning_rate(cfg: RunConfig) -> float:
     if cfg.optimizer == "prodigy":
         return PRODIGY_RATE
     return cfg.learning_rate
-
-
-def default_auxiliary_learning_rate(cfg: RunConfig) -> float | None:
-    """Three times the primary's rate for several auxiliaries on images.
-
-    Returns:
-        None for the primary's own rate, which is the paper's (Appendix G).
-    """
-    has_several = cfg.method == "bilora" and cfg.auxiliaries != 1
-    if has_several and cfg.modality == "image":
-        return float(f"{SAMPLE_AUXILIARY_FACTOR * cfg.learning_rate:.{DIGITS}g}")
-    return None
 
 
 def default_text_encoder_lr(cfg: RunConfig) -> float | None:
@@ -113,7 +96,6 @@ DERIVED_DEFAULTS: tuple[Rule[RunConfig], ...] = (  # in this order: each may rea
     ("lora_alpha", default_lora_alpha),  # from the rank
     ("rho", default_rho),  # from the method
     ("learning_rate", default_learning_rate),  # from the optimizer
-    ("auxiliary_learning_rate", default_auxiliary_learning_rate),  # from the learning rate
     ("mixed_precision", default_mixed_precision),
     ("report_to", default_report_to),
 )

@@ -135,8 +135,8 @@ class StoppingOptions:
     )
     keep_best: bool = option(
         False,
-        "Save the weights of the best step instead of the last step's; averaged ones with"
-        " --use_ema. Images: by --choose_by; text: by the held-out loss.",
+        "Save the weights of the best step instead of the last step's. Images: by --choose_by;"
+        " text: by the held-out loss.",
     )
 
 

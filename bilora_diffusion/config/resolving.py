@@ -141,11 +141,10 @@ def with_optimizer_name(cfg: Config) -> Config:
 
 
 def check_method(cfg: RunConfig) -> None:
-    """Refuse an unknown method or optimizer, and a radius "auto" that can't set itself."""
+    """Refuse an unknown method or optimizer."""
     check_choice("--method", cfg.method, methods.names())
     check_choice("--compare", cfg.compare, (*methods.names(), NO_CONTROL))
     check_choice("--optimizer", cfg.optimizer, OPTIMIZERS)
-    methods.check_rho(cfg.method, cfg.rho)
 
 
 def check_packages(cfg: RunConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from ..core import fields
 from ..core.durable import strict_json
 from ..core.values import HELDOUT_LOSS
-from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
+from ..methods.options import AdapterOptions, MethodFlags
 from ..run.settings import without_options
 from . import constraints
 from .command_line import CommandLine
@@ -22,7 +22,6 @@ HELDOUT_OPTIONS = frozenset({"validation_dataset", "validation_file", "max_eval_
 class RunConfig(
     AdapterOptions,
     MethodFlags,
-    SingleMethodOptions,
     StepOptions,
     StoppingOptions,
     OptimizerOptions,

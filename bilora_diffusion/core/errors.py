@@ -91,7 +91,7 @@ def placed(place: str) -> Iterator[None]:
 
 
 def reading(subject: str, fix: str, load: Callable[[], T]) -> T:
-    """Return what ``load`` reads of a model or a file; its errors are `translated`."""
+    """Return what ``load`` reads of a model or a file; its errors become `UserError`s."""
     with translated(f"{subject} can't be read", fix):
         return load()
 
@@ -172,7 +172,7 @@ def print_trace_if_asked(error: BaseException) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> int:
-    """Run a script's `main` with its errors `reported`; returns the exit code."""
+    """Run `main` of a script and report its error (`reported`); returns the exit code."""
     with reported() as code:
         main()
     return code.number

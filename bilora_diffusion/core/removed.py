@@ -30,6 +30,8 @@ class RemovedOption:
     version: str = TAG
     # Whether it only says what is measured: it has an effect only on runs that choose by it
     is_of_measurement: bool = False
+    # Whether only Bi-LoRA read it
+    is_of_bilora: bool = False
 
     def is_neutral(self, value: Any, depends_on_heldout: bool = True) -> bool:
         """Test that a run with this recorded value is trained the same by this version.
@@ -49,6 +51,20 @@ OPTIONS: dict[str, RemovedOption] = {
     "efm_schedule": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_k": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_alpha": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
+    "auxiliaries": RemovedOption(
+        "leave it out, all samples see one auxiliary", (None, 1), is_of_bilora=True
+    ),
+    "auxiliary_snr_gamma": RemovedOption("leave it out, it needs several auxiliaries", None),
+    "auxiliary_direction": RemovedOption(
+        "leave it out, the auxiliary ascends", ("ascent",), is_of_bilora=True
+    ),
+    "ball": RemovedOption(
+        "leave it out, one ball bounds all layers", ("global",), is_of_bilora=True
+    ),
+    "loss_rise": RemovedOption("give --rho a number, such as 0.05", None),
+    "l2sp_lambda": RemovedOption("use --method lora", None),
+    "use_ema": RemovedOption("use --keep_best"),
+    "ema_decay": RemovedOption("use --keep_best", None),
     "fit": RemovedOption("use a recipe with --keep_best, or python -m eval.sweep"),
     # Read by the search of --fit only
     "fit_space": RemovedOption("use python -m eval.sweep", None),
@@ -58,8 +74,10 @@ OPTIONS: dict[str, RemovedOption] = {
         "use --max_eval_samples, or a held-out set of its own", (None,), is_of_measurement=True
     ),
 }
+# Values of options of `TAG`, and what to use in their place, in the imperative.
+VALUES: dict[tuple[str, str], str] = {("rho", "auto"): "give a number, such as 0.05"}
 # What to use in place of a method of `TAG`, in the imperative.
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {"lora-l2sp": "use --method lora"}
 
 
 def refuse_option(name: str, spelling: str) -> None:
@@ -77,6 +95,24 @@ def refuse_option(name: str, spelling: str) -> None:
         raise UserError(
             f"{spelling} was removed: {option.instead}. The last version with it is"
             f" {option.version} in git."
+        )
+
+
+def refuse_value(name: str, spelling: str, value: str) -> None:
+    """Refuse a value of an option that was removed.
+
+    Args:
+        name: of the option.
+        spelling: of the option, as in messages.
+        value: as the user wrote it.
+
+    Raises:
+        UserError: it was removed. The sentence says what to use.
+    """
+    if (name, value) in VALUES:
+        raise UserError(
+            f"{spelling} {value} was removed: {VALUES[name, value]}. The last version with it is"
+            f" {TAG} in git."
         )
 
 
@@ -101,11 +137,26 @@ def require_neutral(saved: Mapping[str, Any], depends_on_heldout: bool = True) -
         depends_on_heldout: as for `RemovedOption.is_neutral`.
 
     Raises:
-        UserError: one of them was removed, and has an effect.
+        UserError: one of them was removed, and has an effect, or the method was removed.
     """
+    method = saved.get("method")
+    if method in METHODS:
+        raise UserError(
+            f"it was trained with --method {method}, which was removed: resume it with {TAG} in"
+            " git, or start a new run in another folder."
+        )
+    is_bilora = method in (None, "bilora")
+    versions: dict[str, str] = {}  # of each option that has an effect
     for name, option in OPTIONS.items():
+        if option.is_of_bilora and not is_bilora:
+            continue
         if name in saved and not option.is_neutral(saved[name], depends_on_heldout):
-            raise UserError(
-                f"it was trained with --{name} {saved[name]}, which was removed: resume it with"
-                f" {option.version} in git, or start a new run in another folder."
-            )
+            versions[name] = option.version
+    for name, value in VALUES:
+        if saved.get(name) == value:
+            versions[name] = TAG
+    for name, version in versions.items():
+        raise UserError(
+            f"it was trained with --{name} {saved[name]}, which was removed: resume it with"
+            f" {version} in git, or start a new run in another folder."
+        )

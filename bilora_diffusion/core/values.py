@@ -48,13 +48,7 @@ LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
 
 # Adapters and methods.
 INITS = ("default", "gaussian", "pissa", "lora-ga")  # first values of the primary
-# Value of `--rho`: a radius that sets itself.
-AUTO = "auto"
-# Value of `--auxiliaries`: one for each sample.
-SAMPLE = "sample"
 RHO_NORMS = ("scaled", "unscaled")
-BALLS = ("global", "per-layer", "none")
-DIRECTIONS = ("ascent", "descent")
 SCHEDULES = ("constant", "linear", "cosine")
 
 ADAPTER_GUIDANCE = "adapter"

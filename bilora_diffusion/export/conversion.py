@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, peft_key
+from ..core import removed
 from ..core.errors import TrainingError, UserError
 from ..core.lora_names import (
     ADAPTER_METADATA,
@@ -232,7 +233,7 @@ def export_checkpoint(
 def export_step(
     folder: str | Path, step: int, to: str | None = None, output: str | Path | None = None
 ) -> list[Export]:
-    """Write the adapter of a run's checkpoint, or its average where the run takes one.
+    """Write the adapter of a run's checkpoint.
 
     No model is loaded: a checkpoint has the tensors and PEFT's configuration.
 
@@ -249,6 +250,11 @@ def export_step(
         raise UserError(
             f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
             " end at the step you want, by --max_train_steps."
+        )
+    if config.get("use_ema"):
+        raise UserError(
+            f"{folder} was trained with --use_ema, which was removed, so its averaged weights can't"
+            f" be exported: use the version {removed.TAG} in git."
         )
     steps = checkpoint.steps(folder)
     if step not in steps:
@@ -290,19 +296,13 @@ def export_step(
 
 def _primaries(saved: checkpoint.Checkpoint) -> dict[str, Primary]:
     """The primaries of a checkpoint, by model."""
-    notes = saved.extra["result"]
-    tensors = dict(saved.tensors)
-    if saved.extra["average"] is not None:
-        # The averaged weights replace the weights, as at the end of a run.
-        for number, key in enumerate(notes["averaged"]):
-            tensors[key] = tensors[f"average/{number}"]
     primaries = {}
-    for model, config in notes["adapters"].items():
+    for model, config in saved.extra["result"]["adapters"].items():
         # adapter -> PEFT's key -> tensor; "whole" has modules that are trained without an adapter
         adapter_tensors: dict[str, dict[str, Tensor]] = {PRIMARY: {}, INITIAL: {}, "whole": {}}
         for adapter, tensors_by_key in adapter_tensors.items():
             prefix = f"{model}/{adapter}/"
-            for key, value in tensors.items():
+            for key, value in saved.tensors.items():
                 if key.startswith(prefix):
                     tensors_by_key[peft_key(key.removeprefix(prefix))] = value
         initial = adapter_tensors[INITIAL]

@@ -21,7 +21,7 @@ from ..core.values import (
     HELDOUT_DISTANCE,
     HELDOUT_LOSS,
 )
-from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
+from ..methods.options import AdapterOptions, MethodFlags
 from .base_model import BaseModel, describe, folder_of
 from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults
@@ -53,7 +53,6 @@ GROUPS = (
     PriorOptions,
     ValidationOptions,
     ImageOutputOptions,
-    SingleMethodOptions,
 )
 
 # Options that the distance of samples depends on.

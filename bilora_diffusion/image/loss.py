@@ -140,8 +140,7 @@ class DreamBoothModule(nn.Module):
         if self.prior_loss_weight is not None:
             instance, prior = losses.chunk(2)  # (slots,) each
             losses = instance + self.prior_loss_weight * prior
-        # Of departures only the first rows are used, those of instance images. Class images are
-        # among the rows, since an auxiliary for each sample is chosen by the rows of the batch.
+        # Of departures only the first rows are used, those of instance images.
         for held_prediction in held_predictions:
             departures = self.departures(held_prediction, noisy, levels)  # (n,)
             losses = losses + held_prediction.weight * departures[: len(losses)]

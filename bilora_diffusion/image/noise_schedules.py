@@ -157,14 +157,6 @@ class Denoising(SampledLevels):
         # Class images have no weights, as in diffusers' scripts.
         return torch.where(inputs["is_instance"], loss * weights, loss)
 
-    def snr(self, level_index: Tensor) -> Tensor | None:
-        """Signal-to-noise ratios by the levels' numbers, (n,); None unless it predicts noise."""
-        if self.kind == "edm_native" or self.predicts_velocity:
-            return None
-        if self.kind == "edm":
-            return self.scheduler.sigmas[level_index] ** -2
-        return self._standard_snr(level_index)
-
     def _standard_snr(self, level_index: Tensor) -> Tensor:
         """alpha_bar / (1 - alpha_bar), (n,)."""
         signal = self.scheduler.alphas_cumprod.to(level_index.device)[level_index].float()
@@ -284,10 +276,6 @@ class FlowMatching(SampledLevels):
     def level(self, level_index: Tensor) -> Tensor:
         """Noise levels as logs name them, by their numbers."""
         return 1000 * self.sigmas[level_index]
-
-    def snr(self, level_index: Tensor) -> Tensor | None:
-        """None: signal-to-noise ratios matter only to models that predict noise."""
-        return None
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """x_s = (1 - s) x0 + s e as a model takes it, (n, c, h, w), and s in [0, 1], (n,).

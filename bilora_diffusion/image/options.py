@@ -370,7 +370,6 @@ class ImageOptions(
         is_unguided: True if its images have no unconditional prediction by default.
         unguided_scale: largest guidance scale at which its pipeline makes no unconditional
             prediction.
-        predicts_noise: True if the denoiser predicts noise, and not a velocity.
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -381,7 +380,6 @@ class ImageOptions(
     embeds_guidance: bool = False
     is_unguided: bool = False
     unguided_scale: float = 1.0
-    predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"
 

@@ -65,7 +65,6 @@ class DreamBooth:
         self.validation = validation
         self.num_samples = stream.num_samples
         self.has_heldout = validation is not None
-        self.sample_names = [entry.name for entry in stream.images.entries]
 
         self.family: Family = type(family_of(pipeline))(**cfg.family_settings)
         denoiser = self.family.model(pipeline)
@@ -289,7 +288,6 @@ class DreamBooth:
         if HOLDS in inputs or GUIDANCE_SHARE in inputs:
             inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
         noise_schedule = self.module.noise_schedule
-        ratios = noise_schedule.snr(inputs["level_index"])
         count = len(slots)
         return MicroBatch(
             slots=slots,
@@ -298,8 +296,6 @@ class DreamBooth:
             digests=tuple("".join(digests[slot::count]) for slot in range(count)),
             inputs=inputs,
             levels=tuple(map(float, noise_schedule.level(inputs["level_index"]).tolist())),
-            samples=tuple(sample.index if sample.kind == INSTANCE else None for sample in samples),
-            snr=() if ratios is None else tuple(ratios.tolist()),
         )
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:

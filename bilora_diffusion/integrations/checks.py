@@ -11,11 +11,11 @@ from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
 from .. import adapters
-from ..adapters import AUXILIARY
 from ..api import BiLoRA
 from ..config import constraints
 from ..core.errors import UserError
 from ..methods.base import unwrapped
+from ..methods.bilora.auxiliary import check_groups
 
 # Optimizers with weights of their own, of which the projection onto the ball knows nothing.
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
@@ -66,8 +66,8 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
     """Refuse a trainer of another model, or one that ignores the adapter of the output layer.
 
     Raises:
-        UserError: the trainer's model is not the one with the adapters, several auxiliaries are
-            trained in several processes, or TRL would leave an adapter out.
+        UserError: the trainer's model is not the one with the adapters, or TRL would leave an
+            adapter out.
     """
     if trainer.model is not bilora.model:
         fix = "give the trainer the model that you gave to attach"
@@ -77,12 +77,6 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
             f"The trainer's model is a {type(trainer.model).__name__}, not the "
             f"{type(bilora.model).__name__} that attach was called for; {fix}."
         )
-    facts = {
-        "method": "bilora",
-        "auxiliaries": bilora.config.auxiliaries,
-        "trainer_processes": trainer.args.world_size,
-    }
-    constraints.check(facts)
     # TRL's trainers compute logits and loss at once, from the weight of the output layer.
     packages = [base.__module__.partition(".")[0] for base in type(trainer).__mro__]
     output_head = adapters.output_head(trainer.model)
@@ -104,8 +98,6 @@ def check_trainable(bilora: BiLoRA) -> None:
     for group in bilora.param_groups(lr=0.0):
         trained_parameters += group["params"]
     trained_ids = {id(parameter) for parameter in trained_parameters}
-    # With several auxiliaries the layers' own auxiliary is not among the groups.
-    trained_ids |= {id(parameter) for parameter in adapters.parameters(bilora.model, AUXILIARY)}
     for name, parameter in bilora.model.named_parameters():
         if parameter.requires_grad and id(parameter) not in trained_ids:
             raise UserError(
@@ -126,7 +118,8 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
     Raises:
         UserError: it has other parameter groups, or was not bound.
     """
-    bilora._method.check_groups(unwrapped(optimizer))
+    method = bilora._method
+    check_groups(unwrapped(optimizer), method.result_parameters(), method.auxiliary_parameters())
     if not is_bound(optimizer, bilora):
         raise UserError(
             "The optimizer that trains is not the one that was bound, so the auxiliary would leave "

@@ -7,8 +7,8 @@ adapters as they are trained and, as metadata, the settings that they belong to.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from .. import adapters
 from ..adapters import AUXILIARY, INITIAL, PRIMARY
 from ..api import BiLoRA, BiLoRAConfig, attach
+from ..core import removed
 from ..core.durable import readable_as, replacing
 from ..core.errors import UserError, reading, translated
 from ..core.lora_names import CONFIG, WEIGHTS
@@ -31,8 +32,6 @@ from ..run.checkpoint import load_tensors, separate
 from ..run.settings import require_same_settings
 from . import checks
 
-# Column of the training set with the number of each row's sample.
-SAMPLES = "sample_id"
 STATE = "bilora_state.safetensors"
 # The trainer's own files; without them it would go on with a new optimizer and not say so.
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt")
@@ -47,8 +46,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
     config's) and no decay. Both follow the schedule. `max_grad_norm` and the logged `grad_norm` are
     of the primary alone, as the ball bounds the auxiliary. Evaluation and prediction see the
     primary alone, and so does everything after `train`. A callback of your own that runs the model
-    in the middle of training should do so within `bilora.evaluating()`. With several auxiliaries
-    the training set has a column "sample_id", the number of each row's sample.
+    in the middle of training should do so within `bilora.evaluating()`.
 
     The trainer saves a plain PEFT LoRA adapter, the primary. A checkpoint has the auxiliary in
     `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
@@ -76,9 +74,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
     # The trainer exists already, so its class is replaced by one with `WithBiLoRA` before it.
     trainer.__class__ = _with_bilora(type(trainer))
     cast(WithBiLoRA, trainer).bilora = bilora
-    if bilora.config.auxiliaries > 1:
-        trainer.data_collator = _WithSamples(trainer.data_collator)
-    trainer.add_callback(_OptimizerWatch(bilora, cast(WithBiLoRA, trainer)))
+    trainer.add_callback(_OptimizerWatch(bilora))
     return bilora
 
 
@@ -97,7 +93,6 @@ class WithBiLoRA(Trainer):
 
     bilora: BiLoRA
     _is_evaluating: bool = False  # the primary alone is active
-    _step_loss: torch.Tensor | None = None  # sum over the micro-batches of a step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         checks.check_trainable(self.bilora)
@@ -133,32 +128,6 @@ class WithBiLoRA(Trainer):
             self.bilora.bind(self.optimizer)
         return self.optimizer
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        # The trainer drops all other columns of the data.
-        columns = cast(Any, self._signature_columns)
-        if columns is not None and SAMPLES not in columns:
-            columns.append(SAMPLES)
-
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        numbers = inputs.pop(SAMPLES, ())
-        samples = self.bilora.samples(numbers) if len(numbers) else nullcontext()
-        with samples:
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.bilora.config.rho == "auto":
-            # The trainer has divided the loss of a micro-batch by their number.
-            self._step_loss = loss if self._step_loss is None else self._step_loss + loss
-        return loss
-
-    def take_step_loss(self) -> torch.Tensor:
-        """The loss of the step before its update, over all micro-batches and processes.
-
-        The next call is about the next step.
-        """
-        loss = self._step_loss
-        self._step_loss = None
-        return self.accelerator.reduce(loss, reduction="mean")  # pyright: ignore
-
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(
             self.bilora.clip_parameters(), self.args.max_grad_norm
@@ -188,7 +157,6 @@ class WithBiLoRA(Trainer):
     evaluation_loop = _with_primary("evaluation_loop")
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs.pop(SAMPLES, None)
         with self._evaluating():
             return super().prediction_step(model, inputs, *args, **kwargs)
 
@@ -221,32 +189,11 @@ class WithBiLoRA(Trainer):
         load_primary(Path(cast(str, self.state.best_model_checkpoint)), self.bilora)
 
 
-class _WithSamples:
-    """A collator that adds the numbers of the samples, of which the wrapped one knows nothing."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, rows: list[Any]) -> Any:
-        numbers = []
-        plain_rows = []
-        for row in rows:
-            plain_row = dict(row)
-            if SAMPLES in plain_row:
-                numbers.append(plain_row.pop(SAMPLES))
-            plain_rows.append(plain_row)
-        batch = self._collate(plain_rows)
-        if numbers:
-            batch[SAMPLES] = torch.tensor(numbers)
-        return batch
-
-
 class _OptimizerWatch(TrainerCallback):
     """Checks that the trainer's optimizer is the bound one, and that its steps project."""
 
-    def __init__(self, bilora: BiLoRA, trainer: WithBiLoRA) -> None:
+    def __init__(self, bilora: BiLoRA) -> None:
         self.bilora = bilora
-        self.trainer = trainer
         self.steps_before = 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -254,17 +201,11 @@ class _OptimizerWatch(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.steps_before = self.bilora._method.steps_taken
-        if self.bilora.config.rho == "auto":
-            self.bilora.observe(self.trainer.take_step_loss())
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # By a gradient scaler, for gradients that are not finite.
         is_skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
-        if is_skipped:
-            # The trainer deletes the gradients of the model's parameters only.
-            for parameter in self.bilora._method.loose_parameters:
-                parameter.grad = None
-        elif self.bilora._method.steps_taken == self.steps_before:
+        if not is_skipped and self.bilora._method.steps_taken == self.steps_before:
             raise UserError(
                 f"{type(kwargs['optimizer']).__name__} took a step after which the auxiliary was "
                 "not projected; use an optimizer of torch.optim."
@@ -282,7 +223,7 @@ def _check_version(trainer_class: type[Trainer]) -> None:
     """Refuse a Transformers without a method that `WithBiLoRA` overrides: it would call another."""
     for name, value in vars(WithBiLoRA).items():
         # All other functions of the mixin override one of the trainer.
-        is_added = name in ("_evaluating", "take_step_loss") or not callable(value)
+        is_added = name == "_evaluating" or not callable(value)
         if not is_added and not hasattr(trainer_class, name):
             raise UserError(
                 f"The trainer of Transformers {transformers.__version__} has no {name}, where "
@@ -322,7 +263,8 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
             )
     settings, tensors = _read_state(folder / STATE)
     config = json.loads(json.dumps(asdict(bilora.config)))  # as JSON has it: lists, no tuples
-    require_same_settings(settings["config"], config)
+    removed.require_neutral(settings["config"])
+    require_same_settings(settings["config"], config, removed.OPTIONS.keys())
     current_tensors = bilora._method.tensors()
     for name, value in current_tensors.items():
         # A tensor that the file lacks is compared as an empty one, which never equals it.

@@ -1,7 +1,7 @@
 """The fine-tuning methods. Each file of this folder that registers a method makes it known.
 
 The files are imported when a method is first needed: torch and PEFT take seconds, for which a
-script's ``--help`` does not wait. Therefore all options of the methods stand in `options`.
+script's ``--help`` does not wait. Therefore all options of the methods are in `options`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from .options import MethodOptions as MethodOptions
 if TYPE_CHECKING:
     from .base import Method, StepOptimizer, Target  # noqa: F401
     from .registry import (  # noqa: F401
-        check_rho,
         create,
         default_rho,
         for_run,
@@ -32,7 +31,6 @@ MODULE_OF_NAME = {
     "Method": "base",
     "StepOptimizer": "base",
     "Target": "base",
-    "check_rho": "registry",
     "create": "registry",
     "default_rho": "registry",
     "for_run": "registry",

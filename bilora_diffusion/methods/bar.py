@@ -10,15 +10,17 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..adapters import PRIMARY, weights
 from ..core.errors import UserError
-from .base import CountingMethod, HookedMethod, unwrapped
+from . import perturb
+from .base import CountingMethod, unwrapped
 from .options import MethodOptions, falling
 from .registry import register
 
 
-class BAR(HookedMethod, CountingMethod, ABC):
+class BAR(CountingMethod, ABC):
     """Balances the factors of each layer before each optimizer step.
 
     One factor is multiplied by 1 - alpha_t lr_t, the other by 1 + alpha_t lr_t, with the learning
@@ -32,6 +34,7 @@ class BAR(HookedMethod, CountingMethod, ABC):
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
         self.depends_on_length = self.options.bar_schedule != "constant"
+        self._hook: RemovableHandle | None = None
 
     def bind(self, optimizer: Optimizer) -> None:
         """Balance before every step of `optimizer`.
@@ -39,21 +42,26 @@ class BAR(HookedMethod, CountingMethod, ABC):
         Raises:
             UserError: it lacks a parameter of the adapters, or can't have hooks.
         """
+        optimizer = unwrapped(optimizer)
         # Only checked here and read again in each step: accelerate's `prepare` and a resume replace
         # the groups.
-        rates = _learning_rates(unwrapped(optimizer))
+        rates = _learning_rates(optimizer)
         for path, layer in self.layers:
             A, B = weights(layer, PRIMARY)
             if id(A) not in rates or id(B) not in rates:
                 raise UserError(f"The optimizer lacks {path}; make it from param_groups().")
         super().bind(optimizer)
+        if self._hook is not None:  # the method was bound to another optimizer before
+            self._hook.remove()
+        # It does not run in steps that a gradient scaler skips.
+        self._hook = optimizer.register_step_pre_hook(self._balance)
 
     @abstractmethod
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         """Whether A is the factor that shrinks, of each layer: (layers,) bool."""
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _balance(self, optimizer: Optimizer, *_: Any) -> None:
         self.steps_taken += 1
         strength = self.options.bar_alpha
         if self.depends_on_length:
@@ -89,7 +97,7 @@ class LoRAoBAR(BAR):
     summary = "Trained as LoRA with factors balanced by their norms at each step (oBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
-        return _norms(A) >= _norms(B)
+        return perturb.norms(A) >= perturb.norms(B)
 
 
 @register("lora-nbar")
@@ -102,7 +110,7 @@ class LoRAnBAR(BAR):
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         g_A = [cast(Tensor, factor.grad) for factor in A]
         g_B = [cast(Tensor, factor.grad) for factor in B]
-        return _norms(g_A) < _norms(g_B)
+        return perturb.norms(g_A) < perturb.norms(g_B)
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
@@ -112,14 +120,3 @@ def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
         for parameter in group["params"]:
             rates[id(parameter)] = group["lr"] * group.get("d", 1.0)
     return rates
-
-
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Frobenius norms, (len(tensors),), on the first one's device, in fp32 or wider."""
-    wide = []
-    for tensor in tensors:
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        wide.append(tensor.detach().to(dtype))
-    # It takes one kernel for all tensors of a device; they may lie on several.
-    norms = torch._foreach_norm(wide)
-    return torch.stack([norm.to(wide[0].device) for norm in norms])

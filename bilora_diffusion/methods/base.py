@@ -8,19 +8,18 @@ the closure once (LoRA, Bi-LoRA) or several times; each call sees the same input
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused, inits
 from ..core.errors import UserError
-from .options import MethodOptions, OwnOptions
+from .options import MethodOptions
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TrainedBytes:
-    """Bytes that a method takes beside the models (`Method.memory`).
+    """Bytes that a method takes in addition to the models (`Method.memory`).
 
     Attributes:
         adapters: bytes of each adapter's parameters, by its name.
@@ -63,14 +62,11 @@ class Method:
     """A way to fine-tune adapters. The defaults are plain LoRA.
 
     Attributes:
-        options: options of all methods, of which this one reads some (`reads`).
-        settings: options that this method alone has, of the type `own_options`.
-        rho: the radius that is given, or the method's default; not used where it sets itself.
+        options: options of all methods; this one uses those in `reads`.
+        rho: the radius that is given, or the method's default.
         targets: the models given to `setup`.
         layers: ("target.module path", layer) of each adapted layer of all targets, after `setup`.
         weights: `result_parameters()`, after `bind`: to collect them is a walk through the models.
-        loose_parameters: trained parameters that no module of the models holds, so that DDP does
-            not average their gradients and `zero_grad` of a model does not clear them.
         depends_on_length: whether a step depends on the length of the run
             (`MethodOptions.num_steps`).
         on_perturbed: a function to call within a step while the primaries hold A + e_A and B + e_B,
@@ -80,31 +76,24 @@ class Method:
     name: ClassVar[str] = ""  # the name that it is registered under
     title: ClassVar[str] = ""  # its name in tables and model cards
     summary: ClassVar[str] = ""  # a sentence or two for model cards
-    # The adapters that it trains, in the order in which they act. A checkpoint holds them.
+    # The adapters that it trains, in the order in which they act. A checkpoint has them.
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
-    # Fields of `MethodFlags` that make a difference; its registration adds those of `own_options`.
-    reads: ClassVar[frozenset[str]] = frozenset()
-    own_options: ClassVar[type[OwnOptions] | None] = None  # options that no other method has
+    reads: ClassVar[frozenset[str]] = frozenset()  # fields of `MethodFlags` that it uses
     default_rho: ClassVar[float] = 0.05  # its radius where `MethodOptions.rho` is None
     default_text_rho: ClassVar[float | None] = None  # the same for text, if it differs
     passes: ClassVar[int] = 1  # gradients that a step takes: the "Cost" of the paper's Table 3
-    exports_weights: ClassVar[bool] = False  # a run leaves whole models, not adapters
+    exports_weights: ClassVar[bool] = False  # a run exports models, not adapters
     # Options under which it trains as plain LoRA does; None if there are none.
     lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
-        self.settings: Any = self.options.settings
-        if self.settings is None and self.own_options is not None:
-            self.settings = self.own_options()
         self.rho = self.default_rho
-        # The only word is "auto", under which the radius sets itself.
-        if self.options.rho is not None and not isinstance(self.options.rho, str):
+        if self.options.rho is not None:
             self.rho = self.options.rho
         self.targets: tuple[Target, ...] = ()
         self.layers: list[tuple[str, adapters.LoraLayer]] = []
         self.weights: list[nn.Parameter] = []
-        self.loose_parameters: Sequence[nn.Parameter] = ()
         self.depends_on_length = False
         self.on_perturbed: Callable[[], None] | None = None
 
@@ -154,10 +143,10 @@ class Method:
         return groups
 
     def result_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
-        """The parameters that the result consists of, which are clipped and averaged.
+        """The parameters that the result consists of, which are clipped.
 
         Of each target the primary's come first, then those of modules that are trained whole
-        beside it (`AdapterSpec.modules_to_save`).
+        with it (`AdapterSpec.modules_to_save`).
 
         Args:
             targets: models whose parameters are returned; None for all.
@@ -177,17 +166,6 @@ class Method:
         """
         # From here on the parameters stay the same objects, since the optimizer holds them.
         self.weights = self.result_parameters()
-
-    def around_batch(
-        self, samples: Sequence[int | None], snr: Sequence[float] = ()
-    ) -> AbstractContextManager[None]:
-        """A context for the forward and backward pass of a micro-batch.
-
-        Args:
-            samples: number of each row's sample in the training set; None for a row that is none.
-            snr: signal-to-noise ratio of each row, where the model predicts noise; else ().
-        """
-        return nullcontext()
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         """Take one optimizer step.
@@ -231,18 +209,18 @@ class Method:
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Values of the last step for the log, which are read from the device."""
+        """Values of the last step for the log. Reading them waits for the device."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a resume beside the tensors and the optimizer's, as JSON can hold it."""
+        """State for a resume beyond the tensors and the optimizer, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned.
 
         Raises:
-            UserError: the state is of another method.
+            UserError: the state belongs to another method.
         """
         if state.keys() != self.state_dict().keys():
             raise UserError(
@@ -250,13 +228,10 @@ class Method:
                 f" {sorted(self.state_dict())}; resume with the method of the run's start."
             )
 
-    def memory(self, step_samples: int) -> TrainedBytes:
-        """Bytes that the method takes beside the models, after `setup`.
+    def memory(self) -> TrainedBytes:
+        """Bytes that the method takes in addition to the models, after `setup`.
 
         Weights on the device "meta", which take no memory, count like others.
-
-        Args:
-            step_samples: samples of one optimizer step.
         """
         by_adapter: dict[str, int] = {}
         for adapter in (*self.adapters, INITIAL):
@@ -296,27 +271,3 @@ def unwrapped(optimizer: Any) -> Optimizer:
             )
         optimizer = cast(Any, optimizer).optimizer
     return optimizer
-
-
-class HookedMethod(Method):
-    """A method that acts on the layers' gradients or factors before each step that is taken.
-
-    Steps that a gradient scaler skips call nothing.
-    """
-
-    _hook: RemovableHandle | None = None
-
-    def bind(self, optimizer: Optimizer) -> None:
-        """Call `before_step` before every step of `optimizer`.
-
-        Raises:
-            UserError: it can't be hooked.
-        """
-        super().bind(optimizer)
-        if self._hook is not None:  # the method was bound to another optimizer before
-            self._hook.remove()
-        self._hook = unwrapped(optimizer).register_step_pre_hook(self.before_step)
-
-    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Act before a step of `optimizer`; further arguments are those of the step."""
-        raise NotImplementedError

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core.errors import UserError
-from ..core.fields import IgnoredCase, check, option, options_of, unless
+from ..core.fields import check, option, options_of, unless
 from ..core.values import (
-    AUTO,
-    BALLS,
-    DIRECTIONS,
     FACTORS,
     INITS,
     RANKS,
     RATES,
     RHO_NORMS,
-    SAMPLE,
     SCALES,
     SCHEDULES,
     SHARES,
@@ -33,17 +29,6 @@ RADII = Range(
     instead="; for plain LoRA use the method lora",
 )
 
-ON_A_SINGLE_ONE = IgnoredCase(
-    lambda values: values["auxiliaries"] == 1,
-    "on a single auxiliary",
-    "use `--auxiliaries sample` or drop it",
-)
-WITHOUT_NOISE = IgnoredCase(
-    lambda values: not values.get("predicts_noise"),
-    "where a model does not predict noise",
-)
-COUNTS = Range(10**6, "none would be seen twice", at_least=1)
-
 
 @dataclass(frozen=True)
 class AdapterOptions:
@@ -55,9 +40,8 @@ class AdapterOptions:
         "bilora",
         "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
         " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
-        " 2024b), lora-l2sp (a penalty on the change of the weights, Li et al. 2018) or full (all"
-        " weights). Runs that differ only here see the same data and noise; options of other"
-        " methods are ignored.",
+        " 2024b) or full (all weights). Runs that differ only here see the same data and noise;"
+        " options of other methods are ignored.",
     )
     # Table A8: rank 4, alpha 8, no dropout.
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
@@ -91,18 +75,6 @@ class AdapterOptions:
         " quantization (QLoRA, Dettmers et al. 2023; needs bitsandbytes).",
         choices=("none", "nf4"),
     )
-    use_ema: bool = option(
-        False,
-        "Average the primary over training (Izmailov et al. 2018); validation and the exported"
-        " file then take the average.",
-    )
-    ema_decay: float = option(
-        0.99,
-        "Decay of --use_ema's average, in [0, 1), from the first step on; it averages over about"
-        " 1 / (1 - decay) steps.",
-        ignored=(unless("use_ema", True, "without an average"),),
-        range=SHARES,
-    )
 
 
 def default_lora_alpha(options: AdapterOptions) -> float:
@@ -117,13 +89,11 @@ class MethodFlags:
     section: ClassVar[str] = SECTION
 
     # Derived: `registry.default_rho`, the method's own radius.
-    rho: float | str | None = option(
+    rho: float | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, for flat-lora 0.1. bilora"
-        " takes auto too: a radius that sets itself by --loss_rise.",
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, for flat-lora 0.1.",
         range=RADII,
-        words=(AUTO,),
     )
     rho_norm: str = option(
         "scaled",
@@ -131,56 +101,16 @@ class MethodFlags:
         " product BA (Eq. 10 to the letter).",
         choices=RHO_NORMS,
     )
-    # Defaults: `bilora.radius.TARGET_RISE` and `SAMPLE_TARGET_RISE`. To import them takes torch.
-    loss_rise: float | None = option(
-        None,
-        "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."
-        " Default: 0.2, with several auxiliaries 0.4.",
-        range=Range(10, "the auxiliary would drown what is learned", greater_than=0),
-        ignored=(unless("rho", AUTO, "on a radius that is given"),),
-    )
-    ball: str = option(
-        "global",
-        "bilora, ablation of Eq. 10: clip the norm over all layers, of each layer to its share rho"
-        " / sqrt(layers), or nothing.",
-        choices=BALLS,
-    )
-    # "sample" is for at most `bilora.per_sample.MAX_SAMPLE_COUNT` samples.
-    auxiliaries: int | str = option(
-        1,
-        "bilora: number of auxiliaries. 1 is the paper's. Of several, a sample sees one, which only"
-        " its samples' gradients move, within its own ball: N deals the samples to them by name,"
-        " sample gives each its own (for little data: each takes the memory of an adapter and of"
-        " its optimizer state).",
-        range=COUNTS,
-        words=(SAMPLE,),
-    )
-    auxiliary_snr_gamma: float = option(
-        5.0,
-        "bilora with several auxiliaries, on a model that predicts noise: an image sees its"
-        " auxiliary times sqrt(min(SNR, gamma) / gamma). The loss falls with the signal-to-noise"
-        " ratio, so the full auxiliary would outweigh it where there is much noise. 0: the full"
-        " auxiliary at every noise level.",
-        range=FACTORS,
-        ignored=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
-    )
     auxiliary_rank: int | None = option(
         None, "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.", range=RANKS
     )
     auxiliary_alpha: float | None = option(
         None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
-    # Derived for several auxiliaries on images: `config.derived`.
     auxiliary_learning_rate: float | None = option(
         None,
-        "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G); of several auxiliaries on"
-        " images three times that.",
+        "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).",
         range=RATES.or_zero,
-    )
-    auxiliary_direction: str = option(
-        "ascent",
-        "bilora, ablation of Eq. 9: let the auxiliary climb, or descend like a second primary.",
-        choices=DIRECTIONS,
     )
     bar_alpha: float = option(
         0.25, "lora-obar, lora-nbar: strength of the balancing (Appendix H.4).", range=FACTORS
@@ -193,53 +123,23 @@ class MethodFlags:
 
 
 @dataclass(frozen=True)
-class OwnOptions:
-    """Base class of the options of a single method (`Method.own_options`)."""
-
-    section: ClassVar[str] = SECTION
-
-
-@dataclass(frozen=True)
-class L2SPOptions(OwnOptions):
-    """Options of LoRA + L2-SP."""
-
-    l2sp_lambda: float = option(
-        1e-3,
-        "lora-l2sp: weight of the penalty, lambda times the squared norm of the change of the"
-        " weights (Li et al. 2018).",
-        range=FACTORS,
-    )
-
-
-@dataclass(frozen=True)
-class SingleMethodOptions(L2SPOptions):
-    """The options of all single methods, as a part of a run's configuration."""
-
-
-@dataclass(frozen=True)
 class MethodOptions(MethodFlags):
     """Options that a method is made with.
 
     Attributes:
         num_steps: optimizer steps of the whole run, for schedules; None where they are not known.
-        sample_names: names of the training samples, by which they are dealt to auxiliaries.
         seed: seed of a method's random numbers, such as Flat-LoRA's noise.
-        settings: options that only this method has; None for their defaults.
 
     Raises:
         UserError: a value outside its range.
     """
 
     num_steps: int | None = None
-    sample_names: tuple[str, ...] = ()
     seed: int = 0
-    settings: Any = None
 
     def __post_init__(self) -> None:
         # However small a number is: it may ask for a limiting case of a method.
         check(options_of([MethodFlags]), vars(self), dashes="", smallest=0.0)
-        if self.settings is not None:
-            check(options_of([type(self.settings)]), vars(self.settings), dashes="")
 
     def progress(self, step: int) -> float:
         """`step` as a share of the whole run, in (0, 1] for steps 1, 2, ... num_steps.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from ..adapters import wide_dtype
 
 
 @contextmanager
@@ -66,20 +67,11 @@ def climb_(weights: Sequence[Tensor], rho: float) -> None:
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
     # The norm of the tensors' norms is that of all values.
-    norms = torch._foreach_norm(list(tensors), dtype=_wide_dtype(tensors))
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(norms(tensors))
 
 
-@torch.no_grad()
-def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """sum_i <left_i, right_i> in fp32 or wider, 0-d."""
-    dtype = _wide_dtype(left)
-    flat_left = torch.cat([tensor.flatten() for tensor in left]).to(dtype)
-    flat_right = torch.cat([tensor.flatten() for tensor in right]).to(dtype)
-    return torch.dot(flat_left, flat_right)
-
-
-def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The narrowest dtype that holds the values of all tensors, at least fp32."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """||t_i|| of each tensor in fp32 or wider, (tensors,), on the first one's device."""
+    # It takes one kernel for all tensors of a device; they may be on several.
+    each_norm = torch._foreach_norm(list(tensors), dtype=wide_dtype(tensors))
+    return torch.stack([norm.to(tensors[0].device) for norm in each_norm])

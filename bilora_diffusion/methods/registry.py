@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from ..core import removed
 from ..core.errors import UserError, did_you_mean
-from ..core.values import AUTO
 from .base import Method
 from .options import MethodOptions
 
@@ -32,8 +31,6 @@ def register(name: str) -> Callable[[M], M]:
         cls.name = name
         # The class's own title: that of a base class may be another method's.
         cls.title = cls.__dict__.get("title") or name
-        if cls.own_options is not None:
-            cls.reads |= {field.name for field in fields(cls.own_options)}
         _METHODS[name] = cls
         return cls
 
@@ -44,12 +41,9 @@ def create(name: str, options: MethodOptions | None = None) -> Method:
     """Make a method by name.
 
     Raises:
-        UserError: no such method, or one whose radius can't set itself.
+        UserError: no such method.
     """
-    method = get(name)
-    if options is not None:
-        check_rho(name, options.rho)
-    return method(options)
+    return get(name)(options)
 
 
 def get(name: str) -> type[Method]:
@@ -75,18 +69,6 @@ def reads(name: str) -> frozenset[str]:
     return _METHODS[name].reads
 
 
-def check_rho(name: str, rho: float | str | None) -> None:
-    """Refuse the radius "auto" for a method whose radius can't set itself.
-
-    Raises:
-        UserError: it names the method.
-    """
-    # A method whose radius can set itself also reads `loss_rise`. One that reads no radius ignores
-    # the option, so that recipes can be shared.
-    if rho == AUTO and reads(name) & {"rho", "loss_rise"} == {"rho"}:
-        raise UserError(f"rho is {AUTO}, which only bilora can follow: give {name} a number.")
-
-
 def default_rho(name: str, modality: str = "image") -> float | None:
     """A method's default radius; None for a method without a radius, or an unknown one."""
     method = _METHODS.get(name)
@@ -99,13 +81,7 @@ def default_rho(name: str, modality: str = "image") -> float | None:
 
 def default_options(method: type[Method]) -> dict[str, Any]:
     """Defaults of the options that a method reads, by their names in alphabetical order."""
-    defaults: dict[str, Any] = {}
-    groups: list[Any] = [MethodOptions]
-    if method.own_options is not None:
-        groups.append(method.own_options)
-    for group in groups:
-        for field in fields(group):
-            defaults[field.name] = field.default
+    defaults = {field.name: field.default for field in fields(MethodOptions)}
     return {name: defaults[name] for name in sorted(method.reads)}
 
 
@@ -117,23 +93,15 @@ def option_names() -> frozenset[str]:
     return frozenset(names)
 
 
-def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[str] = ()) -> Method:
+def for_run(values: Mapping[str, Any], num_steps: int) -> Method:
     """Make the method that a run's configuration names, with its options.
 
     Args:
         values: values of the fields of a `RunConfig`, by name.
         num_steps: optimizer steps of the whole run.
-        sample_names: names of the training samples.
     """
-    method = get(values["method"])
-    settings = None
-    if method.own_options is not None:
-        settings = method.own_options(**_values_of(method.own_options, values))
-    options = _values_of(MethodOptions, values)
-    options |= {"num_steps": num_steps, "sample_names": tuple(sample_names), "settings": settings}
-    return method(MethodOptions(**options))
-
-
-def _values_of(group: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the fields of a dataclass, where there are any."""
-    return {field.name: values[field.name] for field in fields(group) if field.name in values}
+    options = {"num_steps": num_steps}
+    for field in fields(MethodOptions):
+        if field.name in values:
+            options[field.name] = values[field.name]
+    return create(values["method"], MethodOptions(**options))

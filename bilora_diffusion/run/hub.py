@@ -102,8 +102,6 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
             settings[name.replace("_", " ")] = options[name]
     if "auxiliary_rank" in method.reads:
         settings["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
-    if options["use_ema"]:
-        settings["weight averaging, decay"] = options["ema_decay"]
     return settings
 
 

@@ -102,9 +102,8 @@ class Options(_Strict):
     auxiliary_learning_rate: Number | None = None
     rank: Count | None = None
     auxiliary_rank: Count | None = None
-    rho: Number | Literal["auto"] | None = None
+    rho: Number | Text | None = None  # a word in runs of an earlier version
     rho_norm: Text | None = None
-    ball: Text | None = None
 
 
 class Results(_Strict):

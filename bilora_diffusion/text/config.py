@@ -15,7 +15,6 @@ from ..config.run import RunConfig
 from ..core.errors import UserError
 from ..core.files import TABLES, is_file
 from ..core.values import ALL_LINEAR
-from ..methods.options import SingleMethodOptions
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,
@@ -37,7 +36,6 @@ GROUPS = (
     TextOptimizerOptions,
     EvaluationOptions,
     TextOutputOptions,
-    SingleMethodOptions,
 )
 # Default of Tables A4 to A7.
 EPOCHS = 3

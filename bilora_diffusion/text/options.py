@@ -145,12 +145,11 @@ class TextAdapterOptions(AdapterOptions):
 class TextMethodFlags(MethodFlags):
     """Options of the methods on the command line."""
 
-    rho: float | str | None = like(
+    rho: float | None = like(
         MethodFlags,
         "rho",
         help="Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, of a step uphill 0.01. bilora"
-        " takes auto too: a radius that sets itself by --loss_rise.",
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, of a step uphill 0.01.",
     )
 
 

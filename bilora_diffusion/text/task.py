@@ -57,7 +57,6 @@ class TextTask:
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
         self.num_samples = len(data.train)
-        self.sample_names = [data.train.name(number) for number in range(self.num_samples)]
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
         self.has_heldout = self.evaluation is not None
 
@@ -111,7 +110,7 @@ class TextTask:
             for sample, row in zip(samples, rows, strict=True):
                 names.append(train.name(sample))
                 digests.append(_digest(sample, row))
-            yield MicroBatch(slots, tuple(names), tuple(digests), inputs, samples=samples)
+            yield MicroBatch(slots, tuple(names), tuple(digests), inputs)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Mean loss per target token of the held-out rows, and a classifier's metrics."""

@@ -173,12 +173,12 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     """
     cfg = task.cfg
     # On copies, since `largest_run` attaches several methods to the same models in turn.
-    method = for_run(vars(cfg), steps, task.sample_names)
+    method = for_run(vars(cfg), steps)
     targets = []
     for target in task.targets():
         targets.append(replace(target, model=copy.deepcopy(target.model)))
     method.setup(targets)
-    memory = method.memory(cfg.train_batch_size * cfg.gradient_accumulation_steps)
+    memory = method.memory()
     trained = {}
     for adapter, size in memory.adapters.items():
         trained[f"adapters: {ADAPTER_TITLES.get(adapter, adapter)}"] = size
@@ -186,6 +186,5 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     moments_per_byte = OPTIMIZERS[cfg.optimizer.lower()].state
     trained["gradients"] = memory.gradients
     trained["the optimizer's state"] = int(moments_per_byte * memory.optimized)
-    # Each is a copy of the weights of the result.
-    trained["averages and best weights"] = memory.result * (cfg.use_ema + cfg.keep_best)
+    trained["best weights"] = memory.result * cfg.keep_best  # a copy of those of the result
     return method, trained

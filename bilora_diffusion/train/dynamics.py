@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, PRIMARY, Factors, group_equal
+from ..adapters import AUXILIARY, PRIMARY, Factors, exact_stack, group_equal
 from ..methods.bilora import ball
 from ..run import snapshots
 
@@ -130,8 +130,12 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
     # Layers of equal shapes are stacked.
     for layers in group_equal(shapes):
         # A A'^T and B^T B', (layers, rank, rank')
-        A_products = _stack(left, layers, "A") @ _stack(right, layers, "A").mT
-        B_products = _stack(left, layers, "B").mT @ _stack(right, layers, "B")
+        A_left = exact_stack([left[layer].A for layer in layers])
+        A_right = exact_stack([right[layer].A for layer in layers])
+        B_left = exact_stack([left[layer].B for layer in layers])
+        B_right = exact_stack([right[layer].B for layer in layers])
+        A_products = A_left @ A_right.mT
+        B_products = B_left.mT @ B_right
         scales = [left[layer].scale * right[layer].scale for layer in layers]
         scale = torch.tensor(scales, dtype=torch.float64)
         products[layers] = (A_products * B_products).sum((1, 2)) * scale
@@ -141,7 +145,7 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
 def norms(factors: Sequence[Factors]) -> Tensor:
     """||s B A||_F of each layer, (layers,) float64."""
     # Rounding can leave the Gram form of a square slightly below 0.
-    return ball.squares(factors).norm.clamp_min(0).sqrt()
+    return ball.squared_norms(factors).clamp_min(0).sqrt()
 
 
 def perturbation_norms(
@@ -165,7 +169,7 @@ def perturbation_norms(
         B_eA.append(layer._replace(A=e.A))
         eB_A.append(layer._replace(B=e.B))
     # ||B e_A + e_B A||^2 = ||B e_A||^2 + ||e_B A||^2 + 2 <B e_A, e_B A>
-    squares = ball.squares(B_eA).norm + ball.squares(eB_A).norm
+    squares = ball.squared_norms(B_eA) + ball.squared_norms(eB_A)
     first_order = (squares + 2 * inner_products(B_eA, eB_A)).clamp_min(0).sqrt()
     B_eA_name, eB_A_name, eB_eA_name = TERMS
     return {
@@ -228,12 +232,13 @@ def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of column spaces, (L, d, r) with zeros beyond the rank, and the ranks."""
-    stacked = torch.stack(list(matrices))
+    stacked = exact_stack(matrices)  # (L, d, r)
     # The SVD of the small R has the singular values of Q R: (L, r, r) instead of (L, d, r).
-    Q, R = torch.linalg.qr(stacked.double())
+    Q, R = torch.linalg.qr(stacked)
     U, S, _ = torch.linalg.svd(R)
     # As numpy's matrix_rank: singular values below the rounding of the stored dtype do not count.
-    threshold = torch.finfo(stacked.dtype).eps * max(stacked.shape[1:]) * S.amax(1, keepdim=True)
+    eps = torch.finfo(matrices[0].dtype).eps
+    threshold = eps * max(stacked.shape[1:]) * S.amax(1, keepdim=True)
     has_direction = threshold < S  # (L, r)
     return (Q @ U) * has_direction[:, None, :], has_direction.sum(1)
 
@@ -268,8 +273,3 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
         if value.isfinite():
             finite_figures[name] = float(value)
     return finite_figures
-
-
-def _stack(factors: Sequence[Factors], layers: Sequence[int], side: str) -> Tensor:
-    """A or B of some layers in float64, (layers, rows, columns)."""
-    return torch.stack([getattr(factors[layer], side).double() for layer in layers])

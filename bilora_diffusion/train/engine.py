@@ -226,25 +226,19 @@ def tied_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def average_gradients(
-    accelerator: Accelerator, optimizer: Optimizer, unregistered: Sequence[nn.Parameter] = ()
-) -> None:
-    """Average the gradients over all processes that accelerate does not average.
+def average_gradients(accelerator: Accelerator, optimizer: Optimizer) -> None:
+    """Average the gradients over all processes under FSDP2; DDP averages them itself.
 
-    These are all gradients under FSDP2, and under DDP those of parameters that no module holds. A
-    parameter that the rows of a process do not reach (an expert of a mixture, the auxiliary of
-    another process's sample) counts as zero there; one that no process reaches has no gradient.
+    A parameter that the rows of a process do not reach (an expert of a mixture) counts as zero
+    there; one that no process reaches has no gradient.
 
     Args:
         accelerator: engine.
         optimizer: optimizer of all trained parameters.
-        unregistered: the parameters that no module holds.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not accelerator.is_fsdp2:
         return
-    parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(unregistered)
-    if not parameters:
-        return
+    parameters = parameters_of(optimizer)
     # All processes must make the same reductions, so they first agree on which have a gradient.
     is_reached = [float(parameter.grad is not None) for parameter in parameters]
     on_device = torch.tensor(is_reached, device=accelerator.device)

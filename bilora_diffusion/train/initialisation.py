@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def initialise(
     task: Task, targets: Sequence[Target], cfg: RunConfig, accelerator: Accelerator
-) -> bool:
+) -> None:
     """Give the primaries of a task's models their first values, by their init.
 
     Each process computes all values. Then the others take those of the first process, so that all
@@ -43,9 +43,6 @@ def initialise(
         targets: its models after `Method.setup`.
         cfg: training configuration.
         accelerator: engine.
-
-    Returns:
-        True if an init needs weights or gradients.
 
     Raises:
         UserError: the loss reaches no layer of a model.

@@ -1,14 +1,12 @@
-"""Weights that a run exports: those of the last or of the best step, averaged or not."""
+"""Weights that a run exports: those of the last step, or of the best."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import adapters
@@ -72,79 +70,29 @@ class Best:
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
-        """Context manager: sets the parameters to the stored values and restores them afterwards."""
+        """Context manager: sets the parameters to the stored values, and restores them."""
         values = []
         for parameter, value in zip(self.parameters, self.values, strict=True):
             values.append(value.to(parameter.device))
         return replaced(self.parameters, values)
 
 
-class Average:
-    """Exponential moving average of parameters, corrected for its start.
-
-    After step t it is (1 - d) / (1 - d^t) sum_i d^(t - i) w_i over the steps i = 1 ... t, with
-    decay d: the same correction as that of Adam's moments (Kingma and Ba 2015, Section 3,
-    https://arxiv.org/abs/1412.6980). So the weights before the first step have no part in it, and
-    the decay holds from the first step on.
-
-    Args:
-        parameters: what is averaged; until the first step the average is their values now.
-        decay: d, in [0, 1).
-
-    Attributes:
-        values: the average of each parameter, in their order, dtypes and devices.
-        steps: optimizer steps in it.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters: list[Tensor] = list(parameters)
-        self.decay = decay
-        self.values = [parameter.detach().clone() for parameter in self.parameters]
-        self.steps = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters' values after one more step."""
-        self.steps += 1
-        # avg_t = (1 - weight) avg_(t-1) + weight w_t gives the sum above; weight is 1 at step 1.
-        weight = (1 - self.decay) / (1 - self.decay**self.steps)
-        # One call for all tensors: with one for each, a step of SDXL made 3,360 small operations.
-        torch._foreach_mul_(self.values, 1 - weight)
-        torch._foreach_add_(self.values, self.parameters, alpha=weight)
-
-
 class Outcome:
-    """The average of the trained weights and those of the best step, if a run stores them.
-
-    The average finds flatter minima at almost no cost (Izmailov et al. 2018,
-    https://arxiv.org/abs/1803.05407). A and B are averaged separately.
+    """The weights that a run exports.
 
     Args:
         method: method whose adapters are attached.
         cfg: training configuration.
 
     Attributes:
-        average: average of the steps so far; None without ``--use_ema``.
         best: the lowest held-out measurement so far, and its weights with ``--keep_best``.
     """
 
     def __init__(self, method: Method, cfg: RunConfig) -> None:
         self._method = method
         self._cfg = cfg
-        self.begin()
-
-    def begin(self) -> None:
-        """Start from the weights as they are now."""
-        cfg = self._cfg
-        # The weights of the result; once, since the walk over SDXL's UNet takes 53 ms.
-        self._weights = self._method.result_parameters()
-        self.average = Average(self._weights, cfg.ema_decay) if cfg.use_ema else None
-        self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
-
-    def update(self) -> None:
-        """Take in the weights of one more step."""
-        if self.average is not None:
-            self.average.update()
+        weights = method.result_parameters() if cfg.keep_best else ()
+        self.best = Best(weights, cfg.early_stopping_patience)
 
     def note_measurement(self, value: float | None, step: int) -> None:
         """Count a measurement of the current weights, which is the same in every process.
@@ -163,15 +111,7 @@ class Outcome:
                     " none here: give some, or drop them."
                 )
         elif self.best.is_lowered_by(value, step):
-            # The measurement was of the average, if there is one.
-            with self.averaged():
-                self.best.store()
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within the context the trained weights are their average, if averages are stored."""
-        if self.average is None:
-            return contextlib.nullcontext()
-        return replaced(self._weights, self.average.values)
+            self.best.store()
 
     @property
     def best_step(self) -> int | None:
@@ -180,7 +120,7 @@ class Outcome:
 
     def applied(self) -> AbstractContextManager[None]:
         """Context manager: the trained weights are those that the run exports."""
-        return self.averaged() if self.best_step is None else self.best.applied()
+        return nullcontext() if self.best_step is None else self.best.applied()
 
     def step(self, last_step: int) -> int:
         """Step of the weights that a run exports which ended after `last_step`."""
@@ -197,11 +137,8 @@ class Outcome:
         return results
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint, by kind and place among the weights."""
+        """Tensors for a checkpoint, by their places among the weights."""
         tensors = {}
-        if self.average is not None:
-            for place, value in enumerate(self.average.values):
-                tensors[f"average/{place}"] = value
         for place, value in enumerate(self.best.values):
             tensors[f"best/{place}"] = value
         return tensors
@@ -210,15 +147,12 @@ class Outcome:
         """State that a resume or an export (`export_facts`) needs in addition to the tensors."""
         best = self.best
         return {
-            "average": None if self.average is None else {"steps": self.average.steps},
             "best": {"step": best.step, "loss": best.measurement, "since": best.since},
             "result": export_facts(self._method),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        if self.average is not None:
-            self.average.steps = state["average"]["steps"]
         self.best.step = state["best"]["step"]
         self.best.measurement = state["best"]["loss"]
         self.best.since = state["best"]["since"]
@@ -228,19 +162,12 @@ def export_facts(method: Method) -> dict[str, Any]:
     """Facts in JSON with which an export reads the tensors of a checkpoint.
 
     Returns:
-        "adapters", PEFT's configuration of each target's primary, and "averaged", keys in
-        `Method.tensors` of the averaged weights, in the order of the averages; {} for a method that
-        trains whole models.
+        "adapters": PEFT's configuration of each target's primary; {} for a method that trains whole
+        models.
     """
     if method.exports_weights:
         return {}
     configs = {}
-    # In the order of `result_parameters`, by which a checkpoint numbers the averages.
-    averaged_keys = []
     for target in method.targets:
         configs[target.name] = adapters.lora_config(target.model, PRIMARY)
-        for name in adapters.named_parameters(target.model, PRIMARY):
-            averaged_keys.append(f"{target.name}/{PRIMARY}/{name}")
-        for name in adapters.head_parameters(target.model, PRIMARY):
-            averaged_keys.append(f"{target.name}/whole/{name}")
-    return {"adapters": configs, "averaged": averaged_keys}
+    return {"adapters": configs}

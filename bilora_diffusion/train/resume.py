@@ -93,7 +93,7 @@ def load(trainer: Trainer, path: Path) -> None:
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Tensors of the models, the average and the best weights, which `load` writes in place."""
+    """Tensors of the models and the best weights, which `load` writes in place."""
     return {**trainer.method.tensors(), **trainer.outcome.tensors()}
 
 

@@ -96,7 +96,7 @@ def run(
     with translated_errors(cfg.base_model):
         step_size = StepLayout.from_config(cfg, accelerator).step_size
         num_steps = total_steps(cfg, task.num_samples, step_size)
-        method = for_run(vars(cfg), num_steps, task.sample_names)
+        method = for_run(vars(cfg), num_steps)
         trainer = Trainer(task, method, cfg, accelerator)
         # With a checkpoint the model has been trained before.
         if checkpoint_folder is None:
@@ -116,7 +116,7 @@ def run(
             exported: dict[str, Any] = {}
 
             def export() -> None:
-                # The best or averaged weights, if the run exports these.
+                # The weights of the best step, if the run exports these.
                 with trainer.outcome.applied():
                     exported["export"] = script.export(cfg, trainer, folder)
 

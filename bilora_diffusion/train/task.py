@@ -37,9 +37,6 @@ class MicroBatch:
             same.
         inputs: arguments of the task's module.
         levels: noise levels of its images, in the units of the log.
-        samples: number in the training set of the sample of each row of the module's input; None
-            for a row that is no sample, such as a class image.
-        snr: signal-to-noise ratio of each row, for models that predict noise.
     """
 
     slots: tuple[int, ...]
@@ -47,8 +44,6 @@ class MicroBatch:
     digests: tuple[str, ...]
     inputs: dict[str, Any] = field(repr=False)
     levels: tuple[float, ...] = ()
-    samples: tuple[int | None, ...] = ()
-    snr: tuple[float, ...] = ()
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """The inputs on a device."""
@@ -83,11 +78,6 @@ class Task(Protocol[Config]):
     @property
     def module(self) -> nn.Module:
         """Module with the trained models as children; ``module(inputs)`` gives a loss per slot."""
-        ...
-
-    @property
-    def sample_names(self) -> Sequence[str]:
-        """Names of the samples of the training set, in the order of their numbers."""
         ...
 
     def data_summary(self) -> str:

@@ -118,8 +118,7 @@ class Trainer:
         Raises:
             TrainingError: a loss or a gradient is not finite.
         """
-        if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
-            self.outcome.begin()
+        initialise(self.task, self.method.targets, self.cfg, self.accelerator)
 
     def probe(self) -> None:
         """Test the model on one sample with a forward and a backward pass, as in a step.
@@ -168,7 +167,6 @@ class Trainer:
         # A step that the gradient scaler skips has changed no weights.
         if not self.clipped.skipped:
             self.lr_scheduler.step()
-            self.outcome.update()
         self.step += 1
 
         # Up to here work was only queued on the device. Reading its numbers waits for all of it.
@@ -210,14 +208,14 @@ class Trainer:
                 # DDP averages gradients over processes in the last backward pass only.
                 is_local = number < len(batches) - 1 and not self.accelerator.is_fsdp2
                 no_sync = self.accelerator.no_sync(self.module) if is_local else nullcontext()
-                with no_sync, self.method.around_batch(batch.samples, batch.snr):
+                with no_sync:
                     losses = self.module(batch.on(device))  # (slots,)
                     self._losses_of_step.append((losses.detach(), batch))
                     # Micro-batches have equal sizes: this adds up to the mean of all slots.
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total_loss += loss.detach()
-            engine.average_gradients(self.accelerator, self.optimizer, self.method.loose_parameters)
+            engine.average_gradients(self.accelerator, self.optimizer)
             return self.accelerator.reduce(total_loss, reduction="mean")  # pyright: ignore
 
         return forward_backward
@@ -296,9 +294,8 @@ class Trainer:
 
         Args:
             final_weights: True for the weights that the run exports, False for those of this step.
-                Both are averages if averages are stored.
         """
-        weights = self.outcome.applied() if final_weights else self.outcome.averaged()
+        weights = self.outcome.applied() if final_weights else nullcontext()
         uncompiled = nullcontext()
         if self.cfg.compile:
             # Graphs round differently, and users of the exported file compute without them.

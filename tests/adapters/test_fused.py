@@ -4,7 +4,7 @@ import copy
 import pickle
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 from unittest import mock
 
 import pytest
@@ -13,13 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
-from bilora_diffusion.methods.bilora.per_sample import Assignment, SampleAuxiliaries
 
 BOTH = (PRIMARY, AUXILIARY)
 # Largest error of a result, relative to its norm: a few roundings of its dtype.
@@ -235,56 +233,3 @@ def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
     expected = results(model, x, autocast)
     actual = results(model, x, autocast, wrap(model))
     assert_same(actual, expected, TOLERANCE[torch.bfloat16] if autocast else 1e-6)
-
-
-@pytest.mark.parametrize("has_one_auxiliary", [True, False])
-@pytest.mark.parametrize("fused_with", [[PRIMARY], []], ids=["at once", "apart"])
-@pytest.mark.parametrize("dora", [False, True])
-@each_layer
-def test_rows_add_products_with_factors_of_their_own(
-    layer, shape, dora, fused_with, has_one_auxiliary
-):
-    """Against autograd through each row's own two layers, in two passes, one checkpointed."""
-    torch.manual_seed(0)
-    model = adapted(copy.deepcopy(layer).double(), active=(PRIMARY,), use_dora=dora)
-    fuse(model)
-    lora_layer: Any = model[0]
-    down, up = lora_layer.lora_A[AUXILIARY], lora_layer.lora_B[AUXILIARY]
-    scale = lora_layer.scaling[AUXILIARY]
-    count = 1 if has_one_auxiliary else shape[0]
-    # Factors of each auxiliary: (auxiliaries, rank, in, ...) and (auxiliaries, out, rank, ...).
-    A, B = (
-        torch.randn(count, *module.weight.shape).double().requires_grad_() for module in (down, up)
-    )
-
-    def forward_row_by_row(x):
-        products = []
-        for number, row in enumerate(x.split(1)):
-            hidden = functional_call(down, {"weight": A[number % count]}, row)
-            products.append(functional_call(up, {"weight": B[number % count]}, hidden))
-        return model(x) + scale * torch.cat(products)
-
-    x = torch.randn(shape, dtype=torch.float64)
-    expected = results(model, x, forward=forward_row_by_row)
-    expected_of_double = results(model, 2 * x, forward=forward_row_by_row)
-
-    def flatten(A, B):
-        """One auxiliary's factors as its parameter has them."""
-        return torch.cat((A.flatten(), B.flatten(1).T.flatten()))
-
-    auxiliaries = SampleAuxiliaries([adapters.layers(model, AUXILIARY)], [1.0], Assignment(count))
-    lora_layer.sample_slot.adapter.fused_with = fused_with
-    # Not by `activate`, which would make the layer's own auxiliary act beside those of the samples.
-    lora_layer._active_adapter = list(BOTH)
-    parameters = list(auxiliaries.parameters())
-    for number, parameter in enumerate(parameters):
-        # Each auxiliary gets the factors of the reference.
-        parameter.data = flatten(A.detach()[number], B.detach()[number])
-    with auxiliaries.around_batch(range(count), ()):
-        assert_same(results(model, x), expected, 1e-12)
-        forward = partial(checkpoint, model, use_reentrant=False)
-        assert_same(results(model, 2 * x, forward=forward), expected_of_double, 1e-12)
-    # A and B, and each auxiliary, have the gradients of both passes.
-    A_grad, B_grad = cast(Tensor, A.grad), cast(Tensor, B.grad)
-    for number, parameter in enumerate(parameters):
-        torch.testing.assert_close(parameter.grad, flatten(A_grad[number], B_grad[number]))

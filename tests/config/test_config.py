@@ -134,7 +134,6 @@ ON_MACHINES: list[Any] = [
         {ETA_2: 12e-4, "text_encoder_lr": 5e-6},
     ),
     (CUDA, THREE_PROCESSES, text, "--scale_lr", {"learning_rate": 5e-4 * 8 * 3}),
-    (CUDA, THREE_PROCESSES, text, "--auxiliaries sample", {ETA_2: None}),
     ({**CPU, "missing": {"tensorboard"}}, {}, mini, "", {"report_to": "none"}),
 ]
 

@@ -1,13 +1,8 @@
 """Messages before a run: options without effect, and defaults that surprise."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.text.config import resolve as resolve_text
 
 MINI = "--dataset mini"
@@ -57,24 +52,6 @@ def test_an_option_without_effect_is_named_and_ignored(words, ignored, fix, capl
     assert message.replace('"', "").startswith(f"{option} has no effect")
     assert fix in message
     assert "hf_x" not in message
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [{}, {"prediction_type": "v_prediction"}, {"_class_name": "EDMEulerScheduler"}],
-)
-def test_a_share_by_noise_is_named_where_the_model_does_not_predict_noise(
-    scheduler, tmp_path, caplog
-):
-    weights = shutil.ignore_patterns("*.safetensors")
-    base = Path(shutil.copytree(pipeline_dir(), tmp_path / "base", ignore=weights))
-    config = base / "scheduler" / "scheduler_config.json"
-    settings = json.loads(config.read_text())
-    config.write_text(json.dumps({**settings, **scheduler}))
-    words = f"{MINI} --pretrained_model_name_or_path {base} --auxiliaries sample"
-    cfg, messages = resolved(f"{words} --auxiliary_snr_gamma 3", caplog)
-    assert cfg.auxiliary_snr_gamma == (5.0 if scheduler else 3.0)
-    assert len(messages) == bool(scheduler)
 
 
 def test_an_evaluation_without_rows_is_named(tmp_path, caplog):

@@ -32,13 +32,11 @@ READ: list[Any] = [
     ("dataset: mini\nrank: 8\n", "--rank 16", {"dataset_name": "mini", "lora_alpha": 32}),
     ("cache_latents: no\ncenter-crop: true\n", "", {"cache_latents": "no", "center_crop": True}),
     ("auxiliary_rank: null\nrho: ~\n", "", {"auxiliary_rank": None, "rho": 0.05}),
-    ("auxiliaries: sample", "--learning_rate 2e-3", {"auxiliary_learning_rate": 6e-3}),
     ("validation_prompts: [a lion, a frog]", "", {"validation_prompts": ["a lion", "a frog"]}),
     (f"validation_prompts: [{', '.join(TEXTS)}]", "", {"validation_prompts": TEXTS}),
     ("rank: 010\nlearning_rate: 1e-3", "", {"rank": 10, "learning_rate": 1e-3}),  # as by a flag
     # a radius is that of the recipe's method
     ("dataset: mini\nrho: 0.3\n", "--method flat-lora", {"rho": 0.1}),
-    ("dataset: mini\nrho: auto\n", "--method lora-sam", {"rho": 0.05}),
     ("dataset: mini\nrho: 0.3\n", "--method lora-sam --rho 0.2", {"rho": 0.2}),
     ("dataset: mini\nrho: 0.3\nmethod: lora-sam", "--method bilora", {"rho": 0.05}),
     ("dataset: mini\nrho: 0.3\n", "--method bilora --rank 8", {"rho": 0.3}),

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from tests.contract.harness import SHARED, process_comparison_run
+from tests.contract.harness import rotation, sgd_run
 
 
 def main(folder: Path) -> None:
     """Write ``method-form-kind.pt``, the tensors after three steps, from the first process."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    for name, adapter_form, kind in SHARED:
-        run = process_comparison_run(name, adapter_form, kind).share()
+    for name, adapter_form, kind in rotation():
+        run = sgd_run(name, adapter_form, kind).share()
         run.train()
         if torch.distributed.get_rank() == 0:
             torch.save(run.tensors(), folder / f"{name}-{adapter_form}-{kind}.pt")

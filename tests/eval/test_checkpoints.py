@@ -30,7 +30,7 @@ def make_run(folder, seed=0, steps=(5, 10, 20), interval=10):
         rows.append((step, {HELDOUT_LOSS: 1 / step, ACCURACY: accuracy}))
     save_record(folder, seed=seed, rows=rows, checkpointing_steps=interval)
     peft = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
-    extra = {"result": {"adapters": {"model": peft}, "averaged": []}, "average": None}
+    extra = {"result": {"adapters": {"model": peft}}}
     for step in (10, 20):
         factor = torch.full((1, 1), float(step))
         tensors = {

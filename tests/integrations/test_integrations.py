@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,15 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from bilora_diffusion import BiLoRAConfig, adapters
+from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.methods.bilora import radius
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations import trainers
 
 ACCUMULATED = {"gradient_accumulation_steps": 4, "max_steps": 5}
-SAMPLES = [(7 * row) % 11 for row in range(trainers.STEPS * trainers.BATCH)]
-AUTO = BiLoRAConfig(rank=4, alpha=8, rho="auto", loss_rise=0.2)
 
 
 def peft_llm():
@@ -45,42 +41,21 @@ def save_every(steps):
         ),
         ("seq2seq", tiny_t5, trainers.CONFIG, {"max_steps": 8}, {"shifts": False}),
         ("sft", peft_llm, trainers.CONFIG, {"gradient_checkpointing": True, "max_steps": 8}, {}),
-        # A radius that sets itself goes by the loss of the whole step.
-        ("sft", tiny_llm, AUTO, ACCUMULATED, {"accumulate": 4}),
-        # Each sample has its own auxiliary, by a column.
-        (
-            "sft",
-            tiny_llm,
-            replace(trainers.CONFIG, auxiliaries=6),
-            {"max_steps": 6},
-            {"samples": SAMPLES},
-        ),
+        ("sft", tiny_llm, trainers.CONFIG, ACCUMULATED, {"accumulate": 4}),
     ],
 )
-def test_a_trainer_takes_the_steps_of_a_loop(
-    kind, make, config, arguments, loop_options, tmp_path, monkeypatch
-):
-    if config is AUTO:  # the weights of so small a model are small, too
-        monkeypatch.setattr(radius, "MAX_SHARE", 10.0)
+def test_a_trainer_takes_the_steps_of_a_loop(kind, make, config, arguments, loop_options, tmp_path):
     bilora, reference, untrained = [trainers.attached(make(), config) for _ in range(3)]
-    data: Any = trainers.rows()
-    if "samples" in loop_options:
-        data = data.add_column("sample_id", SAMPLES)
-    trainer = trainers.with_bilora(
-        tmp_path, bilora, kind, data=data, optim="adamw_torch_fused", **arguments
-    )
+    trainer = trainers.with_bilora(tmp_path, bilora, kind, optim="adamw_torch_fused", **arguments)
     trainer.train()
     num_batches = arguments["max_steps"] * loop_options.get("accumulate", 1)
     loop_batches = trainers.batches(trainers.rows())[:num_batches]
     expected = trainers.by_hand(reference, loop_batches, **loop_options)
     assert trainer.state.global_step == len(expected)
-    tolerance = 2e-4 if "samples" in loop_options else 1e-5
-    assert trainers.losses(trainer) == pytest.approx(expected, abs=tolerance)
+    assert trainers.losses(trainer) == pytest.approx(expected, abs=1e-5)
     assert trainers.difference(bilora, reference) < 1e-5
     assert trainers.difference(bilora, untrained) > 1e-3
-    radii = trainers.losses(trainer, "rho") if config is AUTO else [trainers.RHO]
-    assert len(set(radii)) == len(radii)  # it changes in every step
-    assert 0 < bilora.auxiliary_norm() <= radii[-1] * (1 + 1e-4)
+    assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-4)
 
 
 @pytest.mark.parametrize(

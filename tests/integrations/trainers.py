@@ -1,6 +1,5 @@
 """Data for small text models, trainers with Bi-LoRA, and the loop to compare them with."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,15 +146,12 @@ def by_hand(
     clip: float = 0.0,
     decay: float = 0.0,
     shifts: bool = True,
-    samples: Sequence[int] = (),
 ) -> list[float]:
     """Train as README's loop does, over all of `data`; the loss of a step is the mean over all its
     target tokens.
 
     Args:
         shifts: whether the model predicts the next token.
-        samples: the number of the sample in each row of all batches, where there are several
-            auxiliaries.
     """
     bilora.model.train()
     optimizer = torch.optim.AdamW(bilora.param_groups(lr=RATE, weight_decay=decay))
@@ -173,14 +169,11 @@ def by_hand(
         for number in numbers:
             # A batch's loss is the mean over its own targets.
             share = count_targets(data[number], shifts) / all_targets
-            batch_samples = samples[number * BATCH : (number + 1) * BATCH]
-            with bilora.samples(batch_samples) if batch_samples else contextlib.nullcontext():
-                loss = share * model(**data[number]).loss
-                loss.backward()
+            loss = share * model(**data[number]).loss
+            loss.backward()
             total += float(loss.detach())
         if clip:
             torch.nn.utils.clip_grad_norm_(bilora.clip_parameters(), clip)
-        bilora.observe(torch.tensor(total))
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

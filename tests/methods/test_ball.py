@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilora_diffusion.adapters import Factors
+from bilora_diffusion.adapters import precision as stacks
 from bilora_diffusion.methods.bilora import ball
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -122,7 +123,7 @@ def test_zero_factors_and_no_factors():
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32])  # the second on MPS
 def test_a_radius_of_0_leaves_zeros(precision, monkeypatch):
-    monkeypatch.setattr(ball, "wide_dtype", lambda _: precision)
+    monkeypatch.setattr(stacks, "exact_dtype", lambda _: precision)
     factors = [Factors("0", torch.randn(2, 3), torch.randn(4, 2), 1.0)]
     ball.project_(factors, 0.0)
     assert not factors[0].A.any()

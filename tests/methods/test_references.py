@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.methods import MethodOptions, names
-from bilora_diffusion.methods.bilora import radius
-from bilora_diffusion.methods.options import L2SPOptions
-from tests.methods.runs import SPEC, STEPS, Run, Updates, assert_follows_reference
+from tests.methods.runs import STEPS, Run, Updates, assert_follows_reference
 from tests.references import methods as reference
 from tests.references.methods import Net
 
@@ -43,27 +41,17 @@ class Case:
     name: str
     reference: Callable[[Net, Tensor, Tensor], float]
     options: dict[str, Any] = field(default_factory=dict)
-    init: str = "default"
-    # Direction of the auxiliary, if the method has one
-    ascends: bool = True
 
 
 BALL: dict[str, Any] = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "rho": 0.05}
-DESCENT = {"auxiliary_direction": "descent"}
-L2SP = {"settings": L2SPOptions(l2sp_lambda=0.3)}
 in_ball = partial(reference.bilora, rho=0.05)
 CASES = [
     Case("lora", reference.lora),
     Case("full", reference.full),
     Case("flat-lora", flat_lora, {"rho": 0.3, "seed": 5}),
     Case("lora-sam", partial(reference.lora_sam, rho=0.2), {"rho": 0.2}),
-    Case("lora-l2sp", partial(reference.lora_l2sp, strength=0.3), L2SP),
-    Case("lora-l2sp", partial(reference.lora_l2sp, strength=0.3), L2SP, init="pissa"),
     Case("bilora", in_ball, BALL),
     Case("bilora", partial(reference.bilora, rho=0.5), BALL | {"rho": 0.5}),
-    Case("bilora", partial(in_ball, ball="per-layer"), BALL | {"ball": "per-layer"}),
-    Case("bilora", partial(in_ball, ball="none"), BALL | {"ball": "none"}),
-    Case("bilora", in_ball, BALL | DESCENT, ascends=False),
     Case("bilora", partial(in_ball, scaled=False), BALL | {"rho_norm": "unscaled"}),
 ]
 for _kind in ("oBAR", "nBAR"):
@@ -71,14 +59,6 @@ for _kind in ("oBAR", "nBAR"):
         _step = partial(bar, kind=_kind, schedule=_schedule)
         _options = {"bar_alpha": 2.0, "bar_schedule": _schedule}
         CASES.append(Case(f"lora-{_kind.lower()}", _step, _options))
-for _norm in ("scaled", "unscaled"):
-    _step = partial(
-        reference.auto_radius,
-        tau=0.3,
-        largest_share=radius.MAX_SHARE,
-        scaled=_norm == "scaled",
-    )
-    CASES.append(Case("bilora", _step, {"rho": "auto", "loss_rise": 0.3, "rho_norm": _norm}))
 
 
 def combinations():
@@ -86,8 +66,7 @@ def combinations():
     for case in CASES:
         yield case, "AdamW", 5e-3, 0.01, 0
         yield case, "AdamW", 5e-3, 0.01, 5
-        if case.options.get("ball") != "none":  # without a ball SGD's ascent diverges
-            yield case, "SGD", 0.1, 0.0, 0
+        yield case, "SGD", 0.1, 0.0, 0
 
 
 @pytest.mark.parametrize(("case", "optimizer", "lr", "decay", "warmup"), combinations())
@@ -96,14 +75,13 @@ def test_50_steps_follow_the_reference(case, optimizer, lr, decay, warmup):
     options = {"num_steps": STEPS, **case.options}
     auxiliary = None
     if case.name == "bilora":
-        auxiliary = Updates(lr, ascends=case.ascends)
+        auxiliary = Updates(lr, ascends=True)
     if "auxiliary_rank" in options:
         options["auxiliary_learning_rate"] = 2 * lr
-        auxiliary = Updates(2 * lr, ascends=case.ascends)
-    spec = replace(SPEC, init=case.init)
-    run = Run(case.name, MethodOptions(**options), optimizer, lr, decay, spec)
+        auxiliary = Updates(2 * lr, ascends=True)
+    run = Run(case.name, MethodOptions(**options), optimizer, lr, decay)
     if auxiliary is not None:
-        assert run.optimizer.param_groups[1]["maximize"] is case.ascends
+        assert run.optimizer.param_groups[1]["maximize"]
     net = assert_follows_reference(run, case.reference, Updates(lr, decay), auxiliary, warmup)
     # LoRA-SAM takes a second pass at the perturbed weights.
     assert run.passes == (2 * STEPS if case.name == "lora-sam" else STEPS)

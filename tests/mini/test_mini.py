@@ -22,7 +22,6 @@ from bilora_diffusion.image.script import heldout_images
 from bilora_diffusion.mini import scorer
 from bilora_diffusion.mini.colors import color_difference
 from bilora_diffusion.train.variants import require_paired
-from examples import own_loop
 
 ROOT = Path(mini.__file__).parent
 ICON_COUNTS = {"mini": 23, "mini-heldout": 128, "mini-animals": 12, "mini-animals-heldout": 64}
@@ -233,12 +232,3 @@ def test_the_color_difference_is_one_of_colors_not_of_detail():
     assert color_difference(white, black) == 1
     assert color_difference(black, black) == 0
     assert color_difference(Image.fromarray(columns), gray) < 0.01
-
-
-@pytest.mark.slow
-def test_the_plain_loop_takes_its_steps(capsys):
-    own_loop.main(["--steps", "1"])
-    head, lora, bilora = capsys.readouterr().out.splitlines()[-3:]
-    assert head.endswith("at 0")
-    # The last column is the loss before the first step, where both methods are the base model.
-    assert lora.split()[-1] == bilora.split()[-1]

@@ -87,14 +87,13 @@ Rules = Sequence[Mapping[str, SGD | AdamW]]
 
 @dataclass
 class Net:
-    """Two layers with the optimizer of each matrix, the number of the step from 0, and what a
-    method remembers.
+    """Two layers with the optimizer of each matrix, the number of the step from 0, and numbers
+    that a method records.
     """
 
     layers: list[Layer]
     rules: Rules
     k: int = 0
-    memory: Gradients = field(default_factory=list)
     numbers: dict[str, list[float]] = field(default_factory=dict)
 
     def gradients(
@@ -182,20 +181,6 @@ def lora_sam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
     return loss
 
 
-def lora_l2sp(net: Net, x: Tensor, y: Tensor, strength: float) -> float:
-    """The gradient of L + strength sum_i ||W_i - W_i(0)||_F^2; it remembers the first weights."""
-    weights = [layer.weight() for layer in net.layers]
-    if not net.memory:
-        net.memory = [{"W": W} for W in weights]
-    loss, full = backward(weights, net.layers, x, y)
-    gradients = []
-    for i, layer in enumerate(net.layers):
-        dW = full[i]["W0"] + 2 * strength * (weights[i] - net.memory[i]["W"])
-        gradients.append(to_factors(layer, dW))
-    net.descend(gradients)
-    return loss
-
-
 def bar(net: Net, x: Tensor, y: Tensor, kind: str, strength: float) -> float:
     """oBAR and nBAR: balance each layer, then take the optimizer's step with the same gradient."""
     loss, gradients = net.gradients(x, y)
@@ -243,115 +228,9 @@ def clip(layers: list[Layer], rho: float, scaled: bool = True) -> float:
     return c
 
 
-def bilora(
-    net: Net, x: Tensor, y: Tensor, rho: float, ball: str = "global", scaled: bool = True
-) -> float:
-    """Algorithm 1; its ablation "per-layer" gives each layer a ball of rho / sqrt(layers)."""
+def bilora(net: Net, x: Tensor, y: Tensor, rho: float, scaled: bool = True) -> float:
+    """Algorithm 1."""
     loss = lora(net, x, y)
-    if ball == "global":
-        is_outside = clip(net.layers, rho, scaled) > rho
-    elif ball == "per-layer":
-        bound = rho / math.sqrt(len(net.layers))
-        norms = [clip([layer], bound, scaled) for layer in net.layers]
-        is_outside = max(norms) > bound
-    else:
-        is_outside = True  # the tests want a ball to have been at work, and here is none
+    is_outside = clip(net.layers, rho, scaled) > rho
     net.numbers.setdefault("outside", []).append(float(is_outside))
     return loss
-
-
-def auto_radius(
-    net: Net, x: Tensor, y: Tensor, tau: float, largest_share: float, scaled: bool = True
-) -> float:
-    """Bi-LoRA with a radius that is found anew before each projection.
-
-    Args:
-        tau: the share of the loss by which the auxiliary is to move it.
-        largest_share: the largest share of the norm of the primary's change that the radius may be.
-    """
-    # The change of the loss by the auxiliary to first order, <dL/dW, s2 B2 A2>.
-    _, full = backward([layer.weight() for layer in net.layers], net.layers, x, y)
-    gamma = 0.0
-    for layer, gradient in zip(net.layers, full, strict=True):
-        gamma += float((gradient["W0"] * layer.change()).sum())
-    loss = lora(net, x, y)
-    primary_changes = []
-    for layer in net.layers:
-        scale = layer.s if scaled else 1.0
-        primary_changes.append(scale * layer.B @ layer.A)
-    limit = largest_share * norm(primary_changes)
-    if not net.numbers:
-        net.numbers = {"slopes": [], "losses": [], "outside": [], "radius": [0.0, 0.0]}
-    slopes = net.numbers["slopes"]
-    losses = net.numbers["losses"]
-    rho, auxiliary_norm = net.numbers["radius"]
-    if auxiliary_norm == 0:  # no step has moved the auxiliary yet
-        rho = limit
-    else:
-        slopes.append(gamma / auxiliary_norm)
-        losses.append(loss)
-        # Weighted means, in which each step counts 2 % less than the next.
-        weights = [0.98**age for age in reversed(range(len(losses)))]
-        loss_sum = sum(w * value for w, value in zip(weights, losses, strict=True))
-        mean_loss = loss_sum / sum(weights)
-        squares = sum(w * value**2 for w, value in zip(weights, slopes, strict=True))
-        mean_slope = math.sqrt(squares / sum(weights))
-        # At the radius that is sought, tau L = rho slope. A step goes half of the way there (in
-        # the logarithm), and by 10 % at most.
-        ratio = math.sqrt(tau * mean_loss / (rho * mean_slope))
-        rho = min(rho * min(max(ratio, 0.9), 1.1), limit)
-    norm_before = clip(net.layers, rho, scaled)
-    net.numbers["outside"].append(float(norm_before > rho))
-    auxiliary_norm = min(norm_before, rho)
-    net.numbers["radius"] = [rho if losses else auxiliary_norm, auxiliary_norm]
-    return loss
-
-
-def by_sample(
-    net: Net,
-    x: Tensor,
-    y: Tensor,
-    rho: float,
-    auxiliary_nets: list[Net],
-    groups: Sequence[int | None],
-    shares: Sequence[float],
-) -> float:
-    """Bi-LoRA with an auxiliary for each group of samples, one row after the other.
-
-    Args:
-        rho: of the ball of each group.
-        auxiliary_nets: A2 and B2 of each group, with their rules.
-        groups: of each row, whose auxiliary it sees; or None.
-        shares: of each row: the part of its group's auxiliary that it sees.
-    """
-    rows = len(x)
-    total_loss = 0.0
-    primary_sum: Gradients = [{}, {}]
-    group_sums: dict[int, Gradients] = {}
-    for row, (group, share) in enumerate(zip(groups, shares, strict=True)):
-        layers = net.layers
-        if group is not None:
-            layers = []
-            for layer, auxiliary in zip(net.layers, auxiliary_nets[group].layers, strict=True):
-                assert auxiliary.B2 is not None
-                layers.append(replace(layer, A2=auxiliary.A2, B2=share * auxiliary.B2))
-        loss, gradients = Net(layers, net.rules).gradients(x[row : row + 1], y[row : row + 1])
-        total_loss += loss / rows
-        for index, gradient in enumerate(gradients):
-            add(primary_sum[index], "A", gradient["A"] / rows)
-            add(primary_sum[index], "B", gradient["B"] / rows)
-            if group is not None:
-                group_sum = group_sums.setdefault(group, [{}, {}])[index]
-                add(group_sum, "A2", gradient["A2"] / rows)
-                # The row saw share * B2, so that dL/dB2 has the factor as well.
-                add(group_sum, "B2", share * gradient["B2"] / rows)
-    net.descend(primary_sum)
-    for group, gradients in group_sums.items():
-        auxiliary_nets[group].descend(gradients)
-        clip(auxiliary_nets[group].layers, rho)
-    return total_loss
-
-
-def add(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    """Add to a sum, which begins at zero."""
-    sums[name] = sums.get(name, 0.0) + gradient

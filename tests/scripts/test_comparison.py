@@ -33,7 +33,7 @@ def control_of(flags):
 
 def test_the_control_has_the_options_of_its_own_command(caplog):
     """All but the method, its folder, and what is a different quantity in the other method."""
-    flags = "--rho 0.3 --auxiliaries 2"
+    flags = "--rho 0.3 --auxiliary_rank 2"
     control = control_of(f"{flags} --compare lora")
     lora_command = f"{MINI} {flags} --method lora --output_dir runs{os.sep}dog-lora"
     assert control.to_dict() == DREAMBOOTH.resolve(lora_command.split()).to_dict()

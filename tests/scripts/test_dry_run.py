@@ -126,8 +126,7 @@ and those below are what real models and methods hold.
     ("values", "parts"),
     [
         ({}, MINI),
-        ({"auxiliaries": "sample"}, {"adapters: auxiliary": "8.24 MB", "gradients": "1.79 MB"}),
-        ({"use_ema": True, "use_dora": True}, {"adapters: primary": "403 kB"}),
+        ({"use_dora": True}, {"adapters: primary": "403 kB"}),
         (
             {"optimizer": "adamw8bit", "quantize": "nf4"},
             {"the optimizer's state": "358 kB", "weights: unet": "43.8 MB"},

@@ -21,7 +21,7 @@ ENGINE = {
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fsdp")]
 
 CASES: dict[str, dict[str, Any]] = {
-    "causal-bilora": {"use_ema": True, "checkpointing_steps": 2, "max_grad_norm": 0.01},
+    "causal-bilora": {"checkpointing_steps": 2, "max_grad_norm": 0.01},
     "seq2seq-bilora": {"checkpointing_steps": 2, "use_dora": True},
     "classification-bilora": {},
     "causal-lora-sam": {"gradient_checkpointing": True},

@@ -50,7 +50,7 @@ def icons(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "method", "values"),
     [
-        ("causal", "bilora", {"use_ema": True, "ema_decay": 0.5}),
+        ("causal", "bilora", {}),
         pytest.param("classification", "full", {"learning_rate": 3e-4}, marks=pytest.mark.slow),
     ],
 )
@@ -127,8 +127,6 @@ def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_o
 def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     options = {
         "max_train_steps": 12,
-        "use_ema": True,
-        "ema_decay": 0.9,
         "validation_prompt": "a TOK icon",
         "validation_epochs": 100,  # at the end alone
         "num_validation_images": 1,
@@ -173,7 +171,7 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
 @pytest.mark.slow
 def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     picture, renamed = sorted(icons["dataset"].glob("*.png"))
-    shared = {**icons, "auxiliaries": "sample"}
+    shared = dict(icons)
     run = train(tmp_path / "run", **shared)
     content = runlog.read_run(run)["content"]
     assert content["training"]["count"] == content["held-out"]["count"] == 2
@@ -185,7 +183,7 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     with pytest.raises(UserError, match=f"the picture of {picture.name} changed"):
         train(run, **go_on)
     picture.write_bytes(original)
-    moved = renamed.rename(renamed.with_name("0.png"))  # it would get the other's auxiliary
+    moved = renamed.rename(renamed.with_name("0.png"))
     with pytest.raises(UserError, match=f"renamed .{renamed.name} to {moved.name}"):
         train(run, **go_on)
     moved.rename(renamed)
@@ -221,7 +219,7 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     go_on["train_file"] = file.rename(tmp_path / "elsewhere" / file.name)
     saved = checkpoint.load(run / "checkpoints" / "step-1")
-    saved.extra["config"] |= {"efm_beta": 0.9, "looksam_k": 5}
+    saved.extra["config"] |= {"efm_beta": 0.9, "use_ema": False, "auxiliaries": 1}
     checkpoint.save(run, saved)
     record = json.loads((run / "run.json").read_text())
     record["config"]["auxiliaries_on"] = "cpu"

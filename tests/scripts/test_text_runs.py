@@ -45,10 +45,10 @@ LIVES: list[Any] = [
 ]
 SLOW_LIVES = [
     ("seq2seq", "bilora", {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
-    ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5, "gradient_checkpointing": True}),
+    ("causal", "lora-sam", {"gradient_checkpointing": True}),
     ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
     # Its pooler is random: the next loader would sample it anew.
-    ("headless", "bilora", {"auxiliaries": "sample"}),
+    ("headless", "bilora", {}),
 ]
 LIVES += [pytest.param(*life, marks=pytest.mark.slow) for life in SLOW_LIVES]
 

@@ -83,7 +83,6 @@ def text_task(case, folder):
         cfg=cfg,
         loaded=SimpleNamespace(model=model, kind=case["kind"], whole_modules=saved),
         data=SimpleNamespace(train=train),
-        sample_names=[""],
         targets=lambda: [Target("model", model, AdapterSpec(8, 16, modules_to_save=saved), 1e-4)],
     )
 

@@ -199,9 +199,8 @@ def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path):
     assert line["ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"auxiliary_rank": 3}, {"auxiliary_direction": "descent"}])
-def test_the_ascent_gain_is_the_gradient_times_the_weight(options, tmp_path):
-    run = Training("bilora", tmp_path, rho=0.3, **options)
+def test_the_ascent_gain_is_the_gradient_times_the_weight(tmp_path):
+    run = Training("bilora", tmp_path, rho=0.3, auxiliary_rank=3)
     run.train(1)
     gradients = run.full_gradients()
     gains = {}

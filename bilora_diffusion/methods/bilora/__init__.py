@@ -1,1 +1,1 @@
-"""Bi-LoRA: the algorithm, its ball, its radius, and the auxiliaries it trains."""
+"""Bi-LoRA: the algorithm, its auxiliary, and the ball that bounds it."""

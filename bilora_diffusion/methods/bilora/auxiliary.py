@@ -1,157 +1,135 @@
-"""The auxiliary of the paper, one for all samples, and the ablations of its ball."""
+"""The auxiliary adapter: its shape, its learning rate, its norm, and how an optimizer ascends."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ... import adapters
-from ...adapters import AUXILIARY
-from .. import perturb
-from . import ball
-
-# (path, layer) of the layers of one model.
-Layers = Sequence[tuple[str, adapters.LoraLayer]]
+from ...adapters import AUXILIARY, AdapterSpec
+from ...core.errors import UserError
+from ..base import MethodOptions
 
 
-class Auxiliary:
-    """One auxiliary for all samples: the adapter that the layers hold.
+def auxiliary_spec(options: MethodOptions, primary: AdapterSpec) -> AdapterSpec:
+    """Return the shape of the auxiliary for a primary of this shape.
 
-    Subclasses bound it in another way (below), or hold several auxiliaries, one for each sample or
-    group of samples (`per_sample`). These are numbered from 0.
+    Whatever the primary's init, A2 is kaiming-uniform and B2 zero. It has no dropout, since B2 A2
+    perturbs the weights for every input alike.
+    """
+    return replace(
+        primary,
+        rank=options.auxiliary_rank or primary.rank,
+        alpha=options.auxiliary_alpha or primary.alpha,
+        dropout=0.0,
+        init="default",
+        use_dora=False,
+    )
+
+
+def auxiliary_rate(options: MethodOptions, rate: float, first_rate: float) -> float:
+    """eta_2 of Eq. 9 for one of the models that are trained together.
+
+    A rate that is given is that of the first model. The others' keep the ratio that the primaries
+    have: text encoders are trained more slowly than the denoiser.
 
     Args:
-        layers: of each trained model, the layers that have the adapter.
-        norm_scales: factor on the norm of each layer's B A, model by model (`norm_scales`).
+        options: the method's, with ``auxiliary_learning_rate``.
+        rate: learning rate of the model's primary.
+        first_rate: learning rate of the first model's primary.
 
-    Attributes:
-        count: number of auxiliaries.
-        loose_parameters: its parameters that no module holds.
+    Raises:
+        UserError: the first model's rate is 0, so there is no ratio.
+    """
+    given_rate = options.auxiliary_learning_rate
+    if given_rate is None:
+        return rate  # eta_2 = eta_1, as in the paper's experiments (Appendix G)
+    if rate == first_rate:
+        return given_rate
+    if first_rate == 0:
+        raise UserError(
+            "The learning rate of the first model is 0, so auxiliary_learning_rate"
+            f" {given_rate} has no ratio to keep for the others; leave it out."
+        )
+    return given_rate * rate / first_rate
+
+
+def auxiliary_factors(
+    layers: Sequence[tuple[str, adapters.LoraLayer]], rho_norm: str
+) -> list[adapters.Factors]:
+    """A2 and B2 of each layer, with the factor on the norm of B2 A2 that `rho_norm` asks for."""
+    factors = adapters.factors_of(layers, AUXILIARY)
+    if rho_norm == "unscaled":
+        # Eq. 10 to the letter: the paper leaves s out after Eq. 1.
+        return [layer_factors._replace(scale=1.0) for layer_factors in factors]
+    return factors
+
+
+def check_groups(
+    optimizer: Optimizer, primary: Sequence[nn.Parameter], auxiliary: Sequence[nn.Parameter]
+) -> None:
+    """Refuse an optimizer that would not move the adapters as Eq. 9 does.
+
+    Raises:
+        UserError: its groups are not those of `param_groups`.
+    """
+    fix = "make the optimizer from param_groups() as it is."
+    # By identity: `==` of tensors compares their values.
+    auxiliary_ids = set(map(id, auxiliary))
+    primary_ids = set(map(id, primary))
+    # A parameter that is in no group would never be trained.
+    missing_ids = auxiliary_ids | primary_ids
+    for group in optimizer.param_groups:
+        group_ids = set(map(id, group["params"]))
+        missing_ids -= group_ids
+        # Groups that were not made by `param_groups` may lack these keys.
+        maximize = bool(group.get("maximize", False))
+        decay = group.get("weight_decay", 0)
+        foreign_ids = group_ids - auxiliary_ids
+        # Weight decay would pull the auxiliary to zero, against its ascent.
+        ascends = not foreign_ids and maximize and decay == 0
+        if group_ids & auxiliary_ids and not ascends:
+            raise UserError(
+                f"The auxiliary's group has maximize={maximize}, weight_decay={decay} and "
+                f"{len(foreign_ids)} foreign parameters; {fix}"
+            )
+        if group_ids & primary_ids and maximize:
+            raise UserError(f"A group with maximize=True holds parameters of the primary; {fix}")
+    if missing_ids:
+        raise UserError(f"The optimizer lacks {len(missing_ids)} parameters of the adapters; {fix}")
+
+
+def turn_gradients(
+    optimizer: Optimizer, auxiliary: Sequence[nn.Parameter]
+) -> list[RemovableHandle]:
+    """Change the sign of the auxiliary's gradients during each step, and change it back.
+
+    For an optimizer that does not know ``maximize`` this is the same, since the auxiliary has no
+    weight decay.
     """
 
-    count = 1
+    def change_signs(*_: Any) -> None:
+        gradients = [p.grad for p in auxiliary if p.grad is not None]
+        if gradients:
+            torch._foreach_neg_(gradients)
 
-    def __init__(self, layers: Sequence[Layers], norm_scales: Sequence[float]) -> None:
-        self._layers = [list(model_layers) for model_layers in layers]
-        self._norm_scales = norm_scales
-        self.loose_parameters: Sequence[nn.Parameter] = ()
+    # `step(closure)` computes the gradients after the pre-hooks, so their signs would stay.
+    def refuse_closure(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step_arguments = [*args[1:], *kwargs.values()]  # without the optimizer itself
+        if any(argument is not None for argument in step_arguments):
+            raise UserError(
+                f"{type(optimizer).__name__} knows no maximize and was given a closure, in "
+                "which the auxiliary's gradients can't be turned; call step() without one."
+            )
 
-    def parameters(self, model: int | None = None) -> list[nn.Parameter]:
-        """Parameters for the optimizer.
-
-        Args:
-            model: number of the model that has them; None for all models.
-        """
-        parameters: list[nn.Parameter] = []
-        for number, layers in enumerate(self._layers):
-            if model in (None, number):
-                for _, layer in layers:
-                    parameters += adapters.weights(layer, AUXILIARY)
-        return parameters
-
-    def follow_models(self) -> None:
-        """Move to the models' device; `param_groups` calls it, before an optimizer is made."""
-
-    def around_batch(
-        self, samples: Sequence[int | None], snr: Sequence[float]
-    ) -> AbstractContextManager[None]:
-        """A context for the forward and backward pass of a micro-batch (`Method.around_batch`)."""
-        return nullcontext()
-
-    def check_gradients(self) -> None:
-        """Refuse a step whose gradients do not say how the auxiliary moves."""
-
-    def forget_gradients(self) -> None:
-        """Clear the gradients of `loose_parameters`."""
-
-    def active(self) -> Sequence[int]:
-        """Numbers of the auxiliaries that the step moves."""
-        return (0,)
-
-    def norm(self) -> Tensor:
-        """The total norm over all layers, 0-d; the largest of several auxiliaries."""
-        return ball.frobenius_norm(self.factors())
-
-    def active_norm(self) -> Tensor | None:
-        """The mean norm of the auxiliaries that the step's gradient saw, 0-d.
-
-        Returns:
-            None where it is the norm of the last projection.
-        """
-        return None
-
-    @torch.no_grad()
-    def ascent_gain(self, numbers: Sequence[int]) -> Tensor:
-        """<G, E>, by which these auxiliaries raise the step's loss to first order, 0-d.
-
-        It is the sum of <dL/dB, B> over the layers.
-        """
-        values: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for B, gradient in self._B_and_gradients(numbers):
-            values.append(B)
-            gradients.append(gradient)
-        return perturb.dot(values, gradients)
-
-    def _B_and_gradients(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """B and its gradient, of each layer that the loss reaches."""
-        # With E = s B A and dL/dB = s G A^T, <G, E> = <dL/dB, B>: A's gradient is not needed.
-        for layers in self._layers:
-            for _, layer in layers:
-                _, B = adapters.weights(layer, AUXILIARY)
-                if B.grad is not None:
-                    yield ball.full_tensor(B), ball.full_tensor(B.grad)
-
-    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
-        """Project these auxiliaries onto the ball (Equation 10)."""
-        return ball.project_(self.factors(), rho)
-
-    def factors(self) -> list[adapters.Factors]:
-        """A and B of each layer, with the factor on its norm as scale."""
-        layers = list(chain.from_iterable(self._layers))  # model by model, as the scales are
-        factors: list[adapters.Factors] = []
-        adapter_factors = adapters.factors_of(layers, AUXILIARY)
-        for layer_factors, scale in zip(adapter_factors, self._norm_scales, strict=True):
-            factors.append(layer_factors._replace(scale=scale))
-        return factors
-
-    def tensors(self, model_names: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors for a checkpoint, if they replace the layers' own parameters; else none."""
-        return {}
-
-
-def norm_scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list[float]:
-    """Factor on the norm of each layer's B A: its scale s, or 1 (`--rho_norm unscaled`)."""
-    if rho_norm == "unscaled":
-        return [1.0] * len(layers)  # Eq. 10 to the letter: the paper leaves s out after Eq. 1
-    return [float(layer.scaling[adapter]) for _, layer in layers]
-
-
-class UnboundedAuxiliary(Auxiliary):
-    """An auxiliary without a ball (`--ball none`)."""
-
-    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
-        # For the log, which shows how large it becomes without Eq. 10.
-        norm = self.norm()
-        return ball.Projection(before=norm, after=norm, factor=torch.ones_like(norm))
-
-
-class PerLayerAuxiliary(Auxiliary):
-    """An auxiliary clipped to rho / sqrt(layers) in each layer (`--ball per-layer`)."""
-
-    @torch.no_grad()
-    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
-        factors = self.factors()
-        squares = ball.squares(factors)
-        if isinstance(rho, Tensor):  # that of `--rho auto` may be on another device
-            rho = rho.to(squares.norm)
-        # The sum of (rho / sqrt(layers))^2 over the layers is rho^2.
-        norms, factor = ball.clipping(squares, rho / math.sqrt(len(factors)))  # each (layers,)
-        ball.multiply_(factors, factor)
-        after = (norms * factor * factor).norm()
-        return ball.Projection(before=squares.joint_norm(), after=after, factor=factor.amin())
+    return [
+        optimizer.register_step_pre_hook(refuse_closure),
+        optimizer.register_step_pre_hook(change_signs),
+        optimizer.register_step_post_hook(change_signs),
+    ]
