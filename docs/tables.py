@@ -283,9 +283,9 @@ def together() -> Iterable[str]:
     """Lowest held-out losses of other forms without and with Bi-LoRA."""
     rows = []
     for form in ("PiSSA", "LoRA-GA", "DoRA", "NF4"):
-        without = read("together").summary(form, f"best {HELDOUT_LOSS}")
+        lora_line = read("together").summary(form, f"best {HELDOUT_LOSS}")
         check = _lowest("together", f"{form}, Bi-LoRA", form)
-        value = report.number(without.mean if without else None, LOSS)
+        value = report.number(lora_line.mean if lora_line else None, LOSS)
         rows.append((form, value, difference(check, LOSS)))
     yield report.table(("form", "LoRA", "with Bi-LoRA"), rows)
 
