@@ -13,9 +13,9 @@ from typing import Any
 
 from bilora_diffusion.core.figures import Interval, mean_interval
 from bilora_diffusion.core.values import HELDOUT_LOSS
-from eval import compare, report, table
+from eval.results import compare, report, table
+from eval.results.table import Metric, Result, Summary
 from eval.sweep import step_rules
-from eval.table import Metric, Result, Summary
 
 from .evidence import ROOT, Check, figure
 
@@ -80,7 +80,7 @@ def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool =
     return _signed(line.difference, line.difference_interval if intervals else None, metric)
 
 
-def _signed(value: float | None, bounds: tuple[float, float] | None, metric: Metric) -> str:
+def _signed(value: float | None, bounds: Interval | None, metric: Metric) -> str:
     """A difference with its interval, if there is one."""
     text = report.number(value, metric, "+")
     if bounds is not None:
@@ -96,7 +96,7 @@ def without_signs_of_zeros(text: str) -> str:
 def difference(check: Check, metric: Metric) -> str:
     """The figure of a check with its interval."""
     value = figure(check)
-    return _signed(value.mean, (value.low, value.high), metric)
+    return _signed(value.mean, Interval(value.low, value.high), metric)
 
 
 def seeds(result: Result) -> int:
