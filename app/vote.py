@@ -19,7 +19,7 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion.core.errors import UserError
-from eval.compare import win_rate_interval
+from eval.results.compare import win_rate_interval
 
 from . import parts
 from .catalog import Catalog

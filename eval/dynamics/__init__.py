@@ -12,19 +12,18 @@ Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from bilora_diffusion import methods
 from bilora_diffusion.core.lora_names import AUXILIARY
 
-from . import report
-from .evaluation import Evaluation, require_common_steps
-from .plot import Panel
-from .report import Column
-from .subjects import Subject, by_group
-from .table import Result, Row
+from ..evaluation import Evaluation, require_common_steps
+from ..results import report
+from ..results.plot import Panel
+from ..results.report import Column
+from ..results.table import Result, Row
+from ..subjects import Subject, by_group
 
 # Options that the result names for each group
 COMPARED_OPTIONS = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
@@ -43,7 +42,7 @@ class Dynamics(Evaluation):
     title = "Training dynamics"
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import dynamics_curves as curves
+        from . import curves
 
         groups = by_group(subjects)
         self.layers: dict[str, list[str]] = {}  # group -> layers with curves of their own
@@ -68,7 +67,7 @@ class Dynamics(Evaluation):
         self._note(groups)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from .dynamics_curves import ALL_LAYERS, OF_LAYERS
+        from .curves import ALL_LAYERS, OF_LAYERS
 
         all_layers = self.curves[subject.label][ALL_LAYERS]
         for name, values in all_layers.values.items():
@@ -83,15 +82,14 @@ class Dynamics(Evaluation):
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from . import dynamics_curves as curves
-        from . import dynamics_figures as figures
+        from . import curves, figures
 
         # Key figures are of single runs, so they are rows, and the summaries average them too.
         rows += curves.key_figures(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        from . import dynamics_figures as figures
+        from . import figures
 
         return figures.panels(result)
 
@@ -103,7 +101,7 @@ class Dynamics(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        from . import dynamics_figures as figures
+        from . import figures
 
         return figures.columns(result)
 
@@ -135,6 +133,3 @@ def compared_options(run: Subject) -> dict[str, object]:
 
 
 main = Dynamics.main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -30,8 +30,8 @@ from bilora_diffusion.train.dynamics import (
     totals,
 )
 
-from .subjects import Subject
-from .table import Row
+from ..results.table import Row
+from ..subjects import Subject
 
 ALL_LAYERS = "all"
 # Vectors of which cosines are taken: A, B, both, or B A; all chosen layers form one vector

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, RATIO, ROWS, TERMS
 
-from .dynamics_curves import CROSS, NEGLIGIBLE
-from .plot import Curve, Panel, wrapped
-from .report import Column
-from .table import Metric, Result
+from ..results.plot import Curve, Panel, wrapped
+from ..results.report import Column
+from ..results.table import Metric, Result
+from .curves import CROSS, NEGLIGIBLE
 
 # Label and color of each of the `TERMS` of Eq. 5
 TERM_COLORS = {

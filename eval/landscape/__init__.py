@@ -15,7 +15,6 @@ Writes rows.csv, summary.csv, result.json, report.md, landscape.png and landscap
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -26,19 +25,19 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import NOISE_LEVELS, check_choice
 
-from . import compare, report
-from .cache import Cache
-from .command import COUNTS, POSITIVE, open_device
-from .compare import mean
-from .evaluation import Evaluation
-from .landscape_figures import TITLES, draw
-from .report import Column
-from .subjects import Subject, by_group, gather
-from .table import Metric, Result, Row
+from ..cache import Cache
+from ..command import COUNTS, POSITIVE, open_device
+from ..evaluation import Evaluation
+from ..results import compare, report
+from ..results.compare import mean
+from ..results.report import Column
+from ..results.table import Metric, Result, Row
+from ..subjects import Subject, by_group, gather
+from .figures import TITLES, draw
 
 if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for torch
-    from .landscape_points import Model
-    from .landscape_surface import Loss, Weight
+    from .points import Model
+    from .surface import Loss, Weight
 
 SPACES = tuple(TITLES)
 # Losses at some positions; None where one is not finite.
@@ -102,7 +101,7 @@ class Landscape(Evaluation):
         return gather(self.args.runs, self.args.group, weights=True)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import landscape_points as points
+        from . import points
 
         for name, count in (("points", self.args.points), ("grid", self.args.grid or 3)):
             # An odd number, so that the weights themselves are one of the points.
@@ -139,7 +138,7 @@ class Landscape(Evaluation):
             self.measurement_count += count * len(subject_spaces)
 
     def _settings(self, spaces: Sequence[str]) -> dict[str, Any]:
-        from .landscape_surface import coordinates
+        from .surface import coordinates
 
         args = self.args
         # All points have the same images, see `open_points`.
@@ -170,7 +169,7 @@ class Landscape(Evaluation):
         return tqdm(total=self.measurement_count, unit="part")
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from . import landscape_points as points
+        from . import points
 
         point = self.points[subject.label]
         spaces = self.spaces[subject.label]
@@ -197,7 +196,7 @@ class Landscape(Evaluation):
         Raises:
             UserError: the loss at the weights themselves is not finite.
         """
-        from .landscape_surface import Direction, evaluate, line, plane, sharpness
+        from .surface import Direction, evaluate, line, plane, sharpness
 
         seed = self.settings["seed"]
         rho = self.settings["rho"]
@@ -328,6 +327,3 @@ def rise(lines: Sequence[LossValues]) -> float | None:
 
 
 main = Landscape.main
-
-if __name__ == "__main__":
-    sys.exit(main())

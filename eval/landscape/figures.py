@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import plot
-from .table import Entry, Result
+from ..results import plot
+from ..results.table import Entry, Result
 
 # Space -> its title
 TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}

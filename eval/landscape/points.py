@@ -30,9 +30,9 @@ from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run.record import RUN
 
-from .landscape_surface import Weight
-from .load import put_lora, put_models
-from .subjects import BASE, Subject
+from ..load import put_lora, put_models
+from ..subjects import BASE, Subject
+from .surface import Weight
 
 # Options beside base model and images that decide which function of the weights the loss is
 LOSS_OPTIONS = (

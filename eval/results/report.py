@@ -21,7 +21,7 @@ INTERVALS = f"its 95 % interval (Student's t; from {BOOTSTRAP_FROM} values on a 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric in a table of groups, shown by its :class:`~eval.table.Metric`."""
+    """A metric in a table of groups, shown by its :class:`~eval.results.table.Metric`."""
 
     metric: str
     item: str = ""

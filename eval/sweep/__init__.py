@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from bilora_diffusion.core.errors import UserError
 
 from ..command import run
-from ..table import command_line
+from ..results.table import command_line
 from .command import Sweep
 
 

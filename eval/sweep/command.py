@@ -59,13 +59,13 @@ from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import counted, without_paths
 from bilora_diffusion.core.values import TRAINING_GRID_LOSS, WORKERS
 
-from .. import compare, plot
 from ..command import COUNTS, Parser, open_folder
 from ..evaluation import Evaluation
-from ..report import Column
+from ..results import compare, plot
+from ..results.report import Column
+from ..results.table import Result, Row
 from ..sources import open_run
 from ..subjects import Subject, by_group, paired
-from ..table import Result, Row
 from . import losses
 from .losses import FINISHED, SECONDS, WAITING
 

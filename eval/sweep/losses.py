@@ -7,9 +7,9 @@ from functools import partial
 
 from bilora_diffusion.core.values import HELDOUT_LOSS, TRAINING_GRID_LOSS
 
-from .. import report
-from ..plot import Curve, Forest, Panel
-from ..table import Entry, Metric, Result
+from ..results import report
+from ..results.plot import Curve, Forest, Panel
+from ..results.table import Entry, Metric, Result
 
 # Metric beside those of ``metrics.jsonl``
 SECONDS = "seconds_per_step"

@@ -9,10 +9,10 @@ from typing import Any
 
 from bilora_diffusion.core.errors import UserError
 
-from .. import table
-from ..compare import EQUAL_TRAINING
+from ..results import table
+from ..results.compare import EQUAL_TRAINING
+from ..results.table import Provenance, Result, Row
 from ..subjects import Subject
-from ..table import Provenance, Result, Row
 from .plan import Run
 
 # Settings that all runs of a result have in common

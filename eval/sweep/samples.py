@@ -10,10 +10,10 @@ from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.mini.colors import SQUARE
 
-from .. import plot, report
 from ..clip_scores.reporting import METRICS as CLIP_METRICS
-from ..plot import Curve, Panel
-from ..table import Metric, Result, Summary
+from ..results import plot, report
+from ..results.plot import Curve, Panel
+from ..results.table import Metric, Result, Summary
 from . import step_rules
 
 FRONTS = "fronts.png"

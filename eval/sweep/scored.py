@@ -15,11 +15,11 @@ from bilora_diffusion.core.files import hours_for_each_second
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.console import quiet
 
-from .. import plot, report
 from ..command import open_device
-from ..report import Column
+from ..results import plot, report
+from ..results.report import Column
+from ..results.table import Result, Row, provenance_of_this_process
 from ..subjects import Subject
-from ..table import Result, Row, provenance_of_this_process
 from . import losses, samples
 from .command import Sweep
 from .plan import Plan, Run

@@ -14,12 +14,12 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini.colors import color_difference
 from bilora_diffusion.run import checkpoint
 
-from .. import compare, table
 from ..clip_scores import ClipScores, load_image_model, load_models, settings
 from ..clip_scores.measure import truth_pictures
 from ..clip_scores.prompts import read
+from ..results import compare, table
+from ..results.table import Result, Row
 from ..subjects import Subject
-from ..table import Result, Row
 from . import step_rules
 from .experiment import Guidance, Scores
 from .samples import COLORS, SAMPLED_METRICS

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ..table import Metric
+from ..results.table import Metric
 
 # Captions that a rule may sample, as many as `--choose_by samples` takes
 CAPTIONS = 8

@@ -31,7 +31,7 @@ from app.votes import (
     tallies,
 )
 from bilora_diffusion.core.errors import UserError
-from eval.compare import win_rate_interval
+from eval.results.compare import win_rate_interval
 from tests.app.folders import make_scores
 
 COLORS = {"LoRA": "teal", "Bi-LoRA": "orange"}

@@ -23,7 +23,7 @@ from bilora_diffusion import demo
 from bilora_diffusion.image import loss
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import TextConfig
-from eval import landscape_points as points
+from eval.landscape import points
 from eval.sweep import plan, runs
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measurement

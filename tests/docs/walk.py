@@ -27,7 +27,7 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.text import script as text_script
 from bilora_diffusion.text.config import resolve as resolve_text
 from docs.screenshots import serving
-from eval import table
+from eval.results import table
 from tests.app.visitor import Visitor
 from tests.docs.pages import IMAGE_SCRIPT, TEXT_SCRIPT, commands, load_program, program, scripts
 from tests.scripts.runs import ROOT, copied, free_port, interrupt, make_once, train_once

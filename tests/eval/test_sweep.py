@@ -8,7 +8,8 @@ import pytest
 from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.runlog import RunLog
-from eval import sweep, table
+from eval import sweep
+from eval.results import table
 from eval.sweep.runs import Outcome, Runner
 
 RECIPE = ROOT / "recipes" / "mini.yaml"

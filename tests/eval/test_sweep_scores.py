@@ -7,11 +7,12 @@ import pytest
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import ROOT
-from eval import sweep, table
+from eval import sweep
+from eval.results import table
+from eval.results.table import Result
 from eval.sweep import samples, scoring, step_rules
 from eval.sweep.plan import Run, load
 from eval.sweep.record import Record
-from eval.table import Result
 
 EXPERIMENTS = ROOT / "eval" / "experiments"
 ICONS = ROOT / "results" / "pictures_icons"

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from eval import sweep, table
+from eval import sweep
+from eval.results import table
 from tests.scripts.runs import ROOT
 
 EXPERIMENT = "eval/experiments/pictures_duotone.yaml"
