@@ -31,8 +31,8 @@ from bilora_diffusion.core.lora_names import (
     WEIGHTS,
 )
 from bilora_diffusion.run.record import METRICS, RUN, VALIDATION, read_run
-from eval import table
-from eval.table import FILE
+from eval.results import table
+from eval.results.table import FILE
 
 from .runs import RunItem, run_name
 from .scores import Scores, read_scores

@@ -22,8 +22,8 @@ from PIL import Image
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import is_file
-from bilora_diffusion.demo import scoring_command
 from bilora_diffusion.image.image_files import DECODE_ERRORS
+from bilora_diffusion.run.console import scoring_command
 
 from .catalog import Catalog
 from .runs import CONTROL, OURS, RunItem, choose_pair

@@ -10,7 +10,7 @@ import gradio as gr
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import regular_file
-from eval.table import REPORT
+from eval.results.table import REPORT
 
 from . import parts
 from .catalog import Catalog, ResultItem

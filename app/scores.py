@@ -17,11 +17,11 @@ from urllib.parse import quote, unquote, urlencode
 from pydantic import TypeAdapter
 
 from bilora_diffusion.core.errors import UserError
-from eval import compare
 from eval.clip_scores.best_step import BestStep
 from eval.clip_scores.prompts import Prompt
 from eval.clip_scores.reporting import METRICS
-from eval.table import FILE, Result, Summary
+from eval.results import compare
+from eval.results.table import FILE, Result, Summary
 
 # Metric -> field of `ScoredImage` that has the note of the metric's rows
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}

@@ -1,22 +1,21 @@
 """The demo: LoRA and Bi-LoRA learn the colors of 23 icons, and a figure shows what they learned.
 
     bilora demo --output_dir demo
-    bilora demo --rho 0.5 --output_dir demo-wide        # with options of the training script
-    bilora demo --config mini_flow --output_dir demo-flow     # another recipe and its data
+    bilora demo --config mini_flow --rho 0.5 --output_dir demo-flow     # options of bilora train
 
-Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. Their
-samples are compared with held-out icons in the same colors, which is what a model that learned the
-colors makes.
+Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. A finished
+run is not repeated. Samples are compared with held-out icons in the same colors, which is what a
+model that learned the colors makes.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,238 +23,177 @@ from PIL.Image import Image
 
 from .config.command_line import UserErrorParser
 from .core.durable import dump_json, write_text
-from .core.errors import TrainingError, UserError, run_cli
-from .core.values import HELDOUT_LOSS
-from .demo_figure import (
-    BASE,
-    ICON_COUNT,
-    METHODS,
-    TITLES,
-    TRAINED,
-    UNTRAINED,
-    Curve,
-    Samples,
-    Variant,
-    draw,
-    trained_part,
-)
+from .core.errors import Interrupted, UserError, run_cli
+from .core.figures import new_figure
+from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
-from .image import script as train
 from .image.opening import open_images
 from .image.pipeline import load_pipeline
 from .image.sampling import generate
+from .image.script import DreamBoothScript
 from .mini.colors import color_difference
 from .run import checkpoint, runlog
-from .run.console import in_repository
-from .run.interruption import ends_in
+from .run.console import describe_comparison, quiet, scoring_command
+from .train.command import show_messages, train_configs
+from .train.variants import Variant, require_paired
 
+VARIANTS = [
+    Variant("LoRA", {"method": "lora", "eval_on_start": True}),  # the base model's images, once
+    Variant("Bi-LoRA", {"method": "bilora"}),
+]
 # Held-out losses of 32 icons, which take a few seconds at each step. Validation images are made at
 # the end alone, for the viewer: the demo's samples show the steps before.
-MEASURING_FLAGS = (
-    "--checkpointing_steps=75",
-    "--checkpoints_total_limit=4",
-    "--validation_loss_steps=75",
-    "--max_eval_samples=32",
-    "--validation_epochs=1000",
-)
-# Number of held-out icons after them whose samples are compared with the truth at each step.
-COMPARED_COUNT = 16
+FLAGS = ("--config=mini_duotone", "--max_eval_samples=32", "--validation_epochs=1000")
+# Held-out icons in the figure, the subjects of the paper's Table 4 first, and those after them
+# whose samples are compared with the truth at each step
+ICON_COUNT, COMPARED_COUNT = 6, 16
 # Enough to compare colors: with 25 steps no difference in the table changes by more than 0.2.
 SAMPLER_STEPS = 12
+# Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
+# too, so the difference that guidance multiplies points away from the style.
+ORDINARY = {"guidance_scale": 4.0, "guidance_from": ADAPTER_GUIDANCE}
+FROM_BASE = {"guidance_scale": 2.0, "guidance_from": BASE_GUIDANCE}
+Curve = dict[int, float]  # value by step
+
+
+@dataclass
+class Series:
+    """A model that is sampled in one way: a row of icons in the figure, and a curve."""
+
+    label: str  # the model and its guidance
+    guidance: dict[str, Any]  # options of `generate`
+    style: str  # color and line of matplotlib
+    images: list[Image] = field(default_factory=list)  # of the last step
+    differences: Curve = field(default_factory=dict)  # from the truth, in % of the full range
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = UserErrorParser(description=__doc__)
+    parser = UserErrorParser(description=__doc__, epilog="All flags of bilora train work, too.")
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
-    parser.add_argument("--seed", type=int, default=0)
-    default_recipe = Path("mini_duotone")
-    parser.add_argument("--config", type=Path, default=default_recipe, help="recipe of both runs")
 
     def work() -> None:
         args, flags = parser.parse_known_args(argv)
-        with ends_in("interrupted: the same command starts the demo anew"):
-            demo(args.output_dir, args.seed, args.config, flags)
+        if "--overwrite_output_dir" not in flags:
+            flags += ["--resume_from_checkpoint", "auto"]
+        demo(args.output_dir, [*FLAGS, *flags])
 
     return run_cli(work)
 
 
-def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train both runs, with further flags of the script, and compare their samples in a figure."""
+def demo(folder: Path, words: Sequence[str]) -> None:
+    """Train both runs by a command line, and compare their samples in a figure."""
+    show_messages()
+    quiet()
+    script, runs, configs = DreamBoothScript(), {}, []
+    for variant in VARIANTS:
+        run = folder / variant.options["method"]
+        runs[variant.label] = run
+        configs.append(script.resolve([*words, *variant.flags, f"--output_dir={run}"]))
+    if configs[0].validation_dataset is None:
+        raise UserError("the demo compares held-out images: leave out --validation_dataset none.")
+    stopped = train_configs(script, configs)
+    if stopped is not None:
+        number = stopped.interruption.number
+        raise Interrupted("interrupted: the same command resumes the demo", number)
+    steps = require_paired(list(runs.values()))
     losses: dict[str, Curve] = {}
-    for method in METHODS:
-        print(f"\n== {TITLES[method]}")
-        words = ["--config", str(recipe), "--method", method, "--seed", str(seed)]
-        words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
-        if method == METHODS[0]:
-            words.append("--eval_on_start")  # the base model is measured once
-        words += MEASURING_FLAGS
-        train.train([*words, *flags])
-        losses[method] = read_losses(folder / method)
-    # Before anything is compared: the same noise in every step.
-    steps = require_paired([folder / method for method in METHODS])
-    print("\n== Samples of held-out captions", flush=True)
-    samples = sample_runs(folder, steps)
-    picture = folder / "grid.png"
-    draw(samples, losses, steps, picture)
-    sentence = f"Both runs saw the same data and noise in all {steps} steps (equal digests)."
-    curves = as_table(samples, losses)
-    write_result(picture, sentence, curves)
-    print(f"\n{sentence}")
-    print(curves)
-    print("\nRun folders:")
-    for method in METHODS:
-        print(f"  {TITLES[method]:8} {folder / method}")
-    print(f"The picture of samples and curves: {picture}")
-    if in_repository():
-        folders = [str(folder / method) for method in METHODS]
-        heldout = runlog.read_run(folder / METHODS[0])["config"]["validation_dataset"]
-        print(f"\nScore both: {scoring_command(folders, heldout)}")
-        print(f"Look at them: python -m app.viewer {folder}")
+    for label, run in runs.items():
+        rows = [row for row in runlog.read_metrics(run) if HELDOUT_LOSS in row]
+        losses[label] = {row["step"]: 1000 * row[HELDOUT_LOSS] for row in rows}
+    print("\nSamples of held-out captions", flush=True)
+    truth, samples = sample(runs, steps)
+    draw(truth, samples, losses, folder / "grid.png")
+
+    lines = [f"Both runs saw the same data and noise in all {steps} steps (equal digests).", ""]
+    for label, curve in losses.items():
+        lines.append(f"loss on unseen icons x 1000, {label}: {curve[steps]:.1f}")
+    for series in samples:
+        value = list(series.differences.values())[-1]
+        lines.append(f"color difference of samples in %, {series.label}: {value:.1f}")
+    write_result(folder / "grid.png", lines)
+    print("\n".join(["", *lines, "", f"The picture of samples and curves: {folder / 'grid.png'}"]))
+    command = scoring_command(list(map(str, runs.values())), str(configs[0].validation_dataset))
+    print(describe_comparison(list(runs.values()), command))
 
 
-def scoring_command(folders: Sequence[str], heldout: str) -> str:
-    """The command that scores runs of the miniature by their held-out icons.
-
-    Guidance comes from the base model: ordinary guidance takes much of the style out again.
-    """
-    return (
-        f"python -m eval.clip_scores {shlex.join(folders)} --prompts {shlex.quote(heldout)}"
-        " --guidance_from base --guidance_scale 2"
-    )
-
-
-def write_result(picture: Path, sentence: str, curves: str) -> None:
-    """Write ``result.json`` and ``report.md`` beside the picture, by which the viewer shows it.
-
-    They are those of ``eval.table``, which an installed package does not have, without rows.
-    """
+def write_result(picture: Path, lines: Sequence[str]) -> None:
+    """Write ``result.json`` and ``report.md`` beside the picture, by which the viewer shows it."""
     # Lines with an indent are shown as they are.
-    indented = "\n".join(f"    {line}" for line in curves.splitlines())
-    write_text(picture.parent / "report.md", f"# Demo\n\n{sentence}\n\n{indented}\n")
+    write_text(picture.parent / "report.md", "# Demo\n\n    " + "\n    ".join(lines) + "\n")
     record = {"schema_version": 1, "kind": "demo", "figures": [picture.name]}
     write_text(picture.parent / "result.json", dump_json(record))
 
 
-def require_paired(folders: Sequence[Path]) -> int:
-    """Check that runs saw the same inputs at every step; returns the number of steps."""
-    hashes_of_run: list[list[str]] = []  # of the inputs of each step
-    for folder in folders:
-        rows = runlog.read_metrics(folder)
-        hashes_of_run.append([row["digest"] for row in rows if "digest" in row])
-    for step, hashes in enumerate(zip_longest(*hashes_of_run), start=1):
-        if len(set(hashes)) != 1:
-            raise TrainingError(
-                f"the runs {', '.join(map(str, folders))} saw different inputs at step {step}:"
-                " train them with the same seed, data, batch size and number of steps."
-            )
-    return len(hashes_of_run[0])
+def sample(runs: dict[str, Path], steps: int) -> tuple[list[Image], list[Series]]:
+    """Held-out icons, and samples of their captions from the base model and each checkpoint.
 
-
-def read_losses(folder: Path) -> Curve:
-    """Held-out losses of a run."""
-    losses: Curve = {}
-    for row in runlog.read_metrics(folder):
-        if HELDOUT_LOSS in row:
-            losses[row["step"]] = row[HELDOUT_LOSS]
-    if not losses:
-        raise UserError(f"{folder} has no held-out loss: set --validation_dataset.")
-    return losses
-
-
-def sample_runs(folder: Path, steps: int) -> Samples:
-    """Sample held-out captions from the base model and from each checkpoint of both runs.
-
-    All models start from the same noise; ``steps`` is the length of the runs.
+    All samples of a caption start from the same noise.
     """
-    config = runlog.read_run(folder / METHODS[0])["config"]
-    captioned = open_images(config["validation_dataset"], caption_column=config["caption_column"])
-    labeled = open_images(config["validation_dataset"], caption_column="label")
-    count = min(ICON_COUNT + COMPARED_COUNT, len(captioned))
-    captions = [str(entry.caption) for entry in captioned.entries[:count]]
-    truth = [captioned.image(number) for number in range(count)]
-    labels = [str(entry.caption) for entry in labeled.entries[:ICON_COUNT]]
-    samples = Samples(labels, truth[:ICON_COUNT])
+    config = runlog.read_run(next(iter(runs.values())))["config"]
+    heldout = open_images(config["validation_dataset"], caption_column=config["caption_column"])
+    count = min(ICON_COUNT + COMPARED_COUNT, len(heldout))
+    captions = [str(entry.caption) for entry in heldout.entries[:count]]
+    truth = [heldout.image(number) for number in range(count)]
     pipeline = load_pipeline(config["pretrained_model_name_or_path"], dtype=torch.float32)
 
-    def sample(variant: Variant, start: int, end: int) -> list[Image]:
-        """Sample the captions from number ``start`` up to ``end``."""
-        return generate(
-            pipeline,
-            captions[start:end],
-            seeds=range(start, end),
-            size=64,
-            steps=SAMPLER_STEPS,
-            guidance_scale=variant.guidance,
-            guidance_from=variant.guidance_from,
-        )
+    def add_step(series: Series, step: int) -> None:
+        options = {"size": 64, "steps": SAMPLER_STEPS, **series.guidance}
+        series.images = generate(pipeline, captions, range(count), **options)
+        differences = list(map(color_difference, series.images, truth))
+        series.differences[step] = 100 * float(np.mean(differences[ICON_COUNT:]))
 
-    def sample_difference(variant: Variant) -> float:
-        return difference(sample(variant, ICON_COUNT, count), truth[ICON_COUNT:])
-
-    print(f"  {BASE}", flush=True)
-    samples.images[UNTRAINED] = sample(UNTRAINED, 0, ICON_COUNT)
-    samples.base_difference = sample_difference(UNTRAINED)
-    for method, variants in TRAINED.items():
-        for step, weights in adapters_of(folder / method, steps):
-            print(f"  {TITLES[method]}, step {step}", flush=True)
-            pipeline.load_lora_weights(str(weights))
-            for variant in variants:
-                curve = samples.differences.setdefault(variant, {})
-                curve[step] = sample_difference(variant)
-                if step == steps:
-                    samples.images[variant] = sample(variant, 0, ICON_COUNT)
+    samples = [
+        Series("base model, ordinary guidance 4", ORDINARY, "0.5"),
+        Series("LoRA, ordinary guidance 4", ORDINARY, "k--"),
+        Series("LoRA, guidance 2 from base", FROM_BASE, "k"),
+        Series("Bi-LoRA, guidance 2 from base", FROM_BASE, "C1"),
+    ]
+    add_step(samples[0], 0)
+    for label, run in runs.items():
+        for step in sorted({*checkpoint.steps(run), steps}):
+            with TemporaryDirectory() as folder:
+                weights = run
+                if step < steps:
+                    (weights,) = export_checkpoint(run, step, "diffusers", folder)
+                pipeline.load_lora_weights(str(weights))
+            for series in samples:
+                if series.label.startswith(f"{label},"):
+                    add_step(series, step)
             pipeline.unload_lora_weights()
-    return samples
+    return truth, samples
 
 
-def adapters_of(folder: Path, steps: int) -> Iterator[tuple[int, Path]]:
-    """Yield steps and LoRAs: those of a run's checkpoints, which are temporary, and of its end."""
-    for step in checkpoint.steps(folder):
-        if step < steps:
-            # The folder is deleted when the caller asks for the next step.
-            with TemporaryDirectory() as exported:
-                (weights,) = export_checkpoint(folder, step, "diffusers", exported)
-                yield step, weights
-    yield steps, folder
+def draw(truth: list[Image], samples: list[Series], losses: dict[str, Curve], path: Path) -> None:
+    """One PNG: rows of icons left, the truth last; curves of losses and differences right."""
+    rows = {series.label.replace(", ", "\n"): series.images for series in samples}
+    rows["truth\nnot in the training set"] = truth
+    with new_figure(path, dpi=110, figsize=(13, 6.1), layout="constrained") as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[8, 5])
+        grid = left.subplots(len(rows), ICON_COUNT, squeeze=False)
+        for axes, (title, images) in zip(grid, rows.items(), strict=True):
+            axes[0].set_ylabel(title, rotation=0, ha="right", va="center")
+            for axis, image in zip(axes, images, strict=False):
+                axis.imshow(image, interpolation="lanczos")
+                axis.set(xticks=[], yticks=[], frame_on=False)
+        upper, lower = right.subplots(2, 1)
+        for series in samples:
+            # The base model is step 0 of each run.
+            curve = {**samples[0].differences, **series.differences}
+            plot(lower, curve, series.style, series.label)
+        for (label, curve), style in zip(losses.items(), ("k", "C1"), strict=True):
+            # Without step 0, whose loss would flatten the rest
+            plot(upper, {step: curve[step] for step in curve if step > 0}, style, label)
+        upper.set_title("loss on unseen icons x 1000", loc="left")
+        lower.set_title("color difference between samples and truth, %", loc="left")
+        lower.set(xlabel="training steps", ylim=(0, 20))
 
 
-def difference(images: Sequence[Image], truth: Sequence[Image]) -> float:
-    """Mean `color_difference` between images and the truth, in % of the full range."""
-    distances = []
-    for image, true_image in zip(images, truth, strict=True):
-        distances.append(color_difference(image, true_image))
-    return 100 * float(np.mean(distances))
-
-
-def as_table(samples: Samples, losses: dict[str, Curve]) -> str:
-    """Held-out losses, and differences of the samples from the truth, by step."""
-    loss_rows: dict[str, Curve] = {}
-    for method, curve in losses.items():
-        loss_rows[TITLES[method]] = trained_part(curve)
-    difference_rows: dict[str, Curve] = {}
-    for variant, curve in samples.differences.items():
-        difference_rows[f"{variant.name}, {variant.note}"] = curve
-    base_loss = 1000 * losses[METHODS[0]][0]
-    return (
-        _as_block("loss on unseen icons x 1000", base_loss, loss_rows)
-        + "\n"
-        + _as_block("color difference of samples, %", samples.base_difference, difference_rows)
-    )
-
-
-def _as_block(title: str, base_value: float, rows: dict[str, Curve]) -> str:
-    """A heading with the steps, the base model's value, and a row for each curve."""
-    heading = f"\n{title:36}"
-    for step in next(iter(rows.values())):
-        heading += f"{f'step {step}':>10}"
-    lines = [heading, f"{BASE}: {base_value:.1f}"]
-    for name, curve in rows.items():
-        line = f"{name:36}"
-        for value in curve.values():
-            line += f"{value:10.1f}"
-        lines.append(line)
-    return "\n".join(lines)
+def plot(axis: Any, curve: Curve, style: str, label: str) -> None:
+    """A curve with its last value in the legend."""
+    steps, values = list(curve), list(curve.values())
+    axis.plot(steps, values, style, marker=".", label=f"{label}: {values[-1]:.1f}")
+    axis.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import yaml
 from pydantic import TypeAdapter
 
 from bilora_diffusion.core.figures import mean_interval
-from eval.compare import ITEM, SEED, mean, units
-from eval.report import table
-from eval.table import read
+from eval.results.compare import ITEM, SEED, mean, units
+from eval.results.report import table
+from eval.results.table import read
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"

@@ -29,7 +29,7 @@ from bilora_diffusion.core.fields import (
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
-from eval.report import table
+from eval.results.report import table
 
 from . import evidence, memory, tables
 

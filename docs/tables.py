@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import picture_table, step_rules
+from bilora_diffusion.core.figures import Interval, mean_interval
 from bilora_diffusion.core.values import HELDOUT_LOSS
-from eval import report, table
-from eval.table import Metric, Result, Summary
+from eval.results import compare, report, table
+from eval.results.table import Metric, Result, Summary
+from eval.sweep import step_rules
 
 from .evidence import ROOT, Check, figure
 
@@ -79,7 +80,7 @@ def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool =
     return _signed(line.difference, line.difference_interval if intervals else None, metric)
 
 
-def _signed(value: float | None, bounds: tuple[float, float] | None, metric: Metric) -> str:
+def _signed(value: float | None, bounds: Interval | None, metric: Metric) -> str:
     """A difference with its interval, if there is one."""
     text = report.number(value, metric, "+")
     if bounds is not None:
@@ -95,7 +96,7 @@ def without_signs_of_zeros(text: str) -> str:
 def difference(check: Check, metric: Metric) -> str:
     """The figure of a check with its interval."""
     value = figure(check)
-    return _signed(value.mean, (value.low, value.high), metric)
+    return _signed(value.mean, Interval(value.low, value.high), metric)
 
 
 def seeds(result: Result) -> int:
@@ -213,13 +214,25 @@ def rules() -> Iterable[str]:
     for rule, title in titles.items():
         cells = []
         for name in sets:
-            regret, bounds = picture_table.mean_regret(read(f"pictures_{name}"), rule)
+            regret, bounds = mean_regret(read(f"pictures_{name}"), rule)
             text = report.number(regret, COSINE)
             if bounds is not None:
                 text += f" {report.interval(bounds, COSINE)}"
             cells.append(without_signs_of_zeros(text))
         rows.append((title, *cells))
     yield report.table(("rule", *sets.values()), rows)
+
+
+def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | None]:
+    """Mean regret over variants, guidances and seeds, with its interval over seeds."""
+    regrets_by_seed: dict[int | None, list[float]] = {}
+    for row in result.select(rule):
+        if row.value is not None:
+            regrets_by_seed.setdefault(row.seed, []).append(row.value)
+    if not regrets_by_seed:
+        return None, None
+    seed_means = [compare.mean(regrets) for regrets in regrets_by_seed.values()]
+    return compare.mean(seed_means), mean_interval(seed_means)
 
 
 def methods() -> Iterable[str]:
@@ -270,9 +283,9 @@ def together() -> Iterable[str]:
     """Lowest held-out losses of other forms without and with Bi-LoRA."""
     rows = []
     for form in ("PiSSA", "LoRA-GA", "DoRA", "NF4"):
-        without = read("together").summary(form, f"best {HELDOUT_LOSS}")
+        lora_line = read("together").summary(form, f"best {HELDOUT_LOSS}")
         check = _lowest("together", f"{form}, Bi-LoRA", form)
-        value = report.number(without.mean if without else None, LOSS)
+        value = report.number(lora_line.mean if lora_line else None, LOSS)
         rows.append((form, value, difference(check, LOSS)))
     yield report.table(("form", "LoRA", "with Bi-LoRA"), rows)
 

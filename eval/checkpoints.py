@@ -19,12 +19,12 @@ from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured, read_run
 
-from . import plot, report
 from .cache import hash_of_lora, hash_of_peft
 from .evaluation import Evaluation
-from .plot import Curve, Panel
+from .results import plot, report
+from .results.plot import Curve, Panel
+from .results.table import Entry, Metric, Result, Row, Summary
 from .subjects import Subject
-from .table import Entry, Metric, Result, Row, Summary
 
 HELP = (
     "Score these checkpoints of each run: steps such as 40,80, or all, which are those of"

@@ -25,7 +25,7 @@ from bilora_diffusion.core.values import Range
 from bilora_diffusion.run.record import RUN
 from bilora_diffusion.train.soundness import PICKLES
 
-from . import table
+from .results import table
 from .subjects import read_groups
 
 if TYPE_CHECKING:

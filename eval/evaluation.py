@@ -26,12 +26,12 @@ from typing import Any, ClassVar
 
 from bilora_diffusion.core.errors import UserError, strip_controls
 
-from . import compare, plot, report, table
 from .command import Parser, open_folder, remove_last_figures, require_free, run
-from .plot import Panel
-from .report import Column
+from .results import compare, plot, report, table
+from .results.plot import Panel
+from .results.report import Column
+from .results.table import Metric, Result, Row, Summary, command_line, provenance_of_runs
 from .subjects import Subject, gather
-from .table import Metric, Result, Row, Summary, command_line, provenance_of_runs
 
 
 class Evaluation:
@@ -169,7 +169,7 @@ class Evaluation:
         return {"": list(columns.values())}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]] | None:
-        """Head of a column -> its cell for a group; see :func:`~eval.report.comparison`."""
+        """Head of a column -> its cell for a group; see :func:`~eval.results.report.comparison`."""
         return None
 
     def control_mark(self, result: Result) -> str:

@@ -24,12 +24,12 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import BY_LEVEL, HELDOUT_LOSS, TRAINING_GRID_LOSS
 
-from . import compare, report
 from .evaluation import Evaluation, require_common_steps
-from .plot import Curve, Panel
-from .report import Column
+from .results import compare, report
+from .results.plot import Curve, Panel
+from .results.report import Column
+from .results.table import Metric, Result, Row
 from .subjects import Subject, by_group, paired
-from .table import Metric, Result, Row
 from .text_scores.benchmarks import PREFIX, TITLES
 
 GAP = "gap"

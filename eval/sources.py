@@ -22,7 +22,7 @@ from bilora_diffusion.text.config import TextConfig
 from bilora_diffusion.train.soundness import PICKLES
 
 from .cache import PEFT_CONFIG, PEFT_FILE, hash_of_lora, hash_of_models, hash_of_peft, peft_config
-from .table import Entry, Row
+from .results.table import Entry, Row
 
 BASE = "base"
 # Option -> the option whose value it has where it is not given
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject(Entry):
-    """An :class:`~eval.table.Entry` with its files, which are not written into a result."""
+    """An :class:`~eval.results.table.Entry` with its files, which are not written into a result."""
 
     # Folder of the run; None if it is not a run
     folder: Path | None = None

@@ -163,22 +163,28 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
     return "\n".join(block)
 
 
-def describe_comparison(folders: Sequence[Path], scores: str) -> str:
-    """The folders of a run and its control, and the commands that show them side by side.
+def describe_comparison(folders: Sequence[Path], score: str) -> str:
+    """The folders of runs on the same data, and the commands that show them side by side.
 
     Args:
         folders: run folders, with one parent.
-        scores: the module that scores such runs, as for `describe_run`.
+        score: command that scores them.
     """
-    quoted_folders = [shlex.quote(str(folder)) for folder in folders]
     line = f"run and control: {' and '.join(map(str, folders))}"
     if not in_repository():
         return line
     parent = shlex.quote(str(folders[0].parent))
+    return f"{line}\n  look at both  python -m app.viewer {parent}\n  score both    {score}"
+
+
+def scoring_command(folders: Sequence[str], heldout: str) -> str:
+    """The command that scores runs of the miniature by their held-out icons.
+
+    Guidance comes from the base model: ordinary guidance takes much of the style out again.
+    """
     return (
-        f"{line}\n"
-        f"  look at both  python -m app.viewer {parent}\n"
-        f"  score both    python -m {scores} {' '.join(quoted_folders)} base"
+        f"python -m eval.clip_scores {shlex.join(folders)} --prompts {shlex.quote(heldout)}"
+        " --guidance_from base --guidance_scale 2"
     )
 
 

@@ -40,22 +40,17 @@ from bilora_diffusion.core.files import counted, without_paths
 from bilora_diffusion.core.values import BASE_GUIDANCE
 from bilora_diffusion.run.record import RUN
 
-from .. import checkpoints, compare, report
+from .. import checkpoints
 from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
 from ..command import Parser, open_device
-from ..report import Column
+from ..results import compare, report
+from ..results.report import Column
+from ..results.table import Result, Row, provenance_of_this_process
 from ..subjects import BASE, Subject, settings_note, single
-from ..table import Result, Row, provenance_of_this_process
 from . import reporting, settings
 from .best_step import best_steps
 from .reporting import METRICS
-from .settings import (
-    DEMO,
-    GENERAL_CAPTIONER,
-    GENERAL_SCORER,
-    SamplingOptions,
-    ScoringOptions,
-)
+from .settings import DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, SamplingOptions, ScoringOptions
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .captioners import Captioner

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .. import compare, report
-from ..compare import BETTER, WORSE
-from ..table import Metric, Result, Summary
+from ..results import compare, report
+from ..results.compare import BETTER, WORSE
+from ..results.table import Metric, Result, Summary
 
 # The first of them that was measured decides.
 TRUTHS = ("dino_truth", "truth")

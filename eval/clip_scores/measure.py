@@ -19,9 +19,9 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.mini.colors import MAPS
 
-from ..compare import mean
+from ..results.compare import mean
+from ..results.table import Row
 from ..subjects import BASE, Subject
-from ..table import Row
 from .captioners import Captioner
 from .images import Job, Store
 from .models import ImageEmbedder, Scorer, in_batches

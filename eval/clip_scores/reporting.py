@@ -13,10 +13,10 @@ from PIL import Image
 from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import BASE_GUIDANCE
 
-from .. import compare
-from ..plot import canvas
-from ..report import INTERVALS, escaped, number, section, table
-from ..table import Metric, Result
+from ..results import compare
+from ..results.plot import canvas
+from ..results.report import INTERVALS, escaped, number, section, table
+from ..results.table import Metric, Result
 from .prompts import ICON_PROMPTS
 
 # The paper's Table 4 and Figure A1 show six prompts; the table also has the average over all.

@@ -37,13 +37,14 @@ from typing import TYPE_CHECKING, Any
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import BATCHES, TOKENS
 
-from .. import checkpoints, compare, report
+from .. import checkpoints
 from ..cache import Cache
 from ..checkpoints import OverSteps
 from ..command import COUNTS, open_device
-from ..report import Column
+from ..results import compare, report
+from ..results.report import Column
+from ..results.table import Metric, Result, Row, provenance_of_this_process
 from ..subjects import Subject
-from ..table import Metric, Result, Row, provenance_of_this_process
 from . import base_models, benchmarks, reporting
 from .base_models import BaseModel
 from .benchmarks import (

@@ -21,8 +21,8 @@ from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured
 
+from ..results.table import Metric
 from ..subjects import BASE, Subject
-from ..table import Metric
 from .base_models import NO_TEMPLATE, training_set
 
 if TYPE_CHECKING:  # they need torch

@@ -23,7 +23,7 @@ from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.core.files import read_rows
 from bilora_diffusion.core.seeds import digest_texts
 
-from ..compare import mean
+from ..results.compare import mean
 from .benchmarks import ANSWER_LETTERS, Item, Measurement
 from .models import CacheFor, Decoding, LoadedModel, answers
 

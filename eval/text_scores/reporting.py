@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from bilora_diffusion.core.figures import CONFIDENCE
 
-from .. import compare
-from ..report import INTERVALS, escaped, listed, table
-from ..table import Metric, Result, Row, Summary
+from ..results import compare
+from ..results.report import INTERVALS, escaped, listed, table
+from ..results.table import Metric, Result, Row, Summary
 from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 
 ABSENT = "–"

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 
 from app.scores import NOTES, Key, ScoredImage, Scores, ScoringModel, Settings, read_scores
 from bilora_diffusion.run.checkpoint import DIGESTS, FILES
-from eval import table
 from eval.clip_scores.prompts import Prompt
-from eval.table import Entry, Result, Row
+from eval.results import table
+from eval.results.table import Entry, Result, Row
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LABELS = ("lora", "bilora")

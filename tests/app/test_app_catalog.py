@@ -15,8 +15,9 @@ from app.catalog import DEPTH, Catalog
 from app.page import heading_html
 from app.runs import choose_pair, sort_runs
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.demo import scoring_command, write_result
+from bilora_diffusion.demo import write_result
 from bilora_diffusion.image.validation import INDEX
+from bilora_diffusion.run.console import scoring_command
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 
 
@@ -110,7 +111,7 @@ def test_the_heading_counts_each_folder_once(tmp_path):
 def test_the_picture_of_the_demo_is_a_result(tmp_path):
     picture = tmp_path / "grid.png"
     Image.new("RGB", (8, 8)).save(picture)
-    write_result(picture, "Both runs saw the same data.", "loss  step 75\nLoRA     1.0")
+    write_result(picture, ["Both runs saw the same data.", "LoRA     1.0"])
     catalog = Catalog(tmp_path)
     (item,) = catalog.scan.results
     assert (item.kind, item.figures) == ("demo", ["grid.png"])

@@ -23,9 +23,8 @@ from bilora_diffusion import demo
 from bilora_diffusion.image import loss
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import TextConfig
-from eval import landscape_points as points
-from eval import sweep_plan as plan
-from eval import sweep_runs as runs
+from eval.landscape import points
+from eval.sweep import plan, runs
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measurement
 from tests.docs.pages import TEXT_SCRIPT, load_program
@@ -58,8 +57,8 @@ SCORES = {
 class RecordedRun:
     """A run of a sweep that is over when it was started: a record and the weights of another."""
 
-    def __init__(self, runner: runs.Runner, run: plan.Run) -> None:
-        self.run, self.popen = run, None
+    def __init__(self, runner: runs.Runner, run: plan.Run, slot: int) -> None:
+        self.run, self.slot, self.popen = run, slot, None
         self.folder = runner.runs_dir / run.name
         command = runner.command(run)
         argv = command[command.index(str(runner.script)) + 1 :]

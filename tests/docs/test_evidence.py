@@ -6,8 +6,8 @@ import pytest
 
 from docs import evidence
 from docs.evidence import FAILS, HOLDS, NO_DIFFERENCE, OPEN, Check, Figure
-from eval.compare import summaries
-from eval.table import Entry, Result, Row, read, write
+from eval.results.compare import summaries
+from eval.results.table import Entry, Result, Row, read, write
 
 RESULTS = sorted((evidence.ROOT / "results").rglob("result.json"))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.text.config import TextConfig
-from eval import sweep_plan as plan
+from eval.sweep import plan
 from tests.docs.pages import commands, scripts
 
 ROOT = Path(__file__).resolve().parents[2]

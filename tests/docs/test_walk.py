@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bilora_diffusion import mini
-from eval import table
+from eval.results import table
 from tests.docs.pages import BLOCK, DOCS, README, ROOT
 from tests.docs.stand_ins import stand_ins
 from tests.docs.walk import Walk

@@ -26,7 +26,7 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text import script as text_script
 from bilora_diffusion.text.config import resolve as resolve_text
-from eval import table
+from eval.results import table
 from tests.app.visitor import Visitor
 from tests.browser.driver import serving
 from tests.docs.pages import IMAGE_SCRIPT, TEXT_SCRIPT, commands, load_program, program, scripts
@@ -97,8 +97,8 @@ RULES = (
     Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
     Rule(
-        "benchmarks/picture(s|_table).py",
-        reason="hours, or their results: tests/scripts/test_pictures.py",
+        "benchmarks/picture|eval/experiments/(pictures|guided|hold|sdxl|flux2|peft)",
+        reason="samples, which take hours: tests/scripts/test_scored_sweep.py",
     ),
     Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
     VIEWER,

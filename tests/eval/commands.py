@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval import table
-from eval.table import Result
+from eval.results import table
+from eval.results.table import Result
 
 
 def result_of(main: Callable[[Sequence[str]], int], out: Path, *words: object) -> Result:

@@ -9,10 +9,11 @@ import torch
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.run import checkpoint
-from eval import checkpoints, compare, table, text_scores
+from eval import checkpoints, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
 from eval.clip_scores.best_step import best_steps
-from eval.table import Entry, Metric, Result, Row
+from eval.results import compare, table
+from eval.results.table import Entry, Metric, Result, Row
 from eval.text_scores import base_models
 from tests.eval.commands import result_of
 from tests.eval.text_score_models import save_record

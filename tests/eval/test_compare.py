@@ -8,9 +8,9 @@ from scipy import stats
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.figures import Interval, mean_interval
-from eval import compare
-from eval.compare import at_training_loss, summaries
-from eval.table import Entry, Row, Summary
+from eval.results import compare
+from eval.results.compare import at_training_loss, summaries
+from eval.results.table import Entry, Row, Summary
 
 
 @pytest.mark.parametrize(("count", "is_bootstrap"), [(2, False), (19, False), (20, True)])

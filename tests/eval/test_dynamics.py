@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import snapshots
-from eval import dynamics, generalization, table
-from eval import dynamics_curves as curves
-from eval.dynamics_curves import settles
+from eval import dynamics, generalization
+from eval.dynamics import curves
+from eval.dynamics.curves import settles
 from eval.generalization import GAP, HELDOUT_LOSS, TRAINING_GRID_LOSS
+from eval.results import table
 from eval.sources import open_run
 from tests.eval.commands import result_of
 from tests.run import recorded_runs

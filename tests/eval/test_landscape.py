@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.runlog import RunLog
-from eval import landscape, landscape_surface
-from eval import landscape_points as points
-from eval.landscape_surface import Weight
+from eval import landscape
+from eval.landscape import points, surface
+from eval.landscape.surface import Weight
 from tests.eval.commands import result_of
 from tests.scripts.runs import flags, two_icons
 
@@ -111,7 +111,7 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
 
 @pytest.mark.slow
 def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkeypatch):
-    measure_line = landscape_surface.line
+    measure_line = surface.line
     calls = 0
 
     def interrupted_line(*arguments):
@@ -123,7 +123,7 @@ def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkey
                 raise KeyboardInterrupt
         return measure_line(*arguments)
 
-    monkeypatch.setattr(landscape_surface, "line", interrupted_line)
+    monkeypatch.setattr(surface, "line", interrupted_line)
     words = [str(runs / "lora-0"), "--space", "lora"]
     assert landscape.main([*words, *TINY, "--output_dir", str(tmp_path)]) == 130
     assert not (tmp_path / "result.json").exists()

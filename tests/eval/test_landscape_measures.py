@@ -8,8 +8,8 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
-from eval import landscape_surface as surface
-from eval.landscape_surface import Weight, sharpness
+from eval.landscape import surface
+from eval.landscape.surface import Weight, sharpness
 
 RHO = 0.3
 

@@ -11,10 +11,11 @@ import pytest
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.lora_names import FILE_NAME
-from eval import command, report, table
+from eval import command
 from eval.cache import FOLDER, Cache
+from eval.results import report, table
+from eval.results.table import Entry, Metric, Provenance, Result, Row, Summary
 from eval.subjects import by_group, gather, paired, settings_note, single
-from eval.table import Entry, Metric, Provenance, Result, Row, Summary
 from tests.run import recorded_runs
 
 RESULT = Result(

@@ -8,8 +8,9 @@ import pytest
 from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.runlog import RunLog
-from eval import sweep, table
-from eval.sweep_runs import Outcome, Runner
+from eval import sweep
+from eval.results import table
+from eval.sweep.runs import Outcome, Runner
 
 RECIPE = ROOT / "recipes" / "mini.yaml"
 # Variant -> seed -> held-out and training loss before and after each step
@@ -84,7 +85,7 @@ def test_variants_are_compared_seed_by_seed(sweep_over, tmp_path, capsys):
 
     folder = tmp_path / "runs" / "two" / "sweep"
     assert (folder / "report.md").read_text() in capsys.readouterr().out
-    assert result.settings["arms"]["bilora"]["options"] == {"method": "lora", "rank": "3"}
+    assert result.settings["variants"]["bilora"] == {"method": "lora", "rank": "3"}
     for file in folder.iterdir():
         assert file.suffix == ".png" or str(tmp_path) not in file.read_text()
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eval import sweep_runs as runs
-from eval.sweep_plan import Run
-from eval.sweep_runs import Runner, last_sentence
+from eval.sweep import runs
+from eval.sweep.plan import Run
+from eval.sweep.runs import Runner, last_sentence
 
 SCRIPT = """
 import json, os, pathlib, sys, time
@@ -101,7 +101,7 @@ def test_an_interrupt_ends_all_running_processes(runner, interruption, sigint_ha
     for file in pid_files:
         # Empty if the script was ended between making the file and writing it.
         assert not psutil.pid_exists(int(file.read_text() or 0))
-        assert runs.state(file.parent) == "begun"
+        assert runs.describe_state(file.parent) == "begins at step 0"
     assert not (runner.runs_dir / "c").exists()
 
 
@@ -119,3 +119,18 @@ LAUNCHER = "Traceback:\n  File x\nsubprocess.CalledProcessError: Command 'python
 )
 def test_the_error_is_the_scripts_sentence_or_the_last_line(output, sentence):
     assert last_sentence(output) == sentence
+
+
+def test_runs_at_a_time_take_turns_with_cores_and_gpus(runner, monkeypatch):
+    monkeypatch.delenv(runs.THREADS, raising=False)
+    monkeypatch.setenv(runs.GPUS, "4,5,7")
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 16)
+    assert runner.environment(0) is None
+    several = dataclasses.replace(runner, jobs=4)
+    environments = [several.environment(slot) for slot in range(4)]
+    assert [environment[runs.GPUS] for environment in environments] == ["4", "5", "7", "4"]
+    assert {environment[runs.THREADS] for environment in environments} == {"4"}
+    monkeypatch.setenv(runs.GPUS, "")
+    assert several.environment(1)[runs.GPUS] == ""
+    monkeypatch.setenv(runs.THREADS, "1")
+    assert several.environment(1)[runs.THREADS] == "1"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
-from eval import compare
+from eval.results import compare
 from eval.subjects import Subject
 from eval.text_scores import (
     PreparedBenchmark,

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import TrainingError, UserError
-from bilora_diffusion.demo import difference, require_paired
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images
 from bilora_diffusion.mini import scorer
+from bilora_diffusion.mini.colors import color_difference
+from bilora_diffusion.train.variants import require_paired
 
 ROOT = Path(mini.__file__).parent
 ICON_COUNTS = {"mini": 23, "mini-heldout": 128, "mini-animals": 12, "mini-animals-heldout": 64}
@@ -224,9 +225,10 @@ def test_only_runs_of_equal_digests_are_compared(tmp_path, digests, step):
             require_paired(pair)
 
 
-def test_the_demo_s_difference_is_of_colors_not_of_detail():
+def test_the_color_difference_is_one_of_colors_not_of_detail():
     black, white, gray = (Image.new("RGB", (64, 64), color) for color in ("black", "white", "gray"))
     columns = np.zeros((64, 64, 3), np.uint8)
     columns[:, ::2] = 255
-    assert difference([white, black], [black, black]) == 50  # in percent, over both images
-    assert difference([Image.fromarray(columns)], [gray]) < 1
+    assert color_difference(white, black) == 1
+    assert color_difference(black, black) == 0
+    assert color_difference(Image.fromarray(columns), gray) < 0.01

@@ -5,14 +5,18 @@ import json
 import subprocess
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from bilora_diffusion.core.errors import run_cli
+from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.methods import names
+from eval.clip_scores.prompts import read
+from eval.sweep import plan, scoring
 from tests.scripts.runs import ROOT, SCRIPT, TEXT_SCRIPT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -237,3 +241,24 @@ def test_a_script_is_timed_against_another_of_the_same_flags(load, tmp_path, cap
     assert lora["estimate"]["median"] == pytest.approx(lora["memory"]["median"], rel=0.5)
     assert str(tmp_path) not in file.read_text()
     assert "| diffusers, LoRA | " in capsys.readouterr().out
+
+
+def test_the_pictures_of_peft_s_comparison_are_those_of_its_experiment(tmp_path, monkeypatch, hub):
+    script = importlib.import_module("benchmarks.peft_cat")
+    pictures = [Image.new("RGB", (64, 64), (10 * row, 0, 0)) for row in range(20)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"image": pictures})
+    monkeypatch.chdir(tmp_path)
+    script.main([])
+    counts = {part.name: len(list(part.glob("*.png"))) for part in Path("peft_cat").iterdir()}
+    assert counts == {"train": 14, "valid": 2, "heldout": 4}
+    (loaded,) = plan.load(ROOT / "eval" / "experiments" / "peft_cat.yaml")
+    assert [variant.label for variant in loaded.variants] == ["LoRA", "Bi-LoRA", "LoRA-SAM"]
+    scores = loaded.experiment.scores
+    assert scores is not None
+    captions = [prompt.text for prompt in read(scores.prompts)]
+    assert captions == [script.CAPTIONS[row] for row in script.HELDOUT]
+    assert scoring.Scoring(scores, tmp_path).num_checkpoint_images == 12
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"image": pictures[:3]})
+    with pytest.raises(UserError, match="has 3 pictures and not 20"):
+        script.main([])

@@ -12,7 +12,8 @@ import torch
 from app.scores import read_scores
 from bilora_diffusion.core.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
-from eval import clip_scores, table
+from eval import clip_scores
+from eval.results import table
 from eval.sources import find
 from tests.eval.clip_models import save_blip, save_dinov2, save_open_clip
 from tests.export.export_models import rewrite

@@ -9,7 +9,7 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run import runlog
-from bilora_diffusion.train.command import control_config, control_folder
+from bilora_diffusion.train.variants import control_config, control_folder
 from tests.scripts.runs import (
     ON_CPUS,
     TEXT_SCRIPT,

@@ -12,7 +12,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import BY_CONCEPT
 from eval.clip_scores.measure import training_sets
-from eval.landscape_points import open_points
+from eval.landscape.points import open_points
 from eval.subjects import gather
 from tests.scripts.runs import column, flags, resumes_exactly, train
 

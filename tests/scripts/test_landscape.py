@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from eval.landscape_points import load, open_points
-from eval.landscape_surface import evaluate
+from eval.landscape.points import load, open_points
+from eval.landscape.surface import evaluate
 from eval.subjects import gather
 from tests.scripts.runs import train, two_icons
 

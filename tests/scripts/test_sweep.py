@@ -7,7 +7,8 @@ import time
 import pytest
 
 from bilora_diffusion.run import runlog
-from eval import sweep, table
+from eval import sweep
+from eval.results import table
 from tests.scripts.runs import started, two_icons
 
 HOT = {"method": "lora", "learning_rate": 1e4, "lora_alpha": 1e6, "adam_weight_decay": 1e4}

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.core.errors import UserError
-from eval import table, text_scores
+from eval import text_scores
+from eval.results import table
 from eval.text_scores import harness, models
 from eval.text_scores.benchmarks import PAPER
 from tests.eval.text_score_models import judge, save_tasks

@@ -76,7 +76,7 @@ def test_the_demo_trains_and_draws(installed, tmp_path):
     code, output = demo_answer
     assert code == 0, output
     assert "saw the same data and noise in all 4 steps" in output
-    for row in ("base model: ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
+    for row in ("base model, ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
         assert row in output
     assert "python -m eval" not in output  # which only the repository has
     assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000

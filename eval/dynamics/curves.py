@@ -1,0 +1,317 @@
+"""One run's dynamics as curves: recorded norms, cosines to the final weights, and key figures, such
+as the step at which weights settle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.run import snapshots
+from bilora_diffusion.run.snapshots import Snapshot
+from bilora_diffusion.train.dynamics import (
+    COLUMNS,
+    COSINE,
+    FIRST_ORDER,
+    GAIN,
+    NORMS,
+    RATIO,
+    ROWS,
+    TERMS,
+    inner_products,
+    totals,
+)
+
+from ..results.table import Row
+from ..subjects import Subject
+
+ALL_LAYERS = "all"
+# Vectors of which cosines are taken: A, B, both, or B A; all chosen layers form one vector
+QUANTITIES = ("A", "B", "factors", "product")
+# Adapter -> its part in the names of curves
+NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
+# The auxiliary's cosine to the primary's final weights
+CROSS = "auxiliary_to_primary"
+# Curves in ``metrics.jsonl``; the others are in the snapshots
+LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
+# Curves of single layers that are shown (Fig. A4)
+OF_LAYERS = (*NORMS, RATIO)
+# Ratio of Eq. 5's terms above which the third term counts as negligible
+NEGLIGIBLE = 1e4
+# Layers of a group that have curves of their own
+SMALL_MULTIPLES = 4
+# Cosine to the final weights at which weights count as settled
+SETTLED_COSINE = 0.9
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """Curves of one run over some layers."""
+
+    # Name -> step -> value, None where it is not defined. The names of cosines are "primary/A",
+    # "auxiliary/product", "auxiliary_to_primary/product" and so on.
+    values: dict[str, dict[int, float | None]]
+    # Step -> Figure 2b's ratio of each layer, None where it is not defined; {} but for LoRA-SAM
+    layer_ratios: dict[int, list[float | None]]
+    # "column_overlap" and "row_overlap" of random subspaces, the mean of max(r1, r2) / d over the
+    # layers; {} without an auxiliary
+    chance: dict[str, float]
+
+    def figures(self) -> dict[str, float | None]:
+        """Figures that are computed layer by layer.
+
+        "layer_ratio": each layer's median ratio over the steps that have one, then the median over
+        layers. "layers_above": share of the layers whose median is above ``NEGLIGIBLE``. "chance
+        column_overlap" and "chance row_overlap": overlap of random subspaces of these sizes.
+        """
+        figures: dict[str, float | None] = {}
+        for name, value in self.chance.items():
+            figures[f"chance {name}"] = value
+        if RATIO not in self.values:
+            return figures
+        medians = []
+        for ratios in zip(*self.layer_ratios.values(), strict=True):
+            # The ratios are those of one layer at all steps.
+            defined = [ratio for ratio in ratios if ratio is not None]
+            if defined:
+                medians.append(median(defined))
+        figures["layer_ratio"] = figures["layers_above"] = None
+        if medians:
+            figures["layer_ratio"] = median(medians)
+            count = sum(value > NEGLIGIBLE for value in medians)
+            figures["layers_above"] = count / len(medians)
+        return figures
+
+
+def layer_names(run: Subject) -> list[str]:
+    """Names of the layers of a recorded run."""
+    return snapshots.read(_snapshot_files(run)[-1]).names
+
+
+def _snapshot_files(run: Subject) -> list[Path]:
+    """The snapshots of a run by step; refused if there are fewer than two."""
+    files: list[Path] = []
+    if run.folder is not None:
+        files = list(snapshots.steps(run.folder).values())
+    if len(files) < 2:
+        problem = "one snapshot only" if files else "no dynamics"
+        raise UserError(f"{run.folder} has {problem}: train to the end with --log_dynamics.")
+    return files
+
+
+def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
+    """About ``count`` of the layers, evenly spaced, the first and the last among them."""
+    if len(names) <= count:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
+
+
+def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
+    """The curves of a run, by layer: ``ALL_LAYERS`` of all together, and those of single layers."""
+    files = _snapshot_files(run)
+    final = snapshots.read(files[-1])
+    indices_of = {ALL_LAYERS: list(range(len(final.names)))}  # positions in a snapshot
+    for layer in layers:
+        if layer not in final.names:
+            raise UserError(f"{run.folder} lacks {layer} of its group: leave it out.")
+        indices_of[layer] = [final.names.index(layer)]
+    curves: dict[str, RunCurves] = {}
+    for name, indices in indices_of.items():
+        curves[name] = RunCurves({}, {}, _chance_overlaps(final, indices))
+    for file in files:
+        # One snapshot and the last one are in memory at a time.
+        snapshot = final if file == files[-1] else snapshots.read(file)
+        if snapshot.names != final.names:
+            raise UserError(f"{file} has other layers than {files[-1].name}: train again.")
+        step = snapshot.step
+        for name, indices in indices_of.items():
+            # Norms and cosines are of these layers as one vector.
+            layer_figures = {key: values[indices] for key, values in snapshot.layers.items()}
+            figures = totals(layer_figures) | _cosines(snapshot, final, indices)
+            for key, value in figures.items():
+                curves[name].values.setdefault(key, {})[step] = value
+            if FIRST_ORDER in layer_figures:
+                # Figure 2b: ||B e_A + e_B A|| / ||e_B e_A|| of each layer
+                ratios = (layer_figures[FIRST_ORDER] / layer_figures[TERMS[-1]]).tolist()
+                finite_ratios = [ratio if math.isfinite(ratio) else None for ratio in ratios]
+                curves[name].layer_ratios[step] = finite_ratios
+    for line in run.log():
+        for key in LOGGED:
+            if key in line:
+                for run_curves in curves.values():
+                    run_curves.values.setdefault(key, {})[line["step"]] = line[key]
+    return curves
+
+
+def _cosines(
+    snapshot: Snapshot, final: Snapshot, indices: Sequence[int]
+) -> dict[str, float | None]:
+    """Cosines of each adapter to its final weights, and of the auxiliary to the primary's."""
+    pairs = {}
+    for adapter, factors in snapshot.factors.items():
+        pairs[NAMES[adapter]] = (factors, final.factors[adapter])
+    if AUXILIARY in snapshot.factors:
+        pairs[CROSS] = (snapshot.factors[AUXILIARY], final.factors[PRIMARY])
+    values = {}
+    for name, (left, right) in pairs.items():
+        pair_cosines = cosines([left[i] for i in indices], [right[i] for i in indices])
+        for quantity, value in pair_cosines.items():
+            values[f"{name}/{quantity}"] = value
+    return values
+
+
+def cosines(left: Sequence[Factors], right: Sequence[Factors]) -> dict[str, float | None]:
+    """Cosine of two adapters by each of ``QUANTITIES``, all layers as one vector.
+
+    None where one of them is zero; for A, B and factors also where the ranks differ.
+    """
+    values: dict[str, float | None] = dict.fromkeys(QUANTITIES)
+    if all(f.A.shape == g.A.shape for f, g in zip(left, right, strict=True)):
+        dots_A = _dots([f.A for f in left], [g.A for g in right])
+        dots_B = _dots([f.B for f in left], [g.B for g in right])
+        values["A"] = _cosine(dots_A)
+        values["B"] = _cosine(dots_B)
+        # (A, B) as one vector: the inner products add up.
+        values["factors"] = _cosine(dots_A + dots_B)
+    # <B A, B' A'> without the products in memory
+    pairs = ((left, right), (left, left), (right, right))
+    products = [float(inner_products(first, second).sum()) for first, second in pairs]
+    values["product"] = _cosine(torch.tensor(products, dtype=torch.float64))
+    return values
+
+
+def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """<v, w>, <v, v> and <w, w> of all tensors as one vector, (3,), in float64."""
+    v = torch.cat([tensor.double().flatten() for tensor in left])
+    w = torch.cat([tensor.double().flatten() for tensor in right])
+    return torch.stack([v @ w, v @ v, w @ w])
+
+
+def _cosine(dots: Tensor) -> float | None:
+    """<v, w> / (||v|| ||w||) from the result of `_dots`; None if a vector is zero."""
+    inner, left, right = dots.tolist()
+    length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may leave less than zero
+    if not length > 0:  # zero, or NaN
+        return None
+    return inner / length
+
+
+def _chance_overlaps(final: Snapshot, indices: Sequence[int]) -> dict[str, float]:
+    """Overlap of two random subspaces of the layers' sizes, max(r1, r2) / d; mean over layers."""
+    if AUXILIARY not in final.factors:
+        return {}
+    columns, rows = [], []
+    # Two random subspaces of dimensions r1 and r2 in d dimensions have r1 r2 / d squared cosines in
+    # the mean; divided by the number of angles, min(r1, r2), this is max(r1, r2) / d.
+    for i in indices:
+        primary, auxiliary = final.factors[PRIMARY][i], final.factors[AUXILIARY][i]
+        rank = max(primary.A.shape[0], auxiliary.A.shape[0])
+        columns.append(min(1.0, rank / primary.B.shape[0]))  # B is (d, r1)
+        rows.append(min(1.0, rank / primary.A.shape[1]))  # A is (r1, d)
+    return {COLUMNS: sum(columns) / len(columns), ROWS: sum(rows) / len(rows)}
+
+
+def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
+    """Key figures of each run's curves, at the steps that all runs of its group have.
+
+    - Cosine to the adapter's own final weights: "settled NAME", the step from which on it is
+      ``SETTLED_COSINE`` or more; "start NAME", its first value; "lag product" and "lag factors",
+      how many steps later the auxiliary settles; "share ...", after which share of all steps it
+      does.
+    - Ratio of Eq. 5's terms: "lowest", "median" and "highest".
+    - Cosine to the primary's final weights: "largest" by absolute value.
+    - Overlaps, cosine and gain: "final" and "mean".
+
+    Args:
+        rows: the curves.
+        steps: number of steps of each group.
+    """
+    # (group, metric) -> run -> step -> row
+    curves: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        if row.step is not None and not row.item:
+            runs = curves.setdefault((row.group, row.metric), {})
+            runs.setdefault(row.subject, {})[row.step] = row
+    figures = []
+    for (_, metric), runs in curves.items():
+        common_steps = sorted(set.intersection(*map(set, runs.values())))
+        for row_of_step in runs.values():
+            points = [row_of_step[step] for step in common_steps]
+            example = next(iter(row_of_step.values()))
+            for name, value in _figures(metric, points).items():
+                figures.append(replace(example, metric=f"{name} {metric}", step=None, value=value))
+    return figures + _lags(figures, steps)
+
+
+def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
+    """The figures of one curve; {} where its metric has none."""
+    values = [row.value for row in points if row.value is not None]
+    if metric == RATIO:
+        return {
+            "lowest": min(values, default=None),
+            "median": median(values) if values else None,
+            "highest": max(values, default=None),
+        }
+    if metric in (f"{CROSS}/factors", f"{CROSS}/product"):
+        return {"largest": max(map(abs, values), default=None)}
+    if metric in (GAIN, COLUMNS, ROWS, COSINE):
+        if not values:
+            return {"final": None, "mean": None}
+        # The last value that is defined
+        return {"final": values[-1], "mean": sum(values) / len(values)}
+    if "/" in metric and not metric.startswith(CROSS):
+        steps = [row.step or 0 for row in points]
+        cosines = [row.value for row in points]
+        settled = settles(steps, cosines, SETTLED_COSINE)
+        return {"settled": settled, "start": next(iter(values), None)}
+    return {}
+
+
+def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
+    """The figures "lag" and "share" of each auxiliary, see `key_figures`."""
+    settled = {(row.subject, row.metric): row.value for row in rows}
+    figures = []
+    for row in rows:
+        if row.metric not in ("settled auxiliary/product", "settled auxiliary/factors"):
+            continue
+        quantity = row.metric.rpartition("/")[2]
+        primary = settled[row.subject, f"settled primary/{quantity}"]
+        lag = share = None
+        if row.value is not None:
+            share = row.value / steps[row.group]
+            if primary is not None:
+                lag = row.value - primary
+        figures.append(replace(row, metric=f"lag {quantity}", value=lag))
+        figures.append(replace(row, metric=f"share {quantity}", value=share))
+    return figures
+
+
+def settles(steps: Sequence[int], values: Sequence[float | None], threshold: float) -> float | None:
+    """The step from which on a curve stays at ``threshold`` or above.
+
+    It is interpolated linearly between the last point below the threshold and the next one.
+    It is the first step with a value if no point is below; None if the last point is.
+    """
+    points = []
+    for step, value in zip(steps, values, strict=True):
+        if value is not None:
+            points.append((step, value))
+    indices_below = [i for i, (_, value) in enumerate(points) if value < threshold]
+    if not points:
+        return None
+    if not indices_below:
+        return float(points[0][0])
+    crossing = indices_below[-1]
+    if crossing == len(points) - 1:
+        return None
+    left, low = points[crossing]
+    right, high = points[crossing + 1]
+    return left + (right - left) * (threshold - low) / (high - low)

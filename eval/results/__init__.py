@@ -1,0 +1,1 @@
+"""Results as long tables: reading and writing, statistics, reports and figures."""

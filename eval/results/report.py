@@ -1,0 +1,217 @@
+"""Results in Markdown: tables of groups with their differences, figures, notes, origin."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from bilora_diffusion.core.figures import BOOTSTRAP_FROM, Interval
+
+from .table import Metric, Provenance, Result, Summary
+
+NOT_AVAILABLE = "n/a"
+# Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
+MAX_FURTHER_DECIMALS = 2
+# See `core.figures.mean_interval`.
+INTERVALS = f"its 95 % interval (Student's t; from {BOOTSTRAP_FROM} values on a bootstrap, BCa)"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric in a table of groups, shown by its :class:`~eval.results.table.Metric`."""
+
+    metric: str
+    item: str = ""
+    # Add a column with its difference to the control's
+    difference: bool = False
+    # Show the interval of the mean too
+    interval: bool = True
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; characters that could break a cell are escaped."""
+    lines = []
+    for cells in (head, ["---"] * len(head), *rows):
+        lines.append(f"| {' | '.join(map(escaped, cells))} |")
+    return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """Text of a user on one line, with the characters escaped that would end a table's cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and the parts under it; "" where all of them are empty."""
+    if not any(parts):
+        return ""
+    return "\n\n".join([f"## {title}", *filter(None, parts)])
+
+
+def page(*parts: str) -> str:
+    """A whole report; empty parts are left out."""
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def listed(sentences: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def number(value: float | None, metric: Metric, sign: str = "") -> str:
+    """A value in its metric's scale and format; ``sign`` is "+" for a difference."""
+    if value is None:
+        return NOT_AVAILABLE
+    return f"{metric.scale * value:{sign}{metric.form}}"
+
+
+def interval(bounds: Interval | None, metric: Metric, sign: str = "") -> str:
+    """An interval in brackets."""
+    if bounds is None:
+        return f"[{NOT_AVAILABLE}]"
+    low, high = bounds
+    return f"[{number(low, metric, sign)}, {number(high, metric, sign)}]"
+
+
+def resolved(metric: Metric, size: float) -> Metric:
+    """The metric with enough decimals for two digits of ``size``, and no fewer than its own.
+
+    Args:
+        metric: its form must be a number of decimals; another form is left as it is.
+        size: width of an interval, or a difference without one.
+    """
+    form = re.fullmatch(r"\.(\d+)f", metric.form)
+    size = abs(metric.scale * size)
+    if form is None or size == 0 or not math.isfinite(size):
+        return metric
+    decimals = int(form[1])
+    # 0.034 has its first digit in the second decimal, so two digits need three decimals.
+    needed = 1 - math.floor(math.log10(size))
+    # At least the metric's own decimals, so that large intervals don't lose any.
+    decimals = min(max(decimals, needed), decimals + MAX_FURTHER_DECIMALS)
+    return replace(metric, form=f".{decimals}f")
+
+
+def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
+    """A group's mean, with its interval if ``intervals``."""
+    if line is None or line.mean is None:
+        return NOT_AVAILABLE
+    if not intervals or line.interval is None:
+        return number(line.mean, metric)
+    low, high = line.interval
+    metric = resolved(metric, high - low)
+    return f"{number(line.mean, metric)} {interval(line.interval, metric)}"
+
+
+def difference(line: Summary | None, metric: Metric) -> str:
+    """A mean difference with its interval, and in how many pairs the group is better."""
+    if line is None or line.difference is None:
+        return NOT_AVAILABLE
+    low, high = line.difference_interval or (0.0, 0.0)
+    metric = resolved(metric, high - low or line.difference)
+    bounds = interval(line.difference_interval, metric, "+")
+    text = f"{number(line.difference, metric, '+')} {bounds}"
+    if metric.higher_is_better is None:
+        return text
+    return f"{text}, {line.better(metric.higher_is_better)}/{line.pairs}"
+
+
+def against_control(result: Result, line: Summary | None, group: str) -> str:
+    """The control's mean without its interval, or another group's difference to it."""
+    if line is None:
+        return NOT_AVAILABLE
+    metric = result.metric(line.metric)
+    if group == result.control:
+        return mean(line, metric, intervals=False)
+    return difference(line, metric)
+
+
+def comparison(
+    result: Result,
+    columns: Sequence[Column],
+    facts: Mapping[str, Callable[[str], str]] | None = None,
+    control_mark: str = "control",
+) -> str:
+    """A table with a row for each group, and columns for the metrics and their differences.
+
+    Args:
+        facts: head of a column -> its cell for a group, before the metrics. By default one with the
+            number of runs, and groups without any of the metrics are left out.
+        control_mark: word after the name of the group that the others are compared with.
+    """
+    columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
+    head = ["run", *columns_of_facts]
+    rows = []
+    for column in columns:
+        head.append(result.metric(column.metric).title)
+        if column.difference:
+            head.append("difference")
+    for group in result.groups:
+        # None for a metric that was not measured in the group
+        lines = [result.summary(group, column.metric, column.item) for column in columns]
+        if facts is None and not any(lines):
+            continue
+        is_unpaired = result.settings.get("paired", {}).get(group) is False
+        is_control = group == result.control
+        cells = [f"{group} ({control_mark})" if is_control else group]
+        cells += [fact(group) for fact in columns_of_facts.values()]
+        for column, line in zip(columns, lines, strict=True):
+            metric = result.metric(column.metric)
+            cells.append(mean(line, metric, column.interval))
+            if not column.difference:
+                continue
+            if is_unpaired:
+                cells.append("not paired")
+            elif is_control:
+                cells.append("")
+            else:
+                cells.append(difference(line, metric))
+        rows.append(cells)
+    return table(head, rows)
+
+
+def sources(result: Result) -> list[str]:
+    """A sentence for each subject: its kind, source, base model and weights."""
+    sentences = []
+    for entry in result.subjects:
+        facts = [entry.kind, entry.source, entry.method]
+        if entry.base_model:
+            facts.append(f"on {entry.base_model}")
+        quantization = entry.about.get("quantize", "none")
+        if quantization != "none":
+            facts.append(quantization)
+        if entry.digest:
+            facts.append(f"weights {entry.digest[:12]}")
+        sentences.append(f"{entry.label}: {', '.join(filter(None, facts))}.")
+    return sentences
+
+
+def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequence[str] = ()) -> str:
+    """The end of a report: figures, notes, facts, and the origin of the result."""
+    pictures = [f"![{name.removesuffix('.png')}]({name})" for name in result.figures]
+    sentences = [escaped(note) for note in result.notes]
+    sentences += [escaped(fact) for fact in facts]
+    sentences += origin(result.provenance, packages)
+    return page(*pictures, listed(sentences)).rstrip()
+
+
+def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:
+    """Origin of a result: command, machine, versions of some packages, commit."""
+    if provenance is None:
+        return []
+    device = provenance.device
+    facts = [device.get("name") or "unknown device"]
+    if device.get("type") == "cpu":
+        facts.append(f"{device['cpu_cores']} cores")
+    facts += [f"{package} {provenance.versions.get(package)}" for package in packages]
+    if provenance.commit is not None:
+        facts.append(f"commit {provenance.commit[:12]}")
+    changes = " with uncommitted changes" if provenance.uncommitted_changes else ""
+    lines = [f"`{provenance.command}`", f"{', '.join(facts)}{changes}."]
+    if provenance.differing:
+        differences = ", ".join(provenance.differing).replace("_", " ")
+        lines.append(f"The runs differ in {json.dumps(differences)}; the first run's is given.")
+    return lines

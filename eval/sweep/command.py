@@ -1,0 +1,313 @@
+"""Train the runs of an experiment, and compare its variants with a control, paired by seed.
+
+    python -m eval.sweep eval/experiments/lora_bilora.yaml
+    python -m eval.sweep eval/experiments/pictures_icons.yaml --output_dir results/pictures_icons
+    python -m eval.sweep eval/experiments/sdxl_3d_icon.yaml --dry_run         # hours and memory
+    python -m eval.sweep eval/experiments/pictures_icons.yaml --variants "LoRA;Bi-LoRA" \\
+        --seeds 0 --steps 20,40 --max_prompts 8 --runs_dir runs/try          # minutes on a CPU
+
+An experiment is a YAML file:
+
+    recipe: recipes/mini.yaml
+    variants:
+      LoRA: {method: lora}
+      LoRA-SAM: {method: lora-sam}
+      Bi-LoRA: {method: bilora}
+    axes: {rho: [0.05, 1]}             # LoRA-SAM and Bi-LoRA with both; LoRA has no rho
+    seeds: 0..4
+    scores:                            # sample checkpoints and score the samples
+      prompts: mini-heldout            # --prompts of eval.clip_scores, or heldout
+      max_prompts: 32
+      steps: [100, 300]                # checkpoints
+      guidances: [adapter:4, base:2]   # whose unconditional prediction, and the scale
+      seeds: [0]                       # of the images of each prompt
+      options: {skip_captions: true}   # further options of eval.clip_scores
+      memory_gigabytes: 38             # of the models that sample and score, if they are large
+
+Further keys: script (default: train_dreambooth_bilora.py), options (of all runs), control (default:
+the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a list, there
+is one comparison for each of its recipes. `prompts: heldout` are the captions of the runs' held-out
+images. With scores, the runs end at the last of the steps and keep their checkpoints.
+
+"guidance 4" takes both predictions from the adapter, as every program does; "base's guidance 2"
+takes the unconditional one from the base model. All variants get the same prompts and the same
+initial noise. A seed's value is the mean over its images.
+
+Every run is checked by the training script's own parser before the first one starts, and so are the
+scorer and the memory of the GPU. A finished run is not repeated and an interrupted one goes on, so
+the same command can be given again at any time. With scores, runs whose rows are in --output_dir
+stay there and are not repeated either: seeds and variants can be added later, without the folders
+of the first ones. Each run trains on one GPU; with --jobs several run at a time, on all GPUs.
+
+Writes rows.csv, summary.csv, result.json, report.md and figures, beside the runs in
+RUNS_DIR/EXPERIMENT. They hold no path of this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.files import counted, without_paths
+from bilora_diffusion.core.values import TRAINING_GRID_LOSS, WORKERS
+
+from ..command import COUNTS, Parser, open_folder
+from ..evaluation import Evaluation
+from ..results import compare, plot
+from ..results.report import Column
+from ..results.table import Result, Row
+from ..sources import open_run
+from ..subjects import Subject, by_group, paired
+from . import losses
+from .losses import FINISHED, SECONDS, WAITING
+
+if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+    from .plan import Plan, Run
+    from .runs import Outcome
+
+
+FIGURE = "sweep.png"
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Flags of the command."""
+
+    section = "sweep"
+    set: list[str] = option([], "Options of all runs, NAME=VALUE.")  # noqa: RUF009
+    variants: str | None = option(
+        None, "Labels with semicolons between them, of the variants to train (default: all)."
+    )
+    seeds: str | None = option(None, "Seeds instead of the experiment's, as 0..4 or 0,1.")
+    metric: str | None = option(None, "Key in metrics.jsonl instead of the experiment's.")
+    steps: str | None = option(None, "Sampled checkpoints instead of the experiment's.")
+    guidances: str | None = option(
+        None, "Kinds of guidance instead of the experiment's, as adapter:4,base:2."
+    )
+    max_prompts: int | None = option(None, "Sample the first prompts only.", range=COUNTS)
+    processes: int | None = option(None, "Sampling processes.", range=WORKERS)
+    runs_dir: Path = option(  # noqa: RUF009
+        Path("runs"), "Folder that gets a folder of runs for each experiment."
+    )
+    jobs: int = option(1, "Runs at a time, which share the cores and the GPUs.", range=WORKERS)
+    dry_run: bool = option(
+        False, "Check and list the runs only; with scores also the hours and the memory."
+    )
+
+
+class Sweep(Evaluation):
+    """The metric and the training loss of each finished run over training, and key figures.
+
+    A subject is a run, a group is a variant. ``about`` of a subject has the run's outcome:
+    ``status`` (finished, failed or waiting), ``exit_code`` and ``error``.
+
+    ``settings``: ``experiment``, ``recipe``, ``metric``, ``higher_is_better``, ``seeds``;
+    ``variants``, label -> its options; ``paired``, label -> whether its runs saw the control's
+    inputs; ``equal_training``, the training loss at which variants are compared and the variant
+    that sets it, or None.
+    """
+
+    name = "sweep"
+    options = (SweepOptions,)
+
+    def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
+        from .runs import Runner
+
+        # Each experiment has its own folder; its result is beside its runs.
+        runs_dir = args.runs_dir / plan.name
+        args = argparse.Namespace(**vars(args))
+        args.output_dir = args.output_dir or runs_dir / self.name
+        super().__init__(args, command)
+        self.plan = plan
+        self.experiment = plan.experiment
+        self.runner = Runner(plan.script, plan.recipe, runs_dir, args.jobs)
+        variants = {}
+        for variant in plan.variants:
+            variants[variant.label] = shown_options(variant.options)
+        self.settings |= {
+            "experiment": str(plan.name),
+            "recipe": plan.recipe.name,
+            "metric": plan.experiment.metric,
+            "higher_is_better": plan.experiment.higher_is_better,
+            "seeds": list(plan.seeds),
+            "variants": variants,
+        }
+
+    @classmethod
+    def arguments(cls, parser: Parser) -> None:
+        parser.add_argument(
+            "experiments",
+            nargs="+",
+            type=Path,
+            metavar="EXPERIMENT",
+            help="YAML files; eval/experiments has those of the paper's tables",
+        )
+        parser.add_argument("--output_dir", type=Path, help=f"default: {cls.name}, beside the runs")
+
+    def work(self) -> int | None:
+        """List the runs, and unless it is a dry run train and compare them."""
+        print(self.describe())
+        if self.args.dry_run:
+            return None
+        open_folder(self.runner.runs_dir, "--runs_dir")
+        return super().work()
+
+    def describe(self) -> str:
+        """The variants; in a dry run also the command line of each run and its folder's state."""
+        from .runs import describe_state
+
+        plan = self.plan
+        variants = counted(len(plan.variants), "variant")
+        seeds, runs = counted(len(plan.seeds), "seed"), counted(len(plan.runs), "run")
+        lines = [f"{plan.name}: {variants} x {seeds} = {runs}"]
+        for variant in plan.variants:
+            mark = " (control)" if variant.label == plan.control else ""
+            lines.append(f"  {variant.label}{mark}")
+        if self.args.dry_run:
+            for planned in plan.runs:
+                folder_state = describe_state(self.runner.runs_dir / planned.name)
+                lines.append(f"\n{planned.name} ({folder_state})")
+                lines.append(shlex.join(self.runner.command(planned)))
+        return "\n".join(lines)
+
+    def subjects(self) -> Sequence[Subject]:
+        """The planned runs."""
+        waiting = {"status": WAITING, "exit_code": None, "error": None}
+        return [
+            Subject(planned.name, planned.variant, seed=planned.seed, about=waiting)
+            for planned in self.plan.runs
+        ]
+
+    def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
+        """Train the runs that are not finished; print failures, after which the exit code is 1."""
+        runs_dir = self.runner.runs_dir
+        missing = self.missing_runs()
+        outcomes = self.runner.run_all(missing) if missing else []
+        trained = {outcome.run: subject_of(runs_dir, outcome) for outcome in outcomes}
+        self.require_metric(list(trained.values()))
+        failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
+        if failures:
+            reasons = []
+            for outcome in failures:
+                reasons.append(f"{outcome.run} (exit code {outcome.exit_code}: {outcome.error})")
+            print(
+                f"error: {len(failures)} of {len(outcomes)} runs failed: {'; '.join(reasons)}."
+                f" Their logs are {runs_dir}/RUN.log, and the same command tries them again.",
+                file=sys.stderr,
+            )
+            self.exit_code = 1
+        return [trained.get(subject.label, subject) for subject in subjects]
+
+    def missing_runs(self) -> Sequence[Run]:
+        """The planned runs that are to be trained, if they are not finished."""
+        return self.plan.runs
+
+    def require_metric(self, subjects: Sequence[Subject]) -> None:
+        """Refuse a metric that no run has."""
+        metric = self.experiment.metric
+        names = set[str]()
+        for subject in subjects:
+            for line in subject.log():
+                for name, value in line.items():
+                    if isinstance(value, int | float):
+                        names.add(name)
+        names.discard("step")
+        if names and metric not in names:
+            raise UserError(
+                f'no run has the metric "{metric}"{did_you_mean(metric, names)}: use --metric with'
+                f" one of {', '.join(sorted(names))}."
+            )
+
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        metric = self.experiment.metric
+        names = dict.fromkeys((metric, TRAINING_GRID_LOSS))  # which may be the same
+        measured, seconds = [], []
+        for line in subject.log():
+            if line.get("seconds") is not None:
+                seconds.append(line["seconds"])
+            # Both losses are compared at the steps at which the metric was measured.
+            if metric in line:
+                measured.append(line)
+        curve = []
+        for line in measured:
+            for name in names:
+                if name in line:
+                    curve.append(subject.row(name, line[name], step=line["step"]))
+        yield from curve
+        yield from compare.best(curve, metric, self.experiment.higher_is_better)
+        if subject.best_step is not None:
+            measured = [line for line in measured if line["step"] <= subject.best_step]
+        if measured:
+            for name in names:
+                yield subject.row(f"final {name}", measured[-1].get(name))
+        # The median, since the first step may take long.
+        if seconds:
+            yield subject.row(SECONDS, statistics.median(seconds))
+
+    def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
+        metric, control = self.experiment.metric, self.plan.control
+        pairs = self.pairs(subjects)
+        unpaired = [group for group, is_paired in pairs.items() if is_paired is False]
+        # A variant that learns less also overfits less. At one training loss that plays no part.
+        common_loss, equal_rows = compare.equal_training(rows, metric, TRAINING_GRID_LOSS, unpaired)
+        rows += equal_rows
+        lines = compare.summaries(rows, control, unpaired=unpaired)
+        self.settings["paired"] = pairs
+        self.settings["equal_training"] = None if common_loss is None else asdict(common_loss)
+        result = self.result(subjects, rows, lines, control)
+        self.notes += losses.notes(result)
+        return replace(result, metrics=losses.metrics(result))
+
+    def pairs(self, subjects: Sequence[Subject]) -> dict[str, bool | None]:
+        """Variant -> whether its finished runs saw the control's inputs; see `subjects.paired`."""
+        finished = [subject for subject in subjects if subject.finished]
+        if self.plan.control not in by_group(finished):
+            return {}
+        return paired(finished, self.plan.control)
+
+    def figures(self, result: Result, folder: Path) -> list[str]:
+        size = (12, max(3.6, 0.34 * len(result.groups) + 1.6))
+        row = losses.panels(result)
+        plot.panels(result, folder / FIGURE, [row], control=result.control, figsize=size)
+        return [FIGURE]
+
+    def introduction(self, result: Result) -> str:
+        return losses.introduction(result)
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        columns = []
+        for figure in losses.KEY_FIGURES:
+            name = f"{figure} {result.settings['metric']}"
+            columns.append(Column(name, difference=True, interval=False))
+        columns.append(Column(f"final {TRAINING_GRID_LOSS}", interval=False))
+        columns.append(Column(SECONDS, interval=False))
+        return {"": columns}
+
+    def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
+        return {"seeds": lambda group: losses.finished(result, group)}
+
+
+def shown_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's options without machine paths."""
+    options = {}
+    for name, value in values.items():
+        options[name] = without_paths(value) if isinstance(value, str) else value
+    return options
+
+
+def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
+    """A run as a subject; of a run that is not finished it has the outcome only."""
+    about = {"status": outcome.status, "exit_code": outcome.exit_code, "error": outcome.error}
+    if outcome.status == FINISHED:
+        subject = open_run(runs_dir / outcome.run, outcome.run)
+        return replace(subject, group=outcome.variant, about=about)
+    name = outcome.run
+    return Subject(name, outcome.variant, source=name, seed=outcome.seed, about=about)

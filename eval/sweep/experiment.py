@@ -1,0 +1,261 @@
+"""The content of an experiment's file; the docstring of `eval.sweep` explains its keys."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from bilora_diffusion.config.command_line import read_options
+from bilora_diffusion.core.errors import UserError, add_source, did_you_mean
+from bilora_diffusion.core.values import BASE_GUIDANCE, GUIDANCE_SOURCES, HELDOUT_LOSS
+
+from ..command import read_integers
+
+IMAGE_SCRIPT = "train_dreambooth_bilora.py"
+SEED = "seed"
+# Options of the training script that the sweep sets
+SWEEP_OPTIONS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+# Value of ``scores.prompts`` that stands for the captions of the held-out images
+HELDOUT = "heldout"
+# Options of eval.clip_scores that the sweep sets by other keys of ``scores``
+SCORES_OPTIONS = (
+    "prompts",
+    "max_prompts",
+    "seeds",
+    "steps",
+    "guidance_from",
+    "guidance_scale",
+    "output_dir",
+    "control",
+)
+LIKE = "write it as the experiments in eval/experiments do."
+
+
+def read_value(value: Any) -> bool | str:
+    """A single value of an option."""
+    if not isinstance(value, bool | str):
+        raise ValueError("a single value")
+    return value
+
+
+def read_options_of(mapping: Any) -> Any:
+    """Options by their names in Python; those that the sweep sets are refused."""
+    options = _underscored(mapping)
+    for name in options if isinstance(options, dict) else ():
+        if name == SEED:
+            raise UserError("an option sets the seed: give seeds instead.")
+        if name in SWEEP_OPTIONS:
+            raise UserError(f"an option sets {name}, which the sweep does: leave it out.")
+    return options
+
+
+def read_scores_options(mapping: Any) -> Any:
+    """Options of eval.clip_scores; those that other keys set are refused."""
+    options = _underscored(mapping)
+    for name in options if isinstance(options, dict) else ():
+        if name in SCORES_OPTIONS:
+            raise UserError(f"an option sets {name}, which the other keys of scores do.")
+    return options
+
+
+def _underscored(mapping: Any) -> Any:
+    """A mapping with the names of options in Python; {} for None."""
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        return mapping
+    return {str(name).replace("-", "_"): value for name, value in mapping.items()}
+
+
+def read_numbers(value: Any) -> tuple[int, ...]:
+    """The numbers of ``0..4`` (4 included), of ``0,1,5``, or of a list."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return tuple(read_integers(text, f'"{text}" is no list of numbers'))
+
+
+def require_different(values: list[Any]) -> list[Any]:
+    """Refuse a list with a value twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{value} stands twice in a list: keep one.")
+    return values
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A kind of guidance."""
+
+    # Model of the unconditional prediction, "adapter" or "base"
+    source: str
+    scale: float
+
+    @property
+    def label(self) -> str:
+        """Name in figures and tables."""
+        owner = "base's " if self.source == BASE_GUIDANCE else ""
+        return f"{owner}guidance {self.scale:g}"
+
+    @property
+    def text(self) -> str:
+        """As an experiment and the command line write it."""
+        return f"{self.source}:{self.scale:g}"
+
+
+def read_guidances(value: Any) -> tuple[Guidance, ...]:
+    """The kinds of guidance of ``adapter:4,base:2``, or of a list of these."""
+    words = value if isinstance(value, list) else str(value).split(",")
+    guidances = []
+    for word in words:
+        source, _, scale = str(word).strip().partition(":")
+        sentence = f'"{word}" is no kind of guidance: write adapter:4 or base:2.'
+        if source not in GUIDANCE_SOURCES:
+            raise UserError(sentence)
+        try:
+            guidances.append(Guidance(source, float(scale)))
+        except ValueError:
+            raise UserError(sentence) from None
+    return tuple(require_different(guidances))
+
+
+# Types of the file's values, which are checked while they are read
+Value = Annotated[Any, BeforeValidator(read_value)]
+Values = Annotated[dict[str, Value], BeforeValidator(read_options_of)]
+Axis = Annotated[list[Value], Field(min_length=1)]
+Numbers = Annotated[tuple[int, ...], BeforeValidator(read_numbers)]
+Step = Annotated[int, Field(ge=1)]
+
+
+class Keys(BaseModel):
+    """Base class of a file's content and its parts: no further keys, and no change."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scores(Keys):
+    """The samples of an experiment and how they are scored."""
+
+    # ``--prompts`` of eval.clip_scores, or "heldout"
+    prompts: str
+    # Number of prompts that are sampled, the first ones; None for all
+    max_prompts: Annotated[int, Field(ge=1)] | None = None
+    # Seeds of the images of each prompt
+    seeds: Numbers = (0,)
+    # Checkpoints that are sampled
+    steps: Annotated[tuple[Step, ...], BeforeValidator(read_numbers)]
+    guidances: Annotated[tuple[Guidance, ...], BeforeValidator(read_guidances)]
+    # Further options of eval.clip_scores
+    options: Annotated[dict[str, Value], BeforeValidator(read_scores_options)] = {}
+    # Size of the weights that sample and score, without quantization; 0 where any GPU has room
+    memory_gigabytes: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Experiment(Keys):
+    """The content of a file."""
+
+    # YAML file of options that all runs share, or several of them
+    recipe: str | list[str]
+    script: str = IMAGE_SCRIPT
+    # Further options of all runs; those of a variant win
+    options: Values = {}
+    # Label -> options
+    variants: dict[str, Values] = {}
+    # Option -> its values
+    axes: Annotated[dict[str, Axis], BeforeValidator(read_options_of)] = {}
+    # None for the recipe's seed
+    seeds: Numbers | None = None
+    # Label of the variant that the others are compared with; None for the first
+    control: str | None = None
+    # Key of ``metrics.jsonl``
+    metric: str = HELDOUT_LOSS
+    higher_is_better: bool = False
+    # None for an experiment that is judged by its losses alone
+    scores: Scores | None = None
+
+
+def read_experiment(
+    path: Path,
+    settings: Sequence[str] = (),
+    keys: Mapping[str, Any] | None = None,
+    scores_keys: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """The experiment of a file.
+
+    Args:
+        path: the file.
+        settings: the ``NAME=VALUE`` words of ``--set``, added to the file's options.
+        keys: keys of the file that the command line gives; None leaves the file's.
+        scores_keys: the same for keys of ``scores``.
+    """
+    if not path.is_file():
+        raise UserError(f'there is no experiment "{path}": correct the name of the file.')
+    content = read_options(path, f'the experiment "{path}"', "the command line")
+    with add_source(f"{path}: "):
+        if not isinstance(content, dict):
+            raise UserError("an experiment is a mapping: write lines like recipe: FILE.yaml.")
+        # Flags are keys of the file that the command line gives, so they are checked as such.
+        content |= _without_none(keys)
+        score_values = _without_none(scores_keys)
+        if score_values:
+            if not isinstance(content.get("scores"), dict):
+                flag = next(iter(score_values))
+                raise UserError(f"it has no scores, to which --{flag} belongs: leave it out.")
+            content["scores"] = {**content["scores"], **score_values}
+        return parse(content, read_settings(settings))
+
+
+def _without_none(keys: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (keys or {}).items() if value is not None}
+
+
+def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
+    """The typed content of a file, with further options of all runs."""
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise UserError(describe(error)) from error
+    experiment = experiment.model_copy(update={"options": {**experiment.options, **options}})
+    # An option has one value in a run.
+    for name, values in experiment.axes.items():
+        require_different(values)
+        in_variants = any(name in options for options in experiment.variants.values())
+        if in_variants or name in experiment.options:
+            raise UserError(f'"{name}" is an axis and set elsewhere too: keep one.')
+    return experiment
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a file's content."""
+    # A misspelt key is told first: the key that it stands for is missing only therefore.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    place = [str(part) for part in problem["loc"] if part not in ("str", "list[str]", "int")]
+    name = ".".join(place[:3])
+    reason = problem.get("ctx", {}).get("error")
+    if isinstance(reason, UserError):
+        return f"{name}: {reason}"
+    if problem["type"] == "extra_forbidden":
+        keys = Scores.model_fields if place[0] == "scores" else Experiment.model_fields
+        hint = did_you_mean(place[-1], list(keys))
+        return f'there is no key "{name}"{hint}: use {", ".join(keys)}.'
+    if problem["type"] == "missing":
+        return f'it has no "{name}": {LIKE}'
+    return f'"{name}" can\'t be {reprlib.repr(problem["input"])}: {LIKE}'
+
+
+def read_settings(words: Sequence[str]) -> dict[str, str]:
+    """The ``NAME=VALUE`` words of ``--set``."""
+    values: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.strip().lstrip("-")
+        if not (name and equals and value.strip()):
+            raise UserError(f'--set has "{word}": write NAME=VALUE.')
+        if name in values:
+            raise UserError(f'--set gives "{name}" twice: keep one.')
+        values[name] = value
+    return read_options_of(values)

@@ -1,0 +1,149 @@
+"""The report of losses, or of another metric of the log: metrics, figures and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from bilora_diffusion.core.values import HELDOUT_LOSS, TRAINING_GRID_LOSS
+
+from ..results import report
+from ..results.plot import Curve, Forest, Panel
+from ..results.table import Entry, Metric, Result
+
+# Metric beside those of ``metrics.jsonl``
+SECONDS = "seconds_per_step"
+# Statuses of a run
+FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
+KEY_FIGURES = ("final", "best", "equal_training")
+
+
+def metrics(result: Result) -> dict[str, Metric]:
+    """Titles and formats: values below 1 are shown times 1000, but for those of which higher is
+    better.
+    """
+    name = result.settings["metric"]
+    higher_is_better = result.settings["higher_is_better"]
+    # Runs of which only scored checkpoints are recorded have no final value.
+    means = _means(result, f"final {name}") or _means(result, name)
+    scale, form = 1, ".4f"
+    if means and max(means) < 1 and not higher_is_better:
+        scale, form = 1000, ".2f"
+    make_metric = partial(Metric, higher_is_better=higher_is_better, scale=scale, form=form)
+
+    common_loss = result.settings["equal_training"]
+    loss_text = ""
+    if common_loss:
+        loss_text = f" ({scale * common_loss['training_loss']:{form}})"
+    extreme = "highest" if higher_is_better else "lowest"
+    return {
+        TRAINING_GRID_LOSS: make_metric(TRAINING_GRID_LOSS),
+        f"final {TRAINING_GRID_LOSS}": make_metric(f"final {TRAINING_GRID_LOSS}"),
+        name: make_metric("held-out loss" if name == HELDOUT_LOSS else name),
+        f"final {name}": make_metric("final"),
+        f"best {name}": make_metric(f"{extreme} over training"),
+        f"equal_training {name}": make_metric(f"at equal training loss{loss_text}"),
+        SECONDS: Metric("s per step"),
+    }
+
+
+def _means(result: Result, name: str) -> list[float]:
+    """Sizes of the means of a metric in all groups and at all steps."""
+    means = []
+    for line in result.summaries:
+        if line.metric == name and line.mean is not None:
+            means.append(abs(line.mean))
+    return means
+
+
+def has_key_figures(result: Result) -> bool:
+    """Test that the metric at the end of training is known of any run."""
+    return bool(result.select(f"final {result.settings['metric']}"))
+
+
+def suffix(result: Result) -> str:
+    """The scale of the metric for headings, such as " x 1000"; "" without one."""
+    scale = result.metric(result.settings["metric"]).scale
+    if scale == 1:
+        return ""
+    return f" x {scale:g}"
+
+
+def is_finished(entry: Entry) -> bool:
+    """Test that a run is finished."""
+    return entry.about["status"] == FINISHED
+
+
+def panels(result: Result) -> list[Panel | Forest]:
+    """Differences to the control at the end, and the metric over training."""
+    name = result.settings["metric"]
+    paired = result.settings["paired"]
+    # Variants without a difference, each with the reason.
+    missing: dict[str, str] = {}
+    for group in result.groups:
+        if paired.get(group) is False:
+            missing[group] = "not paired"
+        if not any(map(is_finished, result.members(group))):
+            missing[group] = "missing"
+    missing[result.control] = "control"
+
+    # The forest's heading says which side is better.
+    side = "right" if result.settings["higher_is_better"] else "left"
+    title = f"final, minus {result.control}: mean and 95 % interval"
+    xlabel = f"difference of {name}{suffix(result)}; {side} is better"
+    curves = [Curve(group, name) for group in result.groups]
+    return [
+        Forest(title, xlabel, f"final {name}", missing),
+        Panel("over training: mean and standard error over seeds", name, curves),
+    ]
+
+
+def notes(result: Result) -> Iterator[str]:
+    """Sentences that a reader of the table has to know."""
+    settings = result.settings
+    common_loss = settings["equal_training"]
+    if common_loss:
+        yield (
+            "Equal training loss is the lowest that all paired runs reach; it is set by"
+            f" {common_loss['set_by']}."
+        )
+    lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]
+    # Each interval misses its value with a probability of 5 %.
+    intervals = sum(line is not None and line.difference is not None for line in lines)
+    if intervals > 2:
+        yield (
+            f"With {intervals} intervals in a column, one in twenty misses its value by chance"
+            " alone."
+        )
+    for label in settings["variants"]:
+        if settings["paired"].get(label) is False:
+            yield (
+                f"{label} did not see the control's inputs at each step (by their digests), so it"
+                " can't be paired."
+            )
+    for run in result.subjects:
+        if not is_finished(run):
+            facts = run.about
+            reason = ""
+            if facts["error"]:
+                reason = f" (exit code {facts['exit_code']}): {facts['error']}"
+            yield f"Missing: {run.label}, {facts['status']}{reason}"
+
+
+def finished(result: Result, group: str) -> str:
+    """Number of finished runs of a variant, and of all its runs, such as "4/5"."""
+    runs = result.members(group)
+    return f"{sum(map(is_finished, runs))}/{len(runs)}"
+
+
+def introduction(result: Result) -> str:
+    """Sentence above the table."""
+    settings = result.settings
+    count = len(result.settings["seeds"])
+    direction = "higher" if settings["higher_is_better"] else "lower"
+    seeds = "seeds" if count > 1 else "seed"
+    return (
+        f"`{settings['metric']}`{suffix(result)} of {settings['recipe']}, {direction} is better:"
+        f" mean over {count} {seeds}. Difference: to {report.escaped(result.control)}, paired by"
+        f" seed, with {report.INTERVALS} and the number of seeds in which the variant is better."
+    )

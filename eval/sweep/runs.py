@@ -1,0 +1,276 @@
+"""Train the runs of a sweep in processes, so that one that dies does not end the others.
+
+If a sweep is killed, its runs may go on. Such a run holds the lock of its folder and can't be
+started a second time: then it counts as failed, and the same command tries it again later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from bilora_diffusion.core.durable import dump_json, write_text
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import without_paths
+from bilora_diffusion.run import checkpoint, runlog
+
+from .losses import FAILED, FINISHED, WAITING
+from .plan import Run
+
+SCHEMA_VERSION = 1
+RECORD = "sweep.json"
+LAUNCHER = "accelerate.commands.launch"
+# From SIGTERM to SIGKILL: a run writes a checkpoint when it is asked to end.
+PATIENCE_SECONDS = 30.0
+# From one look at the running processes to the next
+POLL_SECONDS = 0.05
+# Variables that set PyTorch's number of threads, and the GPUs that it sees
+THREADS = "OMP_NUM_THREADS"
+GPUS = "CUDA_VISIBLE_DEVICES"
+# Stands before the sentence of a run that failed
+ERROR_MARK = "error: "
+# End of the output of a run that failed without a sentence
+ERROR_LETTERS = 300
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outcome of a run: finished, failed, or waiting."""
+
+    # Name of its folder
+    run: str
+    variant: str
+    seed: int
+    status: str
+    # Of a failed run; negative for a signal
+    exit_code: int | None = None
+    # Last sentence of a failed run, without machine paths
+    error: str | None = None
+
+
+def is_finished(folder: Path) -> bool:
+    """Test that a folder holds a finished run; its name has a hash of the options.
+
+    A damaged record counts as that of an unfinished run, and the training script refuses it.
+    """
+    try:
+        return runlog.is_finished(folder)
+    except UserError:
+        return False
+
+
+def describe_state(folder: Path) -> str:
+    """What a sweep does with a run of this folder."""
+    if is_finished(folder):
+        return "finished"
+    newest = checkpoint.latest(folder)
+    return "begins at step 0" if newest is None else f"resumes from {newest.name}"
+
+
+@dataclass
+class Runner:
+    """Trains runs and writes their outcomes to ``<runs_dir>/sweep.json``."""
+
+    script: Path
+    # ``--config`` of the script
+    recipe: Path
+    # Folder of the run folders; must exist
+    runs_dir: Path
+    # Runs at a time; several share the cores and the GPUs among them
+    jobs: int = 1
+    # Name of a run -> its outcome so far
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def command(self, run: Run) -> list[str]:
+        """The command line that starts a run, or continues it from its newest checkpoint."""
+        folder = self.runs_dir / run.name
+        command = [sys.executable, "-m", LAUNCHER]
+        # Otherwise accelerate takes all GPUs, and a step as many times the images.
+        command += ["--num_processes", "1"]
+        command += [str(self.script), "--config", str(self.recipe)]
+        command += [*run.flags, "--output_dir", str(folder)]
+        return [*command, "--resume_from_checkpoint", "auto"]
+
+    def run_all(self, runs: Sequence[Run]) -> list[Outcome]:
+        """Train the runs that are not finished; a failed run does not stop the others.
+
+        Raises:
+            KeyboardInterrupt: ctrl-C or SIGTERM; the running processes have been ended.
+        """
+        waiting: list[Run] = []
+        for run in runs:
+            status = FINISHED if is_finished(self.runs_dir / run.name) else WAITING
+            if status == WAITING:
+                waiting.append(run)
+            self.outcomes[run.name] = Outcome(run.name, run.variant, run.seed, status)
+        self._record()
+
+        # Runs that were finished before took no time, so the bar does not count them in its speed.
+        finished = len(runs) - len(waiting)
+        bar = tqdm(total=len(runs), initial=finished, desc="runs", unit="run", smoothing=0)
+        processes: list[RunProcess] = []
+        with bar, _sigterm_as_interrupt():
+            try:
+                while waiting or processes:
+                    # Start as many as may run, then look which have ended.
+                    while waiting and len(processes) < self.jobs:
+                        used_slots = {process.slot for process in processes}
+                        slot = min(set(range(self.jobs)) - used_slots)
+                        processes.append(RunProcess(self, waiting.pop(0), slot))
+                        bar.set_postfix_str(", ".join(p.run.name for p in processes))
+                    for process in list(processes):
+                        if process.is_running():
+                            continue
+                        processes.remove(process)
+                        self._store(process.outcome(), bar)
+                    time.sleep(POLL_SECONDS)
+            finally:  # also at Ctrl-C
+                _end([process.popen for process in processes])
+        return list(self.outcomes.values())
+
+    def _store(self, outcome: Outcome, bar: Any) -> None:
+        self.outcomes[outcome.run] = outcome
+        self._record()
+        bar.update()
+        if outcome.status == FAILED:
+            bar.write(f"{outcome.run} failed: {outcome.error}", file=sys.stderr)
+
+    def environment(self, slot: int) -> dict[str, str] | None:
+        """Environment of a run; None for that of this process.
+
+        Runs at a time share the cores, unless the user has set the number of threads, and take
+        turns with the GPUs that this process sees.
+
+        Args:
+            slot: number of the run among those at a time, from 0 on.
+        """
+        if self.jobs == 1:
+            return None
+        environment = dict(os.environ)
+        environment.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        gpus = visible_gpus()
+        if gpus:
+            environment[GPUS] = gpus[slot % len(gpus)]
+        return environment
+
+    def _record(self) -> None:
+        outcomes = []
+        for outcome in self.outcomes.values():
+            fields = asdict(outcome)
+            # The keys of the file are older than the words run and variant.
+            names = {"cell": fields.pop("run"), "arm": fields.pop("variant")}
+            outcomes.append(names | fields)
+        record = {"schema_version": SCHEMA_VERSION, "cells": outcomes}
+        write_text(self.runs_dir / RECORD, dump_json(record))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as `GPUS` names them."""
+    names = os.environ.get(GPUS)
+    if names is not None:
+        return [name.strip() for name in names.split(",") if name.strip()]
+    import torch  # here, so that --help does not wait for it
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+class RunProcess:
+    """A run in a process group of its own, with its output in ``<folder>.log``."""
+
+    def __init__(self, runner: Runner, run: Run, slot: int) -> None:
+        self.run = run
+        self.slot = slot
+        self.folder = runner.runs_dir / run.name
+        self.log = Path(f"{self.folder}.log")
+        with self.log.open("ab") as log:
+            if checkpoint.latest(self.folder) is None:
+                log.truncate(0)
+            # A resumed run appends to the log; its error stands after this place.
+            self.log_start = log.seek(0, os.SEEK_END)
+            self.popen = subprocess.Popen(
+                runner.command(run),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a group that can be ended as a whole
+                env=runner.environment(slot),
+            )
+
+    def is_running(self) -> bool:
+        """Test that the process has not ended."""
+        return self.popen.poll() is None
+
+    def outcome(self) -> Outcome:
+        """The outcome of a run that has ended."""
+        run = self.run
+        # The record decides: a launcher may fail after its run has finished.
+        if is_finished(self.folder):
+            return Outcome(run.name, run.variant, run.seed, FINISHED)
+        output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
+        code = self.popen.returncode
+        error = last_sentence(output)
+        return Outcome(run.name, run.variant, run.seed, FAILED, code, error)
+
+
+def last_sentence(output: str) -> str:
+    """Why a run failed: the script's last sentence after "error:", else its last line of output."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # The launcher's own traceback stands below the script's sentence.
+    sentences = [line for line in lines if ERROR_MARK in line]
+    if sentences:
+        sentence = sentences[-1].partition(ERROR_MARK)[2]
+    elif lines:
+        sentence = lines[-1][-ERROR_LETTERS:]
+    else:
+        sentence = "no output"
+    return without_paths(sentence)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes with all that they started, by SIGTERM and then by SIGKILL."""
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        launched: list[psutil.Process] = []
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
+                launched += psutil.Process(process.pid).children(recursive=True)
+                os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        # The launcher ends at once, but its training only after a step and a checkpoint.
+        while any(map(_is_alive, launched)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+    for process in processes:
+        # The process group also has what the launcher left running.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Within the context SIGTERM ends the sweep as Ctrl-C does."""
+    # The handler of SIGINT raises KeyboardInterrupt.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

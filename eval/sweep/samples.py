@@ -1,0 +1,161 @@
+"""The report of scores of samples: metrics, tables over checkpoints, and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bilora_diffusion.core.files import counted
+from bilora_diffusion.core.values import HELDOUT_LOSS
+from bilora_diffusion.mini.colors import SQUARE
+
+from ..clip_scores.reporting import METRICS as CLIP_METRICS
+from ..results import plot, report
+from ..results.plot import Curve, Panel
+from ..results.table import Metric, Result, Summary
+from . import step_rules
+
+FRONTS = "fronts.png"
+CURVES = "curves.png"
+COLORS = "colors"
+# From the one that decides to those that explain
+SAMPLED = ("truth", "i2t", "t2t", "nearest", "dino_truth", "dino_nearest", "drift")
+SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in SAMPLED}
+METRICS = {
+    **SAMPLED_METRICS,
+    COLORS: Metric(
+        "color difference, %",
+        f"of mean colors over {SQUARE} x {SQUARE} pixels, to the held-out picture",
+        scale=100,
+        form=".2f",
+    ),
+    **step_rules.RULES,
+}
+# Metrics of the curves
+CURVE_METRICS = ("truth", "i2t", "nearest")
+
+
+def introduction(result: Result) -> str:
+    """Sentences above the tables."""
+    settings = result.settings
+    scores = settings["scores"]
+    num_images = scores["num_prompts"] * len(scores["seeds"])
+    return (
+        f"{settings['experiment']}: {counted(len(settings['seeds']), 'training seed')};"
+        f" {counted(num_images, 'image')} of each checkpoint, from {scores['prompts']}."
+        f" A cell is the mean over seeds; in brackets the difference to {result.control}, paired by"
+        f" seed, with {report.INTERVALS}."
+    )
+
+
+def sections(result: Result) -> list[str]:
+    """The rules that choose a step, then a table over checkpoints for each metric and guidance."""
+    parts = [rule_section(result)]
+    for name in (*SAMPLED_METRICS, COLORS, HELDOUT_LOSS):
+        metric = result.metric(name)
+        for item in dict.fromkeys(row.item for row in result.select(name)):
+            title = f"{metric.title}, {item}" if item else metric.title
+            parts.append(report.section(title, step_table(result, name, item)))
+    return parts
+
+
+def rule_section(result: Result) -> str:
+    """The regret of each rule that chooses a step, by variant and kind of guidance."""
+    items = list(dict.fromkeys(row.item for row in result.select(step_rules.LAST)))
+    if not items:
+        return ""
+    heads = ["guidance", "variant"]
+    heads += [metric.title for metric in step_rules.RULES.values()]
+    rows = []
+    for item in items:
+        for group in result.groups:
+            cells = [item, group]
+            for rule, metric in step_rules.RULES.items():
+                cells.append(report.mean(result.summary(group, rule, item), metric))
+            rows.append(cells)
+    return report.section("Which step?", report.table(heads, rows))
+
+
+def step_table(result: Result, name: str, item: str) -> str:
+    """A table with a row for each variant and a column for each sampled checkpoint.
+
+    A cell is the mean over seeds, with the difference to the control's in brackets.
+    """
+    steps = {row.step for row in result.select(name, item=item)}
+    columns = [step for step in result.settings["scores"]["steps"] if step in steps]
+    metric = result.metric(name)
+    rows = []
+    for group in result.groups:
+        cells = [group]
+        for step in columns:
+            line = result.summary(group, name, item, step)
+            cell = report.mean(line, metric, intervals=False)
+            if group != result.control:
+                cell += f" ({report.difference(line, metric)})"
+            cells.append(cell)
+        rows.append(cells)
+    return report.table(["variant", *(f"step {step}" for step in columns)], rows)
+
+
+def curve_panels(result: Result) -> list[list[Panel]]:
+    """Metrics over training: a row for each metric, a column for each kind of guidance."""
+    rows = []
+    for name in CURVE_METRICS:
+        panels = []
+        for item in guidance_labels(result):
+            if result.select(name, item=item):
+                curves = [Curve(group, name, item, label=group) for group in result.groups]
+                panels.append(Panel(f"{METRICS[name].title}, {item}", "cosine", curves))
+        if panels:
+            rows.append(panels)
+    return rows
+
+
+def draw_fronts(result: Result, path: Path) -> None:
+    """Draw the fronts of all kinds of guidance, one below the other."""
+    labels = guidance_labels(result)
+    with plot.canvas(path, len(labels)) as (_, axes):
+        for axis, label in zip(axes[:, 0], labels, strict=True):
+            # One legend, since the variants have the same colors everywhere
+            _draw_front(axis, result, label, legend=label == labels[0])
+
+
+def guidance_labels(result: Result) -> list[str]:
+    """Kinds of guidance with samples, by their names in tables."""
+    return list(dict.fromkeys(row.item for row in result.select("i2t")))
+
+
+def _draw_front(axis: Any, result: Result, label: str, legend: bool) -> None:
+    """Draw likeness to the trained style over agreement with the prompt.
+
+    Each variant is a line through its checkpoints, with a bar of one standard error of the seeds in
+    both directions. Likeness is the cosine with the held-out picture, or without one with the
+    nearest training picture.
+
+    Args:
+        axis: of matplotlib.
+        label: name of the kind of guidance.
+        legend: show the variants' names.
+    """
+    likeness = "truth" if result.select("truth") else "nearest"
+    styles = plot.group_styles(result.groups, result.control)
+    for group in result.groups:
+        horizontal = result.curve(group, "i2t", label)
+        vertical = result.curve(group, likeness, label)
+        x, x_error = _scaled(horizontal)
+        y, y_error = _scaled(vertical)
+        style = {"color": styles[group]["color"], "marker": ".", "lw": 1, "elinewidth": 0.6}
+        axis.errorbar(x, y, y_error, x_error, label=group, **style)
+        if group == result.control:
+            for i, point in enumerate(vertical):
+                axis.annotate(f"{point.step}", (x[i], y[i]), fontsize=6, color="gray")
+    title = f"{result.settings['experiment']}, {label}"
+    plot.finish(axis, title, METRICS[likeness].title, legend, xlabel=METRICS["i2t"].title)
+
+
+def _scaled(curve: Sequence[Summary]) -> tuple[list[float], list[float]]:
+    """Means and standard errors of a curve of cosines, times 100."""
+    means = [100 * (point.mean or 0.0) for point in curve]
+    errors = [100 * (point.error or 0.0) for point in curve]
+    return means, errors

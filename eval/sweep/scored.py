@@ -1,0 +1,190 @@
+"""A sweep whose checkpoints are sampled and scored, with the losses beside the scores."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bilora_diffusion.core.errors import TrainingError
+from bilora_diffusion.core.files import hours_for_each_second
+from bilora_diffusion.core.values import HELDOUT_LOSS
+from bilora_diffusion.run.console import quiet
+
+from ..command import open_device
+from ..results import plot, report
+from ..results.report import Column
+from ..results.table import Result, Row, provenance_of_this_process
+from ..subjects import Subject
+from . import losses, samples
+from .command import Sweep
+from .plan import Plan, Run
+from .record import COMMON, Record
+from .scoring import SCORER_SETTINGS, Scoring
+
+
+class ScoredSweep(Sweep):
+    """Scores of samples come first; a row's item is the kind of guidance, and "" for a loss.
+
+    ``settings`` beside those of `Sweep`: ``options`` of all runs; ``scores``, with ``prompts``,
+    ``num_prompts``, ``seeds``, ``steps``, ``guidances`` and ``options`` of eval.clip_scores;
+    ``sampling``, ``scorer`` and ``truth_i2t`` as in the results of eval.clip_scores.
+
+    Runs with rows in the output folder are neither trained nor scored again.
+    """
+
+    def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
+        super().__init__(args, command, plan)
+        quiet()
+        scores = plan.experiment.scores
+        assert scores is not None
+        self.scoring = Scoring(scores, self.runner.runs_dir, args.processes)
+        self.settings["options"] = dict(plan.experiment.options)
+        self.settings["scores"] = self.scoring.settings()
+        self.record = Record(self.folder, self.name)
+        common = {name: self.settings[name] for name in COMMON}
+        self.record.require_alike(common, plan.runs)
+
+    def missing_runs(self) -> Sequence[Run]:
+        return [run for run in self.plan.runs if run.name not in self.record.rows]
+
+    def work(self) -> int | None:
+        if not self.args.dry_run:
+            return super().work()
+        print(self.describe())
+        self._print_memory()
+        return None
+
+    def describe(self) -> str:
+        """The runs and images of the plan, and its hours for each second of a step or image."""
+        scores, num_runs = self.scoring.scores, len(self.plan.runs)
+        steps = max(scores.steps)
+        images = num_runs * self.scoring.num_images
+        labels = ", ".join(guidance.label for guidance in scores.guidances)
+        size = (
+            f"{num_runs * steps:,} steps, {hours_for_each_second(num_runs * steps, 'a step')};"
+            f" {images:,} images with {labels}, {hours_for_each_second(images, 'an image')}."
+        )
+        return f"{super().describe()}\n{size}"
+
+    def _print_memory(self) -> None:
+        """Print the memory of each variant's training, by the training script's ``--dry_run``."""
+        gigabytes = self.scoring.scores.memory_gigabytes
+        if gigabytes:
+            size = f"{gigabytes:g} GB"
+            print(f"The images are made with {size} of weights, without quantization.")
+        for planned in self.plan.runs:
+            if planned.seed != self.plan.seeds[0]:
+                continue
+            print(f"\n{planned.variant}:", flush=True)
+            words = self.runner.command(planned)
+            # Without accelerate's launcher, since a dry run is of one process.
+            words = [sys.executable, *words[words.index(str(self.plan.script)) :], "--dry_run"]
+            if subprocess.run(words, check=False).returncode != 0:
+                raise TrainingError(
+                    f"--dry_run of {planned.variant} failed: its sentence stands above."
+                )
+
+    def subjects(self) -> Sequence[Subject]:
+        """The planned and the recorded runs, seed by seed, in the order of the variants."""
+        subjects = {subject.label: subject for subject in super().subjects()}
+        subjects |= self.record.subjects
+        order = {label: number for number, label in enumerate(self.plan.labels)}
+        # Recorded variants that the experiment no longer has come last.
+        return sorted(
+            subjects.values(),
+            key=lambda subject: (subject.seed or 0, order.get(subject.group, len(order))),
+        )
+
+    def prepare(self, subjects: Sequence[Subject]) -> None:
+        """Refuse before the training what would fail after it."""
+        missing = self.missing_runs()
+        if missing:
+            folders = [self.runner.runs_dir / run.name for run in missing]
+            self.scoring.check(folders, self.plan.base_model)
+
+    def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
+        """Train the missing runs; sample and score the checkpoints of the finished ones."""
+        subjects = super().produce(subjects)
+        finished = [subject for subject in subjects if subject.finished]
+        if finished:
+            self.scoring.score(finished)
+        self._describe_settings(subjects)
+        return subjects
+
+    def require_metric(self, subjects: Sequence[Subject]) -> None:
+        # Samples need no held-out loss.
+        if self.experiment.metric != HELDOUT_LOSS:
+            super().require_metric(subjects)
+
+    def _describe_settings(self, subjects: Sequence[Subject]) -> None:
+        """Complete the settings with the recorded runs and with those of the scores."""
+        self.settings["variants"] = {
+            **self.record.setting("variants"),
+            **self.settings["variants"],
+        }
+        self.settings["seeds"] = sorted({subject.seed or 0 for subject in subjects})
+        # If all runs were recorded, nothing was scored now: the earlier result has the settings.
+        scored = next(iter(self.scoring.results.values()), self.record.result)
+        if scored is not None:
+            for name in SCORER_SETTINGS:
+                self.settings[name] = scored.settings.get(name)
+
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        if subject.label in self.record.rows:
+            yield from self.record.rows[subject.label]
+            return
+        heldout_losses: dict[int, float] = {}
+        for row in super().rows(subject):
+            if row.metric == HELDOUT_LOSS and row.step is not None and row.value is not None:
+                heldout_losses[row.step] = row.value
+            yield row
+        yield from self.scoring.rows(subject, heldout_losses)
+
+    def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
+        result = super().complete(subjects, rows)
+        current = provenance_of_this_process(self.command, open_device(None))
+        is_extended = bool(self.scoring.results)
+        return replace(
+            result,
+            metrics={**samples.METRICS, **result.metrics},
+            provenance=self.record.provenance(current, is_extended),
+        )
+
+    def pairs(self, subjects: Sequence[Subject]) -> dict[str, bool | None]:
+        pairs = super().pairs(subjects)
+        # What an earlier command has found out about the recorded runs
+        for label, is_paired in self.record.setting("paired").items():
+            if is_paired is False or pairs.get(label) is None:
+                pairs[label] = is_paired
+        return pairs
+
+    def figures(self, result: Result, folder: Path) -> list[str]:
+        names = []
+        if samples.guidance_labels(result):
+            samples.draw_fronts(result, folder / samples.FRONTS)
+            rows = samples.curve_panels(result)
+            plot.panels(result, folder / samples.CURVES, rows, control=result.control)
+            names += [samples.FRONTS, samples.CURVES]
+        if losses.has_key_figures(result):
+            names += super().figures(result, folder)
+        return names
+
+    def introduction(self, result: Result) -> str:
+        return samples.introduction(result)
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
+        return {}  # the scores come first, see `further`
+
+    def further(self, result: Result) -> list[str]:
+        parts = samples.sections(result)
+        if losses.has_key_figures(result):
+            facts = self.facts(result)
+            columns: Any = super().columns(result)[""]
+            text = report.comparison(result, columns, facts, self.control_mark(result))
+            parts.append(report.section("Training", losses.introduction(result), text))
+        return [*parts, report.closing(result)]

@@ -1,0 +1,244 @@
+"""Scores of an experiment: keys, checks before the training, recorded runs, rules, the report."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import ROOT
+from eval import sweep
+from eval.results import table
+from eval.results.table import Result
+from eval.sweep import samples, scoring, step_rules
+from eval.sweep.plan import Run, load
+from eval.sweep.record import Record
+
+EXPERIMENTS = ROOT / "eval" / "experiments"
+ICONS = ROOT / "results" / "pictures_icons"
+SCORES = {"prompts": "heldout", "steps": [4, 6], "guidances": ["adapter:4", "base:2"]}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """``plan(scores, **keys)``: the plan of an experiment with these scores."""
+
+    def load_content(scores, keys=None, settings=(), **content):
+        recipe = str(ROOT / "recipes" / "mini.yaml")
+        path = tmp_path / "experiment.yaml"
+        path.write_text(json.dumps({"recipe": recipe, "scores": scores, **content}))
+        (loaded,) = load(path, settings, scores_keys=keys)
+        return loaded
+
+    return load_content
+
+
+def flags_of(loaded):
+    return dict(flag.removeprefix("--").split("=") for flag in loaded.runs[0].flags)
+
+
+def test_runs_keep_the_checkpoints_that_are_sampled(plan):
+    flags = flags_of(plan(SCORES))
+    assert flags["max_train_steps"] == "6"
+    assert flags["checkpointing_steps"] == "2"
+    assert flags["checkpoints_total_limit"] == "0"
+    assert flags["num_validation_images"] == "0"
+    assert flags_of(plan(SCORES, {"steps": "20,50"}))["checkpointing_steps"] == "10"
+    # What the experiment says stays.
+    own_flags = flags_of(plan(SCORES, options={"max_train_steps": 12, "checkpointing_steps": 1}))
+    assert (own_flags["max_train_steps"], own_flags["checkpointing_steps"]) == ("12", "1")
+    for options in ({"max_train_steps": 5}, {"checkpointing_steps": 4}):
+        with pytest.raises(UserError, match="has no checkpoint: leave max_train_steps"):
+            plan(SCORES, options=options)
+
+
+def test_the_held_out_prompts_are_those_of_the_data(plan):
+    def prompts(*settings):
+        return plan(SCORES, settings=settings).experiment.scores.prompts
+
+    assert prompts() == "mini-heldout"
+    assert prompts("dataset=mini-animals") == "mini-animals-heldout"
+    with pytest.raises(UserError, match="the runs have no held-out images"):
+        prompts("validation_dataset=none")
+
+
+REFUSED = {
+    "steps": ([0], '"scores.steps.0" can\'t be 0'),
+    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4 or base:2'),
+    "max_prompts": ("none", '"scores.max_prompts" can\'t be'),
+    "options": ({"seeds": 1}, "scores.options: an option sets seeds, which the other keys"),
+    "promts": ("mini", r'no key "scores.promts" \(did you mean "prompts"\?\)'),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_bad_scores_are_refused(key, plan):
+    value, sentence = REFUSED[key]
+    with pytest.raises(UserError, match=f"experiment.yaml: .*{sentence}"):
+        plan({**SCORES, key: value})
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            "pictures_duotone --variants LoRA;Lora",
+            '--variants has "Lora": choose from LoRA; Bi-LoRA; LoRA-SAM.',
+        ),
+        ("pictures_duotone --guidances best:4", '"best:4" is no kind of guidance'),
+        ("pictures_duotone --steps a", "is no list of numbers: write whole numbers"),
+        ("lora_bilora --steps 4", "it has no scores, to which --steps belongs"),
+        ("lora_bilora --processes 1", "--processes is for samples"),
+        ("lora_bilora --variants X", '--variants has "X"'),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(words, sentence, tmp_path, capsys):
+    name, *flags = words.split()
+    code = sweep.main([str(EXPERIMENTS / f"{name}.yaml"), *flags, "--output_dir", str(tmp_path)])
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_text_has_no_samples(tmp_path):
+    path = tmp_path / "text.yaml"
+    content = {"recipe": str(ROOT / "recipes" / "trec.yaml"), "script": "train_text_bilora.py"}
+    path.write_text(json.dumps({**content, "scores": SCORES}))
+    with pytest.raises(UserError, match="scores are those of images"):
+        load(path)
+
+
+def common_settings(result):
+    return {name: result.settings[name] for name in ("recipe", "options", "scores")}
+
+
+def test_runs_that_can_not_stand_beside_recorded_ones_are_refused():
+    record = Record(ICONS, "sweep")
+    assert record.result is not None
+    entries = record.result.subjects
+    settings = common_settings(record.result)
+    first = entries[0]
+    planned = [Run(first.label, first.group, first.seed or 0, ())]
+    record.require_alike(settings, planned)
+    assert list(record.subjects) == [entry.label for entry in entries]
+
+    scores = {**settings["scores"], "steps": [1000]}
+    with pytest.raises(UserError, match=r"has a result with scores.steps \[100, 300, 500, 1000\]"):
+        record.require_alike({**settings, "scores": scores}, planned)
+    # The same variant and seed under another name, which has a hash of the options
+    other_runs = [Run("lora-seed0-0", first.group, first.seed or 0, ())]
+    with pytest.raises(UserError, match=f"has LoRA with seed 0 .*{first.label}"):
+        record.require_alike(settings, other_runs)
+    # Losses alone, which have no scores
+    losses = Record(ROOT / "results" / "methods", "sweep")
+    with pytest.raises(UserError, match="has a result with"):
+        losses.require_alike(settings, planned)
+
+
+def test_an_extended_result_names_what_differs_in_its_provenance():
+    record = Record(ICONS, "sweep")
+    assert record.result is not None
+    recorded = record.result.provenance
+    assert recorded is not None
+    later = replace(recorded, commit="0" * 40, command="python -m eval.sweep")
+    assert record.provenance(later, is_extended=False) == recorded
+    extended = record.provenance(later, is_extended=True)
+    assert extended.command == later.command
+    assert extended.commit == recorded.commit
+    assert extended.differing == ["commit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("pictures_duotone", "pictures_duotone"), ("guided_target", "guided_target_icons")],
+)
+def test_recorded_runs_are_those_of_the_experiment(name, folder):
+    """So that a seed or a variant can be added to the published result."""
+    result = table.read(ROOT / "results" / folder)
+    recorded = {entry.label: (entry.group, entry.seed) for entry in result.subjects}
+    (loaded,) = load(EXPERIMENTS / f"{name}.yaml")
+    planned = {run.name: (run.variant, run.seed) for run in loaded.runs}
+    common = recorded.keys() & planned.keys()
+    assert {recorded[run] for run in common} >= {("LoRA", 0)}
+    assert all(recorded[run] == planned[run] for run in common)
+    scores = loaded.experiment.scores
+    assert scores is not None
+    settings = {"recipe": "mini.yaml", "options": loaded.experiment.options}
+    settings["scores"] = scoring.Scoring(scores, ROOT).settings()
+    assert common_settings(result) == settings
+
+
+def test_a_result_of_recorded_runs_stays_as_it_is(tmp_path, capsys):
+    (tmp_path / "result").mkdir()
+    for name in (table.FILE, table.ROWS, table.SUMMARY):
+        (tmp_path / "result" / name).write_bytes((ICONS / name).read_bytes())
+    words = [str(EXPERIMENTS / "pictures_icons.yaml"), "--variants", "LoRA;Bi-LoRA"]
+    words += ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "result")]
+    assert sweep.main(words) == 0
+    for name in (table.ROWS, table.SUMMARY):
+        assert (tmp_path / "result" / name).read_bytes() == (ICONS / name).read_bytes()
+    recorded, result = table.read(ICONS), table.read(tmp_path / "result")
+    # Recorded variants that the experiment no longer has are still there.
+    assert set(result.groups) == set(recorded.groups)
+    assert result.provenance == recorded.provenance
+    line = result.summary("Bi-LoRA, per sample", "truth", "guidance 4", step=300)
+    assert line.mean is not None
+    assert line.difference is not None
+    assert f"{100 * line.mean:.2f} ({100 * line.difference:+.2f} [" in capsys.readouterr().out
+
+
+def test_a_run_without_a_sampled_checkpoint_is_refused_before_anything_is_trained(tmp_path):
+    scoring.require_checkpoints(tmp_path / "new", [500, 2000])
+    (tmp_path / "checkpoints" / "step-2000").mkdir(parents=True)
+    scoring.require_checkpoints(tmp_path, [2000, 4000])
+    with pytest.raises(UserError, match="has no checkpoint of step 500: remove that folder"):
+        scoring.require_checkpoints(tmp_path, [500, 2000])
+
+
+def test_a_small_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(scoring.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(scoring.torch.cuda, "mem_get_info", lambda: (1, 24e9))
+    scoring.require_memory(20)
+    with pytest.raises(UserError, match=r"samples with 38 GB of weights, .* this GPU has 24 GB"):
+        scoring.require_memory(38)
+
+
+def test_the_regret_of_a_rule_is_what_the_best_step_has_more():
+    rules = step_rules
+    # Step 20 is best for all captions, the loss is lowest at 10, and the last step is 30.
+    low = [0.5] * 16
+    high = [0.75] * 16
+    truths = {10: low, 20: high, 30: low}
+    # A loss between two checkpoints chooses none of them.
+    regrets = rules.regrets(truths, {10: 1.0, 15: 0.5, 20: 2.0, 30: 3.0})
+    assert regrets == {rules.LAST: 0.25, rules.BY_CAPTIONS: 0.0, rules.BY_LOSS: 0.25}
+    # Parts are every second caption: one part alone prefers step 10, and the other ones lose by it.
+    misled = {10: [0.9, 0.5] * 8, 20: [0.5, 0.9] * 8}
+    assert rules.regrets(misled, {})[rules.BY_CAPTIONS] == pytest.approx(0.4)
+    assert rules.BY_LOSS not in rules.regrets(misled, {10: 1.0})
+    assert rules.regrets({1: [0.5] * 8}, {}) == {}
+    # As of prompts without held-out pictures
+    assert rules.regrets({}, {}) == {}
+    # Captions beyond the last whole part are not read.
+    longer = {step: [*values, 99.0 * step] for step, values in misled.items()}
+    assert rules.regrets(longer, {}) == rules.regrets(misled, {})
+
+
+def test_the_report_of_prompts_without_pictures(tmp_path):
+    """As of SDXL on the paper's prompts, whose ground truth is not known."""
+    result = table.read(ICONS)
+    rows = [row for row in result.rows if row.metric in ("i2t", "nearest")]
+    lines = [line for line in result.summaries if line.metric in ("i2t", "nearest")]
+    result = replace(result, rows=rows, summaries=lines)
+    assert samples.guidance_labels(result) == ["guidance 4", "base's guidance 2"]
+    text = "\n".join(samples.sections(result))
+    assert "## CLIP I2T, base's guidance 2" in text
+    assert "## ground truth" not in text
+    assert "Which step?" not in text
+    samples.draw_fronts(result, tmp_path / "fronts.png")
+    assert (tmp_path / "fronts.png").is_file()
+
+
+def test_a_result_without_rows_has_no_samples():
+    result = Result("sweep", settings={"scores": {"steps": [1]}})
+    assert samples.guidance_labels(result) == []
+    assert samples.curve_panels(result) == []

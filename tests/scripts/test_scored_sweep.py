@@ -1,0 +1,87 @@
+"""eval.sweep with scores on the miniature: trained, sampled, scored, and seeds added later."""
+
+import subprocess
+import sys
+
+import pytest
+
+from eval import sweep
+from eval.results import table
+from tests.scripts.runs import ROOT
+
+EXPERIMENT = "eval/experiments/pictures_duotone.yaml"
+FLAGS = f"{EXPERIMENT} --variants LoRA --steps 2 --max_prompts 2 --processes 1"
+
+
+def run(folder, flags, code=0):
+    """Everything that the command prints."""
+    places = f"--runs_dir {folder / 'runs'} --output_dir {folder / 'result'}"
+    command = f"{sys.executable} -m eval.sweep {FLAGS} {places} {flags}".split()
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == code, process.stderr
+    return process.stdout + process.stderr
+
+
+@pytest.mark.slow
+def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added(tmp_path):
+    assert "pictures_duotone: 1 variant x 1 seed = 1 run" in run(tmp_path, "--seeds 0")
+    first = table.read(tmp_path / "result")
+    points = {(row.group, row.item, row.step) for row in first.select("truth")}
+    assert points == {("LoRA", "guidance 4", 2), ("LoRA", "base's guidance 2", 2)}
+    # The base model's prediction changes the images, and so each score.
+    by_adapter = first.select("i2t", "LoRA", "guidance 4")[-1].value
+    by_base = first.select("i2t", "LoRA", "base's guidance 2")[-1].value
+    assert by_adapter != by_base
+    assert first.select("colors")
+    # The losses are beside the scores, below them in the report.
+    assert first.figures == ["fronts.png", "curves.png", "sweep.png"]
+    report = (tmp_path / "result" / "report.md").read_text()
+    headings = [line for line in report.splitlines() if line.startswith("## ")]
+    assert headings[0] == "## ground truth, guidance 4"
+    assert headings[-2:] == ["## held-out loss", "## Training"]
+
+    # The second seed needs neither runs nor images of the first, and the first one stays.
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    run(tmp_path, "--seeds 1")
+    second = table.read(tmp_path / "result")
+    first_rows = [row for row in first.rows if not row.metric.startswith("equal_training")]
+    assert [row for row in second.rows if row in first_rows] == first_rows
+    for metric, item in (("truth", "base's guidance 2"), ("heldout_loss", "")):
+        assert second.summary("LoRA", metric, item, step=2).count == 2
+    assert second.settings["seeds"] == [0, 1]
+    for file in (tmp_path / "result").iterdir():
+        for folder in (tmp_path, ROOT):
+            assert file.suffix == ".png" or str(folder) not in file.read_text()
+
+    # Nothing is left to do, and the result is the same, with its provenance.
+    run(tmp_path, "--seeds 0,1")
+    repeated = table.read(tmp_path / "result")
+    assert sorted(repeated.rows, key=str) == sorted(second.rows, key=str)
+    assert repeated.provenance == second.provenance
+
+    # Rows of other prompts can't stand beside these.
+    message = run(tmp_path, "--seeds 0 --max_prompts 1", code=2)
+    assert "has a result with scores.num_prompts 2" in message
+
+
+@pytest.mark.slow
+def test_a_dry_run_has_the_hours_and_the_memory_of_each_variant(tmp_path):
+    printed = run(tmp_path, "--seeds 0..4 --steps 900,1800 --dry_run --variants LoRA;LoRA-SAM")
+    assert "18,000 steps, 5 hours for each second that a step takes" in printed
+    assert "80 images with guidance 4, base's guidance 2" in printed
+    assert printed.count("--output_dir") == 10
+    for variant in ("LoRA:", "LoRA-SAM:"):
+        memory = printed[printed.index(f"\n{variant}\n") :]
+        assert "GB" in memory or "MB" in memory
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("guidance", "sentence"),
+    [("base:1", "guidance above 1"), ("adapter:-3", "--guidance_scale is -3")],
+)
+def test_guidance_that_a_model_does_not_take_is_refused_first(guidance, sentence, tmp_path, capsys):
+    flags = f"{FLAGS} --seeds 0 --guidances adapter:4,{guidance} --runs_dir {tmp_path / 'runs'}"
+    assert sweep.main([*flags.split(), "--output_dir", str(tmp_path / "result")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("run.json"))
