@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import TrainingError
-from ..core.lora_names import COMPONENTS, ENCODERS, FILE_NAME, kohya_file_name
-from .formats import Layer, Part, dotted_names, module_names, plain_name, trained_layers
+from ..core.lora_names import COMPONENTS, ENCODERS
+from .formats import Layer, Part, dotted_names, module_names, plain_name
 from .lorafile import Header, LoraFile, LoraTensor, inspect, read_header, refused
 
 # Metadata entry with the model of a PEFT file, whose keys do not name it.
@@ -169,43 +169,6 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
 TOLERANCE = 1e-6  # relative, of each layer; rounding s * B to fp32 makes 6e-8
 
 
-def verify(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Prove that `save_diffusers` wrote the primary of `models` into `folder`, and nothing else.
-
-    s * B @ A of every layer, and DoRA's magnitude, are compared in fp64.
-
-    Args:
-        folder: where the files are.
-        models: the trained models, as given to `save_diffusers`.
-
-    Returns:
-        "layers", "max_abs_difference", "max_relative_difference", "auxiliary_keys", which is 0,
-        and with a kohya file "kohya_max_abs_difference" and "kohya_max_relative_difference".
-
-    Raises:
-        TrainingError: the file has an auxiliary, lacks a layer, has further layers, or has a layer
-            that differs by more than 1e-6 of its norm.
-        UserError: a file can't be read.
-    """
-    expected = {component: trained_layers(model) for component, model in models.items()}
-    differences = _compare_primary(Path(folder) / FILE_NAME, expected)
-    report: dict[str, float] = {"auxiliary_keys": 0, **differences}
-    kohya_file = Path(folder) / kohya_file_name(folder)
-    if kohya_file.exists():
-        differences = _compare_primary(kohya_file, expected)
-        for name in ("max_abs_difference", "max_relative_difference"):
-            report[f"kohya_{name}"] = differences[name]
-    return report
-
-
-def _compare_primary(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, float]:
-    """Compare a file that must have the primary and nothing else."""
-    file = inspect(path)
-    if file.auxiliary or file.other_tensors:
-        raise TrainingError(f"{path} must hold the primary alone. {' '.join(file.evidence)}")
-    return compare(path, expected)
-
-
 def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse a file that has other tensors or other values, or values that are not finite."""
     differing_keys = sorted(stored.keys() ^ expected.keys())
@@ -221,7 +184,25 @@ def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[st
 
 
 def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, float]:
-    """Read a file and compare B @ A and DoRA's magnitude of every layer, in fp64; see `verify`."""
+    """Check that a file has these layers and nothing else.
+
+    B @ A and DoRA's magnitude of every layer are compared in fp64.
+
+    Args:
+        path: the LoRA file.
+        expected: layers by the name of their model, with the scale in B.
+
+    Returns:
+        "layers", their number, "max_abs_difference" and "max_relative_difference".
+
+    Raises:
+        TrainingError: the file has an auxiliary or other tensors, lacks a layer, has further
+            layers, or has a layer that differs by more than `TOLERANCE`.
+        UserError: the file can't be read.
+    """
+    file = inspect(path)
+    if file.auxiliary or file.other_tensors:
+        raise TrainingError(f"{path} must have the primary alone. {' '.join(file.evidence)}")
     parts = read(path).parts
     differing_models = sorted(expected.keys() ^ parts.keys())
     if differing_models:

@@ -52,13 +52,14 @@ def save_diffusers(
     base_model: str,
     kohya: bool = False,
     extra_metadata: Mapping[str, str] | None = None,
-) -> Path:
+) -> dict[str, float]:
     """Write the file that `load_lora_weights(folder)` of the models' pipeline reads.
 
     The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so that
     readers which ignore alpha are right too; the alpha of training is in the metadata. Where the
     init changed the base weights, the file is for the unchanged ones: it has twice the rank of
-    training, which is in the metadata too. Each file appears whole or not at all.
+    training, which is in the metadata too. Each file is read back and compared with the models
+    before it gets its name.
 
     Args:
         folder: of `pytorch_lora_weights.safetensors`; it is made if necessary.
@@ -71,12 +72,14 @@ def save_diffusers(
         extra_metadata: further entries, see `training_facts`, which precede the defaults.
 
     Returns:
-        The path of the diffusers file.
+        "layers", their number, "max_abs_difference" and "max_relative_difference" between the file
+        and the models, and with ``kohya`` those of the other file, "kohya_max_abs_difference" and
+        "kohya_max_relative_difference".
 
     Raises:
         UserError: an unknown model name, a model without a primary, a folder that is a file, or
             kohya's format for a transformer.
-        TrainingError: a value is not finite.
+        TrainingError: a value is not finite, or a file differs from the models (`reader.compare`).
     """
     folder = Path(folder)
     unknown_names = [name for name in models if name not in COMPONENTS]
@@ -95,10 +98,12 @@ def save_diffusers(
     folder.mkdir(parents=True, exist_ok=True)
     # First, so that an interruption does not leave a file of other weights beside the new ones.
     kohya_file.unlink(missing_ok=True)
-    write_file(folder / FILE_NAME, parts, "diffusers", metadata)
+    report = write_file(folder / FILE_NAME, parts, "diffusers", metadata)
     if kohya:
-        write_file(kohya_file, parts, "kohya", metadata)
-    return folder / FILE_NAME
+        differences = write_file(kohya_file, parts, "kohya", metadata)
+        for name in ("max_abs_difference", "max_relative_difference"):
+            report[f"kohya_{name}"] = differences[name]
+    return report
 
 
 def refuse_kohya(components: Iterable[str]) -> None:
@@ -110,11 +115,19 @@ def refuse_kohya(components: Iterable[str]) -> None:
         )
 
 
-def write_file(path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping[str, str]) -> None:
-    """Write a file aside, compare it with the layers, and give it its name.
+def write_file(
+    path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping[str, str]
+) -> dict[str, float]:
+    """Write a temporary file, compare it with the layers, and rename it.
 
     Args:
+        path: name of the file.
+        parts: the layers of each model.
         to: "diffusers" or "kohya".
+        metadata: entries of the file's metadata.
+
+    Returns:
+        The differences that `reader.compare` found.
     """
     tensors = diffusers_tensors(parts) if to == "diffusers" else kohya_tensors(parts)
     entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
@@ -122,10 +135,10 @@ def write_file(path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping
     # PEFT's entry is refused by it.
     if to == "diffusers" and all(part.file_rank is not None for part in parts.values()):
         entries[ADAPTER_METADATA] = adapter_metadata(parts)
-    # The name aside is one that no loader matches.
-    with replacing(path, ".partial") as aside:
-        aside.write_bytes(safetensors.torch.save(tensors, entries))
-        compare(aside, {name: part.layers for name, part in parts.items()})
+    # No loader reads a file whose name ends in .partial.
+    with replacing(path, ".partial") as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, entries))
+        return compare(temporary, {name: part.layers for name, part in parts.items()})
 
 
 def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:

@@ -21,7 +21,8 @@ from ..core.seeds import generator
 from .config import DreamBoothConfig
 from .disk_cache import DiskCache
 from .families import family_of
-from .families.base import Conditions, Family, join_rows, split_rows
+from .families.base import Family
+from .families.tensors import Conditions, join_rows, split_rows
 from .sets import ImageSet
 
 # Orders of one image's tags. They are chosen beforehand: all prompts are embedded at the start.
@@ -138,6 +139,11 @@ def add_trigger(text: str, trigger: str | None) -> str:
     if not trigger or has_word(text, trigger):
         return text
     return f"{trigger}, {text}"
+
+
+def concept_words(trigger_word: str | None, instance_prompt: str | None) -> str | None:
+    """The words that name a concept in a prompt: its trigger word, else its instance prompt."""
+    return trigger_word or instance_prompt
 
 
 def has_word(text: str, word: str) -> bool:

@@ -21,6 +21,7 @@ from ..mini import FLOW, MINI, PIPELINES
 from ..run.hub import is_hub_id, loaded_from, public_name, write_card
 from ..run.record import BY_CONCEPT, validation_folder
 from . import comfy
+from .captions import concept_words
 from .config import DreamBoothConfig
 from .families.base import Unconditional
 from .validation import INDEX, read_index
@@ -77,7 +78,7 @@ def write_dreambooth_card(
     gallery = _gallery(folder, step, vars(cfg))
     if [prompt for prompt, _ in gallery] != prompts:  # a run was resumed with other prompts
         gallery, prompts = [], []
-    words = [concept.trigger_word or concept.instance_prompt for concept in concepts]
+    words = [concept_words(concept.trigger_word, concept.instance_prompt) for concept in concepts]
     triggers = list(dict.fromkeys(filter(None, words)))
 
     instance_prompts = [concept.instance_prompt for concept in concepts]

@@ -20,6 +20,7 @@ from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow
 from ..core.values import BASE_GUIDANCE
 from ..methods import get
 from ..mini import embedded
+from .captions import concept_words
 from .config import DreamBoothConfig
 from .families import family_of
 from .families.base import ComfyUI, Family
@@ -83,7 +84,8 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     samples = cfg.samples
     if not samples:
         concept = cfg.concept_configs[0]
-        prompt = concept.trigger_word or concept.instance_prompt or "a photo"
+        words = concept_words(concept.trigger_word, concept.instance_prompt)
+        prompt = words or "a photo"
         samples = [usual_sample(cfg, prompt)]
     checkpoint = family.comfyui.checkpoints.get(base, Path(base).name.lower())
     sample = samples[0]

@@ -7,7 +7,6 @@ time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.durable import replacing
+from ..core.files import hash_of_file
 from ..core.seeds import digest, digest_texts
 from .config import DreamBoothConfig
 
@@ -147,8 +147,7 @@ def hash_files(folders: Iterable[Path]) -> str:
             blob = path.resolve()
             content_hash = blob.name
             if blob.parent.name != "blobs" or not _SHA256.fullmatch(content_hash):
-                with path.open("rb") as file:
-                    content_hash = hashlib.file_digest(file, "sha256").hexdigest()
+                content_hash = hash_of_file(path)
             texts += [folder.name, str(path.relative_to(folder)), content_hash]
     return digest_texts(texts)
 

@@ -370,7 +370,7 @@ def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBo
         numbers = blocks * counts.checkpointed + counts.recomputed
     else:
         numbers = blocks * counts.block
-    # The loss of a departure from the base model keeps a second forward pass for its gradient.
+    # A held prediction keeps a second forward pass for its gradient.
     passes = 2 if cfg.hold_unconditional or cfg.prior_prediction_weight else 1
     tokens = passes * cfg.train_batch_size * (image_tokens + counts.prompt_tokens)
     return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * numbers)

@@ -29,7 +29,8 @@ from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from ..train.task import explain_memory_errors, precision
 from .config import require_unconditional
 from .families import family_of
-from .families.base import Conditions, Family, Unconditional, join_rows, move, split_rows
+from .families.base import Family, Unconditional
+from .families.tensors import Conditions, join_rows, move, split_rows
 from .latents import require_finite
 
 # Fixes for images that are not finite, and for memory that is full.

@@ -27,7 +27,6 @@ from ..core.lora_names import (
     kohya_file_name,
     workflow_file_name,
 )
-from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
 from ..run.data import choose_samples, describe_copies
@@ -109,7 +108,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
         task: Any = trainer.task
         if trainer.method.exports_weights:
             return save_models(folder, task.models)
-        save_diffusers(
+        report = save_diffusers(
             folder,
             task.models,
             base_model=cfg.pretrained_model_name_or_path,
@@ -117,7 +116,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
         )
         comfy.write(cfg, folder, task.pipeline)
-        return verify(folder, task.models)
+        return report
 
     def write_card(
         self, cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None

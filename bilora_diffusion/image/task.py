@@ -30,7 +30,7 @@ from .families.base import Family
 from .families.sdxl import tokenize
 from .latents import Encoder, weight_map
 from .likeness import SampledDistance
-from .loss import GUIDANCE_SHARE, HOLDS, PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
+from .loss import GUIDANCE_SHARE, HELD_WEIGHTS, PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
 from .noise_schedules import noise_schedule
 from .pipeline import select_layers
 from .sampling import SMALLER_IMAGES, generate
@@ -82,8 +82,6 @@ class DreamBooth:
             encoders,
             noise_schedule(cfg, self.family, pipeline),
             cfg.prior_loss_weight if cfg.with_prior_preservation else None,
-            cfg.prior_prediction_weight,
-            cfg.hold_unconditional,
         )
         if cfg.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -272,11 +270,18 @@ class DreamBooth:
             samples,
             masks,
         )
+        held_weights: dict[str, float] = {}
         if self.cfg.prior_prediction_weight:
             inputs[PRIOR] = self.condition([str(sample.cfg.class_prompt) for sample in samples])
+            held_weights[PRIOR] = self.cfg.prior_prediction_weight
         # Steps are counted from 1, as in the log, so that a resumed run holds in the same ones.
         if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
-            inputs[HOLDS] = torch.ones(len(samples), dtype=torch.bool)
+            held_weights[UNCONDITIONAL] = self.cfg.hold_unconditional
+        if held_weights:
+            inputs[HELD_WEIGHTS] = {
+                prompt: torch.full((len(samples),), float(weight))
+                for prompt, weight in held_weights.items()
+            }
         if self.cfg.guided_target > 1:
             # Class images and dropped captions keep the plain target: the first stand for what the
             # base model makes, the second train the unconditional prediction.
@@ -285,7 +290,7 @@ class DreamBooth:
             )
             if is_guided.any():
                 inputs[GUIDANCE_SHARE] = (1 - 1 / self.cfg.guided_target) * is_guided.float()
-        if HOLDS in inputs or GUIDANCE_SHARE in inputs:
+        if UNCONDITIONAL in held_weights or GUIDANCE_SHARE in inputs:
             inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
         noise_schedule = self.module.noise_schedule
         count = len(slots)

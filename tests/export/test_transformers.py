@@ -16,7 +16,6 @@ from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.export.__main__ import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
-from bilora_diffusion.export.reader import verify
 from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline, select_layers
@@ -46,7 +45,8 @@ def trained(kind, layers="attention", **options):
     return pipeline
 
 
-def exported(folder, pipeline):
+def export(folder, pipeline):
+    """Export a pipeline's adapters; the differences that the check found."""
     models = {"transformer": pipeline.transformer}
     return save_diffusers(folder, models, base_model="some/base", extra_metadata=FACTS)
 
@@ -82,9 +82,7 @@ def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
     untrained.transformer.requires_grad_(False)
     with adapters.only(source.transformer, [PRIMARY]):
         expected = output(source)
-    exported(tmp_path, source)
-    models = {"transformer": source.transformer}
-    assert verify(tmp_path, models)["max_relative_difference"] < 2e-7
+    assert export(tmp_path, source)["max_relative_difference"] < 2e-7
     before = output(untrained)
     untrained.load_lora_weights(tmp_path)
     size = (expected - before).abs().max()
@@ -97,7 +95,8 @@ def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 def test_keys_and_metadata_are_diffusers(kind, tmp_path):
     pipeline = trained(kind)
-    file = exported(tmp_path / "run", pipeline)
+    export(tmp_path / "run", pipeline)
+    file = tmp_path / "run" / FILE_NAME
     layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
     keys = [f"transformer.{name}.lora_A.weight" for name in layers]
     keys += [f"transformer.{name}.lora_B.weight" for name in layers]
@@ -130,7 +129,8 @@ def test_the_docs_name_the_models_that_comfyui_has_names_for(kind):
 @pytest.mark.parametrize("kind", FILES)
 def test_files_whose_keys_do_not_say_the_model_are_converted(kind, tmp_path):
     """PEFT's keys, and those that diffusers' `save_lora_adapter` writes."""
-    file = exported(tmp_path / "run", trained(kind))
+    export(tmp_path / "run", trained(kind))
+    file = tmp_path / "run" / FILE_NAME
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
     for name, prefix in (("diffusers", ""), ("peft", "base_model.model.")):
         tensors = {}
@@ -147,7 +147,8 @@ def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
     with pytest.raises(UserError, match="SDXL only"):
         save_diffusers(tmp_path / "run", models, base_model="some/base", kohya=True)
     assert not (tmp_path / "run").exists()
-    source = exported(tmp_path / "run", pipeline)
+    export(tmp_path / "run", pipeline)
+    source = tmp_path / "run" / FILE_NAME
     assert main([str(source), "--to", "kohya"]) == 2
     assert "diffusers' format" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [FILE_NAME]

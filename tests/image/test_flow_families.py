@@ -13,7 +13,8 @@ from bilora_diffusion.adapters.access import layers
 from bilora_diffusion.adapters.injection import base_of, target_layers
 from bilora_diffusion.image.captions import PromptCache
 from bilora_diffusion.image.families import family_of
-from bilora_diffusion.image.families.base import STEPS, join_rows
+from bilora_diffusion.image.families.base import STEPS
+from bilora_diffusion.image.families.tensors import join_rows
 from bilora_diffusion.image.loss import GUIDANCE_SHARE, UNCONDITIONAL, DreamBoothModule
 from bilora_diffusion.image.noise_schedules import FlowMatching
 from bilora_diffusion.image.pipeline import select_layers

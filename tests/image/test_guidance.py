@@ -11,7 +11,7 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import SDXL, family_of
-from bilora_diffusion.image.families.base import pack, unpack
+from bilora_diffusion.image.families.tensors import pack, unpack
 from bilora_diffusion.image.pipeline import load_pipeline, select_layers
 from bilora_diffusion.image.sampling import bare_sampler, decode, embed, embed_negative, generate
 from tests.export.export_models import add_adapters

@@ -14,13 +14,11 @@ from .base import (
     PROMPT_LAYERS,
     Activations,
     ComfyUI,
-    Conditions,
     Configs,
     Family,
     Unconditional,
-    pack,
-    unpack,
 )
+from .tensors import Conditions, pack, unpack
 
 SINGLE_BLOCKS = 38  # of FLUX.1; smaller models have fewer
 

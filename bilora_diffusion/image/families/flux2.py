@@ -18,13 +18,13 @@ from .base import (
     PROMPT_LAYERS,
     Activations,
     ComfyUI,
-    Conditions,
     Configs,
     Family,
     LatentSpace,
     mu_of,
 )
 from .flux import positions
+from .tensors import Conditions
 
 SINGLE_BLOCKS = 48  # of FLUX.2-dev; klein has 20 or 24
 

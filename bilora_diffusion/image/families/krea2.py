@@ -10,20 +10,9 @@ import torch
 from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
-from .base import (
-    ATTENTION_LAYERS,
-    Activations,
-    ComfyUI,
-    Conditions,
-    Family,
-    LatentSpace,
-    pack,
-    pad,
-    pad_if_needed,
-    unpack,
-    unpad,
-)
+from .base import ATTENTION_LAYERS, Activations, ComfyUI, Family, LatentSpace
 from .qwen_image import VideoSpace
+from .tensors import Conditions, pack, pad, pad_if_needed, unpack, unpad
 
 
 @dataclass(frozen=True)

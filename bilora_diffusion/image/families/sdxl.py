@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Activations, ComfyUI, Conditions, Configs, Family, Unconditional, latent_pixels
+from .base import Activations, ComfyUI, Configs, Family, Unconditional, latent_pixels
+from .tensors import Conditions
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 

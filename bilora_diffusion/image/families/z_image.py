@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Activations, ComfyUI, Conditions, Family, LatentSpace, Unconditional
+from .base import Activations, ComfyUI, Family, LatentSpace, Unconditional
+from .tensors import Conditions
 
 
 @dataclass(frozen=True)
