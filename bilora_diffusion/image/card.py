@@ -151,7 +151,7 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "denoiser_by_rows": denoiser_by_rows,
         "guidance": family.default_guidance,
         "guided_target": cfg.guided_target if is_guided_target else None,
-        "unguided": family.unguided,
+        "unguided_scale": family.unguided_scale,
         "models": list(results["export"]) if exports_models else [],
         # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
         "warns_of_encoders": not family.flow and not cfg.train_text_encoder,

@@ -158,9 +158,9 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
         positive = graph.add(
             "ConditioningSetProperties", cond_NEW=positive, hooks=hooks, **properties
         )
-    # ComfyUI's scale is 1 without guidance, a pipeline's is `unguided`: 0 where it adds guidance
-    # times the difference to the prediction, and 100 where the model embeds its guidance.
-    scale = max(1.0, guidance + 1.0 - family.unguided)
+    # ComfyUI's scale is 1 without guidance. A pipeline's is `unguided_scale`: 0 where it adds the
+    # difference of the predictions that many times, and 100 where the model embeds its guidance.
+    scale = max(1.0, guidance + 1.0 - family.unguided_scale)
     guided = {"model": model, "positive": positive, "negative": negative, "cfg": scale}
     latent = _sample_latent(graph, family, guided, sample.seed, steps, size)
     image = graph.add("VAEDecode", samples=latent, vae=autoencoder)

@@ -235,7 +235,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
             request = f"{prompt} with guidance from the base model"
             require_unconditional(family, guidance, model.index, model.configs, request)
         # Without guidance the pipeline makes no prediction that would read it.
-        is_read = family.reads_negative_prompt and guidance > family.unguided
+        is_read = family.reads_negative_prompt and guidance > family.unguided_scale
         if settings.get("negative_prompt") and not is_read:
             raise UserError(
                 f"{prompt} has a negative prompt, and {family.title} reads none at a guidance of"
@@ -276,7 +276,7 @@ def require_unconditional(
     fix = "drop it"
     # At no scale, or at larger ones only?
     if family.is_guided(math.inf, index, configs):
-        fix = f"give a guidance above {family.unguided:g}, or drop it"
+        fix = f"give a guidance above {family.unguided_scale:g}, or drop it"
     raise UserError(
         f"{request} is refused, since this {family.title} makes no unconditional prediction at a"
         f" guidance of {guidance:g}: {fix}."

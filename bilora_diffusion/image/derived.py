@@ -155,7 +155,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         predicts_noise=model.predicts_noise,
         embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
-        unguided_scale=model.family.unguided,
+        unguided_scale=model.family.unguided_scale,
         # Without --resolution the size that the model was made for.
         resolution=cfg.resolution or model.side,
     )

@@ -225,8 +225,8 @@ class FlowOptions:
     )
     max_sequence_length: int | None = option(
         None,
-        "Tokens of a prompt that are read. Default: as diffusers' script for the model (SD3 77,"
-        " Lumina 2 256, others 512).",
+        "Tokens of a prompt that are read. Default: as diffusers' script for the model"
+        " (docs/models.md has the table).",
         range=Range(4096, "no text encoder of these models reads more", at_least=1),
         ignored=(ON_SDXL,),
     )
@@ -242,8 +242,8 @@ class FlowOptions:
     weighting_scheme: str | None = option(
         None,
         "How noise levels are sampled (logit_normal, mode) or weighted (sigma_sqrt, cosmap; arXiv"
-        " 2403.03206, Section 3.1). Default: as diffusers' script for the model (SD3 logit_normal,"
-        " others none).",
+        " 2403.03206, Section 3.1). Default: as diffusers' script for the model (docs/models.md has"
+        " the table).",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         ignored=(ON_SDXL,),
     )

@@ -36,7 +36,7 @@ from ..train.soundness import require_safetensors, require_whole, require_words
 from .base_model import ANOTHER, describe, folder_of, from_hub
 from .config import DreamBoothConfig
 from .crops import bucket_sizes
-from .families.base import Family
+from .families.base import Family, autoencoder_width
 from .latents import AT_ONCE
 from .likeness import image_model_bytes
 
@@ -330,8 +330,7 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     # The autoencoder at its largest image.
     sizes = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     pixels = max(height * width for height, width in sizes)
-    vae_config = pipeline.vae.config
-    channels = vae_config.get("base_dim") or vae_config["block_out_channels"][0]
+    channels = autoencoder_width(pipeline.vae.config)
     encoded_bytes = ENCODED_BYTES * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
     sampled_pixels = [sample.width * sample.height for sample in cfg.samples]
     decoded_bytes = DECODED_BYTES * max(sampled_pixels, default=0)
@@ -353,18 +352,15 @@ def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBo
         denoiser: without weights.
         image_tokens: tokens of an image, or latents of a UNet.
     """
-    config, counts = denoiser.config, family.activations
+    counts = family.activations
     if family.flow:
         blocks = 0
         for module in denoiser.children():
             if isinstance(module, nn.ModuleList):
                 blocks += len(module)
-        width = config.get("dim") or config.get("hidden_size")
-        if not width:
-            width = config["num_attention_heads"] * config["attention_head_dim"]
     else:  # a UNet, whose coefficients are those of all blocks together
         blocks = 1
-        width = config["block_out_channels"][0]
+    width = family.width(denoiser.config)
     # Numbers per token and unit of width.
     if cfg.gradient_checkpointing:
         numbers = blocks * counts.checkpointed + counts.recomputed

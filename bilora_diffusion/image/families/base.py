@@ -47,8 +47,35 @@ def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
 
 def latent_pixels(vae: Mapping[str, Any]) -> int:
     """Pixels per latent along a side, from an autoencoder's configuration."""
-    # Each block but the last halves the sides.
-    return 2 ** (len(vae["block_out_channels"]) - 1)
+    _, levels = read_entry(vae, ("block_out_channels", "dim_mult"), "its autoencoder")
+    # Each level but the last halves the sides.
+    return 2 ** (len(levels) - 1)
+
+
+def autoencoder_width(vae: Mapping[str, Any]) -> int:
+    """Channels of an autoencoder's outermost layer, from its configuration."""
+    name, value = read_entry(vae, ("base_dim", "block_out_channels"), "its autoencoder")
+    return value[0] if name == "block_out_channels" else value
+
+
+def read_entry(config: Mapping[str, Any], names: Sequence[str], model: str) -> tuple[str, Any]:
+    """Name and value of the first of these entries that a model's configuration has.
+
+    Args:
+        config: the configuration.
+        names: of entries with the same meaning in different classes of models.
+        model: what the configuration belongs to, for the message.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    for name in names:
+        if config.get(name):
+            return name, config[name]
+    raise UserError(
+        f"the configuration of {model} has none of {', '.join(names)}: give another model, or"
+        " extend the reader of the entry in bilora_diffusion/image/families."
+    )
 
 
 @dataclass(frozen=True)
@@ -152,10 +179,11 @@ class Family:
     weighting: ClassVar[str] = "none"  # of noise levels, by default
     default_guidance: ClassVar[float] = 5.0  # scale of its images, by default
     unconditional: ClassVar[Unconditional] = Unconditional.SECOND_CALL
-    unguided: ClassVar[float] = 1.0  # up to this scale there is no unconditional prediction
+    unguided_scale: ClassVar[float] = 1.0  # the largest scale without unconditional prediction
     reads_negative_prompt: ClassVar[bool] = True  # in the unconditional prediction
     few_steps: ClassVar[int] = STEPS  # of the sampler, for its distilled models
-    undistilled: ClassVar[str] = "the model that it was made from"
+    # The model to train in place of a distilled one, for a message
+    undistilled_model: ClassVar[str] = "the model that it was made from"
     patch: ClassVar[int] = 16  # pixels of a patch's side, of which the resolution is a multiple
     side: ClassVar[int] = 1024  # resolution in pixels, where the configuration has none
     activations: ClassVar[Activations]
@@ -238,7 +266,8 @@ class Family:
         """
         if latents.ndim == 4:
             return latents
-        return unpack(latents, height // 8, width // 8)
+        # A token is a patch of 2 x 2 latents.
+        return unpack(latents, 2 * (height // self.patch), 2 * (width // self.patch))
 
     def native_side(self, pipeline: Any) -> int:
         """Side in pixels of the images that a loaded pipeline was made for."""
@@ -254,6 +283,14 @@ class Family:
         if not isinstance(side, int):
             return self.side
         return side * latent_pixels(configs["vae"])
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        """Width of the denoiser's tokens, from its configuration."""
+        names = ("dim", "hidden_size", "num_attention_heads")
+        name, value = read_entry(config, names, f"this {self.title}'s denoiser")
+        if name == "num_attention_heads":
+            return value * config["attention_head_dim"]
+        return value
 
     def model(self, pipeline: Any) -> Any:
         """The denoiser of a pipeline."""
@@ -290,7 +327,7 @@ class Family:
         Args:
             index: the pipeline's own configuration, as in ``model_index.json``.
         """
-        return self.unconditional is not Unconditional.NONE and guidance > self.unguided
+        return self.unconditional is not Unconditional.NONE and guidance > self.unguided_scale
 
     def embeds_guidance(self, configs: Configs) -> bool:
         """Test that a model has an embedding of guidance, which training has to give."""
@@ -306,7 +343,7 @@ class Family:
             return None
         return (
             f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
-            f" on {self.undistilled}, and sample with this one."
+            f" on {self.undistilled_model}, and sample with this one."
         )
 
     def require_resolution(self, resolution: int, configs: Configs) -> None:

@@ -52,7 +52,7 @@ class Flux(Family):
     )
     default_guidance: ClassVar[float] = 3.5
     unconditional: ClassVar[Unconditional] = Unconditional.NONE  # guidance is embedded
-    unguided: ClassVar[float] = 100.0  # no scale makes an unconditional prediction
+    unguided_scale: ClassVar[float] = 100.0  # no scale makes an unconditional prediction
     reads_negative_prompt: ClassVar[bool] = False
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
     activations: ClassVar[Activations] = Activations(

@@ -69,7 +69,7 @@ class Flux2Klein(Family):
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     default_guidance: ClassVar[float] = 4.0
     few_steps: ClassVar[int] = 4  # of klein without "base"
-    undistilled: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"
+    undistilled_model: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"
     steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=512, checkpointed=1, recomputed=100, block=24

@@ -68,6 +68,9 @@ class StableDiffusionXL(Family):
         embeds_guidance = configs["unet"].get("time_cond_proj_dim") is not None
         return super().is_guided(guidance, index, configs) and not embeds_guidance
 
+    def width(self, config: Mapping[str, Any]) -> int:
+        return config["block_out_channels"][0]
+
     def side_of(self, configs: Configs) -> int:
         side = configs["unet"].get("sample_size")
         if not (isinstance(side, int) and side > 0):
