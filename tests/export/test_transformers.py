@@ -113,7 +113,7 @@ def test_keys_and_metadata_are_diffusers(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_docs_name_the_models_that_comfyui_has_names_for(kind):
+def test_comfyui_has_names_for_the_models_that_say_so(kind):
     pipeline = trained(kind)
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|", page, re.MULTILINE)
