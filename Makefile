@@ -44,7 +44,7 @@ demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what th
 	$(BIN)/python -m bilora_diffusion.demo --output_dir "$(DEMO_DIR)"
 
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 to label questions and show its answers before and after
-	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
+	$(BIN)/python examples/2_text.py --output_dir "$(DEMO_TEXT_DIR)"
 
 pictures: $(VENV)/.installed-dev $(VENV)/.browser  ## make the pictures of README and docs that are older than what they show
 	$(BIN)/python -m docs.pictures

@@ -1,4 +1,4 @@
-"""Bi-LoRA for training loops of your own: attach it, make an optimizer, bind it."""
+"""Bi-LoRA in your own training loop: attach the adapters, create an optimizer, bind it."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from .train.initialisation import collecting
 
 @dataclass(frozen=True)
 class BiLoRAConfig:
-    """Adapters that `attach` puts on a model.
+    """Configuration of the adapters that `attach` adds to a model.
 
     Args:
         rank: rank of the primary.
         alpha: the primary's scale is alpha / rank.
-        auxiliary_rank: rank of the auxiliary; None is the primary's.
-        auxiliary_alpha: alpha of the auxiliary; None is the primary's.
+        auxiliary_rank: rank of the auxiliary; None uses the primary's.
+        auxiliary_alpha: alpha of the auxiliary; None uses the primary's.
         rho: radius of the ball that bounds the auxiliary (Eq. 8).
-        rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
-            B2 @ A2.
+        rho_norm: what the ball bounds: "scaled" is the change of the weights, s * B2 @ A2;
+            "unscaled" is B2 @ A2, as in Eq. 10.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
             `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
             name endings.
-        modules_to_save: names of modules that are trained whole beside the primary and saved with
-            it, such as ("classifier",) for a classifier's new head.
+        modules_to_save: names of modules whose full weights are trained and saved together with
+            the primary, such as ("classifier",) for a classifier's new head.
         dropout: dropout on the primary's input.
-        init: the primary's init: "default", "gaussian", "pissa", or "lora-ga", which needs
-            `BiLoRA.initialise`. The last two change the base weights in memory; saved files are
-            made for the unchanged weights.
-        use_dora: make the primary a DoRA adapter.
+        init: initialization of the primary: "default", "gaussian", "pissa", or "lora-ga", which
+            needs `BiLoRA.initialise`. The last two change the base weights in memory; saved files
+            are for the original weights.
+        use_dora: use DoRA for the primary.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value is outside its range.
     """
 
     rank: int = like(AdapterOptions, "rank", default=8)
@@ -71,13 +71,13 @@ class BiLoRAConfig:
         self.spec()
 
     def spec(self) -> AdapterSpec:
-        """The primary's shape."""
+        """Return the primary's rank, alpha, targets and initialization."""
         return AdapterSpec(
             **{field.name: getattr(self, field.name) for field in fields(AdapterSpec)}
         )
 
     def options(self) -> MethodOptions:
-        """Options of the method."""
+        """Return the options of the method `bilora`."""
         values: dict[str, Any] = {}
         for field in fields(MethodOptions):
             if hasattr(self, field.name):
@@ -86,7 +86,7 @@ class BiLoRAConfig:
 
 
 class BiLoRA:
-    """A model with a primary and an auxiliary adapter; made by `attach`."""
+    """A model with a primary and an auxiliary adapter; returned by `attach`."""
 
     def __init__(self, model: nn.Module, config: BiLoRAConfig) -> None:
         self.model = model
@@ -100,25 +100,27 @@ class BiLoRA:
             self._start(None)
 
     def initialise(self, forward_backward: Callable[[], object]) -> None:
-        """Start the primary from the gradient of your loss, for init "lora-ga"; before training.
+        """Initialize the primary from the gradient of your loss; for init "lora-ga".
+
+        Call it before `param_groups`.
 
         Args:
-            forward_backward: a function that runs the model and `backward()` on some samples of the
-                training data, in one pass or several; Wang et al. 2024 take 128 samples. The
-                adapters are off meanwhile, and nothing is left in `.grad`. The scale of the loss
-                makes no difference.
+            forward_backward: function that runs the model and `backward()` on some samples of the
+                training data, in one pass or several; Wang et al. 2024 use 128 samples. The
+                adapters are disabled during the call, and `.grad` is empty afterwards. The result
+                does not depend on the scale of the loss.
 
         Raises:
-            UserError: the init is another one, the primary has been started already, or no
-                gradient came.
+            UserError: `init` is not "lora-ga", the primary is initialized already, or there is no
+                gradient.
             TrainingError: the gradient is not finite.
         """
         if not inits.needs_gradient(self.config.init):
             raise UserError(
-                f'init is "{self.config.init}", which needs no gradient; leave initialise out.'
+                f'init "{self.config.init}" needs no gradient; remove the call of initialise.'
             )
         if self._initialised:
-            raise UserError("initialise was called already; attach to a new model to start anew.")
+            raise UserError("initialise was called already; attach to a new model instead.")
         with collecting(self.model) as gradients:
             forward_backward()
         self._start(gradients)
@@ -129,15 +131,15 @@ class BiLoRA:
         self._initialised = True
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups for a torch optimizer: the primary descends, the auxiliary ascends.
+        """Return parameter groups for a torch optimizer (Eq. 9): descent and ascent.
 
         Args:
-            lr: the learning rate of the primary, and of the auxiliary if the config names none.
-            weight_decay: of the primary; the auxiliary has none.
+            lr: learning rate of the primary, and of the auxiliary unless the config sets one.
+            weight_decay: weight decay of the primary; the auxiliary has none.
         """
         if not self._initialised:
             raise UserError(
-                f'init "{self.config.init}" starts from a gradient; call '
+                f'init "{self.config.init}" needs a gradient; call '
                 "initialise(forward_backward) before param_groups."
             )
         return self._method.param_groups([replace(self._target, lr=lr, weight_decay=weight_decay)])
@@ -147,47 +149,46 @@ class BiLoRA:
         self._method.bind(optimizer)
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A context in which the auxiliary is off, for evaluation without backward passes."""
+        """Context manager that disables the auxiliary, for evaluation without backward passes."""
         return self._method.evaluating()
 
     def auxiliary_norm(self) -> float:
-        """The auxiliary's total Frobenius norm, in the units of `rho_norm`; at most rho."""
+        """Return the auxiliary's Frobenius norm over all layers, as `rho_norm` defines it."""
         return self._method.auxiliary_norm()
 
     def clip_parameters(self) -> list[nn.Parameter]:
-        """Parameters for gradient clipping: the primary's, since the ball bounds the auxiliary."""
+        """Return the parameters to clip: the primary's, since the ball bounds the auxiliary."""
         return self._method.result_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
-        """The trained LoRA under PEFT's keys, for the base weights that the model came with.
+        """Return the primary under PEFT's keys, for the original base weights.
 
-        With an init that changes these it has twice the rank and alpha
+        If `init` changes the base weights, it has twice the rank and alpha
         (`adapters.portable_state_dict`).
         """
         return adapters.portable_state_dict(self.model)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the primary as a PEFT LoRA adapter that `PeftModel.from_pretrained` loads.
+        """Save the primary as a LoRA adapter that `PeftModel.from_pretrained` loads.
 
-        It is made for the base weights that the model came with, also where the init changed them.
+        It is for the original base weights, also if `init` changed them in memory.
         """
         adapters.save_pretrained(self.model, folder)
 
 
 def attach(model: nn.Module, config: BiLoRAConfig | None = None) -> BiLoRA:
-    """Put Bi-LoRA on a model, in place.
+    """Add a primary and an auxiliary adapter to a model, in place.
 
     Args:
-        model: any module with linear layers: a Transformers model, a diffusers UNet, a plain
-            network. If a `PeftModel` has an adapter "default" of the shape that `config` describes,
-            this is the primary.
-        config: shape and options; None for the defaults.
+        model: any module with linear layers, such as a Transformers model, a diffusers UNet or a
+            plain network. The adapter "default" of a `PeftModel` becomes the primary if it has the
+            shape that `config` describes.
+        config: configuration; None uses the defaults.
 
     Returns:
-        The handle with `param_groups`, `bind`, `evaluating`, `auxiliary_norm` and
-        `save_pretrained`.
+        The object with `param_groups`, `bind`, `evaluating` and `save_pretrained`.
 
     Raises:
-        UserError: no layer matches, or the model's adapter is of another shape.
+        UserError: no layer matches, or the model's adapter has another shape.
     """
     return BiLoRA(model, config or BiLoRAConfig())

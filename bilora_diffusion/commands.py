@@ -11,6 +11,7 @@ Each has ``--help``.
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import os
@@ -28,32 +29,29 @@ COMMANDS = ("train", "text", "export", "demo")
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
 
 
-def train(argv: Sequence[str] | None = None) -> int:
-    """Train an image model; returns the exit code (`errors.reported`).
+def run_script(modality: str, argv: Sequence[str] | None = None) -> int:
+    """Resolve a command line, then import the libraries and train.
 
     Args:
+        modality: "image" or "text".
         argv: arguments; None for ``sys.argv``.
+
+    Returns:
+        The exit code (`errors.reported`).
     """
     with reported() as code:
-        run_script("image", argv)
+        machine.refuse_separate_processes()
+        with importing():
+            # The configuration comes first, so that a typo is reported at once.
+            config = import_module(f".{modality}.config", __package__).resolve(argv)
+            script = import_module(f".{modality}.script", __package__)
+        script.train(argv, config)  # `train.command.train` with the script
     return code.number
 
 
-def text(argv: Sequence[str] | None = None) -> int:
-    """Train a text model; as `train`."""
-    with reported() as code:
-        run_script("text", argv)
-    return code.number
-
-
-def run_script(modality: str, argv: Sequence[str] | None) -> None:
-    """Resolve the command line, then import the libraries and run the training script."""
-    machine.refuse_separate_processes()
-    with importing():
-        # The configuration comes first, so that a typo is reported at once.
-        config = import_module(f".{modality}.config", __package__).resolve(argv)
-        script = import_module(f".{modality}.script", __package__)
-    script.train(argv, config)
+# Main functions of the two training scripts.
+train = functools.partial(run_script, "image")
+text = functools.partial(run_script, "text")
 
 
 @contextmanager

@@ -55,7 +55,7 @@ MEASURING_FLAGS = (
     "--checkpointing_steps=75",
     "--checkpoints_total_limit=4",
     "--validation_loss_steps=75",
-    "--validation_part=1/4",
+    "--max_eval_samples=32",
     "--validation_epochs=1000",
 )
 # Number of held-out icons after them whose samples are compared with the truth at each step.

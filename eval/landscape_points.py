@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.core import removed
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.values import NOISE_LEVELS, TRAINING_GRID_LOSS
 from bilora_diffusion.export.lorafile import inspect
@@ -122,6 +123,9 @@ def _config(subject: Subject) -> DreamBoothConfig:
     values = subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
         raise UserError(f"{subject.source} is not a run on images: give another.")
+    # The loss does not depend on how the weights were trained, so options of the training that
+    # were removed since may be left out.
+    values = {name: value for name, value in values.items() if name not in removed.OPTIONS}
     unknown_options = sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)})
     if unknown_options:
         raise UserError(

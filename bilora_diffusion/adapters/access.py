@@ -113,7 +113,7 @@ def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def head_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """Parameters of `model` (or several) that are trained whole beside the adapter, by path.
+    """Parameters of `model` (or several) that are trained whole with the adapter, by path.
 
     They are those of `AdapterSpec.modules_to_save`, such as a classifier's new head.
     """
@@ -183,7 +183,7 @@ def _as_matrix(weight: Any) -> Tensor:
     if weight.dim() == 2:
         return weight.detach()
     # By their strides, since only dimensions that follow each other in memory can be joined in a
-    # view: those of channels_last lie in another order.
+    # view: those of channels_last have another order.
     dimensions = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
     return weight.detach().permute(0, *dimensions).view(weight.shape[0], -1)
 
@@ -191,8 +191,8 @@ def _as_matrix(weight: Any) -> Tensor:
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     """Make exactly these adapters of `model` (or several) act, in this order.
 
-    They become trainable, with the modules that are trained whole beside the primary, and all else
-    frozen.
+    They become trainable, with the modules that are trained whole with the primary, and all else
+    is frozen.
 
     Raises:
         UserError: an adapter that no layer has, or that never acts.

@@ -40,7 +40,7 @@ COMPONENTS = {"pissa": 1, "lora-ga": 2}
 # 4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
 EXACT_UP_TO = 2048
 # Of the randomized decompositions: the components that they compute, and subspace iterations.
-PISSA_OVERSAMPLING = 16  # components beside the r that are used
+PISSA_OVERSAMPLING = 16  # components in addition to the r that are used
 PISSA_ITERATIONS = 16
 LORA_GA_OVERSAMPLING = 4  # components, in units of the rank
 LORA_GA_ITERATIONS = 4
@@ -54,7 +54,7 @@ def needs_gradient(name: str) -> bool:
 
 
 def prepare(model: nn.Module, spec: AdapterSpec) -> None:
-    """Add the adapter `INITIAL` beside the primary, if `spec.init` changes the base weights.
+    """Add the adapter `INITIAL` to the primary's layers, if `spec.init` changes the base weights.
 
     Raises:
         UserError: a layer is too small, quantized or tied.
@@ -205,8 +205,8 @@ def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tenso
 def signs(columns: Tensor) -> Tensor:
     """Signs that make the largest entry of each column positive, (r,).
 
-    A decomposition leaves the signs of singular vectors open. Which it takes depends on the last
-    bit of its input, and a gradient's on how the batch was cut.
+    A decomposition does not define the signs of singular vectors. They depend on the last bit of
+    its input, and those of a gradient on how the batch was split.
     """
     largest = columns.abs().argmax(0, keepdim=True)
     return columns.gather(0, largest)[0].sign()

@@ -41,7 +41,7 @@ class AdapterSpec:
         use_dora: learn the magnitude of each output separately.
         target_modules: "all-linear" (every linear layer but the output head), a regular expression
             for full module names, or a tuple of names or name endings such as ("to_q", "to_out.0").
-        modules_to_save: modules that are trained whole beside the adapter and saved with it, such
+        modules_to_save: modules that are trained whole with the adapter and saved with it, such
             as a classifier's new head; they get no adapter.
 
     Raises:
@@ -170,7 +170,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _modules_of_model(root: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by path, without those inside LoRA layers.
 
-    A LoRA layer stands for the layer that it wraps; its A and B are no targets.
+    A LoRA layer counts as the layer that it wraps; its A and B are no targets.
     """
     lora_prefixes: tuple[str, ...] = ()
     modules: dict[str, nn.Module] = {}
@@ -184,7 +184,7 @@ def _modules_of_model(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_head(root: nn.Module) -> nn.Module | None:
-    """The layer that makes the logits, which "all-linear" leaves out, as in PEFT."""
+    """The layer that computes the logits. "all-linear" skips it, as in PEFT."""
     getter = getattr(root, "get_output_embeddings", None)
     if not callable(getter):  # only Transformers' models have it
         return None
@@ -200,7 +200,7 @@ def _unsupported(root: nn.Module, path: str, module: nn.Module) -> str:
     if isinstance(base, _CONVOLUTIONS):
         # PEFT's A would pad with zeros, without dilation.
         if base.groups != 1 or set(base.dilation) != {1} or base.padding_mode != "zeros":
-            return "is a convolution with groups, holes or a padding beside zeros"
+            return "is a convolution with groups, dilation or a padding other than zeros"
         return ""
     if not _is_linear(module):
         return f"is a {type(base).__name__}, no linear layer"
@@ -253,7 +253,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
     cast_adapter_dtype(model, name)  # to fp32 where they are narrower, by new parameters
     _reset_magnitudes(model, name)
     if spec.modules_to_save:
-        # PEFT would put a copy beside each of these modules. Here a module such as a classifier's
+        # PEFT would add a copy of each of these modules. Here a module such as a classifier's
         # head is trained in its place, in fp32, and saved under the keys that PEFT reads.
         cast(Any, model).peft_config[name].modules_to_save = list(spec.modules_to_save)
         for parameter in head_parameters(model, name).values():
@@ -268,7 +268,7 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
         Whether the model has an adapter of that name.
 
     Raises:
-        UserError: the adapter is of another shape, or on other layers, or the init of `spec` would
+        UserError: the adapter has another shape or other layers, or the init of `spec` would
             replace its values.
     """
     adapted = dict(layers(model, name))
@@ -306,7 +306,7 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
 def restored(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
     """Restore a model to the bit, after adapters of shape `spec` were trained on it in the context.
 
-    What `spec` trains or changes beside the adapters is restored too.
+    Other weights that `spec` trains or changes are restored too.
     """
     changed: list[nn.Parameter] = []
     for path, parameter in model.named_parameters():

@@ -92,7 +92,7 @@ def _find_layers(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, lis
     paths_of_layer: dict[nn.Linear, list[str]] = {}
     skipped_names = set(skip).union(getattr(model, "_keep_in_fp32_modules", None) or ())
     head = output_head(model)
-    # A layer that stands in two places comes twice. A subclass may use its weight in another way:
+    # A layer in two places comes twice. A subclass may use its weight in another way:
     # nn.MultiheadAttention reads that of its last layer and never calls it.
     for path, module in model.named_modules(remove_duplicate=False):
         is_skipped = module is head or is_within(path, skipped_names)

@@ -90,7 +90,7 @@ def write_pretrained(
         folder: the folder, which is made if it is missing.
         tensors: tensors by PEFT's keys, with or without its prefix.
         config: fields of PEFT's `LoraConfig`.
-        metadata: entries of the header of the weights beside `format`.
+        metadata: further entries of the header of the weights; `format` is there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 Nothing here knows about a particular script: any set of option dataclasses will do.
 
-A recipe is a YAML file of options, read so that a value is the text that stands there. YAML 1.1
+A recipe is a YAML file of options, read so that a value is the text as it is written. YAML 1.1
 makes numbers of ``1:30`` and ``010``, a date of ``2024-01-01`` and a truth of ``on``. Here every
 value is what is written, as on the command line, and the option's own type decides what it means;
 only ``true``, ``false`` and ``null`` (or nothing) are more than text. Anchors, tags and repeated
@@ -62,20 +62,22 @@ class UserErrorParser(argparse.ArgumentParser):
     """A parser that raises its complaints as a `UserError` of one sentence."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.dest == "method":
+        if action.dest in ("method", "compare"):
             removed.refuse_method(value)
         if action.choices is not None:
             check_choice(action.option_strings[0], value, action.choices)
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         read: Any = action.type or str
-        removed.refuse_value(action.dest, action.option_strings[0], text)
+        # A positional argument has no option strings.
+        spelling = action.option_strings[0] if action.option_strings else action.dest
+        removed.refuse_value(action.dest, spelling, text)
         try:
             return read(text)
         except ValueError as error:
             # The error of a reader of `fields` is the advice; that of int is not.
             fix = "give a whole number" if read is int else error
-            raise UserError(f"{action.option_strings[0]} is {quoted(text)}: {fix}.") from error
+            raise UserError(f"{spelling} is {quoted(text)}: {fix}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a `UserError`."""
@@ -132,7 +134,7 @@ class CommandLine(UserErrorParser):
             alternatives: pairs of options of which one replaces the other. An option on the command
                 line overrules its partner in the recipe.
             ignored: a function of the options of the recipe and of those on the command line. It
-                returns the names of the recipe's options that do not hold beside the latter.
+                returns the names of the recipe's options that are ignored with the latter.
 
         Returns:
             Values of all options, and the names of those that the arguments or the recipe give.
@@ -218,7 +220,7 @@ class CommandLine(UserErrorParser):
         """The options that a mapping of a YAML file gives, as `explicit` returns them.
 
         Raises:
-            UserError: an unknown option, one that stands twice, a value of the wrong type.
+            UserError: an unknown option, one that is given twice, a value of the wrong type.
         """
         # A recipe has `center_crop: false` in place of a --no_ form, and names no other recipe.
         names: dict[str, str] = {}
@@ -252,10 +254,10 @@ class CommandLine(UserErrorParser):
         return values
 
     def _texts(self, name: str, value: Any) -> str | list[Any] | None:
-        """A value of a recipe as it stands on a command line; items may be mappings.
+        """A value of a recipe as it is written on a command line; items may be mappings.
 
         Returns:
-            None for null, which stands for no value.
+            None for null, which means no value.
         """
         field = self._fields[name]
         is_itemized = option_of(field).itemized
@@ -265,7 +267,7 @@ class CommandLine(UserErrorParser):
         is_list = isinstance(value, list)
         items = value if isinstance(value, list) else [value]
         kinds: tuple[type, ...] = (bool, str)
-        # A mapping stands for an item of a list, never for a single value.
+        # A mapping is an item of a list, never a single value.
         if is_itemized and (is_list or takes_list):
             kinds = (bool, str, dict)
         is_readable = all(isinstance(item, kinds) for item in items)
@@ -328,7 +330,7 @@ def read_options(path: Path, label: str, flag: str) -> Any:
 
 
 class _Loader(yaml.BaseLoader):
-    """PyYAML's loader that leaves values text, without the parts that options do not need."""
+    """PyYAML's loader that keeps values as text, without the parts that options do not need."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         # Aliases of aliases can grow to gigabytes, and a tag could name a Python object.

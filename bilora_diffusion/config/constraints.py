@@ -3,7 +3,7 @@
 It has combinations of options with each other and with the device, ways to launch (DDP trains
 everything, FSDP2 adapters of text models), and flags of other scripts. It is checked against a
 mapping of facts: values of options by name, and further facts that its ``[facts]`` name. Command
-lines, launches and trainers refuse what stands there, the contract tests leave it out, and
+lines, launches and trainers refuse what it lists, the contract tests skip it, and
 docs/options.md shows it (``python -m docs.make``).
 
 An option that the chosen method does not read is not refused, so that runs which differ only in
@@ -169,7 +169,7 @@ def check(facts: Facts) -> None:
 
 
 def fact_text(name: str, value: Any) -> str:
-    """A fact as the user wrote it; the value of a secret is left out."""
+    """A fact as the user wrote it, without the value of a secret."""
     if name in table().facts:
         return table().facts[name].format(value)
     if value is True or name == "hub_token":

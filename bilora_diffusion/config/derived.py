@@ -1,7 +1,7 @@
 """Defaults and rates that depend on other options, on the method or on the machine.
 
 A rule is a function from the configuration, as far as it is derived, to the option's value. It
-stands beside the option's declaration where it needs no more than the options there.
+is next to the option's declaration where it needs only the options there.
 `image.derived` and `text.config` have the rules of their own options.
 
 Every learning rate of a run, from its default to what the optimizer gets, is here:
@@ -11,8 +11,8 @@ Every learning rate of a run, from its default to what the optimizer gets, is he
     --text_encoder_lr          -> the primaries of trained text encoders
 
 Prodigy (arXiv 2306.06101) estimates one step size for all parameters and takes the learning rate
-as a factor on it, so that under it all rates are ``--learning_rate``. The rates lie beside the
-options and not beside the optimizers, since a run records the rates that it trains with.
+as a factor on it, so that under it all rates are ``--learning_rate``. The rates are with the
+options and not with the optimizers, since a run records the rates that it trains with.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
 
 
 def default_validation_loss_steps(cfg: RunConfig) -> int:
-    """The interval of the measurements in a run that goes by held-out samples; else none."""
+    """Steps between measurements where held-out samples decide what is exported; else none."""
     if cfg.depends_on_heldout and cfg.max_train_steps:
         return cfg.measurement_interval(cfg.max_train_steps)
     return cfg.validation_loss_steps

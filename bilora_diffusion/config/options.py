@@ -1,4 +1,4 @@
-"""Options of both training scripts, beside those of adapters and methods (`methods.options`)."""
+"""Options of both training scripts, without those of adapters and methods (`methods.options`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Steps and precision."""
+    """Seed, size and number of the steps, and the precision of the arithmetic."""
 
     section: ClassVar[str] = "steps and precision"
 
@@ -77,7 +77,7 @@ class StepOptions:
         ignored=(
             IgnoredCase(
                 lambda v: v["max_train_steps"] is not None,
-                "beside the number of steps, which counts",
+                "together with the number of steps, which is used",
                 "drop `--max_train_steps` or the epochs",
             ),
         ),
@@ -142,7 +142,7 @@ class StoppingOptions:
 
 @dataclass(frozen=True)
 class HeldOutOptions:
-    """The number of held-out samples; each script declares it in another section."""
+    """The number of held-out samples; each script lists it in another section."""
 
     max_eval_samples: int | None = option(
         None,
@@ -264,7 +264,7 @@ class OutputOptions:
         " checkpoint's name, such as step-100, or folder; latest must find a checkpoint.",
         is_path=True,
     )
-    # What is recorded beside losses.
+    # Records in addition to losses.
     log_dynamics: bool = option(
         False,
         "Record how the adapters move, for python -m eval.dynamics (Figs. 2, A2, A4): the factors"

@@ -84,7 +84,7 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
 
 @contextmanager
 def collected_notes() -> Iterator[list[str]]:
-    """Within the context notes on command lines are collected, and not printed."""
+    """Context manager: collects notes on command lines instead of printing them."""
     notes: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:

@@ -102,10 +102,10 @@ class RunConfig(
         return self.lr_warmup_steps or 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as JSON values; the hub token is left out."""
+        """All options as JSON values, without the hub token."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         options: dict[str, Any] = {}
-        # In the order of --help. Fields that are no options are left out too.
+        # In the order of --help, without fields that are no options.
         for name in fields.options_of(self.groups):
             if name != "hub_token":
                 options[name] = values[name]

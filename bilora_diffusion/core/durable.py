@@ -34,10 +34,10 @@ def replacing(path: Path, ending: str = "") -> Iterator[Path]:
 
     Args:
         path: the file, which need not exist.
-        ending: added to the temporary name, for writers that go by the ending of a name.
+        ending: added to the temporary name, for writers that use the ending of a name.
 
     Yields:
-        The temporary file beside ``path`` to write into. If writing fails, ``path`` stays as it is.
+        The temporary file next to ``path`` to write into. If writing fails, ``path`` is unchanged.
     """
     temporary = path.with_name(TEMPORARY + path.name + ending)
     try:
@@ -72,7 +72,7 @@ def readable_as(pattern: Path, *paths: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or a folder; a crash never leaves a part of it under its own name."""
+    """Delete a file or a folder; after a crash no part of it has its name."""
     temporary = path
     if not path.name.startswith(TEMPORARY):
         temporary = path.with_name(f"{TEMPORARY}deleted-{path.name}")
@@ -87,7 +87,7 @@ def discard(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what interrupted writers and deletions left in ``folder``."""
+    """Delete temporary files of interrupted writers and deletions from ``folder``."""
     for leftover in folder.glob(TEMPORARY + "*"):
         discard(leftover)
 

@@ -60,7 +60,7 @@ LIBRARY_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 def translated(
     sentence: str, fix: str, errors: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """Turn what a library raises within the context into a `UserError` of one sentence.
+    """Context manager: turns an error of a library into a `UserError` of one sentence.
 
     Args:
         sentence: what can't be done, in the user's words, such as "config.json can't be read".
@@ -83,7 +83,7 @@ def translated(
 
 @contextmanager
 def placed(place: str) -> Iterator[None]:
-    """Put a place before the sentence of a `UserError` that is raised within the context."""
+    """Context manager: puts a place in front of the sentence of a `UserError`."""
     try:
         yield
     except UserError as error:
@@ -91,7 +91,7 @@ def placed(place: str) -> Iterator[None]:
 
 
 def reading(subject: str, fix: str, load: Callable[[], T]) -> T:
-    """Return what ``load`` reads of a model or a file; its errors are `translated`."""
+    """Return what ``load`` reads of a model or a file; its errors become `UserError`s."""
     with translated(f"{subject} can't be read", fix):
         return load()
 
@@ -103,7 +103,7 @@ def reason(error: BaseException) -> str:
     if "cannot identify image file" in text:
         text = "not an image file that Pillow knows"
     if text.startswith("You set `ignore_mismatched_sizes`"):
-        text = "its weights are of other shapes than its config.json says"
+        text = "its weights have other shapes than its config.json says"
     text, _, _ = text.partition(". If you want to")
     if len(text) > 240:
         head, _, _ = text[:240].rpartition(" ")
@@ -145,12 +145,12 @@ class ExitCode:
 
 @contextmanager
 def reported() -> Iterator[ExitCode]:
-    """Report on stderr, in one sentence, the exception that ends a script's work, and go on.
+    """Context manager: reports the exception that ends a script on stderr, in one sentence.
 
     All processes of a distributed run may meet one error; the main one alone reports it.
 
     Yields:
-        The exit code, whose number is set when the context is left: 0; 2 after a `UserError`, a
+        The exit code, whose number is set when the context exits: 0; 2 after a `UserError`, a
         `TrainingError` or a full disk; 128 and the signal's number (130 for Ctrl-C) after an
         interruption; 141, without a sentence, where nobody reads the output any more; 1 after any
         other exception. The sentence then names the file that holds the trace, and
@@ -172,7 +172,7 @@ def print_trace_if_asked(error: BaseException) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> int:
-    """Run a script's `main` with its errors `reported`; returns the exit code."""
+    """Run `main` of a script and report its error (`reported`); returns the exit code."""
     with reported() as code:
         main()
     return code.number

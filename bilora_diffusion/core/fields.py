@@ -53,7 +53,7 @@ class Option:
         False  # a resumed run may change it: it touches at most the last digits
     )
     choices: tuple[str, ...] | None = None  # its values, where they are words
-    words: tuple[str, ...] = ()  # its values beside numbers
+    words: tuple[str, ...] = ()  # its values that are not numbers
     aliases: tuple[str, ...] = ()  # further flags
     itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
     fix_if_repeated: str = ""  # a second, other value is refused: what to give instead
@@ -108,12 +108,12 @@ def check(
     dashes: str = "--",
     smallest: float = SMALLEST_NORMAL,
 ) -> None:
-    """Refuse values that an option can't have; None stands for no value.
+    """Refuse values that an option can't have; None means no value.
 
     Args:
         fields: options by name.
         values: their values, by the same names.
-        dashes: stands before a name in messages, as the user wrote it.
+        dashes: prefix of a name in messages, as the user wrote it.
         smallest: a number other than 0 below it is refused too.
 
     Raises:
@@ -183,7 +183,7 @@ class OneValue(argparse.Action):
         earlier = getattr(namespace, self.dest)
         if earlier not in (None, value):
             raise UserError(
-                f"{flag} stands twice, for {quoted(earlier)} and {quoted(value)}: {self.fix}."
+                f"{flag} is given twice, as {quoted(earlier)} and {quoted(value)}: {self.fix}."
             )
         setattr(namespace, self.dest, value)
 
@@ -192,7 +192,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any], bare: bool
     """Add a flag for each option of some groups.
 
     The flags are those of Transformers' ``HfArgumentParser``, whose import takes a second. A name
-    has underscores or dashes. A boolean stands alone or before a value, as does a choice of yes, no
+    has underscores or dashes. A boolean takes no value or one, as does a choice of yes, no
     and other words. A boolean that is on by default also has a ``--no_`` form. A list takes one or
     more values.
 

@@ -81,7 +81,7 @@ DPI = 120
 
 @contextmanager
 def new_figure(path: Path, dpi: int = DPI, **options: Any) -> Iterator[Any]:
-    """Yield a matplotlib figure, and write it when the context is left, whole or not at all.
+    """Context manager: yields a matplotlib figure and writes it at the end, whole or not at all.
 
     Args:
         path: a PNG file.

@@ -1,6 +1,6 @@
 """Names of LoRA files, of the adapters in them and of the models that have adapters.
 
-A run leaves a file for diffusers under a fixed name, and one in kohya's format under the run's.
+A run exports a file for diffusers under a fixed name, and one in kohya's format under the run's.
 Importing this takes no time.
 """
 
@@ -51,7 +51,7 @@ def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
     # Half a surrogate pair, which a folder's name can have, becomes a question mark.
     folder_name = Path(folder).resolve().name.encode("utf-8", "replace").decode("utf-8")
     stem = _UNSAFE.sub("_", folder_name).strip(" .") or "lora"
-    # The cut may fall within a letter, which is then left out.
+    # The cut may fall within a letter, which is then dropped.
     stem = stem.encode("utf-8")[:_LONGEST_STEM].decode("utf-8", "ignore")
     if step is not None:
         return f"{stem}-step-{step}.safetensors"

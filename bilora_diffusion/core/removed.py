@@ -30,6 +30,8 @@ class RemovedOption:
     version: str = TAG
     # Whether it only says what is measured: it has an effect only on runs that choose by it
     is_of_measurement: bool = False
+    # Whether only Bi-LoRA read it
+    is_of_bilora: bool = False
 
     def is_neutral(self, value: Any, depends_on_heldout: bool = True) -> bool:
         """Test that a run with this recorded value is trained the same by this version.
@@ -49,10 +51,16 @@ OPTIONS: dict[str, RemovedOption] = {
     "efm_schedule": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_k": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_alpha": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
-    "auxiliaries": RemovedOption("leave it out, all samples see one auxiliary", (None, 1)),
+    "auxiliaries": RemovedOption(
+        "leave it out, all samples see one auxiliary", (None, 1), is_of_bilora=True
+    ),
     "auxiliary_snr_gamma": RemovedOption("leave it out, it needs several auxiliaries", None),
-    "auxiliary_direction": RemovedOption("leave it out, the auxiliary ascends", ("ascent",)),
-    "ball": RemovedOption("leave it out, one ball bounds all layers", ("global",)),
+    "auxiliary_direction": RemovedOption(
+        "leave it out, the auxiliary ascends", ("ascent",), is_of_bilora=True
+    ),
+    "ball": RemovedOption(
+        "leave it out, one ball bounds all layers", ("global",), is_of_bilora=True
+    ),
     "loss_rise": RemovedOption("give --rho a number, such as 0.05", None),
     "l2sp_lambda": RemovedOption("use --method lora", None),
     "use_ema": RemovedOption("use --keep_best"),
@@ -129,10 +137,19 @@ def require_neutral(saved: Mapping[str, Any], depends_on_heldout: bool = True) -
         depends_on_heldout: as for `RemovedOption.is_neutral`.
 
     Raises:
-        UserError: one of them was removed, and has an effect.
+        UserError: one of them was removed, and has an effect, or the method was removed.
     """
+    method = saved.get("method")
+    if method in METHODS:
+        raise UserError(
+            f"it was trained with --method {method}, which was removed: resume it with {TAG} in"
+            " git, or start a new run in another folder."
+        )
+    is_bilora = method in (None, "bilora")
     versions: dict[str, str] = {}  # of each option that has an effect
     for name, option in OPTIONS.items():
+        if option.is_of_bilora and not is_bilora:
+            continue
         if name in saved and not option.is_neutral(saved[name], depends_on_heldout):
             versions[name] = option.version
     for name, value in VALUES:

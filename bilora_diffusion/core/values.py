@@ -1,6 +1,6 @@
 """Values that an option can have: choices by name, and ranges of numbers.
 
-They stand here, and not beside the code that acts on them, because a command line is read before
+They are here, and not next to the code that uses them, because a command line is read before
 torch and PEFT are imported.
 
 The lower bound of a range is the least number with a meaning. The upper bound is far beyond what

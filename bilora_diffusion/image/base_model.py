@@ -44,14 +44,6 @@ class BaseModel:
         return family_class(self.pipeline, self.name)()
 
     @property
-    def predicts_noise(self) -> bool:
-        """True if the denoiser predicts noise, and not a velocity or a clean image."""
-        scheduler = self.configs.get("scheduler", {})
-        is_edm = "EDM" in str(scheduler.get("_class_name", ""))
-        is_epsilon = scheduler.get("prediction_type", "epsilon") == "epsilon"
-        return is_epsilon and not is_edm and not self.family.flow
-
-    @property
     def usual_sampling(self) -> tuple[int, float]:
         """Steps and guidance scale of its images by default."""
         # As much of the loaded pipeline as a family asks for.

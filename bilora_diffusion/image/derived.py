@@ -152,7 +152,6 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         cfg,
         lora_layers=words_of_layers(cfg.lora_layers),
         pipeline=model.pipeline,
-        predicts_noise=model.predicts_noise,
         embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
         unguided_scale=model.family.unguided_scale,

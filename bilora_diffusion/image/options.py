@@ -179,7 +179,7 @@ class DataOptions:
         "lanczos", "How images are resized.", choices=INTERPOLATIONS
     )
     skip_bad_images: bool = option(
-        False, "Leave unreadable images out, and list them, instead of stopping."
+        False, "Skip unreadable images, and list them, instead of stopping."
     )
     cache_latents: str = option(
         "auto",
@@ -205,7 +205,12 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Images and losses that show how training goes."""
+    """Sampled images and measurements during training.
+
+    "validation" has two meanings in the names of these options, as in diffusers' scripts: sampled
+    images (``validation_prompt``, ``validation_epochs``), and the held-out images that are measured
+    (``validation_dataset``, ``validation_loss_steps``).
+    """
 
     section: ClassVar[str] = "validation"
     may_change_on_resume: ClassVar[bool] = True
@@ -365,7 +370,6 @@ class ImageOptions(
         is_unguided: True if its images have no unconditional prediction by default.
         unguided_scale: largest guidance scale at which its pipeline makes no unconditional
             prediction.
-        predicts_noise: True if the denoiser predicts noise, and not a velocity.
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -376,7 +380,6 @@ class ImageOptions(
     embeds_guidance: bool = False
     is_unguided: bool = False
     unguided_scale: float = 1.0
-    predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"
 

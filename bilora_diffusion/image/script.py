@@ -137,7 +137,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
 
 
 DREAMBOOTH = DreamBoothScript()
-# Trains by a command line and leaves a run folder; see `command.train`.
+# Trains by a command line; see `command.train`.
 train = partial(command.train, DREAMBOOTH)
 
 

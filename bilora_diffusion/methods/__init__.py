@@ -1,7 +1,7 @@
 """The fine-tuning methods. Each file of this folder that registers a method makes it known.
 
 The files are imported when a method is first needed: torch and PEFT take seconds, for which a
-script's ``--help`` does not wait. Therefore all options of the methods stand in `options`.
+script's ``--help`` does not wait. Therefore all options of the methods are in `options`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Target:
 
 @dataclass(frozen=True)
 class TrainedBytes:
-    """Bytes that a method takes beside the models (`Method.memory`).
+    """Bytes that a method takes in addition to the models (`Method.memory`).
 
     Attributes:
         adapters: bytes of each adapter's parameters, by its name.
@@ -62,7 +62,7 @@ class Method:
     """A way to fine-tune adapters. The defaults are plain LoRA.
 
     Attributes:
-        options: options of all methods, of which this one reads some (`reads`).
+        options: options of all methods; this one uses those in `reads`.
         rho: the radius that is given, or the method's default.
         targets: the models given to `setup`.
         layers: ("target.module path", layer) of each adapted layer of all targets, after `setup`.
@@ -76,7 +76,7 @@ class Method:
     name: ClassVar[str] = ""  # the name that it is registered under
     title: ClassVar[str] = ""  # its name in tables and model cards
     summary: ClassVar[str] = ""  # a sentence or two for model cards
-    # The adapters that it trains, in the order in which they act. A checkpoint holds them.
+    # The adapters that it trains, in the order in which they act. A checkpoint has them.
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
     reads: ClassVar[frozenset[str]] = frozenset()  # fields of `MethodFlags` that it uses
     default_rho: ClassVar[float] = 0.05  # its radius where `MethodOptions.rho` is None
@@ -146,7 +146,7 @@ class Method:
         """The parameters that the result consists of, which are clipped.
 
         Of each target the primary's come first, then those of modules that are trained whole
-        beside it (`AdapterSpec.modules_to_save`).
+        with it (`AdapterSpec.modules_to_save`).
 
         Args:
             targets: models whose parameters are returned; None for all.
@@ -209,18 +209,18 @@ class Method:
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Values of the last step for the log, which are read from the device."""
+        """Values of the last step for the log. Reading them waits for the device."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a resume beside the tensors and the optimizer's, as JSON can hold it."""
+        """State for a resume beyond the tensors and the optimizer, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned.
 
         Raises:
-            UserError: the state is of another method.
+            UserError: the state belongs to another method.
         """
         if state.keys() != self.state_dict().keys():
             raise UserError(
@@ -229,7 +229,7 @@ class Method:
             )
 
     def memory(self) -> TrainedBytes:
-        """Bytes that the method takes beside the models, after `setup`.
+        """Bytes that the method takes in addition to the models, after `setup`.
 
         Weights on the device "meta", which take no memory, count like others.
         """

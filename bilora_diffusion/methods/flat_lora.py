@@ -27,7 +27,7 @@ class FlatLoRA(CountingMethod):
     Row i of N has the standard deviation f rho ||W'_i|| / sqrt(n) with W' = W0 + s B A of n columns
     and f = (1 - cos(pi t / T)) / 2. All micro-batches of a step have the same noise. It is a
     function of seed, step and layer, so every process has the same. The noisy weights of the
-    adapted layers take memory beside the weights, which so keep their exact values.
+    adapted layers are copies, so that the weights keep their exact values.
 
     Source: Li et al. 2024b (https://arxiv.org/abs/2409.14396); rho 0.05 (T5, Llama), 0.1 (SDXL).
     """
@@ -49,7 +49,7 @@ class FlatLoRA(CountingMethod):
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         self.steps_taken += 1
-        # During the pass W0 + N stands in the place of the frozen weights W0; A and B stay.
+        # During the pass W0 + N replaces the frozen weights W0; A and B stay.
         weights = [adapters.base_weight(layer) for _, layer in self.layers]
         with perturb.replaced(weights, self._noisy_weights(weights)):
             loss = forward_backward()

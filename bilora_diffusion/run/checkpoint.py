@@ -179,7 +179,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def unaltered(path: Path, name: str = ".") -> AbstractContextManager[None]:
-    """A context for reading a checkpoint or one of its files, with errors that say what to do."""
+    """Context manager for reading a checkpoint or one of its files: errors say what to do."""
     return translated(
         f"{path / name} can't be read", "resume from an earlier checkpoint, or start a new run"
     )
@@ -303,7 +303,7 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Split a ``state_dict`` into JSON and tensors; `join` is the reverse.
 
     Returns:
-        The JSON, with null in the place of each tensor and lists in the place of tuples; and the
+        The JSON, with null for each tensor and lists for tuples; and the
         tensors by path, such as "state/0/exp_avg".
 
     Raises:
@@ -349,7 +349,7 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU, since safetensors refuses tensors that share memory.
 
     Raises:
-        TypeError: a tensor is of a subclass (sharded, quantized), of which a part would be lost.
+        TypeError: a tensor has a subclass (sharded, quantized) that would lose a part.
     """
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, Parameter):

@@ -220,7 +220,7 @@ def _describe_curve(values: Mapping[int, float]) -> str:
 
 
 def in_repository() -> bool:
-    """Test that the package lies in its repository: a wheel has neither viewer nor evaluation."""
+    """Test that the package is in its repository: a wheel has neither viewer nor evaluation."""
     return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
@@ -232,9 +232,11 @@ def _describe_end(record: Mapping[str, Any]) -> str:
         sentence += f", stopped early at step {results['steps']} of {record['num_steps']}"
     exported_step = results.get("best_step")
     if exported_step is not None:
-        sentence += f"; the files are of step {exported_step}, the best that was measured"
+        sentence += (
+            f"; the files have the weights of step {exported_step}, the best that was measured"
+        )
     elif "steps" in results:
-        sentence += f"; the files are of step {results['steps']}, the last"
+        sentence += f"; the files have the weights of step {results['steps']}, the last"
     return sentence
 
 

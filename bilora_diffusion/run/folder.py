@@ -214,7 +214,7 @@ def _refuse_foreign_models(folder: Path) -> None:
     for name in WHOLE_MODELS:
         if (folder / name).exists():
             raise UserError(
-                f"{folder / name} exists and is not of a run of full fine-tuning, which would "
+                f"{folder / name} exists and no run of full fine-tuning wrote it, which would "
                 "replace it: give another --output_dir"
             )
 
@@ -224,7 +224,7 @@ def _trained_whole(folder: Path) -> bool:
     if not (folder / RUN).exists():
         return False
     method = read_run(folder)["method"]
-    # A method that has left may have written the folder; none of these trained all weights.
+    # A method that was removed may have written the folder; none of these trained all weights.
     return method in methods.names() and methods.get(method).exports_weights
 
 
@@ -251,8 +251,8 @@ def clear(folder: Path, overwrite: bool) -> None:
 def rewind(folder: Path, step: int) -> None:
     """Delete the run's checkpoints and exported files of steps after that of a checkpoint.
 
-    The log of these steps is deleted by `RunLog.start`. A crash in between leaves an interrupted
-    run that goes on from its newest checkpoint.
+    The log of these steps is deleted by `RunLog.start`. After a crash in between the
+    run is interrupted, and resumes from its newest checkpoint.
 
     Args:
         folder: the run folder.

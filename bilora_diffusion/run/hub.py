@@ -40,7 +40,7 @@ def write_card(
     measured: Mapping[str, Any],
     **facts: Any,
 ) -> None:
-    """Write ``folder/README.md`` from ``card.jinja``, which leaves out what is None.
+    """Write ``folder/README.md`` from ``card.jinja``, which omits what is None.
 
     Args:
         options: options of the run, by name.
@@ -67,7 +67,7 @@ def write_card(
         results=_without_none({**measured, **outcome}),
         **facts,
     )
-    # Parts of the template that are left out leave empty lines.
+    # Omitted parts of the template give empty lines.
     text = re.sub("\n{3,}", "\n\n", text.strip()) + "\n"
     write_text(folder / "README.md", text)
 
@@ -153,7 +153,7 @@ def _fence(text: str, min_length: int) -> str:
     return "`" * length
 
 
-# The exports are left out, since diffusers would load one of them where no file is named.
+# No exports, since diffusers would load one of them where no file is named.
 NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "logs/*", ".*"]
 # Files with paths of this machine: of the base model, the images and the run itself.
 WITH_PATHS = ["run.json", "adapter_config.json", "config.json", "*/config.json"]

@@ -1,7 +1,7 @@
 """The lock of a run folder: one command at a time writes into it.
 
 `filelock` takes ``flock`` on a hidden file. The system releases it however the process ends, so a
-crash leaves no stale lock.
+crash does not keep a lock.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _describe_owner(folder: Path) -> str:
 
 
 def locked_around(path: Path) -> AbstractContextManager[None]:
-    """`locked` for the run folder that a path is or lies in; without one, no lock is taken."""
+    """`locked` for the run folder that a path is or is in; without one, no lock is taken."""
     path = path.absolute()
     for folder in (path, *path.parents):
         if (folder / RUN).is_file():

@@ -35,7 +35,7 @@ def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
         package: folder of the package; None for this one.
 
     Returns:
-        None and None outside a checkout, without git, or for a package that only lies in another
+        None and None outside a checkout, without git, or for a package that only is in another
         project's checkout, as in a virtual environment.
     """
     package = package or Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
         head = _git(package, "rev-parse", "--verify", "HEAD")
     if head is None:
         return None, None
-    # Files of the package alone: runs and results beside it change nothing.
+    # Files of the package only: runs and results next to it change nothing.
     changes = _git(package, "status", "--porcelain", "--", ".")
     if changes is None:
         return head, None

@@ -216,7 +216,7 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
         if row["step"] > step:
             continue
         for key, value in row.items():
-            # A slash stands before a noise level.
+            # A slash comes before a noise level.
             is_heldout = re.fullmatch(r"heldout_[^/]*", key) is not None
             if is_heldout or key.startswith((TRAINING_GRID_LOSS, BY_CONCEPT)):
                 newest[key] = (row["step"], value)

@@ -1,7 +1,7 @@
 """The record of a run: ``run.json`` (what, where, how long) and ``metrics.jsonl`` (step by step).
 
 ``run.json`` is replaced atomically; ``metrics.jsonl`` is strict JSON, one line per call, each
-written at once, so that a kill leaves at most one torn last line, which readers skip.
+written at once, so that after a kill at most the last line is incomplete, which readers skip.
 """
 
 from __future__ import annotations

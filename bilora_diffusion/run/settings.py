@@ -10,7 +10,7 @@ from ..core.errors import UserError
 
 
 def without_options(settings: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
-    """Options without those of some names, also in the options of each concept."""
+    """Options without some, also without them in the options of each concept."""
     remainder = {name: value for name, value in settings.items() if name not in names}
     if "concepts" in remainder:
         concepts = remainder["concepts"]
@@ -34,7 +34,7 @@ def require_same_settings(
     differences = describe_differences(saved, current, free)
     if differences:
         raise UserError(
-            f"the checkpoint is of another config ({differences}): use the same values to resume,"
+            f"the checkpoint has another config ({differences}): use the same values to resume,"
             " or start a new run in another --output_dir"
         )
 

@@ -106,7 +106,7 @@ class TextScript(Script[TextConfig]):
 
 
 TEXT = TextScript()
-# Train as the command line says and leave a run folder; see `command.train`.
+# Trains by a command line; see `command.train`.
 train = functools.partial(command.train, TEXT)
 
 

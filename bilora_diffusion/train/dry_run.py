@@ -89,9 +89,9 @@ def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
     # The memory of this process is free for the run, in whose peaks it is counted.
     room = free_bytes(device) + process
     fits = peaks[highest] <= room
-    verdict = "fits" if fits else "does not fit (try --quantize or a smaller model)"
+    result = "fits" if fits else "does not fit (try --quantize or a smaller model)"
     lines.append(
-        f"It {verdict}: the run needs about {bytes_for_people(peaks[highest])}, and {device.type}"
+        f"It {result}: the run needs about {bytes_for_people(peaks[highest])}, and {device.type}"
         f" has {bytes_for_people(room)} for it."
     )
     print("\n".join(lines), flush=True)

@@ -11,7 +11,7 @@ stays whole on every process, as under DDP, and its gradients are averaged once 
 - a step costs one all-reduce of the gradients. Split factors would cost two all-gathers for each
   adapted layer in each projection.
 
-It costs memory that is small beside a base in bf16: 16 bytes for each trained number.
+It costs little memory compared with a base in bf16: 16 bytes for each trained number.
 
 ``--compile`` compiles a model's repeated blocks in place with the adapters inside. Only training
 steps run compiled. Measurements, samples and exports use the blocks as they are, so that they are
@@ -302,7 +302,7 @@ class Blocks:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Within the context a training step may compile, of which the end prints the time.
+        """Context manager: lets a training step compile, and prints how long it took.
 
         Raises:
             TrainingError: PyTorch could not compile.
@@ -313,7 +313,7 @@ class Blocks:
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import CppCompileError
 
-        # The counters are of the process, so that their differences are of the step.
+        # The counters belong to the process; their differences belong to the step.
         graphs_before, seconds_before = _compiled()
         try:
             yield

@@ -142,7 +142,7 @@ def has_fp16_layers(models: Mapping[str, nn.Module]) -> bool:
 
 @contextlib.contextmanager
 def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the context backward passes add up the gradients of the base weights.
+    """Context manager: backward passes add up the gradients of the base weights.
 
     The adapters are off, so that the gradients are those of the base model. Each goes to the CPU as
     soon as it is computed, and `.grad` is freed: the device has one layer's at a time, the CPU all

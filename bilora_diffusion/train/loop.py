@@ -331,7 +331,7 @@ def warn_of_zero_auxiliary(folder: Path) -> None:
 
 @contextlib.contextmanager
 def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
-    """Within the context an error or a signal is written into the run's record and raised again.
+    """Context manager: writes an error or a signal into the run's record and raises it again.
 
     The traceback of an unexpected error is written to the run folder.
 

@@ -92,7 +92,7 @@ class ClippedOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        # Without a gradient AdamW leaves a parameter alone; with one of 0 its moments move it.
+        # Without a gradient AdamW does not change a parameter; with a gradient of 0 its moments do.
         self._optimizer.zero_grad(set_to_none=True)
 
     @property

@@ -70,7 +70,7 @@ class Best:
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the context the parameters have the stored values, afterwards their own again."""
+        """Context manager: sets the parameters to the stored values, and restores them."""
         values = []
         for parameter, value in zip(self.parameters, self.values, strict=True):
             values.append(value.to(parameter.device))
@@ -144,7 +144,7 @@ class Outcome:
         return tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """State beside the tensors that a resume or an export (`export_facts`) needs."""
+        """State that a resume or an export (`export_facts`) needs in addition to the tensors."""
         best = self.best
         return {
             "best": {"step": best.step, "loss": best.measurement, "since": best.since},

@@ -22,7 +22,7 @@ from ..run.runlog import RunLog, is_finished
 from ..run.settings import describe_differences, require_same_settings, without_options
 from .trainer import Trainer
 
-# Options that say where the samples of each set of the record of data are.
+# Options that say where the samples of a set are.
 SOURCES = {
     TRAINING: frozenset({"dataset_name", "instance_data_dir", "class_data_dir", "train_file"}),
     HELDOUT: frozenset({"validation_dataset", "validation_file"}),

@@ -22,7 +22,7 @@ from ..core.seeds import generator
 from ..methods import Target
 from ..run.data import SampleContent
 
-# Number of times that a sample appears in one pass over the data: of all samples, or of each.
+# Number of times that a sample appears in one pass over the data: one number, or one per sample.
 Repeats = int | Sequence[int]
 
 
@@ -119,7 +119,7 @@ class Task(Protocol[Config]):
 
 @contextmanager
 def inference(module: nn.Module) -> Iterator[None]:
-    """Within the context a module is in evaluation mode, and there are no gradients."""
+    """Context manager: puts a module into evaluation mode, without gradients."""
     training = module.training
     module.eval()
     try:
@@ -131,7 +131,7 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explain_memory_errors(action: str, fix: str) -> Iterator[None]:
-    """Within the context an error of a device whose memory is full becomes one sentence.
+    """Context manager: turns the error of a full device memory into one sentence.
 
     Args:
         action: what was done, such as "sampling 4 images".
@@ -202,11 +202,11 @@ class SampleOrder:
 
 
 class KindsOrder:
-    """A stream like that of `SampleOrder` in which all samples of a step are of one kind.
+    """A stream like that of `SampleOrder` in which all samples of a step have one kind.
 
     Each kind has a shuffled stream, which its steps continue. In every pass over the data it gets
     as many steps as its samples fill, so that in the long run all samples appear as often as they
-    repeat, however few are of a kind. The steps of a pass are shuffled.
+    repeat, however few have a kind. The steps of a pass are shuffled.
 
     Args:
         kinds: kind of each sample.

@@ -92,7 +92,7 @@ class Trainer:
         self._content: dict[str, Any] | None = None
         self._nonfinite_steps = 0  # in a row
         self._skipped_steps = 0  # in a row
-        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # of each forward pass
+        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # for each forward pass
 
     @property
     def validation_steps(self) -> int | None:
@@ -194,7 +194,7 @@ class Trainer:
         return values
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
-        """A closure that leaves the mean gradient of the whole step in ``.grad`` at each call.
+        """A closure that puts the mean gradient of the whole step into ``.grad`` at each call.
 
         It returns the mean loss over all processes, a 0-d tensor.
         """
@@ -211,7 +211,7 @@ class Trainer:
                 with no_sync:
                     losses = self.module(batch.on(device))  # (slots,)
                     self._losses_of_step.append((losses.detach(), batch))
-                    # Micro-batches are of equal size: this adds up to the mean of all slots.
+                    # Micro-batches have equal sizes: this adds up to the mean of all slots.
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total_loss += loss.detach()
@@ -290,7 +290,7 @@ class Trainer:
 
     @contextmanager
     def evaluating(self, final_weights: bool = False) -> Iterator[None]:
-        """Within the context the models are as in use: the primary alone, without compilation.
+        """Context manager: the models are as in use, with the primary alone and uncompiled.
 
         Args:
             final_weights: True for the weights that the run exports, False for those of this step.

@@ -49,8 +49,11 @@ BAD_COMMAND_LINES = [
     (f"{IMAGE} --push_to_hub", ["--push_to_hub", "hf auth login"]),
     (f"{IMAGE} --push_to_hub --hub_token hf_x --report_to wandb", ["--hub_token", "hf auth login"]),
     # Images and models; tests/image has more of sets.
-    (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset stands twice", "list of concepts"]),
-    (f"{FOLDER} a/b --instance_data_dir x --instance_data_dir y", ["--instance_data_dir stands"]),
+    (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset is given twice", "list of concepts"]),
+    (
+        f"{FOLDER} a/b --instance_data_dir x --instance_data_dir y",
+        ["--instance_data_dir is given twice"],
+    ),
     ("--dataset a/b", ["a/b", "--instance_prompt", "--caption_column"]),
     (f"{IMAGE} --variant fp16", ["--variant", "fp16"]),
     (f"{IMAGE} --pretrained_model_name_or_path {{tmp}}/other", ["it has no text_encoder_2"]),

@@ -1,8 +1,11 @@
 """Options and methods that earlier versions had."""
 
+from argparse import Namespace
+
 import pytest
 
 from bilora_diffusion import methods
+from bilora_diffusion.config.command_line import UserErrorParser
 from bilora_diffusion.core import removed
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import options_of
@@ -34,6 +37,23 @@ def test_a_removed_method_is_refused_with_what_to_use(name):
         methods.get(name)
 
 
+@pytest.mark.parametrize("name", removed.METHODS)
+def test_a_run_of_a_removed_method_is_refused(name):
+    with pytest.raises(UserError, match=f"--method {name}, which was removed"):
+        removed.require_neutral({"method": name})
+    with pytest.raises(UserError, match=f"{name} was removed: {removed.METHODS[name]}"):
+        PARSERS["image"].read(["--compare", name])
+
+
+def test_a_positional_argument_is_read():
+    parser = UserErrorParser()
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("count", type=int)
+    assert parser.parse_args(["runs/a", "3"]) == Namespace(runs=["runs/a"], count=3)
+    with pytest.raises(UserError, match='count is "few": give a whole number'):
+        parser.parse_args(["few"])
+
+
 def test_no_option_and_no_method_of_this_version_counts_as_removed():
     for config in (DreamBoothConfig, TextConfig):
         assert not removed.OPTIONS.keys() & options_of(config.groups).keys()
@@ -51,8 +71,24 @@ def test_a_recorded_option_is_ignored_only_where_it_had_no_effect(name):
         return
     for value in option.neutral_values:
         assert recorded_options({**recorded, name: value}, cfg) == cfg.resume_settings()
+    if option.is_of_bilora:
+        removed.require_neutral({**recorded, "method": "lora", name: "other"})
     with pytest.raises(UserError, match=f"--{name} other, which was removed"):
         recorded_options({**recorded, name: "other"}, cfg)
+
+
+@pytest.mark.parametrize(("name", "value"), removed.VALUES)
+@pytest.mark.parametrize("script", PARSERS)
+def test_a_removed_value_is_refused_with_what_to_use(script, name, value, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{name}: {value}\n")
+    for words in ([f"--{name}", value], ["--config", str(recipe)]):
+        with pytest.raises(UserError) as error:
+            PARSERS[script].read(words)
+        assert f"{value} was removed: {removed.VALUES[name, value]}" in str(error.value)
+        assert removed.TAG in str(error.value)
+    with pytest.raises(UserError, match=f"--{name} {value}, which was removed"):
+        removed.require_neutral({name: value})
 
 
 def test_what_was_measured_matters_only_where_a_measurement_decides():

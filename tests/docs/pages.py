@@ -37,6 +37,7 @@ PROGRAMS = (
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+AGENTS = ROOT / "AGENTS.md"
 DOCS = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
 IMAGE_SCRIPT = "train_dreambooth_bilora.py"
 TEXT_SCRIPT = "train_text_bilora.py"

@@ -18,6 +18,7 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import resolve as resolve_text
 from docs import make, pictures
 from tests.docs.pages import (
+    AGENTS,
     BLOCK,
     CONTRIBUTING,
     DOCS,
@@ -35,7 +36,7 @@ from tests.references.diffusers_flags import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("hub")
 
-PAGES = [README, CONTRIBUTING, *DOCS]
+PAGES = [README, CONTRIBUTING, AGENTS, *DOCS]
 TRAINING = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
 
 
@@ -55,6 +56,9 @@ def check(words, monkeypatch):
         assert arguments[0] in ("install", "wheel")
         for names in re.findall(r"\.\[(.*?)\]", " ".join(arguments)):  # such as .[app,scores]
             assert set(names.split(",")) <= project["optional-dependencies"].keys()
+    elif name == "pytest":
+        for word in arguments:
+            assert not word.startswith("tests/") or (ROOT / word).exists()
     elif name == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif name in ("activate", "venv"):  # of the environment that `make` makes too

@@ -55,7 +55,7 @@ class Rule:
 # Words of a page, and the words of the test in their place
 STAND_INS = (
     ("make demo", "python -m bilora_diffusion.demo --output_dir demo"),
-    ("make demo-text", "python -m examples.demo_text --output_dir demo-text"),
+    ("make demo-text", "python examples/2_text.py --output_dir demo-text"),
     ("bilora train", f"python {IMAGE_SCRIPT}"),
     ("-m bilora_diffusion train", IMAGE_SCRIPT),
     ("bilora export", "python -m bilora_diffusion.export"),
@@ -108,10 +108,10 @@ RULES = (
     Rule(f"{IMAGE_SCRIPT}.* --config sdxl", f"{MINIATURE} {SHORT}"),
     Rule(IMAGE_SCRIPT, f"{MINIATURE} {FEW_STEPS}"),
     Rule(TEXT_SCRIPT, "--max_train_steps 2 --max_length 48"),
-    Rule("sft_bilora.py", "--max_length 48 --per_device_train_batch_size 1"),
+    Rule("examples/5_sft.py", "--max_length 48 --per_device_train_batch_size 1"),
     Rule("bilora_diffusion.demo", f"--max_train_steps 2 {LITTLE_MEASURED} {SHORT}"),
     Rule(
-        "examples.demo_text",
+        "examples/2_text.py",
         "--model_name_or_path {llama} --max_train_steps 2 --max_train_samples 8"
         " --train_batch_size 1 --max_eval_samples 2 --max_predictions 1"
         " --generation_max_new_tokens 8",
@@ -132,7 +132,7 @@ RULES = (
 
 # Programs that need nothing of a reader, with their default output folder. Each command is run once
 # for all pages.
-DEMOS = {"bilora_diffusion.demo": "demo", "examples.demo_text": "demo-text"}
+DEMOS = {"bilora_diffusion.demo": "demo", "examples/2_text.py": "demo-text"}
 # Names of runs that a page takes for granted, each with the method
 METHOD_OF_RUN = {
     "lora": "lora",

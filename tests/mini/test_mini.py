@@ -21,7 +21,6 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images
 from bilora_diffusion.mini import scorer
-from examples import own_loop
 
 ROOT = Path(mini.__file__).parent
 ICON_COUNTS = {"mini": 23, "mini-heldout": 128, "mini-animals": 12, "mini-animals-heldout": 64}
@@ -231,12 +230,3 @@ def test_the_demo_s_difference_is_of_colors_not_of_detail():
     columns[:, ::2] = 255
     assert difference([white, black], [black, black]) == 50  # in percent, over both images
     assert difference([Image.fromarray(columns)], [gray]) < 1
-
-
-@pytest.mark.slow
-def test_the_plain_loop_takes_its_steps(capsys):
-    own_loop.main(["--steps", "1"])
-    head, lora, bilora = capsys.readouterr().out.splitlines()[-3:]
-    assert head.endswith("at 0")
-    # The last column is the loss before the first step, where both methods are the base model.
-    assert lora.split()[-1] == bilora.split()[-1]

@@ -221,12 +221,22 @@ AS_BASE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.7, 0.8], 10: [0.96, 0.91, 0.6]}
 @pytest.mark.parametrize(
     ("distances", "results", "end", "advice"),
     [
-        (SURE, {"best_step": 5}, "the files are of step 5, the best", "step 5 was 20.0 % better"),
-        (SURE, {}, "the files are of step 10, the last", "step 5 was 20.0 % .*again with --keep_b"),
+        (
+            SURE,
+            {"best_step": 5},
+            "the files have the weights of step 5, the best",
+            "step 5 was 20.0 % better",
+        ),
+        (
+            SURE,
+            {},
+            "the files have the weights of step 10, the last",
+            "step 5 was 20.0 % .*again with --keep_b",
+        ),
         (
             UNSURE,
             {"best_step": 5, "stopped_early": True},
-            "stopped early at step 10 of 60; the files are of step 5",
+            "stopped early at step 10 of 60; the files have the weights of step 5",
             "step 5 was 4.0 % better than step 10, no more than the spread .*images of both$",
         ),
         (

@@ -1,29 +1,30 @@
-"""What examples/ holds, as a person would start it, on small models and data on the disk."""
+"""The scripts of `examples/`, on small models and data on the disk.
+
+`tests/methods/test_minimal.py` runs `examples/minimal.py`.
+"""
 
 import importlib
 import json
 import re
 
-import nbformat
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from nbclient import NotebookClient
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.integrations import scripts
-from examples.demo_text import main
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations.trainers import tiny_tokenizer
-from tests.scripts.runs import ROOT, run_python, words
+from tests.scripts.runs import ROOT, error_sentence, run_python, words
 from tests.text.text_builders import save_llama
 
 pytestmark = pytest.mark.slow
 
-TRAINER = "trainer_bilora"
+TRAINER, SFT, SEQ2SEQ = "4_trainer", "5_sft", "6_seq2seq"
 TEXT = {"text": "w3 w4 w5 w6 w7"}
 
 
@@ -44,35 +45,65 @@ def flags(values):
     return words({**shared, **values})
 
 
+def example(name):
+    return importlib.import_module(f"examples.{name}")
+
+
 def start(name, values):
     AcceleratorState._reset_state(True)
-    importlib.import_module(f"examples.{name}").main(flags(values))
+    example(name).main(flags(values))
 
 
-@pytest.mark.parametrize("name", [TRAINER, "seq2seq_bilora", "sft_bilora"])
-def test_an_example_leaves_an_adapter(name, tmp_path, capsys):
+def test_photographs_are_trained_and_images_generated_before_and_after(tmp_path, capsys):
+    run = tmp_path / "run"
+    two_steps = "--max_train_steps 2 --validation_dataset none --num_validation_images 0"
+    assert example("1_photographs").main(["--output_dir", str(run), *two_steps.split()]) == 0
+    assert "before_and_after.png" in capsys.readouterr().out
+    assert (run / "pytorch_lora_weights.safetensors").exists()
+    with Image.open(run / "before_and_after.png") as picture:
+        assert picture.size == (128, 128)  # two prompts of 64 pixels
+        before = picture.crop((0, 0, 128, 64))
+        assert before.tobytes() != picture.crop((0, 64, 128, 128)).tobytes()
+
+
+def test_photographs_that_do_not_exist_are_one_sentence(tmp_path, capsys):
+    argv = ["--photographs", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "run")]
+    assert example("1_photographs").main(argv) == 2
+    assert "photos" in error_sentence(capsys.readouterr().err)
+
+
+def test_the_loop_trains_both_methods(capsys):
+    example("3_own_loop").main(["--steps", "1"])
+    head, lora, bilora = capsys.readouterr().out.splitlines()[-3:]
+    assert head.endswith("at 0")
+    # The last column is the loss before the first step, where both methods are the base model.
+    assert lora.split()[-1] == bilora.split()[-1]
+
+
+@pytest.mark.parametrize("name", [TRAINER, SEQ2SEQ, SFT])
+def test_a_trainer_saves_an_adapter(name, tmp_path, capsys):
     """The Trainer example also resumes exactly."""
     run = tmp_path / "run"
     values = {"output_dir": run, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     answer = "w9 w10"
     model = tiny_llm()
     columns = TEXT
-    if name == "seq2seq_bilora":
+    if name == SEQ2SEQ:
         model = tiny_t5()
         columns = {"input": TEXT["text"], "target": answer}
         values |= {"held_out": 4, "predict_with_generate": True, "generation_max_length": 6}
-    elif name == "sft_bilora":
+    elif name == SFT:
         pytest.importorskip("trl")
         columns = {"prompt": TEXT["text"], "completion": answer}
     values |= model_and_data(tmp_path, model, columns)
     start(name, values)
     assert PeftModel.from_pretrained(model, str(run))
     stdout = capsys.readouterr().out
-    if name == "seq2seq_bilora":
+    if name == SEQ2SEQ:
         assert "held-out loss" in stdout
         assert len((run / "predictions.jsonl").read_text().splitlines()) == 4
     if name == TRAINER:
-        assert "the auxiliary ended at 0.0500" in stdout
+        assert "norm of the auxiliary: 0.0500" in stdout
         file = run / "adapter_model.safetensors"
         weights = load_file(file)
         file.unlink()
@@ -91,27 +122,26 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("line", "part"), REFUSED)
-def test_what_an_example_is_given_wrong_is_one_sentence(line, part, tmp_path):
+def test_a_wrong_argument_is_one_sentence(line, part, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(TEXT))
     argv = line.replace("DATA", str(data)).split()
     with pytest.raises(UserError, match=re.escape(part)) as error:
-        importlib.import_module(f"examples.{TRAINER}").main(argv)
+        example(TRAINER).main(argv)
     assert "\n" not in str(error.value)
 
 
 def test_prompts_without_completions_are_refused(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "1 + 1", "answer": "2"}))
-    example = importlib.import_module("examples.sft_bilora")
     with pytest.raises(UserError, match="none of the name completion"):
-        example.main(["--model", "smollm2", "--data", str(rows)])
+        example(SFT).main(["--model", "smollm2", "--data", str(rows)])
 
 
 def test_without_a_gpu_an_example_trains_in_fp32(monkeypatch):
     config = pytest.importorskip("trl").SFTConfig
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    arguments = importlib.import_module("examples.sft_bilora").Arguments
+    arguments = example(SFT).Arguments
     _, args = scripts.parse(arguments, config, ["--model", "a", "--data", "b"], "")
     assert not args.bf16
 
@@ -150,38 +180,14 @@ SHORT_DEMO = (
 )
 
 
-def test_it_trains_and_shows_answers_before_and_after(tmp_path, capsys):
+def test_text_prints_answers_before_and_after(tmp_path, capsys):
     folder = tmp_path / "demo"
     model = save_llama(tmp_path / "model", chat=True)
     argv = f"--output_dir {folder} --model_name_or_path {model} {SHORT_DEMO}".split()
-    assert main(argv) == 0
+    assert example("2_text").main(argv) == 0
     stdout = capsys.readouterr().out
     for part in ("Question:", "Before:", "After:", "Wanted:", "loss per token", "right answers"):
         assert part in stdout
     assert (folder / "adapter_model.safetensors").exists()
     for step in (0, 2):
         assert (folder / "validation" / f"step-{step}" / "predictions.jsonl").exists()
-
-
-NOTEBOOK = ROOT / "examples" / "miniature.ipynb"
-SHORT = 'shared += " --max_train_steps 8 --validation_loss_steps 8 --max_eval_samples 8"\n'
-
-
-def test_the_notebook_shows_curves_and_icons_of_both_methods(tmp_path, monkeypatch):
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # a notebook draws into its page
-    for name in ("recipes", "train_dreambooth_bilora.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    (training_cell,) = (cell for cell in notebook.cells if "shared = (" in cell.source)
-    training_cell.source = training_cell.source.replace("runs = ", f"{SHORT}runs = ")
-    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    stdout = ""
-    pictures = 0
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            stdout += output.get("text", "")
-            pictures += "image/png" in output.get("data", {})
-    lowest = dict(re.findall(r"^(LoRA|Bi-LoRA): lowest held-out loss (0\.\d+)$", stdout, re.M))
-    assert lowest.keys() == {"LoRA", "Bi-LoRA"}
-    assert all(0 < float(loss) < 0.12 for loss in lowest.values())  # the base model's is 0.12
-    assert pictures == 3

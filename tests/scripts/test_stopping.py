@@ -119,7 +119,7 @@ def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_o
     assert best == min(range(1, 5), key=measured.__getitem__)
     assert any(key.endswith("lora_B.weight") and value.any() for key, value in weights(run).items())
     (end,) = [record.message for record in caplog.records if record.message.startswith("done in")]
-    assert f"the files are of step {best}, the best" in end
+    assert f"the files have the weights of step {best}, the best" in end
     assert "no measured step was better than the base model" in end
 
 

@@ -92,7 +92,6 @@ OPTIONS = {
     "lora_dropout": 0.2,
     "report_to": "tensorboard",
     "lora_alpha": 6,
-    "ema_decay": 0.5,
 }
 STREAM = {
     "random_flip": True,

@@ -38,9 +38,9 @@ class BiLoRA(CountingMethod):
 
     title = "Bi-LoRA"
     summary = (
-        "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary one, kept "
-        "within a ball of radius rho, maximizes it. The file holds the primary adapter alone, so "
-        "it is used like any LoRA file."
+        "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary one "
+        "within a ball of radius rho maximizes it. The file has the primary adapter only, so it is "
+        "used like any LoRA file."
     )
     adapters = (PRIMARY, AUXILIARY)
     reads: ClassVar[frozenset[str]] = frozenset(

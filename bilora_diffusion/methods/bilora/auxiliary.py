@@ -18,7 +18,7 @@ from ..base import MethodOptions
 
 
 def auxiliary_spec(options: MethodOptions, primary: AdapterSpec) -> AdapterSpec:
-    """Shape of the auxiliary beside a primary of this shape.
+    """Return the shape of the auxiliary for a primary of this shape.
 
     Whatever the primary's init, A2 is kaiming-uniform and B2 zero. It has no dropout, since B2 A2
     perturbs the weights for every input alike.

@@ -1,6 +1,6 @@
-"""Bi-LoRA in a plain PyTorch loop over diffusers' models.
+"""Bi-LoRA in your own training loop: plain PyTorch and the models of diffusers.
 
-    python examples/own_loop.py            # two runs of 160 steps: two minutes on a CPU
+    python examples/3_own_loop.py            # two runs of 160 steps: two minutes on a CPU
 
 The UNet of the embedded miniature learns the style of 23 icons. The script prints its loss on icons
 that it has not seen. After some 80 steps LoRA overfits its 23 icons, and this loss rises.
@@ -26,7 +26,8 @@ from bilora_diffusion import BiLoRAConfig, attach, mini
 # Layers of the UNet that get adapters
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 BATCH_SIZE = 4
-# From one held-out loss to the next
+LEARNING_RATE = 1e-3
+# Steps from one evaluation to the next
 EVALUATION_STEPS = 40
 
 
@@ -58,7 +59,7 @@ def loss(unet: Any, scheduler: Any, data: dict[str, Tensor], rows: Tensor, seed:
     return F.mse_loss(unet(noisy, timesteps, text, added_cond_kwargs=added).sample, noise)
 
 
-def train(rho: float, steps: int) -> list[float]:
+def train(auxiliary_rate: float, rho: float, steps: int) -> list[float]:
     """Train the adapters; returns the loss on unseen icons every `EVALUATION_STEPS` steps."""
     kind: Any = StableDiffusionXLPipeline
     pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
@@ -73,10 +74,11 @@ def train(rho: float, steps: int) -> list[float]:
         rank=4,
         alpha=8,
         rho=rho,
+        auxiliary_learning_rate=auxiliary_rate,
         target_modules=ATTENTION,
     )
     bilora = attach(pipeline.unet, config)
-    optimizer = torch.optim.AdamW(bilora.param_groups(lr=1e-3))
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=LEARNING_RATE))
     bilora.bind(optimizer)  # projects after every optimizer.step()
     heldout_losses = []
     for step in range(steps + 1):
@@ -92,6 +94,7 @@ def train(rho: float, steps: int) -> list[float]:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH_SIZE]
         loss(pipeline.unet, scheduler, training_icons, rows, seed=10_000 + step).backward()
+        torch.nn.utils.clip_grad_norm_(bilora.clip_parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return heldout_losses
@@ -99,14 +102,14 @@ def train(rho: float, steps: int) -> list[float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the held-out loss of LoRA and of Bi-LoRA."""
-    parser = argparse.ArgumentParser(description="Bi-LoRA in a plain loop.")
+    parser = argparse.ArgumentParser(description="LoRA and Bi-LoRA in a plain loop.")
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--rho", type=float, default=1.0)
+    parser.add_argument("--rho", type=float, default=0.05)
     args = parser.parse_args(argv)
     print("held-out loss x 1000 at", *range(0, args.steps + 1, EVALUATION_STEPS))
-    # With a radius near 0 the auxiliary has no effect.
-    for name, rho in (("LoRA", 1e-9), ("Bi-LoRA", args.rho)):
-        losses = train(rho, args.steps)
+    # With a rate of 0 the auxiliary stays zero, which is LoRA.
+    for name, auxiliary_rate in (("LoRA", 0.0), ("Bi-LoRA", LEARNING_RATE)):
+        losses = train(auxiliary_rate, args.rho, args.steps)
         texts = [f"{1000 * value:.1f}" for value in losses]
         print(f"{name:22}", *texts, flush=True)
 

