@@ -1,7 +1,6 @@
 """Transformers: their files in pipelines, ComfyUI and conversions, and runs that leave them."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +114,9 @@ def test_keys_and_metadata_are_diffusers(kind, tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 def test_comfyui_has_names_for_the_models_that_say_so(kind):
     pipeline = trained(kind)
-    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|", page, re.MULTILINE)
-    comfyui_column = {title: comfyui for title, _, comfyui in rows}
     model = type(pipeline.transformer).__name__
-    is_read = model in NAMES
-    assert comfyui_column[family_of(pipeline).title] == ("yes" if is_read else "no")
-    if is_read:
+    assert (family_of(pipeline).comfyui is not None) == (model in NAMES)
+    if model in NAMES:
         layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
         assert len({place(model, name) for name in layers}) == len(layers)  # no two in one place
 

@@ -1,4 +1,4 @@
-"""The denoising losses against formulas in float64; the loss of a class that is kept."""
+"""The denoising losses against formulas in float64, and the loss of a held prediction."""
 
 from typing import Any
 
@@ -74,14 +74,6 @@ def test_standard_loss_is_the_formula(prediction, gamma, weighting):
         assert losses[row].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_signal_to_noise_ratio_is_known_where_noise_is_predicted():
-    denoising = Denoising.from_config(CONFIG)
-    expected = (alphas() / (1 - alphas()))[INDEX].float()
-    torch.testing.assert_close(denoising.snr(INDEX), expected, rtol=1e-3, atol=0)
-    velocity = Denoising.from_config({**CONFIG, "prediction_type": "v_prediction"})
-    assert velocity.snr(INDEX) is None
-
-
 def test_min_snr_weights():
     """One below gamma, falling above; and at a last level of pure noise, as models of zero terminal
     signal have (arXiv 2305.08891), where diffusers' script divides by 0.
@@ -106,7 +98,6 @@ def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
         denoised = noisy - sigma * prediction
         expected = (((denoised - x) / sigma) ** 2).mean()
         assert losses[row].item() == pytest.approx(expected.item(), rel=1e-3)
-    torch.testing.assert_close(denoising.snr(INDEX), scheduler.sigmas[INDEX] ** -2)
     # The levels of such a scheduler fall with their index.
     assert scheduler.sigmas[0] > scheduler.sigmas[999]
     assert scheduler.timesteps[0] > scheduler.timesteps[999]
@@ -117,7 +108,6 @@ def test_native_edm_is_chosen_by_the_pipeline():
     config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
     assert denoising.kind == "edm_native"
-    assert denoising.snr(INDEX) is None  # it does not predict noise
     assert torch.isfinite(losses_of(denoising)).all()
 
 
