@@ -68,7 +68,7 @@ class Captions:
     """
 
     def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
-        self._configs = images.of_each(cfg.concept_configs)  # of each image's concept
+        self._configs = images.values_of_images(cfg.concept_configs)  # of each image's concept
         prompts = [concept.instance_prompt for concept in cfg.concept_configs]
         plain_texts = captions_or_prompts(images, prompts)
         self._require_tags(plain_texts, images.label)
@@ -216,19 +216,20 @@ class PromptCache:
         for encoder in encoders:
             encoder.to("cpu")
 
-    def __call__(self, prompts: Sequence[str]) -> Conditions:
-        """Embeddings of prompts, n rows in their order, on the CPU."""
+    def embed(self, prompts: Sequence[str]) -> Conditions:
+        """Embed prompts as they are, "" too: n rows in their order, on the CPU."""
         self.add(prompts)
         return join_rows([self._embeddings[prompt] for prompt in prompts])
 
-    def conditions(self, captions: Sequence[str]) -> Conditions:
-        """Embeddings of captions as training reads them, n rows on the CPU.
+    def embed_captions(self, captions: Sequence[str]) -> Conditions:
+        """Embed captions for training, where "" is guidance's negative prompt: n rows on the CPU.
 
-        An empty caption, such as a dropped one, is embedded as guidance's negative prompt.
+        A family can embed the negative prompt in another way than the empty prompt, such as by
+        zeros (`Family.negative`).
         """
         self.add(captions)
         if "" not in captions:
-            return self(captions)
+            return self.embed(captions)
         negative_row = self.family.negative(self._pipeline, self._embeddings[""])
         rows = [self._embeddings[text] if text else negative_row for text in captions]
         return join_rows(rows)

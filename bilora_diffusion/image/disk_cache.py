@@ -95,7 +95,7 @@ def _metadata(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"hash": digest_texts([name, *parts, content])}
 
 
-def of_prompts(
+def prompt_cache(
     cfg: DreamBoothConfig, family: Any, pipeline: Any, device: torch.device
 ) -> DiskCache:
     """The cache of a run's prompt embeddings."""
@@ -118,7 +118,7 @@ def of_prompts(
     return DiskCache(cfg.cache / "prompts", facts)
 
 
-def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
+def latent_cache(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
     """The cache of a run's latents."""
     if cfg.cache is None:
         return DiskCache()

@@ -105,11 +105,11 @@ class DreamBoothModule(nn.Module):
     def forward(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per slot, (slots,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
-        prediction = self._predict(own_conditions(inputs), noisy, levels)
+        prediction = self._predict(caption_conditions(inputs), noisy, levels)
         base_predictions: dict[str, Tensor] = {}  # of further prompts, (n, c, h, w) each
         for prompt in (PRIOR, UNCONDITIONAL):
             if prompt in inputs:
-                conditions = further_conditions(inputs, prompt)
+                conditions = prompt_conditions(inputs, prompt)
                 base_predictions[prompt] = self.base_prediction(conditions, noisy, levels)
         if GUIDANCE_SHARE in inputs:
             share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
@@ -123,7 +123,7 @@ class DreamBoothModule(nn.Module):
             instance, prior = losses.chunk(2)  # (slots,) each
             losses = instance + self.prior_loss_weight * prior
         for prompt, weights in inputs.get(HELD_WEIGHTS, {}).items():
-            conditions = further_conditions(inputs, prompt)
+            conditions = prompt_conditions(inputs, prompt)
             changes = self.squared_change(conditions, noisy, levels, base_predictions[prompt])
             # Only the first rows count, those of instance images.
             losses = losses + (weights * changes)[: len(losses)]
@@ -186,11 +186,11 @@ class DreamBoothModule(nn.Module):
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
         """Loss of each row to its plain target, (n,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
-        prediction = self._predict(own_conditions(inputs), noisy, levels)
+        prediction = self._predict(caption_conditions(inputs), noisy, levels)
         return self.noise_schedule.loss(prediction, inputs)
 
 
-def own_conditions(inputs: dict[str, Any]) -> Conditions:
+def caption_conditions(inputs: dict[str, Any]) -> Conditions:
     """Conditions of the rows' own captions."""
     conditions = {}
     for name, values in inputs.items():
@@ -199,21 +199,21 @@ def own_conditions(inputs: dict[str, Any]) -> Conditions:
     return conditions
 
 
-def further_conditions(inputs: dict[str, Any], name: str) -> Conditions:
+def prompt_conditions(inputs: dict[str, Any], name: str) -> Conditions:
     """Conditions `PRIOR` or `UNCONDITIONAL`, at the rows' own sizes."""
     return {**inputs[name], "time_ids": inputs["time_ids"]}
 
 
-def grid_levels(total: int) -> list[int]:
-    """Numbers of the grid's noise levels, of a schedule of ``total`` levels.
+def grid_level_indices(total: int) -> list[int]:
+    """Numbers of the grid's noise levels in a schedule of ``total`` levels.
 
-    They are the middles of `NOISE_LEVELS` equal parts, less a fortieth of the whole.
+    They are the middles of `NOISE_LEVELS` equal parts, minus a fortieth of the total.
     """
-    levels = []
+    indices = []
     for part in range(NOISE_LEVELS):
         middle = total * (2 * part + 1) // (2 * NOISE_LEVELS)
-        levels.append(middle - total // 40)
-    return levels
+        indices.append(middle - total // 40)
+    return indices
 
 
 class GridImage(NamedTuple):
@@ -234,13 +234,13 @@ class GridLoss:
         heldout: held-out images.
 
     Attributes:
-        levels: numbers of the noise levels.
+        level_indices: numbers of the noise levels.
         sets: the images of both sets, by the name of their loss.
     """
 
     def __init__(self, task: Any, stream: Any, heldout: ImageSet) -> None:
         self.task = task
-        self.levels = grid_levels(task.module.noise_schedule.num_timesteps)
+        self.level_indices = grid_level_indices(task.module.noise_schedule.num_timesteps)
         vae = task.pipeline.vae
         encoder = Encoder(
             vae,
@@ -281,7 +281,9 @@ class GridLoss:
         for concept in filter(None, dict.fromkeys(concepts)):  # "" in a run without concepts
             is_of_concept = torch.tensor([name == concept for name in concepts])  # (images,)
             losses[f"{BY_CONCEPT}{concept}"] = float(heldout[:, is_of_concept].mean(0).mean())
-        logged_levels = self.task.module.noise_schedule.level(torch.tensor(self.levels))
+        logged_levels = self.task.module.noise_schedule.logged_level(
+            torch.tensor(self.level_indices)
+        )
         level_losses = heldout.mean(1).tolist()
         for level, loss in zip(logged_levels.round().int().tolist(), level_losses, strict=True):
             losses[f"{BY_LEVEL}{level}"] = loss
@@ -292,7 +294,7 @@ class GridLoss:
         tables = []
         for batch in self.batches(images):
             # (levels, images of the batch)
-            tables.append(torch.stack([self.losses(batch, level) for level in self.levels]))
+            tables.append(torch.stack([self.losses(batch, index) for index in self.level_indices]))
         return torch.cat(tables, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
@@ -303,17 +305,17 @@ class GridLoss:
             for start in range(0, len(same_shape), size):
                 yield same_shape[start : start + size]
 
-    def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
+    def losses(self, images: Sequence[GridImage], level_index: int) -> Tensor:
         """Loss of each image at one noise level, (images,), on the CPU."""
         noise = []
         for image in images:
             # Seeded by the image's name: the same noise in every run and set.
-            random = generator("grid", image.sample.name, level)
+            random = generator("grid", image.sample.name, level_index)
             noise.append(torch.randn(image.latent.shape, generator=random))
         inputs = self.task.inputs(
             torch.stack([image.latent for image in images]),  # (n, c, h, w)
             torch.stack(noise),
-            level_index=torch.full((len(images),), level),
+            level_index=torch.full((len(images),), level_index),
             is_instance=torch.ones(len(images), dtype=torch.bool),
             samples=[image.sample for image in images],
             masks=[image.mask for image in images],

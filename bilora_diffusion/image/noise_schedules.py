@@ -112,8 +112,8 @@ class Denoising(SampledLevels):
             timesteps = self.num_timesteps - 1 - level_index
         return timesteps.double() / self.num_timesteps
 
-    def level(self, level_index: Tensor) -> Tensor:
-        """Noise levels as logs name them, by their numbers."""
+    def logged_level(self, level_index: Tensor) -> Tensor:
+        """The noise levels in the log, which are timesteps, from their numbers."""
         return level_index
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -273,8 +273,8 @@ class FlowMatching(SampledLevels):
     def share(self, level_index: Tensor) -> Tensor:
         return self.sigmas[level_index]
 
-    def level(self, level_index: Tensor) -> Tensor:
-        """Noise levels as logs name them, by their numbers."""
+    def logged_level(self, level_index: Tensor) -> Tensor:
+        """The noise levels in the log, 1000 sigma, from their numbers."""
         return 1000 * self.sigmas[level_index]
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -227,7 +227,7 @@ class ImageSet:
                 " not to be learned, or drop the masks."
             )
 
-    def of_each(self, values: Sequence[T]) -> list[T]:
+    def values_of_images(self, values: Sequence[T]) -> list[T]:
         """Of values by concept, the one of each image's concept."""
         return [values[entry.concept] for entry in self.entries]
 

@@ -125,7 +125,7 @@ class TrainingStream:
         self._captions = Captions(cfg, images)
         self.sizes = target_sizes(cfg, images)
         self._has_one_size = len(set(self.sizes)) == 1  # as without buckets
-        self._configs = images.of_each(cfg.concept_configs)
+        self._configs = images.values_of_images(cfg.concept_configs)
         self._repeats = [config.repeats for config in self._configs]
         self._order = SampleOrder(len(images), cfg.seed, self._repeats)
         self._order_by_size: KindsOrder | None = None
@@ -136,7 +136,7 @@ class TrainingStream:
         self._class_configs: list[DreamBoothConfig] = []
         self._class_order: SampleOrder | None = None
         if classes:
-            self._class_configs = classes.of_each(cfg.concept_configs)
+            self._class_configs = classes.values_of_images(cfg.concept_configs)
             num_class_images = sum(concept.num_class_images for concept in cfg.concept_configs)
             count = min(len(classes), num_class_images)
             self._class_order = SampleOrder(count, cfg.seed, purpose="class order")
@@ -178,7 +178,7 @@ class TrainingStream:
         if self.cfg.concepts:
             concepts = self.cfg.concept_configs
             names = [concept.concept for concept in concepts]
-            counts = Counter(self.images.of_each(names))  # images by the concept's name
+            counts = Counter(self.images.values_of_images(names))  # images by the concept's name
             parts = []
             for concept in concepts:
                 parts.append(f"{concept.concept} {counts[concept.concept]} x {concept.repeats}")
@@ -319,7 +319,7 @@ class _Pictures(Dataset):
 def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
     sizes = target_sizes(cfg, images)
-    configs = images.of_each(cfg.concept_configs)
+    configs = images.values_of_images(cfg.concept_configs)
     for index, caption in enumerate(fixed_texts(cfg, images)):
         size = sizes[index]
         crop = sample_crop(

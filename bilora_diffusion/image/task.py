@@ -138,7 +138,7 @@ class DreamBooth:
 
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet, then drop the encoders of a flow model."""
-        disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
+        disk = disk_cache.prompt_cache(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         self.prompts.add(self.stream.captions())
         if self.family.flow and self.validation is not None:
@@ -167,7 +167,7 @@ class DreamBooth:
         if not self.cfg.offload:
             vae.to(device)
         if self._source is None:
-            disk = disk_cache.of_latents(self.cfg, space, vae, device)
+            disk = disk_cache.latent_cache(self.cfg, space, vae, device)
             cache = None
         else:
             disk = self._source.disk
@@ -196,7 +196,7 @@ class DreamBooth:
             has_text = torch.tensor([bool(caption) or not zeros for caption in captions])
             return {"ids": tokenize(self.pipeline, captions), "has_text": has_text}
         assert self.prompts is not None
-        return self.prompts.conditions(captions)
+        return self.prompts.embed_captions(captions)
 
     def inputs(
         self,
@@ -300,7 +300,7 @@ class DreamBooth:
             # Of a slot the instance sample's digest, then the class sample's.
             digests=tuple("".join(digests[slot::count]) for slot in range(count)),
             inputs=inputs,
-            levels=tuple(map(float, noise_schedule.level(inputs["level_index"]).tolist())),
+            levels=tuple(map(float, noise_schedule.logged_level(inputs["level_index"]).tolist())),
         )
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
@@ -339,7 +339,7 @@ class DreamBooth:
         negatives = [sample.negative_prompt for sample in samples]
         embeddings = None  # text encoders that are trained have to embed the prompts again
         if self.prompts is not None:
-            embeddings = self.prompts(prompts), self.prompts.conditions(negatives)
+            embeddings = self.prompts.embed(prompts), self.prompts.embed_captions(negatives)
         shared = samples[0]
         scaling: AbstractContextManager[Any] = nullcontext()
         if shared.strength != 1:

@@ -86,7 +86,7 @@ def inputs_of(pipeline, conditional, count):
 @each_kind
 def test_a_dropped_caption_is_what_guidance_leads_away_from(kind):
     prompts = PromptCache(pipeline_of(kind), torch.device("cpu"))
-    conditions = prompts.conditions(["", PROMPT])
+    conditions = prompts.embed_captions(["", PROMPT])
     for name, values in embed_negative(pipeline_of(kind), 1).items():
         # The first row is that of the dropped caption.
         torch.testing.assert_close(conditions[name][:1], values)
