@@ -153,8 +153,7 @@ class Encoder:
 
 
 def weight_map(masks: Sequence[Tensor | None], latents: Tensor, outside: float) -> Tensor:
-    """Weights of the latents' positions in the loss, (n, 1, h, w): 1 within a mask, else
-    ``outside``.
+    """Weights of the loss, (n, 1, h, w): 1 within a mask, else ``outside``.
 
     Args:
         masks: (1, H, W) in [0, 1] each; None for an image without a mask.

@@ -20,10 +20,10 @@ from ..core.values import (
 from .base_model import SDXL_BASE, folder_of
 from .families import SDXL
 
-# The recommended weight by which the unconditional prediction is held, and the steps from one that
-# holds it to the next. Points of samples against LoRA's (step 300, guidance 4, five seeds) on icons
-# in two colors and in their own: +6.6 and -0.1 with weight 1, +6.9 and -0.3 with 4, +7.2 and -0.3
-# with 1 in every 4th step. Holding in every 16th step takes 8 % more time.
+# The recommended weight and interval in steps for holding the unconditional prediction. Points of
+# samples against LoRA's (step 300, guidance 4, five seeds) on icons in two colors and in their own:
+# +6.6 and -0.1 with weight 1, +6.9 and -0.3 with 4, +7.2 and -0.3 with 1 in every 4th step. Holding
+# in every 16th step takes 8 % more time.
 HOLDING_WEIGHT, HOLDING_PERIOD = 1, 16
 # Cases in which options have no effect.
 ON_A_LOCAL_MODEL = IgnoredCase(
@@ -109,7 +109,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """Options of image models alone: text encoders, noise levels, their attention."""
+    """Options of image models only: text encoders, noise levels, attention."""
 
     section: ClassVar[str] = "text encoders and loss"
 

@@ -58,8 +58,7 @@ class Denoising(SampledLevels):
         snr_weighting: str = "published",
         level_range: tuple[float, float] = ALL_LEVELS,
     ) -> Denoising:
-        """Build from a pipeline's scheduler configuration; the scheduler's class decides on native
-        EDM.
+        """Build from the configuration of a scheduler, whose class decides on native EDM.
 
         Raises:
             UserError: min-SNR weights with the EDM formulation, or a range of levels on a model

@@ -1,7 +1,7 @@
 """The interface of a family of image models: its parts, prompts, latents and forward call.
 
-Everything else of a run - images, noise, methods, held-out loss, export - is shared. A family is
-one file here and one row in the table of this package.
+Images, noise, methods, held-out loss and export are the same for all families. A family is one file
+here and one row in the table of this package.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from .tensors import Conditions, unpack
 
-STEPS = 25  # of the sampler, by default
+STEPS = 25  # default of the sampler
 # Projections of attention, by diffusers' names.
 ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
-# Those of the prompt's tokens, where the prompt has projections of its own.
+# Projections of the prompt's tokens, in models that have separate ones.
 PROMPT_LAYERS = ("add_k_proj", "add_q_proj", "add_v_proj")
-Configs = Mapping[str, Mapping[str, Any]]  # of denoiser and autoencoder, by the part
+# Configurations of denoiser and autoencoder, by the part's name.
+Configs = Mapping[str, Mapping[str, Any]]
 
 
 class Unconditional(Enum):
-    """The place of guidance's unconditional prediction in a pipeline's calls of the denoiser."""
+    """Where a pipeline computes guidance's unconditional prediction."""
 
     FIRST_ROWS = "the first half of each batch's rows"
     LAST_ITEMS = "the second half of lists, which the denoiser joins, so that rows are lost"
@@ -35,7 +36,7 @@ class Unconditional(Enum):
 
 
 def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
-    """Logarithm of the shift, linear in the tokens between two points of a scheduler; {}: FLUX.1's.
+    """Logarithm of the shift, linear in the number of tokens; for {} with FLUX.1's values.
 
     https://github.com/black-forest-labs/flux/blob/main/src/flux/sampling.py
     """
@@ -80,13 +81,14 @@ def read_entry(config: Mapping[str, Any], names: Sequence[str], model: str) -> t
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Encoding and decoding of images by an autoencoder, with the denoiser's scale of latents."""
+    """Encoding and decoding with an autoencoder, and the denoiser's scale of latents."""
 
     scale: float  # factor of centered latents
     mean: Tensor | None = None  # of each channel, (1, c, 1, 1), if the autoencoder has it
     std: Tensor | None = None  # of each channel, (1, c, 1, 1), if the autoencoder has it
     shift: float = 0.0  # of all channels
-    samples_posterior: bool = True  # latents are samples of an image's Gaussian, else its mean
+    # Latents are sampled from an image's Gaussian; else they are its mean.
+    samples_posterior: bool = True
 
     @classmethod
     def from_config(cls, vae: Any, *, samples_posterior: bool = True) -> Self:
@@ -107,13 +109,13 @@ class LatentSpace:
         return cls(scale, mean, std, shift, samples_posterior)
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Scale latents of the autoencoder for the denoiser, (n, c, h, w)."""
+        """Convert latents of the autoencoder, (n, c, h, w), to the denoiser's scale."""
         if self.mean is None or self.std is None:
             return (latents - self.shift) * self.scale
         return (latents - self.mean.to(latents)) * self.scale / self.std.to(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scale latents of the denoiser for the autoencoder, (n, c, h, w)."""
+        """Convert latents of the denoiser, (n, c, h, w), to the autoencoder's scale."""
         if self.mean is None or self.std is None:
             return latents / self.scale + self.shift
         return latents * self.std.to(latents) / self.scale + self.mean.to(latents)
@@ -137,60 +139,63 @@ class Activations:
     """
 
     prompt_tokens: int
-    checkpointed: float  # of each block, with gradient checkpointing
-    recomputed: float  # in addition, of the one block that is computed again
-    block: float  # of each block, without gradient checkpointing
+    checkpointed: float  # for each block, with gradient checkpointing
+    recomputed: float  # in addition, for the block that is computed again
+    block: float  # for each block, without gradient checkpointing
 
 
 @dataclass(frozen=True)
 class ComfyUI:
-    """How ComfyUI loads a family's models and samples, by its names of nodes and files."""
+    """ComfyUI's nodes and files for a family of models."""
 
     checkpoints: Mapping[str, str] = field(default_factory=dict)  # file, by the id on the hub
-    text_encoders: tuple[str, ...] = ()  # files; () where the checkpoint has them
+    text_encoders: tuple[str, ...] = ()  # files; () if the checkpoint includes them
     text_encoder_type: str = ""  # for their loader
-    # Other files, by a word in the checkpoint's name.
+    # Files for checkpoints whose name contains a word, by the word.
     text_encoders_by_size: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    autoencoder: str | None = None  # file; None where the checkpoint has it
+    autoencoder: str | None = None  # file; None if the checkpoint includes it
     latent_node: str = "EmptySD3LatentImage"
     shift_node: str = ""  # shifts the noise levels; "" without a shift
     scheduler: str = "simple"  # of the node KSampler
-    scheduler_node: str = ""  # in place of KSampler's scheduler
+    scheduler_node: str = ""  # instead of KSampler's scheduler
     embeds_guidance: bool = False  # the model has an embedding of guidance, no negative prompt
-    unread_groups: frozenset[str] = frozenset()  # of --lora_layers, which it does not read whole
-    unread_layers: str = ""  # what it leaves out of them, in words
+    # Groups of --lora_layers that it reads only in part
+    unread_groups: frozenset[str] = frozenset()
+    unread_layers: str = ""  # the layers of these groups that it does not read, for a message
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of image model, with the settings that a run may change."""
+    """A family of image models. Fields are the settings that a run can change."""
 
     title: ClassVar[str]
     pipeline: ClassVar[str]  # diffusers' class, as in ``model_index.json``
-    examples: ClassVar[Mapping[str, str]] = {}  # of the README's table: name -> id on the hub
-    tested_on: ClassVar[str] = "tiny weights"  # for that table
-    parts: ClassVar[Mapping[str, str]] = {}  # its models and their classes
+    examples: ClassVar[Mapping[str, str]] = {}  # for the tables of models: name -> id on the hub
+    tested_on: ClassVar[str] = "tiny weights"  # for these tables
+    parts: ClassVar[Mapping[str, str]] = {}  # name -> class of its models
     optional: ClassVar[frozenset[str]] = frozenset()  # parts that a pipeline may lack
-    denoiser: ClassVar[str] = "transformer"  # trained; keys in adapters' files begin with its name
+    # The trained model; keys in LoRA files begin with its name.
+    denoiser: ClassVar[str] = "transformer"
     # Projections of attention, which get adapters by default.
     targets: ClassVar[tuple[str, ...]] = ATTENTION_LAYERS
-    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)  # modules, with all their linear layers
+    # Modules whose linear layers are the feed-forward layers.
+    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)
     flow: ClassVar[bool] = True  # predicts a velocity (`noise_schedules.FlowMatching`)
-    weighting: ClassVar[str] = "none"  # of noise levels, by default
-    default_guidance: ClassVar[float] = 5.0  # scale of its images, by default
+    weighting: ClassVar[str] = "none"  # default of --weighting_scheme
+    default_guidance: ClassVar[float] = 5.0  # default guidance scale of images
     unconditional: ClassVar[Unconditional] = Unconditional.SECOND_CALL
     unguided_scale: ClassVar[float] = 1.0  # the largest scale without unconditional prediction
-    reads_negative_prompt: ClassVar[bool] = True  # in the unconditional prediction
-    few_steps: ClassVar[int] = STEPS  # of the sampler, for its distilled models
+    reads_negative_prompt: ClassVar[bool] = True  # used in the unconditional prediction
+    few_steps: ClassVar[int] = STEPS  # default number of steps of distilled models
     # The model to train in place of a distilled one, for a message
     undistilled_model: ClassVar[str] = "the model that it was made from"
-    patch: ClassVar[int] = 16  # pixels of a patch's side, of which the resolution is a multiple
-    side: ClassVar[int] = 1024  # resolution in pixels, where the configuration has none
+    patch: ClassVar[int] = 16  # pixels; the resolution is a multiple of it
+    side: ClassVar[int] = 1024  # default resolution in pixels, if the configuration has none
     activations: ClassVar[Activations]
     comfyui: ClassVar[ComfyUI | None] = None  # None: ComfyUI has no names for its layers
 
     max_sequence_length: int = 512  # tokens of a prompt that are read
-    guidance_scale: float = 3.5  # that a model with a guidance embedding gets in training
+    guidance_scale: float = 3.5  # for models with a guidance embedding, in training
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -198,11 +203,11 @@ class Family:
         return tuple(name for name in self.parts if name.startswith("text_encoder"))
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        """Embed prompts by the pipeline's own encoders, with their adapters, on their device."""
+        """Embed prompts with the pipeline's encoders and their adapters, on their device."""
         raise NotImplementedError
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], **options: Any) -> Any:
-        """Call the pipeline's own ``encode_prompt`` on prompts."""
+        """Call the pipeline's ``encode_prompt``."""
         return pipeline.encode_prompt(
             list(prompts),  # a new list: some pipelines write into it
             device=pipeline.text_encoder.device,
@@ -211,19 +216,19 @@ class Family:
         )
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        """Guidance's negative prompt, from the embeddings of empty prompts."""
+        """Embeddings of the default negative prompt, from those of empty prompts."""
         return empty
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
-        """The denoiser's prediction, (n, c, h, w): of a flow model the velocity, noise minus image.
+        """Predict, (n, c, h, w): a flow model predicts the velocity, noise minus image.
 
         Args:
             model: the denoiser.
             noisy: latents in the model's dtype, (n, c, h, w).
-            levels: (n,): sigma in [0, 1] of a flow model, else the timestep.
-            conditions: of the n rows, on the model's device.
+            levels: (n,); sigma in [0, 1] for a flow model, else the timestep.
+            conditions: conditions of the n rows, on the model's device.
         """
         raise NotImplementedError
 
@@ -236,7 +241,7 @@ class Family:
         return height // self.patch * (width // self.patch)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        """Logarithm of the shift in sampling, where it depends on the number of tokens."""
+        """Logarithm of the shift in sampling, if it depends on the number of tokens."""
         return mu_of(tokens, pipeline.scheduler.config)
 
     def training_shift(self, tokens: int) -> float | None:
@@ -246,7 +251,8 @@ class Family:
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         """Arguments of the pipeline's call for embedded prompts and a guidance scale.
 
-        Here for pipelines that take a sequence of each prompt, and some also a pooled vector.
+        The default is for pipelines that take a sequence for each prompt, and optionally a pooled
+        vector.
         """
         names = {"sequence": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
         arguments: Conditions = {names[name]: values for name, values in positive.items()}
@@ -255,14 +261,14 @@ class Family:
         return {**arguments, "guidance_scale": guidance}
 
     def prepare_sampler(self, sampler: Any) -> None:
-        """Complete a pipeline that has denoiser and scheduler only, where its call reads more."""
+        """Add what the call of a pipeline with only denoiser and scheduler needs."""
 
     def unpack_output(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents (n, c, h, w) of a pipeline's output of the type "latent".
+        """Convert a pipeline's output of the type "latent" to latents (n, c, h, w).
 
         Args:
-            latents: the output: latents, or tokens of 2 x 2 latents.
-            height, width: of the images, in pixels.
+            latents: latents, or tokens of 2 x 2 latents.
+            height, width: size of the images in pixels.
         """
         if latents.ndim == 4:
             return latents
@@ -270,7 +276,7 @@ class Family:
         return unpack(latents, 2 * (height // self.patch), 2 * (width // self.patch))
 
     def native_side(self, pipeline: Any) -> int:
-        """Side in pixels of the images that a loaded pipeline was made for."""
+        """Resolution in pixels that a loaded pipeline was trained on."""
         return self.side_of(self.configs(pipeline))
 
     def configs(self, pipeline: Any) -> Configs:
@@ -278,7 +284,7 @@ class Family:
         return {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
 
     def side_of(self, configs: Configs) -> int:
-        """Side in pixels of the images that a model was made for, from its configurations."""
+        """Resolution in pixels that a model was trained on, from its configurations."""
         side = configs[self.denoiser].get("sample_size")
         if not isinstance(side, int):
             return self.side
@@ -301,15 +307,15 @@ class Family:
         return bool(pipeline.config.get("is_distilled", False))
 
     def usual_sampling(self, pipeline: Any) -> tuple[int, float]:
-        """Steps and guidance scale of a loaded model's images by default."""
+        """Default number of steps and guidance scale of a loaded model's images."""
         if self.is_distilled(pipeline):
             return self.few_steps, 0.0
         return STEPS, self.default_guidance
 
     def precision(self, device: torch.device) -> torch.dtype:
-        """Dtype of sampling on a device by default: 16 bits on a GPU, fp32 on a CPU.
+        """Default dtype of sampling on a device: 16 bits on a GPU, fp32 on a CPU.
 
-        A flow model needs the range of bf16, which fp16 does not have.
+        Flow models need bf16, since fp16's range is too small.
         """
         if device.type not in ("cuda", "mps"):
             return torch.float32
@@ -325,19 +331,19 @@ class Family:
         """Test that a model's pipeline makes an unconditional prediction at this guidance scale.
 
         Args:
-            index: the pipeline's own configuration, as in ``model_index.json``.
+            index: the pipeline's configuration, as in ``model_index.json``.
         """
         return self.unconditional is not Unconditional.NONE and guidance > self.unguided_scale
 
     def embeds_guidance(self, configs: Configs) -> bool:
-        """Test that a model has an embedding of guidance, which training has to give."""
+        """Test that a model has a guidance embedding, so that training must give a scale."""
         return False
 
     def remark(self, name: str, pipeline: Any) -> str | None:
         """A warning about a model before it is trained, as one sentence, or None.
 
         Args:
-            name: of the model, as the user gave it.
+            name: name of the model, as the user gave it.
         """
         if not self.is_distilled(pipeline):
             return None
@@ -347,7 +353,7 @@ class Family:
         )
 
     def require_resolution(self, resolution: int, configs: Configs) -> None:
-        """Refuse a side, in pixels, that the model can't take."""
+        """Refuse a resolution in pixels that the model does not support."""
         if resolution % self.patch:
             nearest = max(self.patch, resolution // self.patch * self.patch)
             raise UserError(
