@@ -46,7 +46,7 @@ demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what th
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 to label questions and show its answers before and after
 	$(BIN)/python examples/2_text.py --output_dir "$(DEMO_TEXT_DIR)"
 
-pictures: $(VENV)/.installed-dev $(VENV)/.browser  ## make the pictures of README and docs that are older than what they show
+pictures: $(VENV)/.installed-dev $(VENV)/.browser  ## make the pictures of README and docs again
 	$(BIN)/python -m docs.pictures
 
 # pyright runs beside the tests: it takes one core for a minute.

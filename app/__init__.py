@@ -1,4 +1,4 @@
 """The viewer: ``python -m app.viewer [ROOT]`` shows run and result folders in a browser.
 
-``catalog`` finds and reads folders and knows nothing of widgets; each tab is a module of its own.
+``catalog`` finds and reads the folders, and has no widgets. Each tab is a module.
 """

@@ -4,8 +4,9 @@
     catalog.scan.runs, catalog.scan.scores, catalog.scan.results, catalog.scan.broken
     catalog.resolve("lora/metrics.jsonl")        # refuses paths that lead out of the root
 
-All paths in the items are POSIX and relative to the root ("." is the root itself). Open a file only
-by the path that `Catalog.resolve` returns for it.
+All paths in the items are POSIX paths relative to the root ("." is the root). Open a file only by
+the path that `Catalog.resolve` returns for it: the folders may come from somebody else, and a link
+in them must not lead a visitor of the viewer to other files of this machine.
 """
 
 from __future__ import annotations
@@ -33,36 +34,37 @@ from bilora_diffusion.run.record import METRICS, RUN, VALIDATION, read_run
 from eval import table
 from eval.table import FILE
 
-from .runs import RunItem, label
-from .scored import Scored, scored
+from .runs import RunItem, run_name
+from .scores import Scores, read_scores
 
+# Kind of the results that have scored images
 SCORES = "clip_scores"
-# Pattern of the first validation image of each step.
+# Pattern of the first validation image of each step
 IMAGES = f"{VALIDATION}/step-*/000.png"
-# Pattern of a file of each checkpoint.
+# Pattern of a file that each checkpoint has
 CHECKPOINTS = "checkpoints/step-*/digests.json"
-# Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model.
+# Exports of a run: a diffusers LoRA, full models, or a PEFT adapter of a text model
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 
-# Hash of a step's samples and noise, in a line of the log
+# Hash of a step's samples and noise in a line of the log
 DATA_HASH = re.compile(rb'"digest": "([0-9a-f]{1,128})"')
-# Bytes at the beginning of a log, which have its first step.
+# Bytes at the beginning of a log that include its first step
 HEAD_BYTES = 8_192
 
-# Levels of folders below the root that are searched.
+# Levels of folders below the root that are searched
 DEPTH = 6
-# Folders that hold no run or result of their own; hidden ones are skipped as well.
+# Folders without runs and results; hidden folders are skipped too.
 SKIPPED = frozenset(
     {"checkpoints", "images", VALIDATION, "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
 )
 
-LINK = "it is a link out of the root: copy it, or give its own folder as the root"
-# Digits of a step at most; JavaScript has no larger whole numbers.
-DIGITS = 15
+LINK = "it is a link out of the root: copy it, or give the link's target as the root"
+# Most digits of a step; JavaScript has no larger integers.
+MAX_STEP_DIGITS = 15
 RENAME = "its name is not UTF-8: give it another"
 BACKSLASH = "its name has a backslash, which separates folders on Windows: give it another"
-# Time for which one scan of the root serves all visitors.
+# Time for which all visitors share one scan of the root
 FRESH_SECONDS = 2.0
 
 
@@ -74,9 +76,9 @@ class ResultItem:
     name: str
     # Name of the command that wrote it
     kind: str
-    # `Scored` for scored images, else the head of ``result.json``
+    # `Scores` for scored images, else the head of ``result.json``
     result: Any
-    # PNG files relative to the root
+    # Paths of PNG files relative to the root
     figures: list[str]
 
     def file(self, name: str) -> str:
@@ -85,8 +87,8 @@ class ResultItem:
 
 
 @dataclass(frozen=True)
-class Broken:
-    """A folder that can't be shown, and the reason in one sentence."""
+class BrokenFolder:
+    """A folder that can't be shown, with the reason in one sentence."""
 
     path: str
     reason: str
@@ -94,12 +96,12 @@ class Broken:
 
 @dataclass
 class Scan:
-    """Folders that one scan of the root finds, sorted by path; scores are among the results too."""
+    """Folders found by one scan of the root, sorted by path; `results` includes `scores`."""
 
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ResultItem] = field(default_factory=list)
     results: list[ResultItem] = field(default_factory=list)
-    broken: list[Broken] = field(default_factory=list)
+    broken: list[BrokenFolder] = field(default_factory=list)
 
 
 class Catalog:
@@ -107,11 +109,11 @@ class Catalog:
 
     Args:
         root: an existing folder.
-        public: True if others than this machine's user may see the page.
+        public: whether people other than this machine's user may see the page.
 
     Attributes:
-        root: the root, without links.
-        scan: the folders as they were at the last `refresh`.
+        root: path of the root with all links resolved.
+        scan: folders found by the last `refresh`.
 
     Raises:
         UserError: there is no such folder.
@@ -126,45 +128,44 @@ class Catalog:
         self.root = root.resolve()
         self._public = public
         self._lock = threading.Lock()
-        self._cache: dict[Path, tuple[Any, Any]] = {}  # file -> its stamp and content
+        self._cache: dict[Path, tuple[Any, Any]] = {}  # file -> (state of the file, content)
         self.scan = Scan()
         self._scan_time = 0.0
         self.refresh()
 
     @property
     def name(self) -> str:
-        """Name of the root, without its place on the machine."""
+        """Name of the root without its parent folders."""
         return self.root.name or "/"
 
-    def place(self, path: str = ".") -> str:
-        """A path below the root, for a command that is started in this process's folder.
+    def command_path(self, path: str = ".") -> str:
+        """A path below the root, as an argument of a command that is run in the working folder.
 
-        On a public page a root outside of that folder is given by its name alone.
+        A public page names a root outside of the working folder without its parent folders.
         """
-        root = self.root
+        folder = self.root
         working_folder = Path.cwd()
-        place = root
-        if root.is_relative_to(working_folder):
-            place = root.relative_to(working_folder)
-        if self._public and place.is_absolute():
-            place = Path(self.name)
-        return str(PurePosixPath(place.as_posix()) / path)
+        if folder.is_relative_to(working_folder):
+            folder = folder.relative_to(working_folder)
+        if self._public and folder.is_absolute():
+            folder = Path(self.name)
+        return str(PurePosixPath(folder.as_posix()) / path)
 
     def without_root(self, error: Exception, folder: str = ".") -> str:
-        """An error as one line without the root's or the folder's place on the machine."""
+        """Message of an error in one line, without the absolute path of the root and a folder."""
         text = " ".join(str(error).split())
         return text.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
 
-    def fingerprint(self, kind: str) -> str:
-        """Hash of the "runs", "scores" or "results", by which a page notices a change.
+    def content_hash(self, kind: str) -> str:
+        """Hash of the "runs", "scores" or "results", which tells a page whether they changed.
 
-        Of the record of a run only the status counts, so that a run that goes on is the same until
-        its status, weights, images or checkpoints change.
+        It includes only the status of a run's record, so that it stays the same while a run trains,
+        until the run's status, weights, images or checkpoints change.
         """
         if kind == "runs":
             items = [replace(run, record={"status": run.status}) for run in self.scan.runs]
         else:
-            # A file that has changed is read again, into another object.
+            # A changed file is read again and gives a new object.
             items = [(item.path, id(item.result)) for item in getattr(self.scan, kind)]
         return hashlib.sha256(repr(items).encode()).hexdigest()[:16]
 
@@ -172,7 +173,7 @@ class Catalog:
         """Find a file or folder below the root.
 
         Args:
-            relative: POSIX path below the root; need not exist.
+            relative: POSIX path below the root, of a file that may be missing.
 
         Raises:
             UserError: the path leads out of the root.
@@ -182,35 +183,34 @@ class Catalog:
         if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{relative!r} is not a path below the root: give a relative one")
         try:
-            place = (self.root / parts).resolve()
+            path = (self.root / parts).resolve()
         except (OSError, RuntimeError) as error:  # a loop of links
             raise UserError(f"{relative!r} can't be followed: give another path") from error
-        if not place.is_relative_to(self.root):
+        if not path.is_relative_to(self.root):
             raise UserError(f"{relative!r} leads out of the root: copy it into the root instead")
-        return place
+        return path
 
-    def cached(self, file: Path, read: Callable[[], Any]) -> Any:
-        """Content of a file by `read`, which is called again only if the file has changed.
+    def read_cached(self, file: Path, read: Callable[[], Any]) -> Any:
+        """Return what `read` returns for a file, and call it again only if the file has changed.
 
         Raises:
-            OSError: there is no such file.
+            OSError: the file is missing.
         """
-        # Another file, time or size: the content may be another one.
         status = file.stat()
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        cached_stamp, content = self._cache.get(file, (None, None))
-        if cached_stamp != stamp:
+        state = (status.st_ino, status.st_mtime_ns, status.st_size)
+        cached_state, content = self._cache.get(file, (None, None))
+        if cached_state != state:
             content = read()
-            self._cache[file] = (stamp, content)
+            self._cache[file] = (state, content)
         return content
 
     def refresh_if_stale(self) -> None:
-        """Scan the root again, unless that was a moment ago."""
+        """Scan the root again, unless the last scan is still fresh."""
         if time.monotonic() - self._scan_time > FRESH_SECONDS:
             self.refresh()
 
     def refresh(self) -> None:
-        """Scan the root again; files that have not changed are not read again."""
+        """Scan the root again; unchanged files are not read again."""
         with self._lock:
             scan = Scan()
             for folder, names in self._folders(scan):
@@ -219,9 +219,9 @@ class Catalog:
             self._scan_time = time.monotonic()
 
     def _folders(self, scan: Scan) -> Iterator[tuple[str, set[str]]]:
-        """Folders below the root with the names of their entries, sorted by path.
+        """Yield folders below the root with the names of their entries, sorted by path.
 
-        Folders that can't be read, and links out of the root, go to the broken ones.
+        Unreadable folders and links out of the root are added to the scan's broken folders.
         """
         waiting_folders = [(".", 0)]  # a stack, with the depth of each folder
         while waiting_folders:
@@ -230,7 +230,7 @@ class Catalog:
                 with os.scandir(self.root / folder) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
-                scan.broken.append(Broken(folder, f"it can't be read ({error.strerror})"))
+                scan.broken.append(BrokenFolder(folder, f"it can't be read ({error.strerror})"))
                 continue
             names = {entry.name for entry in entries}
             subfolders = []
@@ -239,23 +239,23 @@ class Catalog:
                 if entry.name in SKIPPED or entry.name.startswith("."):
                     continue
                 if not is_text(entry.name) and is_folder(Path(entry.path)):
-                    scan.broken.append(Broken(join(folder, ascii(entry.name)), RENAME))
+                    scan.broken.append(BrokenFolder(join(folder, ascii(entry.name)), RENAME))
                 elif "\\" in entry.name and is_folder(Path(entry.path)):
-                    scan.broken.append(Broken(path, BACKSLASH))
+                    scan.broken.append(BrokenFolder(path, BACKSLASH))
                 elif entry.is_symlink() and Path(entry.path).is_dir():
-                    # A link within the root is not followed, since it could lead in a circle: its
-                    # folder is found in its own place.
+                    # A link within the root is not followed, since it could lead in a circle; the
+                    # scan finds its target anyway.
                     if not Path(entry.path).resolve().is_relative_to(self.root):
-                        scan.broken.append(Broken(path, LINK))
+                        scan.broken.append(BrokenFolder(path, LINK))
                 elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
                     subfolders.append((path, depth + 1))
             if "pyvenv.cfg" not in names:
-                # The first subfolder comes off the stack first.
+                # The first subfolder is taken from the stack first.
                 waiting_folders += reversed(subfolders)
                 yield folder, names
 
     def _read_folder(self, folder: str, names: set[str], scan: Scan) -> None:
-        """Add a folder's run and result, if it has them, to a scan."""
+        """Add the run and the result of a folder to a scan, if the folder has them."""
         title = self.name if folder == "." else folder  # in lists
         if RUN in names:
             record = self._read_file(folder, RUN, read_run, scan)
@@ -266,13 +266,13 @@ class Catalog:
             if result is not None:
                 item = self._result_item(folder, title, names, result, scan)
                 scan.results.append(item)
-                if isinstance(result, Scored):
+                if isinstance(result, Scores):
                     scan.scores.append(item)
 
     def _run_item(
         self, folder: str, title: str, names: set[str], record: dict[str, Any]
     ) -> RunItem:
-        """A run folder by its record and its files."""
+        """Describe a run folder by its record and its files."""
         weights = None
         for file in EXPORTED:
             if weights is None and file in names:
@@ -283,7 +283,7 @@ class Catalog:
                 data_hash = read_data_hash(self.resolve(join(folder, METRICS)))
         return RunItem(
             path=folder,
-            name=label(title, record),
+            name=run_name(title, record),
             record=record,
             weights=weights,
             steps=read_steps(self.root / folder, IMAGES),
@@ -294,8 +294,8 @@ class Catalog:
     def _result_item(
         self, folder: str, title: str, names: set[str], result: Any, scan: Scan
     ) -> ResultItem:
-        """A result folder by its content; a figure that is missing goes to the broken ones."""
-        head = vars(result.result) if isinstance(result, Scored) else result
+        """Describe a result folder by its content; a missing figure makes the folder broken."""
+        head = vars(result.result) if isinstance(result, Scores) else result
         figures = []
         missing_files = []
         for file in head["figures"]:
@@ -305,44 +305,44 @@ class Catalog:
                 missing_files.append(file)
         if missing_files:
             reason = f"{FILE} names {missing_files[0]}, which is not there: make the result again"
-            scan.broken.append(Broken(folder, reason))
+            scan.broken.append(BrokenFolder(folder, reason))
         return ResultItem(folder, title, head["kind"], result, figures)
 
     def _read_file(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
-        """Content of a folder's file by `read`; None and a broken folder if that fails."""
+        """Read a folder's file by `read`; if that fails, the folder is broken: returns None."""
         try:
             path = self.resolve(join(folder, file))
-            # The reader gets the folder's path below the root, also if the file is a link, so that
-            # its messages have that path.
-            return self.cached(path, lambda: read(self.root / folder))
+            # The reader gets the folder's path below the root even if the file is a link, because
+            # its messages name that path.
+            return self.read_cached(path, lambda: read(self.root / folder))
         except UserError as error:
             reason = self.without_root(error, folder)
         except OSError as error:
             reason = f"{file} can't be read ({error.strerror})"
         except Exception as error:
-            # Whatever is in one damaged folder, the good ones are shown.
+            # One damaged folder of any kind must not hide the others.
             reason = f"{file} is damaged ({type(error).__name__})"
-        scan.broken.append(Broken(folder, reason))
+        scan.broken.append(BrokenFolder(folder, reason))
         return None
 
 
 def join(folder: str, name: str) -> str:
-    """A path below a folder, relative to the root; "." is the root itself."""
+    """Path of an entry of a folder, relative to the root; "." is the root."""
     return str(PurePosixPath(folder) / name)
 
 
 def read_steps(folder: Path, pattern: str) -> tuple[int, ...]:
-    """Steps of a run that have a file of a pattern, in order."""
+    """Steps of a run for which a file matches a pattern, in order."""
     steps = []
     for path in folder.glob(pattern):
         digits = path.parent.name.removeprefix("step-")
-        if digits.isdecimal() and len(digits) <= DIGITS:
+        if digits.isdecimal() and len(digits) <= MAX_STEP_DIGITS:
             steps.append(int(digits))
     return tuple(sorted(steps))
 
 
 def read_data_hash(file: Path) -> str | None:
-    """Hash of the data of a log's first step; None if the log has no step."""
+    """Read the hash of the data in a log's first step; None if the log has no step."""
     if not is_file(file):
         return None
     with file.open("rb") as log:
@@ -352,19 +352,19 @@ def read_data_hash(file: Path) -> str | None:
     return match[1].decode()
 
 
-def read_result(folder: Path) -> Scored | dict[str, Any]:
-    """Read a result: scored images, or the head of another command's ``result.json``.
+def read_result(folder: Path) -> Scores | dict[str, Any]:
+    """Read a result: `Scores` of images, or the head of another command's ``result.json``.
 
     Raises:
         UserError: the file is damaged.
     """
     record = table.head(folder)
     figures = record.get("figures")
-    # Plain file names only, so that no figure lies outside of the folder.
+    # Only plain file names, so that each figure is in the folder
     if not isinstance(figures, list) or not all(
         isinstance(name, str) and name == Path(name).name for name in figures
     ):
         raise UserError(f"{folder / FILE} is damaged: run python -m eval.{record['kind']} again")
     if record["kind"] == SCORES:
-        return scored(table.read(folder))
+        return read_scores(table.read(folder))
     return record

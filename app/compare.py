@@ -1,6 +1,6 @@
 """Scored images in the tab Compare: side by side, and two of them under a slider.
 
-Module `scored` computes its data.
+The module `scores` computes the data.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from eval.clip_scores.prompts import Prompt
 from eval.clip_scores.reporting import METRICS
 
 from . import parts
-from . import scored as data
+from . import scores as data
 from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
-from .scored import PromptRow, Scored, ScoredImage, View, times_100
+from .scores import PromptRow, ScoredImage, Scores, View, times_100
 
-# Properties of events that run one after the other, so that the last choice stays on screen.
+# Properties of events that run one after another, so that the page ends with the last choice
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
 
 
@@ -46,7 +46,7 @@ class Tab:
         with gr.Accordion("Scored images", visible=False, elem_id="compare-body") as self.body:
             self.answer = parts.html("compare-answer", visible=False)
             with gr.Row(equal_height=False):
-                # Left: the choice, and the list of prompts.
+                # Left: the form and the list of prompts
                 with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
                     self.scores = _list("scores", "Scores")
                     with gr.Row():
@@ -63,7 +63,7 @@ class Tab:
                     )
                     pick = "bilora.pick(element, trigger, watch)"
                     self.list = parts.html("compare-list", js_on_load=pick)
-                # Right: the view of one prompt.
+                # Right: the view of one prompt
                 with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
                     with gr.Row(elem_id="compare-steps"):
                         previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
@@ -72,7 +72,7 @@ class Tab:
                     self.title = parts.html("compare-prompt")
                     self.cards = parts.html("compare-cards")
                     self.slider = parts.html("compare-slider")
-                    # The server knows the query of a view, the browser makes a link of it.
+                    # The server writes the query of a view; the browser makes it a link.
                     self.query = gr.Textbox(visible=False)
                     link = gr.Textbox(
                         label="Link to this view",
@@ -82,7 +82,7 @@ class Tab:
                         max_lines=1,
                     )
 
-        # In the order of the fields of `View`, which is made of their values.
+        # In the order of the fields of `View`, which takes their values
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]
         view = [self.prompt, self.title, self.place, self.list, self.cards]
@@ -91,10 +91,10 @@ class Tab:
         changed(self.open, [], widgets, **ORDERED)
         # Other scores have other adapters, prompts and seeds: all widgets are filled again.
         self.scores.input(
-            lambda path: self._opened({"scores": path}), self.scores, widgets, **ORDERED
+            lambda path: self._fill({"scores": path}), self.scores, widgets, **ORDERED
         )
         events = [self.words.change]
-        # `input` is an event of the user alone; `change` would come from the filling as well.
+        # Only the user causes the event `input`; filling the widgets would cause `change` too.
         for widget in (self.a, self.b, self.also, self.seed, self.metric, self.order):
             events.append(widget.input)
         gr.on(events, self.show, choice, view, trigger_mode="always_last", **ORDERED)
@@ -105,11 +105,11 @@ class Tab:
         self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
-        """Fill the tab by the page's address: that of a link, or of the last view."""
-        return self._opened(dict(request.query_params))
+        """Fill the tab by the query of the page's address, which a link or the last view set."""
+        return self._fill(dict(request.query_params))
 
-    def _opened(self, query: dict[str, str]) -> Update:
-        """Update of all widgets for a query, of which each part may be missing or wrong."""
+    def _fill(self, query: dict[str, str]) -> Update:
+        """Fill all widgets by a query, of which each field may be missing or wrong."""
         paths = {item.path for item in self.catalog.scan.scores}
         items = {}  # scores with images
         for item in self.catalog.scan.scores:
@@ -117,29 +117,29 @@ class Tab:
                 items[item.path] = item
         if not items:
             text = ""
-            if parts.measurable(self.catalog, "clip_scores"):
-                text = parts.empty(self.catalog, "No scored images yet", "clip_scores")
+            if parts.example_runs(self.catalog, "clip_scores"):
+                text = parts.empty_notice(self.catalog, "No scored images yet", "clip_scores")
             return {self.empty: parts.notice(text), self.body: gr.update(visible=False)}
         path = query.get("scores")
         item = items.get(path or "") or next(iter(items.values()))
         if path and path not in items:
-            fault = "have no images" if path in paths else "are not there"
+            fault = "have no images" if path in paths else "do not exist"
             parts.warn(f'The link names the scores "{path}", which {fault}.')
             query = {}
-        view, faults = data.opened(query, item.path, item.result)
+        view, faults = data.read_query(query, item.path, item.result)
         for sentence in faults:
             parts.warn(sentence)
         labels = item.result.labels
-        metrics = [(METRICS[name].title, name) for name in data.metrics(item.result)]
+        metrics = [(METRICS[name].title, name) for name in data.measured_metrics(item.result)]
         if not metrics:
-            # Gradio would call every choice from an empty list an error.
+            # Gradio refuses every choice from an empty list.
             metrics = [("no image has a score", view.metric)]
         seeds = [(str(seed), seed) for seed in item.result.settings.seeds]
         folders = [(scores.name, scores.path) for scores in items.values()]
         return {
             self.empty: gr.update(visible=False),
             self.body: gr.update(visible=True, label=f"Scored images: {item.name}"),
-            self.answer: parts.notice(answers(item.result)),
+            self.answer: parts.notice(answers_html(item.result)),
             self.scores: gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
             self.a: gr.update(choices=labels, value=view.a),
             self.b: gr.update(choices=labels, value=view.b),
@@ -152,14 +152,14 @@ class Tab:
         }
 
     def show(self, *values: Any) -> Update:
-        """Show the choice of the widgets; nothing while the page is being filled."""
-        if not values[0]:  # no scores yet
+        """Show the view that the user chose; nothing before the widgets are filled."""
+        if not values[0]:  # the path of the scores
             return {self.query: gr.skip()}
         view, item = self._view(*values)
         return self._update(view, item)
 
     def pick(self, event: gr.EventData, *values: Any) -> Update:
-        """Show a prompt of the list."""
+        """Show the prompt on which the user clicked in the list."""
         view, item = self._view(*values)
         texts = item.result.texts
         number = event._data["prompt"]  # from the browser, which may send anything
@@ -170,11 +170,15 @@ class Tab:
     def step(self, offset: int, *values: Any) -> Update:
         """Show the next or the previous prompt of the list."""
         view, item = self._view(*values)
-        prompt = data.neighbour(data.listed(view, item.result), view.prompt, offset)
+        prompt = data.find_neighbor(data.list_prompts(view, item.result), view.prompt, offset)
         return self._update(replace(view, prompt=prompt), item)
 
     def _view(self, *values: Any) -> tuple[View, ResultItem]:
-        """The view of the widgets' values, and its scores as they are now."""
+        """Make a view of the widgets' values, and find its scores.
+
+        Raises:
+            gr.Error: the scores no longer exist or lack a value.
+        """
         view = View(*values)
         for item in self.catalog.scan.scores:
             labels = item.result.labels
@@ -182,12 +186,12 @@ class Tab:
             if item.path == view.scores and view.prompt in item.result.texts and has_pair:
                 also = tuple(label for label in view.also or () if label in labels)
                 return replace(view, also=also, words=view.words or ""), item
-        raise gr.Error("These scores have gone or changed: load the page again.")
+        raise gr.Error("These scores were changed or deleted: load the page again.")
 
     def _update(self, view: View, item: ResultItem) -> Update:
-        """Update of the widgets that show a view."""
-        rows = data.listed(view, item.result)
-        pictures: dict[str, Image.Image | None] = {}  # the pair's come first
+        """Fill the widgets that show a view."""
+        rows = data.list_prompts(view, item.result)
+        pictures: dict[str, Image.Image | None] = {}  # those of the pair first
         for label in (view.a, view.b, *view.also):
             if label not in pictures:
                 pictures[label] = self._picture(item, view, label)
@@ -199,73 +203,77 @@ class Tab:
             self.prompt: view.prompt,
             self.title: f"<h2>{escape(view.prompt)}</h2>",
             self.place: place,
-            self.list: prompt_list(rows, view.prompt, view.a, view.b),
-            self.cards: self._cards(item, view, pictures),
-            self.slider: parts.slider((view.a, view.b), (pictures[view.a], pictures[view.b])),
-            self.query: data.link(view),
+            self.list: prompts_html(rows, view.prompt, view.a, view.b),
+            self.cards: self._cards_html(item, view, pictures),
+            self.slider: parts.slider_html((view.a, view.b), (pictures[view.a], pictures[view.b])),
+            self.query: data.write_query(view),
         }
 
     def _picture(self, item: ResultItem, view: View, label: str) -> Image.Image | None:
-        """The picture of an adapter in a view."""
+        """Read the picture of an adapter in a view; None if there is none."""
         image = item.result.images.get((label, view.prompt, view.seed))
         if image is None:
             return None
         try:
-            return parts.read(self.catalog.resolve(item.file(image.file)))
+            return parts.read_picture(self.catalog.resolve(item.file(image.file)))
         except UserError as error:
             parts.warn(str(error))
             return None
 
-    def _cards(self, item: ResultItem, view: View, pictures: dict[str, Image.Image | None]) -> str:
+    def _cards_html(
+        self, item: ResultItem, view: View, pictures: dict[str, Image.Image | None]
+    ) -> str:
         """Cards of a view's adapters and of the ground truth, as HTML."""
         cards = ""
         for label, picture in pictures.items():
             image = item.result.images.get((label, view.prompt, view.seed))
             text = ""
             if image is not None:
-                nearest = self._picture_address(item, image.nearest_image, mini.train_dir())
-                text = facts(item.result, image, nearest)
-            role = {view.b: "B", view.a: "A"}.get(label, "")  # "A" if both are one adapter
-            address = parts.data_uri(picture) if picture else None
-            cards += parts.card(label, address, role, "no image", text)
-        truth = self._truth_address(item, item.result.prompt(view.prompt))
+                nearest = self._file_uri(item, image.nearest_image, mini.train_dir())
+                text = facts_html(item.result, image, nearest)
+            role = {view.b: "B", view.a: "A"}.get(label, "")  # "A" if both are the same adapter
+            uri = parts.data_uri(picture) if picture else None
+            cards += parts.card_html(label, uri, role, "no image", text)
+        truth = self._truth_uri(item, item.result.prompt(view.prompt))
         if truth:
             line = '<p class="quiet">the held-out picture that the prompt describes</p>'
-            cards += parts.card("ground truth", truth, facts=line)
-        return f'<div class="cards">{cards}</div>{legend(item.result)}'
+            cards += parts.card_html("ground truth", truth, facts=line)
+        return f'<div class="cards">{cards}</div>{legend_html(item.result)}'
 
-    def _truth_address(self, item: ResultItem, prompt: Prompt) -> str | None:
-        """Address of the held-out picture that a prompt describes."""
+    def _truth_uri(self, item: ResultItem, prompt: Prompt) -> str | None:
+        """URI of the held-out picture that a prompt describes; None if there is none."""
         name = prompt.reference and prompt.reference.name
         if name and prompt.colors in MAPS:
-            # The prompt describes a miniature's icon in other colors.
-            picture = parts.read(mini.heldout_dir() / name)
+            # The prompt describes an icon of a miniature in other colors.
+            picture = parts.read_picture(mini.heldout_dir() / name)
             return picture and parts.data_uri(MAPS[prompt.colors](picture))
-        return self._picture_address(item, name, mini.heldout_dir())
+        return self._file_uri(item, name, mini.heldout_dir())
 
-    def _picture_address(self, item: ResultItem, name: str | None, package: Path) -> str | None:
-        """Address of a picture that a result names.
+    def _file_uri(self, item: ResultItem, name: str | None, package: Path) -> str | None:
+        """URI of a picture that a result names; None if there is none.
 
-        It is a file of the result's folder; a plain name may also be a file of the package.
+        It is a file of the result's folder. A name without folders may also be a file of the
+        package.
         """
         if not name:
             return None
-        address = parts.address_below(self.catalog, item.file(name))
-        if address is None and name == Path(name).name:
-            address = parts.address(package / name)
-        return address
+        uri = parts.file_uri_below_root(self.catalog, item.file(name))
+        if uri is None and name == Path(name).name:
+            uri = parts.file_uri(package / name)
+        return uri
 
 
 def _list(name: str, label: str, min_width: int = 160, **options: Any) -> gr.Dropdown:
+    """Create a drop-down list of the form."""
     return gr.Dropdown(label=label, elem_id=f"compare-{name}", min_width=min_width, **options)
 
 
-def prompt_list(prompt_rows: Sequence[PromptRow], chosen: str, a: str, b: str) -> str:
-    """The prompts with their scores, as HTML; a row is a button with its position.
+def prompts_html(prompt_rows: Sequence[PromptRow], prompt: str, a: str, b: str) -> str:
+    """The prompts with their scores, as HTML; each row is a button.
 
     Args:
         prompt_rows: rows of the list.
-        chosen: text of the chosen prompt.
+        prompt: text of the chosen prompt.
         a: label of the first adapter.
         b: label of the second adapter.
     """
@@ -274,7 +282,7 @@ def prompt_list(prompt_rows: Sequence[PromptRow], chosen: str, a: str, b: str) -
     rows = ""
     for row in prompt_rows:
         change = "–" if row.change is None else f"{100 * row.change:+.2f}"
-        current = ' aria-current="true"' if row.text == chosen else ""
+        current = ' aria-current="true"' if row.text == prompt else ""
         rows += (
             f'<button type="button" class="prompt" data-prompt="{row.position}"{current}><span'
             f' title="{escape(row.text)}">{escape(row.name)}</span><span>{times_100(row.a)}</span>'
@@ -287,13 +295,13 @@ def prompt_list(prompt_rows: Sequence[PromptRow], chosen: str, a: str, b: str) -
     )
 
 
-def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
+def facts_html(scores: Scores, image: ScoredImage, nearest: str | None) -> str:
     """Scores and caption of an image, as HTML.
 
     Args:
-        result: scores with the image.
-        image: the image.
-        nearest: address of the training picture that is most like it.
+        scores: scores that include the image.
+        image: an image of the scores.
+        nearest: URI of the most similar training picture.
     """
     rows = ""
     for name, value in image.scores.items():
@@ -301,7 +309,7 @@ def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
         head = f'<th title="{escape(metric.explanation)}">{metric.title}</th>'
         rows += f"<tr>{head}<td>{times_100(value)}</td></tr>"
     text = f'<table class="scores">{rows}</table>'
-    text += f'<p class="quiet">by {escape(result.settings.scorer.name)}</p>'
+    text += f'<p class="quiet">by {escape(scores.settings.scorer.name)}</p>'
     if image.caption:
         text += f'<p class="caption">“{escape(image.caption)}”</p>'
     if image.nearest_image:
@@ -313,24 +321,25 @@ def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
     return text
 
 
-def answers(result: Scored) -> str:
-    """The sentences on the best steps of runs whose checkpoints were scored, as HTML."""
-    sentences = [answer.sentence for answer in result.settings.answers]
+def answers_html(scores: Scores) -> str:
+    """The sentences on the best step of each run whose checkpoints were scored, as HTML."""
+    sentences = [answer.sentence for answer in scores.settings.answers]
     return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
 
 
-def legend(result: Scored) -> str:
+def legend_html(scores: Scores) -> str:
     """The models that gave the scores, as HTML."""
-    scorer, captioner = result.settings.scorer, result.settings.captioner
+    scorer = scores.settings.scorer
+    captioner = scores.settings.captioner
     captions = ""
     notes = scorer.note
     if captioner is not None:
         captions = f" Captions by {escape(captioner.name)}."
-        # The embedded scorer captions too, and its note is a part of the captioner's.
-        is_said = scorer.note in captioner.note
-        notes = captioner.note if is_said else f"{scorer.note} {captioner.note}"
+        # The scorer of a miniature captions too; its note is a part of the captioner's note.
+        is_included = scorer.note in captioner.note
+        notes = captioner.note if is_included else f"{scorer.note} {captioner.note}"
     return (
         f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}.{captions}'
-        " A difference is green or red where its 95 % interval over the seeds leaves out zero."
+        " A difference is green or red if its 95 % interval over the seeds excludes zero."
         f" Means over the prompts are in the tab Results. {escape(notes)}</p>"
     )

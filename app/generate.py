@@ -1,7 +1,7 @@
-"""The tab Generate, of one prompt by two adapters from the same noise; and each browser's work.
+"""The tab Generate, which samples one prompt with two adapters, and the work of each browser.
 
-In any tab one piece of work is done at a time. A browser sees the progress of its own work and can
-end it.
+Both adapters start from the same noise. The viewer samples for one browser at a time. A browser
+sees the progress of its own work and can cancel it.
 """
 
 from __future__ import annotations
@@ -24,38 +24,44 @@ from eval.clip_scores.settings import usual
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET
-from .runs import CONTROL, PROMPT, RunItem, control_of, newest, ordered, suggest_prompt
-from .sampling import BASE, Pipelines, can_sample, checked, sides
+from .runs import (
+    CONTROL,
+    PROMPT,
+    RunItem,
+    find_control,
+    sort_newest_first,
+    sort_runs,
+    suggest_prompt,
+)
+from .sampling import BASE, Sampler, can_sample, find_comparison, read_form
 
-# Models of the unconditional prediction as the tab Generate names them.
+# Model of the unconditional prediction -> its name in the form
 GUIDANCE_TITLES = {
     ADAPTER_GUIDANCE: "the adapter (what other programs do)",
     BASE_GUIDANCE: "the base model",
 }
-
-
-# Runs without weights that are named; the others are counted.
+# Largest number of runs without weights whose names are shown; the others are counted.
 MAX_NAMES = 4
 
 
 class Stopped(Exception):
-    """A browser has stopped its work."""
+    """The work of a browser was cancelled, or the browser has left the page."""
 
 
 class Work:
-    """The pipeline that all parts of the page sample with, and each browser's current work.
+    """The sampler that all parts of the page share, and the current work of each browser.
 
     Args:
         catalog: folders of the viewer.
-        page: page; a browser that leaves it ends its work.
+        page: page; when a browser leaves it, the browser's work ends.
         device: name of a device, such as "cuda:1"; None for the best one.
     """
 
     def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
         self.catalog = catalog
-        self.models = Pipelines(device)
+        self.sampler = Sampler(device)
         self._numbers = itertools.count(1)
-        self._current: dict[str | None, int] = {}  # number of each browser's work
+        self._current: dict[str | None, int] = {}  # session of a browser -> number of its work
         page.unload(self.stop)
 
     def events(
@@ -66,15 +72,15 @@ class Work:
         inputs: Sequence[Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Add the buttons Generate and Cancel, and the events of these and of the Enter key.
+        """Add the buttons Generate and Cancel with their events, and that of the Enter key.
 
         Args:
             name: beginning of the buttons' ids.
             sample: called with the number of the work and the values of `inputs`.
-            prompt: widget whose Enter key starts the work too.
+            prompt: widget in which the Enter key starts the work too.
             inputs: widgets of the form.
-            outputs: HTML that `sample` yields, which is cleared first; the first one shows the
-                progress.
+            outputs: HTML widgets for the values that `sample` yields. They are cleared first; the
+                first one shows the progress.
         """
 
         def start(request: gr.Request) -> list[Any]:
@@ -85,7 +91,7 @@ class Work:
             go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
             cancel = gr.Button("Cancel", elem_id=f"{name}-cancel")
         number = gr.Number(0, visible=False)
-        # No `cancels` of Gradio's here: it leaves the next event in error now and then.
+        # Gradio's `cancels` is not used: after it the next event sometimes fails.
         pressed = [go.click, prompt.submit]
         started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
         started.then(
@@ -95,30 +101,30 @@ class Work:
             show_progress="minimal",
             show_progress_on=outputs[0],
             trigger_mode="multiple",
-            concurrency_id="drawing",
+            concurrency_id="sampling",
             concurrency_limit=1,
             api_visibility="private",
         )
         cancel.click(self.stop, [], [], queue=False, **QUIET)
 
     def begin(self, request: gr.Request) -> int:
-        """Give new work a number, which ends this browser's earlier work."""
+        """Return a number for new work, and end this browser's earlier work."""
         number = next(self._numbers)
         self._current[request.session_hash] = number
         return number
 
     def stop(self, request: gr.Request) -> None:
-        """End the work of this browser before its next step."""
+        """End this browser's work before its next sampler step."""
         self._current.pop(request.session_hash, None)
 
     def check(self, number: int, request: gr.Request) -> None:
-        """Raise `Stopped` unless this is still the browser's current work."""
+        """Raise `Stopped` unless this number is the browser's current work."""
         if self._current.get(request.session_hash) != number:
             raise Stopped
 
     @contextmanager
-    def reported(self) -> Iterator[None]:
-        """Within the context the page shows an error as one sentence."""
+    def errors_on_page(self) -> Iterator[None]:
+        """Context manager: shows an error on the page as one sentence."""
         try:
             yield
         except (UserError, TrainingError) as error:
@@ -127,7 +133,7 @@ class Work:
 
 
 def message(text: str) -> str:
-    """End of the work in a line of HTML."""
+    """A line below the form as HTML."""
     return f'<p class="quiet">{escape(text)}</p>'
 
 
@@ -163,7 +169,7 @@ class Tab:
                     label="Guidance from",
                     elem_id="generate-guidance-from",
                 )
-                base = gr.State(MINI)  # name of the base model that steps and guidance are for
+                base = gr.State(MINI)  # name of the base model of the suggested steps and guidance
                 scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
                 )
@@ -171,8 +177,8 @@ class Tab:
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
                 outputs[1].value = message("The images of A and B appear here: press Generate.")
-        filled = [self.a, self.b, self.absent, self.empty]
-        changed(self.choices, [self.a, self.b], filled, **QUIET)
+        widgets = [self.a, self.b, self.absent, self.empty]
+        changed(self.fill, [self.a, self.b], widgets, **QUIET)
         choice_events = [self.a.change, self.b.change]
         inputs = [self.a, self.b, base, prompt]
         gr.on(choice_events, self.suggest, inputs, [prompt, steps, guidance, base], **QUIET)
@@ -180,12 +186,9 @@ class Tab:
         with form:
             work.events("generate", self.generate, prompt, inputs, outputs)
 
-    def choices(self, a: str | None, b: str | None) -> list[Any]:
-        """Fill the two lists, at first with a run and its LoRA control chosen; a choice stays.
-
-        Without a control the first choice is the newest run and the base model.
-        """
-        runs = ordered([run for run in self.catalog.scan.runs if can_sample(run)])
+    def fill(self, a: str | None, b: str | None) -> list[Any]:
+        """Fill the two lists, and keep the choice; the first choice is that of `first_choice`."""
+        runs = sort_runs([run for run in self.catalog.scan.runs if can_sample(run)])
         choices = [("base model", BASE)]
         for run in runs:
             choices.append((run.name, run.path))
@@ -195,22 +198,22 @@ class Tab:
             a, b = first_choice(runs)
         text = ""
         if not runs:
-            text = parts.empty(self.catalog, "No trained run yet", "demo")
+            text = parts.empty_notice(self.catalog, "No trained run yet", "demo")
         lists = [gr.update(choices=choices, value=value) for value in (a, b)]
-        return [*lists, parts.notice(without_weights(self.catalog)), parts.notice(text)]
+        return [*lists, parts.notice(runs_without_weights(self.catalog)), parts.notice(text)]
 
     def suggest(self, a: str, b: str, last_base: str, prompt: str) -> list[Any]:
         """Suggest a prompt, steps and a guidance scale for a choice.
 
-        The prompt is the first chosen run's, unless the user has written one. Steps and guidance
-        are the base model's, if it is another than the last one.
+        The prompt is that of the first chosen run, unless the user has written one. Steps and
+        guidance are those of the base model, and change only with it.
         """
         runs = {run.path: run for run in self.catalog.scan.runs if can_sample(run)}
         chosen_runs = [runs[path] for path in (a, b) if path in runs]
         if chosen_runs:
             prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
         with suppress(UserError):  # the button Generate shows the error
-            base, _, _ = sides(self.catalog, a, b)
+            base = find_comparison(self.catalog, a, b).base
             if base.name != last_base:
                 steps, guidance = usual(base.describe())
                 return [prompt, steps, guidance, base.name]
@@ -230,28 +233,31 @@ class Tab:
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
-        """Sample both sides, and show each as soon as it is there.
+        """Sample both sides, and show each image as soon as it is sampled.
 
         Yields:
             HTML of the outputs: status, cards, slider.
         """
         images: list[Image.Image] = []
         try:
-            with self.work.reported():
-                image_request = checked(prompt, seed, steps, guidance, scale, source)
-                base, both_sides, size = sides(self.catalog, a, b)
-                image_request = replace(image_request, size=size)
-                labels = [label for label, _ in both_sides]
-                for label, adapter in both_sides:
+            with self.work.errors_on_page():
+                image_request = read_form(prompt, seed, steps, guidance, scale, source)
+                comparison = find_comparison(self.catalog, a, b)
+                image_request = replace(image_request, size=comparison.size)
+                labels = [label for label, _ in comparison.sides]
+                for label, adapter in comparison.sides:
 
                     def on_step(step: int, label: str = label) -> None:
                         self.work.check(number, request)
                         progress((step, image_request.steps), desc=label, unit="steps")
 
                     on_step(0)
-                    yield gr.skip(), _cards(labels, images), gr.skip()
-                    images += self.work.models.sample(base, adapter, [image_request], on_step)
-            yield message("Done."), _cards(labels, images), parts.slider(labels, images)
+                    yield gr.skip(), cards_html(labels, images), gr.skip()
+                    images += self.work.sampler.sample(
+                        comparison.base, adapter, [image_request], on_step
+                    )
+            slider = parts.slider_html(labels, images)
+            yield message("Done."), cards_html(labels, images), slider
         except Stopped:
             yield message("Cancelled."), gr.skip(), gr.skip()
 
@@ -259,36 +265,36 @@ class Tab:
 def first_choice(runs: Sequence[RunItem]) -> tuple[str, str]:
     """Paths of the first pair: the newest run that has a LoRA control, and this control.
 
-    Without such a run it is the newest run and the base model, without runs the base model alone.
+    Without a control it is the newest run and the base model; without runs, the base model twice.
     """
-    newest_runs = newest(runs)
+    newest_runs = sort_newest_first(runs)
     for run in newest_runs:
-        control = control_of(run, newest_runs)
+        control = find_control(run, newest_runs)
         if control is not None and run.method != CONTROL:
             return run.path, control.path
     return (newest_runs[0].path if newest_runs else BASE), BASE
 
 
-def without_weights(catalog: Catalog) -> str:
-    """The runs of images that are not in the lists, and why, as HTML; "" if there is none."""
+def runs_without_weights(catalog: Catalog) -> str:
+    """The image runs that the lists lack, and the reason, as HTML; "" if there is none."""
     names = []
     for run in catalog.scan.runs:
         if run.weights is None and not run.is_text:
             names.append(f"{run.name}, {run.status}")
     if not names:
         return ""
-    listed = "; ".join(names[:MAX_NAMES])
+    listing = "; ".join(names[:MAX_NAMES])
     if len(names) > MAX_NAMES:
-        listed += f"; and {len(names) - MAX_NAMES} more"
-    return message(f"Not in the lists, since they have no exported file yet: {listed}.")
+        listing += f"; and {len(names) - MAX_NAMES} more"
+    return message(f"Not in the lists, because they have no exported file yet: {listing}.")
 
 
-def _cards(labels: Sequence[str], images: Sequence[Image.Image]) -> str:
-    """Cards of both sides as HTML; a side may have no image yet."""
+def cards_html(labels: Sequence[str], images: Sequence[Image.Image]) -> str:
+    """Cards of both sides as HTML; a side without an image is empty."""
     cards = ""
     for number, label in enumerate(labels):
-        address = None
+        uri = None
         if number < len(images):
-            address = parts.data_uri(images[number])
-        cards += parts.card(label, address, role="AB"[number])
+            uri = parts.data_uri(images[number])
+        cards += parts.card_html(label, uri, role="AB"[number])
     return f'<div class="cards">{cards}</div>'

@@ -1,7 +1,7 @@
-"""The grid in the tab Compare, sampled on demand with one prompt and seed.
+"""The grid of checkpoints against strengths in the tab Compare, sampled on demand.
 
-Its rows are checkpoints of a run, with both kinds of guidance one below the other; its columns are
-strengths of the adapter.
+All images have the same prompt and seed. The rows are checkpoints of a run, with one row for each
+kind of guidance; the columns are strengths of the adapter.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from eval.clip_scores.settings import usual
 from . import parts
 from .generate import Stopped, Work, message
 from .parts import QUIET, Update
-from .runs import RunItem, ordered, suggest_prompt
-from .sampling import BaseChoice, Request, checked, exported, size_of
+from .runs import RunItem, sort_runs, suggest_prompt
+from .sampling import BaseChoice, Request, read_form, temporary_export, training_size
 
-# Images of one grid
-IMAGE_COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
-# Models of the unconditional prediction as the grid's rows name them.
+# Number of images in a grid
+IMAGE_COUNTS = Range(64, "each takes as long as an image in the tab Generate", at_least=1)
+# Model of the unconditional prediction -> its name in the grid's rows
 GUIDANCE_ROWS = {
     ADAPTER_GUIDANCE: "guidance from the adapter",
     BASE_GUIDANCE: "guidance from the base model",
 }
-# Step of the checkpoint, model of the unconditional prediction, strength of the adapter.
+# Step of the checkpoint, model of the unconditional prediction, strength of the adapter
 Cell = tuple[int, str, float]
-# Checkpoints that are chosen at first.
+# Number of checkpoints that are chosen at first
 FIRST_CHECKPOINTS = 4
 
 
@@ -80,14 +80,14 @@ class Grid:
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html("grid-status"), parts.html("grid-images")]
         choice = [self.run, self.steps, self.prompt]
-        gr.on([changed, self.run.input], self.choices, choice, [self.body, *choice], **QUIET)
+        gr.on([changed, self.run.input], self.fill, choice, [self.body, *choice], **QUIET)
         with form:
             inputs = [self.run, self.steps, strengths, self.prompt, seed, both_kinds]
             work.events("grid", self.sample, self.prompt, inputs, outputs)
 
-    def choices(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
-        """Fill the form; choices that the run still has stay."""
-        runs = ordered(with_checkpoints(self.catalog.scan.runs))
+    def fill(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
+        """Fill the form, and keep the choices that the run still has."""
+        runs = sort_runs(runs_with_checkpoints(self.catalog.scan.runs))
         if not runs:
             return {self.body: gr.update(visible=False)}
         run = runs[0]
@@ -96,7 +96,7 @@ class Grid:
                 run = candidate
         chosen_steps = [step for step in steps if step in run.checkpoints]
         if not chosen_steps:
-            chosen_steps = spread(run.checkpoints, FIRST_CHECKPOINTS)
+            chosen_steps = evenly_spaced(run.checkpoints, FIRST_CHECKPOINTS)
         run_choices = [(item.name, item.path) for item in runs]
         return {
             self.body: gr.update(visible=True),
@@ -117,28 +117,28 @@ class Grid:
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
-        """Sample the grid, and show each row as soon as it is there.
+        """Sample the grid, and show each row as soon as it is sampled.
 
         Yields:
             HTML of the outputs: status, grid.
         """
-        addresses: dict[Cell, str] = {}
+        uris: dict[Cell, str] = {}
         try:
-            with self.work.reported():
+            with self.work.errors_on_page():
                 columns = read_strengths(strengths)
                 run, rows = self._chosen(path, steps)
-                base = BaseChoice.of_config(run.record["config"])
+                base = BaseChoice.from_config(run.record["config"])
                 model = base.describe()
                 kinds: Sequence[str] = (ADAPTER_GUIDANCE,)
-                # A run of whole weights has no adapter to turn off for the base model's prediction.
+                # A run of full weights has no adapter to turn off for the base model's prediction.
                 has_adapter = not methods.get(run.method).exports_weights
                 if both_kinds and has_adapter and model.is_guided:
                     kinds = GUIDANCE_SOURCES
                 IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
                 sampler_steps, guidance = usual(model)
-                first_request = checked(prompt, seed, sampler_steps, guidance, columns[0])
-                first_request = replace(first_request, size=size_of(run))
-                requests: list[Request] = []  # of each row
+                first_request = read_form(prompt, seed, sampler_steps, guidance, columns[0])
+                first_request = replace(first_request, size=training_size(run))
+                requests: list[Request] = []  # the same for each row
                 for kind in kinds:
                     for strength in columns:
                         requests.append(replace(first_request, scale=strength, guidance_from=kind))
@@ -152,45 +152,45 @@ class Grid:
                         progress((steps_before + step, total), desc=run.name, unit="steps")
 
                     on_step(0)
-                    yield gr.skip(), table(rows, kinds, columns, addresses)
-                    with exported(self.catalog, run, step) as file:
-                        images = self.work.models.sample(base, file, requests, on_step)
+                    yield gr.skip(), grid_html(rows, kinds, columns, uris)
+                    with temporary_export(self.catalog, run, step) as file:
+                        images = self.work.sampler.sample(base, file, requests, on_step)
                     for item, image in zip(requests, images, strict=True):
                         cell = (step, item.guidance_from, item.scale)
-                        addresses[cell] = parts.data_uri(image)
+                        uris[cell] = parts.data_uri(image)
             text = f"Done: {first_request.prompt}, seed {first_request.seed}, by {run.name}."
-            yield message(text), table(rows, kinds, columns, addresses)
+            yield message(text), grid_html(rows, kinds, columns, uris)
         except Stopped:
             yield message("Cancelled."), gr.skip()
 
     def _chosen(self, path: str, steps: Sequence[int]) -> tuple[RunItem, list[int]]:
         """The chosen run and the steps of its chosen checkpoints, in order."""
-        runs = {run.path: run for run in with_checkpoints(self.catalog.scan.runs)}
+        runs = {run.path: run for run in runs_with_checkpoints(self.catalog.scan.runs)}
         if path not in runs:
-            raise UserError(f"the run {quoted(path)} has gone: choose another")
+            raise UserError(f"the run {quoted(path)} no longer exists: choose another")
         if not steps:
             raise UserError("no checkpoint is chosen: choose one or more")
         chosen_steps = sorted(set(steps))
         for step in chosen_steps:
             if step not in runs[path].checkpoints:
-                raise UserError(f"the checkpoint of step {step} has gone: choose others")
+                raise UserError(f"the checkpoint of step {step} no longer exists: choose others")
         return runs[path], chosen_steps
 
 
-def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
-    """The runs of image models that have checkpoints."""
+def runs_with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
+    """Runs of image models that have checkpoints."""
     return [run for run in runs if run.checkpoints and not run.is_text]
 
 
-def spread(steps: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the steps, at even distances, the last one among them."""
-    # Backwards from the last step; of n steps each ceil(n / count)th.
+def evenly_spaced(steps: Sequence[int], count: int) -> list[int]:
+    """Choose at most `count` steps at equal distances, with the last step."""
+    # Every ceil(n / count)th of n steps, backwards from the last one
     stride = -(-len(steps) // count)
     return sorted(steps[::-stride])
 
 
 def read_strengths(text: str) -> list[float]:
-    """Read numbers that are separated by commas, each once.
+    """Read numbers separated by commas, without duplicates.
 
     Raises:
         UserError: a word is not a number, or out of range.
@@ -206,19 +206,19 @@ def read_strengths(text: str) -> list[float]:
     return list(dict.fromkeys(strengths))
 
 
-def table(
+def grid_html(
     rows: Sequence[int],
     kinds: Sequence[str],
     columns: Sequence[float],
-    addresses: Mapping[Cell, str],
+    uris: Mapping[Cell, str],
 ) -> str:
-    """The grid as HTML: for each step a row of each kind of guidance, one below the other.
+    """The grid as HTML, with a row for each step and kind of guidance.
 
     Args:
         rows: steps of the checkpoints.
-        kinds: models of the unconditional prediction; a single one is not named.
+        kinds: models of the unconditional prediction. If there is only one, rows do not name it.
         columns: strengths of the adapter.
-        addresses: address of each image that is there.
+        uris: URIs of the images sampled so far.
     """
     head = "".join(f'<th scope="col">{strength:g}</th>' for strength in columns)
     body = ""
@@ -231,8 +231,8 @@ def table(
                 label += f", {GUIDANCE_ROWS[kind]}"
             body += f'<tr><th scope="row">{title}</th>'
             for strength in columns:
-                address = addresses.get((step, kind, strength))
-                body += f"<td>{parts.image(address, f'{label}, strength {strength:g}')}</td>"
+                uri = uris.get((step, kind, strength))
+                body += f"<td>{parts.image_html(uri, f'{label}, strength {strength:g}')}</td>"
             body += "</tr>"
     return (
         f'<div class="scroll"><table class="grid" style="--columns: {len(columns)}">'

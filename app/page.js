@@ -1,8 +1,8 @@
-// What the page does by itself: the tab in the address, keys, enlarged pictures, pairs, copying.
+// What the page does in the browser: the tab in the address, keys, enlarged pictures, sliders, copying.
 
-// What the parts made of HTML call when they are there.
+// Functions that HTML widgets and events of the page call
 const bilora = {
-  // The list of prompts: reports a click on a row, and keeps the chosen row in sight.
+  // The list of prompts: reports a click on a row, and keeps the chosen row visible.
   pick(element, trigger, watch) {
     element.addEventListener("click", (event) => {
       const row = event.target.closest("[data-prompt]");
@@ -21,127 +21,117 @@ const bilora = {
         list.scrollTop = above - list.clientHeight / 2 + row.offsetHeight / 2;
     });
   },
-  // Puts a view into the browser's address, beside what else is there (`__theme`).
+  // Writes a view into the browser's address, and keeps other parameters such as `__theme`.
   address(query) {
     if (!query) return "";
-    const here = new URLSearchParams(window.location.search), view = new URLSearchParams(query);
+    const parameters = new URLSearchParams(window.location.search), view = new URLSearchParams(query);
     for (const key of ["scores", "a", "b", "also", "prompt", "seed", "metric", "order", "words"])
-      here.delete(key);
-    for (const [key, value] of view) here.set(key, value);
-    window.history.replaceState(null, "", `${window.location.pathname}?${here}`);
+      parameters.delete(key);
+    for (const [key, value] of view) parameters.set(key, value);
+    window.history.replaceState(null, "", `${window.location.pathname}?${parameters}`);
     return window.location.origin + window.location.pathname + query;
   },
 };
 
 (() => {
   const PICTURE = "img.zoom";
-  const named = (tab) => tab.textContent.trim().toLowerCase();
+  // Widgets that use the arrow keys or letters
+  const WIDGETS = "input, textarea, select, [contenteditable=true], [role=tab], [role=slider], [role=listbox]";
+
+  // The address names the tab, so that a link opens it and the browser's Back button returns to it.
+  const tabName = (tab) => tab.textContent.trim().toLowerCase();
   const tabs = () => [...document.querySelectorAll("#frame-tabs [role=tab]")];
-  const wanted = () => new URLSearchParams(window.location.search).get("tab") || "compare";
-  const choose = () => {
-    const tab = tabs().find((tab) => named(tab) === wanted());
+  const tabInAddress = () => new URLSearchParams(window.location.search).get("tab") || "compare";
+  let isFollowing = false;  // while the address changes and the tab follows
+  const followAddress = () => {
+    isFollowing = true;
+    const tab = tabs().find((tab) => tabName(tab) === tabInAddress());
     if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+    isFollowing = false;
     return Boolean(tab);
   };
-  let going = false;  // while the address leads and the tab follows
-  const follow = () => { going = true; const done = choose(); going = false; return done; };
-  window.addEventListener("popstate", follow);
-  const waiting = setInterval(() => { if (follow()) clearInterval(waiting); }, 50);
+  window.addEventListener("popstate", followAddress);
+  const waiting = setInterval(() => { if (followAddress()) clearInterval(waiting); }, 50);
 
   document.addEventListener("click", (event) => {
     if (!(event.target instanceof Element)) return;
     const tab = event.target.closest("#frame-tabs [role=tab]");
-    if (tab && !going && named(tab) !== wanted()) {
+    if (tab && !isFollowing && tabName(tab) !== tabInAddress()) {
       const query = new URLSearchParams(window.location.search);
-      query.set("tab", named(tab));
+      query.set("tab", tabName(tab));
       window.history.pushState(null, "", `${window.location.pathname}?${query}`);
     }
-    // A message is about the form that it came from.
+    // A message belongs to the form that it came from.
     if (tab || event.target.closest("#generate-go, #grid-go"))
       for (const close of document.querySelectorAll(".toast-close")) close.click();
-    const copy = event.target.closest("[data-copy]");
-    if (copy) copied(copy);
+    const button = event.target.closest("[data-copy]");
+    if (button) copyCommand(button);
     if (event.target.matches(PICTURE)) enlarge(event.target);
   });
 
-  const copied = async (button) => {
+  const copyCommand = async (button) => {
     const code = button.parentElement.querySelector("code");
     try {
       await navigator.clipboard.writeText(code.textContent);
       button.textContent = "Copied";
-    } catch {  // without https the browser keeps its clipboard to itself
+    } catch {  // the clipboard needs https
       window.getSelection().selectAllChildren(code);
       button.textContent = "Press Ctrl-C";
     }
     setTimeout(() => { button.textContent = "Copy"; }, 2000);
   };
 
-  // Names for a screen reader, which Gradio leaves out.
-  const NAMES = {
-    "#compare-link input": "Link to this view",
-    "#results-figures .download-link": "Download the figure",
-    "#results-figures button:has(img)": "Enlarge the figure",
+  // A label for screen readers, which Gradio does not set
+  const addLabel = () => {
+    for (const field of document.querySelectorAll("#compare-link input:not([aria-label])"))
+      field.setAttribute("aria-label", "Link to this view");
   };
-  const name = () => {
-    for (const [place, text] of Object.entries(NAMES))
-      for (const element of document.querySelectorAll(`${place}:not([aria-label])`))
-        element.setAttribute("aria-label", text);
-  };
-  new MutationObserver(name).observe(document.documentElement, { childList: true, subtree: true });
+  new MutationObserver(addLabel).observe(document.documentElement, { childList: true, subtree: true });
 
-  // Enlarged pictures: Escape closes, the arrow keys go to the next one that is on the page.
-  let shown = null;
-  const frame = () => {
-    const known = document.getElementById("zoom");
-    if (known) return known;
-    const made = document.createElement("dialog");
-    made.id = "zoom";
-    made.innerHTML = '<img alt=""><p></p><button type="button" autofocus>Close</button>';
-    made.addEventListener("click", (event) => { if (event.target.tagName !== "IMG") made.close(); });
-    made.addEventListener("close", () => { if (shown) shown.focus(); });
-    (document.querySelector(".gradio-container") || document.body).append(made);
-    return made;
+  // Enlarged pictures: Escape closes, the arrow keys show the previous and the next picture of the page.
+  let enlargedPicture = null;
+  const zoomDialog = () => {
+    const existing = document.getElementById("zoom");
+    if (existing) return existing;
+    const dialog = document.createElement("dialog");
+    dialog.id = "zoom";
+    dialog.innerHTML = '<img alt=""><p></p><button type="button" autofocus>Close</button>';
+    dialog.addEventListener("click", (event) => { if (event.target.tagName !== "IMG") dialog.close(); });
+    dialog.addEventListener("close", () => { if (enlargedPicture) enlargedPicture.focus(); });
+    (document.querySelector(".gradio-container") || document.body).append(dialog);
+    return dialog;
   };
   const enlarge = (picture) => {
-    shown = picture;
-    const box = frame();
-    box.querySelector("img").src = picture.src;
-    box.querySelector("img").alt = box.querySelector("p").textContent = picture.alt;
-    if (!box.open) box.showModal();
+    enlargedPicture = picture;
+    const dialog = zoomDialog();
+    const image = dialog.querySelector("img");
+    image.src = picture.src;
+    image.alt = dialog.querySelector("p").textContent = picture.alt;
+    image.style.setProperty("--ratio", picture.naturalWidth / picture.naturalHeight);
+    if (!dialog.open) dialog.showModal();
   };
-  const step = (by) => {
-    const all = [...document.querySelectorAll(PICTURE)].filter((one) => one.offsetParent !== null);
-    // A part of the page that was drawn anew has the same picture in another element.
-    const same = (one) => one === shown || (!shown.isConnected && one.src === shown.src);
-    const at = all.findIndex(same);
-    if (at >= 0 && all[at + by]) enlarge(all[at + by]);
+  const enlargeNext = (offset) => {
+    const pictures = [...document.querySelectorAll(PICTURE)].filter((picture) => picture.offsetParent !== null);
+    // After an update of the page the same picture is in another element.
+    const isSame = (picture) => picture === enlargedPicture
+      || (!enlargedPicture.isConnected && picture.src === enlargedPicture.src);
+    const index = pictures.findIndex(isSame);
+    if (index >= 0 && pictures[index + offset]) enlarge(pictures[index + offset]);
   };
 
-  // Two pictures in one place: how much of the first is seen.
+  // A slider over two pictures: the part of the first picture that is visible.
   document.addEventListener("input", (event) => {
     if (event.target instanceof Element && event.target.matches(".pair input"))
       event.target.parentElement.style.setProperty("--at", `${event.target.value}%`);
   });
 
-  // A vote by a key: once however long it is held, and only while a ballot is seen.
-  document.addEventListener("keydown", (event) => {
-    if (event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
-    const typing = "input, textarea, select, [contenteditable=true]";
-    if (event.target instanceof Element && event.target.closest(typing)) return;
-    const side = { 1: "left", 2: "right", 0: "tie" }[event.key];
-    const button = side && document.getElementById(`vote-${side}`);
-    if (!button || button.offsetParent === null) return;
-    event.preventDefault();
-    button.click();
-  });
-
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
     if (!(event.target instanceof Element)) return;
-    const by = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1 }[event.key];
-    const box = document.getElementById("zoom");
-    if (box && box.open) {
-      if (by) { event.preventDefault(); step(by); }
+    const offset = { ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1 }[event.key];
+    const dialog = document.getElementById("zoom");
+    if (dialog && dialog.open) {
+      if (offset) { event.preventDefault(); enlargeNext(offset); }
       return;
     }
     if (event.target.matches(PICTURE) && (event.key === "Enter" || event.key === " ")) {
@@ -149,10 +139,9 @@ const bilora = {
       enlarge(event.target);
       return;
     }
-    // Arrow keys and j/k step through the prompts of the Compare tab, unless something else has them.
-    const taken = "input, textarea, select, [contenteditable=true], [role=tab], [role=slider], [role=listbox]";
-    if (!by || event.target.closest(taken)) return;
-    const button = document.getElementById(by > 0 ? "compare-next" : "compare-previous");
+    // Arrow keys and j/k step through the prompts of the tab Compare, unless a widget uses these keys.
+    if (!offset || event.target.closest(WIDGETS)) return;
+    const button = document.getElementById(offset > 0 ? "compare-next" : "compare-previous");
     if (!button || button.offsetParent === null) return;
     event.preventDefault();
     button.click();

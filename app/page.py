@@ -1,9 +1,9 @@
-"""The page around the tabs, and its server.
+"""The page with the tabs, and its server.
 
 Each tab is a module that builds its widgets inside its ``gr.Tab``, by a class or by `build`. The
-page's layout is made once, when the viewer starts. A page looks at the root when it is loaded and
-every few seconds; a tab fills its lists at the event ``changed``: once after the load, and whenever
-something is new.
+layout is built once, when the viewer starts. A page scans the root when it is loaded and every few
+seconds. A tab fills its lists at the event ``changed``, which happens after the page is loaded and
+whenever the scan finds a change.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fastapi import FastAPI
 
 from bilora_diffusion.core.files import counted
 
-from . import compare, generate, grid, parts, results, training, validation, vote
+from . import compare, generate, grid, parts, results, training, validation
 from .catalog import Catalog
-from .guard import guarded
+from .guard import add_guards
 from .parts import QUIET, html
 
 FOLDER = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
-# From one look at the root to the next
+# Time between two scans of the root
 RESCAN_SECONDS = 5.0
-# Broken folders that the notice names; the others are counted.
+# Largest number of broken folders that the notice names; the others are counted.
 MAX_LISTED = 8
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
@@ -43,17 +43,15 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         catalog: folders of the viewer.
         device: device that samples images, such as "cuda:1"; None for the best one.
     """
-    with gr.Blocks(
-        title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
-    ) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         heading = html("frame-title")
         notice = html("frame-notice", visible=False)
-        # Hidden texts with the signs of the last scan: the change of one is the event of its tabs.
-        signs: dict[str, gr.Textbox] = {}
+        # Hidden texts with the hashes of the last scan; tabs use the event of their change.
+        hashes: dict[str, gr.Textbox] = {}
         for kind in ("runs", "scores", "results"):
-            signs[kind] = gr.Textbox("", visible=False, elem_id=f"frame-{kind}")
-        runs_changed = signs["runs"].change
-        scores_changed = signs["scores"].change
+            hashes[kind] = gr.Textbox("", visible=False, elem_id=f"frame-{kind}")
+        runs_changed = hashes["runs"].change
+        scores_changed = hashes["scores"].change
         work = generate.Work(catalog, page, device)
         with gr.Tabs(elem_id="frame-tabs", overflow_behavior="wrap"):
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
@@ -62,31 +60,29 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
                 grid.Grid(work, runs_changed)
             with gr.Tab("Generate", id="generate", elem_id="tab-generate"):
                 generate.Tab(work, runs_changed)
-            with gr.Tab("Vote", id="vote", elem_id="tab-vote"):
-                vote.Tab(catalog, scores_changed)
             with gr.Tab("Training", id="training", elem_id="tab-training"):
                 training.Tab(catalog, runs_changed)
             with gr.Tab("Results", id="results", elem_id="tab-results"):
-                results.build(catalog, signs["results"].change)
+                results.build(catalog, hashes["results"].change)
 
-        def look() -> list[Any]:
+        def scan() -> list[Any]:
             catalog.refresh_if_stale()
-            new_signs = [catalog.fingerprint(kind) for kind in signs]
-            return [title(catalog), parts.notice(notices(catalog)), *new_signs]
+            new_hashes = [catalog.content_hash(kind) for kind in hashes]
+            return [heading_html(catalog), parts.notice(broken_html(catalog)), *new_hashes]
 
         events = [page.load, gr.Timer(RESCAN_SECONDS).tick]
-        gr.on(events, look, [], [heading, notice, *signs.values()], **QUIET)
+        gr.on(events, scan, [], [heading, notice, *hashes.values()], **QUIET)
     return page
 
 
-def title(catalog: Catalog) -> str:
-    """The page's heading: name of the root, and the numbers of runs and results in it."""
+def heading_html(catalog: Catalog) -> str:
+    """The heading of the page: name of the root, and numbers of runs and results, as HTML."""
     scan = catalog.scan
     counts = f"{counted(len(scan.runs), 'run')}, {counted(len(scan.results), 'result')}"
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {counts}</p>"
 
 
-def notices(catalog: Catalog) -> str:
+def broken_html(catalog: Catalog) -> str:
     """List of broken folders, as HTML; "" if there is none."""
     broken = catalog.scan.broken
     if not broken:
@@ -101,19 +97,19 @@ def notices(catalog: Catalog) -> str:
 
 
 class Server(uvicorn.Server):
-    """A server whose end prints no traceback for each stream of an open page."""
+    """A server that prints no traceback for the streams of open pages when it ends."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close all connections, after a second by force."""
+        """Close all connections; after a second, also those in use."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
 
-def application(page: gr.Blocks) -> FastAPI:
-    """The web application of a page.
+def build_app(page: gr.Blocks) -> FastAPI:
+    """Build the web application of a page.
 
-    Gradio's own `launch` requests the page of the new server, and gives up after some seconds or
-    when a proxy is set. Gradio's app as a part of another app does not.
+    Gradio's `launch` does not fit: it requests the page from the new server, and gives up if this
+    fails because of a proxy. Mounting Gradio's app in another app does not request anything.
     """
     style = (FOLDER / "style.css").read_text("utf-8")
     script = (FOLDER / "page.js").read_text("utf-8")
@@ -130,17 +126,17 @@ def application(page: gr.Blocks) -> FastAPI:
         mcp_server=False,
         max_file_size="1kb",
         theme=gr.themes.Default(**hues, font=FONT, font_mono=MONO),
-        # In `css` Gradio would change the weight of the rules.
+        # Gradio would change the specificity of the rules in its argument `css`.
         head=f"<style>{style}</style><script>{script}</script>",
     )
-    # As `launch` does. Without it Gradio trusts every path in an event: it copies any file that
-    # this process can read into its cache, and serves it from there.
+    # As in `launch`. Otherwise Gradio trusts every path in an event, and copies any file that this
+    # process can read into its cache.
     page.has_launched = True
     page.is_running = True
     return app
 
 
-def server(
+def build_server(
     catalog: Catalog,
     *,
     host: str,
@@ -153,17 +149,18 @@ def server(
     Args:
         catalog: folders of the viewer.
         host: address that the server listens on.
-        public: True if other machines may look.
+        public: whether other machines may connect.
         device: device that samples images; None for the best one.
-        allowed_hosts: names to answer to, besides those of this machine.
+        allowed_hosts: host names to answer to, in addition to those of this machine.
     """
     page = build(catalog, device)
-    app = application(page)
-    events = []  # without those that are a script of the page
+    app = build_app(page)
+    events = []  # without those that run in the browser
     for number, event in page.fns.items():
         if event.fn is not None:
             events.append(number)
-    # Around the whole app: a middleware of it would come after Gradio's own CORS headers.
-    guarded_app = guarded(app, events, host, public, allowed_hosts)
-    # Without a timeout the streams of an open page would keep the server alive for ever.
+    # The guard is around the full app, because Gradio's CORS middleware would be around any
+    # middleware of the app.
+    guarded_app = add_guards(app, events, host, public, allowed_hosts)
+    # Without a timeout the streams of an open page would keep the server running.
     return Server(uvicorn.Config(guarded_app, log_level="warning", timeout_graceful_shutdown=1))

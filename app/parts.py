@@ -1,6 +1,6 @@
 """Parts of all tabs: pictures and cards as HTML, the notice of an empty tab, quiet events.
 
-Pictures go into the page as data, so that no route has to serve files.
+Pictures are data in the page's HTML, so that the server has to serve no files.
 """
 
 from __future__ import annotations
@@ -26,144 +26,147 @@ from bilora_diffusion.demo import scoring_command
 from bilora_diffusion.image.image_files import DECODE_ERRORS
 
 from .catalog import Catalog
-from .runs import CONTROL, OURS, RunItem, pair
+from .runs import CONTROL, OURS, RunItem, choose_pair
 
-# Properties of events that fill the page in the background.
+# Properties of events that fill the page in the background
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-# Bounds of the longer side with which a picture is shown, in pixels.
+# Bounds of the longer side of a picture on the page, in pixels
 MIN_SIDE, MAX_SIDE = 256, 768
-# The same of a slider; its upper bound is `MAX_SIDE` too.
-SLIDER_SMALLEST = 384
-# Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript.
+# Smallest longer side of the pictures of a slider, in pixels
+MIN_SLIDER_SIDE = 384
+# Largest longer side of a result's figure, in pixels
+MAX_FIGURE_SIDE = 1600
+# Formats of pictures. For some others Pillow starts programs, such as an interpreter of PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Largest picture: a small file may hold any number of equal pixels, which must fit into memory.
+# Pixels of the largest picture. A small file may have any number of equal pixels, which must fit
+# into memory.
 MAX_PIXELS = 2**26
-# Widget -> its new value or properties.
+# Widget -> its new value or properties
 Update = dict[Any, Any]
 
 
 def html(elem_id: str | None = None, **options: Any) -> gr.HTML:
-    """A widget for HTML without Gradio's own style."""
+    """Create a widget for HTML without Gradio's style."""
     return gr.HTML(elem_id=elem_id, apply_default_css=False, **options)
 
 
 def notice(text: str) -> Any:
-    """An update of HTML that is hidden while it is empty."""
+    """An update of an HTML widget that is hidden while it is empty."""
     return gr.update(value=text, visible=bool(text))
 
 
 def warn(text: str) -> None:
-    """Show a notice over the page."""
-    gr.Warning(escape(text))  # Gradio takes it for HTML
+    """Show a warning over the page."""
+    gr.Warning(escape(text))  # Gradio reads it as HTML
 
 
 # pictures
 
 
-def read(path: Path, mode: str = "RGB") -> Image.Image | None:
-    """Read a picture; None if it is not there, can't be read, or has more than `MAX_PIXELS`."""
+def read_picture(path: Path) -> Image.Image | None:
+    """Read a picture; None if it is missing, unreadable, or larger than `MAX_PIXELS`."""
     try:
-        if not is_file(path):  # a pipe would keep its reader waiting
+        if not is_file(path):  # a pipe would block the reader
             return None
         with Image.open(path, formats=FORMATS) as picture:
             if math.prod(picture.size) > MAX_PIXELS:
                 return None
-            return picture.convert(mode)
+            return picture.convert("RGB")
     except DECODE_ERRORS:
         return None
 
 
-def fitted(picture: Image.Image, smallest: int = MIN_SIDE) -> Image.Image:
-    """Resize a picture by Lanczos, to a longer side between `smallest` and `MAX_SIDE`."""
+def resize_to_fit(picture: Image.Image, min_side: int, max_side: int) -> Image.Image:
+    """Resize a picture by Lanczos so that its longer side is between two bounds."""
     side = max(picture.size)
-    new_side = min(max(side, smallest), MAX_SIDE)
+    new_side = min(max(side, min_side), max_side)
     width = max(1, round(picture.width * new_side / side))
     height = max(1, round(picture.height * new_side / side))
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def data_uri(picture: Image.Image) -> str:
-    """The fitted picture as a ``data:`` address."""
+def data_uri(picture: Image.Image, min_side: int = MIN_SIDE, max_side: int = MAX_SIDE) -> str:
+    """A picture as a ``data:`` URI, resized so that its longer side is between two bounds."""
     buffer = io.BytesIO()
-    fitted(picture).save(buffer, "WEBP", quality=92, method=2)
+    resize_to_fit(picture, min_side, max_side).save(buffer, "WEBP", quality=92, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def address(path: Path) -> str | None:
-    """A picture's file as a ``data:`` address; None if it is not there or can't be read."""
+def file_uri(path: Path, max_side: int = MAX_SIDE) -> str | None:
+    """A picture's file as a ``data:`` URI; None if it is missing or unreadable."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return _cached_address(path, status.st_mtime_ns, status.st_size)
+    return _cached_file_uri(path, max_side, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=512)
-def _cached_address(path: Path, changed_at: int, size: int) -> str | None:
-    """`address`; time and size are part of the cache's key, so that a changed file is read."""
-    picture = read(path)
+def _cached_file_uri(path: Path, max_side: int, changed_at: int, size: int) -> str | None:
+    """`file_uri`. The file's time and size make the key of a changed file a new one."""
+    picture = read_picture(path)
     if picture is None:
         return None
-    return data_uri(picture)
+    return data_uri(picture, min_side=MIN_SIDE, max_side=max_side)
 
 
-def address_below(catalog: Catalog, path: str) -> str | None:
-    """`address` of a picture below the root; None if the path leads out of it."""
+def file_uri_below_root(catalog: Catalog, path: str, max_side: int = MAX_SIDE) -> str | None:
+    """`file_uri` of a path relative to the root; None if the path leads out of the root."""
     with contextlib.suppress(UserError):
-        return address(catalog.resolve(path))
+        return file_uri(catalog.resolve(path), max_side)
 
 
-def image(address: str | None, label: str, missing: str = "") -> str:
-    """A picture as HTML, which a click or the Enter key enlarges.
+def image_html(uri: str | None, label: str, missing: str = "") -> str:
+    """A picture as HTML. A click or the Enter key enlarges it.
 
     Args:
-        address: address of the picture; None for the text `missing` in its place.
+        uri: URI of the picture; None if there is no picture.
         label: alternative text.
-        missing: text in place of a picture that is not there.
+        missing: text that repaths a missing picture.
     """
-    if address is None:
+    if uri is None:
         return f'<div class="absent">{escape(missing)}</div>'
     label = escape(label)
-    return f'<img src="{address}" alt="{label}" class="zoom" tabindex="0" role="button">'
+    return f'<img src="{uri}" alt="{label}" class="zoom" tabindex="0" role="button">'
 
 
-def card(
-    title: str, address: str | None, role: str = "", missing: str = "", facts: str = ""
+def card_html(
+    title: str, uri: str | None, role: str = "", missing: str = "", facts: str = ""
 ) -> str:
     """A picture under its name, as HTML.
 
     Args:
         title: name of the picture.
-        address: as `image` takes it.
-        role: "A" or "B" for one of a pair.
-        missing: as `image` takes it.
+        uri: URI of the picture; None if there is no picture.
+        role: "A" or "B" for one picture of a pair.
+        missing: text that repaths a missing picture.
         facts: HTML below the picture.
     """
     mark = f'<span class="role">{role}</span>' if role else ""
     return (
         f'<figure class="card"><div class="name">{mark}{escape(title)}</div>'
-        f"{image(address, title, missing)}{facts}</figure>"
+        f"{image_html(uri, title, missing)}{facts}</figure>"
     )
 
 
-def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str:
-    """Two pictures on top of each other with a handle between left and right, as HTML.
+def slider_html(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str:
+    """Two pictures on top of each other with a movable line between left and right, as HTML.
 
-    Left of the handle the first picture is seen, right of it the second one. The handle is the
-    browser's own range input, so that mouse, finger and arrow keys move it.
+    The first picture is visible on the left of the line, the second one on the right. The line is
+    the browser's range input, so that mouse, finger and arrow keys move it.
 
     Args:
-        labels: names of both.
-        pictures: both; the second one is brought to the size of the first.
+        labels: names of both pictures.
+        pictures: both pictures; the second one is resized to the first one's size.
 
     Returns:
         The HTML; "" if a picture is missing.
     """
-    readable = [picture for picture in pictures if picture is not None]
-    if len(readable) < 2:
+    readable_pictures = [picture for picture in pictures if picture is not None]
+    if len(readable_pictures) < 2:
         return ""
-    left = fitted(readable[0], SLIDER_SMALLEST)
-    right = readable[1].resize(left.size, Image.Resampling.LANCZOS)
+    left = resize_to_fit(readable_pictures[0], MIN_SLIDER_SIDE, MAX_SIDE)
+    right = readable_pictures[1].resize(left.size, Image.Resampling.LANCZOS)
     left_label = escape(labels[0])
     right_label = escape(labels[1])
     return (
@@ -175,39 +178,38 @@ def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str
     )
 
 
-# commands to copy, with the paths of the runs that are there
+# commands to copy, with the paths of existing runs
 
 TRAIN = (
     "python train_dreambooth_bilora.py --method {method}"
     " --instance_data_dir PICTURES --instance_prompt 'a photo of TOK'"
     " --validation_prompt 'a photo of TOK on a beach' --output_dir {root}/{method}"
 )
-BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL, OURS))
+TRAIN_BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL, OURS))
 # Purpose and command of each way to fill an empty viewer; the command takes the root.
 COMMANDS = {
     "demo": (
-        "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):",
+        "Train LoRA and Bi-LoRA on the miniature (make demo writes them into demo):",
         "python -m bilora_diffusion.demo --output_dir {root}",
     ),
-    "train": ("Or train both on pictures of your own:", BOTH),
-    "images": ("Let both make images while they train:", BOTH),
+    "train": ("Or train both on your own pictures:", TRAIN_BOTH),
+    "images": ("Train both with validation images:", TRAIN_BOTH),
 }
-# Purposes of commands of ``eval``, which take runs.
+# Purposes of the commands of ``eval``, which take runs
 EVALUATIONS = {
-    "vote": "A vote needs images of two runs from the same prompts and seeds:",
     "clip_scores": (
         "Sample images with each run and score them (for a quick try add --max_prompts 6 --seeds"
         " 0):"
     ),
-    "landscape": "Measure how flat the minima are that runs end in:",
-    "dynamics": "Show how the adapters moved in runs with --log_dynamics:",
-    "generalization": "Compare training and held-out loss over time, of runs that measured both:",
-    "text_scores": "Score text runs by what they recorded:",
+    "landscape": "Measure how flat the loss is around the weights of runs:",
+    "dynamics": "Plot how the adapters moved in runs with --log_dynamics:",
+    "generalization": "Plot training and held-out loss of runs that measured both:",
+    "text_scores": "Score text runs by the metrics in their logs:",
 }
 
 
-def empty(catalog: Catalog, title: str, *names: str) -> str:
-    """A notice that nothing is there yet, with commands to copy, as HTML.
+def empty_notice(catalog: Catalog, title: str, *names: str) -> str:
+    """A notice that a tab has nothing to show yet, with commands to copy, as HTML.
 
     Args:
         catalog: folders of the viewer.
@@ -218,20 +220,10 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
     for name in names:
         if name in EVALUATIONS:
             purpose = EVALUATIONS[name]
-            runs = measurable(catalog, name)
-            places = [catalog.place(run.path) for run in runs]
-            if not places:
-                places = [catalog.place("lora"), catalog.place("bilora")]
-            tool = "clip_scores" if name == "vote" else name
-            command = f"python -m eval.{tool} {shlex.join(places)}"
-            if name == "text_scores":
-                command += " --benchmarks heldout"
-            heldout = heldout_of_miniature(runs)
-            if tool == "clip_scores" and heldout is not None:
-                command = scoring_command(places, heldout)
+            command = evaluation_command(catalog, name)
         else:
             purpose, command = COMMANDS[name]
-            root = catalog.place()
+            root = catalog.command_path()
             if root == ".":
                 root = "demo"
             command = command.format(root=shlex.quote(root))
@@ -241,11 +233,26 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
         )
     return (
         f'<section class="empty"><h2>{escape(title)}</h2><ol>{rows}</ol>'
-        "<p>What they leave appears here by itself.</p></section>"
+        "<p>Their output appears here without a reload.</p></section>"
     )
 
 
-def heldout_of_miniature(runs: Sequence[RunItem]) -> str | None:
+def evaluation_command(catalog: Catalog, name: str) -> str:
+    """A command of ``eval`` for the two runs that it is shown with."""
+    runs = example_runs(catalog, name)
+    paths = [catalog.command_path(run.path) for run in runs]
+    if not paths:
+        paths = [catalog.command_path("lora"), catalog.command_path("bilora")]
+    heldout_set = heldout_set_of_miniature(runs)
+    if name == "clip_scores" and heldout_set is not None:
+        return scoring_command(paths, heldout_set)
+    command = f"python -m eval.{name} {shlex.join(paths)}"
+    if name == "text_scores":
+        command += " --benchmarks heldout"
+    return command
+
+
+def heldout_set_of_miniature(runs: Sequence[RunItem]) -> str | None:
     """Name of the held-out icons that all runs of a miniature share, as in the demo, or None."""
     heldout_sets = [name for name in mini.FOLDERS if name.endswith(mini.HELDOUT_SUFFIX)]
     names = set()
@@ -257,15 +264,15 @@ def heldout_of_miniature(runs: Sequence[RunItem]) -> str | None:
     return name if name in heldout_sets else None
 
 
-def measurable(catalog: Catalog, name: str) -> Sequence[RunItem]:
+def example_runs(catalog: Catalog, name: str) -> Sequence[RunItem]:
     """The two runs that a command of ``eval`` is shown with.
 
-    text_scores takes runs of text, generalization all runs, the others runs of images; dynamics
-    needs runs that recorded them.
+    text_scores takes text runs, generalization takes all runs, and the others take image runs;
+    dynamics needs runs with --log_dynamics.
     """
     runs = catalog.scan.runs
     if name == "dynamics":
         runs = [run for run in runs if run.record["config"].get("log_dynamics")]
     elif name != "generalization":
         runs = [run for run in runs if run.is_text == (name == "text_scores")]
-    return pair(runs)
+    return choose_pair(runs)

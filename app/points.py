@@ -9,38 +9,38 @@ import numpy as np
 import pandas as pd
 
 Row = Mapping[str, Any]
-# (step, value), by step.
+# (step, value) pairs, sorted by step
 Points = list[tuple[int, float]]
-# Points of a line, about.
+# Approximate number of points of a line
 MAX_POINTS = 400
 
 
 def series(rows: Sequence[Row], key: str) -> Points:
-    """A metric over the steps, without rows that lack it or have null for a non-finite number."""
+    """Values of a metric over the steps, without rows in which it is missing or not finite."""
     points = []
     for row in rows:
-        if type(row.get(key)) in (int, float):  # and not bool, which is an int
+        if type(row.get(key)) in (int, float):  # bool is a subclass of int
             points.append((row["step"], float(row[key])))
     return points
 
 
 def smooth(points: Points, window: int) -> Points:
-    """The mean of each value and up to `window - 1` values before it."""
+    """The running mean: each value is averaged with up to `window - 1` values before it."""
     values = pd.Series([value for _, value in points], dtype=float)
     means = values.rolling(max(1, window), min_periods=1).mean()
     return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """Thin a curve out to about `limit` points, such that its length and its peaks stay.
+    """Reduce a curve to about `limit` points, and keep its ends and peaks.
 
-    These are the first and the last point, and the lowest and the highest of equal stretches.
+    It keeps the first and the last point, and the lowest and the highest point of equal sections.
     """
     if len(points) <= limit:
         return points
     chosen = {0, len(points) - 1}
     values = np.asarray([value for _, value in points])
-    for stretch in np.array_split(np.arange(len(points)), limit // 2):  # numbers of points
-        chosen.add(int(stretch[values[stretch].argmin()]))
-        chosen.add(int(stretch[values[stretch].argmax()]))
-    return [points[number] for number in sorted(chosen)]
+    for section in np.array_split(np.arange(len(points)), limit // 2):  # indices of points
+        chosen.add(int(section[values[section].argmin()]))
+        chosen.add(int(section[values[section].argmax()]))
+    return [points[index] for index in sorted(chosen)]

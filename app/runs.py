@@ -1,4 +1,4 @@
-"""A run as the viewer has it: its name, prompts and progress, and the pair to compare first."""
+"""A run in the viewer: its name, prompts and progress, and the pair to compare first."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import duration
 from bilora_diffusion.run.record import HEARTBEAT_SECONDS, TRAINING_ACTIVITY
 
-# Methods of the pair that is shown before anything is chosen.
+# Methods of the pair that is shown before the user chooses
 CONTROL, OURS = "lora", "bilora"
-# Silence after which a training run is shown as stalled.
+# Time without a new line after which a training run counts as stalled
 STALE_SECONDS = 12 * HEARTBEAT_SECONDS
-# The same for a run that does something else than steps, such as validation images.
+# The same while a run does something other than steps, such as validation images
 BUSY_SECONDS = 3600.0
-# Steps whose median gives the time that is left.
+# Number of last steps whose median time predicts the remaining time
 RECENT_STEPS = 50
-# A prompt for the miniature, where a run has none.
+# Prompt for runs without one
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 
 
@@ -34,11 +34,11 @@ class RunItem:
     """A run folder."""
 
     path: str
-    # Name in lists and legends, such as "dog (Bi-LoRA, seed 0)"; unique
+    # Unique name in lists and legends, such as "dog (Bi-LoRA, seed 0)"
     name: str
     # Content of ``run.json``
     record: dict[str, Any]
-    # File of the exported LoRA, or folder of whole models; None before the export
+    # File of the exported LoRA, or folder of full models; None before the export
     weights: str | None
     # Steps with validation images, in order
     steps: tuple[int, ...] = ()
@@ -49,12 +49,12 @@ class RunItem:
 
     @property
     def method(self) -> str:
-        """Name of the method."""
+        """Name of the method, such as "bilora"."""
         return self.record["method"]
 
     @property
     def seed(self) -> int | None:
-        """The seed of training, where the record has one."""
+        """Seed of training; None if the record has none."""
         return self.record.get("seed")
 
     @property
@@ -64,12 +64,12 @@ class RunItem:
 
     @property
     def is_text(self) -> bool:
-        """Test that it trains a language model."""
+        """Test whether the run trains a language model."""
         return "model_name_or_path" in self.record["config"]
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        """The prompts of its validation images, in order; none where it makes no images."""
+        """Prompts of the validation images, in order; empty if the run generates none."""
         config = self.record["config"]
         if not config.get("num_validation_images"):
             return ()
@@ -77,35 +77,35 @@ class RunItem:
 
     @property
     def first_prompt(self) -> str:
-        """The first prompt of its validation images, else the prompt that it is trained on."""
+        """First prompt of the validation images, else the instance prompt."""
         if self.prompts:
             return self.prompts[0]
         instance_prompt = self.record["config"].get("instance_prompt")
         return instance_prompt if isinstance(instance_prompt, str) else PROMPT
 
 
-def title(method: str) -> str:
-    """A method's title; its name if this version does not know the method."""
+def method_title(method: str) -> str:
+    """Title of a method; its name if this version does not have the method."""
     try:
         return methods.get(method).title
     except UserError:
         return method
 
 
-def label(folder: str, record: dict[str, Any]) -> str:
-    """A run's name. It begins with the folder, so that typing this finds the run in a list."""
-    description = title(record["method"])
+def run_name(folder: str, record: dict[str, Any]) -> str:
+    """Name of a run. It begins with the folder, so that a user finds it in a list by typing."""
+    description = method_title(record["method"])
     if record.get("seed") is not None:
         description += f", seed {record['seed']}"
     return f"{folder} ({description})"
 
 
-def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
+def sort_runs(runs: Sequence[RunItem]) -> list[RunItem]:
     """Sort runs for a list: plain LoRA first, as the control, then by method and seed."""
     return sorted(runs, key=lambda run: (run.method != CONTROL, run.method, str(run.seed)))
 
 
-def control_of(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
+def find_control(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
     """The first plain LoRA run with the same seed and data; None if that is the run itself."""
     key = (run.seed, run.is_text, run.data_hash)
     for control in runs:
@@ -115,27 +115,27 @@ def control_of(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
     return None
 
 
-def newest(runs: Sequence[RunItem]) -> list[RunItem]:
-    """Sort runs by their start, the newest first."""
+def sort_newest_first(runs: Sequence[RunItem]) -> list[RunItem]:
+    """Sort runs by the time of their start, the newest first."""
     return sorted(runs, key=lambda run: str(run.record.get("started_at")), reverse=True)
 
 
-def pair(runs: Sequence[RunItem]) -> list[RunItem]:
-    """The two runs to compare first; fewer if there are fewer.
+def choose_pair(runs: Sequence[RunItem]) -> list[RunItem]:
+    """Choose the two runs to compare first; all runs if there are fewer than two.
 
     The best pair is LoRA and Bi-LoRA on the same data, then two runs with images of the same
     prompts.
     """
-    couples = itertools.combinations(ordered(runs), 2)
-    return list(max(couples, key=likeness, default=runs))
+    pairs = itertools.combinations(sort_runs(runs), 2)
+    return list(max(pairs, key=comparability, default=runs))
 
 
-def likeness(couple: tuple[RunItem, RunItem]) -> tuple[int, ...]:
-    """How well two runs compare, the most important property first; larger is better."""
-    a, b = couple
+def comparability(pair: tuple[RunItem, RunItem]) -> tuple[int, ...]:
+    """How well two runs can be compared, as a sort key: the most important property first."""
+    a, b = pair
     shared_prompts = len(set(a.prompts) & set(b.prompts))
     return (
-        # The same samples with the same noise.
+        # The same samples with the same noise
         a.data_hash is not None and a.data_hash == b.data_hash,
         shared_prompts > 0,
         {a.method, b.method} == {CONTROL, OURS},
@@ -146,7 +146,7 @@ def likeness(couple: tuple[RunItem, RunItem]) -> tuple[int, ...]:
 
 
 def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) -> str:
-    """The first prompt of a run, unless the user has written one that is no run's."""
+    """The first prompt of a run, unless the user has written a prompt of their own."""
     suggestions = {PROMPT, *(run.first_prompt for run in runs)}
     if prompt and prompt.strip() not in suggestions:
         return prompt
@@ -155,37 +155,37 @@ def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) ->
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run is doing, and how far it is."""
+    """Status of a run, and how far it is."""
 
-    # "running", "finished", "interrupted", "failed" or "stalled"; for a run that is busy with
-    # something else than steps, the name of that, such as "validation images"
+    # "running", "finished", "interrupted", "failed" or "stalled"; while a run does something other
+    # than steps, the name of that activity, such as "validation images"
     status: str
     # Sentence about a failed or a stalled run; "" otherwise
     reason: str
-    # Done, and of the whole run; None if not known
+    # Completed steps, and steps of the full run, None if unknown
     steps: int
     total: int | None
-    # Over all resumes
+    # Training time, summed over all resumes
     wall_seconds: float
-    # Time that is left, by the recent steps; None if not known
+    # Remaining time, predicted from the last steps; None if unknown
     left_seconds: float | None
     # Peak memory of the accelerator, or of the process on a CPU
     peak_memory_bytes: int
 
 
-def progress(
+def find_progress(
     record: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     last_written: float,
     current_time: float | None = None,
 ) -> Progress:
-    """Find the progress of a run.
+    """Find the progress of a run from its record and log.
 
     Args:
         record: content of ``run.json``.
         rows: rows of ``metrics.jsonl``.
-        last_written: time at which one of these files was last written, in seconds since the epoch.
-        current_time: time now; None for that of the clock.
+        last_written: time of the last write to these files, in seconds since the epoch.
+        current_time: the time now, in seconds since the epoch; None for the clock's time.
     """
     if current_time is None:
         current_time = time.time()
@@ -199,7 +199,7 @@ def progress(
     status = record["status"]
     reason = record.get("error") or ""
     activity = record.get("doing") or TRAINING_ACTIVITY
-    # A run that trains writes at every step; one that samples images may be silent for long.
+    # A run writes a line at every step, but may write nothing for long while it samples images.
     patience = STALE_SECONDS if activity == TRAINING_ACTIVITY else BUSY_SECONDS
     is_running = status == "running"
     if is_running and silent_seconds > max(patience, 10 * step_seconds):

@@ -1,4 +1,4 @@
-"""Requests for images and the pipeline that samples them; one is in memory at a time."""
+"""Requests for images, and the pipeline that samples them; one pipeline is in memory at a time."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from eval.sources import find
 from .catalog import Catalog
 from .runs import RunItem
 
-# Stands for the base model among the paths of runs.
+# Represents the base model among the paths of runs
 BASE = ""
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """A base model as a run's config names it."""
+    """A base model, as the configuration of a run names it."""
 
     name: str
     revision: str | None = None
@@ -60,8 +60,8 @@ class BaseChoice:
     vae: str | None = None
 
     @classmethod
-    def of_config(cls, config: dict[str, Any]) -> BaseChoice:
-        """The base model of a run."""
+    def from_config(cls, config: dict[str, Any]) -> BaseChoice:
+        """Read the base model from the configuration of a run."""
         return cls(
             name=config.get("pretrained_model_name_or_path") or MINI,
             revision=config.get("revision"),
@@ -71,8 +71,8 @@ class BaseChoice:
         )
 
     def describe(self) -> BaseModel:
-        """Its configuration files, under its own name: what is usual for it depends on the name."""
-        return replace(describe(local(self)), name=self.name)
+        """Read the configuration files; the usual steps and guidance depend on the name too."""
+        return replace(describe(find_folder(self)), name=self.name)
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,18 @@ class Request:
     prompt: str
     seed: int
     steps: int
-    # As diffusers has it
+    # As in diffusers
     guidance_scale: float
-    # Of the adapter
+    # Strength of the adapter
     scale: float
-    # Side of the image in pixels; None for the model's own
+    # Side of the image in pixels; None for the model's native size
     size: int | None = None
-    # Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`
+    # Model that makes the unconditional prediction, one of `values.GUIDANCE_SOURCES`
     guidance_from: str = ADAPTER_GUIDANCE
 
 
-class Pipelines:
-    """Keeps one pipeline loaded.
+class Sampler:
+    """Samples images and keeps the pipeline of the last base model in memory.
 
     Args:
         device: name of a device, such as "cuda:1"; None for the best one.
@@ -111,24 +111,24 @@ class Pipelines:
         requests: Sequence[Request],
         on_step: Callable[[int], None],
     ) -> list[Image]:
-        """Sample an image for each request; not to be called by two threads at once.
+        """Sample an image for each request. Two threads must not call it at the same time.
 
         Args:
-            base: base model, which is loaded if it is not the last one.
+            base: base model, which is loaded if it differs from the last one.
             adapter: run folder or LoRA file; None for the base model alone.
-            requests: one, or several that differ in their scales and kinds of guidance.
-            on_step: called after each step with its number, from 1, counted over all images; an
-                exception in it ends the work.
+            requests: one request, or several that differ only in scale and kind of guidance.
+            on_step: called after each sampler step with the number of steps so far, counted over
+                all images; an exception in it ends the work.
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
-        # The base model's own prediction needs an adapter that can be turned off.
+        # The prediction of the base model needs an adapter that can be turned off.
         if any(request.guidance_from == BASE_GUIDANCE for request in requests):
             require_adapter(subject)
         images: list[Image] = []
         with applied(pipeline, subject, requests[0].scale):
             for number, request in enumerate(requests):
-                if number > 0:  # `applied` has set the first one's
+                if number > 0:  # `applied` has set the first scale
                     pipeline.set_adapters([PRIMARY], [request.scale])
                 steps_before = number * request.steps
 
@@ -148,16 +148,16 @@ class Pipelines:
         return images
 
     def _load(self, base: BaseChoice) -> Any:
-        """The pipeline of a base model."""
+        """Return the pipeline of a base model, and load it if it is not in memory."""
         if self._base == base:
             return self._pipeline
-        self._base = self._pipeline = None  # frees the memory before the next one takes it
+        self._base = self._pipeline = None  # frees the memory before the next pipeline needs it
         quiet()
         try:
             pipeline = self._read(base)
         except (UserError, OSError) as error:
-            # The reason tells whether a folder outside of the root exists and what is in it. Only
-            # the person who started the viewer may see it, not its visitors.
+            # The reason says whether a folder outside of the root exists and what is in it. It is
+            # printed for the person who started the viewer; visitors must not read it.
             print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
             raise UserError(
                 f"the base model {base.name} can't be loaded (the terminal has the reason):"
@@ -168,23 +168,24 @@ class Pipelines:
         return self._pipeline
 
     def _read(self, base: BaseChoice) -> Any:
-        folder = local(base)
+        """Read the pipeline of a base model from its folder."""
+        folder = find_folder(base)
         dtype = base.describe().family.precision(self.device)
         if base.name in PIPELINES:  # a miniature fits every device in fp32
             dtype = torch.float32
         vae = None
         if base.vae:
-            vae = local(BaseChoice(base.vae, cache_dir=base.cache_dir))
+            vae = find_folder(BaseChoice(base.vae, cache_dir=base.cache_dir))
         return load_pipeline(folder, dtype=dtype, variant=base.variant, vae=vae)
 
 
-def local(base: BaseChoice) -> str:
-    """Find the folder of a base model; the viewer itself downloads nothing.
+def find_folder(base: BaseChoice) -> str:
+    """Find the folder of a base model on this machine; the viewer never downloads a model.
 
     Raises:
         UserError: the model is not on this machine.
     """
-    # Path.exists would raise where the folder above may not be entered.
+    # Path.exists would raise an error if its parent folder may not be entered.
     if base.name in PIPELINES or os.path.exists(base.name):
         return base.name
     try:
@@ -198,68 +199,73 @@ def local(base: BaseChoice) -> str:
         ) from error
 
 
-def sides(
-    catalog: Catalog, a: str, b: str
-) -> tuple[BaseChoice, list[tuple[str, Path | None]], int | None]:
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides that are sampled from the same base model."""
+
+    base: BaseChoice
+    # Name and run folder of each side; None for the base model alone
+    sides: list[tuple[str, Path | None]]
+    # Side of the images that the runs were trained on, in pixels; None if unknown
+    size: int | None
+
+
+def find_comparison(catalog: Catalog, a: str, b: str) -> Comparison:
     """Look up the two sides of a comparison.
 
     Args:
         catalog: folders of the viewer.
-        a: path of a run, or `BASE`.
-        b: the same of the other side.
-
-    Returns:
-        The base model of both; label and folder of each, None for the base model alone; and the
-        size that they were trained on.
+        a: path of the first side's run, or `BASE`.
+        b: path of the second side's run, or `BASE`.
 
     Raises:
-        UserError: a run has gone, or they have different base models.
+        UserError: a run no longer exists, or the runs have different base models.
     """
     runs = {run.path: run for run in catalog.scan.runs if can_sample(run)}
     chosen_runs = []
     for path in (a, b):
         if path not in (BASE, *runs):
-            raise UserError(f'the run "{path}" has gone: choose another')
+            raise UserError(f'the run "{path}" no longer exists: choose another')
         if path != BASE:
             chosen_runs.append(runs[path])
-    bases = [BaseChoice.of_config(run.record["config"]) for run in chosen_runs]
+    bases = [BaseChoice.from_config(run.record["config"]) for run in chosen_runs]
     if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
-            " choose two of one"
+            " choose two with the same"
         )
     if not bases:
-        # For the base model alone: that of the first run, or the miniature.
-        bases = [BaseChoice.of_config(run.record["config"]) for run in runs.values()]
+        # Both sides are the base model: that of the first run, or the miniature.
+        bases = [BaseChoice.from_config(run.record["config"]) for run in runs.values()]
         bases.append(BaseChoice(MINI))
     side_of_path: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}
     size = None
     for run in chosen_runs:
         catalog.resolve(run.weights or run.path)  # a link out of the root is refused
         side_of_path[run.path] = (run.name, catalog.resolve(run.path))
-        size = size or size_of(run)
-    return bases[0], [side_of_path[a], side_of_path[b]], size
+        size = size or training_size(run)
+    return Comparison(bases[0], [side_of_path[a], side_of_path[b]], size)
 
 
-def size_of(run: RunItem) -> int | None:
-    """Side in pixels of the images that a run was trained on, if its record has it."""
+def training_size(run: RunItem) -> int | None:
+    """Side of the images that a run was trained on, in pixels; None if its record lacks it."""
     size = run.record["config"].get("resolution")
     return size if isinstance(size, int) else None
 
 
 def can_sample(run: RunItem) -> bool:
-    """Test that a run has weights of an image model; text models have a PEFT adapter."""
+    """Test whether a run has weights of an image model; a text model has a PEFT adapter."""
     return run.weights is not None and not run.weights.endswith(WEIGHTS)
 
 
 @contextmanager
-def exported(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
-    """Within the context the adapter of a run's checkpoint is a file.
+def temporary_export(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
+    """Context manager: exports the adapter of a run's checkpoint to a temporary file.
 
     Raises:
         UserError: the checkpoint lacks a file.
     """
-    # A link out of the root is refused, and so is a pipe, which would keep its reader waiting.
+    # A link out of the root is refused, and so is a pipe, which would block the reader.
     for name in (DIGESTS, *FILES):
         if not is_file(catalog.resolve(f"{run.path}/{CHECKPOINTS}/step-{step}/{name}")):
             raise UserError(f"the checkpoint of step {step} has no {name}: choose another")
@@ -268,7 +274,7 @@ def exported(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
         yield file
 
 
-def checked(
+def read_form(
     prompt: str,
     seed: float | None,
     steps: float | None,
@@ -276,7 +282,7 @@ def checked(
     scale: float,
     guidance_from: str = ADAPTER_GUIDANCE,
 ) -> Request:
-    """Check the values of a form.
+    """Check the values of a form and make a request of them.
 
     Raises:
         UserError: a value is missing or out of range.

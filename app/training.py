@@ -19,7 +19,7 @@ from eval.subjects import differing_options
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .runs import Progress, RunItem, newest, ordered, progress
+from .runs import Progress, RunItem, find_progress, sort_newest_first, sort_runs
 from .training_data import (
     COLORS,
     TITLES,
@@ -232,9 +232,9 @@ class Tab:
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
         """Fill the list of runs, and choose new ones that are going on."""
-        runs = newest(self.catalog.scan.runs)
+        runs = sort_newest_first(self.catalog.scan.runs)
         if not runs:
-            text = parts.empty(self.catalog, "No runs yet", "demo", "train")
+            text = parts.empty_notice(self.catalog, "No runs yet", "demo", "train")
             return {self.notice: parts.notice(text)}
         paths = {run.path for run in runs}
         selection = [path for path in chosen or [] if path in paths]
@@ -247,7 +247,7 @@ class Tab:
         else:
             # Running ones first, then the latest.
             first_runs = sorted(runs, key=lambda run: run.status != "running")[:FIRST_RUNS]
-            selection = [run.path for run in ordered(first_runs)]
+            selection = [run.path for run in sort_runs(first_runs)]
         properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}
         # An unchanged selection is not sent, since the user may be choosing at this moment.
         if selection != chosen:
@@ -303,10 +303,10 @@ class Tab:
             if metrics_file.exists():
                 last_written = max(last_written, metrics_file.stat().st_mtime)
                 try:
-                    rows = self.catalog.cached(metrics_file, partial(read_metrics, folder))
+                    rows = self.catalog.read_cached(metrics_file, partial(read_metrics, folder))
                 except (UserError, OSError) as error:
                     fault_of_log = f"log unreadable: {self.catalog.without_root(error)}"
-            state = progress(record, rows, last_written)
+            state = find_progress(record, rows, last_written)
             if fault_of_log:
                 # The run may be whole all the same: its status is that of its record.
                 state = replace(state, reason=fault_of_log)

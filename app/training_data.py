@@ -28,7 +28,7 @@ from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 
 from .points import Points, Row, series, smooth, thin
-from .runs import CONTROL, Progress, RunItem, control_of
+from .runs import CONTROL, Progress, RunItem, find_control
 
 # Colors of runs; each has a contrast of at least 3 to a light and to a dark page.
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
@@ -155,7 +155,7 @@ def differences(
     items = [run.run for run in runs]
     lines = []
     for run in runs:
-        control = control_of(run.run, items)
+        control = find_control(run.run, items)
         if control is None:
             continue
         control_values = dict(series(runs[items.index(control)].rows, key))

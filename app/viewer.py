@@ -2,11 +2,11 @@
 
     python -m app.viewer                       # finds run and result folders below this folder
     python -m app.viewer demo --port 7861
-    python -m app.viewer demo --host 0.0.0.0   # other machines may look, generate and vote, too
-    python -m app.viewer demo --allow_host lab.example   # behind a proxy of this name
+    python -m app.viewer demo --host 0.0.0.0   # other machines may look and generate too
+    python -m app.viewer demo --allow_host lab.example   # behind a proxy with this name
 
-Reads the files below ROOT and the base models that its runs name, and serves nothing else. It sends
-no telemetry and loads nothing from the network.
+The viewer only reads files below ROOT and the base models of the runs. It sends no telemetry and
+loads nothing from the network.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import argparse
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
-import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from bilora_diffusion.core.errors import UserError, run_cli
 from eval.command import Parser
@@ -32,14 +28,11 @@ from eval.command import Parser
 # Gradio's own default
 PORT = 7860
 LOCAL = "127.0.0.1"
-# Beginning of the name of a viewer's temporary folder, and the lock file in it.
-CACHE_PREFIX = "bilora-viewer-"
-CACHE_LOCK = "in-use.lock"
 HOST_NAME = re.compile(r"[a-z0-9._-]+", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted, by Ctrl-C, SIGTERM or SIGHUP.
+    """Serve until Ctrl-C, SIGTERM or SIGHUP.
 
     Returns:
         The exit code: 0, or 2 after a sentence that says what to correct.
@@ -54,16 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="another host name to answer to, such as a proxy's; can be given several times",
+        help="another host name to answer to, such as that of a proxy; can be given several times",
     )
     parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
-    parser.add_argument("--device", help="that generates images, such as cuda:1; default: the best")
+    parser.add_argument("--device", help="device for Generate, such as cuda:1; default: the best")
 
     def work() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):  # the usual end of a server
+        with contextlib.suppress(KeyboardInterrupt):  # the normal end of a server
             serve(parser.read(argv))
 
     return run_cli(work)
@@ -76,8 +69,9 @@ def serve(args: argparse.Namespace) -> None:
     public = args.host not in (LOCAL, "localhost", "::1")
     catalog = Catalog(args.root, public=public or bool(args.allow_host))
     check_names(args.allow_host)
-    with listen(args.host, args.port) as listener, own_cache() as cache:
-        be_private(cache)
+    temporary_folder = tempfile.TemporaryDirectory(prefix="bilora-viewer-")
+    with listen(args.host, args.port) as listener, temporary_folder as folder:
+        set_variables(folder)
         try:
             import gradio  # noqa: F401
 
@@ -86,9 +80,9 @@ def serve(args: argparse.Namespace) -> None:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
-        # Before the server is built, whose log keeps the stream that it finds.
+        # Redirected before the server is built, because the server's log keeps the stream.
         with contextlib.redirect_stderr(guard.ShortLines(sys.stderr)):
-            server = page.server(
+            server = page.build_server(
                 catalog,
                 host=args.host,
                 public=public,
@@ -102,50 +96,17 @@ def serve(args: argparse.Namespace) -> None:
                 signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the other two
             server.run(sockets=[listener])
         if not server.started:
-            raise UserError("the viewer's server did not start: its message is above")
+            raise UserError("the viewer's server did not start: see its message above")
 
 
-@contextlib.contextmanager
-def own_cache() -> Iterator[Path]:
-    """A temporary folder of this viewer within the context.
+def set_variables(folder: str) -> None:
+    """Set the variables that Gradio reads when it is imported.
 
-    A viewer that was killed leaves its folder, with copies of what it served. The next one deletes
-    it: a folder is in use as long as a process holds its lock.
-    """
-    with tempfile.TemporaryDirectory(prefix=CACHE_PREFIX) as folder:
-        cache = Path(folder)
-        with FileLock(cache / "new.lock"):
-            # It gets its name when it is locked, since another viewer deletes a folder whose lock
-            # nobody holds.
-            (cache / "new.lock").rename(cache / CACHE_LOCK)
-            delete_left_caches()
-            yield cache
-
-
-def delete_left_caches() -> None:
-    """Delete the temporary folders of this user's viewers that have ended."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{CACHE_PREFIX}*"):
-        lock_file = folder / CACHE_LOCK
-        with contextlib.suppress(OSError, Timeout):
-            status = folder.lstat()
-            is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-            if is_own and lock_file.is_file():
-                with FileLock(lock_file, timeout=0):
-                    shutil.rmtree(folder)
-
-
-def be_private(cache: Path) -> None:
-    """Keep Gradio off the network, and give it a cache that no other program has.
-
-    Gradio serves every file of its cache, which by default all programs of a machine share. It
-    reads these variables when it is imported.
+    They turn off telemetry, and give Gradio a temporary folder, which it creates even if nothing is
+    stored in it: the folder that it creates otherwise may belong to another user of the machine.
     """
     os.environ.update(
-        GRADIO_ANALYTICS_ENABLED="False",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        GRADIO_TEMP_DIR=str(cache / "files"),
-        GRADIO_EXAMPLES_CACHE=str(cache / "examples"),
-        GRADIO_ALLOWED_PATHS="",
+        GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=folder
     )
 
 
@@ -167,7 +128,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse texts that are no host names, since they would match no request."""
+    """Refuse texts that are no host names, because they would match no request."""
     for name in names:
         if not HOST_NAME.fullmatch(name):
             raise UserError(

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from .config import machine
-from .core.errors import reported, run_cli
+from .core.errors import report_errors, run_cli
 from .core.values import check_choice
 
 COMMANDS = ("train", "text", "export", "demo")
@@ -37,9 +37,9 @@ def run_script(modality: str, argv: Sequence[str] | None = None) -> int:
         argv: arguments; None for ``sys.argv``.
 
     Returns:
-        The exit code (`errors.reported`).
+        The exit code (`errors.report_errors`).
     """
-    with reported() as code:
+    with report_errors() as code:
         machine.refuse_separate_processes()
         with importing():
             # The configuration comes first, so that a typo is reported at once.

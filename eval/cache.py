@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bilora_diffusion.core.durable import strict_json, write_text
-from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.core.files import hash_of_file
 from bilora_diffusion.core.lora_names import ADAPTER_METADATA
 from bilora_diffusion.core.lora_names import CONFIG as PEFT_CONFIG
@@ -145,7 +145,7 @@ def _hash_of_tensors(
         state.update(json.dumps(acting, sort_keys=True).encode())
     for prefix, path in files:
         with (
-            translated(f"{path} is not a whole safetensors file", "write or download it again"),
+            as_user_error(f"{path} is not a whole safetensors file", "write or download it again"),
             safe_open(path, framework="pt") as content,
         ):
             for key in sorted(content.keys()):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.core.figures import CONFIDENCE, Interval, mean_interval
+from bilora_diffusion.core.figures import CONFIDENCE, mean_interval
 
 from .table import Entry, Row, Summary
 
@@ -28,25 +28,6 @@ BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 # Seed or item, the unit that is averaged and paired -> its value
 Units = Mapping[Any, float | None]
-
-
-def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
-    """95 % interval of (wins + ties / 2) / n; None for a single pair that is a tie.
-
-    Without ties it is Wilson's interval of a proportion, which has width even if all pairs are won.
-    With ties the rate is not a proportion, and the interval is that of the mean of the pairs'
-    values 1, 1/2 and 0, cut at 0 and 1.
-    """
-    from scipy import stats
-
-    # A tie is half a win.
-    if ties:
-        interval = mean_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
-        if interval is None:
-            return None
-        return Interval(max(interval.low, 0.0), min(interval.high, 1.0))
-    proportion = stats.binomtest(wins, wins + losses).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(float(proportion.low), float(proportion.high))
 
 
 def mean(values: Sequence[float]) -> float:

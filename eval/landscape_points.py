@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core import removed
-from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.core.values import NOISE_LEVELS, TRAINING_GRID_LOSS
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
@@ -139,7 +139,7 @@ def _config(subject: Subject) -> DreamBoothConfig:
                 f"{subject.weights} holds more than the primary ({file.evidence[0]}): export it"
                 " again."
             )
-    with translated(f"{RUN} of {folder} is damaged", "give another run"):
+    with as_user_error(f"{RUN} of {folder} is damaged", "give another run"):
         return TypeAdapter(DreamBoothConfig).validate_python(values)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.core.lora_names import COMPONENTS
 from bilora_diffusion.export.formats import diffusers_tensors, plain_name
 from bilora_diffusion.export.reader import read
@@ -83,7 +83,7 @@ def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
     try:
         # diffusers warns of each model for which the file has no adapter.
         diffusers_logging.set_verbosity_error()
-        with translated(f"{file} can't be loaded into the base model", FIX):
+        with as_user_error(f"{file} can't be loaded into the base model", FIX):
             pipeline.load_lora_weights(tensors, adapter_name=PRIMARY)
             pipeline.set_adapters([PRIMARY], [scale])
     finally:
@@ -137,7 +137,7 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
 
 def _load_model(base: Any, folder: Path) -> Any:
     """The trained model of a folder; refused if its tensors differ from the base model's."""
-    with translated(f"{folder} can't be loaded", "train again"):
+    with as_user_error(f"{folder} can't be loaded", "train again"):
         model = type(base).from_pretrained(folder, dtype=precision(base), use_safetensors=True)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     if shapes != {key: value.shape for key, value in base.state_dict().items()}:
@@ -160,7 +160,7 @@ def put_peft(base: TextModel, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     fix = f"{FIX} by --model_name_or_path"
-    with translated(f"the adapter in {folder} can't be put on its base model", fix):
+    with as_user_error(f"the adapter in {folder} can't be put on its base model", fix):
         written = load_file(folder / PEFT_FILE)
         adapted = PeftModel.from_pretrained(base.model, str(folder))
     loaded = get_peft_model_state_dict(adapted)

@@ -24,7 +24,7 @@ from bilora_diffusion import methods
 from bilora_diffusion.config import resolving
 from bilora_diffusion.config import run as run_config
 from bilora_diffusion.config.command_line import read_options
-from bilora_diffusion.core.errors import UserError, did_you_mean, placed
+from bilora_diffusion.core.errors import UserError, add_source, did_you_mean
 from bilora_diffusion.core.fields import default_of
 from bilora_diffusion.core.files import ROOT, without_paths
 from bilora_diffusion.core.values import HELDOUT_LOSS
@@ -124,7 +124,7 @@ def read_experiment(path: Path, settings: Sequence[str] = (), **overrides: Any) 
     if not path.is_file():
         raise UserError(f'there is no experiment "{path}": correct the name of the file.')
     content = read_options(path, f'the experiment "{path}"', "the command line")
-    with placed(f"{path}: "):
+    with add_source(f"{path}: "):
         if not isinstance(content, dict):
             raise UserError("an experiment is a mapping: write lines like recipe: FILE.yaml.")
         # Flags are keys of the file that the command line gives, so they are checked as such.
@@ -221,7 +221,7 @@ class Plan:
 def load(path: Path, settings: Sequence[str] = (), **overrides: Any) -> list[Plan]:
     """The plans of a file's experiment: one for each of its recipes; see `read_experiment`."""
     experiment = read_experiment(path, settings, **overrides)
-    with placed(f"{path}: "):
+    with add_source(f"{path}: "):
         script = find_script(experiment.script)
         name = Path(path.stem)
         if isinstance(experiment.recipe, str):
@@ -257,7 +257,7 @@ def find_script(name: str) -> Path:
 
 def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) -> Plan:
     """All variants and runs, each variant checked."""
-    with resolving.collected_notes() as notes:
+    with resolving.collect_notes() as notes:
         variants, configs = make_variants(experiment, recipe, script)
     for note in dict.fromkeys(notes):  # one note may be on many variants
         resolving.logger.warning("%s", note)
@@ -304,7 +304,7 @@ def resolve(
 ) -> Any:
     """The configuration of a variant, as the script will see it."""
     config_class = CONFIGS.get(script.name, DreamBoothConfig)
-    with placed(f'in the variant "{label}": '):
+    with add_source(f'in the variant "{label}": '):
         config = config_class.resolve(
             ["--config", str(recipe), *flags, "--output_dir=run", "--overwrite_output_dir"]
         )

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.runs import RunItem, label, progress
+from app.runs import RunItem, find_progress, run_name
 from app.training_data import TrainingRun, charts, table
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
@@ -67,8 +67,8 @@ def read_run(path):
     run.settings()
     lines = read_metrics(folder)
     record = dict(run.record)
-    item = RunItem(".", label("run", record), record, None)
-    state = progress(record, lines, 0.0, 0.0)
+    item = RunItem(".", run_name("run", record), record, None)
+    state = find_progress(record, lines, 0.0, 0.0)
     training_run = TrainingRun(item, 0, lines, state)
     for curves in charts([training_run], 5).values():
         table(curves)

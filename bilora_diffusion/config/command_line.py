@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ..core import removed
-from ..core.errors import UserError, did_you_mean, placed, reason
+from ..core.errors import UserError, add_source, did_you_mean, reason
 from ..core.fields import add_flags, check, default_of, option_of, options_of
 from ..core.files import is_file, quoted, read_text
 from ..core.values import check_choice
@@ -213,7 +213,7 @@ class CommandLine(UserErrorParser):
         loaded = read_options(path, f'the recipe "{path}"', "--config")
         if not isinstance(loaded, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
-        with placed(f'in the recipe "{path}", '):
+        with add_source(f'in the recipe "{path}", '):
             return self.mapped(loaded)
 
     def mapped(self, loaded: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ TRACKERS = (
     "trackio",
 )
 Config = TypeVar("Config", bound=RunConfig)
-# Logger of all notes on a command line (`collected_notes`).
+# Logger of all notes on a command line (`collect_notes`).
 logger = logging.getLogger(__name__)
 
 
@@ -83,7 +83,7 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
 
 
 @contextmanager
-def collected_notes() -> Iterator[list[str]]:
+def collect_notes() -> Iterator[list[str]]:
     """Context manager: collects notes on command lines instead of printing them."""
     notes: list[str] = []
 

@@ -41,7 +41,7 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work. The message says what is saved and how to go on.
+    """A signal ended the work. The message says what is saved and how to resume.
 
     Attributes:
         number: number of the signal.
@@ -57,7 +57,7 @@ LIBRARY_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 
 
 @contextmanager
-def translated(
+def as_user_error(
     sentence: str, fix: str, errors: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
     """Context manager: turns an error of a library into a `UserError` of one sentence.
@@ -67,7 +67,7 @@ def translated(
         fix: what to do, without a period.
         errors: exceptions that are turned. A damaged file raises anything in its library. Where
             much of this package's own code runs, give `LIBRARY_ERRORS`: any other exception, such
-            as an AttributeError, is a defect of that code, whose trace `reported` keeps.
+            as an AttributeError, is a defect of that code, whose trace `report_errors` keeps.
     """
     try:
         yield
@@ -75,14 +75,14 @@ def translated(
         raise
     except errors as error:
         if disk_is_full(error):
-            raise  # `reported` has a sentence of its own for it
+            raise  # `report_errors` has a sentence of its own for it
         if isinstance(error, OSError) and "`safetensors`" in str(error):
             raise UserError(f"{sentence}, since {PICKLED.format('')}.") from error
         raise UserError(f"{sentence} ({reason(error)}): {fix}.") from error
 
 
 @contextmanager
-def placed(place: str) -> Iterator[None]:
+def add_source(place: str) -> Iterator[None]:
     """Context manager: puts a place in front of the sentence of a `UserError`."""
     try:
         yield
@@ -90,9 +90,9 @@ def placed(place: str) -> Iterator[None]:
         raise UserError(f"{place}{error}") from error
 
 
-def reading(subject: str, fix: str, load: Callable[[], T]) -> T:
+def read_or_refuse(subject: str, fix: str, load: Callable[[], T]) -> T:
     """Return what ``load`` reads of a model or a file; its errors become `UserError`s."""
-    with translated(f"{subject} can't be read", fix):
+    with as_user_error(f"{subject} can't be read", fix):
         return load()
 
 
@@ -138,13 +138,13 @@ def is_main_process() -> bool:
 
 @dataclass
 class ExitCode:
-    """Exit code of a process; `reported` sets its number."""
+    """Exit code of a process; `report_errors` sets its number."""
 
     number: int = 0
 
 
 @contextmanager
-def reported() -> Iterator[ExitCode]:
+def report_errors() -> Iterator[ExitCode]:
     """Context manager: reports the exception that ends a script on stderr, in one sentence.
 
     All processes of a distributed run may meet one error; the main one alone reports it.
@@ -172,8 +172,8 @@ def print_trace_if_asked(error: BaseException) -> None:
 
 
 def run_cli(main: Callable[[], None]) -> int:
-    """Run `main` of a script and report its error (`reported`); returns the exit code."""
-    with reported() as code:
+    """Run `main` of a script and report its error (`report_errors`); returns the exit code."""
+    with report_errors() as code:
         main()
     return code.number
 
@@ -221,7 +221,7 @@ def describe_trace(error: BaseException, folder: Path | None = None) -> str:
 
 
 def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
-    """Write an exception's trace to a file, which the sentence of `reported` then names.
+    """Write an exception's trace to a file, which the sentence of `report_errors` then names.
 
     Args:
         error: the exception.

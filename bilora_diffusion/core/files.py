@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, did_you_mean, translated
+from .errors import UserError, as_user_error, did_you_mean
 
 # Letters of a wrong text that a sentence quotes at most.
 LETTERS = 80
@@ -331,7 +331,7 @@ def _parquet(path: Path, name: str) -> Rows:
     # Imported late: most runs read no Parquet.
     from pyarrow import parquet
 
-    with translated(f"{name} can't be read as Parquet", "save it anew"):
+    with as_user_error(f"{name} can't be read as Parquet", "save it anew"):
         rows = parquet.read_table(path).to_pylist()
     return [(f"row {number} of {name}", row) for number, row in enumerate(rows, start=1)]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import INITIAL, PRIMARY, factors, lora_config, portable_state_dict, state_dict
-from ..core.errors import TrainingError, UserError, translated
+from ..core.errors import TrainingError, UserError, as_user_error
 from ..core.lora_names import ENCODERS
 from .lorafile import layer_of_key
 
@@ -355,7 +355,7 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
                 f"{kohya_key}.lora_down.weight": torch.zeros(()),
                 f"{kohya_key}.lora_up.weight": torch.zeros(()),
             }
-            with translated(f"{name} can't be read as a layer of SDXL", _OTHER_FORMAT):
+            with as_user_error(f"{name} can't be read as a layer of SDXL", _OTHER_FORMAT):
                 loaded, *_ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
                     weights, unet_config=sdxl
                 )

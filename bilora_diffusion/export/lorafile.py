@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from ..core.errors import UserError, translated
+from ..core.errors import UserError, as_user_error
 from ..core.lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME, WEIGHTS
 from .peft_config import PeftConfig, adapter_config
 
@@ -220,7 +220,7 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
     dtypes: dict[str, str] = {}
     other_keys: list[str] = []
     alphas: dict[str, Any] = {}
-    with translated(f"{path} is not a whole safetensors file", "write or download it again"):
+    with as_user_error(f"{path} is not a whole safetensors file", "write or download it again"):
         with safe_open(path, framework="numpy") as content:
             metadata = dict(content.metadata() or {})
             for key in content.keys():  # noqa: SIM118

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
-from ..core.errors import UserError, translated
+from ..core.errors import UserError, as_user_error
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
 # A repeated group, or four repeats: a search with such an expression may not end.
@@ -73,7 +73,7 @@ def _first_match(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, def
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read an adapter_config.json and check the fields of `PeftConfig`."""
-    with _reading(path):
+    with _explain_config_errors(path):
         fields = json.loads(path.read_text(encoding="utf-8"))
         # Refuses halves of surrogate pairs, which can't be written.
         json.dumps(fields, ensure_ascii=False).encode()
@@ -92,7 +92,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
     is_peft_file = format == "peft" or path.name.startswith(Path(WEIGHTS).stem)
     if is_peft_file and config_file.is_file():
         fields["model"] = read_config(config_file)
-    with _reading(path):
+    with _explain_config_errors(path):
         entries = json.loads(metadata.get(ADAPTER_METADATA, "{}")).items()
     for key, value in entries:  # such as "unet.r": 4
         model, dot, name = key.rpartition(".")
@@ -102,7 +102,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
             f"{path} has PEFT's keys, which do not say alpha, and no {CONFIG} beside it; put the"
             " adapter's there."
         )
-    with _reading(path):
+    with _explain_config_errors(path):
         config = {model: _validate(values) for model, values in fields.items()}
     for model_config in config.values():
         kind = model_config.peft_type
@@ -123,7 +123,7 @@ def _validate(fields: object) -> PeftConfig:
         raise ValueError(reason) from error
 
 
-def _reading(path: Path) -> AbstractContextManager[None]:
+def _explain_config_errors(path: Path) -> AbstractContextManager[None]:
     """Context manager: an error becomes a `UserError` about the file's configuration."""
     sentence = f"The adapter configuration of {path} can't be read"
-    return translated(sentence, "mend it or write the file again")
+    return as_user_error(sentence, "mend it or write the file again")

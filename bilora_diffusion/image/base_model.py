@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..core.errors import UserError, reading
+from ..core.errors import UserError, read_or_refuse
 from ..core.files import folder_or_id
 from ..mini import PIPELINES
 from .families import SDXL, family_class
@@ -62,7 +62,7 @@ class BaseModel:
     def side(self) -> int:
         """Side in pixels of the images that it was made for."""
         fix = f"correct its config.json, or {ANOTHER}"
-        return reading(
+        return read_or_refuse(
             f'the denoiser of "{self.name}"', fix, lambda: self.family.side_of(self.configs)
         )
 
@@ -124,7 +124,7 @@ def _read(name: str, folder: Path | None, file: str, **hub_options: Any) -> dict
         path = folder / file
     label = f'{file} of "{name}"'
     fix = f"download or write it again, or {ANOTHER}"
-    content = reading(label, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
+    content = read_or_refuse(label, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
         raise UserError(f"{label} is not a JSON object: {fix}.")
     return content
@@ -148,4 +148,4 @@ def from_hub(name: str, load: Callable[[], Any]) -> Any:
                 " local folder."
             ) from error
 
-    return reading(f'the base model "{name}"', _GIVE_ONE, load_permitted)
+    return read_or_refuse(f'the base model "{name}"', _GIVE_ONE, load_permitted)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ..config import constraints
 from ..config.command_line import CommandLine, read_options
 from ..config.resolving import logger, without_ignored_options
-from ..core.errors import UserError, is_main_process, placed
+from ..core.errors import UserError, add_source, is_main_process
 from ..core.fields import check, options_of
 from ..core.files import folder_or_id, is_folder, quoted
 from .derived import with_set_defaults
@@ -73,7 +73,7 @@ def with_sets_of_images(cfg: Config) -> Config:
     constraints.check({"concepts_of": place, "validation_dataset": cfg.validation_dataset})
     concepts: list[Config] = []
     for number, item in enumerate(items, start=1):
-        with placed(f"{place}, concept {number}: "):
+        with add_source(f"{place}, concept {number}: "):
             concept, notes = read_concept(cfg, item)
             require_other_folders(concept, concepts)
             concepts.append(concept)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..config import machine
 from ..config.derived import Rule, default_text_encoder_lr, default_validation_loss_steps, derive
-from ..core.errors import UserError, reading
+from ..core.errors import UserError, read_or_refuse
 from ..core.files import is_file, read_text
 from ..core.values import ATTENTION, EMBEDDED
 from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, embedded, heldout_name
@@ -174,7 +174,9 @@ def quantization_of(path: str) -> str:
     label = f'--bnb_quantization_config_path "{path}"'
     fix = "or use --quantize nf4 instead"
     file = Path(path).expanduser()
-    settings = reading(label, fix, lambda: json.loads(read_text(file, label, MAX_FILE_BYTES)))
+    settings = read_or_refuse(
+        label, fix, lambda: json.loads(read_text(file, label, MAX_FILE_BYTES))
+    )
     # The fields of transformers' BitsAndBytesConfig.
     is_nf4 = (
         isinstance(settings, dict)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..adapters.quantize import held_bytes
-from ..core.errors import UserError, translated
+from ..core.errors import UserError, as_user_error
 from ..core.values import DINOV2, DISTANCE_BY_PICTURE, EMBEDDED, HELDOUT_DISTANCE
 from ..train.dry_run import empty
 from ..train.soundness import require_whole
@@ -90,7 +90,7 @@ def image_model_bytes(name: str) -> int:
 
     if name == EMBEDDED:
         return 0  # 11 MB on the CPU
-    with _translated_errors(name):
+    with _explain_model_errors(name):
         config = _read_config(name)[2]
     return held_bytes(empty(lambda: AutoModel.from_config(config), torch.float32), "none")
 
@@ -120,10 +120,10 @@ def _read_config(name: str) -> tuple[str, str | None, Any]:
     return place, commit, config
 
 
-def _translated_errors(name: str) -> AbstractContextManager[None]:
+def _explain_model_errors(name: str) -> AbstractContextManager[None]:
     """Context manager: turns a library's error into one sentence."""
     fix = f"give {DINOV2}:ID_OR_FOLDER of a model that is here, or --choose_by loss"
-    return translated(f"--image_model {name} can't be read", fix)
+    return as_user_error(f"--image_model {name} can't be read", fix)
 
 
 # Cached, so that the runs of --compare share the model.
@@ -131,7 +131,7 @@ def _translated_errors(name: str) -> AbstractContextManager[None]:
 def image_embedder(name: str, device: torch.device) -> Embed:
     """Load the image model of ``--image_model``: ``embedded``, or one of `load_dinov2`."""
     if name != EMBEDDED:
-        with _translated_errors(name):
+        with _explain_model_errors(name):
             return load_dinov2(name, device).embed
     from ..mini import scorer
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..core.errors import UserError, translated
+from ..core.errors import UserError, as_user_error
 from ..core.files import is_file, kind_of, listed, quoted, read_rows, require_column
 from ..mini import color_map
 from ..mini.colors import MAPS
@@ -370,7 +370,7 @@ def _load(
             f'the path "{place}" has "*", "?" or "[", which the package datasets takes for a'
             " pattern: rename the folder, or put its images directly into it."
         )
-    with translated(
+    with as_user_error(
         f'the dataset "{label}" can\'t be loaded',
         "check its files or the connection, --dataset and --dataset_config_name",
     ):

@@ -21,7 +21,7 @@ from torch import nn
 from ..adapters import adaptable
 from ..adapters.access import is_within
 from ..adapters.quantize import held_bytes
-from ..core.errors import UserError, did_you_mean, reading
+from ..core.errors import UserError, did_you_mean, read_or_refuse
 from ..core.values import (
     ALL_LAYERS,
     ALL_LINEAR,
@@ -131,7 +131,7 @@ def load_pipeline(
             parts[part] = read()
 
     pipeline_class: Any = getattr(diffusers, family.pipeline)
-    pipeline = reading(
+    pipeline = read_or_refuse(
         f'the base model "{name}"',
         f"correct its files, or {ANOTHER}",
         lambda: pipeline_class.from_pretrained(
@@ -209,7 +209,7 @@ def _empty(
             return kind.from_config(kind.load_config(place, **options))
         return kind(kind.config_class.from_pretrained(place, **options))
 
-    return reading(label, fix, lambda: empty(build, dtype))
+    return read_or_refuse(label, fix, lambda: empty(build, dtype))
 
 
 def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) -> Any:
@@ -224,7 +224,7 @@ def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) ->
     """
     require_safetensors(label, Path(place).expanduser() / options.get("subfolder", ""))
     options |= {"use_safetensors": True, "output_loading_info": True}
-    model, loaded = reading(label, fix, lambda: kind.from_pretrained(place, **options))
+    model, loaded = read_or_refuse(label, fix, lambda: kind.from_pretrained(place, **options))
     require_whole(label, loaded["missing_keys"])
     return model.requires_grad_(False).eval()
 

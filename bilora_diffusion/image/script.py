@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..adapters.quantize import quantize
-from ..core.errors import placed
+from ..core.errors import add_source
 from ..core.files import counted
 from ..core.lora_names import (
     FILE_NAME,
@@ -281,7 +281,7 @@ def joined(
         return open_part(cfg)
     sets = {}
     for number, concept_cfg in enumerate(cfg.concept_configs, start=1):
-        with placed(f"{cfg.source}, concept {number}: "):
+        with add_source(f"{cfg.source}, concept {number}: "):
             sets[concept_cfg.concept] = open_part(concept_cfg)
     return ImageSet.joined(cfg.source, sets)
 

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..config.command_line import CommandLine
 from ..config.options import StepOptions
 from ..core.durable import dump_json, write_text
-from ..core.errors import UserError, placed
+from ..core.errors import UserError, add_source
 from ..core.fields import check, like, option, options_of
 from ..core.files import is_text, quoted, read_text
 from ..core.values import (
@@ -86,7 +86,7 @@ def read_prompts(
     prompts: list[str] = []
     settings: list[dict[str, Any]] = []
     for number, item in enumerate(items, start=1):
-        with placed(f"in number {number} of {flag}, "):
+        with add_source(f"in number {number} of {flag}, "):
             prompt, flags = _prompt_and_flags(item)
             explicit = parser.explicit(flags)
             # A flag and its short form are the same setting.

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
-from ..core.errors import UserError, did_you_mean, translated
+from ..core.errors import UserError, as_user_error, did_you_mean
 from ..text.models import TextSource
 from ..text.options import TextModelOptions
 
@@ -54,7 +54,7 @@ def parse(
         # TRL's default is bf16, which Transformers refuses on a CPU. Of two flags the last holds,
         # so that the user's comes second.
         words = ["--bf16", "False", *words]
-    with translated("the arguments of the trainer can't be used", "correct them"):
+    with as_user_error("the arguments of the trainer can't be used", "correct them"):
         options, args, unknown_words = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True
         )
@@ -103,5 +103,5 @@ def load_rows(name: str) -> Any:
     if Path(name).is_file():
         arguments = {"path": "json", "data_files": name}
     fix = "give a JSONL file, a folder or a set on the hub as --data"
-    with translated(f'the data "{name}" can\'t be loaded', fix):
+    with as_user_error(f'the data "{name}" can\'t be loaded', fix):
         return datasets.load_dataset(**arguments, split="train")

@@ -26,7 +26,7 @@ from ..adapters import AUXILIARY, INITIAL, PRIMARY
 from ..api import BiLoRA, BiLoRAConfig, attach
 from ..core import removed
 from ..core.durable import readable_as, replacing
-from ..core.errors import UserError, reading, translated
+from ..core.errors import UserError, as_user_error, read_or_refuse
 from ..core.lora_names import CONFIG, WEIGHTS
 from ..run.checkpoint import load_tensors, separate
 from ..run.settings import require_same_settings
@@ -285,7 +285,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
         UserError: the file can't be read, or is of another model.
     """
     path = folder / WEIGHTS
-    saved = reading(str(path), "keep it in place", lambda: load_file(path))
+    saved = read_or_refuse(str(path), "keep it in place", lambda: load_file(path))
     primary = {}
     for name, parameter in adapters.named_parameters(bilora.model, PRIMARY).items():
         primary[adapters.peft_key(name)] = parameter
@@ -306,7 +306,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
 
 def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings and tensors of a state file."""
-    with translated(f"{path} is truncated or altered", "resume from another checkpoint"):
+    with as_user_error(f"{path} is truncated or altered", "resume from another checkpoint"):
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["bilora"])
         if settings["schema_version"] != _VERSION:

@@ -36,7 +36,7 @@ from ..core.durable import (
     remove_leftovers,
     sync,
 )
-from ..core.errors import TrainingError, UserError, translated
+from ..core.errors import TrainingError, UserError, as_user_error
 from ..core.files import hash_of_file, regular_file
 
 SCHEMA_VERSION = 4
@@ -144,7 +144,7 @@ def load(path: Path) -> Checkpoint:
         raise UserError(
             f"checkpoint {path} {problem}: give RUN/checkpoints/step-N, or start without resuming"
         )
-    with unaltered(path, DIGESTS):
+    with explain_checkpoint_errors(path, DIGESTS):
         # Of an unknown version the other files are not read.
         index = json.loads(regular_file(path / DIGESTS).read_bytes())
         version = index["schema_version"]
@@ -156,11 +156,11 @@ def load(path: Path) -> Checkpoint:
             " or start a new run in another folder"
         )
     for name in FILES:
-        with unaltered(path, name):
+        with explain_checkpoint_errors(path, name):
             if hash_of_file(path / name) != hashes[name]:
                 raise ValueError("not what was written")
     # The content is what was written, but a library of another version may not read it.
-    with unaltered(path):
+    with explain_checkpoint_errors(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         optimizer = join(state["optimizer"], _load_tensors(path / OPTIMIZER))
         return Checkpoint(
@@ -178,9 +178,9 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def unaltered(path: Path, name: str = ".") -> AbstractContextManager[None]:
+def explain_checkpoint_errors(path: Path, name: str = ".") -> AbstractContextManager[None]:
     """Context manager for reading a checkpoint or one of its files: errors say what to do."""
-    return translated(
+    return as_user_error(
         f"{path / name} can't be read", "resume from an earlier checkpoint, or start a new run"
     )
 
@@ -237,7 +237,7 @@ def later_steps(folder: Path, chosen: Path) -> list[int]:
     newest = latest(folder)
     if newest is None or newest.resolve() == chosen.resolve():
         return []
-    with unaltered(chosen, STATE):
+    with explain_checkpoint_errors(chosen, STATE):
         chosen_step = json.loads((chosen / STATE).read_bytes())["step"]
         return [step for step in steps(folder) if step > chosen_step]
 

@@ -76,7 +76,7 @@ def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
 def require_same_content(
     saved: Mapping[str, Any], current: Mapping[str, Any], depends_on_heldout: bool
 ) -> None:
-    """Refuse to go on with other data than before.
+    """Refuse to resume with other data than before.
 
     Args:
         saved: record of the checkpoint.
@@ -98,7 +98,7 @@ def require_same_content(
             )
             continue
         raise UserError(
-            f"in the {name} data, {difference}: restore them to go on, or start a new run in"
+            f"in the {name} data, {difference}: restore them to resume, or start a new run in"
             " another --output_dir."
         )
 

@@ -101,7 +101,7 @@ def guard(
     has_checkpoint = checkpoint.latest(folder) is not None
     if resume is None and record is None and has_checkpoint:
         raise UserError(
-            f"{folder} holds checkpoints without the run.json of their run: go on with"
+            f"{folder} holds checkpoints without the run.json of their run: resume with"
             " --resume_from_checkpoint auto, move them away, or give another --output_dir"
         )
     if resume is None and record is not None and not overwrite:
@@ -128,7 +128,7 @@ def guard(
     if later_steps:
         later = ", ".join(f"step-{step}" for step in later_steps)
         raise UserError(
-            f"{folder} holds later checkpoints than {chosen.name} ({later}): go on from the newest"
+            f"{folder} holds later checkpoints than {chosen.name} ({later}): resume from the newest"
             " with --resume_from_checkpoint auto, or delete what the run holds of later steps with"
             " --overwrite_output_dir"
         )
@@ -161,7 +161,7 @@ def _describe_occupied(folder: Path, record: Mapping[str, Any], settings: Mappin
         )
     return (
         f"{folder} holds this run, {end} and saved up to step {saved_steps[-1]} of"
-        f" {record['num_steps']}: go on with --resume_from_checkpoint auto, {OR_ANEW}"
+        f" {record['num_steps']}: resume with --resume_from_checkpoint auto, {OR_ANEW}"
     )
 
 
@@ -256,7 +256,7 @@ def rewind(folder: Path, step: int) -> None:
 
     Args:
         folder: the run folder.
-        step: step of the checkpoint that the run goes on from.
+        step: step of the checkpoint that the run resumes from.
     """
     record = _read_record(folder)
     if record is not None:

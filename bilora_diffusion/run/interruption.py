@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run finishes its step, saves a checkpoint and prints how to go on.
+"""Ctrl-C and SIGTERM: a run finishes its step, saves a checkpoint and prints how to resume.
 
 The first signal only sets a number, which the loop reads between two steps; a second Ctrl-C stops
 at once. Before the first step there is nothing to save, so the first signal of a single process
@@ -164,7 +164,7 @@ def describe_interruption(
         state = "nothing was saved yet" if saved is None else f"{saved} is saved"
         if control_folder is not None:
             place = f" of the run in {folder}"
-    instruction = "go on with"
+    instruction = "resume with"
     if arguments is None:
         command = "the same arguments and --resume_from_checkpoint auto"
     else:
@@ -182,7 +182,7 @@ def describe_interruption(
 
 
 def resume_command(arguments: Sequence[str], overwrites: bool) -> str:
-    """The arguments of a script that go on from the newest checkpoint, as a shell reads them.
+    """The arguments of a script that resume from the newest checkpoint, as a shell reads them.
 
     Of two equal flags the last one holds, so that added flags overrule the others and the recipe.
     Where there is no checkpoint yet, "auto" begins; so does a control that has not begun.

@@ -145,7 +145,7 @@ class Line(_Strict):
 
 
 @contextlib.contextmanager
-def _reading(place: object, fix: str, problem: str = "is damaged") -> Iterator[None]:
+def _explain_record_errors(place: object, fix: str, problem: str = "is damaged") -> Iterator[None]:
     """Make a sentence of what is raised within the context; a missing file stays an `OSError`."""
     try:
         yield
@@ -167,7 +167,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / RUN
     try:
-        with _reading(path, "restore it from a copy, or give another run folder"):
+        with _explain_record_errors(path, "restore it from a copy, or give another run folder"):
             record = _parsed(regular_file(path).read_bytes())
             version = record["schema_version"]
             # Of another version the types may differ, so only the number is read.
@@ -192,12 +192,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     fix = "restore it from a copy, or start a new run in another folder"
     try:
-        with _reading(path, fix):
+        with _explain_record_errors(path, fix):
             lines = regular_file(path).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
-        with _reading(f"line {number} of {path}", fix, "is not a metrics line"):
+        with _explain_record_errors(f"line {number} of {path}", fix, "is not a metrics line"):
             row = _parsed(line)
             Line.model_validate(row)
             rows.append(row)

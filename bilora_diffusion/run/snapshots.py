@@ -29,7 +29,7 @@ from ..core.durable import (
     sync,
     write_bytes,
 )
-from ..core.errors import TrainingError, UserError, translated
+from ..core.errors import TrainingError, UserError, as_user_error
 
 FOLDER = "dynamics"
 SCHEMA_VERSION = 1
@@ -102,7 +102,7 @@ def read(path: Path) -> Snapshot:
         UserError: it is damaged, or another version wrote it.
     """
     with (
-        translated(f"{path} can't be read", "delete it to leave this step out, or train again"),
+        as_user_error(f"{path} can't be read", "delete it to leave this step out, or train again"),
         safe_open(path, framework="pt") as file,
     ):
         header = json.loads((file.metadata() or {})["snapshot"])

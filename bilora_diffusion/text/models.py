@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import UserError, translated
+from ..core.errors import UserError, as_user_error
 from ..core.seeds import seed_of
 from ..core.values import KINDS
 from ..train.dry_run import empty
-from ..train.soundness import reading, require_safetensors, require_words
+from ..train.soundness import read_or_refuse, require_safetensors, require_words
 from .options import TextModelOptions
 from .places import gguf_file, locate
 
@@ -113,7 +113,7 @@ class TextSource:
             self._attention["attn_implementation"] = options.attn_implementation
         self._weights_label = f'the weights of "{self.name}"'  # for messages
 
-        with translated(f'the configuration of "{self.name}" can\'t be read', FIX):
+        with as_user_error(f'the configuration of "{self.name}" can\'t be read', FIX):
             self.config = _auto("Config").from_pretrained(self.location, **self.arguments)
             self.kind = kind_of(self.config, self.name, options.task_type)
 
@@ -158,7 +158,7 @@ class TextSource:
                 self.config, trust_remote_code=trusts_code, **self._attention
             )
 
-        model = reading(self._weights_label, FIX, lambda: empty(build, dtype))
+        model = read_or_refuse(self._weights_label, FIX, lambda: empty(build, dtype))
         if self.kind != "classification":
             return model, ()
         # Only stored weights tell which layers outside the body are new: assume all.
@@ -183,7 +183,7 @@ class TextSource:
         # Transformers samples the values of a new head.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
-            model, report = reading(
+            model, report = read_or_refuse(
                 self._weights_label,
                 FIX,
                 lambda: auto_class.from_pretrained(self.location, **arguments),
@@ -229,7 +229,7 @@ class TextSource:
                     arguments[key] = self.arguments[key]
         part = f'the tokenizer of "{tokenizer_name or self.name}"'
         fix = "give another with --tokenizer_name"
-        tokenizer = reading(
+        tokenizer = read_or_refuse(
             part,
             f"add its files, {fix}, or install what it asks for",
             lambda: _auto("Tokenizer").from_pretrained(location, **arguments),

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..core.errors import UserError, translated
+from ..core.errors import UserError, as_user_error
 from ..core.seeds import digest_texts, generator, seed_of
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask, packaged_rows
@@ -193,7 +193,7 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
     if task.package:
         return datasets.Dataset.from_list(packaged_rows(task, split))
     arguments: Any = {"split": split, "cache_dir": cache_dir}
-    with translated(
+    with as_user_error(
         f"the dataset {task.dataset} of the task {task.name} could not be loaded",
         "check the connection, log in with `hf auth login` if it is not public, or give a file by"
         " --train_file",

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..core.errors import UserError, translated
+from ..core.errors import UserError, as_user_error
 from ..core.seeds import digest_texts
 from .examples import Example
 
@@ -313,7 +313,7 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
 def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = False) -> str:
     """Apply the tokenizer's chat template to messages; with `prompting` as a prompt."""
     sentence = f"the tokenizer's chat template refuses {where}"
-    with translated(sentence, "correct its turns, or give --template alpaca"):
+    with as_user_error(sentence, "correct its turns, or give --template alpaca"):
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompting
         )

@@ -16,9 +16,9 @@ from typing import Any
 
 from .. import adapters, methods
 from ..config.options import NO_CONTROL
-from ..config.resolving import collected_notes
+from ..config.resolving import collect_notes
 from ..config.run import RunConfig
-from ..core.errors import Interrupted, placed
+from ..core.errors import Interrupted, add_source
 from ..run import console, hub, interruption
 from ..run.data import record_content, require_same_content, summarize
 from ..run.folder import guard, refuse_unusable
@@ -27,7 +27,7 @@ from ..run.record import read_run
 from . import dry_run, setup
 from .engine import build_accelerator, free_memory
 from .resume import holds_finished_run
-from .setup import Config, Script, translated_errors
+from .setup import Config, Script, explain_setup_errors
 
 PACKAGE = __name__.partition(".")[0]
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def train(
         runs = plan(configs)
         accelerator = build_accelerator(cfg)
         repo_ids = hub_repositories(runs)
-        with translated_errors(cfg.base_model):
+        with explain_setup_errors(cfg.base_model):
             task: Any = script.build_task(cfg, accelerator)
         for run in runs:
             run.require_same_data(task)
@@ -168,7 +168,7 @@ class PlannedRun:
 
     Attributes:
         cfg: its configuration.
-        checkpoint_folder: checkpoint to go on from; None for a new run.
+        checkpoint_folder: checkpoint to resume from; None for a new run.
         is_finished: True if an earlier command has trained it to its end.
     """
 
@@ -247,9 +247,9 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
     if cfg.hub_model_id:
         words += ["--hub_model_id", f"{cfg.hub_model_id}-{cfg.compare}"]
 
-    with collected_notes() as known_notes:
+    with collect_notes() as known_notes:
         script.resolve(argv)
-    with collected_notes() as notes, placed(f"in the control run of --compare {cfg.compare}, "):
+    with collect_notes() as notes, add_source(f"in the control run of --compare {cfg.compare}, "):
         control = script.resolve(words)
     for name in dropped_options:
         logger.warning(

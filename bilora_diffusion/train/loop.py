@@ -330,7 +330,7 @@ def warn_of_zero_auxiliary(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
+def record_outcome(log: RunLog | None, folder: Path) -> Iterator[None]:
     """Context manager: writes an error or a signal into the run's record and raises it again.
 
     The traceback of an unexpected error is written to the run folder.
@@ -350,7 +350,7 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
     except Exception as error:
         if disk_is_full(error):
             sentence = (
-                f"the disk that holds {folder} is full: make room and go on with"
+                f"the disk that holds {folder} is full: make room and resume with"
                 " --resume_from_checkpoint auto"
             )
             _close(log, "failed", sentence)

@@ -99,7 +99,7 @@ class ClippedOptimizer:
     def skipped(self) -> bool:
         """True if the gradient scaler skipped the last update.
 
-        Then there is no projection, and the schedule does not go on.
+        Then there is no projection, and the schedule does not advance.
         """
         return bool(self._accelerator.optimizer_step_was_skipped)
 

@@ -75,7 +75,7 @@ def load(trainer: Trainer, path: Path) -> None:
             other data.
     """
     saved = checkpoint.load(path)
-    with checkpoint.unaltered(path):
+    with checkpoint.explain_checkpoint_errors(path):
         _require_same_run(trainer, saved)
         # In place: the optimizer and the hooks know the parameters as objects.
         load_tensors(_tensors(trainer), saved.tensors)

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config.run import RunConfig
-from ..core.errors import LIBRARY_ERRORS, Interrupted, TrainingError, translated
+from ..core.errors import LIBRARY_ERRORS, Interrupted, TrainingError, as_user_error
 from ..core.files import counted
 from ..methods import Method, for_run
 from ..run import console, hub, provenance
@@ -27,7 +27,7 @@ from ..run.record import last_measured, read_run
 from ..run.runlog import RunLog
 from . import loop, resume
 from .engine import free_memory
-from .loop import recorded, warn_of_zero_auxiliary
+from .loop import record_outcome, warn_of_zero_auxiliary
 from .optimizers import StepLayout, total_steps
 from .task import Task
 from .trainer import Trainer
@@ -85,7 +85,7 @@ def run(
         task: task that is trained.
         accelerator: engine of the run.
         folder: run folder.
-        checkpoint_folder: checkpoint to go on from; None for a new run.
+        checkpoint_folder: checkpoint to resume from; None for a new run.
         repo_id: hub repository that the folder is pushed to.
 
     Returns:
@@ -93,7 +93,7 @@ def run(
         when the engine is closed; None without one.
     """
     cfg = task.cfg
-    with translated_errors(cfg.base_model):
+    with explain_setup_errors(cfg.base_model):
         step_size = StepLayout.from_config(cfg, accelerator).step_size
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps)
@@ -111,7 +111,7 @@ def run(
         announce(trainer, folder)
 
     try:
-        with trainer.interruption, recorded(log, folder):
+        with trainer.interruption, record_outcome(log, folder):
             accelerator.init_trackers(script.project, config=tracker_config(cfg))
             exported: dict[str, Any] = {}
 
@@ -123,7 +123,7 @@ def run(
             failures = loop.run(trainer, folder, log, None if log is None else export)
             # A signal that ended the loop after a step is recorded like one that ended it within.
             if not trainer.is_finished:
-                raise KeyboardInterrupt
+                raise Interrupted
             results = {} if log is None else measured_results(trainer, folder)
             if failures:
                 results["failed_evaluations"] = [failure._asdict() for failure in failures]
@@ -177,7 +177,7 @@ def require_evaluated(folder: Path) -> None:
 
 
 def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
-    """Begin the record of a run or go on with it; a new run deletes files that it may overwrite."""
+    """Begin or continue the record of a run; a new run deletes files that it may overwrite."""
     cfg = trainer.cfg
     if not is_resumed:
         clear(folder, overwrite=cfg.overwrite_output_dir)
@@ -195,9 +195,9 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
     return log
 
 
-def translated_errors(model: str) -> AbstractContextManager[None]:
+def explain_setup_errors(model: str) -> AbstractContextManager[None]:
     """Context manager: turn a library's error while a run is set up into one sentence."""
-    return translated(
+    return as_user_error(
         f'"{model}" can\'t be trained with these options',
         "change the option that the reason names, or give another model",
         LIBRARY_ERRORS,

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import PICKLED, UserError, reading
+from ..core.errors import PICKLED, UserError, read_or_refuse
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -31,7 +31,7 @@ def require_safetensors(part: str, folder: Path) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith(PICKLES)]
     for path in folder.glob("*.safetensors.index*.json"):
-        files = reading(
+        files = read_or_refuse(
             part,
             "download or write it again",
             lambda path=path: json.loads(path.read_text(encoding="utf-8"))["weight_map"].values(),

@@ -162,7 +162,7 @@ class Trainer:
         started = time.perf_counter()
         self._losses_of_step.clear()
         loss = self.method.step(self.forward_backward(batches), self.clipped)
-        # Of the step just taken; the schedule goes on below.
+        # Of the step just taken; the schedule advances below.
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         # A step that the gradient scaler skips has changed no weights.
         if not self.clipped.skipped:

@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bilora_diffusion.core.errors import UserError, strip_controls, translated
+from bilora_diffusion.core.errors import UserError, as_user_error, strip_controls
 from bilora_diffusion.core.files import counted, without_paths
 from bilora_diffusion.core.values import BASE_GUIDANCE
 from bilora_diffusion.run.record import RUN
@@ -334,11 +334,11 @@ def load_models(
     from . import captioners, models
 
     fix = "check its name, its files, the connection to the hub, and that open_clip_torch is there"
-    with translated(f'"{scorer}" can\'t be loaded', fix):
+    with as_user_error(f'"{scorer}" can\'t be loaded', fix):
         loaded_scorer = models.load(scorer, device)
     if captioner is None:
         return loaded_scorer, None
-    with translated(f'"{captioner}" can\'t be loaded', fix):
+    with as_user_error(f'"{captioner}" can\'t be loaded', fix):
         return loaded_scorer, captioners.load(captioner, loaded_scorer, device)
 
 
@@ -347,7 +347,7 @@ def load_image_model(name: str, device: str = "cpu") -> ImageEmbedder:
     from .models import dinov2
 
     fix = "check its name, its files and the connection to the hub; weights must be in safetensors"
-    with translated(f'"{name}" can\'t be loaded', fix):
+    with as_user_error(f'"{name}" can\'t be loaded', fix):
         return dinov2(name, device)
 
 

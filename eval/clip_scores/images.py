@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from bilora_diffusion import methods, mini
 from bilora_diffusion.core.durable import write_bytes
-from bilora_diffusion.core.errors import translated
+from bilora_diffusion.core.errors import as_user_error
 from bilora_diffusion.core.files import duration, without_paths
 from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE
@@ -228,7 +228,7 @@ class Store:
         """The image of a job, RGB."""
         path = self.root / job.file
         with (
-            translated(f"{path} can't be read", "the same command makes it again"),
+            as_user_error(f"{path} can't be read", "the same command makes it again"),
             Image.open(path, formats=["PNG"]) as image,
         ):
             return image.convert("RGB")
@@ -243,7 +243,7 @@ class Store:
             information.add_text(_CHUNK, json.dumps(record, sort_keys=True))
             image.save(content, format="PNG", pnginfo=information)
             path = self.root / job.file
-            with translated(f"{path} can't be written", "give another output folder"):
+            with as_user_error(f"{path} can't be written", "give another output folder"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, content.getvalue())
 

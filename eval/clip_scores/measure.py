@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from bilora_diffusion import mini
-from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.image.image_files import read_rgb
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
@@ -241,7 +241,7 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
         if base not in mini.PIPELINES and mini.heldout_dir() in file.resolve().parents:
             continue
         sentence = f'the reference {file} of "{prompt.text}" can\'t be read'
-        with translated(sentence, "correct the file of prompts"):
+        with as_user_error(sentence, "correct the file of prompts"):
             picture = read_rgb(file)
         if prompt.colors is not None:
             picture = MAPS[prompt.colors](picture)

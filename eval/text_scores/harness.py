@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.config.machine import require
-from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
@@ -118,7 +118,7 @@ class Harness:
     def _load_tasks(self) -> dict[str, Any]:
         """The harness's tasks with their data, set as the benchmark says."""
         benchmark = self.benchmark
-        with translated(
+        with as_user_error(
             f'the data of "{benchmark.name}" can\'t be had',
             "load it once with a connection to the hub, or give a task of your own by"
             " --include_path",

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bilora_diffusion.config.machine import require
-from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.core.files import read_rows
 from bilora_diffusion.core.seeds import digest_texts
 
@@ -178,7 +178,7 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
     if source is None:
         import datasets
 
-        with translated(
+        with as_user_error(
             f"the questions of MT-Bench can't be loaded from the hub ({HUB})",
             "give them as a JSONL file by --mtbench_questions",
         ):

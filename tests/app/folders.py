@@ -1,4 +1,4 @@
-"""Folders for the viewer's tests: runs, scored images and results, as the tools leave them."""
+"""Folders for tests of the viewer: runs, scored images and results, as the commands write them."""
 
 import io
 import json
@@ -9,10 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from pydantic import TypeAdapter
 
-from app.scored import NOTES, Key, Scored, ScoredImage, ScoringModel, Settings, scored
+from app.scores import NOTES, Key, ScoredImage, Scores, ScoringModel, Settings, read_scores
 from bilora_diffusion.run.checkpoint import DIGESTS, FILES
 from eval import table
 from eval.clip_scores.prompts import Prompt
@@ -25,7 +25,7 @@ COLORS = ("teal", "orange", "maroon")
 
 
 def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
-    """A run's record and an empty file of weights."""
+    """Write the record of a run and an empty file of weights."""
     record: dict[str, Any] = {
         "schema_version": 1,
         "method": method,
@@ -42,7 +42,7 @@ def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
 
 
 def make_images(folder: Path, step: int | str, count: int = 1) -> None:
-    """Validation images of a run's step, each of another color."""
+    """Write validation images of a step, each with another color."""
     images_folder = folder / "validation" / f"step-{step}"
     images_folder.mkdir(parents=True, exist_ok=True)
     red = step if isinstance(step, int) else 0
@@ -51,7 +51,7 @@ def make_images(folder: Path, step: int | str, count: int = 1) -> None:
 
 
 def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
-    """A run of images with everything that the tabs look at."""
+    """Write an image run with all files that the tabs read."""
     config = {"validation_prompts": ["a hat"], "num_validation_images": 1, "rho": 0.05}
     make_run(folder, method, **({"config": config} | changes))
     make_images(folder, 2)
@@ -66,7 +66,7 @@ def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
 
 
 def make_result(folder: Path, report: str = "# Report", **changes: Any) -> Path:
-    """A landscape with one figure."""
+    """Write a result of ``eval.landscape`` with one figure."""
     folder.mkdir(parents=True, exist_ok=True)
     table.write(Result("landscape", figures=["figure.png"]), folder, report)
     record = json.loads((folder / table.FILE).read_text("utf-8"))
@@ -81,31 +81,26 @@ def make_scores(
     texts: Sequence[str] = ("a hat",),
     seeds: Sequence[int] = (0,),
     file: str | None = None,
-) -> Scored:
-    """Scored images of adapters, each in its color of `COLORS`.
-
-    A text that begins with "a photo" is a general prompt.
+) -> Scores:
+    """Write scored images of adapters, each in its color of `COLORS`.
 
     Args:
-        file: name of every image; by default each has one of its own.
+        file: name of the file in the rows of all images; by default, each has another one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
     for number, label in enumerate(labels):
-        png_texts = PngImagePlugin.PngInfo()
-        png_texts.add_text("parameters", label)  # as in real files
         for position, (text, seed) in enumerate(product(texts, seeds)):
             scores = {"i2t": 0.25 + 0.01 * number * (position - 1), "nearest": 0.5}
             name = file or f"{number}-{position}.png"
             images[label, text, seed] = ScoredImage(name, scores, "a caption", "near.png")
             image = Image.new("RGB", (8, 8), COLORS[number])
-            image.save(folder / f"{number}-{position}.png", pnginfo=png_texts)
+            image.save(folder / f"{number}-{position}.png")
     for name in ("near.png", "truth.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
     prompts = []
     for text in texts:
-        is_general = text.startswith("a photo")
-        prompts.append(Prompt(text, text.split()[-1], Path("truth.png"), is_general))
+        prompts.append(Prompt(text, text.split()[-1], Path("truth.png")))
     return write(scores_of(labels, prompts, images, seeds), folder)
 
 
@@ -114,8 +109,8 @@ def scores_of(
     prompts: Sequence[Prompt],
     images: Mapping[Key, ScoredImage],
     seeds: Sequence[int],
-) -> Scored:
-    """Scores as the tabs see them; an adapter's digest is "digest LABEL"."""
+) -> Scores:
+    """Scores of images, as the tabs read them."""
     rows = []
     for (label, text, seed), image in images.items():
         values: dict[str, tuple[float | None, str]] = {"image": (None, image.file)}
@@ -123,21 +118,21 @@ def scores_of(
             values[metric] = (value, getattr(image, NOTES.get(metric, ""), None) or "")
         for metric, (value, note) in values.items():
             rows.append(Row(label, label, seed, metric, text, None, value, note))
-    entries = [Entry(label, label, method=label, digest=f"digest {label}") for label in labels]
+    entries = [Entry(label, label, method=label) for label in labels]
     settings = Settings(list(prompts), list(seeds), ScoringModel("test-CLIP"), None)
     about = TypeAdapter(Settings).dump_python(settings, mode="json")
-    return scored(Result("clip_scores", entries, settings=about, rows=rows))
+    return read_scores(Result("clip_scores", entries, settings=about, rows=rows))
 
 
-def write(scores: Scored, folder: Path) -> Scored:
-    """Write a result that reads back as these scores."""
+def write(scores: Scores, folder: Path) -> Scores:
+    """Write scores as a result."""
     folder.mkdir(parents=True, exist_ok=True)
     table.write(scores.result, folder, "")
     return scores
 
 
 def write_bomb(path: Path) -> Path:
-    """A picture of a few bytes that says that it has 20,000 x 20,000 pixels."""
+    """Write a picture of a few bytes whose header says that it has 20,000 x 20,000 pixels."""
     file = io.BytesIO()
     Image.new("1", (1, 1)).save(file, "PNG")
     content = file.getvalue()

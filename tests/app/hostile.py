@@ -1,4 +1,4 @@
-"""Folders for the viewer that are damaged, or made by someone who wants to take it down."""
+"""Folders that are damaged, or made by somebody who attacks the viewer."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ FORMULA = r"$$\rlap{\smash{\rule{999em}{999em}}}$$"
 
 
 def replaced(make: Callable[[Path], Any], file: str, spoil: Callable[[Path], Any]) -> Any:
-    """A good folder in which ``spoil`` makes something else in place of a file."""
+    """A function that makes a good folder, and replaces a file of it by the output of ``spoil``."""
 
     def damage(folder: Path) -> None:
         make(folder)
@@ -40,7 +40,7 @@ def written(text: str) -> Any:
 
 
 def changed(file: str, old: str, new: str) -> Any:
-    """Scores with other words in a file."""
+    """A function that makes scores with other words in a file."""
 
     def damage(folder: Path) -> None:
         make_scores(folder)
@@ -53,13 +53,13 @@ def changed(file: str, old: str, new: str) -> Any:
 
 
 def sparse(path: Path) -> None:
-    """A file that says to have a terabyte."""
+    """Write a file with a size of one terabyte."""
     with path.open("wb") as file:
         file.truncate(2**40)
 
 
 def in_folder(name: str | bytes) -> Any:
-    """A good run and good scores in a folder of this name."""
+    """A function that makes a good run and good scores in a folder with this name."""
 
     def damage(folder: Path) -> None:
         folder.mkdir()
@@ -71,7 +71,7 @@ def in_folder(name: str | bytes) -> Any:
 
 
 def loops(folder: Path) -> None:
-    """Links to themselves, to above, to one another and out of the root."""
+    """Make links to themselves, to parent folders, to each other and out of the root."""
     make_run(folder)
     links = {"a": "a", "b": "..", "c": "d", "d": "c", "e": "/", "validation/x": "."}
     links |= {"run.json": "metrics.jsonl", "metrics.jsonl": "run.json"}
@@ -81,14 +81,14 @@ def loops(folder: Path) -> None:
 
 
 def closed(folder: Path) -> None:
-    """Files and folders that nobody may read."""
+    """Make files and folders that nobody may read."""
     make_run(folder)
     for name in ("metrics.jsonl", "validation", "run.json"):
         (folder / name).chmod(0)
 
 
 HALF_OF_A_PAIR = "\ud800"
-# File of a folder -> a function that makes such a folder
+# File -> a function that makes a folder with it
 FILES = {
     "run.json": make_run,
     "metrics.jsonl": make_run,
@@ -107,7 +107,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def damaged_files() -> dict[str, Callable[[Path], Any]]:
-    """Each kind of damage in each file."""
+    """Functions that make folders, with each kind of damage in each file."""
     folders = {}
     for file, make in FILES.items():
         for name, damage in DAMAGES.items():
@@ -115,7 +115,7 @@ def damaged_files() -> dict[str, Callable[[Path], Any]]:
     return folders
 
 
-# Damage -> a function that makes it at a place where nothing is yet
+# Damage -> a function that makes a folder with it
 HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
     "a picture that fills the memory": replaced(make_run, "validation/step-2/000.png", write_bomb),
     # runs
@@ -162,7 +162,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
 
 
 def make_good(root: Path) -> None:
-    """Two runs, their scores and a result, which all tabs show."""
+    """Make two runs, their scores and a result, which all tabs show."""
     for method in LABELS:
         make_run(root / "good" / method, method)
     make_scores(root / "good" / "scores")

@@ -1,4 +1,4 @@
-"""Folders under the viewer's root: found, checked, and never left; a wrong root or address."""
+"""Folders below the viewer's root: the scan, its checks, and paths that lead out of the root."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from PIL import Image
 from app import catalog as catalogs
 from app import parts, results, validation
 from app.catalog import DEPTH, Catalog
-from app.page import title
-from app.runs import ordered, pair
+from app.page import heading_html
+from app.runs import choose_pair, sort_runs
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.demo import scoring_command, write_result
 from bilora_diffusion.image.validation import INDEX
@@ -24,7 +24,7 @@ def paths(catalog):
     return [run.path for run in catalog.scan.runs]
 
 
-def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_path):
+def test_a_scan_finds_runs_and_results_but_not_in_checkpoints_or_too_deep(tmp_path):
     make_run(tmp_path / "b" / "lora")
     make_run(tmp_path / "a", method="bilora", status="running")
     deep = tmp_path.joinpath(*"cdefghij"[:DEPTH])
@@ -50,7 +50,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     assert (run.path, run.name, run.weights) == (".", "a (Bi-LoRA, seed 0)", WEIGHTS)
 
 
-def test_runs_are_named_by_their_folder_first(tmp_path):
+def test_the_name_of_a_run_begins_with_its_folder(tmp_path):
     make_run(tmp_path / "dog")
     make_run(tmp_path / "tries" / "dog", method="bilora")
     make_run(tmp_path / "e", method="of the future", seed=3)
@@ -63,7 +63,7 @@ def test_runs_are_named_by_their_folder_first(tmp_path):
     ]
 
 
-def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(tmp_path):
+def test_the_first_pair_has_the_same_data_or_else_the_same_prompts(tmp_path):
     def make(name, method, data_hash=None, prompt="a dog", **changes):
         config = {"validation_prompts": [prompt], "num_validation_images": 1}
         run = make_run(tmp_path / name, method, config=config, **changes)
@@ -72,7 +72,7 @@ def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(tmp_p
             (run / "metrics.jsonl").write_text(rows)
 
     def first():
-        return {run.path for run in pair(Catalog(tmp_path).scan.runs)}
+        return {run.path for run in choose_pair(Catalog(tmp_path).scan.runs)}
 
     assert first() == set()
     make("concepts", "bilora", "c0", prompt="a cat")
@@ -85,16 +85,16 @@ def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(tmp_p
     make("other", "bilora")
     assert first() == {"other", "dog-lora"}, "the same prompts"
     make("seed-1", "bilora", seed=1)
-    assert first() == {"other", "dog-lora"}, "and the same seed"
+    assert first() == {"other", "dog-lora"}, "the same prompts and seed"
 
 
-def test_runs_without_images_are_named_with_the_flag_that_makes_them(tmp_path):
+def test_runs_without_images_are_listed_with_the_flag_that_adds_them(tmp_path):
     config = {"validation_prompts": ["a dog"], "num_validation_images": 1}
     make_images(make_run(tmp_path / "shown", config=config), 2)
     make_run(tmp_path / "going-on", config=config)
-    assert validation.without_images(Catalog(tmp_path)) == ""
+    assert validation.runs_without_images(Catalog(tmp_path)) == ""
     make_run(tmp_path / "plain", "bilora")
-    text = validation.without_images(Catalog(tmp_path))
+    text = validation.runs_without_images(Catalog(tmp_path))
     assert "plain (Bi-LoRA, seed 0)" in text
     assert "--validation_prompt" in text
     assert "going-on" not in text
@@ -104,10 +104,10 @@ def test_runs_without_images_are_named_with_the_flag_that_makes_them(tmp_path):
 def test_the_heading_counts_each_folder_once(tmp_path):
     make_run(tmp_path / "dog")
     make_scores(tmp_path / "scores")
-    assert title(Catalog(tmp_path)).endswith("</b> · 1 run, 1 result</p>")
+    assert heading_html(Catalog(tmp_path)).endswith("</b> · 1 run, 1 result</p>")
 
 
-def test_the_demo_s_picture_is_a_result(tmp_path):
+def test_the_picture_of_the_demo_is_a_result(tmp_path):
     picture = tmp_path / "grid.png"
     Image.new("RGB", (8, 8)).save(picture)
     write_result(picture, "Both runs saw the same data.", "loss  step 75\nLoRA     1.0")
@@ -115,24 +115,24 @@ def test_the_demo_s_picture_is_a_result(tmp_path):
     (item,) = catalog.scan.results
     assert (item.kind, item.figures) == ("demo", ["grid.png"])
     assert not catalog.scan.broken
-    assert "    LoRA     1.0" in results.text(catalog, item)
-    assert len(results.pictures(catalog, item)[0]) == 1
+    assert "    LoRA     1.0" in results.read_report(catalog, item)
+    assert results.figures_html(catalog, item).count("<img") == 1
 
 
-def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path, monkeypatch):
+def test_a_scan_notices_changes_and_reads_no_unchanged_file_again(tmp_path, monkeypatch):
     run = make_run(tmp_path / "lora", status="running")
     catalog = Catalog(tmp_path)
-    signs = {}
+    hashes = {}
 
     def changed_kinds():
-        """The kinds of content whose sign is not that of the last call."""
+        """The kinds of content that have changed since the last call."""
         catalog.refresh()
         changed = set()
         for kind in ("runs", "scores", "results"):
-            sign = catalog.fingerprint(kind)
-            if sign != signs.get(kind):
+            content_hash = catalog.content_hash(kind)
+            if content_hash != hashes.get(kind):
                 changed.add(kind)
-            signs[kind] = sign
+            hashes[kind] = content_hash
         return changed
 
     changed_kinds()
@@ -156,54 +156,54 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path,
     assert paths(catalog) == ["other"]
 
 
-def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):
+def test_commands_quote_their_paths_for_the_shell(tmp_path, monkeypatch):
     root = tmp_path / "my runs"
     for method in ("lora", "bilora"):
         make_run(root / method, method=method)
     monkeypatch.chdir(tmp_path)
-    text = unescape(parts.empty(Catalog(root), "", "clip_scores", "train"))
+    text = unescape(parts.empty_notice(Catalog(root), "", "clip_scores", "train"))
     assert "<code>python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'</code>" in text
     for method in ("lora", "bilora"):
         assert f"--output_dir 'my runs'/{method}" in text
     assert text.count("--validation_prompt") == 2
-    # Runs of the miniature as the demo leaves them get the demo's own command.
+    # Runs of the demo get the command that the demo prints.
     heldout = "mini-duotone-heldout"
     config = {"pretrained_model_name_or_path": "mini", "validation_dataset": heldout}
     for method in ("lora", "bilora"):
         make_run(root / method, method=method, config=config)
     command = scoring_command(["my runs/lora", "my runs/bilora"], heldout)
     assert "--guidance_from base" in command
-    assert command in unescape(parts.empty(Catalog(root), "", "clip_scores"))
+    assert command in unescape(parts.empty_notice(Catalog(root), "", "clip_scores"))
     monkeypatch.chdir(root)
-    assert Catalog(root).place("lora") == "lora"
-    # From elsewhere the path is absolute; for visitors of a public viewer it has no parents.
+    assert Catalog(root).command_path("lora") == "lora"
+    # In another working folder the path is absolute; on a public page it has no parent folders.
     monkeypatch.chdir("/")
     monkeypatch.setattr(Path, "cwd", lambda: Path("/elsewhere"))
-    assert Catalog(root).place("lora") == f"{root}/lora"
-    assert Catalog(root, public=True).place("lora") == "my runs/lora"
+    assert Catalog(root).command_path("lora") == f"{root}/lora"
+    assert Catalog(root, public=True).command_path("lora") == "my runs/lora"
 
 
-def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
+def test_validation_images_are_next_to_those_of_the_base_model(tmp_path):
     config = {"validation_prompts": ["a rabbit", "<b>"], "num_validation_images": 1}
     for method, steps in (("lora", (0, 50)), ("bilora", (50, 100))):
         run = make_run(tmp_path / method, method=method, config=config)
         for step in steps:
             make_images(run, step, 2)
     catalog = Catalog(tmp_path)
-    runs = ordered(validation.with_images(catalog))
+    runs = sort_runs(validation.runs_with_images(catalog))
     assert validation.all_steps(runs) == [50, 100]
     assert validation.first_step(runs) == 50, "the last step that both have"
     assert validation.first_step(runs[1:]) == 100
-    table = validation.table(catalog, runs, 50)
+    table = validation.images_html(catalog, runs, 50)
     assert table.count("<section") == 2
     assert table.count("<img") == 6  # two prompts by three columns
     assert "<b>" not in table
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
-    assert validation.table(catalog, runs, 100).count("no image at step 100") == 2
+    assert validation.images_html(catalog, runs, 100).count("no image at step 100") == 2
 
 
-def test_images_of_one_prompt_are_named_by_their_seeds(tmp_path):
+def test_images_of_the_same_prompt_are_labeled_with_their_seeds(tmp_path):
     def make(name, first_seed):
         config = {"validation_prompts": ["a cat"], "num_validation_images": 2}
         run = make_run(tmp_path / name, config=config)
@@ -216,7 +216,7 @@ def test_images_of_one_prompt_are_named_by_their_seeds(tmp_path):
 
     def heads(*names):
         runs = [run for run in catalog.scan.runs if run.path in names]
-        table = validation.table(catalog, runs, 5)
+        table = validation.images_html(catalog, runs, 5)
         captions = re.findall("<figcaption>([^<]*)", table)
         return re.findall("<h2>([^<]*)", table), [text.partition(")")[2] for text in captions]
 
@@ -224,7 +224,7 @@ def test_images_of_one_prompt_are_named_by_their_seeds(tmp_path):
         make(name, first_seed)
     catalog = Catalog(tmp_path)
     assert heads("a", "b") == (["a cat, seed 3", "a cat, seed 4"], [""] * 4)
-    # Images from different noise stand side by side: each has its own seed.
+    # If images side by side have different noise, each one is labeled with its seed.
     seeds = [f", image of seed {seed}" for seed in (3, 4, 4, 5)]
     assert heads("a", "c") == (["a cat", "a cat"], seeds)
     assert heads("old") == (["a cat (1)", "a cat (2)"], ["", ""])
@@ -240,7 +240,7 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
     column = validation.read_column(catalog, catalog.scan.runs[0], 50, "")
     folder = "lora/validation/step-50"
     assert column.files == {("a cat", 0): f"{folder}/001.png", ("a dog", 0): f"{folder}/000.png"}
-    # An index that leads out of its folder is not followed.
+    # Files outside of the folder of the index are not used.
     index.write_text('{"images": [{"file": "../../run.json", "prompt": "a cat"}]}')
     assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
     index.unlink()
@@ -248,7 +248,7 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
     assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
 
 
-def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
+def test_broken_folders_are_listed_and_the_others_are_shown(tmp_path):
     head = '{"schema_version": 1, "kind": '
     # Folder -> file, its content, and words of the reason
     broken = {
@@ -270,7 +270,7 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         assert str(tmp_path) not in folder.reason
 
 
-def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(tmp_path):
+def test_paths_out_of_the_root_are_refused_and_links_inside_are_followed(tmp_path):
     outside = make_run(tmp_path / "outside")
     root = tmp_path / "root"
     inside = make_run(root / "inside")

@@ -8,9 +8,9 @@ import gradio as gr
 import pytest
 
 from app import compare, parts
-from app import scored as data
+from app import scores as data
 from app.catalog import Catalog
-from app.scored import Key, ScoredImage
+from app.scores import Key, ScoredImage
 from eval.clip_scores.prompts import Prompt
 from tests.app.folders import scores_of, write
 
@@ -27,7 +27,7 @@ VIEW = data.View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
 def make_scores(i2t):
-    """Three adapters, of which the last has no scores."""
+    """Scores of three adapters; the last one has images without scores."""
     images: dict[Key, ScoredImage] = {}
     for text, seeds in i2t.items():
         for seed, values in seeds.items():
@@ -43,23 +43,23 @@ def result():
     return make_scores(I2T)
 
 
-def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(result):
-    assert data.metrics(result) == ["i2t", "nearest"]
-    rows = data.rows(result, LORA, BILORA, "i2t")
+def test_a_change_is_a_mean_over_common_seeds_and_prompts_without_one_are_last(result):
+    assert data.measured_metrics(result) == ["i2t", "nearest"]
+    rows = data.compare_prompts(result, LORA, BILORA, "i2t")
     assert [row.text for row in rows] == [RABBIT, CLOUD, LION]
     assert [row.change for row in rows] == pytest.approx([0.01, -0.05, 0.09])
-    assert data.rows(result, LORA, LORA, "i2t")[0].change == 0
-    for row in data.rows(result, LORA, BASE, "i2t"):
+    assert data.compare_prompts(result, LORA, LORA, "i2t")[0].change == 0
+    for row in data.compare_prompts(result, LORA, BASE, "i2t"):
         assert (row.b, row.change) == (None, None)
-    # Seed 7 has a score by one adapter only.
+    # Only one adapter has a score of seed 7.
     with_lone_seed = make_scores(I2T | {RABBIT: I2T[RABBIT] | {7: (0.9,)}})
-    assert data.rows(with_lone_seed, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3)
+    assert data.compare_prompts(with_lone_seed, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3)
     without_change = make_scores(I2T | {LION: {0: (0.2,)}})
     for order in ("gain", "loss"):
-        assert data.listed(replace(VIEW, order=order), without_change)[-1].text == LION
+        assert data.list_prompts(replace(VIEW, order=order), without_change)[-1].text == LION
 
 
-def test_a_score_is_shown_times_100():
+def test_a_score_is_formatted_times_100():
     assert data.times_100(0.31417) == "31.42"
     assert data.times_100(-0.005) == "-0.50"
     assert data.times_100(None) == "–"
@@ -68,7 +68,7 @@ def test_a_score_is_shown_times_100():
 def test_prompts_are_sorted_filtered_and_stepped_through(result):
     def texts(metric, order, words=""):
         view = replace(VIEW, metric=metric, order=order, words=words)
-        return [row.text for row in data.listed(view, result)]
+        return [row.text for row in data.list_prompts(view, result)]
 
     orders = {
         "gain": [LION, RABBIT, CLOUD],
@@ -83,36 +83,36 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result):
     assert texts("nearest", "loss") == orders["gain"]
     assert texts("i2t", "list", "ICON cloud") == [CLOUD]
     assert texts("i2t", "list", "cloud lion") == []
-    listed = data.listed(VIEW, result)
-    assert data.neighbour(listed, LION, 1) == RABBIT
-    assert data.neighbour(listed, LION, -1) == LION
-    assert data.neighbour(listed, CLOUD, 1) == CLOUD
-    assert data.neighbour(listed[:1], CLOUD, 1) == LION  # filtered away: the list's first
-    assert data.neighbour([], CLOUD, 1) == CLOUD
+    listed = data.list_prompts(VIEW, result)
+    assert data.find_neighbor(listed, LION, 1) == RABBIT
+    assert data.find_neighbor(listed, LION, -1) == LION
+    assert data.find_neighbor(listed, CLOUD, 1) == CLOUD
+    assert data.find_neighbor(listed[:1], CLOUD, 1) == LION  # not in the list: the first prompt
+    assert data.find_neighbor([], CLOUD, 1) == CLOUD
 
 
-def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result):
+def test_a_link_opens_its_view_and_missing_names_are_reported(result):
     first = data.first_view("scores", result)
     about = {"a": BILORA, "b": LORA, "also": (BASE,), "prompt": CLOUD, "seed": 1}
     view = replace(first, **about, order="name", words="n")
-    query = data.link(view)
+    query = data.write_query(view)
     assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%252C+plain&prompt=")
-    assert data.opened(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
-    assert data.opened({}, "scores", result) == (first, [])
-    # A label may be a part of another one, between its commas.
+    assert data.read_query(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
+    assert data.read_query({}, "scores", result) == (first, [])
+    # A label may be a part of another label that has commas.
     nested = scores_of(("a", "b", "c", "x,b,c", "50%2Cb"), PROMPTS, {}, (0,))
     for also in (("x,b,c",), ("50%2Cb",), ("c", "x,b,c")):
-        query = dict(parse_qsl(data.link(replace(VIEW, a="a", b="a", also=also))[1:]))
-        assert data.opened(query, "scores", nested)[0].also == also
-    # Names that are gone since the link was made
+        query = dict(parse_qsl(data.write_query(replace(VIEW, a="a", b="a", also=also))[1:]))
+        assert data.read_query(query, "scores", nested)[0].also == also
+    # Names that the scores no longer have
     lost = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
-    view, missing = data.opened(lost, "scores", result)
+    view, missing = data.read_query(lost, "scores", result)
     assert view == replace(first, also=())
     for word, sentence in zip(lost.values(), missing, strict=True):
         assert f'"{word}"' in sentence
 
 
-def test_checkpoints_open_with_the_last_step_and_the_one_that_the_answer_names(tmp_path):
+def test_checkpoints_open_with_the_last_and_the_best_step(tmp_path):
     labels = [f"step {step}" for step in (10, 20, 30, 40, 50)]
     images: dict[Key, ScoredImage] = {}
     for label in labels:
@@ -125,16 +125,16 @@ def test_checkpoints_open_with_the_last_step_and_the_one_that_the_answer_names(t
     answer = {"run": "dog", "last": 50, "candidate": 20, "metric": "truth"}
     answer["sentence"] = "<b>No step</b> is better."
     settings = scores.result.settings | {"answers": [answer]}
-    write(data.scored(replace(scores.result, subjects=entries, settings=settings)), tmp_path)
+    write(data.read_scores(replace(scores.result, subjects=entries, settings=settings)), tmp_path)
     (item,) = Catalog(tmp_path).scan.scores
     view = data.first_view("scores", item.result)
     assert (view.a, view.b, view.metric) == ("step 50", "step 20", "truth")
     assert view.also == ("step 10", "step 30", "step 40")
-    assert compare.answers(item.result) == "<p>&lt;b&gt;No step&lt;/b&gt; is better.</p>"
-    assert compare.answers(scores) == ""
+    assert compare.answers_html(item.result) == "<p>&lt;b&gt;No step&lt;/b&gt; is better.</p>"
+    assert compare.answers_html(scores) == ""
 
 
-def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):
+def test_a_warning_has_no_markup(result, tmp_path, monkeypatch):
     write(result, tmp_path / "scores")
     notices: list[str] = []
     monkeypatch.setattr(gr, "Warning", notices.append)
@@ -149,13 +149,13 @@ def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):
         assert "<" not in notice
 
 
-def test_html_holds_scores_and_no_foreign_markup(result):
+def test_html_has_the_scores_and_escapes_names(result):
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
-    cards = parts.card(evil, None, "A", evil, compare.facts(result, image, None))
-    row = replace(data.rows(result, LORA, BILORA, "i2t")[0], name=evil, text=evil)
-    prompts = compare.prompt_list([row], evil, evil, evil)
-    cards += compare.legend(result)
+    cards = parts.card_html(evil, None, "A", evil, compare.facts_html(result, image, None))
+    row = replace(data.compare_prompts(result, LORA, BILORA, "i2t")[0], name=evil, text=evil)
+    prompts = compare.prompts_html([row], evil, evil, evil)
+    cards += compare.legend_html(result)
     assert "<img src=x" not in cards + prompts
     assert "31.42" in cards
     assert "test-CLIP" in cards
@@ -174,4 +174,4 @@ def test_html_holds_scores_and_no_foreign_markup(result):
 )
 def test_a_difference_that_chance_explains_has_no_color(gains, tone):
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
-    assert data.rows(make_scores(scores), LORA, BILORA, "i2t")[0].tone == tone
+    assert data.compare_prompts(make_scores(scores), LORA, BILORA, "i2t")[0].tone == tone

@@ -1,4 +1,4 @@
-"""Requests of the Generate tab, and sampling that can be stopped, on the miniature."""
+"""Requests of the tab Generate, and sampling that can be cancelled, on the miniature."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -15,12 +15,12 @@ from app.generate import Stopped, Tab, Work
 from app.sampling import (
     BASE,
     BaseChoice,
-    Pipelines,
     Request,
+    Sampler,
     can_sample,
-    checked,
-    local,
-    sides,
+    find_comparison,
+    find_folder,
+    read_form,
 )
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.base_model import describe
@@ -35,12 +35,12 @@ REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
 
 
 @pytest.fixture(scope="module")
-def models():
+def sampler():
     """The miniature, loaded once."""
-    return Pipelines("cpu")
+    return Sampler("cpu")
 
 
-def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(models):
+def test_an_image_equals_that_of_the_evaluation_also_after_cancelled_work(sampler):
     steps = []
 
     def on_step(step):
@@ -50,22 +50,22 @@ def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(mo
 
     mini = BaseChoice("mini")
     with pytest.raises(Stopped):
-        models.sample(mini, None, [replace(REQUEST, steps=50)], on_step)
-    assert steps == [1, 2], "it ends before the next step"
-    (image,) = models.sample(mini, None, [REQUEST], steps.append)
-    assert steps == [1, 2, 1, 2]  # the hook of the first has gone with it
+        sampler.sample(mini, None, [replace(REQUEST, steps=50)], on_step)
+    assert steps == [1, 2], "the work ends before the next step"
+    (image,) = sampler.sample(mini, None, [REQUEST], steps.append)
+    assert steps == [1, 2, 1, 2]  # the callback of the cancelled work is not called any more
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
 def test_steps_and_guidance_are_those_of_the_model(tmp_path):
-    """In scores and in this tab, as in validation images. The weights are not needed."""
+    """Scores, this tab and validation images use the same values; none of them needs weights."""
     sd3 = str(saved("StableDiffusion3Pipeline", tmp_path / "sd3"))
     turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
     saved("ZImagePipeline", turbo)
     assert settings.usual(replace(describe(str(turbo)), name="owner/Z-Image-Turbo")) == (8, 0.0)
-    # The miniature has a guidance of its own.
+    # The miniature has another guidance scale than SDXL.
     for base, usual_values in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
         assert settings.usual(BaseChoice(base).describe()) == usual_values
         for flags, expected in (((None, None), usual_values), ((3, 0.0), (3, 0.0))):
@@ -83,12 +83,12 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
             assert (sampling.steps, sampling.guidance_scale) == expected
 
 
-def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkeypatch):
+def test_images_appear_one_by_one_and_work_can_be_cancelled(tmp_path, monkeypatch):
     make_run(tmp_path / "lora")  # its weights are an empty file
     with gr.Blocks() as page:
         work = Work(Catalog(tmp_path), page, "cpu")
         tab = Tab(work, page.load)
-    request: Any = SimpleNamespace(session_hash="me")  # Gradio's, of one visitor
+    request: Any = SimpleNamespace(session_hash="me")  # stands for Gradio's request
     steps: list[tuple[int, int]] = []
 
     def show_progress(progress, desc, unit):
@@ -106,7 +106,7 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkey
     assert "Done." in status
     assert "<img" in slider
     assert steps == [(0, 2), (1, 2), (2, 2)] * 2
-    # Newer work of a visitor ends the older one.
+    # New work of a visitor ends the earlier work.
     older, newer = begin(), begin()
     assert "Cancelled." in next(older)[0]
     next(newer)
@@ -135,14 +135,14 @@ def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path
     assert suggested(BASE, BASE, "a fox") == "a fox"
 
 
-def test_the_first_choice_is_a_run_and_its_control_and_runs_without_weights_are_named(tmp_path):
+def test_the_first_choice_is_a_run_and_its_control_and_runs_without_weights_are_listed(tmp_path):
     with gr.Blocks() as page:
         catalog = Catalog(tmp_path)
         tab = Tab(Work(catalog, page, "cpu"), page.load)
 
     def first():
         catalog.refresh()
-        a, b, absent, _ = tab.choices(None, None)
+        a, b, absent, _ = tab.fill(None, None)
         return a["value"], b["value"], absent["value"]
 
     def make(name, method, day, data_hash, **changes):
@@ -161,59 +161,59 @@ def test_the_first_choice_is_a_run_and_its_control_and_runs_without_weights_are_
     assert "dog-lora (LoRA, seed 0), interrupted" in absent
     (tmp_path / "dog-lora" / WEIGHTS).touch()
     assert first() == ("dog", "dog-lora", "")
-    a, b, _, _ = tab.choices("try", "dog")
+    a, b, _, _ = tab.fill("try", "dog")
     assert (a["value"], b["value"]) == ("try", "dog"), "a choice stays"
 
 
-def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(tmp_path):
+def test_a_comparison_has_one_base_model_and_run_folders_below_the_root(tmp_path):
     root = tmp_path / "root"
     make_run(root / "a", config={"pretrained_model_name_or_path": "mini", "resolution": 64})
     make_run(root / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
     text = make_run(root / "text")
     (text / WEIGHTS).rename(text / "adapter_model.safetensors")
-    # A run that has no weights yet, and one whose weights lie outside of the root
+    # A run without weights, and one whose weights are outside of the root
     for name in ("young", "linked"):
         (make_run(root / name) / WEIGHTS).unlink()
     (root / "linked" / WEIGHTS).symlink_to(make_run(tmp_path / "outside") / WEIGHTS)
     catalog = Catalog(root)
     assert [run.path for run in catalog.scan.runs if can_sample(run)] == ["a", "b", "linked"]
-    base, chosen, size = sides(catalog, "a", BASE)
-    assert (base, size) == (BaseChoice("mini"), 64)
-    assert chosen == [("a (LoRA, seed 0)", root / "a"), ("base model", None)]
+    comparison = find_comparison(catalog, "a", BASE)
+    assert (comparison.base, comparison.size) == (BaseChoice("mini"), 64)
+    assert comparison.sides == [("a (LoRA, seed 0)", root / "a"), ("base model", None)]
     for a, b, words in (
         ("a", "b", "mini and owner/other"),
         ("young", "a", '"young"'),
         ("linked", BASE, "out of the root"),
     ):
         with pytest.raises(UserError, match=words):
-            sides(catalog, a, b)
+            find_comparison(catalog, a, b)
 
 
-def test_a_message_does_not_tell_what_lies_outside_of_the_root(models, tmp_path, capfd):
-    # The same message, whether there is a folder or not; the server's terminal has the reason.
+def test_a_message_does_not_reveal_files_outside_of_the_root(sampler, tmp_path, capfd):
+    # The message is the same whether the folder exists or not; the terminal has the reason.
     (tmp_path / "present").mkdir()
     messages = []
     for name in ("present", "absent"):
         base = BaseChoice(str(tmp_path / name))
         with pytest.raises(UserError, match="hf download") as caught:
-            models.sample(base, None, [REQUEST], print)
+            sampler.sample(base, None, [REQUEST], print)
         messages.append(str(caught.value).replace(name, "NAME"))
         assert f"{tmp_path / name}: " in capfd.readouterr().err
     assert messages[0] == messages[1]
 
 
-def test_bad_values_and_what_is_not_here_are_refused():
+def test_bad_values_and_missing_models_are_refused():
     with pytest.raises(UserError, match="prompt is empty"):
-        checked(" ", 0, 25, 4, 1)
+        read_form(" ", 0, 25, 4, 1)
     for seed in (None, -1, 2**32):
         with pytest.raises(UserError, match=f"seed is {seed}"):
-            checked(PROMPT, seed, 25, 4, 1)
+            read_form(PROMPT, seed, 25, 4, 1)
     for steps in (None, 0, 10_000):
         with pytest.raises(UserError, match=f"steps is {steps}"):
-            checked(PROMPT, 0, steps, 4, 1)
+            read_form(PROMPT, 0, steps, 4, 1)
     with pytest.raises(UserError, match='guidance from is "both"'):
-        checked(PROMPT, 0, 25, 4, 1, "both")
+        read_form(PROMPT, 0, 25, 4, 1, "both")
     with pytest.raises(UserError, match="hf download owner/absent"):
-        local(BaseChoice("owner/absent"))
+        find_folder(BaseChoice("owner/absent"))
     with pytest.raises(UserError, match='--device "abacus"'):
-        Pipelines("abacus")
+        Sampler("abacus")

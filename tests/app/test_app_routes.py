@@ -1,4 +1,4 @@
-"""The routes of Gradio's application: each is known, and only those of the page are open."""
+"""The routes of Gradio's application: all are listed here, and only those of the page are open."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from app import page
 from app.catalog import Catalog
-from app.guard import guarded
+from app.guard import add_guards
 from tests.app.visitor import LOCAL
 
 # The routes of Gradio that the page needs
@@ -29,7 +29,7 @@ PAGE_ROUTES = {
     "GET /theme.css",
     "POST /gradio_api/queue/join",
 }
-# All others; of `file` those in Gradio's cache are open, and of `run` the address `predict`.
+# All other routes; of `run` only the path `predict` is open.
 CLOSED_ROUTES = {
     "GET /config/",
     "GET /gradio_api/app_id/",
@@ -102,19 +102,19 @@ CLOSED_ROUTES = {
 }
 
 
-def test_each_route_of_gradio_is_known_and_only_the_pages_are_open(tmp_path):
-    mount: Any = page.application(page.build(Catalog(tmp_path))).routes[-1]
+def test_each_route_of_gradio_is_listed_and_only_those_of_the_page_are_open(tmp_path):
+    mount: Any = page.build_app(page.build(Catalog(tmp_path))).routes[-1]
     routes = set()
     for route in iter_route_contexts(mount.app.routes):
         # A route without methods is one of web sockets.
         routes |= {f"{method} {route.path}" for method in route.methods or {"WEBSOCKET"}}
     new_routes = sorted(routes - PAGE_ROUTES - CLOSED_ROUTES)
     assert not new_routes, (
-        f"Gradio {gradio.__version__} has new routes: say of each whether the page needs it, in"
-        " PAGE_ROUTES and in app/guard.py, or not, in CLOSED_ROUTES"
+        f"Gradio {gradio.__version__} has new routes: add those that the page needs to PAGE_ROUTES"
+        " and app/guard.py, and the others to CLOSED_ROUTES"
     )
     assert routes >= PAGE_ROUTES
-    client = TestClient(guarded(PlainTextResponse("here"), [1], LOCAL, public=False))
+    client = TestClient(add_guards(PlainTextResponse("here"), [1], LOCAL, public=False))
     for route in PAGE_ROUTES | CLOSED_ROUTES:
         method, path = route.split()
         answer = client.request(

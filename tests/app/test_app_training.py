@@ -7,7 +7,7 @@ import pytest
 
 from app import training
 from app.catalog import Catalog
-from app.runs import BUSY_SECONDS, STALE_SECONDS, RunItem, progress
+from app.runs import BUSY_SECONDS, STALE_SECONDS, RunItem, find_progress
 from app.training_data import (
     COLORS,
     DASHES,
@@ -45,7 +45,7 @@ def rows(*losses):
 def training_run(name, log_rows, run=None, color=0, data_hash=None):
     run = run or record()
     item = RunItem(name, name, run, None, data_hash=data_hash)
-    return TrainingRun(item, color, log_rows, progress(run, log_rows, 0.0, 0.0))
+    return TrainingRun(item, color, log_rows, find_progress(run, log_rows, 0.0, 0.0))
 
 
 def described(lines):
@@ -75,31 +75,32 @@ def test_progress_of_a_running_run():
     losses = [0.1] * 40
     log_rows = [{"step": 0, "heldout_loss": 1.0}, *rows(*losses)]
     run = record() | {"wall_seconds": 21.5, "peak_memory_bytes": 2**30}
-    state = progress(run, log_rows, last_written=1000.0, current_time=1010.0)
+    state = find_progress(run, log_rows, last_written=1000.0, current_time=1010.0)
     assert (state.status, state.reason, state.steps, state.total) == ("running", "", 40, 100)
     assert state.left_seconds == pytest.approx(60 * 0.5)  # 60 steps of half a second
     assert (state.wall_seconds, state.peak_memory_bytes) == (21.5, 2**30)
     # A run of epochs has no number of steps until it has written one.
     run = record(max_train_steps=None)
-    assert progress(run, log_rows, 0.0, 0.0).total is None
-    assert progress(run | {"num_steps": 60}, log_rows, 0.0, 0.0).total == 60
+    assert find_progress(run, log_rows, 0.0, 0.0).total is None
+    assert find_progress(run | {"num_steps": 60}, log_rows, 0.0, 0.0).total == 60
 
 
 def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does():
     log_rows = rows(0.1, 0.1)
-    assert progress(record(), log_rows, 0.0, STALE_SECONDS - 1).status == "running"
-    stale = progress(record(), log_rows, 0.0, STALE_SECONDS + 1)
+    assert find_progress(record(), log_rows, 0.0, STALE_SECONDS - 1).status == "running"
+    stale = find_progress(record(), log_rows, 0.0, STALE_SECONDS + 1)
     assert stale.status == "stalled"
     assert "nothing for 3 min 1 s" in stale.reason
     assert stale.left_seconds is None
     slow = [{"step": 1, "seconds": 60.0}]
-    assert progress(record(), slow, 0.0, STALE_SECONDS + 1).status == "running", "a step takes long"
-    assert progress(record(status="finished"), log_rows, 0.0, 1e9).status == "finished"
+    state = find_progress(record(), slow, 0.0, STALE_SECONDS + 1)
+    assert state.status == "running", "a step takes long"
+    assert find_progress(record(status="finished"), log_rows, 0.0, 1e9).status == "finished"
     busy = record() | {"doing": "validation images", "doing_since": "1970-01-01T00:00:00+00:00"}
-    state = progress(busy, rows(0.1), 0.0, STALE_SECONDS + 1)
+    state = find_progress(busy, rows(0.1), 0.0, STALE_SECONDS + 1)
     assert (state.status, state.reason) == ("validation images", "for 3 min 1 s")
-    assert progress(busy, rows(0.1), 0.0, 2 * BUSY_SECONDS).status == "stalled"
-    state = progress(record(status="failed") | {"error": "a reason"}, rows(0.1), 0.0, 1e9)
+    assert find_progress(busy, rows(0.1), 0.0, 2 * BUSY_SECONDS).status == "stalled"
+    state = find_progress(record(status="failed") | {"error": "a reason"}, rows(0.1), 0.0, 1e9)
     assert (state.status, state.reason) == ("failed", "a reason")
 
 

@@ -1,4 +1,4 @@
-"""A visitor of a viewer who needs no browser."""
+"""A visitor of a viewer, without a browser."""
 
 import http.client
 import json
@@ -17,7 +17,7 @@ class Visitor:
     def ask(
         self, path: str, method: str = "GET", body: Any = None, **headers: str
     ) -> http.client.HTTPResponse:
-        """The answer to a request whose path and headers are sent as they are."""
+        """Send a request with unchanged path and headers, and return the response."""
         connection = http.client.HTTPConnection(LOCAL, self.port, timeout=120)
         content = None if body is None else json.dumps(body)
         headers = {"Content-Type": "application/json", **headers}
@@ -25,10 +25,10 @@ class Visitor:
         return connection.getresponse()
 
     def events(self, element: str | None = None) -> list[tuple[int, list[Any]]]:
-        """The events of the element with this id; without one all that the server answers.
+        """The events of the element with this id; without an id, all events of the server.
 
         Returns:
-            (number, values of its inputs on a new page) of each.
+            The number of each event, and the values of its inputs on a new page.
         """
         config = json.load(self.ask("/config"))
         properties = {part["id"]: part["props"] for part in config["components"]}
@@ -42,7 +42,7 @@ class Visitor:
         return events
 
     def send(self, event: int, values: list[Any], data: Any = None) -> str:
-        """The server's answer to an event."""
+        """Send an event and return the server's response."""
         body = {"data": values, "fn_index": event, "event_data": data, "session_hash": "visitor"}
         assert self.ask("/gradio_api/queue/join", "POST", body).status == 200
         text = ""

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 from playwright.sync_api import Browser, Page
 
-from docs import screenshots
-from docs.screenshots import LOADED_MS
 from tests.app.folders import make_result, make_scores
+from tests.browser import driver
 from tests.scripts.runs import free_port, train
 
 TEXTS = ("an icon of a rabbit", "an icon of a cloud", "an icon of a lion", "an icon of a frog")
@@ -25,21 +24,21 @@ class Viewer(NamedTuple):
 
 
 def fits(page: Page) -> bool:
-    """Test that nothing is wider than the window."""
+    """Test whether nothing is wider than the window."""
     widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     return widths[0] <= widths[1]
 
 
 @contextmanager
 def serving(root: Path, log: Path, port: int) -> Iterator[Viewer]:
-    """A viewer on this port, ended afterwards."""
-    with screenshots.serving(root, log, port) as url:
+    """Run a viewer on this port within the context."""
+    with driver.serving(root, log, port) as url:
         yield Viewer(url, root)
 
 
 @pytest.fixture(scope="session")
 def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of two steps with a checkpoint (``lora``, ``bilora``), ``scores``, a wide report."""
+    """A root with two short runs (``lora``, ``bilora``), ``scores``, and a wide report."""
     root = tmp_path_factory.mktemp("viewer") / "studio"
     values: dict[str, Any] = {
         "learning_rate": 0.02,  # enough to see it
@@ -56,7 +55,7 @@ def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Viewer]]:
-    """``start(root)`` runs a viewer until the tests of a file end: an idle one takes CPU, too."""
+    """``start(root)`` runs a viewer until the tests of a file end; idle viewers use the CPU too."""
     logs = tmp_path_factory.mktemp("logs")
     with ExitStack() as stack:
 
@@ -69,20 +68,20 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
 
 @pytest.fixture(scope="module")
 def viewer(full_root: Path, start: Callable[[Path], Viewer]) -> Viewer:
-    """A viewer of ``full_root``, shared by the tests of one process."""
+    """A viewer of ``full_root``, shared by the tests of a file."""
     return start(full_root)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Headless Chromium."""
-    with screenshots.chromium() as browser:
+    with driver.chromium() as browser:
         yield browser
 
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """``visit(phone=False, dark=False)`` is a page of a new visitor's own browser context."""
+    """``visit(phone=False, dark=False)`` opens a page for a new visitor."""
     with ExitStack() as stack:
 
         def enter(phone: bool = False, dark: bool = False) -> Page:
@@ -91,7 +90,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
                 color_scheme="dark" if dark else "light",
             )
             stack.callback(context.close)
-            context.set_default_timeout(LOADED_MS)
+            context.set_default_timeout(driver.LOADED_MS)
             return context.new_page()
 
         yield enter

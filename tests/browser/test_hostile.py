@@ -1,4 +1,4 @@
-"""The viewer in a browser beside damaged and hostile folders, and beside a hostile page."""
+"""The viewer in a browser, with damaged and hostile folders, and next to a hostile web site."""
 
 import http.server
 import threading
@@ -7,14 +7,14 @@ import pytest
 from playwright.sync_api import Response, expect
 
 from app.catalog import Catalog
-from docs.screenshots import go, pick
 from tests.app.hostile import HOSTILE, LAST_LINE, make_good
+from tests.browser.driver import go, pick
 
 pytestmark = pytest.mark.slow
 LOCALHOST = "127.0.0.1"
 
 
-def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, start, visit):
+def test_names_are_text_on_every_tab_and_another_web_site_is_refused(tmp_path, start, visit):
     make_good(tmp_path)
     for number, damage in enumerate(HOSTILE.values()):
         damage(tmp_path / f"{number:03}")
@@ -36,14 +36,14 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
         page.locator("#training-runs input").blur()
         expect(page.locator("#training-cards")).to_contain_text(name)
     expect(page.locator("#training-loss svg.marks")).to_be_visible()
-    curve = page.locator("#training-loss").bounding_box()  # the picture itself is drawn anew
-    for step in range(1, 20):  # a pointer shows names as text, too
+    curve = page.locator("#training-loss").bounding_box()  # the plot itself is redrawn
+    for step in range(1, 20):  # the tooltip shows names as text too
         share = step / 20
         page.mouse.move(curve["x"] + share * curve["width"], curve["y"] + share * curve["height"])
     go(page, hostile.url, "Results")
     pick(page, "results-result", f"Landscape: {list(HOSTILE).index('report is a page'):03}")
     report = page.locator("#results-report")
-    for text in ("log in", "overlay", "graph TD", r"\rule", "<script>"):  # as it is written
+    for text in ("log in", "overlay", "graph TD", r"\rule", "<script>"):  # as text
         expect(report).to_contain_text(text)
     expect(report.locator("form, img, svg, .katex, .mermaid, [style*=fixed]")).to_have_count(0)
     pick(
@@ -57,11 +57,11 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
     for url in requested_urls:
         assert url.startswith((hostile.url, "data:", "blob:"))
 
-    page.goto("about:blank")  # what the viewer still answers to its own page comes before
+    page.goto("about:blank")  # the last requests of the viewer's page end
     page.wait_for_timeout(1000)
     answers: list[Response] = []
     page.on("response", lambda answer: answers.append(answer))
-    # Another web site, of which the visitor has a page open
+    # Another web site that the visitor has opened
     handler = http.server.SimpleHTTPRequestHandler
     with http.server.ThreadingHTTPServer((LOCALHOST, 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Smoke tests of the viewer in a real browser; its data are tested in ``tests/app``."""
+"""Smoke tests of the viewer in a real browser; ``tests/app`` tests its data."""
 
 import re
 from itertools import pairwise
@@ -7,9 +7,8 @@ import pytest
 from playwright.sync_api import ConsoleMessage, Request, Response, expect
 
 from bilora_diffusion.run.runlog import RunLog
-from docs.screenshots import go, pick
-from tests.app.folders import make_scores
-from tests.browser.conftest import SEEDS, TEXTS, fits, serving
+from tests.browser.conftest import fits, serving
+from tests.browser.driver import GENERATED_MS, go, pick
 from tests.scripts.runs import free_port
 
 pytestmark = pytest.mark.slow
@@ -48,9 +47,9 @@ NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [
     ...[...(element.labels || [])].map((label) => label.textContent),
   ].some((name) => name && name.trim()))
   .map((element) => element.outerHTML.slice(0, 200))"""
-# Visible targets below the 24 pixels of WCAG 2.2
+# Visible buttons smaller than the 24 pixels of WCAG 2.2
 SMALL = """() => [...document.querySelectorAll(
-    ".token-remove, .reset-button, .icon-button, .download-link, .label-wrap"
+    ".token-remove, .reset-button, .icon-button, .label-wrap"
   )]
   .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
   .filter((element) => {
@@ -58,15 +57,14 @@ SMALL = """() => [...document.querySelectorAll(
     return Math.min(width, height) < 24;
   })
   .map((element) => element.outerHTML.slice(0, 200))"""
-# Levels of the visible headings, in their order
+# Levels of the visible headings, in the order of the page
 LEVELS = """() => [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")]
   .filter((element) => element.checkVisibility())
   .map((element) => Number(element.tagName[1]))"""
-# Tab -> a part that is there when it has been filled
+# Tab -> a part that is there when the tab is filled
 FILLED = {
     "Compare": "#compare-cards figure.card img",
     "Generate": "#generate-a input",
-    "Vote": "#vote-start",
     "Training": "#training-loss svg.marks",
     "Results": "#results-result input",
 }
@@ -79,27 +77,10 @@ LABEL_EDGES = """(plot) => [
   .map(({ left, right }) => [left, right])
   .sort(([a], [b]) => a - b)"""
 CARD = "#compare-cards figure.card"
-PATIENCE_MS = 600_000  # that two small images may take on a machine with other work
-LABELS = ("quagga-run", "zebra-run")  # words that stand nowhere else in the page
-# Keeps the server's answers, its streams of events too, which the browser itself forgets
-LISTEN = """
-window.heard = [];
-const ask = window.fetch;
-window.fetch = async (...request) => {
-    const answer = await ask(...request);
-    const reader = answer.clone().body?.pipeThrough(new TextDecoderStream()).getReader();
-    const listen = async () => {
-        for (let part = await reader.read(); !part.done; part = await reader.read())
-            window.heard.push(part.value);
-    };
-    if (reader) listen().catch(() => {});
-    return answer;
-};
-"""
 
 
 def check_training_on_a_phone(page):
-    """Its widgets stand one under the other, of one width."""
+    """The widgets are one below the other and have the same width."""
     runs = page.locator("#training-runs").bounding_box()
     window = page.locator("#training-window").bounding_box()
     assert runs["y"] + runs["height"] <= window["y"]
@@ -110,7 +91,8 @@ def check_results(page):
     pick(page, "results-result", "Landscape: landscape")
     expect(page.locator("#results-report table")).to_contain_text("very wide")
     cell = page.locator("#results-report td").first.bounding_box()
-    assert cell["height"] < 60, "its words stand in one line"
+    assert cell["height"] < 60, "the words are in one line"
+    expect(page.locator("#results-figures img.zoom")).to_have_count(1)
     padding = page.locator("#results-result input").evaluate(
         "input => parseFloat(getComputedStyle(input).paddingRight)"
     )
@@ -128,7 +110,7 @@ def check_accessible(page):
 
 
 @pytest.mark.parametrize("is_dark_phone", [False, True])
-def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit, is_dark_phone):
+def test_every_tab_is_readable_fits_and_requests_nothing_from_others(viewer, visit, is_dark_phone):
     page = visit(phone=is_dark_phone, dark=is_dark_phone)
     messages: list[ConsoleMessage] = []
     requests: list[Request] = []
@@ -151,7 +133,7 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit, is
     page.go_back()
     expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")
     for answer in answers:
-        assert answer.ok, answer.url  # no route that the page needs is closed
+        assert answer.ok, answer.url  # all routes that the page needs are open
     for message in messages:
         assert "Content Security Policy" not in message.text
 
@@ -169,7 +151,7 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     expect(place).to_have_text("2 of 4")
     words = page.locator("#compare-words textarea, #compare-words input")
     words.click()
-    page.keyboard.type("jk")  # a field keeps its keys
+    page.keyboard.type("jk")  # in a text field these keys are text
     expect(page.locator("#compare-list")).to_contain_text("No prompt contains these words")
     words.fill("")
     page.locator("#compare-list button.prompt", has_text="frog").click()
@@ -213,11 +195,11 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     first.locator("#generate-cancel").click()
     expect(first.locator("#generate-status")).to_contain_text("Cancelled.")
     begin(first, 1000)
-    begin(second, 2)  # waits its turn, which comes when the first has gone
+    begin(second, 2)  # starts when the first page is closed
     first.close()
-    expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=PATIENCE_MS)
+    expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=GENERATED_MS)
     expect(second.locator("#generate-slider img")).to_have_count(2)
-    begin(second, 0)  # what was there before leaves
+    begin(second, 0)  # clears the earlier images
     expect(second.get_by_test_id("toast-body")).to_contain_text("steps is 0")
     expect(second.locator("#generate-slider img")).to_have_count(0)
     expect(second.locator("#generate-status")).not_to_contain_text("Done.")
@@ -225,16 +207,8 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     expect(second.get_by_test_id("toast-body")).to_have_count(0)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, start):
-    """A viewer of scores of two adapters alone."""
-    root = tmp_path_factory.mktemp("small")
-    make_scores(root / "scores", LABELS, TEXTS, SEEDS)
-    return start(root)
-
-
-def test_curves_follow_a_run(small, visit):
-    log = RunLog(small.root / "bilora", "cpu")
+def test_curves_follow_a_run(tmp_path, start, visit):
+    log = RunLog(tmp_path / "bilora", "cpu")
 
     def train(steps):
         for step in steps:
@@ -246,7 +220,7 @@ def test_curves_follow_a_run(small, visit):
     log.start(config, method="bilora", seed=0, resume_step=None)
     log.record_activity("training")
     train(range(1, 101))
-    page = go(visit(), small.url, "Training")
+    page = go(visit(), start(tmp_path).url, "Training")
     card = page.locator("#training-cards li")
     expect(card).to_contain_text("100 of 500 steps")
     for chart, count in {"loss": 2, "norm": 3, "rate": 1}.items():
@@ -257,71 +231,21 @@ def test_curves_follow_a_run(small, visit):
     expect(card).to_contain_text("500 of 500 steps")
     expect(curve).not_to_have_attribute("d", path)
     page.set_viewport_size({"width": 1400, "height": 900})  # three plots side by side
-    page.wait_for_timeout(1000)  # milliseconds; until they are drawn again
+    page.wait_for_timeout(1000)  # milliseconds; until the plots are redrawn
     for chart in ("loss", "norm", "rate"):
         edges = page.locator(f"#training-{chart}").evaluate(LABEL_EDGES)
         assert len(edges) > 2
         for (_, end), (start, _) in pairwise(edges):
-            assert end + 5 < start, "labels of the steps are apart"
+            assert end + 5 < start, "labels of the steps do not touch"
     page.locator("#training-norm svg.marks").hover()
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
 
 
-def test_votes_are_blind_and_a_session_goes_on(small, visit):
-    page = visit(phone=True)
-    pair_count = len(TEXTS) * len(SEEDS)
-    page.add_init_script(LISTEN)
-    standing = page.locator("#vote-booth #vote-standing")
-
-    def heard():
-        return "".join(page.evaluate("window.heard"))
-
-    go(page, small.url, "Vote")
-    pick(page, "vote-pair", " and ".join(LABELS))
-    # The lists of all tabs name the adapters before a vote: wait until no more names come.
-    count, last_count = 0, -1
-    while count == 0 or count != last_count:
-        page.wait_for_timeout(4000)
-        last_count = count
-        count = sum(heard().count(label) for label in LABELS)
-    page.evaluate("window.heard = []")
-    page.locator("#vote-start").click()
-    left_image = page.locator("#vote-image-left").bounding_box()
-    right_image = page.locator("#vote-image-right").bounding_box()
-    assert left_image["y"] == right_image["y"], "side by side"
-    assert fits(page)
-    choices = ("1", "left", "0", "tie")  # keys and buttons
-    for number, choice in enumerate(choices):
-        expect(standing).to_contain_text(f"{number} of {pair_count}")
-        ballot = page.locator("#vote-booth [data-ballot]").get_attribute("data-ballot")
-        if choice.isdecimal():
-            page.keyboard.press(choice)
-        else:
-            page.locator(f"#vote-{choice}").click()
-        expect(page.locator(f"[data-ballot='{ballot}']")).to_have_count(0)
-    text = heard()
-    assert text.count("data:image/webp;base64,") >= 2 * len(choices), "the ballots were read"
-    for label in LABELS:
-        assert label not in text
-
-    go(page, small.url, "Vote")  # the same browser goes on
-    page.locator("#vote-start").click()
-    expect(standing).to_contain_text(f"{len(choices)} of {pair_count}")
-    # Clicks that follow before the next pair is there count once.
-    page.evaluate(
-        "for (const side of ['left', 'right', 'left'])"
-        " document.getElementById(`vote-${side}`).click();"
-    )
-    expect(standing).to_contain_text(f"{len(choices) + 1} of {pair_count}")
-    page.locator("#vote-show").click()
-    expect(page.locator("#vote-result")).to_contain_text(f"{LABELS[0]} over {LABELS[1]}")
-
-
-def test_a_page_loads_again_by_itself_when_its_server_was_started_again(tmp_path, visit):
+def test_a_page_reloads_when_its_server_was_restarted(tmp_path, visit):
     port, page = free_port(), visit()
     with serving(tmp_path, tmp_path / "first.log", port) as viewer:
-        go(page, viewer.url, "Vote")
+        go(page, viewer.url, "Training")
         page.evaluate("window.isOld = true")
     with serving(tmp_path, tmp_path / "second.log", port):
         page.wait_for_function("window.isOld === undefined")
-        expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Vote")
+        expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")

@@ -48,7 +48,7 @@ MEANINGS: list[Any] = [
     (text, "", {"rho": 0.05, "method": "bilora", "adam_weight_decay": 0.0, "warmup_ratio": 0.03}),
     (text, "", {"max_length": 256, "task_type": "causal", "targets": ALL_LINEAR}),
     (text, "", {"max_train_steps": None, "num_train_epochs": 3}),
-    # a batch that is Transformers' default stays beside an accumulation, unlike diffusers'
+    # a batch that is Transformers' default stays with an accumulation, unlike diffusers'
     (text, "--gradient_accumulation_steps 4", {"train_batch_size": 8}),
     # the radius is the method's own, and the modality's
     (mini, "--method lora", {"rho": None}),
@@ -76,7 +76,7 @@ MEANINGS: list[Any] = [
     (mini, "--keep_best --validation_loss_steps 3", {"validation_loss_steps": 3}),
     # booleans
     (mini, "--no_output_kohya_format", {"output_kohya_format": False}),
-    (mini, "--method full", {"output_kohya_format": False}),  # which leaves whole models
+    (mini, "--method full", {"output_kohya_format": False}),  # which exports whole models
     (mini, "--optimizer Prodigy", {"optimizer": "prodigy", "learning_rate": 1.0}),
     (mini, "--lora_target_modules attention+feed-forward", {"lora_layers": GROUPS}),
     # steps and epochs; those of images, and rates, are compared in test_diffusers_command_lines.py

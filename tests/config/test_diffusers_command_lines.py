@@ -44,7 +44,7 @@ from tests.references.diffusers_flags import (
 FOREIGN = constraints.table().foreign["image"]
 RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
 OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
-# Where images and models come from, and what goes on from elsewhere or leaves the machine.
+# Sources of images and models, resumes and uploads.
 PLACES = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir
     instance_data_dir instance_prompt dataset_name caption_column

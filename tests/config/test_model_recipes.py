@@ -44,7 +44,7 @@ def test_a_recipe_runs_dry_by_its_name(path, capsys, tmp_path, monkeypatch):
 
 MEMORY_CASES = []
 for recipe_path in RECIPE_OF:
-    # Each dry run at full size takes seconds, so that one kind of model stands for all.
+    # Each dry run at full size takes seconds, so only one kind of model is tested.
     marks = () if recipe_path.stem == "lumina2" else pytest.mark.slow
     MEMORY_CASES.append(pytest.param(recipe_path, marks=marks))
 

@@ -1,4 +1,4 @@
-"""Recipes: what stands in the file is what is meant, and no file can hold a run up."""
+"""Recipes: values are read as they are written, and no file can delay a run."""
 
 import contextlib
 import os

@@ -16,7 +16,7 @@ from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.config import constraints
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import resolve as resolve_text
-from docs import make, pictures
+from docs import make
 from tests.docs.pages import (
     AGENTS,
     BLOCK,
@@ -171,13 +171,11 @@ def test_a_page_is_what_the_code_makes(name):
     assert content == make.page(name), "an option has changed: run `python -m docs.make`"
 
 
-def test_no_picture_is_older_than_what_it_shows():
-    files = {path.relative_to(make.FOLDER).as_posix() for path in make.FOLDER.rglob("*.png")}
-    assert files == set(pictures.NAMES)
-    assert pictures.read_record().keys() == files
-    assert pictures.stale() == [], "what they show has changed: run `make pictures`, and look"
-    for name in files:
-        assert (make.FOLDER / name).stat().st_size < 200_000, name
+def test_every_picture_is_small_and_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for path in make.FOLDER.rglob("*.png"):
+        assert path.relative_to(make.FOLDER).as_posix() in text
+        assert path.stat().st_size < 200_000, path
 
 
 def test_the_pages_leave_nothing_out():

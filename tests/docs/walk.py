@@ -26,9 +26,9 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text import script as text_script
 from bilora_diffusion.text.config import resolve as resolve_text
-from docs.screenshots import serving
 from eval import table
 from tests.app.visitor import Visitor
+from tests.browser.driver import serving
 from tests.docs.pages import IMAGE_SCRIPT, TEXT_SCRIPT, commands, load_program, program, scripts
 from tests.scripts.runs import ROOT, copied, free_port, interrupt, make_once, train_once
 from tests.text.text_builders import ADAPTER, heldout, rows_for, train_text_once, write_rows

@@ -1,4 +1,4 @@
-"""Means, paired differences, their intervals, win rates, and metrics at equal training loss."""
+"""Means, paired differences, their intervals, and metrics at equal training loss."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from scipy import stats
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.figures import Interval, mean_interval
 from eval import compare
-from eval.compare import at_training_loss, summaries, win_rate_interval
+from eval.compare import at_training_loss, summaries
 from eval.table import Entry, Row, Summary
 
 
@@ -58,17 +58,8 @@ def test_the_interval_of_five_differences_covers_their_mean_as_often_as_it_says(
     assert covered / len(samples) == pytest.approx(0.95, abs=0.015)
 
 
-def test_a_win_rate_lies_between_0_and_1():
-    wilson = stats.binomtest(3, 4).proportion_ci(0.95, method="wilson")
-    assert win_rate_interval(3, 0, 1) == (wilson.low, wilson.high)
-    # With ties it is that of a mean of few values, which would end above 1.
-    low, high = stats.ttest_1samp([1.0] * 4 + [0.5], 0).confidence_interval(0.95)
-    assert high > 1
-    assert win_rate_interval(4, 1, 0) == pytest.approx((low, 1.0))
-
-
 def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_differ():
-    assert mean_interval([]) is mean_interval([1.0]) is win_rate_interval(0, 1, 0) is None
+    assert mean_interval([]) is mean_interval([1.0]) is None
     assert mean_interval([1.0, float("inf")]) is None
     for count in (5, 200):
         assert mean_interval([0.0] * count) == Interval(0.0, 0.0)

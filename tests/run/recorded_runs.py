@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, made in no time: record, metrics, snapshots, checkpoints."""
+"""Run folders as training writes them, made without training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +98,7 @@ def make(
 def layer_figures(
     adapters: Mapping[str, list[Factors]], method: str, step: int, ratio: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Figures of each layer, as training writes them beside the factors."""
+    """Figures of each layer, as training writes them with the factors."""
     unit = torch.ones(len(SHAPES), dtype=torch.float64)
     if method == "bilora":
         figures = alignment(adapters[PRIMARY], adapters[AUXILIARY])

@@ -1,4 +1,4 @@
-"""What a signal does to a run, and the command that goes on."""
+"""What a signal does to a run, and the command that resumes it."""
 
 import json
 import os

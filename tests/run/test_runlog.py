@@ -242,10 +242,15 @@ AS_BASE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.7, 0.8], 10: [0.96, 0.91, 0.6]}
         (
             WORSE,
             {"best_step": 5},
-            "files are of step 5",
+            "files have the weights of step 5",
             "better than the base.*more steps or anot",
         ),
-        (AS_BASE, {"best_step": 5}, "files are of step 5", "best, step 5, differs .* train longer"),
+        (
+            AS_BASE,
+            {"best_step": 5},
+            "files have the weights of step 5",
+            "best, step 5, differs .* train longer",
+        ),
     ],
 )
 def test_the_end_says_which_step_the_files_are_of_and_how_sure_the_best_is(

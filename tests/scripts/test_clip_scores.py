@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.scored import scored
+from app.scores import read_scores
 from bilora_diffusion.core.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
@@ -145,9 +145,9 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     assert compared == {("step 1", "step 2")}
     assert result.figures == ["grid.png", "steps.png"]
     assert len(result.settings["best_steps"]) == len({line.metric for line in result.summaries})
-    assert scored(result).labels == ["step 1", "step 2"]  # as the viewer reads it
+    assert read_scores(result).labels == ["step 1", "step 2"]  # as the viewer reads it
     # One sentence says which step is best: last at the terminal, first in the report.
-    (answer,) = scored(result).settings.answers
+    (answer,) = read_scores(result).settings.answers
     assert (answer.last, answer.candidate) == (2, 1)
     assert stdout.splitlines()[-1] == answer.sentence
     report = (tmp_path / "scores" / table.REPORT).read_text()

@@ -235,7 +235,7 @@ def test_snapshots_come_back(run):
 def test_a_damaged_snapshot_is_named(run):
     path = snapshots.steps(run)[9]
     content = path.read_bytes()
-    # The version stands in JSON inside of the file's JSON header.
+    # The version is JSON inside the file's JSON header.
     later = content.replace(rb"\"schema_version\": 1", rb"\"schema_version\": 7")
     renamed = content.replace(b"schema_version", b"schema_versiom")
     for damaged in (content[:100], b"", renamed, later):

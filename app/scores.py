@@ -1,8 +1,9 @@
-"""A result of ``eval.clip_scores`` image by image, for the tabs Compare and Vote.
+"""Scores of single images from a result of ``eval.clip_scores``, for the tab Compare.
 
-It has the images with their scores, and the data of Compare: scores of each prompt, their order,
-one view, its link. There are no files and no widgets here. Adapters are named by their
-labels and prompts by their texts, so that a link stays valid when the images are scored again.
+`Scores` are the images with their scores, `PromptRow` compares two adapters on one prompt, and
+`View` is the comparison on the screen with its link. Nothing here uses files or widgets. A link
+names adapters by their labels and prompts by their texts, so that it stays valid when the images
+are scored again.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from eval.clip_scores.prompts import Prompt
 from eval.clip_scores.reporting import METRICS
 from eval.table import FILE, Result, Summary
 
-# Metric -> field of `ScoredImage` for the note of its rows.
+# Metric -> field of `ScoredImage` that has the note of the metric's rows
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
-# JavaScript has no larger whole numbers.
+# JavaScript has no larger integers.
 MAX_SEED = 2**53
 
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image: its file relative to the result's folder, and its scores."""
+    """An image: its file, relative to the result's folder, and its scores by metric."""
 
     file: str
     scores: Mapping[str, float]
@@ -40,7 +41,7 @@ class ScoredImage:
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """A scorer or captioner."""
+    """The model that gave the scores, or the model that captioned the images."""
 
     name: str
     note: str = ""
@@ -54,40 +55,43 @@ class Settings:
     seeds: list[int]
     scorer: ScoringModel
     captioner: ScoringModel | None
-    # Of each run whose checkpoints were scored
+    # Best step of each run whose checkpoints were scored
     answers: list[BestStep] = field(default_factory=list)
 
 
-# Label of the adapter, text of the prompt, seed.
+# Label of the adapter, text of the prompt, seed
 Key = tuple[str, str, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """A result of scores with its settings; compared by identity, as the key of a cache."""
+class Scores:
+    """A result of ``eval.clip_scores`` with its settings.
+
+    It is compared by identity, because it is the key of a cache.
+    """
 
     result: Result
     settings: Settings
 
     @property
     def labels(self) -> list[str]:
-        """Labels of the adapters."""
+        """Labels of the adapters, in the order of the command."""
         return [entry.label for entry in self.result.subjects]
 
     @cached_property
     def texts(self) -> list[str]:
-        """Texts of the prompts."""
+        """Texts of the prompts, in the order of the prompt set."""
         return [prompt.text for prompt in self.settings.prompts]
 
     def prompt(self, text: str) -> Prompt:
-        """The prompt with a text."""
+        """Return the prompt with this text."""
         return self.settings.prompts[self.texts.index(text)]
 
     @cached_property
     def images(self) -> dict[Key, ScoredImage]:
-        """All images."""
+        """Images by adapter, prompt and seed, each with all of its scores."""
         fields_of_image: dict[Key, dict[str, Any]] = {}
-        # A row of the metric "image" has the file in its note; the other rows have the scores.
+        # A row of the metric "image" names the file in its note; the other rows have the scores.
         for row in self.result.select("image"):
             key = (row.subject, row.item, row.seed or 0)
             fields_of_image[key] = {"file": row.note, "scores": {}}
@@ -101,18 +105,18 @@ class Scored:
         return {key: ScoredImage(**values) for key, values in fields_of_image.items()}
 
 
-def scored(result: Result) -> Scored:
-    """Check a result of ``eval.clip_scores``.
+def read_scores(result: Result) -> Scores:
+    """Check a result of ``eval.clip_scores`` and read its settings.
 
     Raises:
-        UserError: its settings are damaged, or do not have the adapter, prompt or seed of an image.
+        UserError: the settings are damaged, or lack the adapter, prompt or seed of an image.
     """
     damaged = f"{FILE} is damaged: run python -m eval.{result.kind} again"
     try:
         settings = TypeAdapter(Settings).validate_python(result.settings)
     except ValueError as error:
         raise UserError(damaged) from error
-    scores = Scored(result, settings)
+    scores = Scores(result, settings)
     seeds = list(settings.seeds)
     for label, text, seed in scores.images:
         if label not in scores.labels or text not in scores.texts:
@@ -123,7 +127,7 @@ def scored(result: Result) -> Scored:
     return scores
 
 
-# Orders of the prompts; a gain is a change for the better from the first adapter to the second.
+# Orders of the prompts. A gain is a change for the better from the first adapter to the second.
 ORDERS = {
     "gain": "Largest gain first",
     "loss": "Largest loss first",
@@ -134,22 +138,22 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class View:
-    """One comparison on the screen; its link has the same fields in the same order."""
+    """A comparison on the screen; its link has the same fields in the same order."""
 
     # Path of the score folder
     scores: str
     # Labels of the pair; the change is b minus a
     a: str
     b: str
-    # Labels of further adapters that are shown
+    # Labels of the other adapters on the screen
     also: tuple[str, ...]
     prompt: str
     seed: int
-    # Metric of the list of prompts
+    # Metric of the scores in the list of prompts
     metric: str
     # Order of this list, one of `ORDERS`
     order: str = "gain"
-    # Words that a listed prompt contains, all of them
+    # Words that a listed prompt must contain
     words: str = ""
 
 
@@ -157,40 +161,40 @@ class View:
 class PromptRow:
     """A prompt in the list; its scores are means over the seeds that both adapters have."""
 
-    # Place among the prompts
+    # Position in the prompt set
     position: int
     # Instance of the prompt, if the prompt set has one, else its text
     name: str
     text: str
-    # Scores of the two adapters
+    # Mean scores of the two adapters; None without images
     a: float | None
     b: float | None
-    # Tone of the change, see `tone`
+    # Return value of `classify` for the change
     tone: str = "even"
 
     @property
     def change(self) -> float | None:
-        """b minus a; None without both."""
+        """b minus a; None if one of them is missing."""
         if self.a is None or self.b is None:
             return None
         return self.b - self.a
 
 
-def metrics(result: Scored) -> list[str]:
-    """Metrics that any image has, in their usual order."""
-    measured: set[str] = set()
-    for image in result.images.values():
-        measured |= image.scores.keys()
-    return [name for name in METRICS if name in measured]
+def measured_metrics(scores: Scores) -> list[str]:
+    """Names of the metrics that at least one image has, in the order of `METRICS`."""
+    names: set[str] = set()
+    for image in scores.images.values():
+        names |= image.scores.keys()
+    return [name for name in METRICS if name in names]
 
 
 def times_100(value: float | None) -> str:
-    """A cosine times 100; a dash for None."""
+    """Format a cosine times 100; a dash for None."""
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def tone(difference: Summary | None) -> str:
-    """A difference as "up" (better), "down" (worse), or "even", which chance alone explains."""
+def classify(difference: Summary | None) -> str:
+    """Classify a difference as "up" (better), "down" (worse), or "even" (may be chance)."""
     if difference is None or difference.metric not in METRICS:
         return "even"
     verdict = compare.verdict(difference, METRICS[difference.metric].higher_is_better)
@@ -198,53 +202,53 @@ def tone(difference: Summary | None) -> str:
 
 
 @lru_cache(maxsize=16)
-def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
-    """All prompts that have images, with the pair's scores, in the prompt set's order."""
-    measured_rows = [row for row in result.result.select(metric) if row.value is not None]
+def compare_prompts(scores: Scores, a: str, b: str, metric: str) -> list[PromptRow]:
+    """Compare two adapters on each prompt that has images, in the order of the prompt set."""
+    measured_rows = [row for row in scores.result.select(metric) if row.value is not None]
     measured = {(row.subject, row.item, row.seed) for row in measured_rows}
 
     def is_paired(item: str, seed: int | None) -> bool:
         return (a, item, seed) in measured and (b, item, seed) in measured
 
-    # A difference takes only the seeds that both adapters have: images of different seeds differ
-    # by their noise as well. A prompt without a common seed still shows each adapter's own mean.
+    # A difference uses only the seeds that both adapters have: images of different seeds differ by
+    # their noise as well. A prompt without a common seed still has the mean of each adapter.
     paired_items = {row.item for row in measured_rows if is_paired(row.item, row.seed)}
     pair_rows = []
     for row in measured_rows:
-        counts = row.item not in paired_items or is_paired(row.item, row.seed)
-        if row.subject in (a, b) and counts:
+        is_used = row.item not in paired_items or is_paired(row.item, row.seed)
+        if row.subject in (a, b) and is_used:
             pair_rows.append(replace(row, group=row.subject))
     summaries = {}
     for summary in compare.summaries(pair_rows, a):
         summaries[summary.group, summary.item] = summary
 
-    texts_with_image = {text for _, text, _ in result.images}
+    texts_with_image = {text for _, text, _ in scores.images}
     prompt_rows = []
-    for text in dict.fromkeys(result.texts):
+    for text in dict.fromkeys(scores.texts):
         if text not in texts_with_image:
             continue
         summary_a = summaries.get((a, text))
         summary_b = summaries.get((b, text))
         row = PromptRow(
-            position=result.texts.index(text),
-            name=result.prompt(text).instance or text,
+            position=scores.texts.index(text),
+            name=scores.prompt(text).instance or text,
             text=text,
             a=summary_a.mean if summary_a else None,
             b=summary_b.mean if summary_b else None,
-            tone=tone(summary_b),
+            tone=classify(summary_b),
         )
         prompt_rows.append(row)
     return prompt_rows
 
 
-def listed(view: View, result: Scored) -> list[PromptRow]:
-    """The prompts of a view, filtered and sorted; those without a score come last.
+def list_prompts(view: View, scores: Scores) -> list[PromptRow]:
+    """Filter and sort the prompts of a view; those without a score come last.
 
-    A gain is a change for the better: for memorization, where lower is better, a decrease.
+    A gain is a change for the better: a decrease if lower is better, as for memorization.
     """
     words = view.words.casefold().split()
     matching_rows = []
-    for row in rows(result, view.a, view.b, view.metric):
+    for row in compare_prompts(scores, view.a, view.b, view.metric):
         text = row.text.casefold()
         if all(word in text for word in words):
             matching_rows.append(row)
@@ -255,7 +259,7 @@ def listed(view: View, result: Scored) -> list[PromptRow]:
 
     metric = METRICS.get(view.metric)
     lower_is_better = metric is not None and metric.higher_is_better is False
-    # Rows are sorted upwards, so that the largest gain is the lowest product.
+    # Rows are sorted in ascending order, so that the largest gain is the lowest product.
     sign = -1 if lower_is_better else 1
     if view.order == "gain":
         sign = -sign
@@ -266,64 +270,72 @@ def listed(view: View, result: Scored) -> list[PromptRow]:
     return sorted(matching_rows, key=rank)
 
 
-def neighbour(prompt_rows: Sequence[PromptRow], prompt: str, step: int) -> str:
-    """The prompt `step` rows on, at most the last or the first; the first for one not listed."""
+def find_neighbor(prompt_rows: Sequence[PromptRow], prompt: str, offset: int) -> str:
+    """The prompt `offset` rows below a prompt, or the end of the list.
+
+    For a prompt that is not in the list, it is the first one of the list.
+    """
     texts = [row.text for row in prompt_rows]
     if prompt not in texts:
         return texts[0] if texts else prompt
-    position = texts.index(prompt) + step
+    position = texts.index(prompt) + offset
     return texts[min(max(position, 0), len(texts) - 1)]
 
 
-def first_view(scores: str, result: Scored) -> View:
-    """The view before anything is chosen: a pair of adapters, and the largest gain.
+def first_view(path: str, scores: Scores) -> View:
+    """The view before the user chooses: a pair of adapters, and the prompt of the largest gain.
 
-    Of checkpoints the pair is the last step and the one that the answer compares with it, by the
-    score that decides, and all others are shown too; of other scores it is the first two adapters.
+    For checkpoints of a run, the pair is the last step and the best step, by the metric that
+    decides, and the other checkpoints are on the screen too. Otherwise it is the first two
+    adapters.
+
+    Args:
+        path: path of the score folder.
+        scores: its scores.
     """
-    labels_with_image = {label for label, _, _ in result.images}
-    labels = [label for label in result.labels if label in labels_with_image] or result.labels
+    labels_with_image = {label for label, _, _ in scores.images}
+    labels = [label for label in scores.labels if label in labels_with_image] or scores.labels
     also = labels[2:4]
-    metric = next(iter(metrics(result)), "i2t")
-    pair = pair_of_steps(result)
+    metric = next(iter(measured_metrics(scores)), "i2t")
+    pair = last_and_best_step(scores)
     if pair is not None and set(pair) <= set(labels):
         also = [label for label in labels if label not in pair]
         labels = pair
-        if result.settings.answers[0].metric in metrics(result):
-            metric = result.settings.answers[0].metric
+        if scores.settings.answers[0].metric in measured_metrics(scores):
+            metric = scores.settings.answers[0].metric
     view = View(
-        scores,
+        path,
         a=labels[0],
         b=labels[1] if len(labels) > 1 else labels[0],
         also=tuple(also),
-        prompt=next(iter(result.texts), ""),
-        seed=next(iter(result.settings.seeds), 0),
+        prompt=next(iter(scores.texts), ""),
+        seed=next(iter(scores.settings.seeds), 0),
         metric=metric,
     )
-    prompt_rows = listed(view, result)
+    prompt_rows = list_prompts(view, scores)
     if not prompt_rows:
         return view
     return replace(view, prompt=prompt_rows[0].text)
 
 
-def pair_of_steps(result: Scored) -> list[str] | None:
-    """Labels of the last step and of the other one of the first answer; None without them."""
-    if not result.settings.answers:
+def last_and_best_step(scores: Scores) -> list[str] | None:
+    """Labels of the first run's last and best step; None unless checkpoints were scored."""
+    if not scores.settings.answers:
         return None
-    answer = result.settings.answers[0]
+    answer = scores.settings.answers[0]
     pair = []
     for step in (answer.last, answer.candidate):
-        for entry in result.result.subjects:
+        for entry in scores.result.subjects:
             is_of_run = entry.about.get("run") == answer.run
-            # Of several runs of one group, the first one's checkpoint
+            # If a group has several runs, the first run's checkpoint
             if is_of_run and entry.about.get("step") == step:
                 pair.append(entry.label)
                 break
     return pair if len(pair) == 2 else None
 
 
-def link(view: View) -> str:
-    """The query that opens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``."""
+def write_query(view: View) -> str:
+    """Write the query of a link that opens a view, such as ``?scores=...&a=...&b=...&seed=...``."""
     words = {}
     for name, value in vars(view).items():
         word = str(value)
@@ -334,28 +346,28 @@ def link(view: View) -> str:
     return "?" + urlencode(words)
 
 
-def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View, list[str]]:
-    """Read the view of a `link`, of which every part may be missing.
+def read_query(query: Mapping[str, str], path: str, scores: Scores) -> tuple[View, list[str]]:
+    """Read the view of a link; fields that the link lacks are those of `first_view`.
 
     Args:
-        query: parts of the link.
-        scores: path of the score folder.
-        result: its scores.
+        query: fields of the query of `write_query`.
+        path: path of the score folder.
+        scores: its scores.
 
     Returns:
-        The view, and a sentence for each part that is not there (any more).
+        The view, and a sentence for each value in the query that the scores do not have.
     """
-    first = first_view(scores, result)
+    first = first_view(path, scores)
     also = first.also
     if "a" in query:
         labels_of_link = [unquote(word) for word in query.get("also", "").split(",")]
-        also = tuple(label for label in result.labels if label in labels_of_link)
+        also = tuple(label for label in scores.labels if label in labels_of_link)
     choices: dict[str, Sequence[str]] = {
-        "a": result.labels,
-        "b": result.labels,
-        "prompt": result.texts,
-        "seed": [str(seed) for seed in result.settings.seeds],
-        "metric": metrics(result),
+        "a": scores.labels,
+        "b": scores.labels,
+        "prompt": scores.texts,
+        "seed": [str(seed) for seed in scores.settings.seeds],
+        "metric": measured_metrics(scores),
         "order": list(ORDERS),
     }
     values: dict[str, Any] = {}
