@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
@@ -105,6 +106,58 @@ def readme() -> Iterable[str]:
     yield table(heads, rows)
 
 
+def image_models() -> Iterable[str]:
+    """The table of image models, with what is adapted by default."""
+    recipes = {model: path.stem for path, model in memory.recipe_models(EXAMPLES).items()}
+    rows = []
+    for family in KINDS:
+        for model, hub_id in family.examples.items():
+            counts = memory.parameter_counts(model)
+            recipe = f"`{recipes[model]}`" if model in recipes else ""
+            tokens = f"{family.max_sequence_length}" if family.flow else ""
+            weighting = f"`{family.weighting}`" if family.flow else ""
+            rows.append(
+                (
+                    model,
+                    f"`{hub_id}`",
+                    recipe,
+                    f"{counts.denoiser / 1e9:.2f} B",
+                    f"{counts.layers}",
+                    f"{counts.trained / 1e6:.1f} M",
+                    tokens,
+                    weighting,
+                    family.tested_on,
+                )
+            )
+    heads = (
+        "model",
+        "`--pretrained_model_name_or_path`",
+        "`--config`",
+        "parameters",
+        "adapted layers",
+        f"parameters at rank {memory.RANK}",
+        "`--max_sequence_length`",
+        "`--weighting_scheme`",
+        "tested on",
+    )
+    yield table(heads, rows)
+
+
+def readers() -> Iterable[str]:
+    """The programs that read the files of flow-matching models."""
+    rows = []
+    for family in KINDS:
+        if family.flow:
+            loads_files = hasattr(getattr(diffusers, family.pipeline), "load_lora_weights")
+            is_read = family.comfyui is not None
+            rows.append((family.title, _yes_or_no(loads_files), _yes_or_no(is_read)))
+    yield table(("model", "diffusers", "ComfyUI"), rows)
+
+
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def models() -> Iterable[str]:
     """The table of memory."""
     rows = []
@@ -144,7 +197,8 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "../README.md": {"models": readme},
     "options.md": {"options": options},
     "../results/README.md": {"claims": evidence.page},
-    "models.md": {"memory": models},
+    "models.md": {"image models": image_models, "memory": models},
+    "files.md": {"readers": readers},
     "results.md": {
         "samples": tables.samples,
         "guided target": tables.guided_target,

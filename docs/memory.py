@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import diffusers
 import torch
 import transformers
 
-from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.adapters import AdapterSpec, target_layers
 from bilora_diffusion.config.command_line import RECIPES, read_options
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import family_class
@@ -36,6 +37,7 @@ from bilora_diffusion.train.dry_run import (
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "dry_run_memory"
 # Denoisers and text encoders at full size, by the models' names.
 MODELS = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
+RANK = 4  # of the adapter in the table of image models
 # Configurations of autoencoders whose default is not full size.
 VAE = {
     "AutoencoderKL": {
@@ -73,6 +75,31 @@ def step_memory(name: str, weights: str, *words: str) -> dict[str, int]:
         # The auxiliary is as large as the primary, with its gradients and moments.
         "bilora": step_bytes + 2 * trained,
     }
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters of a model with LoRA on its default layers."""
+
+    denoiser: int
+    layers: int  # that are adapted
+    trained: int  # at rank `RANK`
+
+
+def parameter_counts(name: str) -> ParameterCounts:
+    """Count the parameters of a model's denoiser and of its adapter.
+
+    Args:
+        name: name of the model.
+    """
+    (target,) = _task_without_images(name).targets()
+    layers = target_layers(target.model, target.spec)
+    trained = 0
+    for layer in layers:
+        module: Any = target.model.get_submodule(layer)
+        trained += RANK * (module.in_features + module.out_features)
+    denoiser = sum(parameter.numel() for parameter in target.model.parameters())
+    return ParameterCounts(denoiser, len(layers), trained)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from bilora_diffusion.core.durable import strict_json, write_text
 from bilora_diffusion.core.errors import UserError, as_user_error
+from bilora_diffusion.core.files import hash_of_file
 from bilora_diffusion.core.lora_names import ADAPTER_METADATA
 from bilora_diffusion.core.lora_names import CONFIG as PEFT_CONFIG
 from bilora_diffusion.core.lora_names import WEIGHTS as PEFT_FILE
@@ -171,10 +172,7 @@ def hash_of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
 
 def hash_of_files(*files: Path) -> str:
     """First 12 hex digits of the SHA-256 of a file, or of the hashes of several."""
-    hashes = []
-    for path in files:
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    hashes = [hash_of_file(path) for path in files]
     # One file has its own hash, which others can check with sha256sum.
     if len(hashes) == 1:
         return hashes[0][:12]

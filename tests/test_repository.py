@@ -14,9 +14,7 @@ from packaging.utils import NormalizedName, canonicalize_name
 
 import bilora_diffusion
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.families import FAMILIES, SDXL
 from bilora_diffusion.text.config import resolve as resolve_text
-from tests.image.tiny import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -149,10 +147,6 @@ def test_the_readme_begins_with_the_demo_and_names_what_ci_runs():
     assert "make demo" in first.group(1)
     for text in (readme, (ROOT / ".ci" / "run").read_text()):
         assert re.search(r"^\s*make test\b", text, re.MULTILINE)
-
-
-def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on():
-    assert FILES.keys() == FAMILIES.keys() - {SDXL}  # whose own is the miniature
 
 
 def installed_requirements():

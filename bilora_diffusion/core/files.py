@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -55,6 +56,12 @@ def regular_file(path: Path) -> Path:
     if status.st_size > MAX_BYTES:
         raise OSError(errno.EFBIG, "it is too large")
     return path
+
+
+def hash_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, in 64 hex digits, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, name: str, max_bytes: int) -> str:

@@ -24,7 +24,7 @@ _WIDTH = 72  # characters of a metadata entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 after one sentence on a file that is refused."""
+    """Run the command line; return 0, or 2 after an error message."""
     parser = UserErrorParser(
         prog="python -m bilora_diffusion.export",
         description="Print what is inside a LoRA file, convert it, or export a run's checkpoint.",
@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> None:
             else:
                 print(as_table(contents))
         return
-    # Imported here, since inspecting a file needs no torch.
+    # Imported late, since inspecting a file does not need torch.
     from ..run.lock import locked_around
     from .conversion import export_file, export_step
 
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def as_table(contents: LoraFile) -> str:
-    """Contents of a file as a table; the last lines say whether an auxiliary is inside, and why."""
+    """Contents of a file as a table; the last lines say whether it has an auxiliary, and why."""
     file_format = contents.format
     if contents.dora:
         file_format += ", DoRA"
@@ -109,7 +109,7 @@ def as_table(contents: LoraFile) -> str:
             if len(value) > _WIDTH:
                 value = f"{value[: _WIDTH - 3]}..."
             lines.append(f"  {key:<{width}}  {value}")
-    # The question for which the command is there: only the primary belongs into a file.
+    # The main question: a file must have the primary only.
     lines += ["", f"auxiliary   {'FOUND' if contents.auxiliary else 'none'}"]
     lines += [f"  {sentence}" for sentence in contents.evidence]
     return "\n".join(map(strip_controls, lines))

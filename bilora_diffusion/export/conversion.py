@@ -1,6 +1,6 @@
-"""Conversion of LoRA files to another format, and their export from a run's checkpoint.
+"""Convert LoRA files to another format, and export them from a run's checkpoint.
 
-A file is read back and compared before it gets its name.
+A file is written under a temporary name, read back and compared, then renamed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .writer import (
     write_file,
 )
 
-# Metadata that is written anew, since it depends on the tensors or on the file's name.
+# Metadata that is not copied, since it depends on the tensors or on the file's name.
 _DERIVED_METADATA = (
     "format",
     ADAPTER_METADATA,
@@ -56,15 +56,15 @@ _DERIVED_METADATA = (
     "ss_output_name",
 )
 
-# Entries of PEFT's configuration that decide what an adapter's tensors do.
+# Entries of PEFT's configuration that change what an adapter's tensors do.
 _ACTING_CONFIG = ("base_model_name_or_path", "task_type", "r", "lora_alpha")
 
 
 class Export(NamedTuple):
-    """A file or folder of an export."""
+    """An exported file or folder."""
 
     path: Path
-    is_new: bool  # False where the same export was there before
+    is_new: bool  # False if the same export existed before
 
 
 def convert(source: str | Path, to: str, output: str | Path | None = None) -> Path:
@@ -73,35 +73,35 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
 
 
 def export_file(source: str | Path, to: str, output: str | Path | None = None) -> Export:
-    """Write a LoRA file in another format; no file is replaced.
+    """Write a LoRA file in another format; existing files are not replaced.
 
     Args:
         source: a LoRA file, a folder that PEFT wrote, or a run folder.
         to: "diffusers", "kohya" or "peft".
-        output: a .safetensors file, or a folder for a file of the usual name. PEFT's format is a
-            folder, with a folder in it for each of several models. By default the output lies
-            beside the source.
+        output: a .safetensors file, or a folder for a file with the default name. PEFT's format is
+            a folder, with a subfolder for each of several models. By default the output is next to
+            the source.
 
     Returns:
-        What was written, or the same export where it was there before.
+        The export, new or existing with the same content.
 
     Raises:
-        UserError: the source can't be read or converted to the format, or the output exists and is
-            something else.
-        TrainingError: what was written differs from the source.
+        UserError: the source can't be read or converted to the format, or the output exists and
+            differs.
+        TrainingError: the written file differs from the source.
     """
     source = Path(source)
     files = lora_files(source)
-    contents = [read(file) for file in files]  # of several folders of PEFT's, one model each
+    contents = [read(file) for file in files]  # several folders of PEFT, one for each model
     parts: dict[str, Part] = {}
     for file_contents in contents:
         parts |= file_contents.parts
-    # Metadata of training is the same in all of them.
+    # Metadata of training are the same in all of them.
     joint_contents = Contents(parts, contents[0].metadata, contents[0].base_model)
 
     # The folder above several folders gives the name.
     file = files[0] if len(files) == 1 else source / WEIGHTS
-    # A file with the name that all runs use is named after its folder.
+    # A file with the default name is named after its folder.
     named_path = file.with_suffix("")
     if file.name in (FILE_NAME, WEIGHTS):
         named_path = file.parent
@@ -112,14 +112,14 @@ def export_file(source: str | Path, to: str, output: str | Path | None = None) -
         if to == "peft":
             name = f"{stem}-peft"
         elif to == "kohya" and file.name == FILE_NAME:
-            # As the run itself would have named it.
+            # As the run would have named it.
             name = kohya_file_name(folder)
         output = folder / name
     return write(joint_contents, to, Path(output), stem)
 
 
 def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
-    """Write layers of a file or a checkpoint in a format; see `export_file`.
+    """Write the layers of a file or checkpoint in a format; see `export_file`.
 
     Args:
         target: the file or folder.
@@ -154,14 +154,16 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
     if path.exists():
         raise UserError(f"{path} exists; name another --output, or delete it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, parts, to, file_metadata(parts, contents.base_model, path.stem, metadata))
+    expected = {name: part.layers for name, part in parts.items()}
+    entries = file_metadata(parts, contents.base_model, path.stem, metadata)
+    write_file(path, parts, to, entries, expected)
     return Export(path, is_new=True)
 
 
 def _write_peft(
     parts: Mapping[str, Part], base_model: str, metadata: Mapping[str, str], target: Path
 ) -> Export:
-    """Write PEFT's folder, or a folder in it for each of several models."""
+    """Write PEFT's folder, with a subfolder for each of several models."""
     folders = dict.fromkeys(parts, target)
     if len(parts) > 1:
         folders = {name: target / name for name in parts}
@@ -174,23 +176,22 @@ def _write_peft(
     refuse_existing(target, *folders.values())
     for name, folder in folders.items():
         tensors, config = peft_adapter(name, parts[name], base_model)
-        # The layers that a reader finds are compared, too, not only the tensors.
+        # Also compare the layers that a reader finds, not only the tensors.
         check = partial(compare, expected={name: parts[name].layers})
         write_adapter(folder, tensors, config, {**metadata, COMPONENT: name}, check)
     return Export(target, is_new=True)
 
 
 def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
-    """Test that a file is there that has these layers, and nothing else, in this format.
+    """Test that a file exists that has these layers, and nothing else, in this format.
 
-    Products and DoRA's magnitudes are compared, as when a file is read back; metadata, such as the
-    date, may differ.
+    Products and DoRA's magnitudes are compared by `compare`; metadata, such as the date, may
+    differ.
     """
     if not path.is_file():
         return False
     try:
-        file = inspect(path)
-        if file.format != to or file.auxiliary or file.other_tensors:
+        if inspect(path).format != to:
             return False
         compare(path, {name: part.layers for name, part in parts.items()})
     except (UserError, TrainingError):  # unreadable, or other layers or values
@@ -201,7 +202,7 @@ def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
 def _is_same_text_adapter(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> bool:
-    """Test that a folder of PEFT's has these tensors, for the same model and at the same scale."""
+    """Test that a folder of PEFT has these tensors, for the same model and with the same scale."""
     weights_file = folder / WEIGHTS
     config_file = folder / CONFIG
     if not weights_file.is_file() or not config_file.is_file():
@@ -218,9 +219,11 @@ def _is_same_text_adapter(
 class Primary(NamedTuple):
     """The primary of one model in a checkpoint."""
 
-    tensors: dict[str, Tensor]  # for the base weights that the run started from
+    tensors: dict[str, Tensor]  # for the initial base weights of the run
     config: dict[str, Any]  # PEFT's configuration of training
-    is_doubled: bool  # an init changed the base weights, so the rank is twice that of training
+    is_doubled: (
+        bool  # the initialization changed the base weights, so the rank is twice that of training
+    )
 
 
 def export_checkpoint(
@@ -238,9 +241,9 @@ def export_step(
     No model is loaded: a checkpoint has the tensors and PEFT's configuration.
 
     Args:
-        folder: of the run.
-        to: as for `export_file`; None for the formats that the run writes at its end.
-        output: as for `export_file`; by default `exports/step-N` in the run's folder.
+        folder: folder of the run.
+        to: as for `export_file`; None for the formats that the run exports.
+        output: as for `export_file`; by default `exports/step-N` in the run folder.
     """
     folder = Path(folder)
     record = runlog.read_run(folder)
@@ -268,7 +271,7 @@ def export_step(
                 f"{folder} is a run on text, whose adapters have no place in {to}'s format; use"
                 " --to peft."
             )
-        (primary,) = primaries.values()  # a text run trains one model
+        (primary,) = primaries.values()  # a text run has one model
         peft_config = primary.config
         if primary.is_doubled:
             peft_config = adapters.twice_the_rank(peft_config)
@@ -295,10 +298,10 @@ def export_step(
 
 
 def _primaries(saved: checkpoint.Checkpoint) -> dict[str, Primary]:
-    """The primaries of a checkpoint, by model."""
+    """Read the primaries of a checkpoint, by model."""
     primaries = {}
     for model, config in saved.extra["result"]["adapters"].items():
-        # adapter -> PEFT's key -> tensor; "whole" has modules that are trained without an adapter
+        # adapter -> PEFT's key -> tensor; "whole" has modules trained without an adapter
         adapter_tensors: dict[str, dict[str, Tensor]] = {PRIMARY: {}, INITIAL: {}, "whole": {}}
         for adapter, tensors_by_key in adapter_tensors.items():
             prefix = f"{model}/{adapter}/"

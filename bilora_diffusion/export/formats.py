@@ -1,4 +1,4 @@
-"""The primary of a model as layers, and their names in diffusers', kohya's and PEFT's files."""
+"""Layers of a model's primary, and their names in files of diffusers, kohya and PEFT."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .lorafile import layer_of_key
 
 
 class Layer(NamedTuple):
-    """A layer's adapter, on the CPU: it adds B @ A to the weight W, and DoRA rescales the sum."""
+    """The adapter of a layer, on the CPU: W + B @ A, which DoRA rescales."""
 
     name: str
     A: Tensor  # (r, n) or, for a convolution, (r, in_channels, height, width)
     B: Tensor  # (m, r) or (m, r, 1, 1); the trained B times s = alpha / rank
-    magnitude: Tensor | None  # of DoRA, (m,) or (1, m, 1, 1)
+    magnitude: Tensor | None  # DoRA's magnitude, (m,) or (1, m, 1, 1)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """A, B and the magnitude where there is one."""
+        """A, B and, if there is one, the magnitude."""
         tensors = [self.A, self.B]
         if self.magnitude is not None:
             tensors.append(self.magnitude)
@@ -39,13 +39,13 @@ class Layer(NamedTuple):
 class Part:
     """The layers of one model in a file."""
 
-    layers: list[Layer]  # for the base weights that the model came with
-    rank: int | None = None  # of training, as alpha; None where it is not known
+    layers: list[Layer]  # for the original base weights
+    rank: int | None = None  # rank and alpha of training; None if they are not known
     alpha: float | None = None
 
     @property
     def file_rank(self) -> int | None:
-        """The rank of all layers in the file; None where they differ."""
+        """The rank of all layers in the file; None if they differ."""
         ranks = {layer.A.shape[0] for layer in self.layers}
         if len(ranks) == 1:
             return ranks.pop()
@@ -58,7 +58,7 @@ class Part:
 
 
 def primary_part(component: str, model: nn.Module) -> Part:
-    """A model's primary adapter, ready for files.
+    """Read a model's primary as layers of a file.
 
     Raises:
         UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
@@ -76,10 +76,10 @@ def primary_part(component: str, model: nn.Module) -> Part:
 def part_of(
     component: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], scale: float
 ) -> Part:
-    """An adapter's tensors as layers, with the scale s = alpha / rank in B.
+    """Convert an adapter's tensors to layers, with the scale s = alpha / rank in B.
 
-    Where an init took s * B0 @ A0 out of the base weights, A is [A; A0] and B is s * [B, -B0], of
-    twice the rank (`portable_state_dict`).
+    If the initialization subtracted s * B0 @ A0 from the base weights, A is [A; A0] and B is s *
+    [B, -B0], with twice the rank (`portable_state_dict`).
 
     Args:
         component: the model's name in the pipeline.
@@ -103,7 +103,7 @@ def part_of(
         magnitude = remaining.pop(f"{name}.lora_magnitude_vector", None)
         if magnitude is not None:
             magnitude = _for_file(magnitude)
-        # In fp64 and rounded once: exact where s is a power of two.
+        # In fp64 and rounded once: exact if s is a power of two.
         scaled_B = _for_file(B.double() * scale)
         layer = Layer(plain_name(name), _for_file(A), scaled_B, magnitude)
         if not all(tensor.isfinite().all() for tensor in layer.tensors):
@@ -111,7 +111,7 @@ def part_of(
                 f"The adapter of {component}.{layer.name} is not finite; export a good checkpoint."
             )
         layers.append(layer)
-    # What is left are biases and whole modules.
+    # The remaining tensors are biases and modules without an adapter.
     if remaining:
         raise UserError(
             f"{component} trains {next(iter(remaining))}, which LoRA files do not hold."
@@ -120,7 +120,7 @@ def part_of(
 
 
 def require_effect(component: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter in which each B is zero, since B A would change nothing.
+    """Refuse an adapter without effect, in which each B is zero.
 
     Args:
         component: the model's name.
@@ -137,7 +137,7 @@ def require_effect(component: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A layer's name without PEFT's prefix, and the same in all versions of Transformers."""
+    """A layer's name without PEFT's prefix, as in all versions of Transformers."""
     return name.removeprefix("base_model.model.").removeprefix("text_model.")
 
 
@@ -147,12 +147,12 @@ def _for_file(tensor: Tensor) -> Tensor:
 
 
 def trained_layers(model: nn.Module) -> list[Layer]:
-    """A model's primary by its definition, W + s * (B @ A - B0 @ A0), in fp64.
+    """The layers of a model's primary from its definition, W + s * (B @ A - B0 @ A0), in fp64.
 
-    It shares no code with `part_of`, since it serves to check files.
+    It shares no code with `part_of`, so that `save_diffusers` can check its files with it.
     """
     tensors = state_dict(model, PRIMARY)
-    initial = state_dict(model, INITIAL)  # A0 and B0, of layers whose init changed W
+    initial = state_dict(model, INITIAL)  # A0 and B0, for layers whose initialization changed W
     layers = []
     for name, _, _, scale in factors(model, PRIMARY):
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
@@ -170,15 +170,15 @@ _KOHYA_PREFIX = {
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
 }
-# Readers of kohya files know these four by SDXL's original names only; all others also by
-# diffusers' names.
+# Readers of kohya files know only the original SDXL names of these four layers; all other layers
+# can have diffusers' names.
 _ORIGINAL_NAME = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-# diffusers' converter puts no dots into these names; it is exact for all other layers.
+# diffusers' converter does not put dots into these names; it is right for all other layers.
 _MISREAD_NAME = {
     "add_embedding_linear_1": "add_embedding.linear_1",
     "add_embedding_linear_2": "add_embedding.linear_2",
@@ -187,7 +187,7 @@ _MISREAD_NAME = {
 }
 _ORIGINAL_BLOCK = re.compile(r"(?:input_blocks_[1-8]|middle_block|output_blocks_[0-8])_[0-2]_")
 _OTHER_FORMAT = "give a file in diffusers' or PEFT's format"
-# The layers of SDXL's UNet and text encoders. Diffusers' converter respells other names, too.
+# The layers of SDXL's UNet and text encoders. Diffusers' converter changes other names, too.
 _BLOCK = r"(?:(?:down_blocks\.[0-3]|mid_block)\.KIND\.[01]|up_blocks\.[0-3]\.KIND\.[0-2])"
 _UNET_LAYER = re.compile(
     rf"{_BLOCK.replace('KIND', 'attentions')}\.(?:proj_in|proj_out|transformer_blocks\.\d{{1,2}}\."
@@ -203,7 +203,7 @@ _ENCODER_LAYER = re.compile(
 
 
 def _name_in_files(component: str, layer: str) -> str:
-    """A layer's name in files: with the "text_model." that Transformers 5 left out of CLIP's."""
+    """A layer's name in files, with the "text_model." that Transformers 5 removed from CLIP."""
     if component in ENCODERS and not layer.startswith("text_projection"):
         return f"text_model.{layer}"
     return layer
@@ -219,15 +219,15 @@ def kohya_name(component: str, layer: str) -> str:
 
 
 def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """Tensors under the keys that diffusers reads.
+    """Tensors by the keys that diffusers reads.
 
-    Those of denoisers are PEFT's. Those of text encoders have `lora_linear_layer`, without which
-    diffusers can't read adapters of the MLP alone; their magnitudes end in `.weight`, without which
-    Transformers leaves them out.
+    Keys of denoisers are PEFT's. Keys of text encoders need `lora_linear_layer`, since otherwise
+    diffusers can't read adapters of only the MLP; their magnitudes need `.weight`, since otherwise
+    Transformers ignores them.
     """
     tensors = {}
     for component, part in parts.items():
-        # The magnitude of a denoiser has no ".weight", as PEFT writes it.
+        # As in PEFT, the magnitude of a denoiser has no ".weight".
         down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
         if component in ENCODERS:
             down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
@@ -242,7 +242,7 @@ def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
 
 
 def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """Tensors under kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
+    """Tensors by kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
 
     `diffusers.utils.convert_state_dict_to_kohya` writes no `dora_scale`, and one alpha for all
     layers.
@@ -265,12 +265,12 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
 def peft_adapter(
     component: str, part: Part, base_model: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by PEFT's keys, and its configuration; alpha is the rank, since B has the scale."""
+    """Tensors by PEFT's keys, and the configuration, in which alpha is the rank."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer in part.layers:
         name = layer.name
-        # As Transformers 5 calls the layers of its two classes, which PEFT's format follows.
+        # With the names of Transformers 5, which PEFT's format uses.
         if component == "text_encoder_2" and not name.startswith(("text_model.", "text_proj")):
             name = f"text_model.{name}"
         ranks[name] = layer.A.shape[0]
@@ -278,7 +278,7 @@ def peft_adapter(
         tensors[f"{name}.lora_B.weight"] = layer.B
         if layer.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
-    # PEFT has one rank, and exceptions for layers of other ranks.
+    # PEFT has one rank, and exceptions for layers with other ranks.
     ((usual_rank, _),) = Counter(ranks.values()).most_common(1)
     differing_ranks = {name: rank for name, rank in ranks.items() if rank != usual_rank}
     config = {
@@ -294,23 +294,23 @@ def peft_adapter(
 
 
 def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
-    """The layers of keys in diffusers' or PEFT's files, spelt as by today's diffusers.
+    """Names of layers in keys of diffusers or PEFT, as in the current diffusers.
 
     ["attn1.processor.to_out_lora.down.weight"] -> {...: "attn1.to_out.0"}
 
     Args:
-        keys: of the layers' A, without the name of the model.
-        is_encoder: whether the model is a text encoder.
+        keys: keys of the layers' A, without the name of the model.
+        is_encoder: True if the model is a text encoder.
     """
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     from diffusers.utils.state_dict_utils import StateDictType
 
     names = {}
     for key in keys:
-        # One by one, so that two spellings of a layer do not become one key. The converters do not
-        # touch the tensors, which may be None.
+        # One by one, so that two names of the same layer do not become one key. The converters do
+        # not use the tensors, which can be None.
         if is_encoder:
-            oldest = StateDictType.DIFFUSERS_OLD  # its table has all later names too
+            oldest = StateDictType.DIFFUSERS_OLD  # its table also has all later names
             converted = convert_state_dict_to_peft({key: None}, original_type=oldest)
         else:
             converted = convert_unet_state_dict_to_peft({key: None})
@@ -320,21 +320,21 @@ def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
 
 
 def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
-    """Module names of SDXL's UNet or text encoders, by their flat names in kohya's format.
+    """Map kohya's flat names to module names of SDXL's UNet or text encoders.
 
-    The flat names of the UNet may be diffusers' or SDXL's original ones. Diffusers' loader finds
-    the module names. It is not used for tensors, since it leaves out `dora_scale` and gives most
+    The flat names of the UNet can be diffusers' names or the original SDXL names. Diffusers' loader
+    finds the module names. It is not used for tensors, since it ignores `dora_scale` and gives most
     layers the most frequent alpha.
 
     Args:
-        flat_names: without their prefix, such as "mid_block_attentions_0_proj_in".
+        flat_names: names without their prefix, such as "mid_block_attentions_0_proj_in".
 
     Raises:
-        UserError: a name that the model does not have, or both kinds of names.
+        UserError: the model has no such layer, or both kinds of names are mixed.
     """
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
-    # Of both kinds of names the loader would drop the original ones.
+    # With both kinds of names the loader would ignore the original ones.
     original_names = [name for name in flat_names if _ORIGINAL_BLOCK.match(name)]
     if original_names and any(name.startswith(("down_blocks", "up_blocks")) for name in flat_names):
         raise UserError(
@@ -344,13 +344,13 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
     known_layer, model = _ENCODER_LAYER, "CLIP's text encoders"
     if component == "unet":
         known_layer, model = _UNET_LAYER, "SDXL's UNet"
-    sdxl = SimpleNamespace(layers_per_block=2)  # all that the loader asks of the UNet
+    sdxl = SimpleNamespace(layers_per_block=2)  # all that the loader reads of the UNet
     names = {}
     for name in flat_names:
         module = _MISREAD_NAME.get(name)
         if module is None:
             kohya_key = f"{_KOHYA_PREFIX[component]}{name}"
-            # The loader needs tensors, of any values.
+            # The loader needs tensors with any values.
             weights = {
                 f"{kohya_key}.lora_down.weight": torch.zeros(()),
                 f"{kohya_key}.lora_up.weight": torch.zeros(()),

@@ -1,6 +1,6 @@
-"""Contents of a LoRA file of any format, read from its keys, shapes and metadata, and checked.
+"""Inspect and check a LoRA file of any format by its keys, shapes and metadata.
 
-The weights are not read here; `reader` does it.
+Weights are not read here, but in `reader`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..core.lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME
 from .peft_config import PeftConfig, adapter_config
 
 UNNAMED = "unnamed"
-# The kind of a tensor, in its key: its role.
+# Kind of a tensor in its key -> role.
 _ROLES = {
     "lora_A": "A",
     "lora_down": "A",
@@ -34,12 +34,12 @@ _ROLES = {
     "dora_scale": "magnitude",
     "alpha": "alpha",
 }
-# layer, a separator, the kind of tensor, perhaps the adapter's name, perhaps ".weight"
+# layer, separator, kind of tensor, optionally the adapter's name and ".weight"
 _KEY = re.compile(
     rf"^(?P<layer>.+?)[._](?P<kind>{'|'.join(map(re.escape, _ROLES))})"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.weight)?$"
 )
-# Beginnings of keys that name the model.
+# Prefixes of keys that name the model.
 _MODEL_OF_PREFIX = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
@@ -51,32 +51,34 @@ _MODEL_OF_PREFIX = {
     "lora_te_": "text_encoder",
 }
 _PEFT_PREFIX = "base_model.model."
-# The beginnings of keys by which a format is known.
+# Prefixes of keys by format.
 _PREFIXES = {
     "kohya": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith("_")),
     "diffusers": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith(".")),
     "peft": (_PEFT_PREFIX,),
 }
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes by safetensors' names
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # names of dtypes in safetensors
 _DOWNLOAD = "download it again"
 _OWN_CONFIG = "put its own configuration there"
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Contents of one file. Dictionaries are by model: "unet", "text_encoder", ... or "model"."""
+    """Contents of one file; dictionaries are by model: "unet", "text_encoder", ... or "model"."""
 
     path: str
     format: str  # "diffusers", "kohya", "peft" or "unknown"
-    adapters: tuple[str, ...]  # names in the keys; ("unnamed",) for keys without a name, as usual
+    adapters: tuple[
+        str, ...
+    ]  # adapter names in the keys; ("unnamed",) for keys without a name, which is usual
     layers: dict[str, int]  # number of adapted layers
-    ranks: dict[str, tuple[int, ...]]  # without repetition, as the alphas
-    alphas: dict[str, tuple[float, ...]]  # empty where the file has none, which means the rank
+    ranks: dict[str, tuple[int, ...]]  # distinct values, as for the alphas
+    alphas: dict[str, tuple[float, ...]]  # empty if the file has none: alpha is the rank then
     dora: bool
     dtypes: tuple[str, ...]
     parameters: int  # numbers in the adapters' tensors
     other_tensors: int
-    evidence: tuple[str, ...]  # signs of a second adapter, a sentence each
+    evidence: tuple[str, ...]  # signs of a second adapter, one sentence each
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -89,10 +91,10 @@ class LoraTensor(NamedTuple):
     """A tensor of an adapter, without its values."""
 
     key: str
-    local_key: str  # without the prefixes of the model and of PEFT
+    local_key: str  # key without the prefixes of the model and of PEFT
     model: str
     name: str  # of the layer, as in the file
-    layer: str  # the layer's name in one spelling for all formats
+    layer: str  # the layer's name, the same for all formats
     role: str  # "A", "B", "magnitude" or "alpha"
     adapter: str | None
     shape: tuple[int, ...]
@@ -101,37 +103,37 @@ class LoraTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A file without its weights."""
+    """The header of a file."""
 
     file: LoraFile
     tensors: list[LoraTensor]
-    other_keys: list[str]  # of tensors that are not LoRA's
-    config: dict[str, PeftConfig]  # by the model
+    other_keys: list[str]  # keys of tensors that are not part of a LoRA
+    config: dict[str, PeftConfig]  # by model
 
 
 def refused(path: Path, problem: str, fix: str = "give another file") -> UserError:
-    """The error of a file that is refused: "PATH problem; fix."."""
+    """The error for a file: "PATH problem; fix."."""
     return UserError(f"{path} {problem}; {fix}.")
 
 
 def layer_of_key(key: str) -> str:
-    """The layer's part of a key: "conv_in.lora_A.weight" -> "conv_in"."""
+    """The layer of a key: "conv_in.lora_A.weight" -> "conv_in"."""
     match = _KEY.match(key)
     return key if match is None else match["layer"]
 
 
 def lora_files(source: Path) -> list[Path]:
-    """The LoRA files of a path: itself, those of a run, or those of PEFT's folders in it.
+    """The LoRA files of a path: a file, those of a run, or those of PEFT's folders.
 
     Raises:
-        UserError: a folder without any, or one with whole models.
+        UserError: a folder without LoRA files, or with full models.
     """
     if not source.is_dir():
         return [source]
     for name in (FILE_NAME, WEIGHTS):
         if (source / name).is_file():
             return [source / name]
-    # A folder of PEFT's for each model.
+    # A folder of PEFT for each model.
     model_files = [source / component / WEIGHTS for component in COMPONENTS]
     model_files = [file for file in model_files if file.is_file()]
     if model_files:
@@ -151,14 +153,14 @@ def inspect(file: str | Path) -> LoraFile:
     """Read a LoRA file's header and kohya's alphas, and check them.
 
     Raises:
-        UserError: the file is missing, a folder, not safetensors, cut short, holds no LoRA or one
-            that can't be right, or its configuration is damaged.
+        UserError: the file is missing, a folder, not safetensors, truncated, not a valid LoRA, or
+            its configuration is damaged.
     """
     return read_header(Path(file)).file
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header as `inspect` does, with all that `reader` needs."""
+    """Read a file's header as `inspect` does, with everything that `reader` needs."""
     tensors, other_keys, metadata = _read_tensors(path)
     down = [tensor for tensor in tensors if tensor.role == "A"]
     if not down:
@@ -173,14 +175,14 @@ def read_header(path: Path) -> Header:
     config = adapter_config(path, metadata, file_format)
     weights = [tensor for tensor in tensors if tensor.role != "alpha"]
     evidence = tuple(_evidence(keys, weights, metadata))
-    # With several adapters for a layer, nothing says which tensors belong together.
+    # With several adapters for a layer it is unknown which tensors belong together.
     if not evidence:
         _check_layers(path, tensors, config)
 
     layers: dict[str, set[str]] = defaultdict(set)
     ranks: dict[str, set[int]] = defaultdict(set)
     for tensor in down:
-        # By A alone, which each layer has once.
+        # Each layer has one A.
         layers[tensor.model].add(tensor.layer)
         ranks[tensor.model].add(tensor.shape[0])
     alphas: dict[str, set[float]] = defaultdict(set)
@@ -188,7 +190,7 @@ def read_header(path: Path) -> Header:
         if tensor.alpha is not None:
             alphas[tensor.model].add(tensor.alpha)
         elif tensor.role == "A" and tensor.model in config:
-            # PEFT's configuration has an alpha for each layer.
+            # PEFT's configuration can have an alpha for each layer.
             alphas[tensor.model].add(config[tensor.model].alpha(tensor.name))
     file = LoraFile(
         path=str(path),
@@ -208,7 +210,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, str]]:
-    """The tensors of adapters, the keys of other tensors, and the metadata."""
+    """Read the tensors of adapters, the keys of other tensors, and the metadata."""
     if path.is_dir():
         raise refused(path, "is a folder", "name one of its .safetensors files")
     if not path.is_file():
@@ -233,7 +235,7 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
                 dtypes[key] = str(view.get_dtype())
         alpha_keys = []
         for key, match in matches.items():
-            # An alpha of several values is refused below, without reading it.
+            # An alpha with several values is refused below, without reading it.
             if match["kind"] == "alpha" and math.prod(shapes[key]) == 1:
                 alpha_keys.append(key)
         # Torch has more dtypes than numpy, and is imported only for alphas.
@@ -249,11 +251,11 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
 def _tensor(
     path: Path, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: Any
 ) -> LoraTensor:
-    """One tensor; refused where it can't be a part of a LoRA.
+    """Build one tensor; refuse it if it can't be a part of a LoRA.
 
     Args:
-        match: of its key.
-        scalar: the tensor itself, of an alpha with one value.
+        match: match of its key.
+        scalar: the tensor, for an alpha with one value.
     """
     key, layer, role = match.string, match["layer"], _ROLES[match["kind"]]
     prefix = next((prefix for prefix in _MODEL_OF_PREFIX if layer.startswith(prefix)), "")
@@ -263,14 +265,14 @@ def _tensor(
         if count != 1:
             raise refused(path, f"has {count} values as {key}, which is one number")
         alpha = scalar.item()
-        # By the type itself, since bool is a subclass of int.
+        # By the exact type, since bool is a subclass of int.
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise refused(path, f"has {alpha} as {key}, which is no finite number")
     else:
         if dtype not in _FLOATS:
             problem = f"has {key} as {dtype}, and LoRA is made of floats"
             raise refused(path, problem, f"give a file in one of {', '.join(_FLOATS)}")
-        # A and B are matrices at least, a magnitude is a vector at least.
+        # A and B have at least two dimensions, a magnitude has at least one.
         dimensions = 1 if role == "magnitude" else 2
         if len(shape) < dimensions or 0 in shape:
             raise refused(path, f"has {key} of the shape {list(shape)}, which is no part of a LoRA")
@@ -291,7 +293,7 @@ def _tensor(
 
 
 def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, PeftConfig]) -> None:
-    """Refuse layers whose tensors do not belong together, where each has one adapter."""
+    """Refuse layers, with one adapter each, whose tensors do not fit together."""
     # model -> layer -> role -> tensor
     models: dict[str, dict[str, dict[str, LoraTensor]]] = defaultdict(lambda: defaultdict(dict))
     for tensor in tensors:
@@ -320,7 +322,7 @@ def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, P
 
 
 def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | None) -> None:
-    """Refuse a layer's tensors, by their roles, where they do not belong together."""
+    """Refuse a layer whose tensors, by role, do not fit together."""
     missing = sorted({"A", "B"} - layer.keys())
     if missing:
         some_tensor = next(iter(layer.values()))
@@ -328,7 +330,7 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
         raise refused(path, problem, _DOWNLOAD)
     A, B = layer["A"], layer["B"]
     rank = A.shape[0]
-    # B is (m, r), or (m, r, 1, 1) of a convolution.
+    # B is (m, r), or (m, r, 1, 1) for a convolution.
     kernel_ones = (1,) * len(B.shape[2:])
     if len(A.shape) != len(B.shape) or B.shape[1:] != (rank, *kernel_ones):
         problem = (
@@ -342,7 +344,7 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
         )
         raise refused(path, problem, _OWN_CONFIG)
     if "magnitude" in layer:
-        # One number for each of the m outputs: (m,), or with further dimensions of 1.
+        # One number for each of the m outputs: (m,), optionally with dimensions of size 1.
         magnitude = layer["magnitude"]
         width = B.shape[0]
         is_row = len(magnitude.shape) == 2 and magnitude.shape[1] == width > 1
@@ -358,7 +360,7 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
 def _evidence(
     keys: list[str], weights: list[LoraTensor], metadata: dict[str, str]
 ) -> Iterator[str]:
-    """The signs of a second adapter: its name, or a second pair of A and B for a layer."""
+    """Signs of a second adapter: its name, or a second pair of A and B for a layer."""
     auxiliary_keys = [key for key in keys if AUXILIARY in key.lower()]
     if auxiliary_keys:
         yield f"{len(auxiliary_keys)} keys name an auxiliary, the first is {auxiliary_keys[0]}."
@@ -371,7 +373,7 @@ def _evidence(
         yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
     for key, value in metadata.items():
         text = value
-        # The values are layers' names and the like; the keys name models, and may name an adapter.
+        # Values are names of layers and similar; keys name models and may name an adapter.
         if key == ADAPTER_METADATA:
             models = {name.rpartition(".")[0] for name in re.findall(r'"([^"]+)":', value)}
             text = " ".join(models)

@@ -16,13 +16,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from ..core.errors import UserError, as_user_error
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
-# A repeat of a group, or four repeats: to search a name by such an expression may never end.
+# A repeated group, or four repeats: a search with such an expression may not end.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 
 
 def _pattern(text: object) -> re.Pattern[str]:
-    """A regular expression for layers, which PEFT compares with the end of a layer's name."""
-    # pydantic turns a ValueError into an error of validation.
+    """Check a regular expression that PEFT compares with the end of a layer's name."""
+    # pydantic turns a ValueError into a validation error.
     if not isinstance(text, str) or _COSTLY.search(text):
         raise ValueError("this is not a name of layers, or an expression with too many repeats")
     try:
@@ -64,7 +64,7 @@ class PeftConfig(BaseModel):
 
 
 def _first_match(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, default: Any) -> Any:
-    """The value of the first pattern that matches a layer's name, as in PEFT."""
+    """Value of the first pattern that matches a layer's name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if pattern.match(layer):
             return value
@@ -75,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read an adapter_config.json and check the fields of `PeftConfig`."""
     with _explain_config_errors(path):
         fields = json.loads(path.read_text(encoding="utf-8"))
-        # Refuses halves of surrogate pairs, which could not be written again.
+        # Refuses halves of surrogate pairs, which can't be written.
         json.dumps(fields, ensure_ascii=False).encode()
         _validate(fields)
     return fields
@@ -85,7 +85,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
     """The configuration of each model, from the file's metadata or PEFT's configuration beside it.
 
     Raises:
-        UserError: it can't be read, is not valid or not LoRA's, or a file of PEFT's has none.
+        UserError: it can't be read, is invalid or not for LoRA, or PEFT's file has none.
     """
     fields: dict[str, Any] = {}
     config_file = path.with_name(CONFIG)
@@ -112,7 +112,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
 
 
 def _validate(fields: object) -> PeftConfig:
-    """Check fields of a configuration; a ValueError says the first fault in one sentence."""
+    """Check the fields of a configuration; a ValueError describes the first error."""
     try:
         return PeftConfig.model_validate(fields)
     except ValidationError as error:
@@ -124,6 +124,6 @@ def _validate(fields: object) -> PeftConfig:
 
 
 def _explain_config_errors(path: Path) -> AbstractContextManager[None]:
-    """Within the context an error becomes a `UserError` about the file's configuration."""
+    """Context manager: an error becomes a `UserError` about the file's configuration."""
     sentence = f"The adapter configuration of {path} can't be read"
     return as_user_error(sentence, "mend it or write the file again")

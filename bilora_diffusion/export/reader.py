@@ -1,8 +1,8 @@
-"""A LoRA file of any format as layers, and its comparison with the layers that it should have.
+"""Read a LoRA file of any format as layers, and compare it with expected layers.
 
-The scale alpha / rank is multiplied into B. Tensors keep the precision of the file where that is
-exact, as it is for a power of two, and are fp32 otherwise. `compare` checks all files that are
-written or converted.
+The scale alpha / rank is multiplied into B. Tensors keep the file's precision if that is exact, as
+for a power of two; otherwise they are fp32. `compare` checks all files that are written or
+converted.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import TrainingError
-from ..core.lora_names import COMPONENTS, ENCODERS, FILE_NAME, kohya_file_name
-from .formats import Layer, Part, dotted_names, module_names, plain_name, trained_layers
+from ..core.lora_names import COMPONENTS, ENCODERS
+from .formats import Layer, Part, dotted_names, module_names, plain_name
 from .lorafile import Header, LoraFile, LoraTensor, inspect, read_header, refused
 
 # Metadata entry with the model of a PEFT file, whose keys do not name it.
 COMPONENT = "bilora.component"
 _LARGEST = torch.finfo(torch.float32).max
-# Beginnings of layers' names that only one kind of denoiser has.
+# Prefixes of layers' names that only one kind of denoiser has.
 _BLOCKS = {
     "unet": re.compile(r"(?:down_blocks|mid_block|up_blocks|time_embedding)\.|conv_in|conv_out"),
     "transformer": re.compile(
@@ -41,15 +41,15 @@ class Contents:
     # By model: one of `COMPONENTS`, another name in the file, or "model" if the file names none.
     parts: dict[str, Part]
     metadata: dict[str, str]
-    base_model: str  # hub id or folder of the adapter's base model; "" where it is not known
+    base_model: str  # hub id or folder of the adapter's base model; "" if it is not known
 
 
 def read(path: Path) -> Contents:
     """Read all layers of a LoRA file.
 
     Raises:
-        UserError: it is no LoRA file, is damaged, has several adapters for a layer, or has tensors
-            that are not LoRA's.
+        UserError: it is not a LoRA file, is damaged, has several adapters for a layer, or has other
+            tensors.
     """
     header = read_header(path)
     file = header.file
@@ -65,20 +65,20 @@ def read(path: Path) -> Contents:
     base_model = None
     if file.format == "peft" and "model" in header.config:
         base_model = header.config["model"].base_model_name_or_path
-    # kohya's entry, which diffusers' files of this package have too.
+    # kohya's entry, which this package also writes into files for diffusers.
     base_model = base_model or file.metadata.get("ss_sd_model_name", "")
     return Contents(_read_parts(path, header), file.metadata, base_model)
 
 
 def _read_parts(path: Path, header: Header) -> dict[str, Part]:
-    """The layers of each model in a file."""
+    """Read the layers of each model in a file."""
     # model -> name of a layer in the file -> role -> tensor
     models: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     with safe_open(path, framework="pt") as content:
         for entry in header.tensors:
             value = content.get_tensor(entry.key)
             if value.dtype.itemsize == 1:
-                value = value.half()  # it has all values of 8 bits, and can be computed with
+                value = value.half()  # fp16 has all values of 8 bits, and supports arithmetic
             models[entry.model][entry.name][entry.role] = value
 
     parts: dict[str, dict[str, Layer]] = defaultdict(dict)
@@ -87,7 +87,7 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
         component = _component(path, model, layers, header.file)
         entries = [entry for entry in header.tensors if entry.model == model]
         names = _layer_names(component, entries)
-        # The metadata of diffusers have an entry for each model, PEFT's configuration has one.
+        # Metadata of diffusers have an entry for each model, PEFT's configuration is for one model.
         config = header.config.get(component) or header.config.get("model")
         for source, tensors in layers.items():
             name = names[source]
@@ -97,7 +97,8 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
                 raise refused(path, both, "leave one out")
             sources[full_name] = source
             rank = len(tensors["A"])
-            # An alpha in the file precedes that of a configuration; without both it is the rank.
+            # An alpha in the file takes precedence over the configuration; without both it is the
+            # rank.
             if "alpha" in tensors:
                 scale = float(tensors["alpha"]) / rank
             elif config is not None:
@@ -109,7 +110,7 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
 
 
 def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> str:
-    """The model of an adapter, which is found in other ways where its keys do not name it."""
+    """Find the model of an adapter, also if its keys do not name it."""
     if model != "model":
         return model
     component = file.metadata.get(COMPONENT)
@@ -128,7 +129,7 @@ def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> 
 
 
 def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str]:
-    """Today's name of each layer, by its name in the file."""
+    """Current name of each layer, by its name in the file."""
     down = [entry for entry in entries if entry.role == "A"]
     if any(entry.key.startswith("lora_") for entry in down):
         names = module_names(component, [entry.name for entry in down])
@@ -142,11 +143,11 @@ def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -> Layer:
-    """The layer of some tensors, with the scale in B; refused where fp32 can't hold it."""
+    """Build a layer with the scale in B; refuse values that are not finite in fp32."""
     A, B, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
     scaled = B.double() * scale
     B = scaled.to(B.dtype)
-    if not torch.equal(B.double(), scaled):  # the dtype of the file is not exact
+    if not torch.equal(B.double(), scaled):  # not exact in the dtype of the file
         B = scaled.float()
     if magnitude is not None:
         # (m,) for a linear layer, (1, m, 1, 1) for a convolution
@@ -169,43 +170,6 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
 TOLERANCE = 1e-6  # relative, of each layer; rounding s * B to fp32 makes 6e-8
 
 
-def verify(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Prove that `save_diffusers` wrote the primary of `models` into `folder`, and nothing else.
-
-    s * B @ A of every layer, and DoRA's magnitude, are compared in fp64.
-
-    Args:
-        folder: where the files are.
-        models: the trained models, as given to `save_diffusers`.
-
-    Returns:
-        "layers", "max_abs_difference", "max_relative_difference", "auxiliary_keys", which is 0,
-        and with a kohya file "kohya_max_abs_difference" and "kohya_max_relative_difference".
-
-    Raises:
-        TrainingError: the file has an auxiliary, lacks a layer, has further layers, or has a layer
-            that differs by more than 1e-6 of its norm.
-        UserError: a file can't be read.
-    """
-    expected = {component: trained_layers(model) for component, model in models.items()}
-    differences = _compare_primary(Path(folder) / FILE_NAME, expected)
-    report: dict[str, float] = {"auxiliary_keys": 0, **differences}
-    kohya_file = Path(folder) / kohya_file_name(folder)
-    if kohya_file.exists():
-        differences = _compare_primary(kohya_file, expected)
-        for name in ("max_abs_difference", "max_relative_difference"):
-            report[f"kohya_{name}"] = differences[name]
-    return report
-
-
-def _compare_primary(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, float]:
-    """Compare a file that must have the primary and nothing else."""
-    file = inspect(path)
-    if file.auxiliary or file.other_tensors:
-        raise TrainingError(f"{path} must hold the primary alone. {' '.join(file.evidence)}")
-    return compare(path, expected)
-
-
 def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuse a file that has other tensors or other values, or values that are not finite."""
     differing_keys = sorted(stored.keys() ^ expected.keys())
@@ -221,7 +185,25 @@ def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[st
 
 
 def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, float]:
-    """Read a file and compare B @ A and DoRA's magnitude of every layer, in fp64; see `verify`."""
+    """Check that a file has these layers and nothing else.
+
+    B @ A and DoRA's magnitude of every layer are compared in fp64.
+
+    Args:
+        path: the LoRA file.
+        expected: layers by the name of their model, with the scale in B.
+
+    Returns:
+        "layers", their number, "max_abs_difference" and "max_relative_difference".
+
+    Raises:
+        TrainingError: the file has an auxiliary or other tensors, lacks a layer, has further
+            layers, or has a layer that differs by more than `TOLERANCE`.
+        UserError: the file can't be read.
+    """
+    file = inspect(path)
+    if file.auxiliary or file.other_tensors:
+        raise TrainingError(f"{path} must have the primary alone. {' '.join(file.evidence)}")
     parts = read(path).parts
     differing_models = sorted(expected.keys() ^ parts.keys())
     if differing_models:

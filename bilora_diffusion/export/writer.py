@@ -1,4 +1,4 @@
-"""Writing of what was trained: LoRA files with their metadata, whole models, adapters of PEFT."""
+"""Write LoRA files with their metadata, full models, and PEFT adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -27,17 +27,25 @@ from ..core.lora_names import (
     WEIGHTS,
     kohya_file_name,
 )
-from .formats import Part, diffusers_tensors, kohya_tensors, primary_part, require_effect
+from .formats import (
+    Layer,
+    Part,
+    diffusers_tensors,
+    kohya_tensors,
+    primary_part,
+    require_effect,
+    trained_layers,
+)
 from .reader import compare, require_equal
 
-# PEFT's names for the kinds of text models.
+# PEFT's task types of text models.
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 _SDXL_METADATA = {
     "ss_base_model_version": "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
-# Ends of layers' names, and the input width of these layers in SDXL: metadata must not offer a file
-# for a smaller model of the same kind to SDXL.
+# Endings of layers' names, and the input width of these layers in SDXL. The metadata of files for
+# smaller models of the same class must not name SDXL.
 _SDXL_WIDTHS = {
     "unet": (("attn2.to_k", "attn2.to_v"), 2048),
     "text_encoder": (("q_proj", "k_proj", "v_proj"), 768),
@@ -52,31 +60,34 @@ def save_diffusers(
     base_model: str,
     kohya: bool = False,
     extra_metadata: Mapping[str, str] | None = None,
-) -> Path:
-    """Write the file that `load_lora_weights(folder)` of the models' pipeline reads.
+) -> dict[str, float]:
+    """Write the file that the pipeline's `load_lora_weights(folder)` reads.
 
     The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so that
-    readers which ignore alpha are right too; the alpha of training is in the metadata. Where the
-    init changed the base weights, the file is for the unchanged ones: it has twice the rank of
-    training, which is in the metadata too. Each file appears whole or not at all.
+    readers that ignore alpha are right too. The alpha of training is in the metadata. If the
+    initialization changed the base weights, the file is for the original ones: it has twice the
+    rank of training, which is in the metadata too. Each file is read back and compared with the
+    models before it gets its name.
 
     Args:
-        folder: of `pytorch_lora_weights.safetensors`; it is made if necessary.
-        models: what was trained, by name ("unet" or "transformer", "text_encoder",
-            "text_encoder_2"), each with its adapters, of which the primary is written.
+        folder: folder of `pytorch_lora_weights.safetensors`; it is created if necessary.
+        models: the trained models by name ("unet" or "transformer", "text_encoder",
+            "text_encoder_2") with their adapters; only the primary is written.
         base_model: hub id or folder of the pipeline that was trained.
         kohya: also write a file that is named after the folder (`kohya_file_name`) for ComfyUI, web
-            UIs and kohya's scripts, for SDXL only. Without it such a file is removed, since its
-            weights are older.
-        extra_metadata: further entries, see `training_facts`, which precede the defaults.
+            UIs and kohya's scripts, for SDXL only. If False, an existing file of this name is
+            removed, since its weights are older.
+        extra_metadata: further entries (see `training_facts`), which replace the defaults.
 
     Returns:
-        The path of the diffusers file.
+        "layers", their number, "max_abs_difference" and "max_relative_difference" between the file
+        and the models, and with ``kohya`` those of the other file, "kohya_max_abs_difference" and
+        "kohya_max_relative_difference".
 
     Raises:
         UserError: an unknown model name, a model without a primary, a folder that is a file, or
             kohya's format for a transformer.
-        TrainingError: a value is not finite.
+        TrainingError: a value is not finite, or a file differs from the models (`reader.compare`).
     """
     folder = Path(folder)
     unknown_names = [name for name in models if name not in COMPONENTS]
@@ -93,12 +104,15 @@ def save_diffusers(
     kohya_file = folder / kohya_file_name(folder)
     metadata = file_metadata(parts, base_model, kohya_file.stem, extra_metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
-    # First, so that an interruption does not leave a file of other weights beside the new ones.
+    # Removed first, so that after an interruption there is no file with other weights.
     kohya_file.unlink(missing_ok=True)
-    write_file(folder / FILE_NAME, parts, "diffusers", metadata)
+    expected = {name: trained_layers(model) for name, model in models.items()}
+    report = write_file(folder / FILE_NAME, parts, "diffusers", metadata, expected)
     if kohya:
-        write_file(kohya_file, parts, "kohya", metadata)
-    return folder / FILE_NAME
+        differences = write_file(kohya_file, parts, "kohya", metadata, expected)
+        for name in ("max_abs_difference", "max_relative_difference"):
+            report[f"kohya_{name}"] = differences[name]
+    return report
 
 
 def refuse_kohya(components: Iterable[str]) -> None:
@@ -110,35 +124,48 @@ def refuse_kohya(components: Iterable[str]) -> None:
         )
 
 
-def write_file(path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping[str, str]) -> None:
-    """Write a file aside, compare it with the layers, and give it its name.
+def write_file(
+    path: Path,
+    parts: Mapping[str, Part],
+    to: str,
+    metadata: Mapping[str, str],
+    expected: Mapping[str, Sequence[Layer]],
+) -> dict[str, float]:
+    """Write a temporary file, compare it with the expected layers, and rename it.
 
     Args:
+        path: name of the file.
+        parts: the layers of each model.
         to: "diffusers" or "kohya".
+        metadata: entries of the file's metadata.
+        expected: the layers, by model, that the file must have.
+
+    Returns:
+        The differences that `reader.compare` found.
     """
     tensors = diffusers_tensors(parts) if to == "diffusers" else kohya_tensors(parts)
     entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
-    # Where a model has several ranks diffusers reads the shapes. A file in kohya's format with
-    # PEFT's entry is refused by it.
+    # For models with several ranks diffusers reads the shapes. It refuses a file in kohya's format
+    # that has PEFT's entry.
     if to == "diffusers" and all(part.file_rank is not None for part in parts.values()):
         entries[ADAPTER_METADATA] = adapter_metadata(parts)
-    # The name aside is one that no loader matches.
-    with replacing(path, ".partial") as aside:
-        aside.write_bytes(safetensors.torch.save(tensors, entries))
-        compare(aside, {name: part.layers for name, part in parts.items()})
+    # No loader reads a file whose name ends in .partial.
+    with replacing(path, ".partial") as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, entries))
+        return compare(temporary, expected)
 
 
 def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
-    """Metadata of a run with these options that ends today, for `save_diffusers`."""
+    """Metadata of a run with these options, dated today, for `save_diffusers`."""
     init = config["init_lora_weights"]
-    guided_target = config.get("guided_target", 1)  # older runs and text have none
+    guided_target = config.get("guided_target", 1)  # older runs and text runs have none
     facts = {
         "method": config["method"],
         "rho": config["rho"],
         "seed": config["seed"],
         "steps": steps,
         "init": None if init == "default" else init,
-        # Guidance that the file has in it: its images are sampled without.
+        # Guidance that the weights already include: images are sampled without.
         "guided_target": guided_target if guided_target > 1 else None,
     }
     entries = {
@@ -157,12 +184,12 @@ def file_metadata(
     """Metadata of a file in either format; "modelspec" is Stability AI's ModelSpec 1.0.0.
 
     Args:
-        name: of the file, without its suffix.
-        extra: further entries, which precede all but those that describe the tensors.
+        name: name of the file, without its suffix.
+        extra: further entries, which replace all others except those that describe the tensors.
     """
     entries: dict[str, str] = {}
     if "transformer" not in parts:
-        # The module of kohya's scripts that reads these names of layers, but no transformer's.
+        # The module of kohya's scripts that reads these layer names; it reads no transformers.
         entries["ss_network_module"] = "networks.lora"
     if _is_for_sdxl(parts):
         entries |= _SDXL_METADATA
@@ -176,7 +203,7 @@ def file_metadata(
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
     }
-    # Rank and alpha of training, where they are known.
+    # Rank and alpha of training, if they are known.
     file_ranks = {component: part.file_rank for component, part in parts.items()}
     ranks = {component: part.rank for component, part in parts.items()}
     if None not in ranks.values():
@@ -194,7 +221,7 @@ def file_metadata(
 
 
 def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
-    """Test that the layers of `_SDXL_WIDTHS` have SDXL's widths; False where there are none."""
+    """Test that the layers of `_SDXL_WIDTHS` have SDXL's widths; False if there are none."""
     matches = []
     for component, part in parts.items():
         if component not in _SDXL_WIDTHS:
@@ -207,7 +234,7 @@ def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
 
 
 def adapter_metadata(parts: Mapping[str, Part]) -> str:
-    """PEFT's configuration of each primary as JSON for diffusers, with the model before each key.
+    """PEFT's configuration of each primary as JSON for diffusers; keys begin with the model's name.
 
     Other entries have PEFT's defaults, such as no dropout. Alpha is the rank, since B has the
     scale.
@@ -227,11 +254,11 @@ def adapter_metadata(parts: Mapping[str, Part]) -> str:
 
 
 def model_hash(tensors: dict[str, Tensor]) -> str:
-    """The sshs_model_hash of kohya's scripts: SHA-256 of all that follows the file's header.
+    """The sshs_model_hash of kohya's scripts: SHA-256 of everything after the file's header.
 
-    It depends on the tensors, in the order that safetensors writes them, not on the metadata.
+    It depends on the tensors in the order of safetensors, not on the metadata.
     """
-    # A file is 8 bytes with the header's length, the header, and the values.
+    # A file has 8 bytes with the header's length, the header, and the values.
     content = safetensors.torch.save(tensors)
     start_of_values = 8 + int.from_bytes(content[:8], "little")
     return hashlib.sha256(memoryview(content)[start_of_values:]).hexdigest()
@@ -240,14 +267,14 @@ def model_hash(tensors: dict[str, Tensor]) -> str:
 def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Write each model to `folder/name` and compare the files with the model.
 
-    A model appears whole or not at all, and replaces an older one.
+    A model is written under a temporary name and renamed, and replaces an older one.
 
     Args:
         folder: the run folder.
         models: diffusers or Transformers models by their names in the pipeline.
 
     Returns:
-        For each model the number of its weights, and the largest difference to the files, 0.0.
+        For each model, "weights", their number, and "readback_difference", 0.0.
 
     Raises:
         TrainingError: a weight is not finite, or the files differ from the model.
@@ -263,8 +290,7 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         stored: dict[str, Tensor] = {}
         for file in files:
             stored |= load_file(file)
-        # Buffers are not compared. A weight that is tied to another one has two names, of which
-        # Transformers writes one.
+        # Buffers are not compared. A tied weight has two names, of which Transformers writes one.
         parameters = dict(model.named_parameters(remove_duplicate=False))
         stored_ids = {id(value) for key, value in parameters.items() if key in stored}
         stored_parameters = {}
@@ -289,7 +315,7 @@ def save_adapter(
 
     Args:
         folder: the run folder.
-        model: with a primary, which is written, and perhaps an auxiliary.
+        model: model with a primary, which is written, and optionally an auxiliary.
         base_model: hub id or folder of the model that the adapter is for.
         kind: "seq2seq", "causal" or "classification".
 
@@ -310,7 +336,7 @@ def save_adapter(
 
 
 def text_config(config: Mapping[str, Any], base_model: str, kind: str) -> dict[str, Any]:
-    """An adapter's configuration with the entries of PEFT on its base model."""
+    """An adapter's configuration with PEFT's entries for the base model."""
     return {**config, "base_model_name_or_path": base_model, "task_type": TASK_TYPES[kind]}
 
 
@@ -321,10 +347,10 @@ def write_adapter(
     metadata: Mapping[str, str] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write PEFT's two files aside, compare them with the tensors, and give them their names.
+    """Write PEFT's two files to a temporary folder, compare and rename them.
 
     Args:
-        check: a further check of the file of weights, called before it gets its name.
+        check: further check of the file of weights, called before it is renamed.
 
     Raises:
         TrainingError: each B is zero, or the file differs from the tensors.
@@ -347,7 +373,7 @@ def write_adapter(
 
 
 def refuse_existing(*folders: Path) -> None:
-    """Refuse folders in which an adapter is, and files in the place of folders."""
+    """Refuse folders that have an adapter, and paths that are files."""
     for folder in folders:
         if folder.suffix == ".safetensors" or folder.is_file():
             raise UserError(f"{folder} is a file, and PEFT's format is a folder; name a folder.")

@@ -40,13 +40,13 @@ class BaseModel:
 
     @property
     def family(self) -> Any:
-        """Its kind, a `families.base.Family`."""
+        """The model's family, a `families.base.Family`."""
         return family_class(self.pipeline, self.name)()
 
     @property
     def usual_sampling(self) -> tuple[int, float]:
-        """Steps and guidance scale of its images by default."""
-        # As much of the loaded pipeline as a family asks for.
+        """Default number of steps and guidance scale of its images."""
+        # The parts of a loaded pipeline that `usual_sampling` reads.
         denoiser = SimpleNamespace(config=self.configs[self.family.denoiser])
         parts = {self.family.denoiser: denoiser}
         outline = SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
@@ -54,7 +54,7 @@ class BaseModel:
 
     @property
     def is_guided(self) -> bool:
-        """True if its images have an unconditional prediction by default."""
+        """True if its images use an unconditional prediction by default."""
         _, guidance = self.usual_sampling
         return bool(self.family.is_guided(guidance, self.index, self.configs))
 
@@ -83,7 +83,7 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     Raises:
         UserError: there is no such model, its kind is not known, or a part is missing.
     """
-    # Written down here, so that a dry run of the default model needs no network.
+    # These values are here so that a dry run of the default model needs no network.
     if name == SDXL_BASE:
         parts = {"unet": {"sample_size": 128}, "vae": {"block_out_channels": [128, 256, 512, 512]}}
         return BaseModel(name, {"_class_name": SDXL}, parts)
@@ -96,7 +96,7 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
     needed_parts = sorted((set(family.parts) | tokenizers) - family.optional)
     for part in needed_parts:
-        # The folders of the parts can be seen on the disk, and not on the hub.
+        # Only on disk the folders of the parts can be checked.
         if part not in index or (folder is not None and not (folder / part).is_dir()):
             raise UserError(
                 f'{FLAG} "{name}" is not a {family.title} pipeline in diffusers format (it has no'
@@ -131,7 +131,7 @@ def _read(name: str, folder: Path | None, file: str, **hub_options: Any) -> dict
 
 
 def from_hub(name: str, load: Callable[[], Any]) -> Any:
-    """Download by ``load`` from a model's repository.
+    """Call ``load``, which downloads from a model's repository.
 
     Raises:
         UserError: the model is not there, may not be read, or can't be downloaded.

@@ -1,8 +1,8 @@
 """The text that each image is trained on and measured with, and the embeddings of texts.
 
 An image has its caption, else the instance prompt of its concept, with the trigger word; in
-training its tags may stand in another order, or the text may be dropped. A class image has the
-class prompt. Frozen text encoders embed each text once.
+training its tags can be shuffled, or the text can be dropped. A class image has the class prompt.
+Frozen text encoders embed each text once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..core.seeds import generator
 from .config import DreamBoothConfig
 from .disk_cache import DiskCache
 from .families import family_of
-from .families.base import Conditions, Family, join_rows, split_rows
+from .families.base import Family
+from .families.tensors import Conditions, join_rows, split_rows
 from .sets import ImageSet
 
 # Orders of one image's tags. They are chosen beforehand: all prompts are embedded at the start.
@@ -50,7 +51,7 @@ def captions_or_prompts(images: ImageSet, instance_prompts: Sequence[str | None]
 
 
 def fixed_texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
-    """The text of every image without shuffling and dropout: how held-out images are measured."""
+    """The text of every image without shuffling and dropout, as held-out images are measured."""
     prompts = [concept.instance_prompt for concept in cfg.concept_configs]
     texts = []
     for entry, text in zip(images.entries, captions_or_prompts(images, prompts), strict=True):
@@ -67,7 +68,7 @@ class Captions:
     """
 
     def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
-        self._configs = images.of_each(cfg.concept_configs)  # of each image's concept
+        self._configs = images.values_of_images(cfg.concept_configs)  # of each image's concept
         prompts = [concept.instance_prompt for concept in cfg.concept_configs]
         plain_texts = captions_or_prompts(images, prompts)
         self._require_tags(plain_texts, images.label)
@@ -113,7 +114,7 @@ class Captions:
         return ", ".join(front_tags + [tags[place] for place in permutation])
 
     def all_texts(self) -> list[str]:
-        """Every text that training can meet, without repetition."""
+        """All different texts that training can use."""
         texts: list[str] = []
         for orders in self._texts:
             texts += orders
@@ -122,7 +123,7 @@ class Captions:
         return list(dict.fromkeys(texts))
 
     def text(self, sample: int, step: int, slot: int) -> str:
-        """The text of one training sample, which the seed, step and slot decide."""
+        """The text of one training sample, chosen by seed, step and slot."""
         config = self._configs[sample]
         random = generator(config.seed, "caption", step, sample, slot)
         # Two numbers whatever the options, so that dropout does not change the order of tags.
@@ -134,15 +135,20 @@ class Captions:
 
 
 def add_trigger(text: str, trigger: str | None) -> str:
-    """Put the trigger word in front of a caption, unless the caption has it somewhere."""
+    """Put the trigger word in front of a caption that does not contain it."""
     if not trigger or has_word(text, trigger):
         return text
     return f"{trigger}, {text}"
 
 
+def concept_words(trigger_word: str | None, instance_prompt: str | None) -> str | None:
+    """The words that name a concept in a prompt: its trigger word, else its instance prompt."""
+    return trigger_word or instance_prompt
+
+
 def has_word(text: str, word: str) -> bool:
-    """Test that a text has a word, or a phrase, by itself and not within a longer word."""
-    # One form of letters with accents, which may be one character or two.
+    """Test that a text contains a word or a phrase, not as a part of a longer word."""
+    # An accented letter can be one character or two: normalize it to one.
     text = unicodedata.normalize("NFC", text)
     word = unicodedata.normalize("NFC", word)
     # A word that begins with a mark, such as <s1>, may follow a letter.
@@ -156,9 +162,9 @@ class PromptCache:
 
     Args:
         pipeline: with its encoders.
-        device: to which the encoders are moved while they embed.
-        family: of the pipeline, with the run's settings; by default with its usual settings.
-        disk: the cache that stays for the next run.
+        device: the encoders are moved to it to embed prompts.
+        family: the pipeline's family with the run's settings; by default with its usual settings.
+        disk: cache on disk, for the next run.
         prepare: called before the encoders are used.
     """
 
@@ -210,28 +216,29 @@ class PromptCache:
         for encoder in encoders:
             encoder.to("cpu")
 
-    def __call__(self, prompts: Sequence[str]) -> Conditions:
-        """Embeddings of prompts, n rows in their order, on the CPU."""
+    def embed(self, prompts: Sequence[str]) -> Conditions:
+        """Embed prompts as they are, "" too: n rows in their order, on the CPU."""
         self.add(prompts)
         return join_rows([self._embeddings[prompt] for prompt in prompts])
 
-    def conditions(self, captions: Sequence[str]) -> Conditions:
-        """Embeddings of captions as training reads them, n rows on the CPU.
+    def embed_captions(self, captions: Sequence[str]) -> Conditions:
+        """Embed captions for training, where "" is guidance's negative prompt: n rows on the CPU.
 
-        An empty caption, such as a dropped one, is embedded as guidance's negative prompt.
+        A family can embed the negative prompt in another way than the empty prompt, such as by
+        zeros (`Family.negative`).
         """
         self.add(captions)
         if "" not in captions:
-            return self(captions)
+            return self.embed(captions)
         negative_row = self.family.negative(self._pipeline, self._embeddings[""])
         rows = [self._embeddings[text] if text else negative_row for text in captions]
         return join_rows(rows)
 
     def release(self) -> None:
-        """Drop the encoders: those of a flow model are as large as its denoiser."""
+        """Delete the encoders, which are as large as the denoiser in flow models."""
         for name in self.family.encoders:
             setattr(self._pipeline, name, None)
-        gc.collect()  # models refer to themselves, so that they outlive their last reference
+        gc.collect()  # models have reference cycles
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -21,6 +21,7 @@ from ..mini import FLOW, MINI, PIPELINES
 from ..run.hub import is_hub_id, loaded_from, public_name, write_card
 from ..run.record import BY_CONCEPT, validation_folder
 from . import comfy
+from .captions import concept_words
 from .config import DreamBoothConfig
 from .families.base import Unconditional
 from .validation import INDEX, read_index
@@ -45,7 +46,7 @@ def _gallery(folder: Path, step: int, config: Mapping[str, Any]) -> list[tuple[s
 
 
 def _tags(cfg: DreamBoothConfig, base: str) -> list[str]:
-    """Tags by which the hub finds the model."""
+    """Tags for the hub's search."""
     tags = ["text-to-image", "diffusers"]
     if methods.get(cfg.method).exports_weights:
         tags.append("full-fine-tuning")
@@ -64,20 +65,20 @@ def write_dreambooth_card(
     """Write ``folder/README.md`` with the last validation images.
 
     Args:
-        results: of the run: steps, held-out losses and, under "export", facts of each model.
-        repo_id: of the hub, if the run is pushed there.
+        results: results of the run: steps, held-out losses and the report of the export.
+        repo_id: repository on the hub that the run is pushed to, if any.
     """
     base = public_name(cfg.pretrained_model_name_or_path)
     concepts = cfg.concept_configs
     sources = [public_name(concept.source) for concept in concepts]
 
-    # Validation images. With --keep_best the weights, and so the images, are of an earlier step.
+    # Validation images. With --keep_best they show the exported weights, those of an earlier step.
     step = results.get("best_step", results["steps"])
     prompts = cfg.sampled_prompts
     gallery = _gallery(folder, step, vars(cfg))
     if [prompt for prompt, _ in gallery] != prompts:  # a run was resumed with other prompts
         gallery, prompts = [], []
-    words = [concept.trigger_word or concept.instance_prompt for concept in concepts]
+    words = [concept_words(concept.trigger_word, concept.instance_prompt) for concept in concepts]
     triggers = list(dict.fromkeys(filter(None, words)))
 
     instance_prompts = [concept.instance_prompt for concept in concepts]
@@ -110,7 +111,7 @@ def write_dreambooth_card(
 
 
 def _measured(cfg: DreamBoothConfig, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows of the table of results that the run has measured, by their titles."""
+    """Rows of the table of results, by title: the values that the run has measured."""
     metrics = dict(MEASURED)
     for options in cfg.concepts:
         name = options["concept"]
@@ -119,17 +120,17 @@ def _measured(cfg: DreamBoothConfig, results: Mapping[str, Any]) -> dict[str, An
 
 
 def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts for the card's code, which loads the pipeline and the weights.
+    """Values for the card's code example, which loads the pipeline and the weights.
 
     Args:
         base: name of the base model in the card.
-        results: of the run; "export" has facts of each model.
+        results: results of the run, with the report of the export.
     """
     family = cfg.family
     exports_models = methods.get(cfg.method).exports_weights
-    # The card shows guidance from the base model where a few lines do it: where the unconditional
-    # rows are the first ones of a batch. DoRA scales the base's output too, and text encoders with
-    # adapters would embed the negative prompt.
+    # The code shows guidance from the base model where a few lines are enough: where the
+    # unconditional rows are the first rows of a batch. DoRA scales the base's output too, and text
+    # encoders with adapters would embed the negative prompt.
     denoiser_by_rows = None
     is_plain = not (exports_models or cfg.use_dora or cfg.train_text_encoder)
     if family.unconditional is Unconditional.FIRST_ROWS and is_plain:
@@ -150,7 +151,7 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "denoiser_by_rows": denoiser_by_rows,
         "guidance": family.default_guidance,
         "guided_target": cfg.guided_target if is_guided_target else None,
-        "unguided": family.unguided,
+        "unguided_scale": family.unguided_scale,
         "models": list(results["export"]) if exports_models else [],
         # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
         "warns_of_encoders": not family.flow and not cfg.train_text_encoder,

@@ -1,10 +1,10 @@
 """A workflow for ComfyUI that samples a run's first validation image as diffusers does.
 
-It is in ComfyUI's API format, which its window opens like any other: nodes by their numbers. An
-input that is the output of another node is the pair of that node's number and the output's number.
-The names of nodes and files are those of Comfy-Org's templates and model repositories in 2026. With
-a copy of ComfyUI, tests try nodes, inputs and noise levels in its code; no image was sampled in it.
-`Family.comfyui` has what differs between kinds of models.
+It has ComfyUI's API format, which its window can open: nodes by number. An input that is the output
+of another node is a pair: the number of the node and the number of its output. The names of nodes
+and files are those of Comfy-Org's templates and model repositories in 2026. If a copy of ComfyUI is
+there, tests check nodes, inputs and noise levels with its code; no image was sampled with it.
+`Family.comfyui` has the differences between families of models.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow
 from ..core.values import BASE_GUIDANCE
 from ..methods import get
 from ..mini import embedded
+from .captions import concept_words
 from .config import DreamBoothConfig
 from .families import family_of
 from .families.base import ComfyUI, Family
 from .validation import ValidationSample, usual_sample
 
-# Nodes by the number of the text encoders' files.
+# Loader node, by the number of text encoder files.
 TEXT_ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
-TRAINING_STEPS = 1000  # noise levels of Stable Diffusion XL, of which samplers take some
-Output = list[Any]  # an output of a node: the node's number and the output's
+TRAINING_STEPS = 1000  # noise levels of Stable Diffusion XL; samplers use some of them
+Output = list[Any]  # an output of a node: number of the node, number of the output
 
 
 class Graph(dict[str, Any]):
@@ -42,7 +43,7 @@ class Graph(dict[str, Any]):
 
 
 def remark(cfg: DreamBoothConfig) -> str | None:
-    """A sentence on a flow-matching model's LoRA file that ComfyUI misreads; None for others."""
+    """A warning for a flow-matching model whose LoRA file ComfyUI misreads; None for others."""
     family: Family = cfg.family
     if not family.flow:
         return None  # ComfyUI reads SDXL's kohya file
@@ -65,10 +66,10 @@ def remark(cfg: DreamBoothConfig) -> str | None:
 
 
 def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
-    """Write the workflow beside the LoRA file, and a second one with guidance from the base model.
+    """Write the workflow next to the LoRA file, and a second one with guidance from the base model.
 
-    There is no workflow where ComfyUI does not read the file as trained, and no second one where
-    the model makes no unconditional prediction. Older workflows are removed.
+    No workflow is written if ComfyUI does not read the file as trained, and no second one if the
+    model makes no unconditional prediction. Older workflows are removed.
     """
     path = folder / workflow_file_name(folder)
     base_path = folder / base_workflow_file_name(folder)
@@ -83,7 +84,8 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     samples = cfg.samples
     if not samples:
         concept = cfg.concept_configs[0]
-        prompt = concept.trigger_word or concept.instance_prompt or "a photo"
+        words = concept_words(concept.trigger_word, concept.instance_prompt)
+        prompt = words or "a photo"
         samples = [usual_sample(cfg, prompt)]
     checkpoint = family.comfyui.checkpoints.get(base, Path(base).name.lower())
     sample = samples[0]
@@ -118,15 +120,15 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     size = {"width": sample.width, "height": sample.height}
     graph = Graph()
 
-    # The model with the adapter. With guidance from the base model the adapter acts on the positive
-    # prompt alone, by a hook below.
+    # The model with the adapter. With guidance from the base model a hook applies the adapter to
+    # the positive prompt only.
     base_model, base_encoders, autoencoder = _load_checkpoint(graph, comfyui, checkpoint)
     is_by_base = sample.guidance_from == BASE_GUIDANCE
     adapter: dict[str, Any] = {"lora_name": lora, "strength_model": sample.strength}
     model = base_model
     text_encoders = base_encoders
     if not comfyui.text_encoders:
-        # Text encoders of the checkpoint may be trained, so the file may have adapters of them.
+        # The checkpoint's text encoders may be trained too: then the file has their adapters.
         of_encoders = {"clip": base_encoders, "strength_clip": sample.strength}
         model = graph.add("LoraLoader", model=base_model, **adapter, **of_encoders)
         text_encoders = [model[0], 1]
@@ -149,16 +151,16 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     if comfyui.embeds_guidance:
         positive = graph.add("FluxGuidance", conditioning=positive, guidance=guidance)
     if is_by_base:
-        # Not the node DualModelGuider: two models of one file share their weights in ComfyUI, so
-        # that the adapter would act in both.
+        # Not the node DualModelGuider: two models from one file share their weights in ComfyUI, so
+        # the adapter would act in both.
         hooks = graph.add("CreateHookLoraModelOnly", **adapter)
         properties: dict[str, Any] = {"strength": 1.0, "set_cond_area": "default"}
         positive = graph.add(
             "ConditioningSetProperties", cond_NEW=positive, hooks=hooks, **properties
         )
-    # ComfyUI's scale is 1 without guidance, a pipeline's is `unguided`: 0 where it adds guidance
-    # times the difference to the prediction, and 100 where the model embeds its guidance.
-    scale = max(1.0, guidance + 1.0 - family.unguided)
+    # ComfyUI's scale is 1 without guidance. A pipeline's is `unguided_scale`: 0 where it adds the
+    # difference of the predictions that many times, and 100 where the model embeds its guidance.
+    scale = max(1.0, guidance + 1.0 - family.unguided_scale)
     guided = {"model": model, "positive": positive, "negative": negative, "cfg": scale}
     latent = _sample_latent(graph, family, guided, sample.seed, steps, size)
     image = graph.add("VAEDecode", samples=latent, vae=autoencoder)
@@ -191,7 +193,7 @@ def _sample_latent(
             sigmas=graph.add(comfyui.scheduler_node, steps=steps, **size),
             latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
         )
-    # The scheduler whose noise levels are those of diffusers, or nearest to them.
+    # The scheduler whose noise levels are closest to those of diffusers.
     scheduler = comfyui.scheduler
     if not family.flow and TRAINING_STEPS % steps == 0:
         scheduler = "ddim_uniform"

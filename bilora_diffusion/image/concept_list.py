@@ -1,9 +1,9 @@
-"""The sets of images that a run names: one, or a YAML list of concepts, each with its options.
+"""The image sets of a run: one, or a YAML list of concepts, each with its options.
 
     - {dataset: photos/dog, instance_prompt: a photo of TOK dog, repeats: 4}
     - {dataset: photos/castle, trigger_word: SKS}
 
-Options of the command line are defaults of all concepts, which become `ImageOptions.concepts`.
+Options of the command line are the defaults of all concepts. The result is `ImageOptions.concepts`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .model_options import PriorOptions
 from .options import DataOptions, ImageOptions, ValidationOptions
 from .sets import ImageSet
 
-# Options that each concept has for itself.
+# Options that each concept can set.
 CONCEPT_OPTIONS = (
     "dataset_name",
     "instance_data_dir",
@@ -45,7 +45,7 @@ CONCEPT_OPTIONS = (
     "num_class_images",
     "validation_dataset",
 )
-# Options of a concept that join those of the run.
+# Options of a concept that are added to those of the run.
 PROMPT_OPTIONS = ("validation_prompt", "validation_prompts")
 CONCEPT_GROUPS = (DataOptions, PriorOptions, ValidationOptions)
 # Options whose combinations are checked for each concept.
@@ -60,7 +60,7 @@ Config = TypeVar("Config", bound=ImageOptions)
 
 
 def with_sets_of_images(cfg: Config) -> Config:
-    """The configuration with the defaults of its set of images, or of each of its concepts.
+    """The configuration with the defaults for its image set, or for each of its concepts.
 
     Raises:
         UserError: the list of concepts can't be read, or a concept can't be trained; the message
@@ -90,7 +90,7 @@ def has_concepts(cfg: ImageOptions) -> bool:
 
 
 def read_concepts(cfg: ImageOptions) -> tuple[str, list[Any]]:
-    """The file that lists the concepts, and the entry of each concept."""
+    """The name of the file that lists the concepts, and its entries."""
     dataset: Any = cfg.dataset_name
     if isinstance(dataset, list):
         place, items = str(cfg.config), dataset
@@ -103,14 +103,14 @@ def read_concepts(cfg: ImageOptions) -> tuple[str, list[Any]]:
 
 
 def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
-    """The run's configuration with a concept's options; a sentence for each without effect.
+    """The run's configuration with a concept's options, and a note for each ignored option.
 
     Args:
-        item: of the list of concepts.
+        item: entry of the list of concepts.
     """
     if not isinstance(item, dict):
         raise UserError(f'it is {quoted(item)}: write options, such as "dataset: FOLDER".')
-    # The parser below knows some options of the whole run, such as the resolution.
+    # The parser below also accepts some options of the run, such as the resolution.
     names = {name.replace("-", "_") for name in item}
     run_options = names & options_of(run.groups).keys()
     run_options -= {*CONCEPT_OPTIONS, *PROMPT_OPTIONS}
@@ -122,8 +122,8 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
         raise UserError("its dataset is a list: give a single folder or hub id.")
     check(options_of(CONCEPT_GROUPS), {**parser.defaults(), **explicit})
 
-    # The run's prompts are not sampled for each concept, and a preset adds no prompts, since they
-    # count as given.
+    # The run's prompts are sampled once, not for each concept. They are given here, so a preset
+    # adds none.
     without_prompts = {
         "dataset_name": None,
         "validation_prompt": None,
@@ -136,7 +136,7 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     check_settings(concept)
     constraints.check({name: getattr(concept, name) for name in FACTS})
 
-    # The run itself notes its own options without effect.
+    # The run notes its ignored options itself.
     concept = replace(concept, given_options=frozenset(explicit))
     concept, notes = without_ignored_options(concept, CONCEPT_GROUPS)
     check_images(concept)
@@ -144,7 +144,7 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
 
 
 def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]) -> None:
-    """Refuse a concept that shares a folder of images, or of class images, with an earlier one."""
+    """Refuse a concept whose folder of images or class images is also an earlier concept's."""
     images, classes = folders_of(concept)
     for number, other_concept in enumerate(earlier, start=1):
         other_images, other_classes = folders_of(other_concept)
@@ -176,15 +176,15 @@ def folders_of(concept: ImageOptions) -> tuple[Path, Path | None]:
 
 
 def require_disjoint(place: str, images: ImageSet) -> None:
-    """Refuse an image that two concepts have: a folder may lie in another one, or be a link.
+    """Refuse an image that is in two concepts, through nested folders or links.
 
     Args:
-        place: file of the list of concepts.
+        place: file with the list of concepts.
     """
     concepts: dict[Path, int] = {}
     for entry in images.entries:
         source = entry.encoded()
-        if isinstance(source, bytes):  # an image of the hub's, which is no file of the user
+        if isinstance(source, bytes):  # an image of a set on the hub, not a file
             continue
         first_concept = concepts.setdefault(source.resolve(), entry.concept)
         if first_concept != entry.concept:
@@ -195,9 +195,9 @@ def require_disjoint(place: str, images: ImageSet) -> None:
 
 
 def joined(run: Config, concepts: Sequence[Config]) -> Config:
-    """The run's configuration with its concepts, by their names, and their validation prompts."""
+    """The run's configuration with its named concepts and their validation prompts."""
     names = [Path(concept.source).name or concept.source for concept in concepts]
-    # Two folders may have one name, but not one path (`require_other_folders`).
+    # Two folders can have the same name but not the same path (`require_other_folders`).
     if len(set(names)) < len(names):
         names = [concept.source for concept in concepts]
     records: list[dict[str, Any]] = []
@@ -208,7 +208,7 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
         for option in CONCEPT_OPTIONS:
             record[option] = getattr(concept, option)
         records.append(record)
-        # One mapping for each prompt; [] stands for empty ones.
+        # One mapping for each prompt; [] if all are empty.
         concept_settings = concept.validation_settings or [{} for _ in concept.validation_prompts]
         for prompt_settings in concept_settings:
             settings.append({**prompt_settings, "concept": name})
@@ -219,7 +219,7 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
         validation_prompts=prompts,
         validation_settings=settings if any(settings) else [],
     )
-    # Checks of the run ask whether it has these: the list's file stands for those of the concepts.
+    # The run's checks test that these are set: use the name of the list's file.
     for option in ("validation_dataset", "class_prompt", "class_data_dir"):
         is_in_concept = any(getattr(concept, option) for concept in concepts)
         if getattr(run, option) is None and is_in_concept:
@@ -228,10 +228,7 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
 
 
 def check_settings(cfg: ImageOptions) -> None:
-    """Refuse a prompt's strength of the adapter or guidance from the base model, as constraints do.
-
-    Both need a run that trains adapters only.
-    """
+    """Refuse a prompt's adapter strength or guidance from the base model without adapters."""
     for settings in cfg.validation_settings:
         facts: dict[str, Any] = {}
         if settings.get("strength", 1.0) != 1.0:
@@ -243,7 +240,7 @@ def check_settings(cfg: ImageOptions) -> None:
 
 
 def check_images(cfg: ImageOptions) -> None:
-    """Refuse images without a prompt or a place, of a run or of a concept."""
+    """Refuse images that do not exist or have no prompt, for a run or a concept."""
     for name in ("dataset_name", "validation_dataset"):
         value = getattr(cfg, name)
         if value is not None:
@@ -260,7 +257,7 @@ def check_images(cfg: ImageOptions) -> None:
                 f"--class_data_dir {quoted(cfg.class_data_dir)} is the folder of the training"
                 " images: give the class images a folder of their own."
             )
-    # A set on the hub has captions only if their column is given.
+    # A set on the hub has captions only if the column is given.
     has_prompt = cfg.caption_column is not None or cfg.instance_prompt
     if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(

@@ -55,7 +55,7 @@ GROUPS = (
     ImageOutputOptions,
 )
 
-# Options that the distance of samples depends on.
+# Options that change the distance of samples.
 SAMPLING_OPTIONS = frozenset(
     {
         "image_model",
@@ -70,8 +70,8 @@ SAMPLING_OPTIONS = frozenset(
 class DreamBoothConfig(ImageOptions):
     """`ImageOptions` as a run reads them; made by `resolve`.
 
-    All that a run reads is decided: ``optimizer`` is in lower case, ``validation_prompts`` holds
-    the text of all prompts, and ``max_train_steps`` is None only where epochs count.
+    All values are final: ``optimizer`` is in lower case, ``validation_prompts`` holds the text of
+    all prompts, and ``max_train_steps`` is None only where epochs count.
     """
 
     groups: ClassVar[tuple[type, ...]] = GROUPS
@@ -89,7 +89,7 @@ class DreamBoothConfig(ImageOptions):
 
     @classmethod
     def resolve(cls, argv: Sequence[str] | None = None) -> Self:
-        """The configuration of a command line; see `config.resolving`."""
+        """Build the configuration from a command line; see `config.resolving`."""
         return resolving.resolve(cls, argv)
 
     def derived(self) -> Self:
@@ -118,7 +118,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def validates_at_checkpoints(self) -> bool:
-        # Without another prompt the final one is that of all images.
+        # Without other prompts the final prompt is used for all images.
         return self.validation_prompts != [self.final_validation_prompt]
 
     @property
@@ -144,7 +144,7 @@ class DreamBoothConfig(ImageOptions):
         return options
 
     def measurement_interval(self, steps: int) -> int:
-        """Steps from one measurement to the next: a fifth of a run where images are sampled."""
+        """Steps between measurements: a fifth of the run if images are sampled."""
         if self.chooses_by_samples:
             return max(1, steps // 5)
         return super().measurement_interval(steps)
@@ -157,13 +157,13 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def family(self) -> Any:
-        """The base model's kind, a `families.base.Family`, with the run's settings."""
+        """The base model's family, a `families.base.Family`, with the run's settings."""
         family = family_class(self.pipeline, self.pretrained_model_name_or_path)
         return family(**self.family_settings)
 
     @property
     def family_settings(self) -> dict[str, Any]:
-        """The settings of a `Family` that the run gives."""
+        """Settings of the `Family` that the run sets."""
         settings: dict[str, Any] = {}
         for name in ("max_sequence_length", "guidance_scale"):
             if getattr(self, name) is not None:
@@ -172,14 +172,14 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def cache(self) -> Path | None:
-        """Folder of cached latents and prompt embeddings; None where the run has none."""
+        """Folder of cached latents and prompt embeddings; None without a cache."""
         if self.dry_run:
             return None
         return cache_folder(self.disk_cache)
 
     @property
     def concept_configs(self) -> list[Self]:
-        """The configuration of each concept; the run's own where it has no concepts."""
+        """The configuration of each concept, or the run's configuration if it has no concepts."""
         if not self.concepts:
             return [self]
         return [replace(self, concepts=[], **options) for options in self.concepts]
@@ -196,7 +196,7 @@ class DreamBoothConfig(ImageOptions):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        # No options, but the viewer and the model card need them.
+        # They are not options, but the viewer and the model card read them.
         values["validation_settings"] = self.validation_settings
         if self.concepts:
             values["concepts"] = self.concepts
@@ -207,19 +207,19 @@ class DreamBoothConfig(ImageOptions):
         return super().changeable_options() | {"validation_settings"}
 
 
-# Makes the configuration of a command line of the image script.
+# Builds the configuration of the image script from a command line.
 resolve = DreamBoothConfig.resolve
 
 
 def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
-    """Refuse sizes, guidance, negative prompts and files that the base model does not have."""
+    """Refuse sizes, guidance, negative prompts and files that the base model does not support."""
     from .crops import bucket_sizes  # here, since it imports torch
 
     family = model.family
     run_guidance = cfg.validation_guidance_scale
     if run_guidance is None:
         _, run_guidance = model.usual_sampling
-    sides: set[int] = set()  # in pixels, of all images that are trained on or sampled
+    sides: set[int] = set()  # in pixels, of all training and validation images
     for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):
         sides.update(size)
     for number, settings in enumerate(cfg.validation_settings, start=1):
@@ -228,14 +228,14 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
                 sides.add(settings[name])
         guidance = settings.get("guidance", run_guidance)
         prompt = f"number {number} of --validation_prompts"
-        if settings.get("concept"):  # its number in the joined list says nothing to the user
+        if settings.get("concept"):  # its number in the joined list means nothing to the user
             prompt = f"a prompt of {settings['concept']}"
         guidance_from = settings.get("guidance_from", cfg.validation_guidance_from)
         if guidance_from == BASE_GUIDANCE:
             request = f"{prompt} with guidance from the base model"
             require_unconditional(family, guidance, model.index, model.configs, request)
-        # Without guidance the pipeline makes no prediction that would read it.
-        is_read = family.reads_negative_prompt and guidance > family.unguided
+        # Without guidance no prediction uses the negative prompt.
+        is_read = family.reads_negative_prompt and guidance > family.unguided_scale
         if settings.get("negative_prompt") and not is_read:
             raise UserError(
                 f"{prompt} has a negative prompt, and {family.title} reads none at a guidance of"
@@ -247,7 +247,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
     for side in sides:
         family.require_resolution(side, model.configs)
 
-    # Of a model on the hub diffusers says which variants there are.
+    # For a model on the hub diffusers checks the variant.
     folder = folder_of(model.name)
     if cfg.variant is not None and folder is not None:
         weights = folder / family.denoiser
@@ -264,19 +264,19 @@ def require_unconditional(
     configs: Configs,
     request: str = "guidance from the base model",
 ) -> None:
-    """Refuse guidance from the base model where a model makes no unconditional prediction.
+    """Refuse guidance from the base model if the model makes no unconditional prediction.
 
     Args:
-        guidance: scale, at which the model may go without; see `Family.is_guided`.
-        index, configs: of the model, see `BaseModel`.
-        request: what is refused, the beginning of the message.
+        guidance: the guidance scale; see `Family.is_guided`.
+        index, configs: configurations of the model; see `BaseModel`.
+        request: the refused option, with which the message begins.
     """
     if family.is_guided(guidance, index, configs):
         return
     fix = "drop it"
-    # At no scale, or at larger ones only?
+    # Is there a scale at which the model makes one?
     if family.is_guided(math.inf, index, configs):
-        fix = f"give a guidance above {family.unguided:g}, or drop it"
+        fix = f"give a guidance above {family.unguided_scale:g}, or drop it"
     raise UserError(
         f"{request} is refused, since this {family.title} makes no unconditional prediction at a"
         f" guidance of {guidance:g}: {fix}."
@@ -284,7 +284,7 @@ def require_unconditional(
 
 
 def check_level_range(levels: Sequence[float]) -> None:
-    """Refuse a ``--timestep_range`` other than two numbers, the lower one first."""
+    """Refuse a ``--timestep_range`` that is not two numbers in ascending order."""
     if len(levels) != 2 or levels[0] >= levels[1]:
         raise UserError(
             f"--timestep_range is {quoted(' '.join(map(str, levels)))}: give two numbers from 0 to"
@@ -293,11 +293,11 @@ def check_level_range(levels: Sequence[float]) -> None:
 
 
 def check_cache(disk_cache: str) -> None:
-    """Refuse a ``--disk_cache`` that can't be written; "auto" is used where it can be written."""
+    """Refuse a ``--disk_cache`` that can't be written; "auto" is used only if it can be."""
     cache = cache_folder(disk_cache)
     if cache is None or disk_cache == CACHE_AUTO:
         return
-    # The folder is made in the nearest parent that exists; a dead link exists too.
+    # The folder would be created in its nearest existing parent; a dead link exists too.
     parents = (cache, *cache.absolute().parents)
     existing = next(path for path in parents if os.path.lexists(path))
     is_writable = is_folder(existing) and os.access(existing, os.W_OK | os.X_OK)

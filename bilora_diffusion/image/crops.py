@@ -1,7 +1,7 @@
-"""From an image of any size to the pixels that a model is trained on: sizes, crops and flips.
+"""Resize, crop and flip an image to the pixels that a model is trained on.
 
-Images of other shapes than the square are trained in aspect-ratio buckets. The caller seeds the
-generator of crops and flips. SDXL reads sizes and crops as conditioning, Section 2.2 of
+Images that are not square are trained in aspect-ratio buckets. The caller seeds the generator of
+crops and flips. SDXL reads sizes and crops as conditioning, Section 2.2 of
 https://arxiv.org/abs/2307.01952.
 """
 
@@ -24,9 +24,9 @@ Size = tuple[int, int]  # (height, width) in pixels
 # An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one.
 Resized = tuple[Tensor, Tensor | None]
 AUTO = "auto"
-# Pixels that divide every side: a latent has 8, and most transformers see two by two latents.
+# Every side is a multiple of these pixels: a latent has 8, most transformers use 2 x 2 latents.
 MULTIPLE = 16
-MAX_ASPECT_RATIO = 2.0  # longer side of an automatic bucket over its shorter side
+MAX_ASPECT_RATIO = 2.0  # longer side of an automatic bucket divided by its shorter side
 
 
 def bucket_sizes(side: int, buckets: str | None) -> list[Size]:
@@ -44,7 +44,7 @@ def bucket_sizes(side: int, buckets: str | None) -> list[Size]:
 
 
 def read_sizes(text: str) -> list[Size]:
-    """Sizes as diffusers' scripts take them: "height,width;height,width"."""
+    """Parse sizes in the form of diffusers' scripts: "height,width;height,width"."""
     sizes = []
     for part in text.split(";"):
         sides = part.split(",")
@@ -65,14 +65,15 @@ def read_sizes(text: str) -> list[Size]:
 
 
 def sizes_around(side: int) -> list[Size]:
-    """The square of a side, and sizes up to 1:2 and 2:1 with no more pixels than the square.
+    """The square with this side, and sizes up to 1:2 and 2:1 with at most as many pixels.
 
-    Their sides are multiples of a sixteenth of the square's side, in the manner of Stable Diffusion
-    XL (Appendix I of https://arxiv.org/abs/2307.01952).
+    Their sides are multiples of a sixteenth of the square's side, as in Stable Diffusion XL
+    (Appendix I of https://arxiv.org/abs/2307.01952).
     """
     step = max(MULTIPLE, side // 16 // MULTIPLE * MULTIPLE)
     buckets = {(side, side)}
-    # A bucket of the aspect ratio r with the square's pixels has sqrt(r) times its side.
+    # With the same number of pixels and the aspect ratio r, the longer side is sqrt(r) times the
+    # square's.
     longest = int(side * math.sqrt(MAX_ASPECT_RATIO))
     for long in range(side, longest + step, step):
         short = side * side // long // step * step
@@ -82,10 +83,11 @@ def sizes_around(side: int) -> list[Size]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose shape is most like an image's; of several the largest."""
+    """The bucket whose shape is closest to the image's; the largest of several."""
 
     def rank(bucket: Size) -> tuple[float, int, Size]:
-        # Shapes differ by the logarithm of their aspect ratios: tall and wide count the same.
+        # The difference of shapes is that of the logarithms of their aspect ratios, so that tall
+        # and wide are treated alike.
         difference = math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1])
         return round(abs(difference), 6), -bucket[0] * bucket[1], bucket
 
@@ -93,10 +95,10 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 
 
 class Crop(NamedTuple):
-    """The place of a crop and its flip, decided before any pixel is read.
+    """Position and flip of a crop, chosen before any pixel is read.
 
-    ``top`` and ``left`` are in the image after resizing and, if ``flipped``, after mirroring: the
-    position that SDXL's conditioning names.
+    ``top`` and ``left`` are positions in the resized and, if ``flipped``, mirrored image, as in
+    SDXL's conditioning.
     """
 
     top: int
@@ -105,10 +107,10 @@ class Crop(NamedTuple):
 
 
 def covering_size(size: Size, target: Size) -> Size:
-    """(height, width) of the smallest resized image that covers a target, in the image's shape."""
+    """(height, width) of the image, resized to the smallest size that covers a target."""
     height, width = size
     target_height, target_width = target
-    # height / width <= target_height / target_width, in whole numbers
+    # height / width <= target_height / target_width, in integers
     if height * target_width <= width * target_height:
         return target_height, max(target_width, int(target_height * width / height))
     return max(target_height, int(target_width * height / width)), target_width
@@ -125,14 +127,13 @@ def sample_crop(
     """Choose the crop and the flip of one training sample.
 
     Args:
-        size: of the image, before resizing.
+        size: size of the image before resizing.
         target: size of the crop.
-        center_crop: cut the middle instead of a random place.
+        center_crop: crop the center instead of a random position.
         random_flip: mirror half of the samples left to right.
         generator: source of three random numbers.
     """
-    # The same three numbers whatever the options, so that an option changes only what it is about
-    # and not the numbers that follow.
+    # Always three numbers, so that an option does not change the random numbers after them.
     row, column, flip = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     resized_height, resized_width = covering_size(size, target)
     room_below = resized_height - target[0]
@@ -140,17 +141,17 @@ def sample_crop(
     if center_crop:
         top, left = round(room_below / 2), round(room_right / 2)
     else:
-        # The numbers are below 1; `min` is for a product that is rounded up.
+        # The numbers are below 1, but the product can be rounded up.
         top = min(int(row * (room_below + 1)), room_below)
         left = min(int(column * (room_right + 1)), room_right)
     return Crop(top, left, random_flip and flip < 0.5)
 
 
 def resize(image: Image.Image, target: Size, interpolation: str) -> Tensor:
-    """An image resized to the smallest size that covers a target: (c, h, w), in 0 to 255.
+    """Resize an image to the smallest size that covers a target: (c, h, w), in 0 to 255.
 
     Args:
-        interpolation: a choice of ``--image_interpolation_mode``.
+        interpolation: a value of ``--image_interpolation_mode``.
     """
     size = list(covering_size((image.height, image.width), target))
     mode = InterpolationMode(interpolation.replace("_", "-"))
@@ -163,8 +164,8 @@ def cut(image: Tensor, crop: Crop, target: Size) -> Tensor:
     """Mirror and crop an image: (c, H, W), float32 in [0, 1].
 
     Args:
-        image: of `resize` to this target.
-        crop: of `sample_crop` for the size of this image before resizing.
+        image: result of `resize` for this target.
+        crop: result of `sample_crop` for the size of this image before resizing.
     """
     pixels = image
     if crop.flipped:
@@ -187,9 +188,9 @@ class ResizedImages:
         self._cached: dict[tuple[int, int, Size], Resized] = {}
 
     def get(self, images: ImageSet, index: int, size: Size, interpolation: str) -> Resized:
-        """One image of a set, resized to cover a size, with its mask.
+        """An image of a set with its mask, resized to cover a size.
 
-        The set must live as long as this cache, which knows it by its `id`.
+        The set must exist as long as this cache, which identifies it by its `id`.
         """
         key = id(images), index, size
         if key in self._cached:
@@ -199,7 +200,7 @@ class ResizedImages:
         num_bytes = resized_image.nbytes
         resized_mask = None
         if mask is not None:
-            # Bilinear whatever the images are: other filters would ring at the edges of a mask.
+            # Always bilinear: other filters would ring at the edges of a mask.
             resized_mask = resize(mask, size, "bilinear")
             num_bytes += resized_mask.nbytes
         if num_bytes <= self._free_bytes:

@@ -1,7 +1,7 @@
 """Defaults of the image script that depend on other options, on the images or on the base model.
 
-They follow `config.derived.DERIVED_DEFAULTS`: first `with_set_defaults`, for the run and for each
-of its concepts, then `with_model_defaults`, which ends with `MODEL_DEFAULTS`.
+They are set after those of `config.derived.DERIVED_DEFAULTS`: first `with_set_defaults`, for the
+run and for each of its concepts, then `with_model_defaults`, which ends with `MODEL_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .validation import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"
-# The six subjects of the paper's Table 4; they are in no training set.
+# The six subjects of the paper's Table 4. No training set has them.
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
 ANIMAL_SUBJECTS = ("penguin", "lion", "owl", "whale", "crab", "fox")  # held-out animals
 TABLE_A8_STEPS = 500
-# Tokens of mini-flow in the place of T5's. It has no T5, so they are zeros, and cost time.
+# mini-flow has no T5. The tokens in the place of T5's are zeros, and more of them cost time.
 FLOW_TOKENS = 16
-CHECKPOINTING_SIDE = 512  # pixels from which gradient checkpointing is worth its time on CUDA
+CHECKPOINTING_SIDE = 512  # pixels; from this on gradient checkpointing is worth its time on CUDA
 PROMPT_OPTIONS = frozenset({"validation_prompt", "validation_prompts", "final_validation_prompt"})
 MAX_FILE_BYTES = 1_000_000
 Config = TypeVar("Config", bound=ImageOptions)
@@ -39,7 +39,7 @@ Config = TypeVar("Config", bound=ImageOptions)
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults of a well-known set of images, which options that are given replace."""
+    """Defaults of a well-known set of images. Options that are given take precedence."""
 
     instance_prompt: str = "a TOK icon, in the style of TOK"
     subjects: tuple[str, ...] = SUBJECTS
@@ -65,7 +65,7 @@ for _name in COLORED:
 
 
 def with_set_defaults(cfg: Config) -> Config:
-    """A run's or a concept's configuration with the defaults that depend on its set of images."""
+    """Set the defaults that depend on the image set, for a run or a concept."""
     cfg = with_local_folders(cfg)
     cfg = with_validation_prompts(cfg)
     cfg = with_preset(cfg)
@@ -75,7 +75,7 @@ def with_set_defaults(cfg: Config) -> Config:
 
 
 def with_local_folders(cfg: Config) -> Config:
-    """The configuration with "./mini" for a folder that is called "mini"."""
+    """Replace the name of a folder such as "mini" by "./mini"."""
     # `--instance_data_dir mini` names a folder; only --dataset knows the built-in sets by name.
     for option in ("instance_data_dir", "class_data_dir"):
         folder = getattr(cfg, option)
@@ -85,7 +85,7 @@ def with_local_folders(cfg: Config) -> Config:
 
 
 def with_validation_prompts(cfg: Config) -> Config:
-    """The configuration with the prompts of all three options in one list, with their settings."""
+    """Collect the prompts of all three options, with their settings, in one list."""
     # One mapping of settings for each prompt.
     prompts, settings = read_prompts(lines_of_prompts(cfg.validation_prompts))
     if cfg.validation_prompt:
@@ -94,18 +94,19 @@ def with_validation_prompts(cfg: Config) -> Config:
         settings = [*first_settings, *settings]
     if cfg.final_validation_prompt and not prompts:
         prompts = [cfg.final_validation_prompt]
-    # A record of empty mappings would say nothing.
+    # Do not record empty mappings.
     if not any(settings):
         settings = []
     return replace(cfg, validation_prompts=prompts, validation_settings=settings)
 
 
 def lines_of_prompts(items: list[str]) -> list[str]:
-    """The prompts of ``--validation_prompts``, or those of the text file that it names."""
+    """The prompts of ``--validation_prompts``, or of the text file that it names."""
     path = Path()
     if len(items) == 1 and isinstance(items[0], str):
         path = Path(items[0])
-    # An absolute path, or a single word that ends in .txt, is no prompt, even if there is no file.
+    # An absolute path or a single word that ends in .txt is a path, even if the file does not
+    # exist.
     is_file_name = path.suffix == ".txt" and len(path.name.split()) == 1
     if not path.is_absolute() and not is_file_name and not is_file(path):
         return list(items)
@@ -121,7 +122,7 @@ def lines_of_prompts(items: list[str]) -> list[str]:
 
 
 def with_preset(cfg: Config) -> Config:
-    """The configuration with the defaults of a well-known set."""
+    """Set the defaults of a well-known set."""
     preset = PRESETS.get(cfg.dataset_name or "")
     if preset is None:
         return cfg
@@ -129,10 +130,10 @@ def with_preset(cfg: Config) -> Config:
         "instance_prompt": preset.instance_prompt,
         "validation_dataset": preset.validation_dataset,
     }
-    # An instance prompt that is given replaces the captions of the set.
+    # A given instance prompt replaces the captions of the set.
     if "instance_prompt" not in cfg.given_options:
         defaults["caption_column"] = preset.caption_column
-    # The preset's number of images is meant for its own prompts.
+    # The preset's number of images is for the preset's prompts.
     if not PROMPT_OPTIONS & cfg.given_options:
         prompts = [f"a TOK icon of a {subject}, in the style of TOK" for subject in preset.subjects]
         defaults["validation_prompts"] = prompts
@@ -145,7 +146,7 @@ def with_preset(cfg: Config) -> Config:
 
 
 def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
-    """A run's configuration with the defaults that depend on its base model."""
+    """Set the defaults that depend on the base model."""
     if cfg.bnb_quantization_config_path is not None:
         cfg = replace(cfg, quantize=quantization_of(cfg.bnb_quantization_config_path))
     cfg = replace(
@@ -154,8 +155,8 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         pipeline=model.pipeline,
         embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
-        unguided_scale=model.family.unguided,
-        # Without --resolution the size that the model was made for.
+        unguided_scale=model.family.unguided_scale,
+        # Without --resolution, the size that the model was trained on.
         resolution=cfg.resolution or model.side,
     )
     return derive(cfg, MODEL_DEFAULTS)
@@ -197,24 +198,24 @@ def quantization_of(path: str) -> str:
 
 def words_of_layers(values: list[str]) -> list[str]:
     """The words of ``--lora_layers``, each once; [] for the default, attention."""
-    # "attention, feed-forward" and "attention+feed-forward" mean the same as two words.
+    # "attention, feed-forward" and "attention+feed-forward" are the same as two words.
     words = re.split(r"[\s,+]+", " ".join(values))
     words = list(dict.fromkeys(filter(None, words)))
-    # The default has one form, so that runs with and without the word can be compared.
+    # The default is always [], so that runs with and without the word can be compared.
     if words == [ATTENTION]:
         return []
     return words
 
 
 def default_train_batch_size(cfg: ImageOptions) -> int:
-    """1 where only the accumulation is given: its number of images makes a step."""
+    """1 if only the accumulation is given, which is then the number of images of a step."""
     if "gradient_accumulation_steps" in cfg.given_options:
         return 1
     return cfg.train_batch_size
 
 
 def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
-    """1 where only the batch size is given: its number of images makes a step."""
+    """1 if only the batch size is given, which is then the number of images of a step."""
     if "train_batch_size" in cfg.given_options:
         return 1
     return cfg.gradient_accumulation_steps
@@ -240,22 +241,23 @@ def default_max_sequence_length(cfg: ImageOptions) -> int | None:
 
 
 def default_image_model(cfg: ImageOptions) -> str:
-    """The miniature's own scorer for the miniatures, the declared default for other models."""
+    """The embedded scorer for the miniatures, the declared default for other models."""
     if embedded(cfg.pretrained_model_name_or_path) is not None:
         return EMBEDDED
     return cfg.image_model
 
 
 def default_validation_guidance_scale(cfg: ImageOptions) -> float | None:
-    """No guidance for a guided target, which has it in the file; None for the model's usual one."""
+    """No guidance with a guided target, which already includes it; None for the model's default."""
     if cfg.guided_target > 1:
         return cfg.unguided_scale
     return None
 
 
 def default_vae(cfg: ImageOptions) -> str | None:
-    """A repaired autoencoder for SDXL's base in fp16, in which its own one overflows."""
-    # Activations exceed fp16's 65,504. Other SDXL models may have a repaired one already.
+    """A repaired autoencoder for SDXL base in fp16, since SDXL's autoencoder overflows in fp16."""
+    # Activations exceed fp16's maximum of 65,504. Other SDXL models may have a repaired one
+    # already.
     if cfg.pretrained_model_name_or_path == SDXL_BASE and cfg.mixed_precision == "fp16":
         return FP16_FIX
     return None
@@ -266,7 +268,7 @@ def default_gradient_checkpointing(cfg: ImageOptions) -> bool:
     return cfg.resolution >= CHECKPOINTING_SIDE and machine.device_type() == "cuda"
 
 
-# In this order: each may read those above it.
+# Set in this order: each function can read the values above it.
 MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
     ("train_batch_size", default_train_batch_size),
     ("gradient_accumulation_steps", default_gradient_accumulation_steps),

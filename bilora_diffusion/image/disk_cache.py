@@ -1,13 +1,11 @@
 """Latents and prompt embeddings on disk, so that a second run on the same images encodes nothing.
 
-Each is a file of safetensors, named by a hash of all that it depends on: what was encoded, by which
-weights, and on which machine. So no file is ever out of date, and the folder may be deleted at any
-time.
+Each is a safetensors file. Its name is a hash of everything that it depends on: the input, the
+weights and the machine. So a file is never out of date, and the folder can be deleted at any time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -23,21 +21,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.durable import replacing
+from ..core.files import hash_of_file
 from ..core.seeds import digest, digest_texts
 from .config import DreamBoothConfig
 
-# Another number where the same key stands for other values, so that earlier files are not read.
+# Increase it when the values under a key change, so that earlier files are not read.
 FORMAT = "2"
 _SHA256 = re.compile("[0-9a-f]{64}")
 logger = logging.getLogger(__name__)
 
 
 class DiskCache:
-    """Tensors by key, in files that several processes may read and write at the same time.
+    """Tensors by key, in files that several processes can read and write at the same time.
 
     Args:
-        folder: of the files, which is made with the first one; None caches nothing.
-        facts: what all tensors depend on beside their keys.
+        folder: folder of the files, created with the first one; None caches nothing.
+        facts: texts that all tensors depend on, in addition to their keys.
     """
 
     def __init__(self, folder: Path | None = None, facts: Sequence[str] = ()) -> None:
@@ -46,7 +45,7 @@ class DiskCache:
         self._is_writable = True
 
     def get(self, *key: str) -> dict[str, Tensor] | None:
-        """Tensors under a key; None if there are none, or if the file is damaged or renamed."""
+        """Read the tensors under a key; None without a file, or if it is damaged or renamed."""
         if self.folder is None:
             return None
         name, file = self._file(self.folder, key)
@@ -56,20 +55,21 @@ class DiskCache:
                 metadata = content.metadata()
         except (OSError, SafetensorError, ValueError):
             return None
-        # safetensors itself does not notice a wrong bit.
+        # safetensors does not notice a flipped bit.
         if metadata != _metadata(name, tensors):
             return None
         return tensors
 
     def put(self, tensors: Mapping[str, Tensor], *key: str) -> None:
-        """Cache tensors under a key; where the folder can't be written, warn once and go on."""
+        """Cache tensors under a key. If the folder can't be written, warn once and continue."""
         if self.folder is None or not self._is_writable:
             return
         name, file = self._file(self.folder, key)
         contiguous = {part: values.contiguous() for part, values in tensors.items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Aside under a unique name: another process may be writing the same tensors.
+            # Written under a unique temporary name: another process may be writing the same
+            # tensors.
             with replacing(file, f".{uuid.uuid4().hex}") as aside:
                 save_file(contiguous, aside, metadata=_metadata(name, contiguous))
         except (OSError, SafetensorError) as error:
@@ -84,18 +84,18 @@ class DiskCache:
     def _file(self, folder: Path, key: Sequence[str]) -> tuple[str, Path]:
         """Name and path of the file of a key."""
         name = digest_texts([*self._facts, *key])
-        # 256 folders, so that none holds too many files.
+        # 256 folders, so that none has too many files.
         return name, folder / name[:2] / f"{name}.safetensors"
 
 
 def _metadata(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Metadata of a file: a hash of its name and content."""
-    parts = sorted(tensors)  # the order in the file is another one
+    parts = sorted(tensors)  # the file has another order
     content = digest(*(tensors[part] for part in parts))
     return {"hash": digest_texts([name, *parts, content])}
 
 
-def of_prompts(
+def prompt_cache(
     cfg: DreamBoothConfig, family: Any, pipeline: Any, device: torch.device
 ) -> DiskCache:
     """The cache of a run's prompt embeddings."""
@@ -104,27 +104,27 @@ def of_prompts(
     encoders = [name for name in family.encoders if getattr(pipeline, name) is not None]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     quantization = cfg.quantize if family.flow else "none"  # SDXL's encoders are not quantized
-    # All that decides an embedding: settings, the encoders and their weights, the machine.
+    # Everything that determines an embedding: settings, encoders and their weights, machine.
     facts = [family.pipeline, str(family.max_sequence_length), quantization]
     facts += [str(getattr(pipeline, name).dtype) for name in encoders]
     try:
         facts.append(hash_files(pipeline.origin.folder / part for part in encoders + tokenizers))
     except OSError:
-        return DiskCache()  # reading the encoders will fail, with the reason in its message
+        return DiskCache()  # reading the encoders will fail with the reason
     index = dict(pipeline.config)
-    index.pop("_name_or_path", None)  # the pipeline's place decides nothing
+    index.pop("_name_or_path", None)  # the pipeline's path does not matter
     facts.append(repr(index))
     facts += _machine_facts(cfg, device)
     return DiskCache(cfg.cache / "prompts", facts)
 
 
-def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
+def latent_cache(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
     """The cache of a run's latents."""
     if cfg.cache is None:
         return DiskCache()
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     state = vae.state_dict()
-    # All that decides a latent: how images are read, the model and its weights, the machine.
+    # Everything that determines a latent: how images are read, model and weights, machine.
     facts = [str(space.samples_posterior), cfg.image_interpolation_mode, version("pillow")]
     facts += [type(vae).__name__, json.dumps(config, default=str, sort_keys=True)]
     facts += [*state, digest(*state.values())]
@@ -133,9 +133,9 @@ def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device
 
 
 def hash_files(folders: Iterable[Path]) -> str:
-    """Hash names and contents of all files in folders.
+    """Hash the names and contents of all files in folders.
 
-    A file in the hub's cache is not read: it is a link to a blob that is named by its hash.
+    A file in the hub's cache is not read: it is a link to a blob whose name is its hash.
 
     Raises:
         OSError: a file can't be read.
@@ -147,14 +147,13 @@ def hash_files(folders: Iterable[Path]) -> str:
             blob = path.resolve()
             content_hash = blob.name
             if blob.parent.name != "blobs" or not _SHA256.fullmatch(content_hash):
-                with path.open("rb") as file:
-                    content_hash = hashlib.file_digest(file, "sha256").hexdigest()
+                content_hash = hash_of_file(path)
             texts += [folder.name, str(path.relative_to(folder)), content_hash]
     return digest_texts(texts)
 
 
 def _machine_facts(cfg: DreamBoothConfig, device: torch.device) -> list[str]:
-    """Facts of the machine that decide the last digits of an encoding."""
+    """Properties of the machine that determine the last digits of an encoding."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:

@@ -1,4 +1,4 @@
-"""Image files: those of a folder with their captions and masks, and their pixels as upright RGB."""
+"""Image files: list them with captions and masks, and decode them to upright RGB."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from ..mini import FOLDERS
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-# Of telephones. Pillow reads them where the package pillow-heif is installed.
+# Formats of phones. Pillow reads them if the package pillow-heif is installed.
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
-# Errors of Pillow on files that are damaged, of an unknown kind, or far too large.
+# Pillow's errors for files that are damaged, unknown or far too large.
 DECODE_ERRORS = (
     OSError,
     EOFError,
@@ -52,18 +52,18 @@ DECODE_ERRORS = (
 _ORIENTATION = 0x0112  # tag of EXIF
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # modes of Pillow
 METADATA = ("metadata.jsonl", "metadata.csv")
-MASK = ".mask"  # ends a mask's name before its suffix: dog.mask.png is the mask of dog.jpg
-NAMES_IN_SENTENCE = 8  # files that a message names at most
-# Names of folders in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog".
+MASK = ".mask"  # a mask's name ends in it: dog.mask.png is the mask of dog.jpg
+NAMES_IN_SENTENCE = 8  # at most so many files are named in a message
+# Folder names in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog".
 KOHYA_FOLDER = re.compile(r"\d{1,3}_.+")
 MAX_CAPTION_BYTES = 100_000
-# Files and folders below a set of images; the root of a disk or a user's home has more.
+# Limit of files and folders in an image set; the root of a disk or a home folder has more.
 MAX_ENTRIES = 200_000
 
 
 @functools.cache
 def reads_heif() -> bool:
-    """Let Pillow read HEIC files, if the package for it is installed."""
+    """Let Pillow read HEIC files if the package for them is installed."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -82,7 +82,7 @@ def _open(source: Path | bytes) -> Image.Image:
     reads_heif()
     if isinstance(source, bytes):
         return Image.open(BytesIO(source))
-    if source.exists() and not is_file(source):  # to open a pipe would wait for its writer
+    if source.exists() and not is_file(source):  # opening a pipe would wait for a writer
         raise OSError("it is not a regular file")
     return Image.open(source)
 
@@ -105,7 +105,7 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
     """Decode a mask, upright, mode "L".
 
     Args:
-        alpha: take the file's opacity, 255 where it has none, and not its brightness.
+        alpha: use the file's alpha channel, 255 if it has none, instead of its brightness.
 
     Raises:
         One of ``DECODE_ERRORS`` if it can't be decoded.
@@ -135,7 +135,7 @@ def upright_size(source: Path | bytes, *, decode: bool) -> tuple[int, int]:
             _require_known_range(image)
             exif = image.getexif()
         else:
-            # The method of a PNG would decode it, since metadata may follow the pixels.
+            # For a PNG `getexif` would decode the pixels, since metadata can follow them.
             exif = Image.Image.getexif(image)
         width, height = image.size
         if isinstance(image, TiffImageFile) and not decode:
@@ -169,10 +169,10 @@ def _require_known_range(image: Image.Image) -> None:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to mode "L", or "LA" where the file declares a level transparent."""
+    """Scale 16-bit gray to mode "L", or to "LA" if the file declares a transparent level."""
     levels = np.asarray(image)
     values = levels.astype(np.float64)
-    # Mode I may have 8-bit values as well; one above 255 says that they are 16-bit.
+    # Mode I can have 8-bit values too; a value above 255 shows that they are 16-bit.
     if image.mode != "I" or values.max(initial=0) > 255:
         values = values / 257
     gray = Image.fromarray(values.round().clip(0, 255).astype(np.uint8), mode="L")
@@ -185,14 +185,14 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder and then of its subfolders, but for hidden ones."""
+    """The files of a folder and then of its subfolders, without hidden ones."""
 
     folder: Path
     files: Sequence[Path]
 
     @cached_property
     def all_images(self) -> list[Path]:
-        """Images that can be read, but for masks."""
+        """Images that can be read, without masks."""
         images = []
         for path in self.files:
             if _is_image(path) and stem_of_masked(path) is None:
@@ -212,16 +212,16 @@ class Listing:
     @cached_property
     def texts(self) -> dict[str, Path]:
         """``.txt`` files by their stems."""
-        # Old systems write .TXT.
+        # Some systems write .TXT.
         return {stem(path): path for path in self.files if path.suffix.lower() == ".txt"}
 
     @property
     def has_captions(self) -> bool:
-        """True if there is a ``.txt`` file beside an image."""
+        """True if an image has a ``.txt`` file next to it."""
         return any(stem(path) in self.texts for path in self.all_images)
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
-        """The text of the ``.txt`` file beside each image, as one line; None without a file."""
+        """The text of the ``.txt`` file next to each image, as one line; None without a file."""
         captions: list[str | None] = []
         for image in images:
             path = self.texts.get(stem(image))
@@ -235,10 +235,10 @@ class Listing:
     def left_out(
         self, images: Sequence[Path], masks: Collection[Path], *, captioned: bool
     ) -> str | None:
-        """Number and names of the files that are not read, for a message; None if all are.
+        """Number and names of the files that are not read, for a message; None if all are read.
 
         Args:
-            captioned: the captions in ``.txt`` files are read.
+            captioned: True if the captions in ``.txt`` files are read.
         """
         read_files = {*images, *masks}
         if captioned:
@@ -266,15 +266,15 @@ def folder_of_set(name: str, option: str) -> Path | None:
 
     Args:
         name: one of `mini.FOLDERS`, a path or a hub id.
-        option: by which the set is named, for the message.
+        option: option that names the set, for the message.
 
     Raises:
-        UserError: there is no such folder, and it is no hub id.
+        UserError: it is neither a folder nor a hub id.
     """
     if name in FOLDERS:
         return FOLDERS[name]
     folder = folder_or_id(name, option)
-    if folder is None and "/" not in name:  # ids of sets have an owner
+    if folder is None and "/" not in name:  # hub ids of sets have an owner
         folders_here, _ = _names_in(Path())
         hint = did_you_mean(name, [*folders_here, *FOLDERS])
         raise UserError(
@@ -307,9 +307,9 @@ def list_folder(folder: Path) -> Listing:
             )
         names += [name for name in folders if Path(place, name).is_symlink()]
         files += [Path(place, name) for name in names if not name.startswith(".")]
-        # In place: `os.walk` goes on with the folders that are left in its list.
+        # In place: `os.walk` continues with the folders that remain in its list.
         folders[:] = [name for name in folders if not name.startswith(".") and not has_metadata]
-    # By name, the files directly in the folder first.
+    # Sorted by name, the files directly in the folder first.
     return Listing(folder, sorted(files, key=lambda path: (path.parent != folder, path)))
 
 
@@ -319,7 +319,7 @@ def stem(path: Path) -> str:
 
 
 def stem_of_masked(path: Path) -> str | None:
-    """The stem of the image that a mask belongs to by its name; None if the file is no mask."""
+    """The stem of the image to which a mask's name refers; None if the file is not a mask."""
     name = stem(path)
     if name.lower().endswith(MASK):
         return name[: -len(MASK)]
@@ -327,7 +327,7 @@ def stem_of_masked(path: Path) -> str | None:
 
 
 def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
-    """The masks beside images, by the images.
+    """Find the mask files next to images, by image.
 
     Raises:
         UserError: an image has several masks.
@@ -350,10 +350,7 @@ def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
 
 
 def unread_folder_name(images: Sequence[Path]) -> str | None:
-    """The first name of a folder that kohya's scripts would read as repeats and a prompt.
-
-    To them "10_TOK dog" says ten repeats with the prompt "TOK dog".
-    """
+    """The first folder name that kohya's scripts would read as repeats and a prompt."""
     names = {image.parent.name for image in images}
     return min(filter(KOHYA_FOLDER.fullmatch, names), default=None)
 

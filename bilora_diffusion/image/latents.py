@@ -1,4 +1,4 @@
-"""Images as latent distributions, which are cached where a sample's pixels are always the same."""
+"""Latent distributions of images, cached if a sample's pixels are always the same."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from .stream import TrainingSample
 
 ENCODING_FIX = "look at the file, or pass another --pretrained_vae_model_name_or_path"
 CACHE_FIX = "delete the folder of --disk_cache, or give another"
-AT_ONCE = 1024 * 1024  # pixels that are encoded together; in float32 a megapixel takes gigabytes
+AT_ONCE = 1024 * 1024  # pixels that are encoded at a time; in float32 a megapixel takes gigabytes
 
 
 class Posterior(NamedTuple):
-    """The autoencoder's Gaussian for one image, in the autoencoder's own scale."""
+    """The autoencoder's Gaussian for one image, in the autoencoder's scale."""
 
     mean: Tensor  # (c, h, w)
     std: Tensor  # (c, h, w)
     mask: Tensor | None = None  # of the image, on the same grid, (1, h, w) in [0, 1]
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """One sample, (c, h, w)."""
+        """Sample a latent, (c, h, w)."""
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
 def require_finite(name: str, fix: str, *tensors: Tensor) -> None:
-    """Refuse an autoencoder's output that has numbers which are not finite."""
+    """Refuse an autoencoder's output that is not finite."""
     if not all(bool(values.isfinite().all()) for values in tensors):
         raise TrainingError(f"{name} is not finite: {fix}.")
 
 
 class Encoder:
-    """Encodes training samples by a frozen autoencoder.
+    """Encodes training samples with a frozen autoencoder.
 
     Args:
-        vae: the autoencoder, which is on the device only while it encodes.
-        space: scaling of its latents.
-        device: where it encodes.
+        vae: the autoencoder, which is moved to the device while it encodes.
+        space: scale of its latents.
+        device: device on which it encodes.
         is_cached: tests that the posterior of a sample is cached, for all samples with the same
             content. Cached posteriors are encoded one by one, so that the result does not depend on
             which other samples were missing.
-        disk: the cache that stays for the next run.
-        cache: posteriors in memory by the samples' content, which may be shared by encoders of one
-            autoencoder.
+        disk: cache on disk, for the next run.
+        cache: posteriors in memory, by the samples' content; several encoders of the same
+            autoencoder can share it.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Encoder:
             self.cache = cache
 
     def __call__(self, samples: Sequence[TrainingSample]) -> list[Posterior]:
-        """The posterior of each sample, in float32 on the CPU.
+        """Encode samples to posteriors, in float32 on the CPU.
 
         Raises:
             TrainingError: a latent is not finite; the image is named.
@@ -85,7 +85,7 @@ class Encoder:
         self._fill_cache(cached)
         encoded = iter(self._encode(uncached, AT_ONCE))
         posteriors = []
-        for sample in samples:  # in their order
+        for sample in samples:
             if self._is_cached(sample):
                 posteriors.append(self.cache[sample.content])
             else:
@@ -93,7 +93,7 @@ class Encoder:
         return posteriors
 
     def _fill_cache(self, samples: Sequence[TrainingSample]) -> None:
-        """Read the posteriors that are not in memory from the disk, or encode them."""
+        """Read posteriors that are not in memory from disk, or encode them."""
         missing: dict[tuple[str, ...], TrainingSample] = {}
         for sample in samples:
             content = sample.content
@@ -116,7 +116,7 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[TrainingSample], pixels_at_once: int) -> list[Posterior]:
-        """Encode images of one size, in parts of at most so many pixels but at least one image."""
+        """Encode images of one size, at most so many pixels at a time, but at least one image."""
         if not samples:
             return []
         vae = self._vae
@@ -153,10 +153,10 @@ class Encoder:
 
 
 def weight_map(masks: Sequence[Tensor | None], latents: Tensor, outside: float) -> Tensor:
-    """Weights of the latents' places in the loss, (n, 1, h, w): 1 within a mask, ``outside`` else.
+    """Weights of the loss, (n, 1, h, w): 1 within a mask, else ``outside``.
 
     Args:
-        masks: (1, H, W) in [0, 1] each; None for an image that is learned whole.
+        masks: (1, H, W) in [0, 1] each; None for an image without a mask.
         latents: (n, c, h, w).
     """
     inside = []
@@ -169,5 +169,5 @@ def weight_map(masks: Sequence[Tensor | None], latents: Tensor, outside: float) 
 
 
 def average_mask(mask: Tensor, latents: Tensor) -> Tensor:
-    """A mask (1, H, W) averaged down to the grid of latents (..., h, w): (1, h, w)."""
+    """Average a mask (1, H, W) to the size of latents (..., h, w): (1, h, w)."""
     return F.adaptive_avg_pool2d(mask, (latents.shape[-2], latents.shape[-1]))

@@ -1,10 +1,10 @@
-"""The distance of sampled images to held-out pictures, by which `--choose_by samples` chooses.
+"""The distance of sampled images to held-out pictures, the measure of `--choose_by samples`.
 
     distance = mean over held-out pictures of 1 - cosine(embedding(sample), embedding(picture))
 
 Each picture's caption is sampled with the same noise in every run, so that runs are paired. The
 embeddings are those of DINOv2, or of the miniature's scorer. The held-out loss would be cheaper,
-but ranks images the wrong way: it is lowest long before samples are best (docs/results.md).
+but is lowest long before samples are best (docs/results.md).
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from .stream import centered_samples
 from .validation import ValidationSample, usual_sample
 
 ARCHITECTURES = ("dinov2", "dinov2_with_registers")  # ``model_type`` of known configurations
-MAX_PICTURES = 8  # held-out pictures whose captions are sampled, evenly spaced in their order
+MAX_PICTURES = 8  # number of held-out pictures whose captions are sampled, evenly spaced
 # Embeds n RGB images: (n, d), not normalized.
 Embed = Callable[[Sequence[Image]], Tensor]
 
 
 @dataclass(frozen=True)
 class Dinov2:
-    """DINOv2, read from safetensors by classes of transformers."""
+    """DINOv2, loaded from safetensors with transformers."""
 
     # The class token of the last layer after its normalization, as in DreamBooth's metric DINO.
     embed: Embed
     source: str  # hub id, or the folder's name
-    commit: str | None  # of the hub; None for a folder
+    commit: str | None  # commit on the hub; None for a folder
     folder: Path  # place of a folder's files
 
 
 def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
-    """Load the model that is named ``dinov2:ID_OR_FOLDER``.
+    """Load the model ``dinov2:ID_OR_FOLDER``.
 
     Raises:
         UserError: an unknown name, or a model of another kind.
-        Exception: of the library that can't load it.
+        Exception: any error of a library that can't load it.
     """
     from transformers import AutoImageProcessor, AutoModel
 
@@ -85,7 +85,7 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
 
 
 def image_model_bytes(name: str) -> int:
-    """Bytes of the image model of ``--image_model``, by its configuration."""
+    """Bytes of the model of ``--image_model``, from its configuration."""
     from transformers import AutoModel
 
     if name == EMBEDDED:
@@ -96,7 +96,7 @@ def image_model_bytes(name: str) -> int:
 
 
 def _read_config(name: str) -> tuple[str, str | None, Any]:
-    """The place, commit and configuration of ``dinov2:ID_OR_FOLDER``; a folder has no commit."""
+    """Path or id, commit and configuration of ``dinov2:ID_OR_FOLDER``; a folder has no commit."""
     from transformers import AutoConfig
     from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -121,12 +121,12 @@ def _read_config(name: str) -> tuple[str, str | None, Any]:
 
 
 def _explain_model_errors(name: str) -> AbstractContextManager[None]:
-    """Turn a library's error within the context into one sentence."""
+    """Context manager: turns a library's error into one sentence."""
     fix = f"give {DINOV2}:ID_OR_FOLDER of a model that is here, or --choose_by loss"
     return as_user_error(f"--image_model {name} can't be read", fix)
 
 
-# Cached, so that the run and the control of --compare share the model.
+# Cached, so that the runs of --compare share the model.
 @lru_cache(maxsize=1)
 def image_embedder(name: str, device: torch.device) -> Embed:
     """Load the image model of ``--image_model``: ``embedded``, or one of `load_dinov2`."""
@@ -158,21 +158,21 @@ class SampledDistance:
         all_samples = list(centered_samples(validation, task.cfg))
         count = min(len(all_samples), MAX_PICTURES)
         chosen_samples = [all_samples[i * len(all_samples) // count] for i in range(count)]
-        # By size, since images of one size are sampled together.
+        # Sorted by size, since images of one size are sampled together.
         chosen_samples.sort(key=lambda sample: sample.size)
         self.samples: list[ValidationSample] = []
         pictures: list[Image] = []
         for number, sample in enumerate(chosen_samples):
             height, width = sample.size
             prompt_sample = usual_sample(task.cfg, sample.caption)
-            # Not with the run's own seed, so that all runs are paired.
+            # Not with the run's seed, so that all runs use the same noise.
             prompt_sample = replace(prompt_sample, seed=number, height=height, width=width)
             self.samples.append(prompt_sample)
             pictures.append(validation.image(sample.index))
         self.picture_embeddings = self.embeddings(pictures)  # (n, d)
 
     def embeddings(self, images: Sequence[Image]) -> Tensor:
-        """Embeddings of unit length, (n, d), on the CPU."""
+        """Embed images to vectors of unit length, (n, d), on the CPU."""
         with torch.inference_mode():
             embeddings = self._embed([image.convert("RGB") for image in images])
         return normalize(embeddings.float(), dim=-1).cpu()
@@ -180,7 +180,7 @@ class SampledDistance:
     def __call__(self) -> dict[str, float]:
         """``heldout_distance``, and ``heldout_distance_of/N`` of each picture."""
         images: list[Image] = []
-        # Whatever random numbers sampling takes, training goes on as without it.
+        # Sampling must not change the random numbers of training.
         with torch.random.fork_rng():
             for _, batch in itertools.groupby(self.samples, lambda sample: sample.batch_settings):
                 images += self.task.sample_images(list(batch))

@@ -26,17 +26,19 @@ from ..core.seeds import generator
 from ..core.values import BY_LEVEL, HELDOUT_LOSS, NOISE_LEVELS, TRAINING_GRID_LOSS
 from ..run.record import BY_CONCEPT
 from ..train.task import inference, precision
-from .families.base import Conditions, Family, move
+from .families.base import Family
 from .families.sdxl import encode
+from .families.tensors import Conditions, move
 from .latents import Encoder
 from .noise_schedules import NoiseSchedule
 from .sets import ImageSet
 from .stream import TrainingSample, centered_samples
 
-# Inputs that are conditions of further predictions: the class prompt's and the empty prompt's.
+# Inputs with the conditions of further prompts: the class prompt and the empty prompt.
 PRIOR, UNCONDITIONAL = "prior", "unconditional"
-# Input that is there in a step that holds the unconditional prediction; its value is not read.
-HOLDS = "holds_unconditional"
+# Input with the weights, (n,), by which predictions for these prompts are held at the base model's,
+# by the prompt.
+HELD_WEIGHTS = "held_weights"
 # Input of a guided target: 1 - 1/S of each row, 0 for a row with the plain target.
 GUIDANCE_SHARE = "guidance_share"
 # All other inputs are the conditions of the images' own captions.
@@ -49,19 +51,11 @@ NO_CONDITIONS = frozenset(
         "mask_weights",
         PRIOR,
         UNCONDITIONAL,
-        HOLDS,
+        HELD_WEIGHTS,
         GUIDANCE_SHARE,
     )
 )
 PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
-
-
-class HeldPrediction(NamedTuple):
-    """A prediction that is held at the base model's."""
-
-    weight: float  # of its departures in the loss
-    conditions: Conditions
-    base_prediction: Tensor  # (n, c, h, w)
 
 
 class DreamBoothModule(nn.Module):
@@ -76,14 +70,13 @@ class DreamBoothModule(nn.Module):
     - ``time_ids``, (n, 6), and with masks ``mask_weights``, (n, 1, h, w)
     - the family's conditions or, where the text encoders are trained, ``ids``, two tensors
       (n, tokens), and ``has_text``, (n,), False where zeros stand for the text
-    - `PRIOR` and `UNCONDITIONAL`, conditions of further predictions, in some runs and steps
-    - `GUIDANCE_SHARE`, (n,), with a guided target, and `HOLDS` in steps that hold the unconditional
-      prediction; both need `UNCONDITIONAL`
+    - `PRIOR` and `UNCONDITIONAL`, conditions of further prompts, in some runs and steps
+    - `GUIDANCE_SHARE`, (n,), with a guided target; it needs `UNCONDITIONAL`
+    - `HELD_WEIGHTS`, weights (n,) by prompt, in steps that hold the predictions for these prompts
 
     The loss of a slot is that of its instance image, plus ``prior_loss_weight`` times that of its
-    class image, plus ``prior_prediction_weight`` times the instance image's departures for the
-    conditions `PRIOR` and ``hold_unconditional`` times its departures for `UNCONDITIONAL`. A
-    departure is the mean square by which the adapters change a prediction.
+    class image, plus, for each held prompt, its weight times the mean square of the change that the
+    adapters make to the instance image's prediction for that prompt.
 
     Args:
         family: the kind of model, which knows how the denoiser is called.
@@ -100,8 +93,6 @@ class DreamBoothModule(nn.Module):
         text_encoders: Sequence[nn.Module],
         noise_schedule: NoiseSchedule,
         prior_loss_weight: float | None = None,
-        prior_prediction_weight: float = 0.0,
-        hold_unconditional: float = 0.0,
     ) -> None:
         super().__init__()
         self.family = family
@@ -109,45 +100,39 @@ class DreamBoothModule(nn.Module):
         self.text_encoders = nn.ModuleList(text_encoders)
         self.noise_schedule = noise_schedule
         self.prior_loss_weight = prior_loss_weight
-        self.prior_prediction_weight = prior_prediction_weight
-        self.hold_unconditional = hold_unconditional
         self._adapted: list[adapters.LoraLayer] | None = None
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per slot, (slots,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
-        prediction = self._predict(own_conditions(inputs), noisy, levels)
-        # Further predictions, and what the base model makes of their conditions.
-        held_predictions: list[HeldPrediction] = []
-        if PRIOR in inputs:
-            conditions = further_conditions(inputs, PRIOR)
-            base_prior = self.base_prediction(conditions, noisy, levels)
-            weight = self.prior_prediction_weight
-            held_predictions.append(HeldPrediction(weight, conditions, base_prior))
-        if UNCONDITIONAL in inputs:
-            conditions = further_conditions(inputs, UNCONDITIONAL)
-            base_unconditional = self.base_prediction(conditions, noisy, levels)
-            if HOLDS in inputs:
-                weight = self.hold_unconditional
-                held_predictions.append(HeldPrediction(weight, conditions, base_unconditional))
-            if GUIDANCE_SHARE in inputs:
-                share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
-                # The error of this to the plain target is that of the prediction to the guided one.
-                prediction = prediction.float()
-                prediction = prediction - share * (prediction.detach() - base_unconditional)
+        prediction = self._predict(caption_conditions(inputs), noisy, levels)
+        base_predictions: dict[str, Tensor] = {}  # of further prompts, (n, c, h, w) each
+        for prompt in (PRIOR, UNCONDITIONAL):
+            if prompt in inputs:
+                conditions = prompt_conditions(inputs, prompt)
+                base_predictions[prompt] = self.base_prediction(conditions, noisy, levels)
+        if GUIDANCE_SHARE in inputs:
+            share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
+            # The error of this to the plain target is that of the prediction to the guided one.
+            prediction = prediction.float()
+            change = prediction.detach() - base_predictions[UNCONDITIONAL]
+            prediction = prediction - share * change
         losses = self.noise_schedule.loss(prediction, inputs)  # (n,), in float32
 
         if self.prior_loss_weight is not None:
             instance, prior = losses.chunk(2)  # (slots,) each
             losses = instance + self.prior_loss_weight * prior
-        # Of departures only the first rows are used, those of instance images.
-        for held_prediction in held_predictions:
-            departures = self.departures(held_prediction, noisy, levels)  # (n,)
-            losses = losses + held_prediction.weight * departures[: len(losses)]
+        for prompt, weights in inputs.get(HELD_WEIGHTS, {}).items():
+            conditions = prompt_conditions(inputs, prompt)
+            changes = self.squared_change(conditions, noisy, levels, base_predictions[prompt])
+            # Only the first rows count, those of instance images.
+            losses = losses + (weights * changes)[: len(losses)]
         return losses
 
     def base_prediction(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
-        """What the base model predicts: without adapters and gradients, (n, c, h, w) in float32.
+        """Predict without adapters and gradients, (n, c, h, w) in float32.
+
+        Held predictions and the guided target are relative to it.
 
         Args:
             conditions: of the n rows.
@@ -162,18 +147,20 @@ class DreamBoothModule(nn.Module):
         with torch.no_grad(), adapters.off(self._adapted):
             return self._predict(conditions, noisy, levels).float()
 
-    def departures(self, held_prediction: HeldPrediction, noisy: Tensor, levels: Tensor) -> Tensor:
-        """Mean squares by which the adapters change a prediction, (n,) in float32.
+    def squared_change(
+        self, conditions: Conditions, noisy: Tensor, levels: Tensor, base_prediction: Tensor
+    ) -> Tensor:
+        """Mean square of the change that the adapters make to each prediction, (n,) in float32.
 
-        All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
+        All adapters act that act in the loss, an auxiliary too: it perturbs the complete loss, and
         with gradient checkpointing a layer is computed again after this function.
 
         Args:
-            held_prediction: conditions, and the base model's prediction for them.
-            noisy, levels: those of `base_prediction`.
+            conditions, noisy, levels: those of `base_prediction`.
+            base_prediction: the base model's prediction for them, (n, c, h, w).
         """
-        prediction = self._predict(held_prediction.conditions, noisy, levels).float()
-        return (prediction - held_prediction.base_prediction).square().flatten(1).mean(dim=1)
+        prediction = self._predict(conditions, noisy, levels).float()
+        return (prediction - base_prediction).square().flatten(1).mean(dim=1)
 
     def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
         """The denoiser's prediction, (n, c, h, w).
@@ -199,11 +186,11 @@ class DreamBoothModule(nn.Module):
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
         """Loss of each row to its plain target, (n,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
-        prediction = self._predict(own_conditions(inputs), noisy, levels)
+        prediction = self._predict(caption_conditions(inputs), noisy, levels)
         return self.noise_schedule.loss(prediction, inputs)
 
 
-def own_conditions(inputs: dict[str, Any]) -> Conditions:
+def caption_conditions(inputs: dict[str, Any]) -> Conditions:
     """Conditions of the rows' own captions."""
     conditions = {}
     for name, values in inputs.items():
@@ -212,21 +199,21 @@ def own_conditions(inputs: dict[str, Any]) -> Conditions:
     return conditions
 
 
-def further_conditions(inputs: dict[str, Any], name: str) -> Conditions:
+def prompt_conditions(inputs: dict[str, Any], name: str) -> Conditions:
     """Conditions `PRIOR` or `UNCONDITIONAL`, at the rows' own sizes."""
     return {**inputs[name], "time_ids": inputs["time_ids"]}
 
 
-def grid_levels(total: int) -> list[int]:
-    """Numbers of the grid's noise levels, of a schedule of ``total`` levels.
+def grid_level_indices(total: int) -> list[int]:
+    """Numbers of the grid's noise levels in a schedule of ``total`` levels.
 
-    They are the middles of `NOISE_LEVELS` equal parts, less a fortieth of the whole.
+    They are the middles of `NOISE_LEVELS` equal parts, minus a fortieth of the total.
     """
-    levels = []
+    indices = []
     for part in range(NOISE_LEVELS):
         middle = total * (2 * part + 1) // (2 * NOISE_LEVELS)
-        levels.append(middle - total // 40)
-    return levels
+        indices.append(middle - total // 40)
+    return indices
 
 
 class GridImage(NamedTuple):
@@ -247,13 +234,13 @@ class GridLoss:
         heldout: held-out images.
 
     Attributes:
-        levels: numbers of the noise levels.
+        level_indices: numbers of the noise levels.
         sets: the images of both sets, by the name of their loss.
     """
 
     def __init__(self, task: Any, stream: Any, heldout: ImageSet) -> None:
         self.task = task
-        self.levels = grid_levels(task.module.noise_schedule.num_timesteps)
+        self.level_indices = grid_level_indices(task.module.noise_schedule.num_timesteps)
         vae = task.pipeline.vae
         encoder = Encoder(
             vae,
@@ -294,7 +281,9 @@ class GridLoss:
         for concept in filter(None, dict.fromkeys(concepts)):  # "" in a run without concepts
             is_of_concept = torch.tensor([name == concept for name in concepts])  # (images,)
             losses[f"{BY_CONCEPT}{concept}"] = float(heldout[:, is_of_concept].mean(0).mean())
-        logged_levels = self.task.module.noise_schedule.level(torch.tensor(self.levels))
+        logged_levels = self.task.module.noise_schedule.logged_level(
+            torch.tensor(self.level_indices)
+        )
         level_losses = heldout.mean(1).tolist()
         for level, loss in zip(logged_levels.round().int().tolist(), level_losses, strict=True):
             losses[f"{BY_LEVEL}{level}"] = loss
@@ -305,7 +294,7 @@ class GridLoss:
         tables = []
         for batch in self.batches(images):
             # (levels, images of the batch)
-            tables.append(torch.stack([self.losses(batch, level) for level in self.levels]))
+            tables.append(torch.stack([self.losses(batch, index) for index in self.level_indices]))
         return torch.cat(tables, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
@@ -316,17 +305,17 @@ class GridLoss:
             for start in range(0, len(same_shape), size):
                 yield same_shape[start : start + size]
 
-    def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
+    def losses(self, images: Sequence[GridImage], level_index: int) -> Tensor:
         """Loss of each image at one noise level, (images,), on the CPU."""
         noise = []
         for image in images:
             # Seeded by the image's name: the same noise in every run and set.
-            random = generator("grid", image.sample.name, level)
+            random = generator("grid", image.sample.name, level_index)
             noise.append(torch.randn(image.latent.shape, generator=random))
         inputs = self.task.inputs(
             torch.stack([image.latent for image in images]),  # (n, c, h, w)
             torch.stack(noise),
-            level_index=torch.full((len(images),), level),
+            level_index=torch.full((len(images),), level_index),
             is_instance=torch.ones(len(images), dtype=torch.bool),
             samples=[image.sample for image in images],
             masks=[image.mask for image in images],

@@ -20,10 +20,10 @@ from ..core.values import (
 from .base_model import SDXL_BASE, folder_of
 from .families import SDXL
 
-# The recommended weight by which the unconditional prediction is held, and the steps from one that
-# holds it to the next. Points of samples against LoRA's (step 300, guidance 4, five seeds) on icons
-# in two colors and in their own: +6.6 and -0.1 with weight 1, +6.9 and -0.3 with 4, +7.2 and -0.3
-# with 1 in every 4th step. Holding in every 16th step takes 8 % more time.
+# The recommended weight and interval in steps for holding the unconditional prediction. Points of
+# samples against LoRA's (step 300, guidance 4, five seeds) on icons in two colors and in their own:
+# +6.6 and -0.1 with weight 1, +6.9 and -0.3 with 4, +7.2 and -0.3 with 1 in every 4th step. Holding
+# in every 16th step takes 8 % more time.
 HOLDING_WEIGHT, HOLDING_PERIOD = 1, 16
 # Cases in which options have no effect.
 ON_A_LOCAL_MODEL = IgnoredCase(
@@ -109,7 +109,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """Options of image models alone: text encoders, noise levels, their attention."""
+    """Options of image models only: text encoders, noise levels, attention."""
 
     section: ClassVar[str] = "text encoders and loss"
 
@@ -225,8 +225,8 @@ class FlowOptions:
     )
     max_sequence_length: int | None = option(
         None,
-        "Tokens of a prompt that are read. Default: as diffusers' script for the model (SD3 77,"
-        " Lumina 2 256, others 512).",
+        "Tokens of a prompt that are read. Default: as diffusers' script for the model"
+        " (docs/models.md has the table).",
         range=Range(4096, "no text encoder of these models reads more", at_least=1),
         ignored=(ON_SDXL,),
     )
@@ -242,8 +242,8 @@ class FlowOptions:
     weighting_scheme: str | None = option(
         None,
         "How noise levels are sampled (logit_normal, mode) or weighted (sigma_sqrt, cosmap; arXiv"
-        " 2403.03206, Section 3.1). Default: as diffusers' script for the model (SD3 logit_normal,"
-        " others none).",
+        " 2403.03206, Section 3.1). Default: as diffusers' script for the model (docs/models.md has"
+        " the table).",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         ignored=(ON_SDXL,),
     )

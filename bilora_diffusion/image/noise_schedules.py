@@ -1,12 +1,14 @@
-"""Noise levels and the loss that belongs to them: of diffusion models and of flow matching.
+"""Noise levels and losses of diffusion models and of flow matching.
 
-`Denoising` is what SDXL is trained on. Prediction of noise follows Ho et al. 2020, of velocity
-Salimans & Ho 2022; min-SNR weights are Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM
-formulation is Section 5 of https://arxiv.org/abs/2206.00364, as diffusers' DreamBooth scripts use
-it.
+A noise level has a number, ``level_index``. The denoiser gets the level's timestep or sigma, and
+the log has its timestep or 1000 sigma (`logged_level`).
 
-`FlowMatching` is what SD3, FLUX and later image models are trained on. Their paths are straight,
-x_s = (1 - s) x0 + s e with noise e, and the model predicts the velocity e - x0 (Liu et al. 2022,
+`Denoising` is for SDXL. Prediction of noise follows Ho et al. 2020, of velocity Salimans & Ho 2022;
+min-SNR weights are Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM formulation is Section
+5 of https://arxiv.org/abs/2206.00364, as diffusers' DreamBooth scripts use it.
+
+`FlowMatching` is for SD3, FLUX and later image models. Their paths are straight, x_s = (1 - s) x0 +
+s e with noise e, and the model predicts the velocity e - x0 (Liu et al. 2022,
 https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.03206).
 """
 
@@ -56,16 +58,16 @@ class Denoising(SampledLevels):
         snr_weighting: str = "published",
         level_range: tuple[float, float] = ALL_LEVELS,
     ) -> Denoising:
-        """Build from the configuration of a pipeline's scheduler; its class decides on native EDM.
+        """Build from the configuration of a scheduler, whose class decides on native EDM.
 
         Raises:
-            UserError: min-SNR weights together with the EDM formulation, or a range of levels on a
-                model with native EDM.
+            UserError: min-SNR weights with the EDM formulation, or a range of levels on a model
+                with native EDM.
             ValueError: an unknown kind of prediction or of noise levels.
         """
         class_name = str(config.get("_class_name", ""))
         is_native = "EDM" in class_name
-        # EDM weights the loss itself, by sigma.
+        # EDM has its own weights of the loss.
         if (edm or is_native) and snr_gamma is not None:
             raise UserError(
                 f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop one."
@@ -102,22 +104,22 @@ class Denoising(SampledLevels):
         return self.scheduler.config["prediction_type"] == "v_prediction"
 
     def sample_all(self, count: int, random: torch.Generator) -> Tensor:
-        """Numbers of noise levels, (count,); all are equally likely."""
+        """Sample numbers of noise levels uniformly, (count,)."""
         return torch.randint(self.num_timesteps, (count,), generator=random)
 
     def share(self, level_index: Tensor) -> Tensor:
         timesteps = level_index
         if self.kind == "edm":
-            # Levels are numbered from the noisiest on.
+            # Numbers begin with the noisiest level.
             timesteps = self.num_timesteps - 1 - level_index
         return timesteps.double() / self.num_timesteps
 
-    def level(self, level_index: Tensor) -> Tensor:
-        """Noise levels as logs name them, by their numbers."""
+    def logged_level(self, level_index: Tensor) -> Tensor:
+        """The noise levels in the log, which are timesteps, from their numbers."""
         return level_index
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Noisy latents as the model takes them, (n, c, h, w), and their timesteps, (n,).
+        """Noisy latents for the model, (n, c, h, w), and their timesteps, (n,).
 
         Args:
             inputs: as of `FlowMatching.loss`.
@@ -130,11 +132,11 @@ class Denoising(SampledLevels):
         timesteps = self.scheduler.timesteps.to(noisy.device)[level_index]
         if self.kind == "edm_native":
             return self.scheduler.precondition_inputs(noisy, sigma), timesteps
-        # A variance-preserving model takes noisy latents of unit variance.
+        # A variance-preserving model expects noisy latents of unit variance.
         return noisy / (sigma**2 + 1).sqrt(), timesteps
 
     def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Weighted mean square of each sample's error, (n,) in float32.
+        """Weighted mean squared error of each sample, (n,) in float32.
 
         Args:
             prediction: of the model for what `add_noise` returns, (n, c, h, w).
@@ -154,7 +156,7 @@ class Denoising(SampledLevels):
         is_floored = self.snr_weighting == "diffusers"
         ratios = self._standard_snr(level_index)
         weights = min_snr_weights(ratios, self.snr_gamma, self.predicts_velocity, is_floored)
-        # Class images have no weights, as in diffusers' scripts.
+        # Class images are not weighted, as in diffusers' scripts.
         return torch.where(inputs["is_instance"], loss * weights, loss)
 
     def _standard_snr(self, level_index: Tensor) -> Tensor:
@@ -170,13 +172,13 @@ class Denoising(SampledLevels):
         return latents.float() + sigma * inputs["noise"].float(), sigma
 
     def _edm_squares(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Weighted squares of the denoised latents' error, (n, c, h, w)."""
+        """Weighted squared errors of the denoised latents, (n, c, h, w)."""
         noisy, sigma = self._edm_noisy(inputs)
         clean = inputs["latents"].float()
         if self.kind == "edm_native":
-            # Without weights, as in diffusers' scripts, where they led to numerical problems.
+            # Without weights, as in diffusers' scripts, where weights caused numerical problems.
             return (self.scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
-        # The clean latents by the prediction, v or e, of a variance-preserving model.
+        # The clean latents from the prediction, v or e, of a variance-preserving model.
         if self.predicts_velocity:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
         else:
@@ -208,12 +210,12 @@ class FlowMatching(SampledLevels):
     Args:
         sigmas: noise levels from 1 downwards, (T,).
         scheme: how levels are sampled and weighted (Section 3.1 of Esser et al. 2024): "none"
-            samples all alike, "logit_normal" and "mode" the middle more often, "sigma_sqrt" and
-            "cosmap" weight the loss.
-        logit_mean, logit_std: of "logit_normal".
-        mode_scale: of "mode".
-        preconditioned: weigh by s^2 as well: the error of x_s - s v, the clean image (Section 5 of
-            Karras et al. 2022, https://arxiv.org/abs/2206.00364).
+            samples uniformly, "logit_normal" and "mode" sample middle levels more often,
+            "sigma_sqrt" and "cosmap" weight the loss.
+        logit_mean, logit_std: parameters of "logit_normal".
+        mode_scale: parameter of "mode".
+        preconditioned: also weight by s^2, which gives the error of x_s - s v, the clean image
+            (Section 5 of Karras et al. 2022, https://arxiv.org/abs/2206.00364).
         level_range: lowest and highest level that is sampled.
     """
 
@@ -234,14 +236,15 @@ class FlowMatching(SampledLevels):
         shift: float | None = None,
         **settings: Any,
     ) -> Self:
-        """Take all noise levels of a pipeline's scheduler, as it shifts them or by another shift.
+        """Build from all noise levels of a pipeline's scheduler, with its shift or another one.
 
         Args:
-            config: of the scheduler, which shifts the levels by its ``shift`` or by ``mu``.
+            config: configuration of the scheduler, which shifts the levels by its ``shift`` or by
+                ``mu``.
             mu: logarithm of the shift, for a scheduler that shifts by resolution.
             shift: the s of evenly spaced t with levels s t / (1 + (s - 1) t), instead of the
                 scheduler's own shift; 1 leaves them evenly spaced.
-            settings: the other arguments of the class.
+            settings: other arguments of the class.
         """
         kind = str(config.get("_class_name", "FlowMatch"))
         if "FlowMatch" not in kind:
@@ -249,14 +252,14 @@ class FlowMatching(SampledLevels):
         changes: dict[str, Any] = {}
         if shift is not None:
             mu = None
-            # Without Qwen-Image's `shift_terminal` too, which would stretch the levels.
+            # Also without Qwen-Image's `shift_terminal`, which would stretch the levels.
             changes = {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
-        # As arguments: in a configuration diffusers ignores values that had been its defaults.
+        # As arguments: diffusers ignores values of a configuration that were its defaults.
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
         steps = int(scheduler.config["num_train_timesteps"])
         even_levels = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
         scheduler.set_timesteps(sigmas=even_levels, mu=mu)
-        return cls(scheduler.sigmas[:-1].float(), **settings)  # without the 0 at the end
+        return cls(scheduler.sigmas[:-1].float(), **settings)  # without the final 0
 
     @property
     def num_timesteps(self) -> int:
@@ -264,7 +267,7 @@ class FlowMatching(SampledLevels):
         return len(self.sigmas)
 
     def sample_all(self, count: int, random: torch.Generator) -> Tensor:
-        """Numbers of noise levels, (count,), sampled by the scheme."""
+        """Sample numbers of noise levels by the scheme, (count,)."""
         places = compute_density_for_timestep_sampling(
             self.scheme, count, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )
@@ -273,12 +276,12 @@ class FlowMatching(SampledLevels):
     def share(self, level_index: Tensor) -> Tensor:
         return self.sigmas[level_index]
 
-    def level(self, level_index: Tensor) -> Tensor:
-        """Noise levels as logs name them, by their numbers."""
+    def logged_level(self, level_index: Tensor) -> Tensor:
+        """The noise levels in the log, 1000 sigma, from their numbers."""
         return 1000 * self.sigmas[level_index]
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """x_s = (1 - s) x0 + s e as a model takes it, (n, c, h, w), and s in [0, 1], (n,).
+        """Noisy latents x_s = (1 - s) x0 + s e, (n, c, h, w), and s in [0, 1], (n,).
 
         Args:
             inputs: as of `loss`.
@@ -289,7 +292,7 @@ class FlowMatching(SampledLevels):
         return (1 - s) * latents + s * inputs["noise"], sigma
 
     def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """w(s) times the mean square of the velocity's error, (n,) in float32.
+        """Mean squared error of the velocity times w(s), (n,) in float32.
 
         Args:
             prediction: of the model for what `add_noise` returns, (n, c, h, w).
@@ -308,11 +311,12 @@ class FlowMatching(SampledLevels):
 
 
 def weighted_mean(squares: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted mean of each sample's squares, (n,); 0 where all weights are 0.
+    """Weighted mean of each sample's squared errors, (n,); 0 if all weights are 0.
 
     Args:
         squares: (n, c, h, w).
-        weights: of the places, the same for all channels, (n, 1, h, w); None for a plain mean.
+        weights: weights of the positions, (n, 1, h, w), equal for all channels; None for a plain
+            mean.
     """
     if weights is None:
         return squares.flatten(1).mean(dim=1)
@@ -325,10 +329,11 @@ NoiseSchedule = Denoising | FlowMatching
 
 
 def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> NoiseSchedule:
-    """The noise levels of a run, sampled and weighted by its options.
+    """Build the noise schedule of a run from its options.
 
     Raises:
-        UserError: no level, or hardly one, is within ``--timestep_range``, or there are no shares.
+        UserError: ``--timestep_range`` has no or hardly any levels, or the model does not support
+            it.
     """
     config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     low, high = cfg.timestep_range
@@ -356,7 +361,7 @@ def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Nois
 
 
 def level_shift(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> dict[str, float]:
-    """The shift of a flow model's noise levels in training, as `FlowMatching.from_config` takes it.
+    """The shift of a flow model's noise levels in training, for `FlowMatching.from_config`.
 
     Returns:
         A ``shift``, or ``mu`` for the levels of the pipeline's scheduler.

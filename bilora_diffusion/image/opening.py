@@ -1,7 +1,7 @@
-"""From a ``--dataset`` to a set of images with captions and masks.
+"""Open a ``--dataset`` as a set of images with captions and masks.
 
 A folder of images, with or without a metadata file, is read here. Hub ids and folders in other
-layouts are read by ``datasets``, which makes no copy of images in a folder.
+layouts are read by ``datasets``, which does not copy images of a folder.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from .image_files import (
 )
 from .sets import Entry, ImageSet
 
-TEXT = "text"  # name of the column of captions that are files beside the images
-NO_CAPTIONS = "none"  # the ``--caption_column`` that reads no captions
+TEXT = "text"  # name of the caption column for captions in files next to the images
+NO_CAPTIONS = "none"  # the ``--caption_column`` for no captions
 SPLIT = "train"
 MAX_BYTES = 500_000_000  # of a metadata file
-# Returns an image's file, or the file's content; None where a table has no image in this row.
+# Returns an image's file, or its content; None for a row of a table without an image.
 Source = Callable[[], Path | bytes | None]
 
 
 @dataclass
 class Table:
-    """A set of images as it is stored.
+    """An image set as it is stored.
 
     Attributes:
-        entries: the images, without captions at first.
+        entries: the images; captions are added later.
         columns: values of each column.
-        files: the images' files; [] where not all of them are files.
-        captions_from: where captions come from that are in no column; None without these.
-        masks_from: where masks come from; None without masks.
-        mask_files: files of the masks.
+        files: the images' files; [] if not all of them are files.
+        captions_from: source of captions that are not in a column; None without these.
+        masks_from: source of the masks; None without masks.
+        mask_files: the masks' files.
     """
 
     entries: list[Entry]
@@ -75,20 +75,20 @@ def open_images(
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
 ) -> ImageSet:
-    """Open a set of images. Each image is read once here, and again when it is needed.
+    """Open an image set. Each image is read once here, and again when it is used.
 
     Args:
-        dataset: one of `mini.FOLDERS`, such as "mini", seen through its `color_map`; a local folder
+        dataset: one of `mini.FOLDERS`, such as "mini", with its `color_map` applied; a local folder
             of images, with or without a ``metadata.jsonl`` or ``metadata.csv`` (column
             ``file_name``), or in another layout that ``datasets`` reads; or a hub id. The split
             "train" is read.
-        image_column: column of the images; those of a folder are in column "image".
+        image_column: column of the images; "image" for a folder.
         caption_column: column of their captions; "none" for no captions; None for the ``.txt``
             files beside the images of a folder without metadata file.
-        mask_column: column of their masks; None for the mask files beside the images of a folder.
-        alpha_mask: the images' own opacity is their mask.
+        mask_column: column of their masks; None for the mask files next to the images of a folder.
+        alpha_mask: use the images' alpha channels as masks.
         config_name, cache_dir: as for ``datasets.load_dataset``.
-        skip_bad_images: leave unreadable images out and list them in `ImageSet.skipped`.
+        skip_bad_images: skip unreadable images and list them in `ImageSet.skipped`.
 
     Raises:
         UserError: no such set, column, split or image; the message names it and the fix.
@@ -104,7 +104,7 @@ def open_images(
         # to import.
         table = _read_folder(dataset, listing, mask_column)
     else:
-        # As an imagefolder, where there are captions: else these may be taken for the data.
+        # As an imagefolder if there are captions: else `datasets` could read those as the data.
         images_only = listing is not None and listing.has_captions
         data = _load(dataset, folder, config_name, images_only, cache_dir)
         table = _read_split(dataset, data, image_column, mask_column)
@@ -126,19 +126,19 @@ def open_images(
 
 
 def _is_folder_of_images(listing: Listing) -> bool:
-    """Test that a folder's images are its data, or listed by a metadata file."""
+    """Test that a folder's data are its images, or are listed in a metadata file."""
     if listing.metadata:
         return True
-    # Images beside Parquet or Arrow files are no data, but a preview for example.
+    # Images next to Parquet or Arrow files are not the data, but for example a preview.
     has_tables = any(path.suffix in (".parquet", ".arrow") for path in listing.files)
     return bool(listing.images) and not has_tables
 
 
 def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table:
-    """The images that a metadata file lists, in its order; without one, by their names."""
+    """Read the images that a metadata file lists, in its order; without one, sorted by name."""
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
-    # Each row with its place, for messages.
+    # Each row with its position, for messages.
     rows = [(label, {"file_name": path.name}) for path in listing.images]
     for metadata in listing.metadata:
         rows = read_rows(metadata, str(metadata), max_bytes=MAX_BYTES)
@@ -147,7 +147,7 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
 
     files = [_named_file(listing.folder, place, row, "file_name") for place, row in rows]
     entries = []
-    columns: dict[str, list[Any]] = {}  # but for file_name
+    columns: dict[str, list[Any]] = {}  # except file_name
     for (place, row), file in zip(rows, files, strict=True):
         if stem_of_masked(file) is not None:
             raise UserError(
@@ -162,7 +162,7 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
     if mask_column is not None:
         require_column(mask_column, columns, "--mask_column", label)
         del columns[mask_column]
-    # The images themselves are in the column "image", as imagefolder calls it.
+    # The images are in the column "image", as in an imagefolder.
     table = Table(entries, {"image": [None] * len(rows), **columns}, files)
     if mask_column is not None:
         table.masks_from = f'column "{mask_column}"'
@@ -175,10 +175,10 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
 
 
 def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -> Path:
-    """The file in a folder that a row of a metadata file names.
+    """The file that a row of a metadata file names.
 
     Args:
-        place: of the row, for messages.
+        place: position of the row, for messages.
     """
     name = row.get(column)
     if not isinstance(name, str) or not name:
@@ -199,13 +199,13 @@ def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -
 
 
 def _read_split(label: str, data: Any, image_column: str, mask_column: str | None) -> Table:
-    """The images of a split, which are decoded when they are needed."""
+    """Read the images of a split, which are decoded when they are used."""
     rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    image_rows: list[int] = []  # numbers of the rows that are no masks
+    image_rows: list[int] = []  # numbers of the rows that are not masks
     files: list[Path] = []
-    names_in_table: list[Path] = []  # of images whose content is in the table
+    names_in_table: list[Path] = []  # files of images; the others are in the table
     for number, row in enumerate(rows):
         path = Path(row["path"]) if row and row["path"] else None
         if path is not None and row["bytes"] is not None:
@@ -215,7 +215,7 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
         elif path is not None:
             continue
         image_rows.append(number)
-    if len(image_rows) < len(data):  # once more without the masks
+    if len(image_rows) < len(data):  # read again without the masks
         return _read_split(label, data.select(image_rows), image_column, mask_column)
     stems = {stem(path) for path in names_in_table}
     for path in names_in_table:
@@ -227,7 +227,7 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
     entries = []
     for number in range(len(data)):
         entries.append(Entry(f"{label}[{number}]", partial(_stored, rows, number)))
-    columns = {key: data[key] for key in data.column_names}  # read when they are needed
+    columns = {key: data[key] for key in data.column_names}  # read when they are used
     if len(files) < len(data):
         files = []
     table = Table(entries, columns, files)
@@ -240,7 +240,7 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
 
 
 def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
-    """A column of images, not decoded: mappings with "bytes" and "path", or None."""
+    """A column of images that are not decoded: mappings with "bytes" and "path", or None."""
     import datasets
 
     image_columns = []
@@ -259,7 +259,7 @@ def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
 
 
 def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | bytes | None:
-    """The content of an image in a table, or its file; None where the row has none."""
+    """The content or the file of an image in a table; None if the row has none."""
     stored = rows[number] or {}
     if stored.get("bytes") is not None:
         return stored["bytes"]
@@ -269,7 +269,7 @@ def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | byt
 
 
 def _recolored(source: Source, colors: str) -> bytes | None:
-    """The content of an image file in other colors (`mini.color_map`)."""
+    """Map the colors of an image file (`mini.color_map`) and return its new content."""
     encoded = source()
     if encoded is None:
         return None
@@ -287,16 +287,16 @@ def _read_mask(source: Source, alpha: bool = False) -> Image.Image | None:
 
 
 def _set_captions(label: str, table: Table, listing: Listing | None, column: str | None) -> None:
-    """Set the images' captions to the texts of a column; blank texts are none.
+    """Set the images' captions to the texts of a column; blank texts are not captions.
 
-    The ``.txt`` files beside the images are read in the place of a column of the name `TEXT`.
+    For a column with the name `TEXT` the ``.txt`` files next to the images are read.
 
     Args:
-        label: of the set in messages.
-        listing: of the folder; None for another set.
-        column: ``--caption_column``; None for the files beside the images, if there are any.
+        label: name of the set in messages.
+        listing: files of the folder; None for another set.
+        column: ``--caption_column``; None for the files next to the images, if there are any.
     """
-    # With a metadata file captions are in its columns alone.
+    # With a metadata file captions are only in its columns.
     if listing and listing.has_captions and table.files and not listing.metadata:
         if column is None or (column == TEXT and TEXT not in table.columns):
             column = TEXT
@@ -317,7 +317,7 @@ def _set_captions(label: str, table: Table, listing: Listing | None, column: str
 
 
 def _set_masks(table: Table, mask_column: str | None, alpha_mask: bool) -> None:
-    """Set the masks that are no column's: the images' own opacity, or the files beside them."""
+    """Set masks that are not in a column: the images' alpha channels, or mask files."""
     if alpha_mask:
         table.masks_from = "their alpha channel"
         for entry in table.entries:
@@ -335,7 +335,7 @@ def _set_masks(table: Table, mask_column: str | None, alpha_mask: bool) -> None:
 
 
 def _remarks(label: str, table: Table, listing: Listing | None) -> list[str]:
-    """Notes for the user on names of folders and on files that are not read."""
+    """Notes for the user on folder names and files that are not read."""
     remarks = []
     if name := unread_folder_name(table.files):
         remarks.append(
@@ -352,10 +352,10 @@ def _remarks(label: str, table: Table, listing: Listing | None) -> list[str]:
 def _load(
     label: str, folder: Path | None, config_name: str | None, images_only: bool, cache: str | None
 ) -> Any:
-    """The split "train" of a folder, or of a set on the hub.
+    """Load the split "train" of a folder, or of a set on the hub.
 
     Args:
-        images_only: read a folder as an imagefolder, whatever other files are in it.
+        images_only: read a folder as an imagefolder, even if it has other files.
         cache: folder for downloads.
     """
     import datasets
@@ -364,8 +364,8 @@ def _load(
 
     place = str(folder.resolve() if folder else label)
     if folder and glob.has_magic(place):
-        # An escaped pattern would be read by a walk through the folders beside it, which may take
-        # minutes.
+        # An escaped pattern would make `datasets` walk through the folders next to it, which can
+        # take minutes.
         raise UserError(
             f'the path "{place}" has "*", "?" or "[", which the package datasets takes for a'
             " pattern: rename the folder, or put its images directly into it."
@@ -393,7 +393,7 @@ def _load(
 
 
 def _without_images(label: str, content: str = "") -> UserError:
-    """The error of a set without images; ``content`` says what it has in place of them."""
+    """The error for a set without images; ``content`` says what it has instead."""
     return UserError(
         f'"{label}" holds no images{content}: put some into it, or give another set'
         " (`pip install pillow-heif` makes HEIC readable)."

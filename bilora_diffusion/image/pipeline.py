@@ -1,6 +1,6 @@
-"""A pipeline of a known kind: loading it, the layers that get adapters, and its memory.
+"""Load a pipeline of a known family, choose its adapted layers, and estimate its memory.
 
-A pipeline is loaded with all of its weights, or refused.
+A pipeline with missing weights is refused.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from ..train.soundness import require_safetensors, require_whole, require_words
 from .base_model import ANOTHER, describe, folder_of, from_hub
 from .config import DreamBoothConfig
 from .crops import bucket_sizes
-from .families.base import Family
+from .families.base import Family, autoencoder_width
 from .latents import AT_ONCE
 from .likeness import image_model_bytes
 
 WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
-# Of all parts, or of each by name with "default" for the others.
+# One dtype, or dtypes by the part's name, with "default" for the others.
 Dtypes = torch.dtype | dict[str, torch.dtype]
 FLAG = "--lora_layers"
 # Bytes that an autoencoder in fp32 takes for each pixel and channel of its outermost layer.
@@ -53,12 +53,12 @@ class Origin:
     """The files that a pipeline comes from."""
 
     folder: Path
-    # Functions that read the parts which were left without weights, by the part's name.
+    # Functions that load the deferred parts, by the part's name.
     loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that a model name stands for; some are embedded (`mini.PIPELINES`)."""
+    """The folder or hub id of a model name; some models are embedded (`mini.PIPELINES`)."""
     if name in PIPELINES:
         return str(PIPELINES[name]())
     return name
@@ -80,17 +80,17 @@ def load_pipeline(
     Args:
         name: folder, hub id, or one of `mini.PIPELINES`.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
-        weights: False for models without weights (`dry_run.empty`), for which configurations and
-            tokenizers alone are downloaded.
-        deferred_parts: parts that are left without weights until they are needed; `Origin.loaders`
-            reads them.
+        weights: False for models without weights (`dry_run.empty`); only configurations and
+            tokenizers are downloaded for them.
+        deferred_parts: parts that are loaded without weights; `Origin.loaders` loads them when they
+            are used.
 
     Returns:
         The pipeline, with its `Origin` as ``origin``.
 
     Raises:
-        UserError: there is nothing that can be loaded, only pickles, weights are missing, or a
-            tokenizer knows no words.
+        UserError: there is no such model, it has only pickles, weights are missing, or a tokenizer
+            has no words.
     """
     model = describe(name, revision, cache_dir)
     family = model.family
@@ -100,7 +100,7 @@ def load_pipeline(
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
 
-    # Optional parts that the pipeline goes without, such as SD3's T5: null, or [null, null].
+    # Optional parts that the pipeline lacks, such as SD3's T5: null, or [null, null].
     absent = [part for part in family.optional if (model.index.get(part) or [None])[0] is None]
     load = _load if weights else _empty
     origin = Origin(folder)
@@ -119,7 +119,7 @@ def load_pipeline(
             place = folder
             fix = f"download it again, or {ANOTHER}"
             options["subfolder"] = part
-            # A part without files of the variant is read from its usual files.
+            # A part without files of the variant is loaded from its default files.
             if variant and any((folder / part).glob(f"*.{variant}.*")):
                 options["variant"] = variant
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
@@ -143,7 +143,7 @@ def load_pipeline(
             tokenizer = part.replace("text_encoder", "tokenizer")
             fix = f"put its files into the folder {tokenizer}, or {ANOTHER}"
             require_words(f'the {tokenizer} of "{name}"', getattr(pipeline, tokenizer), None, fix)
-    pipeline.register_to_config(_name_or_path=name)  # in place of a folder of the hub's cache
+    pipeline.register_to_config(_name_or_path=name)  # instead of a folder in the hub's cache
     pipeline.set_progress_bar_config(disable=True)
     pipeline.origin = origin
     return pipeline
@@ -151,7 +151,7 @@ def load_pipeline(
 
 def _dtype_of(part: str, dtype: Dtypes) -> torch.dtype:
     if part == "vae":
-        # Autoencoders overflow in half precision: latents are made and decoded in float32.
+        # Autoencoders overflow in half precision: latents are encoded and decoded in float32.
         return torch.float32
     if isinstance(dtype, dict):
         return dtype.get(part, dtype["default"])
@@ -167,11 +167,11 @@ def _download(
     with_vae: bool,
     weights: bool,
 ) -> Path:
-    """Download a pipeline from the hub; the folder in the hub's cache.
+    """Download a pipeline from the hub and return its folder in the hub's cache.
 
     Args:
-        with_vae: False where another autoencoder takes the place of its own.
-        weights: False for configurations and tokenizers alone.
+        with_vae: False if another autoencoder is used.
+        weights: False for configurations and tokenizers only.
     """
     options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     if weights:
@@ -186,7 +186,7 @@ def _download(
 
 
 def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
-    """Load the pipeline that a configuration names; see `load_pipeline`."""
+    """Load the base model of a configuration; see `load_pipeline`."""
     return load_pipeline(
         cfg.pretrained_model_name_or_path,
         dtype=dtype,
@@ -201,8 +201,8 @@ def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
 def _empty(
     label: str, kind: Any, place: str | Path, fix: str, dtype: torch.dtype, **options: Any
 ) -> Any:
-    """One model of a pipeline without its weights; the arguments are those of `_load`."""
-    options.pop("variant", None)  # of weights
+    """Build one model of a pipeline without weights; the arguments are those of `_load`."""
+    options.pop("variant", None)  # only for weights
 
     def build() -> Any:
         if hasattr(kind, "load_config"):  # a model of diffusers
@@ -213,14 +213,14 @@ def _empty(
 
 
 def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) -> Any:
-    """One model of a pipeline with all of its weights, from safetensors.
+    """Load one model of a pipeline with all of its weights, from safetensors.
 
     Args:
         label: name of the model in messages.
         kind: its class.
         place: folder or hub id.
         fix: end of the messages.
-        options: of ``from_pretrained``.
+        options: arguments of ``from_pretrained``.
     """
     require_safetensors(label, Path(place).expanduser() / options.get("subfolder", ""))
     options |= {"use_safetensors": True, "output_loading_info": True}
@@ -230,12 +230,12 @@ def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) ->
 
 
 def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str, ...]:
-    """Names of a denoiser's layers, or ends of names, as an `AdapterSpec` takes them.
+    """Names of a denoiser's layers, or endings of names, for an `AdapterSpec`.
 
     - attention: the family's ``targets``.
     - feed-forward: the linear layers of the family's ``feed_forward`` modules.
-    - convolutions: those in blocks, as in kohya's scripts; not the first and last of a UNet, which
-      have 4 channels on one side, nor the patch embedding of a transformer.
+    - convolutions: those in blocks, as in kohya's scripts; neither the first and last layer of a
+      UNet, which have 4 channels on one side, nor the patch embedding of a transformer.
     - all-linear: every linear layer, as in PEFT; all: these and the convolutions.
 
     Args:
@@ -277,7 +277,7 @@ def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tup
 
 
 def _hint(word: str, names: Sequence[str]) -> str:
-    """The group or end of a layer's name that a wrong word is most like, for a message."""
+    """A hint for a message: the group or ending of a name that is closest to a wrong word."""
     ends: set[str] = set()
     for name in names:
         parts = name.split(".")
@@ -288,11 +288,11 @@ def _hint(word: str, names: Sequence[str]) -> str:
 
 
 def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
-    """Memory of a dry run's task in each phase of a run, but for what is trained.
+    """Memory of a dry run's task in each phase of a run, without trained weights.
 
     On a CPU all models are in memory from the start. On a GPU text encoders that are not trained
-    leave before the first step, and with ``--offload`` the autoencoder is on the CPU but for
-    encoding and decoding.
+    are deleted or moved before the first step, and with ``--offload`` the autoencoder is on the GPU
+    only while it encodes or decodes.
 
     Args:
         task: a `DreamBooth` whose models have no weights.
@@ -310,7 +310,7 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     if cfg.chooses_by_samples:
         model_bytes["image model"] = image_model_bytes(cfg.image_model)
 
-    # The models in memory in each phase.
+    # Models in memory, by phase.
     is_cpu = device.type == "cpu"
     frozen_encoders = set(family.encoders) - set(task.models)
     before = set(model_bytes)
@@ -327,11 +327,10 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     def weights(names: set[str]) -> dict[str, int]:
         return {f"weights: {name}": size for name, size in model_bytes.items() if name in names}
 
-    # The autoencoder at its largest image.
+    # The autoencoder with its largest image.
     sizes = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     pixels = max(height * width for height, width in sizes)
-    vae_config = pipeline.vae.config
-    channels = vae_config.get("base_dim") or vae_config["block_out_channels"][0]
+    channels = autoencoder_width(pipeline.vae.config)
     encoded_bytes = ENCODED_BYTES * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
     sampled_pixels = [sample.width * sample.height for sample in cfg.samples]
     decoded_bytes = DECODED_BYTES * max(sampled_pixels, default=0)
@@ -347,30 +346,27 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
 
 
 def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBoothConfig) -> int:
-    """Bytes of the denoiser's activations in a step, by `families.base.Activations`.
+    """Bytes of the denoiser's activations in a step, from `families.base.Activations`.
 
     Args:
         denoiser: without weights.
         image_tokens: tokens of an image, or latents of a UNet.
     """
-    config, counts = denoiser.config, family.activations
+    counts = family.activations
     if family.flow:
         blocks = 0
         for module in denoiser.children():
             if isinstance(module, nn.ModuleList):
                 blocks += len(module)
-        width = config.get("dim") or config.get("hidden_size")
-        if not width:
-            width = config["num_attention_heads"] * config["attention_head_dim"]
-    else:  # a UNet, whose coefficients are those of all blocks together
+    else:  # the coefficients of a UNet are for all blocks together
         blocks = 1
-        width = config["block_out_channels"][0]
+    width = family.width(denoiser.config)
     # Numbers per token and unit of width.
     if cfg.gradient_checkpointing:
         numbers = blocks * counts.checkpointed + counts.recomputed
     else:
         numbers = blocks * counts.block
-    # The loss of a departure from the base model keeps a second forward pass for its gradient.
+    # A held prediction keeps a second forward pass for its gradient.
     passes = 2 if cfg.hold_unconditional or cfg.prior_prediction_weight else 1
     tokens = passes * cfg.train_batch_size * (image_tokens + counts.prompt_tokens)
     return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * numbers)

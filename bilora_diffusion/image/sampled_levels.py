@@ -10,31 +10,31 @@ from torch import Tensor
 from ..core.errors import UserError
 
 ALL_LEVELS = (0.0, 1.0)  # of `--timestep_range`
-# A range is refused if it has less than this share of the samples of its distribution: a level is
-# sampled again until it is in the range.
+# A range is refused if less than this share of the sampled levels is in it, since levels are
+# sampled until one is in the range.
 SMALLEST_SHARE = 1e-4
-SAMPLES_OF_SHARE = 100_000  # by which this share is estimated
+SAMPLES_OF_SHARE = 100_000  # number of samples that estimate this share
 
 
 class SampledLevels(ABC):
-    """Noise levels that are sampled by their numbers, within a range.
+    """Sampling of noise levels within a range.
 
-    A level out of the range is sampled again, so that the distribution within the range keeps its
-    form, and a range that has all levels changes no sample.
+    A level outside the range is sampled again, so that the distribution within the range keeps its
+    form, and the full range changes no sample.
     """
 
     level_range: tuple[float, float]  # lowest and highest level, as shares of the full noise
 
     @abstractmethod
     def sample_all(self, count: int, random: torch.Generator) -> Tensor:
-        """Numbers of noise levels, (count,), sampled from all of them."""
+        """Sample numbers of noise levels from the full range, (count,)."""
 
     @abstractmethod
     def share(self, level_index: Tensor) -> Tensor:
-        """Noise levels as shares of the full noise, by their numbers."""
+        """Convert numbers of noise levels to shares of the full noise."""
 
     def in_range(self, level_index: Tensor) -> Tensor:
-        """Test that noise levels are in the range, by their numbers."""
+        """Test that the noise levels with these numbers are in the range."""
         if self.level_range == ALL_LEVELS:
             return torch.ones_like(level_index, dtype=torch.bool)
         low, high = self.level_range
@@ -42,14 +42,14 @@ class SampledLevels(ABC):
         return (share >= low) & (share <= high)
 
     def sample_level_index(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level within the range, 0-d."""
+        """Sample the number of a noise level within the range, 0-d."""
         while True:
             level_index = self.sample_all(1, random)[0]
             if self.in_range(level_index):
                 return level_index
 
     def require_samples(self) -> None:
-        """Refuse a range that the distribution hardly reaches, which would be sampled forever."""
+        """Refuse a range that has hardly any levels, since sampling would not end."""
         if self.level_range == ALL_LEVELS:
             return
         random = torch.Generator().manual_seed(0)

@@ -1,9 +1,9 @@
-"""Images from a pipeline: embedded prompts, the sampler, and guidance by the adapted or base model.
+"""Sample images with a pipeline, with guidance from the adapted or from the base model.
 
-A LoRA is trained on captions and changes the unconditional prediction too, so that the difference
-of guidance, conditional - unconditional, has less of what it learned. With guidance from the base
-model the adapters act in the conditional prediction only, at the same cost (Phunyaphibarn et al.
-2025, https://arxiv.org/abs/2503.20240, for models that are fine-tuned whole):
+A LoRA is trained on captions, but changes the unconditional prediction too. So the difference that
+guidance amplifies, conditional - unconditional, has less of what it learned. With guidance from the
+base model the adapters act in the conditional prediction only, at the same cost (Phunyaphibarn et
+al. 2025, https://arxiv.org/abs/2503.20240, for full fine-tuning):
 
     with unconditional_by_base(family, denoiser, count=4):
         images = pipeline(...)  # four
@@ -29,10 +29,11 @@ from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from ..train.task import explain_memory_errors, precision
 from .config import require_unconditional
 from .families import family_of
-from .families.base import Conditions, Family, Unconditional, join_rows, move, split_rows
+from .families.base import Family, Unconditional
+from .families.tensors import Conditions, join_rows, move, split_rows
 from .latents import require_finite
 
-# Fixes for images that are not finite, and for memory that is full.
+# Fixes in messages, for images that are not finite and for too little memory.
 OVERFLOW_FIX = "fp16 overflows in the model or its adapter, so use bf16 or fp32"
 DIVERGED_FIX = "the adapter is too strong: use an earlier step, or train with a lower learning rate"
 SMALLER_IMAGES = "sample smaller images"
@@ -54,20 +55,20 @@ def generate(
     memory_fix: str = f"sample fewer images at a time, or {SMALLER_IMAGES}",
     on_step: Callable[[int], None] | None = None,
 ) -> list[Image]:
-    """One image per prompt; the same seed gives the same initial noise on every device.
+    """Sample one image per prompt. A seed gives the same initial noise on every device.
 
     Args:
-        pipeline: of a known kind; its text encoders are used only without ``embeddings``.
-        prompts, seeds: n of each.
+        pipeline: pipeline of a known family; its text encoders are used only without
+            ``embeddings``.
+        prompts, seeds: n prompts and n seeds.
         size: side of the square images, or height and width; in pixels.
-        negatives: n negative prompts; () for empty ones.
-        steps: of the sampler; None is what is usual for the model, as for the guidance scale.
-        guidance_from: the model of the unconditional prediction: "adapter" for the adapted one, or
-            "base" for the same without its adapters.
-        embeddings: of the prompts and of the negative prompts, (n, ...) each.
-        batch: images that are sampled together.
-        memory_fix: what the user can do where the memory is too small for a batch, without a
-            period.
+        negatives: n negative prompts; () for empty prompts.
+        steps: steps of the sampler; None for the model's default, as for the guidance scale.
+        guidance_from: model of the unconditional prediction: "adapter" for the adapted model,
+            "base" for the model without its adapters.
+        embeddings: embeddings of prompts and negative prompts, (n, ...) each.
+        batch: number of images that are sampled together.
+        memory_fix: what the user can do if the memory is too small for a batch, without a period.
         on_step: called after each step with its number, from 1.
 
     Returns:
@@ -75,7 +76,7 @@ def generate(
 
     Raises:
         TrainingError: an image is not finite, or the memory is full.
-        UserError: guidance from the base model, and no unconditional prediction at this scale.
+        UserError: guidance from the base model at a scale without an unconditional prediction.
     """
     is_base = guidance_from == BASE_GUIDANCE
     if embeddings is None:
@@ -102,7 +103,7 @@ def generate(
         names = []
         for prompt, seed in zip(prompts[rows], seeds[rows], strict=True):
             names.append(f"'{prompt}' with seed {seed}")
-        # A generator on the CPU for each image: its noise does not depend on the device.
+        # Generators on the CPU, so that the noise does not depend on the device.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
         conditional = {name: values[rows] for name, values in positive.items()}
         unconditional = {name: values[rows] for name, values in negative.items()}
@@ -135,23 +136,23 @@ def generate(
 def _report_step(
     on_step: Callable[[int], None] | None, _: Any, step: int, __: Any, values: dict[str, Any]
 ) -> dict[str, Any]:
-    """A pipeline's callback at the end of each step, which diffusers counts from 0."""
+    """The callback of a pipeline at the end of each step; diffusers counts steps from 0."""
     if on_step is not None:
         on_step(step + 1)
     return values
 
 
 def bare_sampler(family: Family, pipeline: Any) -> Any:
-    """A pipeline of the same class with denoiser and scheduler only.
+    """Build a pipeline of the same class with only denoiser and scheduler.
 
-    Its device is the denoiser's, wherever the pipeline's encoders and autoencoder are.
+    Its device is that of the denoiser, whatever the devices of encoders and autoencoder.
     """
     kind: Any = type(pipeline)
     arguments = inspect.signature(kind.__init__).parameters
     settings = {name: value for name, value in pipeline.config.items() if name in arguments}
     # All other parts are None.
     settings |= dict.fromkeys(set(pipeline.components) & set(arguments))
-    # A scheduler has a state, and the pipeline's own keeps its state.
+    # A scheduler has a state. That of the pipeline's scheduler must not change.
     settings["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     settings[family.denoiser] = family.model(pipeline)
     sampler = kind(**settings)
@@ -163,10 +164,10 @@ def bare_sampler(family: Family, pipeline: Any) -> Any:
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image]:
-    """Decode latents of the denoiser, (n, c, h, w), in the autoencoder's dtype to PIL images.
+    """Decode latents of the denoiser, (n, c, h, w), to PIL images, in the autoencoder's dtype.
 
     Args:
-        names: of the images, for messages.
+        names: names of the images, for messages.
 
     Raises:
         TrainingError: an image is not finite, or the memory is full.
@@ -192,7 +193,7 @@ def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[I
 
 
 def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
-    """Embed prompts by the pipeline's own text encoders, with their adapters, on their device."""
+    """Embed prompts with the pipeline's text encoders and their adapters, on their device."""
     return family_of(pipeline).embed(pipeline, prompts)
 
 
@@ -202,7 +203,7 @@ def embed_negative(
     prompts: Sequence[str] = (),
     guidance_from: str = ADAPTER_GUIDANCE,
 ) -> Conditions:
-    """Embed ``count`` negative prompts by the pipeline's own text encoders.
+    """Embed ``count`` negative prompts with the pipeline's text encoders.
 
     Args:
         prompts: () for empty ones.
@@ -217,7 +218,7 @@ def embed_negative(
         if not any(prompts):
             return empty
         rows = split_rows(embed(pipeline, prompts))
-    # An empty prompt is the family's own negative, such as zeros, not the embedding of "".
+    # An empty prompt is embedded as the family's negative prompt, such as zeros.
     for number, (prompt, empty_row) in enumerate(zip(prompts, split_rows(empty), strict=True)):
         if not prompt:
             rows[number] = empty_row
@@ -226,27 +227,27 @@ def embed_negative(
 
 @contextmanager
 def unconditional_by_base(family: Family, denoiser: nn.Module, count: int) -> Iterator[None]:
-    """Within the context, the denoiser makes its unconditional predictions without its adapters.
+    """Context manager: unconditional predictions of the denoiser are made without its adapters.
 
-    Where no adapter acts, nothing changes. How the predictions are told apart depends on the place
-    that `Family.unconditional` names.
+    Without an active adapter nothing changes. `Family.unconditional` says which predictions are
+    unconditional.
 
     Args:
-        denoiser: with its adapters.
-        count: images of the pipeline's call, of which there is one in the context.
+        denoiser: the denoiser with its adapters.
+        count: number of images of the pipeline's call; the context is for one call.
     """
     acting = [layer for _, layer in adapters.layers(denoiser) if _is_acting(layer)]
     if not acting:
         yield
     elif family.unconditional is Unconditional.FIRST_ROWS and all(map(_is_plain, acting)):
-        # One call of the denoiser, in which A x is zero for the unconditional rows.
+        # One call of the denoiser, with A x = 0 for the unconditional rows.
         with _without_first_rows(acting, count):
             yield
     elif family.unconditional is Unconditional.SECOND_CALL:
         with _replaced_forward(denoiser, _second_call_without(denoiser.forward, acting)):
             yield
     else:
-        # Two calls in place of one, each of half of the rows.
+        # Two calls instead of one, each with half of the rows.
         is_first = family.unconditional is Unconditional.FIRST_ROWS
         forward = _halves(denoiser.forward, acting, count, is_first=is_first)
         with _replaced_forward(denoiser, forward):
@@ -255,7 +256,7 @@ def unconditional_by_base(family: Family, denoiser: nn.Module, count: int) -> It
 
 @contextmanager
 def encoders_of_base(family: Family, pipeline: Any) -> Iterator[None]:
-    """Within the context a pipeline's text encoders embed without their adapters."""
+    """Context manager: a pipeline's text encoders embed without their adapters."""
     encoder_layers: list[LoraLayer] = []
     for name in family.encoders:
         encoder = getattr(pipeline, name, None)
@@ -266,24 +267,25 @@ def encoders_of_base(family: Family, pipeline: Any) -> Iterator[None]:
 
 
 def _acting_names(layer: LoraLayer) -> list[str]:
-    """Names of the adapters that are switched on in a layer."""
+    """Names of the active adapters of a layer."""
     if layer.disable_adapters:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _is_acting(layer: LoraLayer) -> bool:
-    """Test that a layer's adapters change its output: at strength 0 only those of DoRA do."""
+    """Test that a layer's adapters change its output; at strength 0 only DoRA's do."""
     variants = cast(Any, layer).lora_variant
     return any(layer.scaling[name] or name in variants for name in _acting_names(layer))
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    """Test that a row whose A x is zeros has the base layer's output."""
+    """Test that a row with A x = 0 has the base layer's output."""
     if layer.merged:  # into the base weight
         return False
     for name in _acting_names(layer):
-        is_variant = name in cast(Any, layer).lora_variant  # DoRA scales the base's output too
+        # DoRA also scales the base layer's output.
+        is_variant = name in cast(Any, layer).lora_variant
         if is_variant or layer.lora_bias[name]:
             return False
     return True
@@ -291,13 +293,13 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 @contextmanager
 def _without_first_rows(layers: list[LoraLayer], count: int) -> Iterator[None]:
-    """Within the context the adapters act in the last ``count`` of 2 ``count`` rows."""
+    """Context manager: the adapters act only in the last ``count`` of 2 ``count`` rows."""
 
     # hidden = A x, (2 count, ..., rank)
     def zero_first_rows(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
         if len(hidden) != 2 * count:
             raise RuntimeError(f"{len(hidden)} rows for {count} images with guidance")
-        # B 0 = 0: what the base layer gives stays as it is, to the bit.
+        # B 0 = 0: the base layer's output is unchanged, to the bit.
         return torch.cat([torch.zeros_like(hidden[:count]), hidden[count:]])
 
     with ExitStack() as stack:
@@ -310,8 +312,8 @@ def _without_first_rows(layers: list[LoraLayer], count: int) -> Iterator[None]:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context a module has another forward."""
-    # A class has its forward, a module has one of its own where accelerate offloads it.
+    """Context manager: replaces a module's forward."""
+    # A class defines its forward; a module that accelerate offloads has its own.
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -324,7 +326,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def _second_call_without(forward: Callable[..., Any], layers: list[LoraLayer]) -> Any:
-    """A forward whose second, fourth, ... calls, the unconditional ones, go without adapters."""
+    """A forward without adapters in its second, fourth, ... calls, which are unconditional."""
     calls = itertools.count()
 
     def alternating(*args: Any, **kwargs: Any) -> Any:
@@ -338,12 +340,12 @@ def _second_call_without(forward: Callable[..., Any], layers: list[LoraLayer]) -
 def _halves(
     forward: Callable[..., Any], layers: list[LoraLayer], count: int, *, is_first: bool
 ) -> Any:
-    """A forward that makes two calls of a batch of 2 ``count`` rows, one for each half of them.
+    """A forward that splits a batch of 2 ``count`` rows into two calls.
 
-    The call for the unconditional half goes without adapters.
+    The call for the unconditional half uses no adapters.
 
     Args:
-        is_first: the unconditional half is the first.
+        is_first: True if the unconditional half is the first.
     """
 
     def by_halves(*args: Any, **kwargs: Any) -> Any:
@@ -361,10 +363,10 @@ def _halves(
 
 
 def _rows(values: Any, rows: slice, count: int) -> Any:
-    """Nested arguments of a call with some of the rows of each tensor and list.
+    """Select rows of each tensor and list in the nested arguments of a call.
 
     Args:
-        count: rows of the whole batch; what has another length is no batch and stays as it is.
+        count: number of rows of the batch; values of another length stay as they are.
     """
     if isinstance(values, dict):
         return {name: _rows(value, rows, count) for name, value in values.items()}

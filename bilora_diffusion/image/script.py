@@ -1,4 +1,4 @@
-"""DreamBooth from a command line: configuration, task and files of the training script.
+"""The training script of image models: configuration, task and exported files.
 
 accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
 python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
@@ -27,7 +27,6 @@ from ..core.lora_names import (
     kohya_file_name,
     workflow_file_name,
 )
-from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
 from ..run.data import choose_samples, describe_copies
@@ -49,10 +48,10 @@ from .sets import ImageSet
 from .stream import TrainingStream
 from .task import DreamBooth
 
-PRECISIONS = DTYPES | {"fp32": torch.float32}  # of class images
+PRECISIONS = DTYPES | {"fp32": torch.float32}  # precisions of class images
 # File name of a sampled class image: its number and a hash of its pixels.
 CLASS_IMAGE = re.compile(r"(\d+)-[0-9a-f]{12}\.png")
-# A set of fewer training images is named in a warning.
+# Fewer training images give a warning.
 FEW_IMAGES = 5
 logger = logging.getLogger(__name__)
 
@@ -69,20 +68,20 @@ class DreamBoothScript(Script[DreamBoothConfig]):
 
         In a dry run the models have no weights, and stay on their device.
         """
-        # The images first: they are quicker to refuse.
+        # Images first, since errors in them are found faster.
         training = training_images(cfg)
         heldout = heldout_images(cfg)
         warn_of_copies(training, heldout)
 
         family = cfg.family
-        # Frozen weights are as precise as the arithmetic; trained ones would lose small updates in
-        # bf16.
+        # Frozen weights have the precision of the computation. Trained ones would lose small
+        # updates in bf16.
         dtypes = {"default": DTYPES[accelerator.mixed_precision]}
         if get(cfg.method).exports_weights:
             dtypes[family.denoiser] = torch.float32
             if cfg.train_text_encoder:
                 dtypes |= dict.fromkeys(family.encoders, torch.float32)
-        # Text encoders are loaded when a prompt is not in the cache on disk.
+        # Text encoders are loaded only if a prompt is not in the cache on disk.
         deferred_parts = ()
         if cfg.cache and not cfg.train_text_encoder:
             deferred_parts = family.encoders
@@ -109,7 +108,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
         task: Any = trainer.task
         if trainer.method.exports_weights:
             return save_models(folder, task.models)
-        save_diffusers(
+        report = save_diffusers(
             folder,
             task.models,
             base_model=cfg.pretrained_model_name_or_path,
@@ -117,7 +116,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
         )
         comfy.write(cfg, folder, task.pipeline)
-        return verify(folder, task.models)
+        return report
 
     def write_card(
         self, cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None
@@ -138,7 +137,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
 
 
 DREAMBOOTH = DreamBoothScript()
-# Trains by a command line; see `command.train`.
+# Trains from a command line; see `command.train`.
 train = partial(command.train, DREAMBOOTH)
 
 
@@ -151,7 +150,7 @@ def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
 
 
 def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
-    """Warn of what the base model or ComfyUI does in another way than the options suggest."""
+    """Warn if the base model or ComfyUI behaves differently from what the options suggest."""
     family = cfg.family
     _, usual_guidance = family.usual_sampling(pipeline)
     if usual_guidance == 0:
@@ -166,10 +165,10 @@ def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
 
 
 def missing_class_images(images: Sequence[Path], count: int) -> list[int]:
-    """Numbers of the class images to sample, so that the folder has ``count`` images.
+    """Numbers of the class images that are missing in a folder of ``count`` images.
 
-    A number is not used twice, whichever of them an interrupted run of several processes has left;
-    images of other names, such as one's own, count too.
+    A number is not used twice, whichever of them an interrupted run of several processes has
+    written. Images with other names, such as the user's, count too.
     """
     used_numbers = set()
     for image in images:
@@ -181,7 +180,7 @@ def missing_class_images(images: Sequence[Path], count: int) -> list[int]:
 
 
 def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
-    """Class images of prior preservation; the base model samples those that are missing.
+    """Open the class images of prior preservation; the base model samples missing ones.
 
     The processes share the work. Each image has its own seed, so that an interrupted run continues
     where it stopped.
@@ -189,7 +188,7 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     folder = Path(str(cfg.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
     missing = missing_class_images(list_folder(folder).images, cfg.num_class_images)
-    # All processes must have counted before one of them begins to write.
+    # All processes must have counted the images before one of them writes.
     accelerator.wait_for_everyone()
     numbers = missing[accelerator.process_index :: accelerator.num_processes]
     if numbers:
@@ -228,11 +227,11 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
     """Quantize the denoiser to 4 bits, and the text encoders of a flow model, which are as large.
 
-    A flow model's text encoders embed all prompts first, so that they have left the device before
-    the denoiser comes to it.
+    A flow model's text encoders embed all prompts first, so that they are deleted before the
+    denoiser is moved to the device.
     """
     if task.family.flow:
-        loaders = task.pipeline.origin.loaders  # of encoders that are loaded only if needed
+        loaders = task.pipeline.origin.loaders  # for encoders that are loaded only if needed
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
             if name in loaders:
@@ -255,7 +254,7 @@ def load_quantized(load: Callable[[], Any], dtype: torch.dtype, device: torch.de
 def open_set(
     cfg: DreamBoothConfig, dataset: str, config_name: str | None = None, **changes: Any
 ) -> ImageSet:
-    """Open a set of images by the options of a configuration, with some of them changed."""
+    """Open an image set with the options of a configuration, some of them changed."""
     options = {
         "image_column": cfg.image_column,
         "caption_column": cfg.caption_column,
@@ -273,10 +272,10 @@ def open_set(
 def joined(
     cfg: DreamBoothConfig, open_part: Callable[[DreamBoothConfig], ImageSet | None]
 ) -> ImageSet | None:
-    """The sets of all concepts as one set; without concepts the run's own set.
+    """Open the sets of all concepts as one set; without concepts the run's set.
 
     Args:
-        open_part: opens the set of a concept, or of the run, by its configuration.
+        open_part: opens the set of a concept, or of the run, from its configuration.
     """
     if not cfg.concepts:
         return open_part(cfg)
@@ -288,7 +287,7 @@ def joined(
 
 
 def training_images(cfg: DreamBoothConfig) -> ImageSet:
-    """The images that the run is trained on, of all concepts."""
+    """Open the training images of all concepts."""
 
     def open_part(concept_cfg: DreamBoothConfig) -> ImageSet:
         image_set = open_set(concept_cfg, concept_cfg.source, concept_cfg.dataset_config_name)
@@ -299,18 +298,18 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
                 image_set.label,
                 counted(len(image_set), "image"),
             )
-        # Refuse captions here, before a model is loaded, with the concept's place in the message.
+        # Check captions before a model is loaded, with the concept's position in the message.
         Captions(concept_cfg, image_set)
         return image_set
 
-    training = cast(ImageSet, joined(cfg, open_part))  # no concept is without images
+    training = cast(ImageSet, joined(cfg, open_part))  # every concept has images
     if cfg.concepts:
         require_disjoint(cfg.source, training)
     return training
 
 
 def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
-    """The held-out images, of all concepts; None where the run has none."""
+    """Open the held-out images of all concepts; None if there are none."""
 
     def open_part(concept_cfg: DreamBoothConfig) -> ImageSet | None:
         if not concept_cfg.validation_dataset:

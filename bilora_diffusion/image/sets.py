@@ -1,4 +1,4 @@
-"""Images with their captions and masks, read when they are needed."""
+"""Image sets with captions and masks, read when they are used."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ..core.seeds import digest_texts
 from ..run.data import SampleContent, hash_samples
 from .image_files import DECODE_ERRORS, read_rgb, upright_size
 
-# Up to so many images are decoded whole when they are opened; of more, only the headers are read.
+# Up to so many images are fully decoded when a set is opened; otherwise only headers are read.
 FULL_CHECK_LIMIT = 2000
-# Longer side over the shorter. Resized to cover a square, a longer image would not fit into memory.
+# Longer side divided by shorter side. Resized to cover a square, a longer image would not fit into
+# memory.
 MAX_ASPECT_RATIO = 64
 T = TypeVar("T")
 
@@ -28,33 +29,33 @@ T = TypeVar("T")
 class Entry:
     """One image of a set."""
 
-    name: str  # for messages and logs
-    # Returns the file, or the file's content; None where a table has no image in this row.
+    name: str  # name in messages and logs
+    # Returns the file, or its content; None for a row of a table without an image.
     source: Callable[[], Path | bytes | None]
     caption: str | None = None
-    # Returns the mask, mode L, white where the image is learned; None where all of it is learned.
+    # Returns the mask, mode L, white where the image is learned; None without a mask.
     mask: Callable[[], Image.Image | None] | None = None
     concept: int = 0  # number of its concept, from 0
-    # Known after `check`:
+    # Set by `check`:
     size: tuple[int, int] = (0, 0)  # (height, width) of the upright image
     num_bytes: int = 0  # of its file
-    mask_hash: bytes = b""  # of a mask that hides something
+    mask_hash: bytes = b""  # hash of a mask that hides something
 
     def encoded(self) -> Path | bytes:
-        """Its file, or the file's content."""
+        """The image's file, or the file's content."""
         source = self.source()
         if source is None:
             raise ValueError("the row holds no image")
         return source
 
     def check(self, *, decode: bool) -> None:
-        """Read the image's size, and drop a mask that hides nothing.
+        """Read the image's size, and remove a mask that hides nothing.
 
         Args:
-            decode: read every pixel too.
+            decode: also decode all pixels.
 
         Raises:
-            One of ``DECODE_ERRORS`` if it can't be read, or has a mask that does not fit.
+            One of ``DECODE_ERRORS`` if it can't be read, or if its mask has another size.
         """
         source = self.encoded()
         height, width = upright_size(source, decode=decode)
@@ -96,17 +97,16 @@ class Entry:
 
 
 class ImageSet:
-    """Images that are read when needed, each with the caption that belongs to it.
+    """Images with their captions, read when they are used.
 
-    Every image is read once here, for its size; an unreadable one is refused or left out.
+    Every image is read once here, for its size; an unreadable one is refused or skipped.
 
     Args:
         label: name of the set in messages (the ``--dataset`` value).
-        remarks: notes on how the images were found, a line each.
-        masks_from: where their masks come from; None without masks.
-        captions_from: where their captions come from, if no column was named.
-        skip_bad_images: leave unreadable images out and list them in ``skipped``, each with the
-            reason.
+        remarks: notes for the user on how the images were found, one line each.
+        masks_from: source of the masks; None without masks.
+        captions_from: source of the captions, if no column was given.
+        skip_bad_images: skip unreadable images and list them in ``skipped``, each with the reason.
 
     Raises:
         UserError: an image is unreadable and ``skip_bad_images`` is off, or none is left.
@@ -150,7 +150,7 @@ class ImageSet:
         )
 
     def only(self, numbers: Sequence[int]) -> ImageSet:
-        """A set of some of the images, in this order; they are not checked again."""
+        """The set of the images with these numbers, in this order, without another check."""
         part = copy.copy(self)
         part.entries = [self.entries[number] for number in numbers]
         part._fingerprint = None
@@ -158,13 +158,13 @@ class ImageSet:
 
     @classmethod
     def joined(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
-        """The images of several concepts as one set, each named CONCEPT/NAME.
+        """Join the images of several concepts to one set, each named CONCEPT/NAME.
 
         Args:
-            sets: of the concepts, by their names; None of a concept without images.
+            sets: sets by the concept's name; None for a concept without images.
 
         Returns:
-            The set, or None where no concept has images.
+            The set, or None if no concept has images.
         """
         entries = []
         joint_set = None
@@ -181,7 +181,7 @@ class ImageSet:
         if joint_set is not None:
             joint_set.label = label
             joint_set.entries = entries
-            # The sets of the concepts have given their notes.
+            # The notes of the concepts' sets were logged already.
             joint_set.skipped = []
             joint_set._remarks = ()
             joint_set._masks_from = joint_set._captions_from = None
@@ -210,7 +210,7 @@ class ImageSet:
         return image
 
     def mask(self, number: int) -> Image.Image | None:
-        """Read an image's mask, mode "L" and of the image's size; None if all of it is learned."""
+        """Read an image's mask, mode "L" with the image's size; None if all of it is learned."""
         entry = self.entries[number]
         if entry.mask is None:
             return None
@@ -227,12 +227,12 @@ class ImageSet:
                 " not to be learned, or drop the masks."
             )
 
-    def of_each(self, values: Sequence[T]) -> list[T]:
-        """Of values by concept, the one of each image's concept."""
+    def values_of_images(self, values: Sequence[T]) -> list[T]:
+        """For each image, the value of its concept."""
         return [values[entry.concept] for entry in self.entries]
 
     def remarks(self) -> list[str]:
-        """Notes on the set for the user, a line each."""
+        """Notes for the user, one line each."""
         lines = []
         if self._captions_from:
             count = sum(entry.caption is not None for entry in self.entries)
@@ -254,7 +254,7 @@ class ImageSet:
         return lines
 
     def fingerprint(self) -> str:
-        """A hash of `sample_contents`, which is computed once."""
+        """The hash of `sample_contents`."""
         if self._fingerprint is None:
             self._fingerprint = hash_samples(self.sample_contents())
         return self._fingerprint
@@ -262,8 +262,8 @@ class ImageSet:
     def sample_contents(self) -> list[SampleContent]:
         """Name of each image, and hashes of its content, caption and mask.
 
-        In a set of more than ``FULL_CHECK_LIMIT`` images, whose files have not been read, a hash of
-        the size in pixels and bytes stands for that of the content.
+        The files of more than ``FULL_CHECK_LIMIT`` images are not read: their hash is that of the
+        size in pixels and bytes.
         """
         samples: list[SampleContent] = []
         for entry in self.entries:
@@ -282,7 +282,7 @@ class ImageSet:
     def pictures(self) -> list[tuple[str, bytes]]:
         """Name of each image and a hash of its file.
 
-        Empty for more than ``FULL_CHECK_LIMIT`` images, whose files have not been read.
+        Empty for more than ``FULL_CHECK_LIMIT`` images, whose files are not read.
         """
         if len(self) > FULL_CHECK_LIMIT:
             return []

@@ -29,29 +29,30 @@ from .crops import (
 )
 from .sets import ImageSet
 
-# A step, and the positions of a micro-batch within the step's whole batch.
+# A step, and the positions (slots) of a micro-batch within the step's batch.
 MicroBatchPlace = tuple[int, tuple[int, ...]]
-# Of an image: (3, H, W) in [-1, 1], and (1, H, W) in [0, 1] or None.
+# Pixels, (3, H, W) in [-1, 1], and mask, (1, H, W) in [0, 1] or None.
 PixelsAndMask = tuple[Tensor, Tensor | None]
-MAX_CACHED_LATENTS = 2000  # images whose latents ``--cache_latents auto`` caches in memory
-# Of resized images that a training process caches, with the processes that read images for it.
+# Limit of the images whose latents ``--cache_latents auto`` caches in memory.
+MAX_CACHED_LATENTS = 2000
+# Limit of resized images in the caches of a training process and its data loader processes.
 MAX_RESIZED_BYTES = 10**9
-# Kinds of samples: of an instance image, of a class image, and of the held-out loss's grid.
+# Kinds of samples: instance image, class image, image of the held-out loss's grid.
 INSTANCE, CLASS, GRID = "instance", "class", "grid"
 
 
 @dataclass
 class TrainingSample:
-    """One image as a step sees it: its crop and caption, and SDXL's conditioning on size and crop.
+    """An image of a training step: its crop and caption, and SDXL's conditioning on size and crop.
 
     Args:
-        images: the set.
-        cfg: the configuration of the image's concept.
+        images: the image set.
+        cfg: configuration of the image's concept.
         kind: `INSTANCE`, `CLASS` or `GRID`.
-        index: of the image in the set.
+        index: index of the image in the set.
         slot: position within the step's batch.
-        size: of the crop, in pixels.
-        pixels_and_mask: what `read` returns, where it was read ahead.
+        size: size of the crop, in pixels.
+        pixels_and_mask: result of `read`, if a data loader process has read it.
     """
 
     images: ImageSet = field(repr=False)
@@ -71,7 +72,7 @@ class TrainingSample:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Samples with the same content have the same pixels, in whichever run and set."""
+        """Key of the sample's pixels; equal for equal pixels, also in other runs and sets."""
         entry = self.images.entries[self.index]
         place = repr((tuple(self.crop), tuple(self.size)))
         return (entry.file_hash + entry.mask_hash).hex(), place
@@ -86,14 +87,14 @@ class TrainingSample:
     def read(self, resized_images: ResizedImages | None = None) -> PixelsAndMask:
         """The pixels, (3, H, W) in [-1, 1], and their mask, (1, H, W) in [0, 1] or None.
 
-        They are read from the file, unless a process has read them ahead.
+        They are read from the file, unless a data loader process has read them.
 
         Args:
-            resized_images: cache to read through.
+            resized_images: cache of resized images.
         """
         if self.pixels_and_mask is not None:
             return self.pixels_and_mask
-        cache = resized_images or ResizedImages(max_bytes=0)  # which caches nothing
+        cache = resized_images or ResizedImages(max_bytes=0)  # caches nothing
         interpolation = self.cfg.image_interpolation_mode
         image, mask = cache.get(self.images, self.index, self.size, interpolation)
         pixels = cut(image, self.crop, self.size) * 2 - 1  # from [0, 1]
@@ -102,15 +103,15 @@ class TrainingSample:
         return pixels, mask
 
     def digest(self, noise: str) -> str:
-        """A hash of this sample's data together with its noise, whose hash is given."""
-        # Sizes differ within a run only with buckets.
+        """Hash this sample's data together with the given hash of its noise."""
+        # Sizes differ only with buckets.
         size = self.size if self.cfg.aspect_ratio_buckets else ()
         place = repr((self.kind, self.index, *self.crop, *size))
         return digest_texts([self.images.fingerprint(), place, self.caption, noise])
 
 
 class TrainingStream:
-    """Instance images, and class images with them, in an order that depends on the seed alone.
+    """The order of instance and class images, which depends only on the seed.
 
     Raises:
         UserError: an image without a prompt, or latents that can't be cached.
@@ -125,31 +126,30 @@ class TrainingStream:
         self._captions = Captions(cfg, images)
         self.sizes = target_sizes(cfg, images)
         self._has_one_size = len(set(self.sizes)) == 1  # as without buckets
-        self._configs = images.of_each(cfg.concept_configs)
+        self._configs = images.values_of_images(cfg.concept_configs)
         self._repeats = [config.repeats for config in self._configs]
         self._order = SampleOrder(len(images), cfg.seed, self._repeats)
         self._order_by_size: KindsOrder | None = None
         self.num_samples = len(self._order)
 
-        # Class images have an order of their own, so that all of them are seen however few the
-        # instance images are.
+        # Class images have their own order, so that all are used even with few instance images.
         self._class_configs: list[DreamBoothConfig] = []
         self._class_order: SampleOrder | None = None
         if classes:
-            self._class_configs = classes.of_each(cfg.concept_configs)
+            self._class_configs = classes.values_of_images(cfg.concept_configs)
             num_class_images = sum(concept.num_class_images for concept in cfg.concept_configs)
             count = min(len(classes), num_class_images)
             self._class_order = SampleOrder(count, cfg.seed, purpose="class order")
-            # The pass over the larger set is an epoch, as in diffusers' script.
+            # An epoch is a pass over the larger set, as in diffusers' script.
             self.num_samples = max(self.num_samples, len(self._class_order))
         self._decide_caching()
 
     def _decide_caching(self) -> None:
-        """Decide which latents are cached, and whether images are read ahead."""
+        """Decide which latents are cached, and whether data loader processes read images."""
         image_sets = [self.images]
         if self.classes is not None:
             image_sets.append(self.classes)
-        varying = None  # an image whose samples differ in their pixels
+        varying = None  # an image with random crops
         for images in image_sets:
             for entry, size in zip(images.entries, target_sizes(self.cfg, images), strict=True):
                 if varying is None and not has_one_crop(self.cfg, entry.size, size):
@@ -164,11 +164,11 @@ class TrainingStream:
             )
         fits = sum(map(len, image_sets)) <= MAX_CACHED_LATENTS
         self._has_cache = choice == "yes" or (choice == "auto" and fits)
-        # With all latents cached, nothing is left to read after the first epoch.
+        # If all latents are cached, no image is read after the first epoch.
         self._reads_ahead = varying is not None or not self._has_cache
 
     def is_cached(self, sample: TrainingSample) -> bool:
-        """Test that the latents of a sample are cached for the samples with the same content."""
+        """Test that the latents of a sample are cached, for all samples with the same content."""
         original_size = sample.images.entries[sample.index].size
         return self._has_cache and has_one_crop(self.cfg, original_size, sample.size)
 
@@ -178,7 +178,7 @@ class TrainingStream:
         if self.cfg.concepts:
             concepts = self.cfg.concept_configs
             names = [concept.concept for concept in concepts]
-            counts = Counter(self.images.of_each(names))  # images by the concept's name
+            counts = Counter(self.images.values_of_images(names))  # images by the concept's name
             parts = []
             for concept in concepts:
                 parts.append(f"{concept.concept} {counts[concept.concept]} x {concept.repeats}")
@@ -200,7 +200,7 @@ class TrainingStream:
         return summary
 
     def captions(self) -> list[str]:
-        """Every caption that training can meet, without repetition."""
+        """All different captions that training can use."""
         texts = self._captions.all_texts()
         if self.classes or self.cfg.prior_prediction_weight:
             texts += [str(concept.class_prompt) for concept in self.cfg.concept_configs]
@@ -211,15 +211,15 @@ class TrainingStream:
     def batches(
         self, schedule: Sequence[MicroBatchPlace], step_size: int
     ) -> Iterator[tuple[MicroBatchPlace, list[TrainingSample]]]:
-        """For each (step, slots): an instance sample for each slot, then as many of class images.
+        """Yield the samples of each (step, slots): instance samples, then as many class samples.
 
         Args:
-            schedule: the micro-batches of a process, in the order of training.
-            step_size: slots of a whole step, over all processes.
+            schedule: micro-batches of a process, in the order of training.
+            step_size: number of slots of a step, over all processes.
         """
         loader = DataLoader(
             _Pictures(self, schedule, step_size),
-            batch_size=None,  # an item has the pictures of a whole micro-batch
+            batch_size=None,  # an item has the pictures of a micro-batch
             shuffle=False,
             num_workers=self.cfg.dataloader_num_workers if self._reads_ahead else 0,
             worker_init_fn=_ignore_signals,
@@ -259,8 +259,8 @@ class TrainingStream:
             index = self._class_order.sample(position)
             config = self._class_configs[index]
             caption = str(config.class_prompt)
-            # Class images are cut as the instance images of their step are: one micro-batch has
-            # latents of one size.
+            # Class images are cropped to the size of their step's instance images, since latents of
+            # a micro-batch have one size.
             size = self.sizes[instance_order.sample(step * step_size)]
         crop = sample_crop(
             images.entries[index].size,
@@ -272,7 +272,7 @@ class TrainingStream:
         return TrainingSample(images, config, kind, index, slot, crop, size, caption)
 
     def _instance_order(self, step_size: int) -> SampleOrder | KindsOrder:
-        """The instance images' order; with several sizes all images of a step have one of them."""
+        """The order of the instance images; all images of a step have the same size."""
         if self._has_one_size:
             return self._order
         if self._order_by_size is None or self._order_by_size.step_size != step_size:
@@ -281,16 +281,16 @@ class TrainingStream:
 
 
 def _ignore_signals(_: int) -> None:
-    """Leave Ctrl-C, which reaches a process that reads images too, to the training process."""
+    """Ignore Ctrl-C in a data loader process: the training process handles it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _Pictures(Dataset):
-    """Pixels and mask of each sample of a schedule's micro-batches; None where latents are cached.
+    """Pixels and masks of a schedule's micro-batches; None for samples with cached latents.
 
-    They are read in a process of the data loader where it has some. Nothing else comes from there:
-    samples refer to the whole set of images, which would cross with each of them.
+    They are read in data loader processes, if there are any. Only pixels are sent from there:
+    samples refer to the image set, which would be sent with each of them.
     """
 
     def __init__(
@@ -299,7 +299,7 @@ class _Pictures(Dataset):
         self._stream = stream
         self._schedule = schedule
         self._step_size = step_size
-        # Each process that reads images has its own cache.
+        # Each data loader process has its own cache.
         num_processes = max(1, stream.cfg.dataloader_num_workers)
         self._resized_images = ResizedImages(MAX_RESIZED_BYTES // num_processes)
 
@@ -317,9 +317,9 @@ class _Pictures(Dataset):
 
 
 def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:
-    """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
+    """Every image once, center-cropped and not mirrored, for the grid loss."""
     sizes = target_sizes(cfg, images)
-    configs = images.of_each(cfg.concept_configs)
+    configs = images.values_of_images(cfg.concept_configs)
     for index, caption in enumerate(fixed_texts(cfg, images)):
         size = sizes[index]
         crop = sample_crop(
@@ -327,17 +327,17 @@ def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Traini
             size,
             center_crop=True,
             random_flip=False,
-            generator=generator("grid"),  # whose numbers decide nothing here
+            generator=generator("grid"),  # its numbers are not used here
         )
         yield TrainingSample(images, configs[index], GRID, index, 0, crop, size, caption)
 
 
 def target_sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[Size]:
-    """The size that each image is cut to."""
+    """The size of each image's crop."""
     buckets = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     return [nearest_bucket(entry.size, buckets) for entry in images.entries]
 
 
 def has_one_crop(cfg: DreamBoothConfig, size: Size, target: Size) -> bool:
-    """Test that every sample of an image of this size is cut at the same place."""
+    """Test that every sample of an image of this size has the same crop."""
     return cfg.center_crop or covering_size(size, target) == target

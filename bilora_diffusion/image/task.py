@@ -30,7 +30,7 @@ from .families.base import Family
 from .families.sdxl import tokenize
 from .latents import Encoder, weight_map
 from .likeness import SampledDistance
-from .loss import GUIDANCE_SHARE, HOLDS, PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
+from .loss import GUIDANCE_SHARE, HELD_WEIGHTS, PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
 from .noise_schedules import noise_schedule
 from .pipeline import select_layers
 from .sampling import SMALLER_IMAGES, generate
@@ -42,12 +42,12 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # attention of CLIP's
 
 
 class DreamBooth:
-    """The task of an image run: the images, the models that they train, and what a step sees.
+    """The task of an image run: images, trained models and the inputs of a step.
 
     It implements `train.task.Task`.
 
     Args:
-        pipeline: loaded, with its `Origin`.
+        pipeline: a loaded pipeline with its `Origin`.
         stream: the instance images, and the class images if there are any.
         validation: held-out images.
     """
@@ -82,8 +82,6 @@ class DreamBooth:
             encoders,
             noise_schedule(cfg, self.family, pipeline),
             cfg.prior_loss_weight if cfg.with_prior_preservation else None,
-            cfg.prior_prediction_weight,
-            cfg.hold_unconditional,
         )
         if cfg.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -93,14 +91,14 @@ class DreamBooth:
             denoiser.enable_xformers_memory_efficient_attention()
 
         self.prompts: PromptCache | None = None  # None also while the text encoders are trained
-        self._source: Encoder | None = None  # of an earlier run, whose latents are used again
+        self._source: Encoder | None = None  # encoder of an earlier run, whose latents are reused
 
     def data_summary(self) -> str:
         """Numbers and sizes of the training images, in a few words."""
         return self.stream.summary()
 
     def targets(self) -> list[Target]:
-        """What is trained: layers of the denoiser and, where they are trained, of text encoders."""
+        """The trained models: the denoiser and, if they are trained, the text encoders."""
         cfg = self.cfg
         spec = AdapterSpec.from_options(cfg, target_modules=self.layers)
         encoder_spec = replace(spec, target_modules=TEXT_TARGETS)
@@ -130,7 +128,7 @@ class DreamBooth:
         return self.validation.sample_contents()
 
     def with_config(self, cfg: DreamBoothConfig) -> DreamBooth:
-        """The same models, latents and prompts for a run of another configuration; see `Task`."""
+        """The same models, latents and prompts for a run with another configuration; see `Task`."""
         stream = TrainingStream(cfg, self.stream.images, self.stream.classes)
         task = DreamBooth(cfg, self.pipeline, stream, self.validation)
         task.prompts = self.prompts
@@ -139,8 +137,8 @@ class DreamBooth:
         return task
 
     def embed(self, device: torch.device) -> None:
-        """Embed all prompts that the run can meet, then drop the encoders of a flow model."""
-        disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
+        """Embed all prompts of the run, then delete the encoders of a flow model."""
+        disk = disk_cache.prompt_cache(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         self.prompts.add(self.stream.captions())
         if self.family.flow and self.validation is not None:
@@ -148,14 +146,14 @@ class DreamBooth:
         if self.cfg.chooses_by_samples:
             self.prompts.add([""])
         if self.cfg.validation_prompts:
-            # "" is the negative prompt of an image that names none.
+            # "" is the negative prompt of an image without one.
             negatives = [sample.negative_prompt for sample in self.cfg.samples]
             self.prompts.add([*self.cfg.validation_prompts, "", *negatives])
         if self.family.flow:
             self.prompts.release()
 
     def read_encoders(self) -> None:
-        """Read the text encoders that were left without weights, since prompts are not cached."""
+        """Load the weights of deferred text encoders, since a prompt is not cached."""
         for name in self.family.encoders:
             read = self.pipeline.origin.loaders.pop(name, None)
             if read is not None:
@@ -169,7 +167,7 @@ class DreamBooth:
         if not self.cfg.offload:
             vae.to(device)
         if self._source is None:
-            disk = disk_cache.of_latents(self.cfg, space, vae, device)
+            disk = disk_cache.latent_cache(self.cfg, space, vae, device)
             cache = None
         else:
             disk = self._source.disk
@@ -180,7 +178,7 @@ class DreamBooth:
                 encoder.to(device)
         elif self.prompts is None:
             self.embed(device)
-        # After the text encoders have embedded: both may not fit beside each other.
+        # After the text encoders are done: both may not fit on the device.
         self.module.denoiser.to(device)
         self.grid: GridLoss | None = None
         self.sampled: SampledDistance | None = None
@@ -190,15 +188,15 @@ class DreamBooth:
                 self.sampled = SampledDistance(self, self.validation)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
-        """The text part of the module's inputs; an empty caption is guidance's negative prompt."""
+        """The module's inputs for captions; an empty caption is guidance's negative prompt."""
         if self.cfg.train_text_encoder:
-            # What the encoders make of "" changes at each step, and the module puts zeros in its
-            # place, as the pipeline does.
+            # The embedding of "" changes at each step. As in the pipeline, the module uses zeros
+            # instead.
             zeros = self.pipeline.config.force_zeros_for_empty_prompt
             has_text = torch.tensor([bool(caption) or not zeros for caption in captions])
             return {"ids": tokenize(self.pipeline, captions), "has_text": has_text}
         assert self.prompts is not None
-        return self.prompts.conditions(captions)
+        return self.prompts.embed_captions(captions)
 
     def inputs(
         self,
@@ -215,7 +213,7 @@ class DreamBooth:
             latents, noise: (n, c, h, w).
             level_index: numbers of the noise levels, (n,).
             is_instance: True for an instance image, False for a class image, (n,).
-            masks: on the grid of the latents, (1, h, w) each; None for an image without.
+            masks: masks of the latents' size, (1, h, w) each; None for an image without a mask.
         """
         time_ids = [sample.time_ids for sample in samples]  # (n, 6)
         inputs = {
@@ -226,7 +224,7 @@ class DreamBooth:
             "time_ids": torch.tensor(time_ids, dtype=torch.float32),
             **self.condition([sample.caption for sample in samples]),
         }
-        # Without any mask the loss is a plain mean.
+        # Without masks the loss is a plain mean.
         if any(mask is not None for mask in masks):
             inputs["mask_weights"] = weight_map(masks, latents, self.cfg.unmasked_weight)
         return inputs
@@ -241,20 +239,20 @@ class DreamBooth:
     def _micro_batch(
         self, step: int, slots: tuple[int, ...], samples: Sequence[TrainingSample]
     ) -> MicroBatch:
-        """The micro-batch of the instance samples, one for each slot, then of the class samples."""
-        latents = []  # of each sample, as the other lists
+        """The micro-batch of instance samples, one for each slot, and class samples after them."""
+        latents = []  # one for each sample, as in the other lists
         noise = []
         level_indices = []
         masks = []
         digests = []
         for sample, posterior in zip(samples, self.encoder(samples), strict=True):
-            # Seeded by the sample, so that the result does not depend on how a batch is cut.
+            # Seeded by the sample, so that the result does not depend on how a batch is split.
             random = generator(self.cfg.seed, "noise", step, sample.index, sample.slot, sample.kind)
             latent = self.encoder.space.encode(posterior.sample(random)[None])[0]  # (c, h, w)
             sample_noise = torch.randn(latent.shape, generator=random)
             level_index = self.module.noise_schedule.sample_level_index(random)
             if self.cfg.noise_offset:
-                # Sampled last, so that noise and noise level are those of a run without offset.
+                # Sampled last, so that noise and noise level are the same without an offset.
                 offset = torch.randn(len(latent), 1, 1, generator=random)
                 sample_noise += self.cfg.noise_offset * offset
             latents.append(latent)
@@ -272,30 +270,37 @@ class DreamBooth:
             samples,
             masks,
         )
+        held_weights: dict[str, float] = {}
         if self.cfg.prior_prediction_weight:
             inputs[PRIOR] = self.condition([str(sample.cfg.class_prompt) for sample in samples])
-        # Steps are counted from 1, as in the log, so that a resumed run holds in the same ones.
+            held_weights[PRIOR] = self.cfg.prior_prediction_weight
+        # Counted from 1, as in the log, so that a resumed run holds in the same steps.
         if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
-            inputs[HOLDS] = torch.ones(len(samples), dtype=torch.bool)
+            held_weights[UNCONDITIONAL] = self.cfg.hold_unconditional
+        if held_weights:
+            inputs[HELD_WEIGHTS] = {
+                prompt: torch.full((len(samples),), float(weight))
+                for prompt, weight in held_weights.items()
+            }
         if self.cfg.guided_target > 1:
-            # Class images and dropped captions keep the plain target: the first stand for what the
-            # base model makes, the second train the unconditional prediction.
+            # Class images and dropped captions keep the plain target: class images are samples of
+            # the base model, dropped captions train the unconditional prediction.
             is_guided = torch.tensor(
                 [sample.kind == INSTANCE and sample.caption != "" for sample in samples]
             )
             if is_guided.any():
                 inputs[GUIDANCE_SHARE] = (1 - 1 / self.cfg.guided_target) * is_guided.float()
-        if HOLDS in inputs or GUIDANCE_SHARE in inputs:
+        if UNCONDITIONAL in held_weights or GUIDANCE_SHARE in inputs:
             inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
         noise_schedule = self.module.noise_schedule
         count = len(slots)
         return MicroBatch(
             slots=slots,
             names=tuple(sample.name for sample in samples[:count]),
-            # Of a slot the instance sample's digest, then the class sample's.
+            # For each slot, the digest of the instance sample, then that of the class sample.
             digests=tuple("".join(digests[slot::count]) for slot in range(count)),
             inputs=inputs,
-            levels=tuple(map(float, noise_schedule.level(inputs["level_index"]).tolist())),
+            levels=tuple(map(float, noise_schedule.logged_level(inputs["level_index"]).tolist())),
         )
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
@@ -334,7 +339,7 @@ class DreamBooth:
         negatives = [sample.negative_prompt for sample in samples]
         embeddings = None  # text encoders that are trained have to embed the prompts again
         if self.prompts is not None:
-            embeddings = self.prompts(prompts), self.prompts.conditions(negatives)
+            embeddings = self.prompts.embed(prompts), self.prompts.embed_captions(negatives)
         shared = samples[0]
         scaling: AbstractContextManager[Any] = nullcontext()
         if shared.strength != 1:

@@ -1,8 +1,8 @@
-"""Validation images: from flags to typed samples, and from images to files with an index.
+"""Validation images: parse flags to typed samples, and write images with an index.
 
-    flags or a recipe -> `read_prompts` -> `samples_of` the configuration
-    -> `DreamBooth.validate`, which samples the images by `sampling.generate`
-    -> `write_images` into ``validation/step-N`` -> `read_index` for the viewer and the model card
+    flags or a recipe -> `read_prompts` -> `samples_of` -> `DreamBooth.validate`, which samples the
+    images by `sampling.generate` -> `write_images` into ``validation/step-N`` -> `read_index` for
+    the viewer and the model card
 
 This file does not import torch, since options are read before torch is imported.
 """
@@ -38,7 +38,7 @@ from ..run.record import image_file_name
 from .options import ImageOptions
 
 INDEX = "index.json"
-MAX_IMAGES = 10_000  # of an index that are read; a page of the viewer holds no more
+MAX_IMAGES = 10_000  # limit of an index's entries that are read; the viewer shows no more
 MAX_INDEX_BYTES = 20_000_000
 # In sd-scripts: embedded guidance, sampler, control image, start image, truncated and renormalized
 # guidance, flow shift.
@@ -52,7 +52,7 @@ SETTING_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Settings of a validation prompt; the run's where they are None."""
+    """Settings of a validation prompt; None for the run's setting."""
 
     section: ClassVar[str] = "a validation prompt"
 
@@ -72,12 +72,12 @@ def read_prompts(
     items: Sequence[str | dict[str, Any]],
     flag: str = "--validation_prompts",
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Split prompts into their texts and their settings, by the names of `PromptOptions`.
+    """Split prompts into texts and settings; the settings have the names of `PromptOptions`.
 
     Args:
         items: mappings of a recipe, or texts in the form of kohya's sd-scripts
             (``line_to_prompt_dict``), such as ``a dog --n blurry --w 832``.
-        flag: option that they come from, for messages.
+        flag: option of the prompts, for messages.
 
     Raises:
         UserError: a setting is unknown, malformed or out of its range, or there is no prompt.
@@ -89,7 +89,7 @@ def read_prompts(
         with add_source(f"in number {number} of {flag}, "):
             prompt, flags = _prompt_and_flags(item)
             explicit = parser.explicit(flags)
-            # A flag and its short form are one setting.
+            # A flag and its short form are the same setting.
             if len(explicit) < len(flags):
                 raise UserError("a setting stands twice: keep one.")
             check(options_of([PromptOptions]), {**parser.defaults(), **explicit})
@@ -99,19 +99,19 @@ def read_prompts(
 
 
 def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
-    """A prompt's text, and its settings as words of a command line, ``--NAME=VALUE``."""
+    """Split a prompt into its text and its settings, each as ``--NAME=VALUE``."""
     settings: list[tuple[str, Any]] = []
     if isinstance(item, str):
         # "a dog --n blurry --w 832" -> "a dog", "n blurry", "w 832"
         text, *flags = SETTING_FLAG.split(item)
-        # A text without settings is the prompt as it is, spaces included.
+        # A text without settings is used as it is, with its spaces.
         prompt = text.strip() if flags else text
         for flag in flags:
             name, *values = flag.split(None, 1)
             settings.append((name.lower(), "".join(values)))  # options refuse the value ""
     else:
         prompt = item.get("prompt")
-        # Null in a recipe stands for a setting that is not given.
+        # Null in a recipe means that the setting is not given.
         for name, value in item.items():
             if value is not None and name != "prompt":
                 settings.append((name, value))
@@ -145,7 +145,7 @@ class ValidationSample:
         return self.height, self.width, guidance, self.steps, self.strength
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; the concept only of a sample that has one."""
+        """All fields; the concept only if there is one."""
         values = asdict(self)
         if not self.concept:
             del values["concept"]
@@ -153,7 +153,7 @@ class ValidationSample:
 
 
 def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
-    """The sample of a prompt without settings, by a run's options."""
+    """The sample of a prompt without settings, from a run's options."""
     return ValidationSample(
         prompt=prompt,
         negative_prompt="",
@@ -168,12 +168,12 @@ def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
 
 
 def samples_of(cfg: ImageOptions) -> list[ValidationSample]:
-    """The samples of a run by its options, in the order of their files.
+    """The samples of a run from its options, in the order of their files.
 
     The samples of one prompt have consecutive seeds; those of the next prompt follow.
     """
     prompts = cfg.validation_prompts
-    settings = cfg.validation_settings or [{} for _ in prompts]  # [] where no prompt has settings
+    settings = cfg.validation_settings or [{} for _ in prompts]  # [] if no prompt has settings
     samples = []
     for prompt, prompt_settings in zip(prompts, settings, strict=True):
         first_sample = replace(usual_sample(cfg, prompt), **prompt_settings)
@@ -192,8 +192,8 @@ def write_images(
     """Write images as PNG files, and their index.
 
     Args:
-        folder: of the step; it is made.
-        with_settings: write its sample's settings into each file, as the text "settings".
+        folder: folder of the step, which is created.
+        with_settings: write the sample's settings into each file, as the text chunk "settings".
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -201,7 +201,7 @@ def write_images(
         information = PngInfo()
         if with_settings:
             settings = json.dumps(sample.to_dict(), ensure_ascii=False)
-            # A chunk of the type iTXt is UTF-8; plain text chunks are Latin-1.
+            # iTXt chunks are UTF-8; plain text chunks are Latin-1.
             information.add_itxt("settings", settings)
         image.save(folder / image_file_name(number), pnginfo=information)
         entries.append({"file": image_file_name(number), **sample.to_dict()})
@@ -211,19 +211,19 @@ def write_images(
 
 @dataclass(frozen=True)
 class ValidationImage:
-    """An entry of an index: a file of the step's folder, and the prompt of its image."""
+    """An entry of an index: an image file of the step's folder and its prompt."""
 
     file: str
     prompt: str
-    seed: int | None = None  # of its noise; None where it is not known
+    seed: int | None = None  # of its noise; None if it is not known
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
-    """The images of a step's folder, in their order.
+    """Read the images of a step's folder, in order.
 
     Args:
-        path: of the index.
-        config: the run's options, by which the images are known without an index.
+        path: path of the index.
+        config: the run's options, from which the images are derived without an index.
 
     Raises:
         UserError: the index is damaged, or names a file that is not in the folder itself.
@@ -247,14 +247,14 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
             raise damaged
         if image.seed is not None and type(image.seed) is not int:
             raise damaged
-        # No path out of the folder, and no name that raises an error when it is opened.
+        # Neither a path out of the folder, nor a name that can't be opened.
         if image.file != Path(image.file).name or "\0" in image.file:
             raise damaged
     return images
 
 
 def derive_index(config: Mapping[str, Any]) -> list[ValidationImage]:
-    """The images of a folder without index: equally many files of each prompt."""
+    """Derive the images of a folder without an index: the same number of files for each prompt."""
     images: list[ValidationImage] = []
     for prompt in config.get("validation_prompts") or ():
         for _ in range(config.get("num_validation_images") or 0):

@@ -1,7 +1,7 @@
 """The embedded miniatures: a small SDXL pipeline, an SD3 pipeline made from it, and their icons.
 
-There are only paths here, so that importing this package takes no time. ``README.md`` beside this
-file is the model card.
+This file has only paths, so that importing the package takes no time. ``README.md`` in this folder
+is the model card.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FLOW = "mini-flow"  # the flow-matching model
 ANIMALS = "mini-animals"  # a second set, so small that adapters soon memorize it
 # The icons of mini in other colors: the set's name and its map in `colors.MAPS`.
 COLORED = {f"{MINI}-duotone": "duotone", f"{MINI}-gray": "gray", f"{MINI}-pastel": "pastel"}
-HELDOUT_SUFFIX = "-heldout"  # ends the name of a set's held-out images
+HELDOUT_SUFFIX = "-heldout"  # suffix of the name of a set's held-out images
 _FOLDER = Path(__file__).resolve().parent
 _FLOW = _FOLDER / "flow"
 
@@ -40,7 +40,7 @@ PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 
 def embedded(model: str | Path) -> str | None:
-    """The name in ``PIPELINES`` that a model's name or folder stands for, or None."""
+    """The name in ``PIPELINES`` of a model's name or folder, or None."""
     if model in PIPELINES:
         return str(model)
     names = {pipeline_dir(): MINI, _FLOW: FLOW}
@@ -66,12 +66,12 @@ def heldout_name(name: str) -> str:
 
 
 def color_map(name: str) -> str | None:
-    """The name in `colors.MAPS` of the map for a set's pictures, or None for their own colors."""
+    """The name in `colors.MAPS` of a set's color map, or None for original colors."""
     return COLORED.get(name.removesuffix(HELDOUT_SUFFIX))
 
 
-# Folders of icons by the names of sets. The 12 animals of Noto Emoji, and 64 held-out animals, have
-# the form of the others. Sets with a `color_map` are opened in its colors.
+# Folders of icons by set name. The 12 animals of Noto Emoji and the 64 held-out animals have the
+# same form as the others. Sets with a `color_map` are opened in its colors.
 FOLDERS = {
     MINI: train_dir(),
     heldout_name(MINI): heldout_dir(),

@@ -1,7 +1,6 @@
-"""Fixed maps of colors, which turn the icons into further styles, and a distance of pictures.
+"""Fixed color maps, which turn the icons into further styles, and a distance of pictures.
 
-The mapped picture of a held-out icon is what a model that has learned the style should sample for
-the icon's caption.
+The mapped picture of a held-out icon is the ideal sample for the icon's caption.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 DARK, LIGHT = (30, 20, 110), (255, 240, 200)  # colors of black and of white in a duotone
-# Factor of each channel's distance from white. A map has to leave white light: the autoencoder
-# knows white backgrounds only, and can't decode an inverted set.
+# Factor of each channel's distance from white. A map must keep white light: the autoencoder was
+# trained on white backgrounds only, and can't decode an inverted set.
 PASTEL = 0.4
-SQUARE = 8  # side in pixels of the squares whose mean colors `color_difference` compares
+SQUARE = 8  # pixels; side of the squares whose mean colors `color_difference` compares
 
 
 def duotone(image: Image.Image) -> Image.Image:
@@ -29,17 +28,17 @@ def gray(image: Image.Image) -> Image.Image:
 
 
 def pastel(image: Image.Image) -> Image.Image:
-    """Bring all channels nearer to white."""
+    """Move all channels towards white."""
     distance = 255 - np.asarray(image, dtype=np.float64)  # (h, w, 3)
     return Image.fromarray((255 - PASTEL * distance).round().astype(np.uint8))
 
 
-# From RGB to RGB, by the names in `mini.COLORED`.
+# Maps from RGB to RGB, by the names in `mini.COLORED`.
 MAPS = {"duotone": duotone, "gray": gray, "pastel": pastel}
 
 
 def color_difference(image: Image.Image, truth: Image.Image) -> float:
-    """Mean absolute difference of the squares' mean colors, in [0, 1], without fine detail."""
+    """Mean absolute difference of the squares' mean colors, in [0, 1]; fine detail is ignored."""
     return float(np.abs(_mean_colors(image) - _mean_colors(truth)).mean())
 
 

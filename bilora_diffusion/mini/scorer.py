@@ -1,8 +1,8 @@
-"""The miniature's scorer: a small CLIP of open_clip's classes for the miniature's images.
+"""The miniature's scorer: a small CLIP with open_clip's classes for the miniature's images.
 
 It measures image-text similarity, and captions images by retrieval from a bank of captions.
-``scorer/README.md`` is its card. Its scores have its ``NAME`` and are not compared with those of
-the paper, which used other models.
+``scorer/README.md`` is its card. Its scores have its ``NAME`` and can't be compared with those of
+the paper, which uses other models.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def scorer_dir() -> Path:
-    """Folder of the shipped scorer, in the form of open_clip's ``local-dir:`` models."""
+    """Folder of the embedded scorer, for open_clip's ``local-dir:``."""
     return _FOLDER / "scorer"
 
 
 def load(
     folder: Path | None = None,
 ) -> tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[[Sequence[str]], Tensor]]:
-    """Load a scorer by open_clip's own factory.
+    """Load a scorer with open_clip.
 
     Args:
-        folder: in the form of `scorer_dir`, which is the default.
+        folder: folder in the form of `scorer_dir`, which is the default.
 
     Returns:
         model: ``open_clip.model.CLIP``, float32, on the CPU, in eval mode.
@@ -40,7 +40,7 @@ def load(
         tokenize: n strings -> (n, 32) int64; longer strings are cut.
 
     Raises:
-        UserError: open_clip is missing, or a file of the folder is.
+        UserError: open_clip or a file of the folder is missing.
     """
     folder = folder or scorer_dir()
     for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"):

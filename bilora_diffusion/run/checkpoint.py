@@ -12,7 +12,6 @@ A checkpoint is written to ``.tmp-step-N``, flushed, and renamed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -38,7 +37,7 @@ from ..core.durable import (
     sync,
 )
 from ..core.errors import TrainingError, UserError, as_user_error
-from ..core.files import regular_file
+from ..core.files import hash_of_file, regular_file
 
 SCHEMA_VERSION = 4
 CHECKPOINTS = "checkpoints"
@@ -126,16 +125,11 @@ def _write(folder: Path, state: Checkpoint) -> None:
     for name, tensors in ((ADAPTERS, state.tensors), (OPTIMIZER, optimizer_tensors)):
         save_file(separate(tensors), folder / name, metadata={"format": "pt"})
     readable_as(folder / STATE, folder / ADAPTERS, folder / OPTIMIZER)
-    hashes = {name: _hash_file(folder / name) for name in FILES}
+    hashes = {name: hash_of_file(folder / name) for name in FILES}
     index = dump_json({"schema_version": SCHEMA_VERSION, "sha256": hashes})
     (folder / DIGESTS).write_text(index, encoding="utf-8")
     for name in (*FILES, DIGESTS, "."):  # "." is the folder itself
         sync(folder / name)
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(path: Path) -> Checkpoint:
@@ -163,7 +157,7 @@ def load(path: Path) -> Checkpoint:
         )
     for name in FILES:
         with explain_checkpoint_errors(path, name):
-            if _hash_file(path / name) != hashes[name]:
+            if hash_of_file(path / name) != hashes[name]:
                 raise ValueError("not what was written")
     # The content is what was written, but a library of another version may not read it.
     with explain_checkpoint_errors(path):

@@ -1,4 +1,4 @@
-"""The text tasks by name: where their rows lie, how a row becomes text, and what is measured.
+"""The text tasks by name: where their rows are, how a row becomes text, and the metrics.
 
 Rows of some tasks come with PyPI packages. They are read from the packages' files, without the hub.
 """
@@ -25,24 +25,24 @@ OTHER_SET = "the set is not the one that the task was made for"
 
 @dataclass(frozen=True)
 class CatalogTask:
-    """A task: where its rows lie, how a row becomes text, and what is measured.
+    """A task: where its rows are, how a row becomes text, and the metrics.
 
     Attributes:
         name: name on the command line.
-        dataset: id on the hub; for a task in a package, the module that holds the files.
+        dataset: id on the hub; for a task in a package, the module with the files.
         prompt: template of the input, with names of columns in braces.
         target: column of the answer, or of the class number.
         config_name: part of the set on the hub.
-        validation: split that is held out. Where it is None, `holdout` rows of the training split
-            are held out: always the same ones, with equal values of the column `group` on one side.
-        extra: column of what the prompt is about, where that is a column of its own; may be blank.
+        validation: held-out split. If it is None, `holdout` rows of the training split are held
+            out, always the same ones; rows with the same value in the column `group` stay together.
+        extra: column of the text that the prompt is about, if there is one; it can be blank.
         first: template of the first sentence that a classifier reads; None for the prompt.
         second: template of its second sentence.
         label_words: answers by class number; () for free text.
-        metrics: some of `metrics.METRICS`; () where the loss is the only measure.
-        answer_marker: text that stands before the answer proper.
-        max_train_samples: rows that are used of a larger training split, always the same.
-        package: package of PyPI that brings the rows.
+        metrics: some of `metrics.METRICS`; () to measure only the loss.
+        answer_marker: text before the final answer.
+        max_train_samples: number of rows that are used of a larger training split, always the same.
+        package: PyPI package with the rows.
     """
 
     name: str
@@ -63,7 +63,7 @@ class CatalogTask:
     package: str | None = None
 
     def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example:
-        """Make a row of the set an example for a kind of model.
+        """Convert a row of the set to an example for a kind of model.
 
         Args:
             row: columns and their values.
@@ -71,9 +71,9 @@ class CatalogTask:
             where: name of the row in messages.
 
         Raises:
-            UserError: a column is missing, holds no text, or no class number of the task.
+            UserError: a column is missing, is not text, or not a class number of the task.
         """
-        # A template reads the columns that it names; any other column may hold anything.
+        # A template reads the columns that it names; other columns can have any content.
         texts = _RowTexts(row, where)
         label = None
         if self.label_words:
@@ -91,7 +91,7 @@ class CatalogTask:
 
     def _label(self, row: Mapping[str, Any], where: str) -> int:
         label = row.get(self.target)
-        # Splits without labels have -1; bool is a subclass of int, and no class number.
+        # Splits without labels have -1. bool is a subclass of int, but not a class number.
         if type(label) is not int or not 0 <= label < len(self.label_words):
             raise UserError(
                 f'column "{self.target}" of {where} holds {label!r}, none of the'
@@ -102,7 +102,7 @@ class CatalogTask:
 
 
 class _RowTexts(dict[str, str]):
-    """Texts of a row by column, read when a template asks for them; others are refused."""
+    """Texts of a row by column, read when a template uses them."""
 
     def __init__(self, row: Mapping[str, Any], where: str) -> None:
         self._row = row
@@ -121,9 +121,9 @@ def _class_task(
     metrics: str,
     holdout: int = 0,
 ) -> CatalogTask:
-    """A task of classes: of GLUE or SuperGLUE, or of a package, which has no validation split.
+    """A classification task of GLUE or SuperGLUE, or of a package without a validation split.
 
-    Its prompt is T5's: the task's name, then every column after its own name, in alphabetical
+    Its prompt is T5's: the task's name, then the name and text of every column, in alphabetical
     order.
 
     Args:
@@ -133,7 +133,7 @@ def _class_task(
         first: first sentence of a classifier.
         second: its second sentence, if there is one.
         metrics: names of metrics, separated by blanks.
-        holdout: rows to hold out of a package's rows; 0 for a set on the hub.
+        holdout: number of rows of a package that are held out; 0 for a set on the hub.
     """
     columns = []
     for _, column, _, _ in Formatter().parse(first + (second or "")):
@@ -143,7 +143,7 @@ def _class_task(
     prompt = name
     for column in columns:
         prompt += f" {column}: {{{column}}}"
-    # MNLI has two validation splits; this one is of the same genres as the training rows.
+    # MNLI has two validation splits; this one has the genres of the training rows.
     validation = "validation_matched" if name == "mnli" else "validation"
     is_packaged = holdout > 0
     return CatalogTask(
@@ -165,7 +165,7 @@ def _class_task(
 def _instruction_task(
     name: str, dataset: str, column: str, target: str, group: str | None = None, **fields: Any
 ) -> CatalogTask:
-    """A set of instructions with free answers and no validation split."""
+    """An instruction set with free answers and no validation split."""
     settings: dict[str, Any] = {"metrics": (), "validation": None, "holdout": 1000, **fields}
     return CatalogTask(name, dataset, f"{{{column}}}", target, group=group or column, **settings)
 
@@ -195,7 +195,7 @@ TASK_LIST = (
     _class_task("copa", SUPER, "choice1 choice2", "{premise} {question}?", CHOICES, "accuracy"),
     _class_task("rte", SUPER, ENTAILMENT, "{premise}", "{hypothesis}", "accuracy"),
     _class_task("wic", SUPER, "False True", "{word}: {sentence1}", "{sentence2}", "accuracy"),
-    # As many are held out of the first package as its original has in its validation split.
+    # As many rows are held out of the first package as the original validation split has.
     _class_task(
         "rotten_tomatoes",
         "movie_reviews",
@@ -248,7 +248,7 @@ def get(name: str) -> CatalogTask:
     """Find a task by its name, or by one of `ALIASES`.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no task with this name.
     """
     task = TASKS.get(ALIASES.get(name, name))
     if task is None:
@@ -264,12 +264,12 @@ TREC_CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 GSM_SIZES = {"train": 7473, "validation": 1000}
 # Number of the first question of each split.
 GSM_STARTS = {"train": 1_000_000, "validation": 0}
-# The generator's questions end in this request, which is cut off.
+# The generator's questions end with this request, which is removed.
 GSM_REQUEST = " Give the result as your final answer. Do not include units."
 
 
 def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
-    """Read the rows of a packaged task; where the task holds rows out itself, all of them.
+    """Read the rows of a split of a packaged task, or all rows if the task has no splits.
 
     Raises:
         UserError: the package is missing, or its file is missing or damaged.
@@ -294,8 +294,8 @@ def _rotten_tomatoes(folder: Path, split: str) -> list[dict[str, Any]]:
 
 def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
     text = read_text(folder / "data" / "question_labels.txt", "question_labels.txt", MAX_BYTES)
-    # The file holds the five nested training sets of TREC one after the other. Of equal questions
-    # the first label counts.
+    # The file has the five nested training sets of TREC one after the other. For equal questions
+    # the first label is used.
     labels: dict[str, int] = {}
     for line in text.split("\n"):
         if line:
@@ -305,7 +305,7 @@ def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
 
 
 def _sms_spam(folder: Path, split: str) -> list[dict[str, Any]]:
-    labels: dict[str, int] = {}  # of equal messages the first label counts
+    labels: dict[str, int] = {}  # for equal messages the first label is used
     for _, row in read_rows(folder / "data" / "sms-spam.csv"):
         labels.setdefault(row["text"], int(row["spam"]))
     return [{"message": message, "label": label} for message, label in labels.items()]
@@ -314,8 +314,8 @@ def _sms_spam(folder: Path, split: str) -> list[dict[str, Any]]:
 def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
     """Questions by number: validation has the first ones, training later ones.
 
-    A question is a function of its number, but two numbers may give the same one, so questions of
-    the validation set are left out of the training set.
+    A question is a function of its number, but two numbers can give the same question. Questions of
+    the validation set are excluded from the training set.
     """
     with _gsm_generator(folder) as generator:
         validation = _gsm_questions(generator, "validation", frozenset())
@@ -327,9 +327,9 @@ def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def _gsm_generator(folder: Path) -> Iterator[Any]:
-    """Import the module with the questions' generator, and nothing else of its package.
+    """Import only the module with the generator of questions from its package.
 
-    The package's own `__init__` imports a hundred modules, some of which need compiled packages.
+    The package's `__init__` imports a hundred modules, some of which need compiled packages.
     """
     modules_before = set(sys.modules)
     # Empty packages, so that Python finds the module without running the real `__init__`s.
@@ -338,7 +338,7 @@ def _gsm_generator(folder: Path) -> Iterator[Any]:
         empty_package.__path__ = [str(path)]
         sys.modules.setdefault(name, empty_package)
     try:
-        # First, since it and the base class of the generator import each other.
+        # Imported first, since it and the base class of the generator import each other.
         importlib.import_module(f"{GYM}.coaching")
         yield importlib.import_module(f"{GYM}.arithmetic.gsm_symbolic")
     finally:
@@ -358,7 +358,7 @@ def _gsm_questions(
     for number in range(2 * size):
         entry = entries[number]
         question = entry["question"].removesuffix(GSM_REQUEST)
-        # Some worked answers end in 8.0 where the answer is 8.
+        # Some worked answers end in 8.0 although the answer is 8.
         steps = entry["metadata"]["answer_cot"].rpartition("####")[0].rstrip()
         if question not in excluded_questions:
             answers.setdefault(question, f"{steps}\n#### {entry['answer']}")
@@ -367,7 +367,7 @@ def _gsm_questions(
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
-# Readers of packaged rows by task, which take the package's folder and a split.
+# Readers of packaged rows by task; their arguments are the package's folder and a split.
 _READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
     "rotten_tomatoes": _rotten_tomatoes,
     "trec": _trec,

@@ -55,10 +55,10 @@ class TextConfig(
     TextOutputOptions,
     RunConfig,
 ):
-    """Every option of the script, flat. Made by `resolve`.
+    """All options of the script, built by `resolve`.
 
-    Nothing is left to be decided: ``task_type`` is the kind of the model, ``optimizer`` is in lower
-    case, and ``num_train_epochs`` is None only where steps count.
+    All values are final: ``task_type`` is the kind of the model, ``optimizer`` is in lower case,
+    and ``num_train_epochs`` is None only if the number of steps is given.
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -81,14 +81,14 @@ class TextConfig(
 
     @classmethod
     def resolve(cls, argv: Sequence[str] | None = None) -> Self:
-        """The configuration of a command line; see `config.resolving`."""
+        """Build the configuration from a command line; see `config.resolving`."""
         return resolving.resolve(cls, argv)
 
     def derived(self) -> Self:
-        from .models import TextSource  # which takes torch
+        from .models import TextSource  # imports torch
 
         cfg = derive(self, TEXT_DEFAULTS)
-        # Without a model the constraints refuse the run, in a sentence of their own.
+        # Without a model the constraints refuse the run with their own message.
         if cfg.model_name_or_path is not None:
             cfg = replace(cfg, task_type=TextSource(cfg).kind)
         return cfg
@@ -114,24 +114,24 @@ class TextConfig(
 
     @property
     def targets(self) -> str | tuple[str, ...]:
-        """``--target_modules`` as an adapter takes it."""
+        """``--target_modules`` for an `AdapterSpec`."""
         names = tuple(self.target_modules)
         return ALL_LINEAR if names == (ALL_LINEAR,) else names
 
     def warmup_steps(self, num_steps: int) -> int:
-        """Steps of the warm-up: as given, or a share of all, rounded up as in Transformers."""
+        """Warm-up steps: as given, or a share of all steps, rounded up as in Transformers."""
         if self.lr_warmup_steps is not None:
             return self.lr_warmup_steps
         return math.ceil((self.warmup_ratio or 0) * num_steps)
 
 
 def default_num_train_epochs(cfg: TextConfig) -> int | None:
-    """Epochs of Tables A4 to A7, unless steps count."""
+    """Epochs of Tables A4 to A7, unless the number of steps is given."""
     return EPOCHS if cfg.max_train_steps is None else None
 
 
 def default_warmup_ratio(cfg: TextConfig) -> float | None:
-    """Share of Tables A4 to A7 for schedules with a changing rate; None for a warm-up in steps."""
+    """Share of Tables A4 to A7 for schedules with a changing rate; None if steps are given."""
     if cfg.lr_warmup_steps is not None:
         return None
     return 0.0 if cfg.lr_scheduler == "constant" else WARMUP_RATIO

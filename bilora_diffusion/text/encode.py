@@ -1,8 +1,8 @@
 """Tokenized sets, cached on disk, and packing: several short examples in one row of a causal model.
 
-Each packed example has its own positions, from which Transformers derives that it must not see its
-neighbours. Its first token has no loss, because no token of the example precedes it. So the loss of
-every token is the same as in a row of its own.
+Each packed example has its own positions, from which Transformers derives an attention mask for
+each example. Its first token has no loss, because no token of the example precedes it. So the loss
+of every token is the same as without packing.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from .models import TextModel
 from .module import collate
 from .tokenizing import IGNORED, ROW_BUILDERS, Row, resolve_template, tokenizer_hash
 
-# Version of tokenization, part of a cache's name: raise it when tokenization changes.
+# Version of tokenization, part of a cache's name: increase it when tokenization changes.
 FORMAT = "4"
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
-# Columns of figures about a row, which add up where rows are packed into one.
+# Columns that are summed when rows are packed into one.
 SUMMED = ("length", "target_tokens", "truncated")
 WRITE_ROWS = 1000
-# Lengths from here on mean no limit: Transformers has 10^30 for such tokenizers.
+# From this length on there is no limit: Transformers has 10^30 for such tokenizers.
 NO_LIMIT = 10**9
-# Attention whose mask Transformers makes from the positions, whatever the batch size.
+# Attention for which Transformers derives the mask from the positions, for any batch size.
 ATTENTION = ("sdpa", "eager")
 logger = logging.getLogger(__name__)
 
 
 class Encoded:
-    """A tokenized set, made by `encode` or `pack`.
+    """A tokenized set, built by `encode` or `pack`.
 
     Args:
         data: rows, each with some of `MODEL_COLUMNS`, the column "sources" (numbers of the examples
             in it) and those of `SUMMED`; "truncated" counts its examples that were cut.
         kind: "seq2seq", "causal" or "classification".
-        examples: examples that it was made of.
+        examples: the examples before tokenization.
 
     Attributes:
         sources: numbers of the examples in each row.
         lengths: tokens of each row.
         target_tokens: tokens with a loss of each row.
         truncated: number of examples that were cut to fit.
-        dropped: number of examples that were left out, since no token of theirs has a loss.
+        dropped: number of examples without any token with a loss, which were skipped.
     """
 
     def __init__(self, data: datasets.Dataset, kind: str, examples: Sequence[Example]) -> None:
@@ -76,23 +76,23 @@ class Encoded:
         return len(self.lengths)
 
     def row(self, number: int) -> dict[str, Any]:
-        """Lists of a row for `collate`: "input_ids", "labels" and others that the model takes."""
+        """Lists of a row for `collate`: "input_ids", "labels" and other inputs of the model."""
         return dict(self._rows[number])
 
     def name(self, number: int) -> str:
-        """Name of a row, "line 17 of train.jsonl"; of a packed row the names of all examples."""
+        """Name of a row, "line 17 of train.jsonl"; for a packed row the names of all examples."""
         return " and ".join(self.examples[source].where for source in self.sources[number])
 
     def example(self, number: int) -> Example:
-        """Example of a row that is not packed."""
+        """The example of a row that is not packed."""
         (source,) = self.sources[number]
         return self.examples[source]
 
 
 def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name: str) -> Encoded:
-    """Tokenize a set, or take it from the cache if texts, tokenizer and lengths are the same.
+    """Tokenize a set, or read it from the cache if texts, tokenizer and lengths are the same.
 
-    Examples with a blank answer are left out, long ones are cut; both are logged.
+    Examples with a blank answer are skipped, long ones are truncated; both are logged.
 
     Args:
         examples: examples of the set.
@@ -101,7 +101,7 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
         name: name of the set in messages.
 
     Raises:
-        UserError: the model does not allow a length, or an example can't be tokenized.
+        UserError: the model does not support a length, or an example can't be tokenized.
     """
     tokenizer = loaded.tokenizer
     kind = loaded.kind
@@ -113,7 +113,8 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
         _check_length(option, length, loaded)
     if kind == "causal":
         settings["template"] = resolve_template(cfg.template, tokenizer)
-    # All that decides the tokens, and nothing else of the run: other runs read the same cache.
+    # Everything that determines the tokens, and nothing else, so that other runs use the same
+    # cache.
     hashed_texts = [FORMAT, kind, repr(settings), tokenizer_hash(tokenizer)]
     hashed_texts += [repr(example) for example in examples]
     cache_hash = digest_texts(hashed_texts)
@@ -125,7 +126,7 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     columns_of_examples = []
     for number, example in enumerate(examples):
         columns_of_examples.append({**vars(example), "number": number})
-    # A fixed fingerprint, so that datasets does not hash the table: `map` gets that of its result.
+    # A fixed fingerprint, so that datasets does not hash the table; `map` gets the result's.
     table = pyarrow.Table.from_pylist(columns_of_examples)
     source = datasets.Dataset(table, fingerprint="examples")
     data = source.map(
@@ -164,7 +165,7 @@ def _features(kind: str, has_sentence_ids: bool) -> datasets.Features:
 
     Args:
         kind: kind of model.
-        has_sentence_ids: True if the tokenizer marks which of two sentences a token is of.
+        has_sentence_ids: True if the tokenizer marks to which of two sentences a token belongs.
     """
     number = datasets.Value("int64")
     ids = datasets.List(datasets.Value("int32"))
@@ -186,7 +187,7 @@ def _tokenize(
     build_rows: Callable[[list[Example]], list[Row]],
     columns: Collection[str],
 ) -> dict[str, list[Any]]:
-    """Make columns of tokenized rows from columns of examples, in a process of `datasets.map`.
+    """Convert columns of examples to columns of tokenized rows, in a process of `datasets.map`.
 
     Args:
         batch: fields of some examples, by name, and their numbers.
@@ -195,14 +196,14 @@ def _tokenize(
     """
     examples = []
     numbers = []
-    # Columns to rows: `map` gives lists by column.
+    # Columns to rows: `map` passes lists by column.
     for values in zip(*batch.values(), strict=True):
         fields = dict(zip(batch, values, strict=True))
         number = fields.pop("number")
         if fields["answer"].strip():
             examples.append(Example(**fields))
             numbers.append(number)
-    # A batch may have no answer at all.
+    # A batch may have no answers.
     rows = build_rows(examples) if examples else []
     output: dict[str, list[Any]] = {name: [] for name in (*columns, "sources")}
     for row, number in zip(rows, numbers, strict=True):
@@ -224,13 +225,13 @@ def _check_length(option: str, length: int, loaded: TextModel) -> None:
 
 
 def pack(encoded: Encoded, max_length: int) -> Encoded:
-    """Put examples together into rows of at most `max_length` tokens, which no example exceeds.
+    """Pack examples into rows of at most `max_length` tokens, which no example exceeds.
 
-    The result depends on the set alone. Rows have a column more, "position_ids", which begin at 0
-    in each example.
+    The result depends only on the set. Rows have an additional column, "position_ids", which begin
+    at 0 in each example.
     """
     rows = []
-    # Of each packed row: tokens one after the other, figures added up.
+    # For each packed row, tokens are concatenated and numbers summed.
     for members in best_fit(encoded.lengths, max_length):
         parts = [encoded.data[number] for number in members]
         row: dict[str, Any] = joined(parts)
@@ -251,7 +252,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for part in parts:
         row["input_ids"] += part["input_ids"]
-        # The token before an example's first one is of another example.
+        # The token before an example's first token belongs to another example.
         row["labels"] += [IGNORED, *part["labels"][1:]]
         row["position_ids"] += range(len(part["input_ids"]))
     return row
@@ -260,15 +261,15 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Assign examples to rows by best-fit decreasing.
 
-    The longest example comes first; each goes into the row where it leaves the least room. Rows are
-    found by the room that they have left, so that the work is linear in the examples.
+    Starting with the longest, each example is put into the row in which it leaves the least room.
+    Rows are indexed by their remaining room, so that the time is linear in the examples.
 
     Args:
         lengths: tokens of each example, at most `size`.
         size: tokens of a row.
 
     Returns:
-        Numbers of the examples in each row; rows in the order in which they were begun.
+        Numbers of the examples in each row, in the order in which rows were started.
     """
     rows: list[list[int]] = []
     rows_by_room: dict[int, list[int]] = {}
@@ -293,19 +294,19 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def require_packable(model: Any) -> None:
-    """Refuse a model that computes packed examples otherwise than alone.
+    """Refuse a model whose output for packed examples differs from that without packing.
 
-    Configurations don't tell which models carry a state from token to token, so a few tokens are
-    put through the model: packed behind two different neighbours, and alone.
+    Configurations don't tell which models have a state that is carried from token to token, so the
+    model is run on a few tokens: packed after two different neighbours, and alone.
 
     Raises:
-        UserError: the model takes no positions, has attention of another kind, or mixes packed
+        UserError: the model has no positions as input, has another attention, or mixes packed
             examples.
     """
     config = model.config.get_text_config()
     unsuited = f"--packing does not suit the model type {config.model_type}, which"
     base_model = model
-    if hasattr(model, "get_base_model"):  # PEFT's wrapper, whose forward takes any argument
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper, whose forward accepts any argument
         base_model = model.get_base_model()
     if "position_ids" not in inspect.signature(base_model.forward).parameters:
         raise UserError(
@@ -318,30 +319,29 @@ def require_packable(model: Any) -> None:
             f' "{config._attn_implementation}": give --attn_implementation sdpa.'
         )
     if next(model.parameters()).is_meta:
-        return  # a dry run has no values to compare
+        return  # a dry run has no weights
     unpacked, packed_first, packed_second = _probe(model)
     scale = float(unpacked.abs().max())
-    # Both packings have the same positions, so that only their neighbours can tell them apart.
+    # Both packings have the same positions, so that only the neighbours can cause a difference.
     if float((packed_first - packed_second).abs().max()) > 1e-6 * scale:
         raise UserError(f"{unsuited} lets a token see the example before its own: drop it.")
-    # The bound is loose, for weights in half precision.
+    # The tolerance is large, for weights in half precision.
     if float((packed_first - unpacked).abs().max()) > 0.05 * scale:
         raise UserError(f"{unsuited} counts the positions of packed examples wrong: drop it.")
 
 
 def _probe(model: Any) -> list[Tensor]:
-    """Logits of three tokens, (3, vocabulary): alone, and behind two different neighbours."""
+    """Logits of three tokens, (3, vocabulary): alone, and after two different neighbours."""
     last_token = model.config.get_text_config().vocab_size - 1
     probe_tokens = [5, 3, 4]
     logits = []
     with inference(model):
-        # Both neighbours are equally long, so that the probe stands at the same place behind
-        # either.
+        # Both neighbours are equally long, so that the probe has the same position after both.
         for neighbour in ([], [2, 6, 7, 8], [1, 0, 1, 0]):
             parts = []
             for part_tokens in (neighbour, probe_tokens):
                 if part_tokens:
-                    # The vocabulary of a tiny model may be smaller than the numbers here.
+                    # The vocabulary of a tiny model can be smaller than these numbers.
                     ids = [min(token, last_token) for token in part_tokens]
                     parts.append({"input_ids": ids, "labels": ids})
             batch = collate([joined(parts)], "causal", pad_token_id=0)

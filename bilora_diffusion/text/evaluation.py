@@ -1,4 +1,4 @@
-"""Loss, metrics and answers on held-out rows, of the model as it is in the caller's context."""
+"""Loss, metrics and answers on held-out rows, with the adapters that are active."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .tokenizing import generation_prompt
 
 # Default length of a causal model's answer, in tokens.
 CAUSAL_NEW_TOKENS = 256
-# Begins the names of figures in the log.
+# Prefix of the metrics' names in the log.
 PREFIX = "heldout_"
 
 
 class Evaluation:
     """Measures a model on held-out rows.
 
-    Batches are of rows of about equal length, so that little is padded. The figures depend on the
-    batch size by rounding only.
+    Batches have rows of about equal length, to reduce padding. Results depend on the batch size
+    only by rounding.
 
     Args:
         cfg: training configuration.
@@ -42,7 +42,7 @@ class Evaluation:
         data: tokenized rows, with a validation set.
 
     Raises:
-        UserError: answers may be longer than the model allows.
+        UserError: answers can be longer than the model supports.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Evaluation:
         return figures
 
     def _measure(self, rows: Encoded, count: int) -> tuple[list[float], list[int]]:
-        """Summed loss of each of the first rows, and the class that a classifier gives it."""
+        """Summed loss of each of the first rows, and a classifier's predicted class."""
         sums = [0.0] * count
         classes = [0] * count
         kind, pad_token_id = self.loaded.kind, self.loaded.tokenizer.pad_token_id
@@ -99,7 +99,7 @@ class Evaluation:
         return sums, classes
 
     def answer(self, folder: Path) -> dict[str, float]:
-        """Let the model answer greedily, write ``predictions.jsonl`` and return metrics."""
+        """Generate answers greedily, write ``predictions.jsonl`` and return metrics."""
         count = len(self.rows)
         if self.cfg.max_predictions is not None:
             count = min(count, self.cfg.max_predictions)
@@ -117,7 +117,7 @@ class Evaluation:
         lines = []
         for number, answer in enumerate(answers):
             example = self.rows.example(number)
-            # The row as it was asked, without the template.
+            # The question without the template.
             line = {"prompt": example.question, "prediction": answer, "reference": example.answer}
             lines.append(json.dumps(line, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,15 +132,15 @@ class Evaluation:
         return {PREFIX + name: value for name, value in figures.items()}
 
     def _explain_memory_errors(self, action: str, count: int) -> AbstractContextManager[None]:
-        """Name the options that help where the memory is too small for a batch of rows."""
+        """Context manager: if the memory is too small for a batch, name the options that help."""
         fix = "give --generation_max_new_tokens a smaller number, or shorter rows"
         if count > 1:
             fix = f"lower --eval_batch_size (now {self.cfg.eval_batch_size})"
         return explain_memory_errors(f"{action} of {counted(count, 'row')}", fix)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of rows of about the same length, the longest first."""
-        # The longest first: if memory runs out, it does so in the first batch.
+        """Batches of numbers of rows with about the same length, the longest first."""
+        # The longest first: if memory runs out, it happens in the first batch.
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         for start in range(0, len(order), self.cfg.eval_batch_size):
             yield order[start : start + self.cfg.eval_batch_size]
@@ -151,7 +151,7 @@ class Evaluation:
             return self.rows.row(number)["input_ids"]
         room = None
         if self.loaded.max_tokens is not None:
-            # The answer takes positions too.
+            # The answer also uses positions.
             room = self.loaded.max_tokens - self.new_tokens
         example = self.rows.example(number)
         return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
@@ -160,24 +160,24 @@ class Evaluation:
 def generate(
     loaded: TextModel, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any
 ) -> list[str]:
-    """Generate a model's answers to prompts, greedily unless `sampling` says otherwise.
+    """Generate a model's answers to prompts, greedily by default.
 
     Args:
         loaded: model and tokenizer.
         prompts: token numbers.
-        new_tokens: tokens of an answer at most.
+        new_tokens: maximum number of tokens of an answer.
         sampling: arguments of Transformers' `generate`.
     """
     tokenizer = loaded.tokenizer
     is_causal = loaded.kind == "causal"
-    # A causal model goes on at the end of the row, so that its padding comes first.
+    # A causal model continues at the end of the row, so the padding comes first.
     side = "left" if is_causal else "right"
-    # A model can't continue nothing: an empty prompt, with a tokenizer that adds no start.
+    # A model can't continue an empty prompt without a start token.
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id
     prompts = [prompt or [start] for prompt in prompts]
-    # Padding must not be seen: a padding token may be the EOS.
+    # Padding must be masked: a padding token can be the EOS token.
     masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {
         "input_ids": padded(prompts, tokenizer.pad_token_id, side),
@@ -193,14 +193,14 @@ def generate(
         **options,
     )
     if is_causal:
-        # It returns the prompts too.
+        # The output includes the prompts.
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def _max_new_tokens(cfg: TextConfig, loaded: TextModel) -> int:
-    """Tokens of a generated answer at most; the model must have positions for more."""
+    """Maximum number of tokens of a generated answer; the model must have more positions."""
     new_tokens = cfg.generation_max_new_tokens
     limit = loaded.max_tokens
     if new_tokens is None and loaded.kind == "seq2seq":

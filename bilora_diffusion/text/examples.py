@@ -1,4 +1,4 @@
-"""Questions with their answers, before tokenization, and the files that hold them."""
+"""Questions with their answers, before tokenization, and how to read them from files."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from ..core.files import (
 )
 
 CONVERSATION = "messages"
-# Usual columns of inputs: the first one that a file has is read.
+# Usual names of input columns; the first one that a file has is read.
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
-# Usual columns of answers.
+# Usual names of answer columns.
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
 INSTRUCTION = "instruction"
-# Columns of the text that an instruction is about, in Alpaca's and in Dolly's rows.
+# Columns of the text that an instruction is about, as in Alpaca and Dolly.
 CONTEXTS = ("input", "context")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model's input and the answer that it should give.
+    """An input and its right answer.
 
-    Checkpoints hold hashes of its `repr`, so the names and the order of its fields stay.
+    Checkpoints have hashes of its `repr`, so names and order of its fields must not change.
 
     Attributes:
-        prompt: the input; of a classifier the first sentence.
+        prompt: the input; for a classifier the first sentence.
         answer: the answer.
-        label: class number where there are classes.
+        label: class number, if there are classes.
         pair: second sentence of a classifier.
-        turns: (role, content) of a conversation of more than one question and its answer.
-        input: text that the prompt is about, where a set has a column for it as Alpaca's has.
+        turns: (role, content) of a conversation with more than one question.
+        input: text that the prompt is about, if a set has a column for it, as Alpaca does.
         where: name of the row in messages.
     """
 
@@ -53,26 +53,26 @@ class Example:
 
     @property
     def question(self) -> str:
-        """The prompt, and its input after a blank line."""
+        """The prompt, followed by its input after a blank line."""
         if not self.input.strip():
             return self.prompt
         return f"{self.prompt}\n\n{self.input}"
 
     def messages(self) -> list[dict[str, str]]:
-        """The conversation up to the assistant's last turn, as chat templates take it."""
+        """The conversation up to the assistant's last turn, for chat templates."""
         turns = self.turns or (("user", self.question), ("assistant", self.answer))
         return [{"role": role, "content": content} for role, content in turns]
 
 
 def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
-    """Make an example of a conversation, without the turns after the assistant's last one.
+    """Convert a conversation to an example, without the turns after the assistant's last one.
 
     Args:
         turns: (role, content), in order.
         where: name of the row in messages.
 
     Raises:
-        UserError: the assistant has no turn, or none before its turn.
+        UserError: the assistant has no turn, or no turn precedes it.
     """
     answer_numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
     if not answer_numbers or answer_numbers[-1] == 0:
@@ -83,8 +83,7 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
     dialogue = tuple(turns[: answer_numbers[-1] + 1])
     _, question = dialogue[-2]
     _, answer = dialogue[-1]
-    # One question and its answer need no turns, so that they are the same example as a row of two
-    # columns.
+    # One question with its answer gets no turns, so that it equals a row with two columns.
     is_plain = len(dialogue) == 2 and dialogue[0][0] == "user"
     return Example(question, answer, turns=() if is_plain else dialogue, where=where)
 
@@ -95,13 +94,13 @@ def open_file(
     """Read the examples of a file of rows (`files.read_rows`).
 
     Args:
-        path: file.
+        path: the file.
         input_column: column of inputs, or of conversations: lists of objects with "role" and
             "content". None or "auto": "messages", else the first of `INPUTS` that the file has; of
             a file with "instruction" and "input" or "context" both, of which the second may be
             missing, null or blank in a row.
-        target_column: column of answers; None or "auto": the first of `TARGETS`. Conversations need
-            none.
+        target_column: column of answers; None or "auto": the first of `TARGETS`. Not used for
+            conversations.
 
     Raises:
         UserError: the file can't be read, has no rows, lacks a column, or has a row of another
@@ -110,9 +109,9 @@ def open_file(
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path.name} has no rows: give a file that has some.")
-    names: dict[str, None] = {}  # in the order in which they come
+    names: dict[str, None] = {}  # in the order of the rows
     for _, row in rows:
-        # Rows of JSON may have different keys.
+        # Rows of JSON can have different keys.
         names |= dict.fromkeys(row)
     columns = list(names)
     usual_columns, context = (CONVERSATION, *INPUTS), ""
@@ -121,7 +120,7 @@ def open_file(
         if context:
             usual_columns = (INSTRUCTION,)
     column = _column(path, columns, input_column, usual_columns, "--input_column")
-    # One conversation among the rows makes all of them conversations.
+    # If one row is a conversation, all rows must be.
     if any(isinstance(row.get(column), list) for _, row in rows):
         return [from_turns(_turns(row, column, where), where) for where, row in rows]
     target = _column(path, columns, target_column, TARGETS, "--target_column")
@@ -131,7 +130,7 @@ def open_file(
         prompt = text_of(row, column, where, fix)
         answer = text_of(row, target, where, fix, accepts_numbers=True)
         text = ""
-        # A row may lack the context.
+        # The context can be missing in a row.
         if row.get(context) is not None:
             text = text_of(row, context, where, fix)
         examples.append(Example(prompt, answer, input=text, where=where))
@@ -168,10 +167,10 @@ def text_of(
         column: name of the column.
         where: name of the row in messages.
         fix: end of the messages, without a period.
-        accepts_numbers: True if whole numbers, true and false count as text.
+        accepts_numbers: True to accept integers and booleans as text.
 
     Raises:
-        UserError: the column is missing or holds something else.
+        UserError: the column is missing or has another type.
     """
     if column not in row:
         raise UserError(f'{where} has no "{column}", only {listed(list(row))}: {fix}.')
@@ -206,9 +205,9 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
-    """The different answers, sorted, numbers by value: the classes of a file that names none.
+    """The distinct answers, sorted (numbers by value): the classes of a file.
 
-    A blank answer is no class: `encode` leaves such examples out.
+    A blank answer is not a class: `encode` skips such examples.
     """
     words = sorted({example.answer for example in examples if example.answer.strip()})
     if all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
@@ -218,12 +217,12 @@ def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
 
 
 def with_labels(examples: Sequence[Example], words: Sequence[str]) -> list[Example]:
-    """Add class numbers to examples: the place of each answer among the label words.
+    """Add class numbers to examples: the index of each answer in the label words.
 
-    An example with a blank answer gets none.
+    An example with a blank answer has no class number.
 
     Raises:
-        UserError: an answer is not a label word; the sentence names its row.
+        UserError: an answer is not a label word; the message names its row.
     """
     numbers = {word: number for number, word in enumerate(words)}
     for example in examples:

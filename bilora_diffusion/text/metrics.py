@@ -1,4 +1,4 @@
-"""Scores of answers: classes by scikit-learn, free text by comparison."""
+"""Scores of answers: classes with scikit-learn, free text by comparison."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ..core.errors import UserError
 # A number such as -1,000.5 or 1e3.
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 SIGNS_AROUND_NUMBER = re.compile(r"[\s$€£%.,]")
-# Digits up to which a number is written out; that of a huge exponent would fill the memory.
+# Maximum number of digits to which a number is written out, since a huge exponent would fill the
+# memory.
 MAX_DIGITS = 1000
-# A score from answers, references, label words and the marker of an answer.
+# Computes a score from answers, references, label words and the answer marker.
 Metric = Callable[[list[str], list[str], Sequence[str], str | None], float]
 
 
@@ -26,14 +27,14 @@ def score(
     labels: Sequence[str] = (),
     answer_marker: str | None = None,
 ) -> dict[str, float]:
-    """Score predicted answers; white space around them does not count.
+    """Score predicted answers; white space around them is ignored.
 
     Args:
         metrics: some of `METRICS`.
-        predictions: answers of the model; an answer that is no label word is a wrong class.
+        predictions: answers of the model; an answer that is not a label word is a wrong class.
         references: right answers.
-        labels: label words by class number; of two, the last is F1's positive class.
-        answer_marker: text that stands before the answer proper, for "answer_match".
+        labels: label words by class number; with two, the last is F1's positive class.
+        answer_marker: text before the final answer, for "answer_match".
 
     Raises:
         UserError: scikit-learn is missing.
@@ -47,17 +48,17 @@ def score(
 
 
 def answer_after(text: str, marker: str | None) -> str | None:
-    """The answer proper: the line after the first marker, or a lone number in it in plain digits.
+    """The final answer: the line after the first marker; a single number in it in plain digits.
 
     So "#### 1,000", "####1000.0" and "#### $1000." are the same answer. A line with several numbers
-    or with words counts as it is. Later lines come from a model that does not stop.
+    or with words is not changed. Later lines are ignored, since a model may not stop.
 
     Returns:
-        The answer; None where the text lacks the marker.
+        The answer; None if the text has no marker.
     """
     if marker:
         _, separator, text = text.partition(marker.strip())
-        # A model that never came to an answer.
+        # The model did not give an answer.
         if not separator:
             return None
     lines = text.strip().splitlines()
@@ -65,7 +66,7 @@ def answer_after(text: str, marker: str | None) -> str | None:
     numbers = NUMBER.findall(line)
     words = SIGNS_AROUND_NUMBER.sub("", NUMBER.sub("", line))
     if len(numbers) == 1 and not words:
-        with suppress(ArithmeticError):  # of an exponent that Decimal can't hold
+        with suppress(ArithmeticError):  # an exponent that Decimal does not support
             value = Decimal(numbers[0].replace(",", "")).normalize()
             if abs(value.adjusted()) < MAX_DIGITS:
                 return f"{value + 0:f}"  # "+ 0" makes a negative zero positive
@@ -123,7 +124,7 @@ def _matthews_correlation(answers: list[str], references: list[str], *_: Any) ->
 
 
 def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: Any) -> float:
-    """F1 of the last of two classes, else the mean over the classes."""
+    """F1 of the last of two classes, or the mean over more classes."""
     averaged_labels = list(labels) or sorted(set(references))
     if len(averaged_labels) == 2:
         # As GLUE scores MRPC: the class "equivalent" is the positive one.
@@ -136,7 +137,7 @@ def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: An
 def _answer_match(
     answers: list[str], references: list[str], labels: Sequence[str], marker: str | None
 ) -> float:
-    """Share of equal answers proper; all references have the marker (`require_references`)."""
+    """Share of equal final answers; all references have the marker (`require_references`)."""
     right_answers = [answer_after(reference, marker) for reference in references]
     return _share_of_equal([answer_after(answer, marker) for answer in answers], right_answers)
 

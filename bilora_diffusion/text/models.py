@@ -1,10 +1,10 @@
-"""Loading of text models: T5 and its kin, causal language models, classifiers.
+"""Load text models: T5 and similar models, causal language models, classifiers.
 
     loaded = load_text_model("google-t5/t5-base")
     loaded.model, loaded.tokenizer, loaded.kind      # kind: seq2seq, causal or classification
 
-A name may be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
-`places.PACKAGED`: models inside installed packages.
+A name can be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
+`places.PACKAGED`, the models in installed packages.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .options import TextModelOptions
 from .places import gguf_file, locate
 
 FIX = "correct --model_name_or_path, or install what it asks for"
-# Names of the layer that computes class scores. It is trained whole, as in PEFT.
+# Names of the layer that computes class scores. It is fully trained, as in PEFT.
 CLASS_HEADS = ("classifier", "score")
-# Types of models whose positions begin after the number of the padding token.
+# Types of models whose positions begin after the id of the padding token.
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
 AUTO_CLASSES = {
     "seq2seq": "ModelForSeq2SeqLM",
@@ -56,7 +56,7 @@ class TextModel:
 
     @property
     def whole_modules(self) -> tuple[str, ...]:
-        """A classifier's head and new layers, which are trained whole and saved in an adapter."""
+        """A classifier's head and new layers, which are fully trained and saved."""
         if self.kind != "classification":
             return ()
         heads = [name for name in CLASS_HEADS if hasattr(self.model, name)]
@@ -65,10 +65,10 @@ class TextModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest input that its positions allow; None for relative positions (T5)."""
+        """Maximum length of an input; None for relative positions (T5)."""
         config = self.model.config
         limit = getattr(config, "max_position_embeddings", None)
-        # T5's configuration has "n_positions" too, which limits nothing.
+        # T5's configuration has "n_positions" too, but it is not a limit.
         if limit is None and not getattr(config, "relative_attention_num_buckets", None):
             limit = getattr(config, "n_positions", None)
         if limit is None:
@@ -79,25 +79,26 @@ class TextModel:
 
 
 class TextSource:
-    """A model whose configuration is read, and so its kind, but not its weights.
+    """A model whose configuration and kind are read, but not its weights.
 
     Args:
-        options: name of the model, and how it is read.
+        options: name of the model and options of loading.
 
     Attributes:
         config: configuration of Transformers.
         kind: "seq2seq", "causal" or "classification".
 
     Raises:
-        UserError: it can't be found or read, is of another kind, or needs a package or code that is
-            not there.
+        UserError: it can't be found or read, has another kind, or needs a missing package or remote
+            code.
     """
 
     def __init__(self, options: TextModelOptions) -> None:
         self.options = options
         self.name = options.model_name_or_path
         self.location = locate(self.name, "--model_name_or_path")
-        # Without the argument Transformers asks at the terminal whether code may run, and waits.
+        # Without the argument Transformers asks in the terminal whether to run remote code, and
+        # waits.
         self.arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
         settings = {
             "revision": options.revision,
@@ -107,7 +108,7 @@ class TextSource:
         for key, value in settings.items():
             if value:
                 self.arguments[key] = value
-        self._attention: dict[str, Any] = {}  # argument of the model alone
+        self._attention: dict[str, Any] = {}  # an argument of the model only
         if options.attn_implementation is not None:
             self._attention["attn_implementation"] = options.attn_implementation
         self._weights_label = f'the weights of "{self.name}"'  # for messages
@@ -138,7 +139,7 @@ class TextSource:
         has_labels = False
         if self.kind == "classification" and labels is not None:
             has_labels = True
-            # Transformers makes a head of as many classes as there are labels.
+            # Transformers creates a head with as many classes as labels.
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
         if weights:
@@ -149,7 +150,7 @@ class TextSource:
         return TextModel(model.eval(), tokenizer, self.kind, new_modules)
 
     def _build_empty_model(self, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
-        """The model without weights, and the layers that might be new."""
+        """Build the model without weights; also return the layers that can be new."""
 
         def build() -> Any:
             trusts_code = self.options.trust_remote_code
@@ -160,7 +161,7 @@ class TextSource:
         model = read_or_refuse(self._weights_label, FIX, lambda: empty(build, dtype))
         if self.kind != "classification":
             return model, ()
-        # Only stored weights could tell which layers outside of the body are new: all count.
+        # Only stored weights tell which layers outside the body are new: assume all.
         body = f"{model.base_model_prefix}."
         keys = [key for key, _ in model.named_parameters() if not key.startswith(body)]
         return model, _modules_of(keys)
@@ -168,9 +169,9 @@ class TextSource:
     def _load_model(
         self, dtype: torch.dtype, has_labels: bool, seed: int
     ) -> tuple[Any, tuple[str, ...]]:
-        """The model with its weights, and its layers without stored ones."""
+        """Load the model; also return its layers without stored weights."""
         arguments = {**self.arguments, **self._attention, "config": self.config, "dtype": dtype}
-        if has_labels:  # a stored head may be of other classes
+        if has_labels:  # a stored head can have other classes
             arguments["ignore_mismatched_sizes"] = True
         is_gguf = "gguf_file" in self.arguments
         if not is_gguf:
@@ -192,7 +193,7 @@ class TextSource:
         return model, self._new_modules(model, report)
 
     def _new_modules(self, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
-        """Layers without stored weights, which make a classifier of a language model.
+        """Layers without stored weights, which a classifier adds to a language model.
 
         Raises:
             UserError: other layers lack weights; Transformers would sample them and only warn.
@@ -201,10 +202,10 @@ class TextSource:
         mismatched_keys = []
         for entry in report["mismatched_keys"]:  # keys, or (key, shape, shape)
             mismatched_keys.append(entry if isinstance(entry, str) else entry[0])
-        # A layer of another shape counts as missing: its stored weights are not used.
+        # A layer with another shape is missing too: its stored weights are not used.
         missing = sorted({*new_modules, *_modules_of(mismatched_keys)})
         if self.kind == "classification":
-            # A head may be new or of another shape, and so may BERT's pooler before it.
+            # A head can be new or have another shape, and so can BERT's pooler before it.
             body = f"{model.base_model_prefix}."
             missing = [name for name in missing if name.startswith(body) and ".pooler" not in name]
         if missing:
@@ -215,7 +216,7 @@ class TextSource:
         return new_modules
 
     def _load_tokenizer(self) -> Any:
-        """The model's tokenizer, or that of ``--tokenizer_name``."""
+        """Load the model's tokenizer, or that of ``--tokenizer_name``."""
         location = self.location
         arguments = self.arguments
         tokenizer_name = self.options.tokenizer_name
@@ -257,20 +258,20 @@ def load_text_model(name_or_path: str, task_type: str = "auto", **options: Any) 
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:
-    """Kind of model that a configuration is for.
+    """The kind of a model, from its configuration.
 
     Args:
         config: configuration of Transformers.
         name: name of the model in messages.
-        task_type: kind that is asked for, or "auto".
+        task_type: requested kind, or "auto".
 
     Raises:
-        UserError: the kind that is asked for does not fit, or the configuration is of none.
+        UserError: the model does not have the requested kind, or has none of the kinds.
     """
     possible_kinds = [kind for kind in KINDS if _has_class(config, kind)]
-    # T5 and others have a decoder, but are no causal models.
+    # T5 and others have a decoder, but are not causal models.
     if config.is_encoder_decoder and "causal" in possible_kinds:
-        # Transformers has BartForCausalLM and the like, which use the decoder alone.
+        # Transformers has classes such as BartForCausalLM, which use only the decoder.
         possible_kinds.remove("causal")
     if task_type != "auto":
         if task_type not in possible_kinds:
@@ -282,9 +283,9 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     likely_kinds = ["seq2seq"]
     architectures = " ".join(getattr(config, "architectures", None) or ())
     if "SequenceClassification" in architectures:
-        # A model that was saved as a classifier is one again.
+        # A model that was saved as a classifier is a classifier.
         likely_kinds.insert(0, "classification")
-    # Transformers lists encoders such as BERT as causal models too.
+    # Transformers also lists encoders such as BERT as causal models.
     is_encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
     likely_kinds.append("classification" if is_encoder else "causal")
     for kind in likely_kinds:
@@ -304,7 +305,7 @@ def _modules_of(keys: Iterable[str]) -> tuple[str, ...]:
 
 
 def _has_class(config: Any, kind: str) -> bool:
-    """Test that there is a model of a kind for a configuration."""
+    """Test that Transformers has a model of a kind for a configuration."""
     name = AUTO_CLASSES[kind]
     classes_of_repository = getattr(config, "auto_map", None) or {}
     return f"Auto{name}" in classes_of_repository or type(config) in _auto(name)._model_mapping
@@ -318,17 +319,16 @@ def _auto(name: str) -> Any:
 
 
 def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy a model that was read from GGUF into one whose configuration does not say so.
+    """Copy a model that was loaded from GGUF, with a configuration that does not say so.
 
-    Transformers has read plain weights, but it refuses to save or to quantize a model with this
-    mark.
+    The weights are plain, but Transformers refuses to save or quantize a model with this entry.
     """
     gguf_model: Any = model
     values = gguf_model.config.to_dict()
     values.pop("quantization_config", None)
     plain_model = type(gguf_model)(type(gguf_model.config).from_dict(values)).to(dtype)
     plain_model.load_state_dict(gguf_model.state_dict())
-    # The copy has its own output head, which is to be the embedding again.
+    # Tie the copy's output head to its embedding again.
     plain_model.tie_weights()
     plain_model.generation_config = getattr(gguf_model, "generation_config", None)
     plain_model.name_or_path = gguf_model.name_or_path
@@ -336,7 +336,7 @@ def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _resolve_padding(model: Any, tokenizer: Any) -> None:
-    """Give a padding token to models that were trained without one; padding has no loss."""
+    """Set a padding token for models that were trained without one; padding has no loss."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -345,7 +345,7 @@ def _resolve_padding(model: Any, tokenizer: Any) -> None:
             )
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
-        # By it classifiers find the last token of a row.
+        # Classifiers use it to find the last token of a row.
         model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

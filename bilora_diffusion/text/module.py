@@ -1,4 +1,4 @@
-"""Rows to the tensors of one batch, and the model with its loss."""
+"""Collate rows to a batch; the model with its loss."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from .tokenizing import IGNORED
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Rows of numbers as one tensor, padded with a value, (rows, length of the longest) int64."""
+    """Pad rows of numbers with a value to one tensor, (rows, length of the longest) int64."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> dict[str, Tensor]:
-    """Make a batch, padded on the right to its longest row.
+    """Collate rows to a batch, padded on the right to the longest row.
 
-    The collators of Transformers do not serve: they pad on the side that the tokenizer generates
-    from.
+    Transformers' collators can't be used: they pad on the tokenizer's side for generation.
 
     Returns:
         "input_ids", (rows, width) int64; "labels", -100 where there is no loss, (rows, target
@@ -53,7 +52,7 @@ class TextModule(nn.Module):
     `forward` takes the inputs of a micro-batch: those of `collate`, and "weights", (slots,). It
     returns one loss for each slot, the sum over its target tokens times its weight, in float32.
     With weight (slots of the step) / (target tokens of the step), the mean over all slots of a step
-    is the mean over all its tokens, as in Transformers' Trainer, however the step is cut into
+    is the mean over all its tokens, as in Transformers' Trainer, independent of the split into
     micro-batches.
     """
 
@@ -82,19 +81,19 @@ class TextModule(nn.Module):
         return losses.new_zeros(len(labels)).index_add(0, rows, losses)
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
-        """Logits, (slots, tokens, vocabulary), or (slots, classes) of a classifier."""
+        """Logits, (slots, tokens, vocabulary), or (slots, classes) for a classifier."""
         model: Any = self.model
         model_inputs = dict(inputs)
         model_inputs.pop("weights", None)
         labels = model_inputs.pop("labels", None)
         if self.kind == "seq2seq":
-            # The labels moved by one token, with the start token in front.
+            # The labels shifted by one token, with the start token in front.
             decoder_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
             model_inputs["decoder_input_ids"] = decoder_ids
         if self.kind != "classification":
             model_inputs["use_cache"] = False
             return model(**model_inputs).logits
-        # The head of a classifier is in fp32, whatever the layers before it are in.
+        # A classifier's head is in fp32, whatever the dtype of the layers before it.
         dtype = precision(self.model)
         device_type = model_inputs["input_ids"].device.type
         with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):

@@ -1,4 +1,4 @@
-"""Options that only the text script has, and its own defaults (Tables A4-A7) and spellings."""
+"""Options of the text script only, and its defaults (Tables A4 to A7) and aliases."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class TextDataOptions:
 
 @dataclass(frozen=True)
 class TextAdapterOptions(AdapterOptions):
-    """The adapters, and the name of the method that trains them."""
+    """Adapters and method."""
 
     rank: int = like(AdapterOptions, "rank", default=8, aliases=("--lora_r",))
     lora_alpha: float = like(

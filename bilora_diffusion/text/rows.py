@@ -1,4 +1,4 @@
-"""Rows of a run: from a task's name or files to examples, and on to tokenized rows."""
+"""Rows of a run: read examples of a task or of files, and tokenize them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .encode import Encoded, encode, pack, require_packable
 from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
 
-# Seed of the rows that are taken of a large set: the same rows whatever the run's seed is.
+# Seed that chooses rows of a large set: the same rows for every seed of the run.
 SUBSET_SEED = 0
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Rows:
         validation: held-out examples, if there are any.
         metrics: names of `metrics.METRICS`.
         label_words: answers by class number; () for free text.
-        answer_marker: text that stands before the answer proper.
+        answer_marker: text before the final answer.
     """
 
     name: str
@@ -59,7 +59,7 @@ def open_rows(cfg: TextConfig) -> Rows:
     """Read the examples that a resolved configuration names.
 
     Raises:
-        UserError: they can't be found or read, or don't suit the kind of model.
+        UserError: they can't be found or read, or don't fit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
     train = subset(rows.train, cfg.max_train_samples, "train")
@@ -70,7 +70,7 @@ def open_rows(cfg: TextConfig) -> Rows:
 
 
 def _task_rows(cfg: TextConfig) -> Rows:
-    """The rows of ``--task``."""
+    """Read the rows of ``--task``."""
     task = catalog.get(str(cfg.task))
     if cfg.task_type == "classification" and not task.label_words:
         raise UserError(
@@ -84,7 +84,7 @@ def _task_rows(cfg: TextConfig) -> Rows:
 
 
 def _file_rows(cfg: TextConfig) -> Rows:
-    """The rows of ``--train_file`` and ``--validation_file``."""
+    """Read the rows of ``--train_file`` and ``--validation_file``."""
     train_file = Path(str(cfg.train_file)).expanduser()
     train = open_file(train_file, cfg.input_column, cfg.target_column)
     validation = None
@@ -107,16 +107,16 @@ def _file_rows(cfg: TextConfig) -> Rows:
 
 
 def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
-    """Choose values at random, in their order.
+    """Choose values at random and keep their order.
 
     Args:
         values: values to choose from.
         size: number of values; None for all of them.
-        purpose: makes the choice another one for another set.
+        purpose: seeds the choice, so that it differs between sets.
     """
     if size is None or size >= len(values):
         return list(values)
-    # The same rows in every run, so that runs of other seeds can be compared.
+    # The same rows in every run, so that runs with different seeds can be compared.
     random = generator(seed_of(SUBSET_SEED, purpose), "subset")
     order = torch.randperm(len(values), generator=random)
     return [values[number] for number in sorted(order[:size].tolist())]
@@ -125,15 +125,15 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
 def open_task(
     task: CatalogTask, kind: str, cache_dir: str | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """Read the examples to learn from, and those that are held out, for a kind of model.
+    """Read the training and held-out examples for a kind of model.
 
     Args:
-        task: task of the catalog.
+        task: a task of the catalog.
         kind: "seq2seq", "causal" or "classification".
         cache_dir: folder for downloads.
 
     Raises:
-        UserError: the set can't be loaded, or is another one than the task was made for.
+        UserError: the set can't be loaded, or is not the set of the task.
     """
 
     def examples_of(rows: Any, split: str, numbers: Sequence[int]) -> list[Example]:
@@ -159,9 +159,9 @@ def open_task(
 def held_out(task: CatalogTask, rows: Any) -> set[int]:
     """Numbers of the rows that a task without a validation split holds out.
 
-    They are `task.holdout` or a few more, since rows with equal values of the column `task.group`
-    stay together. The groups with the lowest hashes are held out, so that the choice depends on the
-    texts alone and not on a seed or an order.
+    They are `task.holdout` rows or a few more, since rows with the same value in the column
+    `task.group` stay together. The groups with the lowest hashes are held out, so that the choice
+    depends only on the texts, not on a seed or an order.
 
     Raises:
         UserError: the set lacks the column, or is too small.
@@ -175,7 +175,7 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
     heldout_numbers: set[int] = set()
-    # By hash: neither alphabetical order nor the order of the rows decides.
+    # By hash: independent of the alphabetical order and of the order of rows.
     for key in sorted(groups, key=lambda key: digest_texts(["held out", key])):
         if len(heldout_numbers) >= task.holdout:
             return heldout_numbers
@@ -187,7 +187,7 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
 
 
 def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
-    """A split of a task's set, from its package or from the hub."""
+    """Load a split of a task's set, from its package or from the hub."""
     import datasets
 
     if task.package:
@@ -203,14 +203,14 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
         except RuntimeError as error:
             if "Dataset scripts are no longer supported" not in str(error):
                 raise
-        # For sets that come as a script, the hub has Parquet files on a branch.
+        # For sets with a script, the hub has Parquet files on a branch.
         branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
         files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
         return datasets.load_dataset("parquet", data_files=files, **arguments)
 
 
 def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:
-    """Tokenize the rows, and pack those to learn from with ``--packing``."""
+    """Tokenize the rows, and pack the training rows with ``--packing``."""
     train = encode(rows.train, cfg, loaded, rows.name)
     if cfg.packing:
         require_packable(loaded.model)

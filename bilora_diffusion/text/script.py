@@ -1,4 +1,4 @@
-"""Text fine-tuning from a command line: configuration, task and files of the training script.
+"""The training script of text models: configuration, task and exported files.
 
 accelerate launch train_text_bilora.py --config recipes/t5_base/mrpc.yaml
 python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.jsonl
@@ -50,7 +50,7 @@ class TextScript(Script[TextConfig]):
     scorer = "eval.text_scores"
 
     def build_task(self, cfg: TextConfig, accelerator: Accelerator) -> TextTask:
-        """Data first, since it is quick to refuse; then the model, on the device, or empty."""
+        """Read the data first, since errors in it are found faster, then load the model."""
         datasets.disable_progress_bars()
         source = TextSource(cfg)
         rows = open_rows(cfg)
@@ -61,11 +61,11 @@ class TextScript(Script[TextConfig]):
         compute_dtype = DTYPES[accelerator.mixed_precision]
         dtype = compute_dtype
         if get(cfg.method).exports_weights:
-            # Weights that are trained are stored in fp32: bf16 would lose small updates.
+            # Trained weights are stored in fp32: bf16 would lose small updates.
             dtype = torch.float32
         labels = rows.label_words if cfg.task_type == "classification" else None
         loaded = source.load(dtype, labels, seed=cfg.seed, weights=not cfg.dry_run)
-        # In a dry run rows are tokenized all the same, since their lengths decide the memory.
+        # Rows are tokenized in a dry run too, since their lengths determine the memory.
         task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
         if cfg.dry_run:
             return task
@@ -106,7 +106,7 @@ class TextScript(Script[TextConfig]):
 
 
 TEXT = TextScript()
-# Trains by a command line; see `command.train`.
+# Trains from a command line; see `command.train`.
 train = functools.partial(command.train, TEXT)
 
 
@@ -114,9 +114,9 @@ def require_scorable(cfg: TextConfig, rows: Rows) -> None:
     """Refuse held-out rows whose right answers the run's metrics can't score."""
     references = []
     for example in rows.validation or []:
-        if example.answer.strip():  # rows with a blank answer are left out
+        if example.answer.strip():  # rows with a blank answer are skipped
             references.append((example.where, example.answer))
-    # Only the first ones are answered.
+    # Answers are generated for the first ones only.
     references = references[: cfg.max_predictions]
     require_references(rows.metrics, references, rows.answer_marker)
 
@@ -124,7 +124,7 @@ def require_scorable(cfg: TextConfig, rows: Rows) -> None:
 def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
     """Warn of rows that are both trained on and held out.
 
-    A task's own validation split is not the user's, so it is not compared.
+    A task's validation split is not compared, since the user can't change it.
     """
     if rows.validation is None or cfg.task:
         return
@@ -138,7 +138,7 @@ def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
 def write_text_card(
     cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None
 ) -> None:
-    """Write ``README.md`` of a run folder, which may go to a hub repository."""
+    """Write ``README.md`` of a run folder, for example for a repository on the hub."""
     method = get(cfg.method)
     base, kind = public_name(cfg.model_name_or_path), cfg.task_type
     meta = ModelCardData(

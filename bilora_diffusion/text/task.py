@@ -1,6 +1,4 @@
-"""Fine-tuning of language models and classifiers on text (paper, Sections 5.2 and 5.3), and the
-memory that a step takes.
-"""
+"""Fine-tuning of text models (paper, Sections 5.2 and 5.3), and the memory of a step."""
 
 from __future__ import annotations
 
@@ -31,18 +29,18 @@ from .rows import TextData
 NAME = "model"
 # Coefficients of `memory_by_phase`, measured (results/dry_run_memory).
 #
-# Numbers that a layer stores for each hidden state of a token.
+# Numbers that a layer stores per hidden state of a token.
 HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
-# Numbers that it stores for each inner state of its feed-forward part.
+# Numbers that a layer stores per inner state of its feed-forward part.
 INNER_COUNT = 3.6
-# Numbers that it stores for each attention score, where attention is not fused.
+# Numbers that a layer stores per attention score, if attention is not fused.
 SCORE_COUNT = 2.8
-# Bytes of the loss for each word of a predicted token.
+# Bytes of the loss per token and word of the vocabulary.
 LOGIT_BYTES = 12
 
 
 class TextTask:
-    """Rows of text and the model that learns from them; see `train.task.Task`."""
+    """Rows of text and the model that is trained on them; see `train.task.Task`."""
 
     def __init__(self, cfg: TextConfig, loaded: TextModel, data: TextData) -> None:
         self.cfg = cfg
@@ -51,8 +49,8 @@ class TextTask:
         self.module = TextModule(loaded.model, loaded.kind)
         self.models: dict[str, nn.Module] = {NAME: loaded.model}
         if cfg.gradient_checkpointing:
-            # Reentrant checkpoints need inputs that require gradients; those of frozen embeddings
-            # do not.
+            # Reentrant checkpoints need inputs that require gradients, which outputs of frozen
+            # embeddings do not.
             loaded.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
@@ -66,7 +64,7 @@ class TextTask:
         return f"{rows} of at most {self.cfg.max_length} tokens"
 
     def targets(self) -> list[Target]:
-        """The one model; new layers of a classifier are trained whole beside the adapters."""
+        """The model; new layers of a classifier are fully trained in addition to the adapters."""
         cfg = self.cfg
         whole_modules = self.loaded.whole_modules
         spec = AdapterSpec.from_options(
@@ -83,7 +81,7 @@ class TextTask:
         return _contents(self.data.rows.validation or [])
 
     def with_config(self, cfg: TextConfig) -> TextTask:
-        """The same model and rows for a run of another configuration; see `Task`."""
+        """The same model and rows for a run with another configuration; see `Task`."""
         return TextTask(cfg, self.loaded, self.data)
 
     def micro_batches(
@@ -93,7 +91,7 @@ class TextTask:
         train = self.data.train
         pad_token_id = self.loaded.tokenizer.pad_token_id
         if self.cfg.group_by_length:
-            # Grouped over the whole step: all of its micro-batches have about one length.
+            # Grouped over the step: all of its micro-batches have about the same length.
             order = LengthGroupedOrder(train.lengths, self.cfg.seed, step_size)
         else:
             order = SampleOrder(len(train), self.cfg.seed)
@@ -102,7 +100,7 @@ class TextTask:
             samples = tuple(step_samples[slot] for slot in slots)
             rows = [train.row(sample) for sample in samples]
             inputs = collate(rows, self.loaded.kind, pad_token_id)
-            # By the tokens of the whole step, of which this is a part (see `TextModule`).
+            # By the tokens of the step, of which this is a part (see `TextModule`).
             target_tokens = sum(train.target_tokens[sample] for sample in step_samples)
             inputs["weights"] = torch.full((len(slots),), step_size / target_tokens)
             names = []
@@ -122,9 +120,7 @@ class TextTask:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Write answers to the held-out rows (``validation/step-N/predictions.jsonl``), and return
-        their metrics.
-        """
+        """Write answers to the held-out rows to ``predictions.jsonl``, and return their metrics."""
         if self.evaluation is None:
             return {}
         with evaluating:
@@ -148,10 +144,10 @@ def _digest(sample: int, row: dict[str, Any]) -> str:
 
 
 def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
-    """Estimate the memory of a step of the longest rows, for a task whose model is empty.
+    """Estimate the memory of a step with the longest rows, for a task with an empty model.
 
     Returns:
-        Bytes by part, without those of what is trained.
+        Bytes by part, without trained weights.
     """
     cfg, loaded, train = task.cfg, task.loaded, task.data.train
     config = loaded.model.config.get_text_config()
@@ -161,11 +157,11 @@ def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
     tokens = max(train.lengths)
     # "d_ff" is T5's name.
     inner_width = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
-    # Stored numbers for each token.
+    # Stored numbers per token.
     numbers_of_layer = HIDDEN_COUNTS[loaded.kind] * width + INNER_COUNT * inner_width
     if not is_causal:
         numbers_of_layer += SCORE_COUNT * config.num_attention_heads * tokens
-    if cfg.gradient_checkpointing:  # one hidden state for each layer, and all of one layer
+    if cfg.gradient_checkpointing:  # one hidden state per layer, and everything of one layer
         numbers = layers * width + numbers_of_layer
     else:
         numbers = layers * numbers_of_layer

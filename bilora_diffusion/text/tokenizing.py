@@ -1,9 +1,9 @@
-"""Examples to token numbers for each kind of model; for a causal one by a template.
+"""Tokenize examples for each kind of model; for a causal model with a template.
 
-A causal row has two parts. The *context* is the text up to the last answer. It is tokenized as a
-whole, exactly as before generation. The *answer* is tokenized separately, so that no token spans
-the border. Earlier answers of a conversation lie inside the context; their tokens are found by
-character offsets.
+A causal row has two parts. The *context* is the text up to the last answer. It is tokenized at
+once, exactly as for generation. The *answer* is tokenized separately, so that no token spans both.
+Earlier answers of a conversation are part of the context; their tokens are found by character
+offsets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
     " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
-# Stanford Alpaca's prompts to the letter: the answer follows the colon at once.
+# Stanford Alpaca's exact prompts: the answer follows the colon directly.
 #
 # Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train.py``.
 ALPACA_INPUT = (
@@ -51,11 +51,11 @@ class Row(NamedTuple):
 
     Attributes:
         input_ids: tokens of the input.
-        labels: tokens of the target, `IGNORED` where there is no loss; or a class number.
+        labels: tokens of the target, `IGNORED` for tokens without a loss; or a class number.
         target_tokens: number of tokens with a loss. The first token of a causal row has none, since
             no token precedes it.
-        truncated: True if the example was cut.
-        token_type_ids: number of the sentence that each token is of.
+        truncated: True if the example was truncated.
+        token_type_ids: number of each token's sentence.
     """
 
     input_ids: list[int]
@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens of the input or of the labels, whichever are more."""
+        """Length of the input or of the labels, whichever is larger."""
         if isinstance(self.labels, int):
             return len(self.input_ids)
         return max(len(self.input_ids), len(self.labels))
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 def seq2seq_rows(
     examples: Sequence[Example], tokenizer: Any, max_length: int, max_target_length: int
 ) -> list[Row]:
-    """Input and target, each cut to its length and ended by the tokenizer's EOS."""
+    """Input and target, each truncated to its length and ended by the tokenizer's EOS."""
     questions = [example.question for example in examples]
     answers = [example.answer for example in examples]
     inputs = _ids(tokenizer, questions, truncation=True, max_length=max_length)
@@ -90,7 +90,7 @@ def seq2seq_rows(
 
 
 def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Row]:
-    """One or two sentences. Of two that are too long, Transformers cuts tokens off the longer."""
+    """One or two sentences. If two are too long, Transformers truncates the longer one."""
     rows = []
     for example in examples:
         assert example.label is not None
@@ -109,12 +109,12 @@ def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length:
 def causal_rows(
     examples: Sequence[Example], tokenizer: Any, template: str, max_length: int
 ) -> list[Row]:
-    """Context and answer, under a resolved template.
+    """Context and answer, with a resolved template.
 
-    The tokens of all answers have a loss, and so has the EOS after the last one. The context of a
-    row that is too long is cut from the left (a BOS stays), so that the answer and the last turns
-    remain. Only an answer that leaves less than a quarter of the row for the context is cut too, at
-    its end; it then has no EOS.
+    The tokens of all answers and the EOS after the last one have a loss. If a row is too long, its
+    context is truncated on the left (a BOS is kept), so that the answer and the last turns remain.
+    An answer that leaves less than a quarter of the row for the context is truncated too, at its
+    end; it then has no EOS.
 
     Raises:
         UserError: the tokenizer has no EOS.
@@ -131,13 +131,13 @@ def causal_rows(
     rows = []
     for text, context, answer in zip(texts, contexts, answers, strict=True):
         labels = _context_labels(text, context, tokenizer)
-        if not answer or answer[-1] != eos:  # a chat template may end a turn with the EOS
+        if not answer or answer[-1] != eos:  # a chat template can end a turn with the EOS
             answer = [*answer, eos]
         rows.append(_fit(context, labels, answer, max_length, tokenizer.bos_token_id))
     return rows
 
 
-# Functions that make rows of examples, by kind of model.
+# Functions that tokenize examples, by kind of model.
 ROW_BUILDERS: dict[str, Callable[..., list[Row]]] = {
     "seq2seq": seq2seq_rows,
     "classification": classification_rows,
@@ -148,8 +148,8 @@ ROW_BUILDERS: dict[str, Callable[..., list[Row]]] = {
 def context_rows(contexts: Sequence[str], tokenizer: Any, template: str) -> list[list[int]]:
     """Tokens of contexts, in training and before generation.
 
-    A chat template writes its own special tokens. Without one the tokenizer's BOS, if it has one,
-    comes first, and an EOS that the tokenizer appends is removed.
+    A chat template writes special tokens. Without one the tokenizer's BOS, if it has one, comes
+    first, and an EOS that the tokenizer appends is removed.
     """
     adds_special_tokens = template != "chat"
     rows = _ids(tokenizer, contexts, add_special_tokens=adds_special_tokens)
@@ -167,7 +167,7 @@ def generation_prompt(
         example: example whose last answer is generated.
         tokenizer: tokenizer of the model.
         template: template, or "auto".
-        max_length: tokens that are kept, the last ones; None for all.
+        max_length: number of tokens that are kept, the last ones; None for all.
     """
     template = resolve_template(template, tokenizer)
     context = context_text(example, tokenizer, template)
@@ -178,10 +178,10 @@ def generation_prompt(
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of how a tokenizer cuts text; of a fast one without the place of its files."""
+    """Hash of a tokenizer's behaviour, independent of the path of its files if it is a fast one."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # A call stores its padding and truncation in the tokenizer; each call here sets its own.
+        # Padding and truncation of a call are stored in the tokenizer; each call here sets them.
         rules["padding"] = rules["truncation"] = None
     else:
         rules = {**tokenizer.init_kwargs, "vocabulary": tokenizer.get_vocab()}
@@ -193,7 +193,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def _ids(
     tokenizer: Any, texts: Sequence[str], argument: str = "text", **settings: Any
 ) -> list[list[int]]:
-    """Token numbers of texts; targets are given as another argument of the tokenizer."""
+    """Token ids of texts; targets are another argument of the tokenizer."""
     rows = tokenizer(**{argument: list(texts)}, **settings, verbose=False)["input_ids"]
     return [list(row) for row in rows]
 
@@ -206,7 +206,7 @@ def _context_labels(text: Rendered, context: list[int], tokenizer: Any) -> list[
         text.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     labels = []
-    # Each token is of the characters [first, end); a special token has no character.
+    # Each token has the characters [first, end); a special token has none.
     for token, (first, end) in zip(context, encoding["offset_mapping"], strict=True):
         is_of_answer = any(start <= first < end <= stop for start, stop in text.spans)
         labels.append(token if is_of_answer else IGNORED)
@@ -216,7 +216,7 @@ def _context_labels(text: Rendered, context: list[int], tokenizer: Any) -> list[
 def _fit(
     context: list[int], labels: list[int], answer: list[int], max_length: int, bos: int | None
 ) -> Row:
-    """Row of a context with its labels and an answer, cut as `causal_rows` says."""
+    """Join a context with its labels and an answer to a row, truncated as in `causal_rows`."""
     is_cut = len(context) + len(answer) > max_length
     if is_cut:
         room = max(max_length - len(answer), min(len(context), max_length // 4))
@@ -231,7 +231,7 @@ def _fit(
 
 
 def _last_values(values: list[Any], size: int, first: Any) -> list[Any]:
-    """The last `size` values; a list that begins with `first` (a BOS) still begins with it."""
+    """The last `size` values; a `first` value (a BOS) is kept."""
     if len(values) <= size:
         return values
     if size > 1 and values[0] == first:
@@ -257,18 +257,18 @@ def resolve_template(template: str, tokenizer: Any) -> str:
 
 
 def render(example: Example, tokenizer: Any, template: str) -> Rendered:
-    """Write a row as text, under a resolved template.
+    """Render a row as text, with a resolved template.
 
     Raises:
-        UserError: the template can't show the conversation.
+        UserError: the template can't render the conversation.
     """
     if template != "chat":
         return Rendered(context_text(example, tokenizer, template), example.answer)
     messages = example.messages()
     where = example.where
     conversation = _chat(messages, tokenizer, where)
-    # From the last answer to the first: the text of a conversation must begin with the prompt that
-    # the model gets before each of its answers.
+    # From the last answer to the first: the text of a conversation must begin with the prompt of
+    # each answer.
     text = conversation
     spans = []
     for number in reversed(range(len(messages))):
@@ -288,10 +288,10 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
 
 
 def context_text(example: Example, tokenizer: Any, template: str) -> str:
-    """Text before the last answer, which a model gets before it generates.
+    """Text before the last answer, the prompt of generation.
 
     Raises:
-        UserError: the template can't show the conversation.
+        UserError: the template can't render the conversation.
     """
     messages = example.messages()[:-1]
     if template == "chat":
@@ -311,7 +311,7 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
 
 
 def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = False) -> str:
-    """Messages as the tokenizer's chat template writes them; with `prompting` as a prompt."""
+    """Apply the tokenizer's chat template to messages; with `prompting` as a prompt."""
     sentence = f"the tokenizer's chat template refuses {where}"
     with as_user_error(sentence, "correct its turns, or give --template alpaca"):
         text = tokenizer.apply_chat_template(
@@ -321,11 +321,11 @@ def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = 
 
 
 def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -> int:
-    """End of the answer that starts at character `start`, with the mark that ends its turn.
+    """End of the answer that starts at character `start`, including the mark that ends its turn.
 
-    Templates may strip the content or put something before it, and need not end turns with the EOS
-    token. The mark is the special token that follows the content. Line breaks after it are the
-    template's; a model does not write them.
+    Templates can strip the content or put something before it, and may not end turns with the EOS
+    token. The mark is the special token after the content. Line breaks after it belong to the
+    template; a model does not write them.
     """
     stripped = content.strip()
     place = text.find(stripped, start)
@@ -338,7 +338,7 @@ def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -
     tail = text[end:].lstrip()
     special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     special_tokens.append(tokenizer.eos_token or "")
-    # One mark may begin with another: the longest counts.
+    # A mark can begin with another: use the longest.
     mark = ""
     for token in special_tokens:
         if tail.startswith(token) and len(token) > len(mark):

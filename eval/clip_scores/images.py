@@ -39,7 +39,7 @@ from bilora_diffusion.core.errors import as_user_error
 from bilora_diffusion.core.files import duration, without_paths
 from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE
-from bilora_diffusion.image.families.base import join_rows
+from bilora_diffusion.image.families.tensors import join_rows
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.run.console import quiet

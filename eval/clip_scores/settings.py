@@ -210,7 +210,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
     model = describe(base)
     steps, guidance = usual(model)
     if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
-        guidance = model.family.unguided
+        guidance = model.family.unguided_scale
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
     if args.guidance_from == BASE_GUIDANCE:

@@ -178,13 +178,13 @@ class LevelGrid(GridLoss):
         # The grid is cut into `levels` equal parts, and the middle level of each is taken: of 10
         # levels and 4 parts these are 1, 3, 6 and 8.
         middles = [NOISE_LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
-        self.levels = [self.levels[middle] for middle in middles]
+        self.level_indices = [self.level_indices[middle] for middle in middles]
 
     def terms(self) -> Iterator[Tensor]:
         """A term for each batch of images and noise level; their sum is the mean over both."""
-        count = len(self.images) * len(self.levels)
+        count = len(self.images) * len(self.level_indices)
         for chunk in self.batches(self.images):
-            for level in self.levels:
+            for level in self.level_indices:
                 yield self.losses(chunk, level).sum() / count
 
 

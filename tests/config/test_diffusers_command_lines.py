@@ -85,7 +85,7 @@ class Images(list[None]):
         entry = SimpleNamespace(name="", size=(1024, 1024), caption="a dog", concept=0)
         return [entry] * len(self)
 
-    def of_each(self, values):
+    def values_of_images(self, values):
         return values * len(self)
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,7 +20,9 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.lora_names import FILE_NAME, kohya_file_name
-from bilora_diffusion.export.reader import verify
+from bilora_diffusion.export import writer
+from bilora_diffusion.export.formats import diffusers_tensors, trained_layers
+from bilora_diffusion.export.reader import compare
 from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image import pipeline as image_pipeline
 from bilora_diffusion.image.families import family_of
@@ -50,8 +51,7 @@ def test_change_is_scale_times_b_a(plain_unet, tmp_path_factory, rank, alpha, do
     spec = AdapterSpec(rank=rank, alpha=alpha, use_dora=dora, target_modules=("to_q", "conv1"))
     small.add_adapters(model, spec, seed=rank)
     folder = tmp_path_factory.mktemp("property")
-    save_diffusers(folder, {"unet": model}, base_model="base", kohya=True)
-    report = verify(folder, {"unet": model})
+    report = save_diffusers(folder, {"unet": model}, base_model="base", kohya=True)
     assert report["max_relative_difference"] < 3e-7
     assert report["kohya_max_relative_difference"] < 3e-7
     # The product with a power of two is exact.
@@ -231,17 +231,31 @@ def add_auxiliary(tensors, metadata):
         (add_auxiliary, "alone"),
     ],
 )
-def test_verify_finds_what_is_wrong(models, folder, tmp_path, change, sentence):
+def test_a_file_that_differs_from_the_models_is_refused(models, folder, tmp_path, change, sentence):
+    layers = {name: trained_layers(model) for name, model in models.items()}
+    assert compare(folder / FILE_NAME, layers)["max_relative_difference"] < 3e-7
     small.rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, change)
     with pytest.raises(TrainingError, match=sentence):
-        verify(tmp_path, models)
+        compare(tmp_path / FILE_NAME, layers)
 
 
-def test_verify_finds_a_wrong_alpha_in_kohyas_file(models, folder, tmp_path):
+def test_a_file_that_is_written_wrongly_does_not_get_its_name(models, tmp_path, monkeypatch):
+    def wrong_tensors(parts):
+        tensors = diffusers_tensors(parts)
+        tensors[f"{LAYER}.lora_A.weight"] *= 1.0001
+        return tensors
+
+    monkeypatch.setattr(writer, "diffusers_tensors", wrong_tensors)
+    with pytest.raises(TrainingError, match="differs"):
+        save_diffusers(tmp_path, models, base_model="base")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_alpha_in_kohyas_file_is_refused(models, folder, tmp_path):
     def change_alpha(tensors, metadata):
         tensors["lora_unet_time_embed_0.alpha"].add_(1)
 
-    shutil.copy(folder / FILE_NAME, tmp_path)
-    small.rewrite(folder / KOHYA_FILE, tmp_path / kohya_file_name(tmp_path), change_alpha)
+    small.rewrite(folder / KOHYA_FILE, tmp_path / KOHYA_FILE, change_alpha)
+    layers = {name: trained_layers(model) for name, model in models.items()}
     with pytest.raises(TrainingError, match="differs"):
-        verify(tmp_path, models)
+        compare(tmp_path / KOHYA_FILE, layers)

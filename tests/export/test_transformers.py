@@ -1,7 +1,6 @@
 """Transformers: their files in pipelines, ComfyUI and conversions, and runs that leave them."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.export.__main__ import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
-from bilora_diffusion.export.reader import verify
 from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline, select_layers
@@ -46,7 +44,8 @@ def trained(kind, layers="attention", **options):
     return pipeline
 
 
-def exported(folder, pipeline):
+def export(folder, pipeline):
+    """Export a pipeline's adapters; the differences that the check found."""
     models = {"transformer": pipeline.transformer}
     return save_diffusers(folder, models, base_model="some/base", extra_metadata=FACTS)
 
@@ -82,9 +81,7 @@ def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
     untrained.transformer.requires_grad_(False)
     with adapters.only(source.transformer, [PRIMARY]):
         expected = output(source)
-    exported(tmp_path, source)
-    models = {"transformer": source.transformer}
-    assert verify(tmp_path, models)["max_relative_difference"] < 2e-7
+    assert export(tmp_path, source)["max_relative_difference"] < 2e-7
     before = output(untrained)
     untrained.load_lora_weights(tmp_path)
     size = (expected - before).abs().max()
@@ -97,7 +94,8 @@ def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
 @pytest.mark.parametrize("kind", FILES)
 def test_keys_and_metadata_are_diffusers(kind, tmp_path):
     pipeline = trained(kind)
-    file = exported(tmp_path / "run", pipeline)
+    export(tmp_path / "run", pipeline)
+    file = tmp_path / "run" / FILE_NAME
     layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
     keys = [f"transformer.{name}.lora_A.weight" for name in layers]
     keys += [f"transformer.{name}.lora_B.weight" for name in layers]
@@ -114,15 +112,11 @@ def test_keys_and_metadata_are_diffusers(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_docs_name_the_models_that_comfyui_has_names_for(kind):
+def test_comfyui_has_names_for_the_models_that_say_so(kind):
     pipeline = trained(kind)
-    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|", page, re.MULTILINE)
-    comfyui_column = {title: comfyui for title, _, comfyui in rows}
     model = type(pipeline.transformer).__name__
-    is_read = model in NAMES
-    assert comfyui_column[family_of(pipeline).title] == ("yes" if is_read else "no")
-    if is_read:
+    assert (family_of(pipeline).comfyui is not None) == (model in NAMES)
+    if model in NAMES:
         layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
         assert len({place(model, name) for name in layers}) == len(layers)  # no two in one place
 
@@ -130,7 +124,8 @@ def test_the_docs_name_the_models_that_comfyui_has_names_for(kind):
 @pytest.mark.parametrize("kind", FILES)
 def test_files_whose_keys_do_not_say_the_model_are_converted(kind, tmp_path):
     """PEFT's keys, and those that diffusers' `save_lora_adapter` writes."""
-    file = exported(tmp_path / "run", trained(kind))
+    export(tmp_path / "run", trained(kind))
+    file = tmp_path / "run" / FILE_NAME
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
     for name, prefix in (("diffusers", ""), ("peft", "base_model.model.")):
         tensors = {}
@@ -147,7 +142,8 @@ def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
     with pytest.raises(UserError, match="SDXL only"):
         save_diffusers(tmp_path / "run", models, base_model="some/base", kohya=True)
     assert not (tmp_path / "run").exists()
-    source = exported(tmp_path / "run", pipeline)
+    export(tmp_path / "run", pipeline)
+    source = tmp_path / "run" / FILE_NAME
     assert main([str(source), "--to", "kohya"]) == 2
     assert "diffusers' format" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [FILE_NAME]
@@ -206,7 +202,7 @@ def test_the_weights_are_refused_on_another_kind_of_model():
 
 def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path):
     (tmp_path / "transformer").mkdir()
-    with pytest.raises(UserError, match="not of a run of full fine-tuning"):
+    with pytest.raises(UserError, match="no run of full fine-tuning wrote it"):
         guard(tmp_path, None, exports_weights=True)
     (tmp_path / "run.json").write_text((run("whole") / "run.json").read_text())
     for ending in ("comfy.json", "base.comfy.json"):

@@ -35,7 +35,7 @@ class Captioned:
     def __len__(self):
         return len(self.entries)
 
-    def of_each(self, values):
+    def values_of_images(self, values):
         return values * len(self)
 
 

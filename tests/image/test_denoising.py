@@ -1,4 +1,4 @@
-"""The denoising losses against formulas in float64; the loss of a class that is kept."""
+"""The denoising losses against formulas in float64, and the loss of a held prediction."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 
 from bilora_diffusion import adapters
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
-from bilora_diffusion.image.loss import DreamBoothModule, HeldPrediction
+from bilora_diffusion.image.loss import DreamBoothModule
 from bilora_diffusion.image.noise_schedules import Denoising, min_snr_weights
 from bilora_diffusion.image.pipeline import load_pipeline
 
@@ -123,7 +123,7 @@ def test_what_no_loss_is_for_is_refused(config, options, part):
         Denoising.from_config(config, **options)
 
 
-def test_the_departure_is_that_from_the_model_without_adapters():
+def test_a_held_prediction_is_compared_with_that_of_the_model_without_adapters():
     plain_unet = load_pipeline("mini", dtype=torch.float32).unet
     unet = load_pipeline("mini", dtype=torch.float32).unet
     both = (adapters.PRIMARY, adapters.AUXILIARY)
@@ -141,8 +141,7 @@ def test_the_departure_is_that_from_the_model_without_adapters():
     time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
     conditions = {"sequence": sequence, "pooled": pooled, "time_ids": time_ids}
     base_prediction = module.base_prediction(conditions, noisy, levels)
-    held_prediction = HeldPrediction(1, conditions, base_prediction)
-    departures = module.departures(held_prediction, noisy, levels)
+    changes = module.squared_change(conditions, noisy, levels, base_prediction)
 
     # By diffusers' own call of the UNet.
     added = {"text_embeds": pooled, "time_ids": time_ids}
@@ -150,8 +149,8 @@ def test_the_departure_is_that_from_the_model_without_adapters():
         output = unet(noisy, levels, sequence, added_cond_kwargs=added).sample
         plain_output = plain_unet(noisy, levels, sequence, added_cond_kwargs=added).sample
     expected = (output - plain_output).square().flatten(1).mean(1)
-    assert torch.allclose(departures, expected, rtol=1e-4)
-    departures.sum().backward()
+    assert torch.allclose(changes, expected, rtol=1e-4)
+    changes.sum().backward()
     for name in both:
         for parameter in adapters.parameters(unet, name):
             assert parameter.grad is not None

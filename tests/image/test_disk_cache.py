@@ -100,7 +100,7 @@ def test_latents_are_stored_for_one_autoencoder_to_the_bit(tmp_path):
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
 
     def cache():
-        return disk_cache.of_latents(cfg, LatentSpace.from_config(vae), vae, torch.device("cpu"))
+        return disk_cache.latent_cache(cfg, LatentSpace.from_config(vae), vae, torch.device("cpu"))
 
     cache().put(TENSORS, "image")
     assert cache().get("image")

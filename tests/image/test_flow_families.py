@@ -13,7 +13,13 @@ from bilora_diffusion.adapters.access import layers
 from bilora_diffusion.adapters.injection import base_of, target_layers
 from bilora_diffusion.image.captions import PromptCache
 from bilora_diffusion.image.families import family_of
-from bilora_diffusion.image.families.base import STEPS, join_rows
+from bilora_diffusion.image.families.base import (
+    STEPS,
+    Unconditional,
+    autoencoder_width,
+    latent_pixels,
+)
+from bilora_diffusion.image.families.tensors import join_rows
 from bilora_diffusion.image.loss import GUIDANCE_SHARE, UNCONDITIONAL, DreamBoothModule
 from bilora_diffusion.image.noise_schedules import FlowMatching
 from bilora_diffusion.image.pipeline import select_layers
@@ -25,9 +31,6 @@ SIDE = 64
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 PROMPTS = [PROMPT, "an icon"]
 LONG = ", ".join([PROMPT] * 8)
-NO_GUIDANCE = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
-"""Scale at which a pipeline applies no guidance, if it is not 1; FLUX.1 takes it as an input."""
-
 SD3 = "StableDiffusion3Pipeline"
 SCHNELL = "FLUX.1 without an embedding of guidance"
 each_kind = pytest.mark.parametrize("kind", FILES)
@@ -83,7 +86,7 @@ def inputs_of(pipeline, conditional, count):
 @each_kind
 def test_a_dropped_caption_is_what_guidance_leads_away_from(kind):
     prompts = PromptCache(pipeline_of(kind), torch.device("cpu"))
-    conditions = prompts.conditions(["", PROMPT])
+    conditions = prompts.embed_captions(["", PROMPT])
     for name, values in embed_negative(pipeline_of(kind), 1).items():
         # The first row is that of the dropped caption.
         torch.testing.assert_close(conditions[name][:1], values)
@@ -97,9 +100,13 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind):
     conditional = family.embed(pipeline, PROMPTS)
     # Some pipelines take it although no guidance reads it.
     unconditional = family.negative(pipeline, family.embed(pipeline, [""] * 2))
+    # A model that takes guidance as an input takes that of training.
+    guidance = family.unguided_scale
+    if family.unconditional is Unconditional.NONE:
+        guidance = family.guidance_scale
     sampler = bare_sampler(family, pipeline)
     output = sampler(
-        **family.sampling(conditional, unconditional, NO_GUIDANCE.get(kind, 1.0)),
+        **family.sampling(conditional, unconditional, guidance),
         generator=[generator(3), generator(4)],
         output_type="latent",
         height=SIDE,
@@ -239,6 +246,24 @@ def test_gradients_reach_every_target(word, kind):
         assert is_read or name.removeprefix(last_block) in UNREAD_LAYERS, name
         for factor in (layer.lora_A["default"], layer.lora_B["default"]):
             assert has_gradient(factor) == is_read, name
+
+
+@each_kind
+def test_the_widths_that_dry_run_reads_are_those_of_the_layers(kind):
+    """Nothing but the configurations is read, so that a model on the hub needs no weights."""
+    pipeline = pipeline_of(kind)
+    family = family_of(pipeline)
+    widths = set()
+    for name, layer in pipeline.transformer.named_modules():
+        if name.endswith("to_q"):
+            widths.add(layer.in_features)
+    assert family.width(pipeline.transformer.config) in widths
+    convolutions = [m for m in pipeline.vae.encoder.modules() if hasattr(m, "out_channels")]
+    assert autoencoder_width(pipeline.vae.config) == convolutions[0].out_channels
+    latents = latents_of(pipeline, 1)
+    pixels = latent_pixels(pipeline.vae.config)
+    assert latents[0].numel() * pixels**2 % SIDE**2 == 0
+    assert family.patch % pixels == 0
 
 
 @each_kind

@@ -13,7 +13,7 @@ from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
-from bilora_diffusion.image.loss import grid_levels
+from bilora_diffusion.image.loss import grid_level_indices
 from bilora_diffusion.image.noise_schedules import noise_schedule
 from bilora_diffusion.run import checkpoint
 from tests.image.test_noise_options import (
@@ -227,7 +227,7 @@ def test_the_held_out_grid_has_all_levels_whatever_the_range():
     for words in ("", "--timestep_range 0.3 0.5"):
         schedule = flow_schedule(SD3, words)
         assert schedule.num_timesteps == LEVELS
-        assert schedule.sigmas[grid_levels(LEVELS)[0]] > 0.9
+        assert schedule.sigmas[grid_level_indices(LEVELS)[0]] > 0.9
 
 
 NO_RANGES = {

@@ -40,7 +40,7 @@ def test_embeddings_equal_the_pipelines(pipeline):
     expected = {"sequence": sequence, "pooled": pooled}
     torch.testing.assert_close(embed(pipeline, PROMPTS), expected, rtol=0, atol=0)
     # The cache embeds each prompt on its own.
-    cached = PromptCache(pipeline, torch.device("cpu"))(PROMPTS)
+    cached = PromptCache(pipeline, torch.device("cpu")).embed(PROMPTS)
     torch.testing.assert_close(cached, expected)
     negative = {"sequence": negative_sequence, "pooled": negative_pooled}
     torch.testing.assert_close(embed_negative(pipeline, 2), negative, rtol=0, atol=0)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from bilora_diffusion import adapters
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.loss import GUIDANCE_SHARE, HOLDS, UNCONDITIONAL
+from bilora_diffusion.image.loss import GUIDANCE_SHARE, HELD_WEIGHTS, UNCONDITIONAL
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import embed, embed_negative
@@ -91,11 +91,11 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
         sequence = negative["sequence"]
         return pipeline.unet(noisy[:2], timesteps[:2], sequence, added_cond_kwargs=added).sample
 
-    departures = predict_unconditionally(task.pipeline) - predict_unconditionally(original)
-    departures = departures.square().mean(dim=(1, 2, 3))  # (slots,)
-    assert (departures > 1e-4).all()
-    del inputs[UNCONDITIONAL]
-    torch.testing.assert_close(losses - task.module(inputs), 4 * departures, rtol=1e-3, atol=1e-5)
+    changes = predict_unconditionally(task.pipeline) - predict_unconditionally(original)
+    changes = changes.square().mean(dim=(1, 2, 3))  # (slots,)
+    assert (changes > 1e-4).all()
+    del inputs[HELD_WEIGHTS][UNCONDITIONAL]
+    torch.testing.assert_close(losses - task.module(inputs), 4 * changes, rtol=1e-3, atol=1e-5)
 
     cut_losses = []
     for batch in task.micro_batches([(15, (0,)), (15, (1,))], 2):
@@ -171,7 +171,7 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
         guided_target = inputs["noise"].double() + share * (prediction - unconditional)
     row_losses = (prediction - guided_target).square().mean(dim=(1, 2, 3))
     expected = row_losses[:2] + row_losses[2:] if count == 4 else row_losses  # with class images
-    if HOLDS in inputs:
+    if UNCONDITIONAL in inputs.get(HELD_WEIGHTS, {}):
         change = predict(exact, inputs, empty) - unconditional
         expected = expected + 4 * change.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-6)

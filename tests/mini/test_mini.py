@@ -1,6 +1,5 @@
 """The embedded miniatures are as good as their cards say; the demo compares what saw the same."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import TrainingError, UserError
+from bilora_diffusion.core.files import hash_of_file
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images
@@ -101,7 +101,7 @@ def test_the_weights_are_those_of_the_card_in_half_precision():
     card_hashes = dict(re.findall(r"^\| `(\S+)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
     hashes = {}
     for path in ROOT.rglob("*.safetensors"):
-        hashes[path.relative_to(ROOT).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[path.relative_to(ROOT).as_posix()] = hash_of_file(path)
         dtypes = {tensor.dtype for tensor in load_file(path).values()}
         assert dtypes <= {torch.float16, torch.int64}  # int64: the numbers of positions
     assert hashes == card_hashes

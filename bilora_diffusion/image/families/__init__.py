@@ -1,7 +1,7 @@
 """The families of image models that can be trained, by the class of their pipeline.
 
-One row here and one file beside it make a family known to training, evaluation and viewer. A file
-is imported when it is needed, since options are checked before torch is imported.
+A family needs one row here and one file in this folder; training, evaluation and viewer use it from
+there. A file is imported when it is used, since options are checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ...core.errors import UserError, did_you_mean
 
 SDXL = "StableDiffusionXLPipeline"
-# The class of a pipeline: the file here that knows it, and the class in the file.
+# Class of a pipeline -> file of its family, and class in the file.
 FAMILIES: dict[str, tuple[str, str]] = {
     SDXL: ("sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
@@ -26,7 +26,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
 
 
 def family_class(pipeline: str, model: str) -> Any:
-    """The family of a pipeline, a class of ``base.Family``.
+    """The family of a pipeline, a subclass of ``base.Family``.
 
     Args:
         pipeline: name of the pipeline's class.

@@ -1,12 +1,11 @@
 """The interface of a family of image models: its parts, prompts, latents and forward call.
 
-Everything else of a run - images, noise, methods, held-out loss, export - is shared. A family is
-one file here and one row in the table of this package.
+Images, noise, methods, held-out loss and export are the same for all families. A family is one file
+here and one row in the table of this package.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
+from .tensors import Conditions, unpack
 
-STEPS = 25  # of the sampler, by default
+STEPS = 25  # default of the sampler
 # Projections of attention, by diffusers' names.
 ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
-# Those of the prompt's tokens, where the prompt has projections of its own.
+# Projections of the prompt's tokens, in models that have separate ones.
 PROMPT_LAYERS = ("add_k_proj", "add_q_proj", "add_v_proj")
-# Inputs of a model beside the noisy latents, for n rows: tensors (n, ...), or lists of n tensors
-# where rows differ in length.
-Conditions = dict[str, Any]
-Configs = Mapping[str, Mapping[str, Any]]  # of denoiser and autoencoder, by the part
+# Configurations of denoiser and autoencoder, by the part's name.
+Configs = Mapping[str, Mapping[str, Any]]
 
 
 class Unconditional(Enum):
-    """The place of guidance's unconditional prediction in a pipeline's calls of the denoiser."""
+    """Where a pipeline computes guidance's unconditional prediction."""
 
     FIRST_ROWS = "the first half of each batch's rows"
     LAST_ITEMS = "the second half of lists, which the denoiser joins, so that rows are lost"
@@ -37,85 +35,8 @@ class Unconditional(Enum):
     NONE = "nowhere"
 
 
-def split_rows(conditions: Conditions) -> list[Conditions]:
-    """Conditions of n rows as n conditions of one row each, on the CPU."""
-    on_cpu = move(conditions, torch.device("cpu"), None)
-    count = len(next(iter(on_cpu.values())))
-    rows = []
-    for i in range(count):
-        # A slice, not an index: a row keeps its dimension, or its list of one.
-        rows.append({name: values[i : i + 1] for name, values in on_cpu.items()})
-    return rows
-
-
-def join_rows(parts: Sequence[Conditions]) -> Conditions:
-    """The conditions of all rows together, the reverse of `split_rows`."""
-    joint: Conditions = {}
-    for name, first in parts[0].items():
-        values = [part[name] for part in parts]
-        if isinstance(first, Tensor):
-            joint[name] = torch.cat(values)
-        else:
-            joint[name] = list(itertools.chain(*values))
-    return joint
-
-
-def move(conditions: Conditions, device: torch.device, dtype: torch.dtype | None) -> Conditions:
-    """Move conditions to a device, and floating-point values to a dtype unless it is None."""
-
-    def moved(value: Tensor) -> Tensor:
-        if value.is_floating_point():
-            return value.to(device, dtype)
-        return value.to(device)
-
-    result: Conditions = {}
-    for name, values in conditions.items():
-        if isinstance(values, Tensor):
-            result[name] = moved(values)
-        else:
-            result[name] = [moved(value) for value in values]
-    return result
-
-
-def pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad n sequences (length, ...) by zeros at their ends.
-
-    Returns:
-        The sequences, (n, longest, ...), and their mask of ones and zeros, (n, longest).
-    """
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=sequences[0].device)
-    padded = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    positions = torch.arange(padded.shape[1], device=padded.device)
-    return padded, (positions < lengths[:, None]).long()
-
-
-def pad_if_needed(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Pad as `pad` does; no mask where all lengths are equal, without which attention is faster."""
-    padded, mask = pad(sequences)
-    if all(len(sequence) == len(sequences[0]) for sequence in sequences):
-        return padded, None
-    return padded, mask.bool()
-
-
-def unpad(sequences: Tensor, mask: Tensor) -> list[Tensor]:
-    """Take the tokens within the mask (n, length) of sequences (n, length, ...): (count, ...)."""
-    return [row[mask_row.bool()] for row, mask_row in zip(sequences, mask, strict=True)]
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Patches of 2 x 2 latents (n, c, h, w) as tokens, (n, h/2 w/2, 4 c)."""
-    patches = nn.functional.pixel_unshuffle(latents, 2)  # (n, 4 c, h/2, w/2)
-    return patches.flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The reverse of `pack`, for latents of this height and width: (n, c, h, w)."""
-    patches = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
-    return nn.functional.pixel_shuffle(patches, 2)
-
-
 def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
-    """Logarithm of the shift, linear in the tokens between two points of a scheduler; {}: FLUX.1's.
+    """Logarithm of the shift, linear in the number of tokens; for {} with FLUX.1's values.
 
     https://github.com/black-forest-labs/flux/blob/main/src/flux/sampling.py
     """
@@ -127,19 +48,47 @@ def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
 
 def latent_pixels(vae: Mapping[str, Any]) -> int:
     """Pixels per latent along a side, from an autoencoder's configuration."""
-    # Each block but the last halves the sides.
-    return 2 ** (len(vae["block_out_channels"]) - 1)
+    _, levels = read_entry(vae, ("block_out_channels", "dim_mult"), "its autoencoder")
+    # Each level but the last halves the sides.
+    return 2 ** (len(levels) - 1)
+
+
+def autoencoder_width(vae: Mapping[str, Any]) -> int:
+    """Channels of an autoencoder's outermost layer, from its configuration."""
+    name, value = read_entry(vae, ("base_dim", "block_out_channels"), "its autoencoder")
+    return value[0] if name == "block_out_channels" else value
+
+
+def read_entry(config: Mapping[str, Any], names: Sequence[str], model: str) -> tuple[str, Any]:
+    """Name and value of the first of these entries that a model's configuration has.
+
+    Args:
+        config: the configuration.
+        names: of entries with the same meaning in different classes of models.
+        model: what the configuration belongs to, for the message.
+
+    Raises:
+        UserError: it has none of them.
+    """
+    for name in names:
+        if config.get(name):
+            return name, config[name]
+    raise UserError(
+        f"the configuration of {model} has none of {', '.join(names)}: give another model, or"
+        " extend the reader of the entry in bilora_diffusion/image/families."
+    )
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Encoding and decoding of images by an autoencoder, with the denoiser's scale of latents."""
+    """Encoding and decoding with an autoencoder, and the denoiser's scale of latents."""
 
     scale: float  # factor of centered latents
     mean: Tensor | None = None  # of each channel, (1, c, 1, 1), if the autoencoder has it
     std: Tensor | None = None  # of each channel, (1, c, 1, 1), if the autoencoder has it
     shift: float = 0.0  # of all channels
-    samples_posterior: bool = True  # latents are samples of an image's Gaussian, else its mean
+    # Latents are sampled from an image's Gaussian; else they are its mean.
+    samples_posterior: bool = True
 
     @classmethod
     def from_config(cls, vae: Any, *, samples_posterior: bool = True) -> Self:
@@ -160,13 +109,13 @@ class LatentSpace:
         return cls(scale, mean, std, shift, samples_posterior)
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Scale latents of the autoencoder for the denoiser, (n, c, h, w)."""
+        """Convert latents of the autoencoder, (n, c, h, w), to the denoiser's scale."""
         if self.mean is None or self.std is None:
             return (latents - self.shift) * self.scale
         return (latents - self.mean.to(latents)) * self.scale / self.std.to(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scale latents of the denoiser for the autoencoder, (n, c, h, w)."""
+        """Convert latents of the denoiser, (n, c, h, w), to the autoencoder's scale."""
         if self.mean is None or self.std is None:
             return latents / self.scale + self.shift
         return latents * self.std.to(latents) / self.scale + self.mean.to(latents)
@@ -190,59 +139,63 @@ class Activations:
     """
 
     prompt_tokens: int
-    checkpointed: float  # of each block, with gradient checkpointing
-    recomputed: float  # in addition, of the one block that is computed again
-    block: float  # of each block, without gradient checkpointing
+    checkpointed: float  # for each block, with gradient checkpointing
+    recomputed: float  # in addition, for the block that is computed again
+    block: float  # for each block, without gradient checkpointing
 
 
 @dataclass(frozen=True)
 class ComfyUI:
-    """How ComfyUI loads a family's models and samples, by its names of nodes and files."""
+    """ComfyUI's nodes and files for a family of models."""
 
     checkpoints: Mapping[str, str] = field(default_factory=dict)  # file, by the id on the hub
-    text_encoders: tuple[str, ...] = ()  # files; () where the checkpoint has them
+    text_encoders: tuple[str, ...] = ()  # files; () if the checkpoint includes them
     text_encoder_type: str = ""  # for their loader
-    # Other files, by a word in the checkpoint's name.
+    # Files for checkpoints whose name contains a word, by the word.
     text_encoders_by_size: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    autoencoder: str | None = None  # file; None where the checkpoint has it
+    autoencoder: str | None = None  # file; None if the checkpoint includes it
     latent_node: str = "EmptySD3LatentImage"
     shift_node: str = ""  # shifts the noise levels; "" without a shift
     scheduler: str = "simple"  # of the node KSampler
-    scheduler_node: str = ""  # in place of KSampler's scheduler
+    scheduler_node: str = ""  # instead of KSampler's scheduler
     embeds_guidance: bool = False  # the model has an embedding of guidance, no negative prompt
-    unread_groups: frozenset[str] = frozenset()  # of --lora_layers, which it does not read whole
-    unread_layers: str = ""  # what it leaves out of them, in words
+    # Groups of --lora_layers that it reads only in part
+    unread_groups: frozenset[str] = frozenset()
+    unread_layers: str = ""  # the layers of these groups that it does not read, for a message
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of image model, with the settings that a run may change."""
+    """A family of image models. Fields are the settings that a run can change."""
 
     title: ClassVar[str]
     pipeline: ClassVar[str]  # diffusers' class, as in ``model_index.json``
-    examples: ClassVar[Mapping[str, str]] = {}  # of the README's table: name -> id on the hub
-    tested_on: ClassVar[str] = "tiny weights"  # for that table
-    parts: ClassVar[Mapping[str, str]] = {}  # its models and their classes
+    examples: ClassVar[Mapping[str, str]] = {}  # for the tables of models: name -> id on the hub
+    tested_on: ClassVar[str] = "tiny weights"  # for these tables
+    parts: ClassVar[Mapping[str, str]] = {}  # name -> class of its models
     optional: ClassVar[frozenset[str]] = frozenset()  # parts that a pipeline may lack
-    denoiser: ClassVar[str] = "transformer"  # trained; keys in adapters' files begin with its name
+    # The trained model; keys in LoRA files begin with its name.
+    denoiser: ClassVar[str] = "transformer"
     # Projections of attention, which get adapters by default.
     targets: ClassVar[tuple[str, ...]] = ATTENTION_LAYERS
-    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)  # modules, with all their linear layers
+    # Modules whose linear layers are the feed-forward layers.
+    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)
     flow: ClassVar[bool] = True  # predicts a velocity (`noise_schedules.FlowMatching`)
-    weighting: ClassVar[str] = "none"  # of noise levels, by default
-    default_guidance: ClassVar[float] = 5.0  # scale of its images, by default
+    weighting: ClassVar[str] = "none"  # default of --weighting_scheme
+    default_guidance: ClassVar[float] = 5.0  # default guidance scale of images
     unconditional: ClassVar[Unconditional] = Unconditional.SECOND_CALL
-    unguided: ClassVar[float] = 1.0  # up to this scale there is no unconditional prediction
-    reads_negative_prompt: ClassVar[bool] = True  # in the unconditional prediction
-    few_steps: ClassVar[int] = STEPS  # of the sampler, for its distilled models
-    undistilled: ClassVar[str] = "the model that it was made from"
-    patch: ClassVar[int] = 16  # pixels of a patch's side, of which the resolution is a multiple
-    side: ClassVar[int] = 1024  # resolution in pixels, where the configuration has none
+    unguided_scale: ClassVar[float] = 1.0  # the largest scale without unconditional prediction
+    reads_negative_prompt: ClassVar[bool] = True  # used in the unconditional prediction
+    few_steps: ClassVar[int] = STEPS  # default number of steps of distilled models
+    # The model to train in place of a distilled one, for a message
+    undistilled_model: ClassVar[str] = "the model that it was made from"
+    patch: ClassVar[int] = 16  # pixels; the resolution is a multiple of it
+    side: ClassVar[int] = 1024  # default resolution in pixels, if the configuration has none
     activations: ClassVar[Activations]
     comfyui: ClassVar[ComfyUI | None] = None  # None: ComfyUI has no names for its layers
 
     max_sequence_length: int = 512  # tokens of a prompt that are read
-    guidance_scale: float = 3.5  # that a model with a guidance embedding gets in training
+    guidance_scale: float = 3.5  # for models with a guidance embedding, in training
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -250,11 +203,11 @@ class Family:
         return tuple(name for name in self.parts if name.startswith("text_encoder"))
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        """Embed prompts by the pipeline's own encoders, with their adapters, on their device."""
+        """Embed prompts with the pipeline's encoders and their adapters, on their device."""
         raise NotImplementedError
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], **options: Any) -> Any:
-        """Call the pipeline's own ``encode_prompt`` on prompts."""
+        """Call the pipeline's ``encode_prompt``."""
         return pipeline.encode_prompt(
             list(prompts),  # a new list: some pipelines write into it
             device=pipeline.text_encoder.device,
@@ -263,19 +216,19 @@ class Family:
         )
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        """Guidance's negative prompt, from the embeddings of empty prompts."""
+        """Embeddings of the default negative prompt, from those of empty prompts."""
         return empty
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
-        """The denoiser's prediction, (n, c, h, w): of a flow model the velocity, noise minus image.
+        """Predict, (n, c, h, w): a flow model predicts the velocity, noise minus image.
 
         Args:
             model: the denoiser.
             noisy: latents in the model's dtype, (n, c, h, w).
-            levels: (n,): sigma in [0, 1] of a flow model, else the timestep.
-            conditions: of the n rows, on the model's device.
+            levels: (n,); sigma in [0, 1] for a flow model, else the timestep.
+            conditions: conditions of the n rows, on the model's device.
         """
         raise NotImplementedError
 
@@ -288,7 +241,7 @@ class Family:
         return height // self.patch * (width // self.patch)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        """Logarithm of the shift in sampling, where it depends on the number of tokens."""
+        """Logarithm of the shift in sampling, if it depends on the number of tokens."""
         return mu_of(tokens, pipeline.scheduler.config)
 
     def training_shift(self, tokens: int) -> float | None:
@@ -298,7 +251,8 @@ class Family:
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         """Arguments of the pipeline's call for embedded prompts and a guidance scale.
 
-        Here for pipelines that take a sequence of each prompt, and some also a pooled vector.
+        The default is for pipelines that take a sequence for each prompt, and optionally a pooled
+        vector.
         """
         names = {"sequence": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
         arguments: Conditions = {names[name]: values for name, values in positive.items()}
@@ -307,21 +261,22 @@ class Family:
         return {**arguments, "guidance_scale": guidance}
 
     def prepare_sampler(self, sampler: Any) -> None:
-        """Complete a pipeline that has denoiser and scheduler only, where its call reads more."""
+        """Add what the call of a pipeline with only denoiser and scheduler needs."""
 
     def unpack_output(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Latents (n, c, h, w) of a pipeline's output of the type "latent".
+        """Convert a pipeline's output of the type "latent" to latents (n, c, h, w).
 
         Args:
-            latents: the output: latents, or tokens of 2 x 2 latents.
-            height, width: of the images, in pixels.
+            latents: latents, or tokens of 2 x 2 latents.
+            height, width: size of the images in pixels.
         """
         if latents.ndim == 4:
             return latents
-        return unpack(latents, height // 8, width // 8)
+        # A token is a patch of 2 x 2 latents.
+        return unpack(latents, 2 * (height // self.patch), 2 * (width // self.patch))
 
     def native_side(self, pipeline: Any) -> int:
-        """Side in pixels of the images that a loaded pipeline was made for."""
+        """Resolution in pixels that a loaded pipeline was trained on."""
         return self.side_of(self.configs(pipeline))
 
     def configs(self, pipeline: Any) -> Configs:
@@ -329,11 +284,19 @@ class Family:
         return {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
 
     def side_of(self, configs: Configs) -> int:
-        """Side in pixels of the images that a model was made for, from its configurations."""
+        """Resolution in pixels that a model was trained on, from its configurations."""
         side = configs[self.denoiser].get("sample_size")
         if not isinstance(side, int):
             return self.side
         return side * latent_pixels(configs["vae"])
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        """Width of the denoiser's tokens, from its configuration."""
+        names = ("dim", "hidden_size", "num_attention_heads")
+        name, value = read_entry(config, names, f"this {self.title}'s denoiser")
+        if name == "num_attention_heads":
+            return value * config["attention_head_dim"]
+        return value
 
     def model(self, pipeline: Any) -> Any:
         """The denoiser of a pipeline."""
@@ -344,15 +307,15 @@ class Family:
         return bool(pipeline.config.get("is_distilled", False))
 
     def usual_sampling(self, pipeline: Any) -> tuple[int, float]:
-        """Steps and guidance scale of a loaded model's images by default."""
+        """Default number of steps and guidance scale of a loaded model's images."""
         if self.is_distilled(pipeline):
             return self.few_steps, 0.0
         return STEPS, self.default_guidance
 
     def precision(self, device: torch.device) -> torch.dtype:
-        """Dtype of sampling on a device by default: 16 bits on a GPU, fp32 on a CPU.
+        """Default dtype of sampling on a device: 16 bits on a GPU, fp32 on a CPU.
 
-        A flow model needs the range of bf16, which fp16 does not have.
+        Flow models need bf16, since fp16's range is too small.
         """
         if device.type not in ("cuda", "mps"):
             return torch.float32
@@ -368,29 +331,29 @@ class Family:
         """Test that a model's pipeline makes an unconditional prediction at this guidance scale.
 
         Args:
-            index: the pipeline's own configuration, as in ``model_index.json``.
+            index: the pipeline's configuration, as in ``model_index.json``.
         """
-        return self.unconditional is not Unconditional.NONE and guidance > self.unguided
+        return self.unconditional is not Unconditional.NONE and guidance > self.unguided_scale
 
     def embeds_guidance(self, configs: Configs) -> bool:
-        """Test that a model has an embedding of guidance, which training has to give."""
+        """Test that a model has a guidance embedding, so that training must give a scale."""
         return False
 
     def remark(self, name: str, pipeline: Any) -> str | None:
         """A warning about a model before it is trained, as one sentence, or None.
 
         Args:
-            name: of the model, as the user gave it.
+            name: name of the model, as the user gave it.
         """
         if not self.is_distilled(pipeline):
             return None
         return (
             f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
-            f" on {self.undistilled}, and sample with this one."
+            f" on {self.undistilled_model}, and sample with this one."
         )
 
     def require_resolution(self, resolution: int, configs: Configs) -> None:
-        """Refuse a side, in pixels, that the model can't take."""
+        """Refuse a resolution in pixels that the model does not support."""
         if resolution % self.patch:
             nearest = max(self.patch, resolution // self.patch * self.patch)
             raise UserError(

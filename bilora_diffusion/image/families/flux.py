@@ -14,13 +14,11 @@ from .base import (
     PROMPT_LAYERS,
     Activations,
     ComfyUI,
-    Conditions,
     Configs,
     Family,
     Unconditional,
-    pack,
-    unpack,
 )
+from .tensors import Conditions, pack, unpack
 
 SINGLE_BLOCKS = 38  # of FLUX.1; smaller models have fewer
 
@@ -54,7 +52,7 @@ class Flux(Family):
     )
     default_guidance: ClassVar[float] = 3.5
     unconditional: ClassVar[Unconditional] = Unconditional.NONE  # guidance is embedded
-    unguided: ClassVar[float] = 100.0  # no scale makes an unconditional prediction
+    unguided_scale: ClassVar[float] = 100.0  # no scale makes an unconditional prediction
     reads_negative_prompt: ClassVar[bool] = False
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
     activations: ClassVar[Activations] = Activations(

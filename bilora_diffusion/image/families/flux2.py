@@ -18,13 +18,13 @@ from .base import (
     PROMPT_LAYERS,
     Activations,
     ComfyUI,
-    Conditions,
     Configs,
     Family,
     LatentSpace,
     mu_of,
 )
 from .flux import positions
+from .tensors import Conditions
 
 SINGLE_BLOCKS = 48  # of FLUX.2-dev; klein has 20 or 24
 
@@ -69,7 +69,7 @@ class Flux2Klein(Family):
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     default_guidance: ClassVar[float] = 4.0
     few_steps: ClassVar[int] = 4  # of klein without "base"
-    undistilled: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"
+    undistilled_model: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"
     steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=512, checkpointed=1, recomputed=100, block=24

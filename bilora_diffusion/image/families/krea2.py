@@ -10,20 +10,9 @@ import torch
 from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
-from .base import (
-    ATTENTION_LAYERS,
-    Activations,
-    ComfyUI,
-    Conditions,
-    Family,
-    LatentSpace,
-    pack,
-    pad,
-    pad_if_needed,
-    unpack,
-    unpad,
-)
+from .base import ATTENTION_LAYERS, Activations, ComfyUI, Family, LatentSpace
 from .qwen_image import VideoSpace
+from .tensors import Conditions, pack, pad, pad_if_needed, unpack, unpad
 
 
 @dataclass(frozen=True)
@@ -49,9 +38,9 @@ class Krea2(Family):
     }
     targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, "to_gate")
     default_guidance: ClassVar[float] = 4.5
-    unguided: ClassVar[float] = 0.0
+    unguided_scale: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
-    undistilled: ClassVar[str] = "the model that it was made from, Krea 2 RAW"
+    undistilled_model: ClassVar[str] = "the model that it was made from, Krea 2 RAW"
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=1.2, recomputed=29, block=22
     )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
-from .base import Activations, Conditions, Family, mu_of, pad, unpad
+from .base import Activations, Family, mu_of
+from .tensors import Conditions, pad, unpad
 
 
 @dataclass(frozen=True)

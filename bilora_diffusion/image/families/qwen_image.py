@@ -15,16 +15,11 @@ from .base import (
     PROMPT_LAYERS,
     Activations,
     ComfyUI,
-    Conditions,
     Configs,
     Family,
     LatentSpace,
-    pack,
-    pad,
-    pad_if_needed,
-    unpack,
-    unpad,
 )
+from .tensors import Conditions, pack, pad, pad_if_needed, unpack, unpad
 
 
 class VideoSpace(LatentSpace):

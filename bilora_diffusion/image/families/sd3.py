@@ -15,12 +15,12 @@ from .base import (
     PROMPT_LAYERS,
     Activations,
     ComfyUI,
-    Conditions,
     Configs,
     Family,
     Unconditional,
     latent_pixels,
 )
+from .tensors import Conditions
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Activations, ComfyUI, Conditions, Configs, Family, Unconditional, latent_pixels
+from .base import Activations, ComfyUI, Configs, Family, Unconditional, latent_pixels
+from .tensors import Conditions
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -66,6 +67,9 @@ class StableDiffusionXL(Family):
         # prediction.
         embeds_guidance = configs["unet"].get("time_cond_proj_dim") is not None
         return super().is_guided(guidance, index, configs) and not embeds_guidance
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        return config["block_out_channels"][0]
 
     def side_of(self, configs: Configs) -> int:
         side = configs["unet"].get("sample_size")

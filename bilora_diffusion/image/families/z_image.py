@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Activations, ComfyUI, Conditions, Family, LatentSpace, Unconditional
+from .base import Activations, ComfyUI, Family, LatentSpace, Unconditional
+from .tensors import Conditions
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class ZImage(Family):
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     default_guidance: ClassVar[float] = 5.0
     unconditional: ClassVar[Unconditional] = Unconditional.LAST_ITEMS
-    unguided: ClassVar[float] = 0.0
+    unguided_scale: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
-    undistilled: ClassVar[str] = "Z-Image, the model that it was made from"
+    undistilled_model: ClassVar[str] = "Z-Image, the model that it was made from"
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=1, recomputed=37, block=29
     )
