@@ -69,7 +69,7 @@ class UserErrorParser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         read: Any = action.type or str
-        removed.refuse_value(action.dest, action.option_strings[0], text)
+        removed.refuse_value(action.dest, text)
         try:
             return read(text)
         except ValueError as error:
