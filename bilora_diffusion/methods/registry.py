@@ -100,7 +100,7 @@ def for_run(values: Mapping[str, Any], num_steps: int) -> Method:
         values: values of the fields of a `RunConfig`, by name.
         num_steps: optimizer steps of the whole run.
     """
-    options = {"num_steps": num_steps}
+    options: dict[str, Any] = {"num_steps": num_steps}
     for field in fields(MethodOptions):
         if field.name in values:
             options[field.name] = values[field.name]
