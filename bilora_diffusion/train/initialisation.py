@@ -62,7 +62,6 @@ def initialise(
             for parameter in adapters.parameters(target.model, INITIAL):
                 torch.distributed.broadcast(parameter.detach(), src=0)
         adapters.start_from_initial(target.model)
-    return bool(initialised)
 
 
 def mean_gradients(
