@@ -1,4 +1,4 @@
-"""The tab "Training": curves and state of the chosen runs, live while one of them is going on."""
+"""The tab "Training": curves and state of the chosen runs, also while they train."""
 
 from __future__ import annotations
 
@@ -30,48 +30,53 @@ from .training_data import (
     charts,
     constant_rate,
     legend,
-    radii,
+    radius_lines,
     table,
 )
 
-# From one update of the curves to the next
+# Time between two updates of the curves
 TICK_SECONDS = 3.0
-# Runs that are shown before any is chosen.
+# Number of runs that are chosen at first
 FIRST_RUNS = 4
-# Steps of the running mean at first.
+# Steps of the running mean at first
 WINDOW = 25
-# Settings that differ between any two runs.
+# Settings that always differ between two runs
 FOLDER_SETTINGS = ("output_dir", "logging_dir")
-# Characters of a setting's value.
+# Most characters of a setting's value
 SETTING_WIDTH = 60
 
 
-def cards(runs: Sequence[TrainingRun]) -> tuple[str, str]:
-    """The state of each run, and the legend of the plots, as HTML."""
-    items = names = ""
+def cards_html(runs: Sequence[TrainingRun]) -> str:
+    """A card with the state of each run, as HTML."""
+    items = ""
     for run in runs:
-        name = escape(run.run.name)
         status = escape(run.state.status)
-        color = f'style="--line: {COLORS[run.color]}"'
         text = ""
-        for line in _lines(run):
+        for line in card_lines(run):
             text += f'<div class="line">{escape(line)}</div>'
         items += (
-            f'<li class="{status}" {color}><span class="state">{status}</span>'
-            f"<b>{name}</b>{text}</li>"
+            f'<li class="{status}" style="--line: {COLORS[run.color]}">'
+            f'<span class="state">{status}</span><b>{escape(run.run.name)}</b>{text}</li>'
         )
-        names += f"<span {color}>{name}</span>"
-    return f"<ul>{items}</ul>", names
+    return f"<ul>{items}</ul>"
 
 
-def _lines(run: TrainingRun) -> list[str]:
-    """Lines of a run's card: radius and rate, progress, and the reason of a fault."""
+def runs_legend_html(runs: Sequence[TrainingRun]) -> str:
+    """The names of the runs in their colors, as HTML."""
+    names = ""
+    for run in runs:
+        names += f'<span style="--line: {COLORS[run.color]}">{escape(run.run.name)}</span>'
+    return names
+
+
+def card_lines(run: TrainingRun) -> list[str]:
+    """Lines of a run's card: radius and learning rate, progress, and the reason of an error."""
     state = run.state
     if not run.is_readable:
         return [state.reason]
     config = run.run.record["config"]
     settings = []
-    if radii([run]):
+    if radius_lines([run]):
         text = f"ρ {config['rho']:g}"
         norm = config.get("rho_norm", "scaled")
         if norm != "scaled":
@@ -93,7 +98,7 @@ def _lines(run: TrainingRun) -> list[str]:
 
 
 def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
-    """Settings that differ between the runs, with the value of each run as text."""
+    """Settings that differ between runs -> the value of each run as text."""
     configs = [run.run.record["config"] for run in runs]
     texts_by_name = {}
     for name, values in differing_options(configs).items():
@@ -107,8 +112,8 @@ def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
     return texts_by_name
 
 
-def settings(runs: Sequence[TrainingRun]) -> str:
-    """The settings that differ between the runs, as HTML; "" if none does."""
+def settings_html(runs: Sequence[TrainingRun]) -> str:
+    """Table of the settings that differ between runs, as HTML; "" if there are none."""
     rows = ""
     for name, values in differing_settings(runs).items():
         rows += f'<tr><th scope="row">{escape(name)}</th>'
@@ -127,7 +132,7 @@ def settings(runs: Sequence[TrainingRun]) -> str:
 
 
 def plot_properties(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
-    """Properties of a plot: colors and limits; a plot without values is hidden.
+    """Colors and limits of a plot; a plot without values is hidden.
 
     Args:
         lines: lines of the plot.
@@ -142,7 +147,7 @@ def plot_properties(lines: Sequence[Line], values: Sequence[float]) -> dict[str,
 
 
 def legend_html(lines: Sequence[Line]) -> str:
-    """The legend of a plot. ``style.css`` dashes its strokes by the same rules as the lines."""
+    """The legend of a plot as HTML; ``style.css`` draws its dashes by the rules for lines."""
     entries = ""
     for name, color in legend(lines):
         sample = f'<svg width="28" height="8"><path d="M0 4h28" stroke="{color}"/></svg>'
@@ -151,13 +156,13 @@ def legend_html(lines: Sequence[Line]) -> str:
 
 
 def _plot(name: str) -> gr.LinePlot:
-    """The widget of a plot, which is hidden at first."""
+    """Create the widget of a plot, which is hidden at first."""
     title, caption = TITLES[name]
     return gr.LinePlot(
         x="step",
         y="value",
         color="run",
-        colors_in_legend=[],  # the page has a legend of its own
+        colors_in_legend=[],  # the page has its own legend
         label=title,
         caption=caption,
         elem_id=f"training-{name}",
@@ -197,11 +202,11 @@ class Tab:
                     label="Running mean over steps",
                     min_width=200,
                 )
-            # States, settings and colors of the runs.
+            # States, settings and colors of the runs
             self.cards = parts.html("training-cards")
             self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
-            # All plots; those without values are hidden.
+            # All plots; plots without values are hidden.
             self.plots: dict[str, gr.LinePlot] = {}
             self.legends: dict[str, gr.HTML] = {}
             with gr.Row(elem_id="training-plots"):
@@ -213,14 +218,14 @@ class Tab:
                                 f"training-{name}-legend", visible=False
                             )
         self.last_state = gr.State(None)
-        self.properties = gr.State([])  # of each plot
+        self.properties = gr.State([])  # return values of `plot_properties`
         inputs = [self.runs, window]
         outputs = [self.cards, self.legend, self.settings, self.last_state, self.properties]
         outputs += [*self.plots.values(), *self.legends.values()]
-        changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
+        changed(self._fill, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, window.release], self._draw, inputs, outputs, **QUIET)
-        # An event after that of the values: a plot that gets both at once keeps the old values in
-        # the new colors.
+        # Set by another event than the values: a plot that gets both at once would show the old
+        # values in the new colors.
         plots = list(self.plots.values())
         self.properties.change(
             lambda properties: [gr.update(**plot) for plot in properties],
@@ -230,8 +235,8 @@ class Tab:
         )
         gr.Timer(TICK_SECONDS).tick(self._draw, [*inputs, self.last_state], outputs, **QUIET)
 
-    def _load(self, chosen: Sequence[str] | None) -> Update:
-        """Fill the list of runs, and choose new ones that are going on."""
+    def _fill(self, chosen: Sequence[str] | None) -> Update:
+        """Fill the list of runs, and add new runs that are training to the chosen ones."""
         runs = sort_newest_first(self.catalog.scan.runs)
         if not runs:
             text = parts.empty_notice(self.catalog, "No runs yet", "demo", "train")
@@ -239,17 +244,17 @@ class Tab:
         paths = {run.path for run in runs}
         selection = [path for path in chosen or [] if path in paths]
         if selection:
-            # Runs that have begun since then join the chosen ones.
+            # Runs that started after the choice
             for run in runs:
                 has_room = len(selection) < len(COLORS)
                 if has_room and run.status == "running" and run.path not in selection:
                     selection.append(run.path)
         else:
-            # Running ones first, then the latest.
+            # First the runs that are training, then the newest ones
             first_runs = sorted(runs, key=lambda run: run.status != "running")[:FIRST_RUNS]
             selection = [run.path for run in sort_runs(first_runs)]
         properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}
-        # An unchanged selection is not sent, since the user may be choosing at this moment.
+        # An unchanged selection is not sent, because the user may be choosing at this moment.
         if selection != chosen:
             properties["value"] = selection
         return {
@@ -259,7 +264,7 @@ class Tab:
         }
 
     def _draw(self, paths: Sequence[str] | None, window: int, last_state: Any = None) -> Update:
-        """Update of cards and plots; nothing if the runs are as in the last state."""
+        """Update cards and plots, unless the state of the runs is the last state."""
         runs = []
         for color, path in enumerate((paths or [])[: len(COLORS)]):
             runs.append(self._read(path, color))
@@ -268,12 +273,11 @@ class Tab:
             states.append((run.run.name, len(run.rows), run.state))
         if states == last_state:
             return {self.cards: gr.skip()}
-        card_list, names = cards(runs)
         properties: list[dict[str, Any]] = []
         update: Update = {
-            self.cards: card_list,
-            self.legend: names,
-            self.settings: settings(runs),
+            self.cards: cards_html(runs),
+            self.legend: runs_legend_html(runs),
+            self.settings: settings_html(runs),
             self.last_state: states,
             self.properties: properties,
         }
@@ -287,8 +291,8 @@ class Tab:
         return update
 
     def _read(self, path: str, color: int) -> TrainingRun:
-        """A run as it is now, or with the reason why it can't be read."""
-        run = RunItem(path, path, {"config": {}}, None)  # of a folder that is gone
+        """Read the current state of a run, or the reason why it is unreadable."""
+        run = RunItem(path, path, {"config": {}}, None)  # for a deleted folder
         for item in self.catalog.scan.runs:
             if item.path == path:
                 run = item
@@ -298,21 +302,21 @@ class Tab:
             metrics_file = self.catalog.resolve(f"{path}/{METRICS}")
             record = read_run(folder)
             rows = []
-            fault_of_log = ""
+            log_error = ""
             last_written = record_file.stat().st_mtime
             if metrics_file.exists():
                 last_written = max(last_written, metrics_file.stat().st_mtime)
                 try:
                     rows = self.catalog.read_cached(metrics_file, partial(read_metrics, folder))
                 except (UserError, OSError) as error:
-                    fault_of_log = f"log unreadable: {self.catalog.without_root(error)}"
+                    log_error = f"log unreadable: {self.catalog.without_root(error)}"
             state = find_progress(record, rows, last_written)
-            if fault_of_log:
-                # The run may be whole all the same: its status is that of its record.
-                state = replace(state, reason=fault_of_log)
+            if log_error:
+                # The run itself may be undamaged: its status is that of its record.
+                state = replace(state, reason=log_error)
                 return TrainingRun(replace(run, record=record), color, [], state, is_readable=False)
             return TrainingRun(replace(run, record=record), color, rows, state)
-        except Exception as error:  # whatever is in one folder, the other runs are shown
+        except Exception as error:  # of any kind, because the other runs must be shown
             reason = self.catalog.without_root(error)
             state = Progress("unreadable", reason, 0, None, 0.0, None, 0)
             return TrainingRun(run, color, [], state, is_readable=False)

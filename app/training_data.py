@@ -1,11 +1,11 @@
-"""State of the chosen runs and their curves, as tables for Gradio's plots. No widgets.
+"""Curves of the chosen runs, as tables for Gradio's plots. No widgets.
 
     for name, lines in charts(runs, window=25).items():
         TITLES[name], table(lines)
 
-A run has one color in all plots. Lines in the background (each step's loss, the training set) are
-faint, and lines of no run are grey. In the plots of `WITH_LEGEND` concepts have colors, and runs
-differ by their dashes.
+A run has the same color in all plots. Lines in the background (the loss of each step, the training
+set) are faint, and lines that belong to no run are grey. In the plots of `WITH_LEGEND` the concepts
+have colors, and runs differ by their dashes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .runs import CONTROL, Progress, RunItem, find_control
 
 # Colors of runs; each has a contrast of at least 3 to a light and to a dark page.
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
-# Color of lines that belong to no run.
+# Color of lines that belong to no run
 GREY = "#808890"
-# Colors of concepts, of the same contrast.
-LABEL_COLORS = (
+# Colors of concepts, with the same contrast
+CONCEPT_COLORS = (
     "#3b82f6",
     "#ef4444",
     "#16a34a",
@@ -45,57 +45,59 @@ LABEL_COLORS = (
     "#c0568f",
     "#0891b2",
 )
-# The last two digits of a color are its opacity. By them ``style.css`` knows the kind of a line:
-# a faint line is thin;
+# The last two digits of a color are its opacity. ``style.css`` uses them to select kinds of lines,
+# because a plot of Gradio has no other property for each line.
+# Lines in the background are thin and faint.
 FAINT = "80"
-# the control's line is broad, since others often lie on it;
+# The line of the control is wide, because other lines are often on top of it.
 WIDE = "c0"
-# by the run's number a line is solid, dashed, dotted, or dashed and dotted;
+# Dashes of the first run, the second run, ...: solid, dashed, dotted, dashed and dotted
 DASHES = ("", "fe", "fd", "fc")
-# the radius has short dashes with wide gaps, in which the equal norm below it is seen.
+# The radius has short dashes with wide gaps, so that a norm of the same size is visible below it.
 RADIUS = "f7"
-# Plots whose colors are those of concepts, not of runs
+# Plots in which concepts have colors, and not runs
 WITH_LEGEND = ("concepts",)
-# Column of the held-out loss at one noise level.
+# Name of the held-out loss at one noise level
 LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A chosen run as it is now."""
+    """The current state of a chosen run."""
 
     run: RunItem
-    # Number among `COLORS`
+    # Index of its color in `COLORS`
     color: int
+    # Rows of its log
     rows: list[dict[str, Any]]
-    # Its progress; the reason of a run that can't be read
+    # Its progress, or the reason why it is unreadable
     state: Progress
-    # True if record and log could be read
+    # False if its record or log could not be read
     is_readable: bool = True
 
     def line(self, points: Points) -> Line:
-        """A line of this run."""
+        """Make a line in the color of this run."""
         opacity = WIDE if self.run.method == CONTROL else ""
         return Line(self.run.name, points, COLORS[self.color] + opacity)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve."""
+    """A curve of a plot."""
 
-    # Name that is shown where the pointer is on it
+    # Name in the tooltip
     name: str
     points: Points
-    # Color, with the opacity that gives its kind
+    # Color, with the opacity of its kind
     color: str = GREY
-    # Name of the color in a legend
-    label: str = ""
-    # Name of the dashes in a legend
+    # In plots of concepts: the concept, which has a color
+    concept: str = ""
+    # In plots of concepts: the name of the run, which has dashes
     run: str = ""
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
-    """Points of lines as rows with "step", "value" (of five digits) and "run" (the line's name)."""
+    """Points of lines as rows with "step", "value" (five digits) and "run" (the line's name)."""
     rows = []
     for line in lines:
         for step, value in thin(line.points):
@@ -104,10 +106,10 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def ceiling(values: Sequence[float]) -> float | None:
-    """End of the vertical axis that cuts off rare peaks; None if there are none."""
+    """Upper end of the vertical axis that cuts off rare peaks; None if there are none."""
     low, usual_high, high = np.quantile(values, [0, 0.99, 1])
     usual_range = usual_high - low
-    # One of a hundred values is above `usual_high`; of fewer than 50 any may be.
+    # One value of a hundred is above `usual_high`; for fewer than 50 values this says nothing.
     has_peaks = len(values) > 50 and high - low > 3 * usual_range > 0
     if not has_peaks:
         return None
@@ -126,7 +128,7 @@ def curves(
         runs: runs with the metric in their logs.
         key: name of the metric.
         window: steps of the mean.
-        background: name of a metric whose faint lines lie behind, and its title in the plot.
+        background: name of a metric whose faint lines are in the background, and its title.
     """
     lines = []
     if background is not None:
@@ -147,10 +149,10 @@ def differences(
     Such runs see the same samples with the same noise in each step.
 
     Args:
-        runs: runs, LoRA's among them.
+        runs: runs, including those of LoRA.
         key: name of the metric.
         window: steps of the running mean.
-        in_percent: the difference is in percent of LoRA's value.
+        in_percent: whether the difference is in percent of LoRA's value.
     """
     items = [run.run for run in runs]
     lines = []
@@ -167,11 +169,11 @@ def differences(
             unit = control_value / 100 if in_percent else 1.0
             points.append((step, (value - control_value) / unit))
         lines.append(run.line(smooth(points, window)))
-    return over_zero(lines, "LoRA of the same seed")
+    return add_zero_line(lines, "LoRA of the same seed")
 
 
-def over_zero(lines: list[Line], name: str) -> list[Line]:
-    """The lines, and behind them one at 0, of their length."""
+def add_zero_line(lines: list[Line], name: str) -> list[Line]:
+    """Add a line at 0 in the background, as long as the other lines."""
     steps = []
     for line in lines:
         steps += [step for step, _ in line.points]
@@ -181,8 +183,8 @@ def over_zero(lines: list[Line], name: str) -> list[Line]:
     return [Line(name, zero_points), *lines]
 
 
-def by_level(rows: Sequence[Row]) -> Points:
-    """Held-out loss at each noise level: the last measurement minus the first."""
+def changes_by_level(rows: Sequence[Row]) -> Points:
+    """Change of the held-out loss at each noise level, from the first measurement to the last."""
     measured_rows = [row for row in rows if HELDOUT_LOSS in row]
     if not measured_rows:
         return []
@@ -197,11 +199,11 @@ def by_level(rows: Sequence[Row]) -> Points:
     return points
 
 
-def by_concept(runs: Sequence[TrainingRun]) -> list[Line]:
+def concept_curves(runs: Sequence[TrainingRun]) -> list[Line]:
     """The held-out loss of each concept, for each run."""
     lines = []
     for run in runs:
-        keys: dict[str, None] = {}  # in the order in which they come
+        keys: dict[str, None] = {}  # a set in the order of the log
         for row in run.rows:
             keys |= dict.fromkeys(row)
         for key in keys:
@@ -209,25 +211,25 @@ def by_concept(runs: Sequence[TrainingRun]) -> list[Line]:
             if key.startswith(BY_CONCEPT) and points:
                 concept = key.removeprefix(BY_CONCEPT)
                 name = f"{run.run.name}, {concept}"
-                lines.append(Line(name, points, label=concept, run=run.run.name))
-    return colored(lines)
+                lines.append(Line(name, points, concept=concept, run=run.run.name))
+    return add_colors(lines)
 
 
-def colored(lines: Sequence[Line]) -> list[Line]:
-    """Give each line the color of its label and the dashes of its run."""
-    labels = list(dict.fromkeys(line.label for line in lines))
+def add_colors(lines: Sequence[Line]) -> list[Line]:
+    """Give each line the color of its concept and the dashes of its run."""
+    concepts = list(dict.fromkeys(line.concept for line in lines))
     runs = list(dict.fromkeys(line.run for line in lines))
     colored_lines = []
     for line in lines:
-        color = LABEL_COLORS[labels.index(line.label) % len(LABEL_COLORS)]
+        color = CONCEPT_COLORS[concepts.index(line.concept) % len(CONCEPT_COLORS)]
         color += DASHES[runs.index(line.run) % len(DASHES)]
         colored_lines.append(replace(line, color=color))
     return colored_lines
 
 
 def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Names and colors of a legend: of each label, and of each run if there are several."""
-    entries = list({line.label: line.color[: len(GREY)] for line in lines}.items())
+    """Names and colors in a legend: of each concept, and of each run if there are several."""
+    entries = list({line.concept: line.color[: len(GREY)] for line in lines}.items())
     runs = list(dict.fromkeys(line.run for line in lines))
     if len(runs) > 1:
         for number, run in enumerate(runs):
@@ -235,45 +237,45 @@ def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
     return entries
 
 
-def radii(runs: Sequence[TrainingRun]) -> list[Line]:
+def radius_lines(runs: Sequence[TrainingRun]) -> list[Line]:
     """The radius rho of Bi-LoRA's runs: one line for each value."""
     points_by_name: dict[str, Points] = {}
     for run in runs:
         rho = run.run.record["config"].get("rho")
-        # A run without steps has none.
+        # A run without steps has no line.
         points = []
         if run.run.method == "bilora" and isinstance(rho, int | float):
             points = [(step, float(rho)) for step in sorted({1, run.state.steps} - {0})]
         if not points:
             continue
         name = f"ρ = {rho:g}"
-        # A line of several runs is as long as the longest one.
+        # A line for several runs is as long as the longest run.
         if name not in points_by_name or points_by_name[name][-1][0] < points[-1][0]:
             points_by_name[name] = points
     return [Line(name, points, GREY + RADIUS) for name, points in points_by_name.items()]
 
 
 def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
-    """Lines of each plot, those in the background first, by the names of `TITLES`.
+    """Lines of each plot, by the names of `TITLES`; lines in the background come first.
 
     Args:
-        runs: runs to show.
+        runs: readable runs.
         window: steps of the running mean.
     """
-    levels = [run.line(by_level(run.rows)) for run in runs]
+    levels = [run.line(changes_by_level(run.rows)) for run in runs]
     plots = {
         "loss": curves(runs, "loss", window, background=("loss", "each step")),
         "loss-difference": differences(runs, "loss", window),
         "heldout": curves(runs, HELDOUT_LOSS, background=(TRAINING_GRID_LOSS, "training set")),
         "heldout-difference": differences(runs, HELDOUT_LOSS, in_percent=True),
         "distance": curves(runs, HELDOUT_DISTANCE),
-        "concepts": by_concept(runs),
-        "levels": over_zero(levels, "base model"),
+        "concepts": concept_curves(runs),
+        "levels": add_zero_line(levels, "base model"),
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
-    # The last lines lie on top.
-    plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radii(runs)
+    # The last lines are on top.
+    plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radius_lines(runs)
     plots["rate"] = []
     if any(constant_rate(run) is None for run in runs):
         plots["rate"] = curves(runs, "lr")
@@ -281,27 +283,30 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
 
 
 def constant_rate(run: TrainingRun) -> float | None:
-    """The learning rate of a run that has had one rate so far; None where it changes."""
+    """Learning rate of a run; None if it has changed."""
     rates = {rate for _, rate in series(run.rows, "lr")}
     return rates.pop() if len(rates) == 1 else None
 
 
 UNPROJECTED = ("auxiliary_norm_before", "before the projection")
 BELOW_ZERO = "Below zero: lower than LoRA of the same seed. A lower loss is not better samples."
-# Each plot's title and caption.
+# Plot -> title and caption
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
     "loss-difference": (
         "Training loss, difference to LoRA",
-        "Below zero: fits the training data better; says nothing of other data.",
+        "Below zero: fits the training data better; says nothing about other data.",
     ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA in %", BELOW_ZERO),
-    "distance": ("Distance of samples to held-out images", "By --choose_by samples."),
-    "concepts": ("Held-out loss of each concept", "Colors are of concepts here."),
+    "distance": ("Distance of samples to held-out images", "Measured for --choose_by samples."),
+    "concepts": (
+        "Held-out loss of each concept",
+        "The colors are those of concepts here.",
+    ),
     "levels": (
         "Held-out loss at each noise level",
-        "The last measurement minus the base model's; across: the timestep.",
+        "Last measurement minus that of the base model; horizontal axis: the timestep.",
     ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (

@@ -69,9 +69,9 @@ class UserErrorParser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         read: Any = action.type or str
+        removed.refuse_value(action.dest, text)
         # A positional argument has no option strings.
         spelling = action.option_strings[0] if action.option_strings else action.dest
-        removed.refuse_value(action.dest, spelling, text)
         try:
             return read(text)
         except ValueError as error:

@@ -98,12 +98,11 @@ def refuse_option(name: str, spelling: str) -> None:
         )
 
 
-def refuse_value(name: str, spelling: str, value: str) -> None:
+def refuse_value(name: str, value: str) -> None:
     """Refuse a value of an option that was removed.
 
     Args:
         name: of the option.
-        spelling: of the option, as in messages.
         value: as the user wrote it.
 
     Raises:
@@ -111,7 +110,7 @@ def refuse_value(name: str, spelling: str, value: str) -> None:
     """
     if (name, value) in VALUES:
         raise UserError(
-            f"{spelling} {value} was removed: {VALUES[name, value]}. The last version with it is"
+            f"--{name} {value} was removed: {VALUES[name, value]}. The last version with it is"
             f" {TAG} in git."
         )
 

@@ -267,7 +267,7 @@ def _tensor(
         alpha = scalar.item()
         # By the exact type, since bool is a subclass of int.
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise refused(path, f"has {alpha} as {key}, which is no finite number")
+            raise refused(path, f"has {alpha} as {key}, which is not a finite number")
     else:
         if dtype not in _FLOATS:
             problem = f"has {key} as {dtype}, and LoRA is made of floats"
@@ -275,7 +275,9 @@ def _tensor(
         # A and B have at least two dimensions, a magnitude has at least one.
         dimensions = 1 if role == "magnitude" else 2
         if len(shape) < dimensions or 0 in shape:
-            raise refused(path, f"has {key} of the shape {list(shape)}, which is no part of a LoRA")
+            raise refused(
+                path, f"has {key} of the shape {list(shape)}, which can't be a part of a LoRA"
+            )
     name = layer.removeprefix(prefix).removeprefix(_PEFT_PREFIX)
     spelling = name.removeprefix("text_model.").removeprefix("text_model_")
     return LoraTensor(

@@ -126,4 +126,4 @@ def _validate(fields: object) -> PeftConfig:
 def _explain_config_errors(path: Path) -> AbstractContextManager[None]:
     """Context manager: an error becomes a `UserError` about the file's configuration."""
     sentence = f"The adapter configuration of {path} can't be read"
-    return as_user_error(sentence, "mend it or write the file again")
+    return as_user_error(sentence, "correct it or write the file again")

@@ -175,7 +175,7 @@ def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[st
     differing_keys = sorted(stored.keys() ^ expected.keys())
     if differing_keys:
         raise TrainingError(
-            f"{path} does not hold what was trained alone: look at {differing_keys[0]}."
+            f"{path} does not have exactly the trained tensors: look at {differing_keys[0]}."
         )
     for key, value in expected.items():
         if not value.isfinite().all():
@@ -207,8 +207,7 @@ def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, fl
     parts = read(path).parts
     differing_models = sorted(expected.keys() ^ parts.keys())
     if differing_models:
-        holds = ", ".join(parts)
-        raise TrainingError(f"{path} holds {holds} and not {differing_models[0]} as it was to.")
+        raise TrainingError(f"{path} and its source do not agree on {differing_models[0]}.")
     count = 0
     largest_absolute = 0.0
     largest_relative = 0.0

@@ -61,7 +61,7 @@ def remark(cfg: DreamBoothConfig) -> str | None:
         return None
     return (
         f"--{flag}: diffusers reads the file as trained; ComfyUI leaves out {loss}, so its images"
-        " are not those of what was trained."
+        " differ from those of the trained model."
     )
 
 

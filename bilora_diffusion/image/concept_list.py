@@ -155,15 +155,15 @@ def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]
             )
         if classes == other_images or images == other_classes:
             raise UserError(
-                f"class images and training images of concept {number} lie in one folder: give the"
-                " class images a folder of their own."
+                f"class images and training images of concept {number} are in the same folder:"
+                " give the class images a folder of their own."
             )
         # Missing class images are sampled with the prompt, so one folder can't serve two prompts.
         has_other_prompt = concept.class_prompt != other_concept.class_prompt
         if classes is not None and classes == other_classes and has_other_prompt:
             raise UserError(
-                f"its class images lie in {quoted(concept.class_data_dir)} as those of concept"
-                f" {number}, and their prompts differ: give it a class_data_dir of its own."
+                f"its class images are in {quoted(concept.class_data_dir)}, as those of concept"
+                f" {number}, but their prompts differ: give it a class_data_dir of its own."
             )
 
 

@@ -98,7 +98,9 @@ def load_pipeline(
     if folder is None:
         folder = _download(name, revision, variant, cache_dir, with_vae=not vae, weights=weights)
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
-        raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
+        raise UserError(
+            f'--variant "{variant}" is not among the files of "{name}": {ANOTHER}, or drop it.'
+        )
 
     # Optional parts that the pipeline lacks, such as SD3's T5: null, or [null, null].
     absent = [part for part in family.optional if (model.index.get(part) or [None])[0] is None]

@@ -294,7 +294,7 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
         image_set.require_masks()
         if len(image_set) < FEW_IMAGES:
             logger.warning(
-                "%s has %s: 10 to 30 are usual, and so few are soon learned by heart.",
+                "%s has %s: 10 to 30 are usual, and so few are quickly memorized.",
                 image_set.label,
                 counted(len(image_set), "image"),
             )

@@ -33,7 +33,7 @@ class Tabs:
             "page": [page.heading_html(self.catalog), page.broken_html(self.catalog)],
             "images": [],
             "Generate": list(self.generate.fill("", "")),
-            "Training": list(self.training._load(None).values()),
+            "Training": list(self.training._fill(None).values()),
             "Compare": self._scores(),
             **self._curves(),
             "Results": [],

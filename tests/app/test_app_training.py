@@ -1,4 +1,4 @@
-"""Training curves: rho over the steps, the state, which lines there are, what the tab sends."""
+"""The tab Training: the lines of each plot, the state of runs, and what the tab sends."""
 
 import math
 
@@ -10,16 +10,16 @@ from app.catalog import Catalog
 from app.runs import BUSY_SECONDS, STALE_SECONDS, RunItem, find_progress
 from app.training_data import (
     COLORS,
+    CONCEPT_COLORS,
     DASHES,
     FAINT,
     GREY,
-    LABEL_COLORS,
     RADIUS,
     TITLES,
     Line,
     TrainingRun,
-    by_level,
     ceiling,
+    changes_by_level,
     charts,
     legend,
     table,
@@ -35,7 +35,7 @@ def record(method="bilora", status="running", **config):
 
 
 def rows(*losses):
-    """The log of a run with these losses."""
+    """Rows of a log with these losses."""
     log_rows = []
     for step, loss in enumerate(losses, start=1):
         log_rows.append({"step": step, "loss": loss, "seconds": 0.5})
@@ -48,8 +48,8 @@ def training_run(name, log_rows, run=None, color=0, data_hash=None):
     return TrainingRun(item, color, log_rows, find_progress(run, log_rows, 0.0, 0.0))
 
 
-def described(lines):
-    """Name, points and color of each curve."""
+def descriptions(lines):
+    """Name, points and color of each line."""
     return [(line.name, line.points, line.color) for line in lines]
 
 
@@ -85,7 +85,7 @@ def test_progress_of_a_running_run():
     assert find_progress(run | {"num_steps": 60}, log_rows, 0.0, 0.0).total == 60
 
 
-def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does():
+def test_a_silent_run_is_stalled_unless_it_is_busy_with_something_else():
     log_rows = rows(0.1, 0.1)
     assert find_progress(record(), log_rows, 0.0, STALE_SECONDS - 1).status == "running"
     stale = find_progress(record(), log_rows, 0.0, STALE_SECONDS + 1)
@@ -104,14 +104,14 @@ def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does
     assert (state.status, state.reason) == ("failed", "a reason")
 
 
-def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_seed():
+def test_the_loss_of_steps_is_faint_and_differences_are_to_lora_of_the_same_seed():
     lora, other_seed = record("lora"), record("lora") | {"seed": 1}
     runs = [
         training_run("lora", rows(1.0, 0.5, 0.25), lora),
         training_run("lora 1", rows(9.0, 9.0), other_seed, 1),
         training_run("ours", rows(0.75, 0.25), None, 2),
     ]
-    # The mean of a window of two steps, over the faint losses of each step
+    # The mean of two steps, on top of the faint losses of each step
     assert charts(runs[2:], window=2)["loss"] == [
         Line("ours, each step", [(1, 0.75), (2, 0.25)], COLORS[2] + FAINT),
         Line("ours", [(1, 0.75), (2, 0.5)], COLORS[2]),
@@ -121,19 +121,19 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
         Line("LoRA of the same seed", [(1, 0.0), (2, 0.0)], GREY),
         Line("ours", [(1, -0.25), (2, -0.25)], COLORS[2]),
     ]
-    # LoRA of another seed, or on other data, is no control.
+    # LoRA with another seed or on other data is no control.
     other_data = training_run("other", rows(1.0, 0.5), lora, data_hash="d0")
     for unpaired in (runs[1:], [other_data, runs[2]]):
         assert table(charts(unpaired, window=1)["loss-difference"]).empty
     assert charts([], 5).keys() == TITLES.keys()
 
 
-def test_a_difference_of_held_out_losses_is_in_percent_of_lora_s():
+def test_a_difference_of_held_out_losses_is_in_percent_of_lora_s_loss():
     lora_rows = [{"step": 0, "heldout_loss": 0.0}, {"step": 5, "heldout_loss": 0.08}]
     our_rows = [{"step": 0, "heldout_loss": 1.0}, {"step": 5, "heldout_loss": 0.0798}]
     runs = [training_run("lora", lora_rows, record("lora")), training_run("ours", our_rows)]
     (_, ours) = charts(runs, window=1)["heldout-difference"]
-    assert ours.points == [(5, pytest.approx(-0.25))]  # not of a loss of zero
+    assert ours.points == [(5, pytest.approx(-0.25))]  # none for a loss of zero
 
 
 def test_the_radius_is_dashed_on_top_of_the_norm():
@@ -148,19 +148,19 @@ def test_a_constant_learning_rate_is_a_line_of_the_card_and_no_plot():
     changing = training_run("b", [{"step": step, "lr": 1e-3 / step} for step in (1, 2)])
     assert charts([constant], window=1)["rate"] == []
     assert len(charts([constant, changing], window=1)["rate"]) == 2
-    card_list, _ = training.cards([constant, changing])
+    card_list = training.cards_html([constant, changing])
     assert card_list.count("learning rate") == 1
     assert "learning rate 0.0002" in card_list
 
 
-def test_noise_levels_are_a_change_since_the_start():
+def test_losses_at_noise_levels_are_changes_since_the_start():
     key = "heldout_loss_by_level/"
     log_rows = [
         {"step": 0, "heldout_loss": 0.5, f"{key}25": 1.0, f"{key}75": 2.0, f"{key}125": None},
         {"step": 9, "heldout_loss": 0.5, f"{key}25": 0.5, f"{key}75": 2.5, f"{key}125": 1.0},
     ]
-    assert by_level(log_rows) == [(25, -0.5), (75, 0.5)]  # level 125 has no start
-    assert by_level(rows(1.0)) == []
+    assert changes_by_level(log_rows) == [(25, -0.5), (75, 0.5)]  # level 125 has no first value
+    assert changes_by_level(rows(1.0)) == []
 
 
 def test_concepts_have_colors_and_runs_have_dashes_and_both_are_in_the_legend():
@@ -175,9 +175,9 @@ def test_concepts_have_colors_and_runs_have_dashes_and_both_are_in_the_legend():
         training_run("without concepts", rows(1.0)),
     ]
     dog, ab = [(0, 1.0), (9, 0.5)], [(0, 2.0), (9, 2.5)]
-    first, second = LABEL_COLORS[:2]
+    first, second = CONCEPT_COLORS[:2]
     lines = charts(runs, window=1)["concepts"]
-    assert described(lines) == [
+    assert descriptions(lines) == [
         ("ours, dog", dog, first),
         ("ours, a/b", ab, second),
         ("plain, dog", dog, first + DASHES[1]),
@@ -199,7 +199,7 @@ def test_only_settings_that_differ_are_listed():
         "concepts": ["[]", "–"],
     }
     assert training.differing_settings(runs[:1]) == {}
-    assert "<b>" not in training.settings(runs)
+    assert "<b>" not in training.settings_html(runs)
 
 
 def write(run, text):
@@ -209,14 +209,14 @@ def write(run, text):
 
 
 def plotted(tab, update, name):
-    """Points of a chart, (step, value, name) each; [] if it is hidden."""
+    """Points (step, value, name) of a plot; [] if it is hidden."""
     index = list(tab.plots).index(name)
     if not update[tab.properties][index]["visible"]:
         return []
     return update[tab.plots[name]].to_numpy().tolist()
 
 
-def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
+def test_the_tab_follows_a_run_and_sends_nothing_if_nothing_is_new(tmp_path):
     make_run(tmp_path / "text", config={"model_name_or_path": "t5"}, seed=1)
     write(tmp_path / "text", '{"step": 1, "loss": 0.5, "accuracy": 0.75}\n')
     log = RunLog(tmp_path / "bilora")
@@ -226,9 +226,9 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     log.metric(2, loss=math.nan, seconds=0.1)
     with gr.Blocks():
         tab = training.Tab(Catalog(tmp_path), gr.State().change)
-    first = tab._load(None)
+    first = tab._fill(None)
     assert first[tab.runs]["value"] == ["text", "bilora"], "the control first"
-    assert "value" not in tab._load(["text", "bilora"])[tab.runs], "someone may be choosing"
+    assert "value" not in tab._fill(["text", "bilora"])[tab.runs], "someone may be choosing"
 
     def draw(last_state=None):
         return tab._draw(["bilora", "text"], 1, last_state)

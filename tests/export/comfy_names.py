@@ -1,10 +1,9 @@
 """ComfyUI's names of the layers that get adapters by default, by their names in diffusers.
 
-Facts of its comfy/lora.py and comfy/utils.py of 2026, to which test_comfyui.py compares: for these
-models it takes a key "transformer.LAYER.lora_A.weight" (or lora_B) of a LoRA file, and changes the
-weight of the layer of its own that the table names. "#" stands for a number and "[i]" for the i-th
-part of a weight that several of diffusers' layers are fused in. Lumina 2 is missing: ComfyUI has no
-such names for it.
+From its comfy/lora.py and comfy/utils.py of 2026; test_comfyui.py compares. For these models it
+reads a key "transformer.LAYER.lora_A.weight" (or lora_B) of a LoRA file and changes the weight of
+its layer in the table. "#" is a number and "[i]" the i-th part of a weight in which several of
+diffusers' layers are fused. Lumina 2 is missing: ComfyUI has no such names for it.
 """
 
 import re
@@ -80,7 +79,7 @@ _NUMBER = re.compile(r"(?<=s\.)\d+|(?<=refiner\.)\d+")
 
 
 def place(transformer: str, layer: str) -> tuple[str, int]:
-    """ComfyUI's layer that holds one of diffusers', and which part of it that is."""
+    """ComfyUI's layer with a layer of diffusers, and the part of its weight."""
     theirs, _, part = NAMES[transformer][_NUMBER.sub("#", layer)].partition("[")
     for number in _NUMBER.findall(layer):
         theirs = theirs.replace("#", number, 1)

@@ -1,4 +1,4 @@
-"""Models of all kinds with adapters, and what is exported of them."""
+"""Models of all kinds with adapters, and their exported files."""
 
 from pathlib import Path
 

@@ -38,7 +38,7 @@ def plain_models() -> dict[str, nn.Module]:
 
 
 def add_adapters(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> nn.Module:
-    """A primary and an auxiliary whose values are all random."""
+    """Add a primary and an auxiliary with random values."""
     adapters.inject(model, spec, PRIMARY)
     adapters.inject(model, AdapterSpec(rank=3, target_modules=spec.target_modules), AUXILIARY)
     adapters.activate(model, (PRIMARY, AUXILIARY))
@@ -51,7 +51,7 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> nn.Modul
 
 
 def all_models(**options: Any) -> dict[str, nn.Module]:
-    """The plain models with adapters, each with other random values."""
+    """The plain models with adapters, each with different random values."""
     models = plain_models()
     for seed, (name, model) in enumerate(models.items(), start=1):
         spec = AdapterSpec(**options)
@@ -62,7 +62,7 @@ def all_models(**options: Any) -> dict[str, nn.Module]:
 
 
 def export_all(folder: Path, models: dict[str, nn.Module]) -> Path:
-    """Both formats, with entries of a training run."""
+    """Export both formats, with metadata of a training run."""
     save_diffusers(folder, models, base_model="some/base", kohya=True, extra_metadata=FACTS)
     return folder
 

@@ -1,4 +1,4 @@
-"""Files and workflows in ComfyUI's own code, where the environment names a copy of it.
+"""Files and workflows in ComfyUI's code, if the environment has the path of a copy.
 
 COMFYUI=~/ComfyUI make test PYTEST_ARGS="-k comfyui", with its requirements in the environment.
 """

@@ -1,4 +1,4 @@
-"""bilora_diffusion.export on small models: names, scale, metadata, and what readers make of it."""
+"""bilora_diffusion.export on small models: names, scale, metadata, and other programs' readers."""
 
 import copy
 import hashlib
@@ -176,7 +176,7 @@ def test_files_are_reproducible_and_nothing_else_is_left(models, folder, tmp_pat
     for _ in range(2):  # the second replaces the first
         save_diffusers(run_folder, models, base_model="b", kohya=True)
     assert sorted(path.name for path in run_folder.iterdir()) == [KOHYA_FILE, FILE_NAME]
-    # A kohya file of other weights is not left.
+    # An older kohya file is removed.
     save_diffusers(run_folder, models, base_model="b")
     assert [path.name for path in run_folder.iterdir()] == [FILE_NAME]
     metadata = small.read_metadata(run_folder / FILE_NAME)

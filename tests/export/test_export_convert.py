@@ -54,13 +54,13 @@ def test_around_all_formats(folder, tmp_path):
     assert {part.name for part in peft.iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
     assert equal(convert(peft, "diffusers", tmp_path / "back"), source)  # a folder: the usual name
     assert convert(peft, "kohya").name == "peft-kohya.safetensors"
-    # PEFT's keys do not say which model they are of; the folder's name does.
+    # PEFT's keys do not name the model, but the folder's name does.
     encoder = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
     assert set(inspect(encoder).layers) == {"text_encoder_2"}
 
 
 def stored_products(file):
-    """Model and layer -> B A of a file as diffusers writes it; text encoders have other endings."""
+    """Model and layer -> B A of a file of diffusers; keys of text encoders have other endings."""
     tensors = load_file(file)
     products = {}
     for key, A in tensors.items():
@@ -272,7 +272,7 @@ def test_a_file_that_holds_something_else_gets_no_name(model, tmp_path, monkeypa
         return {key: tensor + 1 for key, tensor in load_file(path).items()}
 
     for read_back, sentence in (
-        (without_a_tensor, "does not hold what was trained alone"),
+        (without_a_tensor, "does not have exactly the trained tensors"),
         (with_other_values, "differs"),
     ):
         monkeypatch.setattr(writer, "load_file", read_back)

@@ -1,4 +1,4 @@
-"""Good, foreign, altered and broken files: read, or refused in one sentence."""
+"""Valid, foreign, changed and broken files are read, or refused in one sentence."""
 
 import contextlib
 import json
@@ -72,7 +72,7 @@ def file_of(tensors, metadata, fill=b"\0"):
 
 
 def with_length(header):
-    """A header behind its length, as a safetensors file begins."""
+    """The beginning of a safetensors file: the header's length, then the header."""
     return len(header).to_bytes(8, "little") + header
 
 
@@ -94,7 +94,7 @@ def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, caps
 
 
 def save_peft(folder, config, key=PEFT):
-    """A layer of rank 4 with the bytes of a configuration."""
+    """Save a layer of rank 4 with a configuration."""
     tensors = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""Transformers: their files in pipelines, ComfyUI and conversions, and runs that leave them."""
+"""Transformers: exported files in pipelines, ComfyUI and conversions, and run folders."""
 
 import json
 from pathlib import Path
@@ -153,7 +153,7 @@ def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
         "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(4, 2),
     }
     save_file(tensors, foreign)
-    assert main([str(foreign)]) == 0  # a look at it needs no names
+    assert main([str(foreign)]) == 0  # inspecting it needs no names
     with pytest.raises(UserError, match="double_blocks_0_img_attn_proj is no layer of SDXL"):
         convert(foreign, "diffusers")
 

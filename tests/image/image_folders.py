@@ -9,13 +9,13 @@ from PIL import Image
 
 
 def save(path: Path, color: int = 100, size: tuple[int, int] = (12, 8)) -> None:
-    """An image of one color, with the folders that it lies in."""
+    """Save an image of one color; its folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (color, 0, 0)).save(path)
 
 
 def photos(folder: Path) -> Path:
-    """Three images, of which two have captions in files beside them."""
+    """Three images; two have caption files next to them."""
     for number, name in enumerate(("c.png", "a.jpg", "b.webp")):
         save(folder / name, 60 * number)
     (folder / "a.txt").write_bytes("\ufeffa red\nsquare ä \n".encode())
@@ -25,7 +25,7 @@ def photos(folder: Path) -> Path:
 
 
 def table(path: Path, rows: Mapping[str, Image.Image | None]) -> None:
-    """A Parquet file of captions and images, in columns with other names than usual."""
+    """A Parquet file with captions and images in columns with unusual names."""
     features = datasets.Features(
         picture=datasets.Image(), prompt=datasets.Value("string"), number=datasets.Value("int64")
     )
@@ -39,7 +39,7 @@ def table(path: Path, rows: Mapping[str, Image.Image | None]) -> None:
 
 
 def difference(images: Sequence[Image.Image], expected_images: Sequence[Image.Image]) -> int:
-    """The largest difference of two lists of images, of 255."""
+    """The largest difference of two lists of images, from 0 to 255."""
     pixels = np.stack([np.asarray(image, dtype=int) for image in images])
     expected_pixels = np.stack([np.asarray(image, dtype=int) for image in expected_images])
     return int(np.abs(pixels - expected_pixels).max())

@@ -49,7 +49,7 @@ def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side):
 @given(st.integers(16, 4000), st.integers(16, 4000))
 def test_an_image_gets_the_shape_most_like_its_own(height, width):
     def distance(size):
-        """How unlike the image's shape a size is, equal for twice and half the ratio."""
+        """Distance of a size to the image's shape; equal for twice and half the ratio."""
         return abs(math.log(size[0] / size[1]) - math.log(height / width))
 
     chosen = nearest_bucket((height, width), sizes_around(1024))
@@ -73,7 +73,7 @@ def test_each_step_is_of_one_size_and_told_what_it_sees(photos, tmp_path):
             top, left = sample.crop.top, sample.crop.left
             assert sample.time_ids == (image_height, image_width, top, left, height, width)
             scale = max(height / image_height, width / image_width)
-            # The crop lies inside of the image that covers the bucket.
+            # The crop is inside the image that covers the bucket.
             assert 0 <= top <= image_height * scale - height + 1e-9
             assert 0 <= left <= image_width * scale - width + 1e-9
     # 20 steps of 2 samples are 8 epochs of 5 images.

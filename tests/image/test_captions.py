@@ -25,7 +25,7 @@ def captions(images: Any = ICONS, **values):
 
 
 class Captioned:
-    """A stand-in for a set of images with these captions."""
+    """Fake image set with these captions."""
 
     label = "photos"
 
@@ -40,12 +40,12 @@ class Captioned:
 
 
 def image_set(*texts) -> Any:
-    """A set of images with these captions."""
+    """A fake image set with these captions."""
     return Captioned(*texts)
 
 
 def settings(**values) -> Any:
-    """The options of a run whose only concept has the same."""
+    """The options of a run with a single concept."""
     cfg = SimpleNamespace(
         instance_prompt=None, trigger_word=None, shuffle_tags=False, caption_dropout=0.0, seed=0
     )

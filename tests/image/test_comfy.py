@@ -1,6 +1,6 @@
-"""The workflow for ComfyUI: it hangs together, and its noise levels are those of diffusers.
+"""The workflow for ComfyUI: its graph is connected, and its noise levels are those of diffusers.
 
-ComfyUI's formulas are those of its comfy/samplers.py, comfy/model_sampling.py and nodes of 2026.
+The formulas are from ComfyUI's comfy/samplers.py, comfy/model_sampling.py and nodes of 2026.
 """
 
 import functools
@@ -66,7 +66,7 @@ def comfy_levels(graph):
     (model,) = nodes(graph, "ModelSamplingFlux", "ModelSamplingSD3", "ModelSamplingAuraFlow")
     if "shift" in model:
         shift = model["shift"]
-    else:  # of FLUX: between these by the image's size, which is no matter where they are equal
+    else:  # FLUX interpolates between these by the image's size; here they are equal
         assert model["max_shift"] == model["base_shift"]
         shift = math.exp(model["max_shift"])
     if sampler["scheduler"] == "normal":
@@ -95,12 +95,12 @@ def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
 
 
 def links_of(node):
-    """Numbers of the nodes that a node's inputs come from."""
+    """Numbers of the nodes whose outputs are a node's inputs."""
     return [value[0] for value in node["inputs"].values() if isinstance(value, list)]
 
 
 def final_classes(graph):
-    """Classes of the nodes whose output no other node reads."""
+    """Classes of the nodes whose output is not an input of another node."""
     read_numbers = set()
     for number, node in graph.items():
         for link in links_of(node):
@@ -127,7 +127,7 @@ def test_with_guidance_from_the_base_model_the_adapter_acts_on_the_prompt_alone(
     assert final_classes(graph) == ["SaveImage"]
 
     def sources(number):
-        """Classes of a node and of all that it depends on."""
+        """Classes of a node and of all nodes that it depends on."""
         classes = {graph[number]["class_type"]}
         for link in links_of(graph[number]):
             classes |= sources(link)
@@ -141,7 +141,7 @@ def test_with_guidance_from_the_base_model_the_adapter_acts_on_the_prompt_alone(
     assert "CreateHookLoraModelOnly" in positive
     assert model.isdisjoint(loras)
     assert "CreateHookLoraModelOnly" not in negative
-    if "ConditioningZeroOut" not in negative:  # where it is zero its text encoder plays no part
+    if "ConditioningZeroOut" not in negative:  # if it is zero, its text encoder is not used
         assert negative.isdisjoint(loras)
     for lora in nodes(graph, *loras):
         assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)

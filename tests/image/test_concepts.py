@@ -1,4 +1,4 @@
-"""Lists of concepts: what is read of them, how it is dealt, and what is refused with its place."""
+"""Lists of concepts: their options and samples, and messages that name the concept."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ CLASS = f"{PRIOR} --class_data_dir class --class_prompt a"
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    """Folders of pictures in the working directory, some of them wrong in one way."""
+    """Folders of pictures in the working directory; some have an error."""
     monkeypatch.chdir(tmp_path)
     icons = sorted(mini.train_dir().glob("*.png"))
     pictures = {
@@ -165,7 +165,7 @@ def test_class_images_have_the_prompt_of_their_concept():
 
 
 def two_concepts(second):
-    """Two concepts, of which the second has these options."""
+    """Two concepts; the second has these options."""
     return DOG + f"- {{{second}}}\n"
 
 

@@ -36,7 +36,7 @@ def batch():
 
 
 def losses_of(denoising, instance=(True, True, True)):
-    """The losses where tanh(x) (1 + t / 1000) stands in for the model's prediction."""
+    """The losses with tanh(x) (1 + t / 1000) as the model's prediction."""
     latents, noise = batch()
     instance = torch.tensor(instance)
     inputs = {"latents": latents, "noise": noise, "level_index": INDEX, "is_instance": instance}

@@ -1,4 +1,4 @@
-"""Latents and prompt embeddings on disk: a second run encodes nothing, and ends just alike."""
+"""Latents and prompt embeddings on disk: a second run encodes nothing and has the same result."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +127,7 @@ def test_a_second_run_encodes_nothing_and_ends_bit_exact(kind, tmp_path, monkeyp
     uncached = train(tmp_path / "uncached", **shared, disk_cache="no")
     cold = train(tmp_path / "cold", **shared, disk_cache=tmp_path / "cache")
     assert_same_run(cold, uncached, "heldout_loss")
-    # From here on encoding fails.
+    # Encoding fails from here on.
     for encoder in (CLIPTextModel, CLIPTextModelWithProjection):
         monkeypatch.setattr(encoder, "from_pretrained", None)
     monkeypatch.setattr(AutoencoderKL, "encode", None)

@@ -1,4 +1,4 @@
-"""Every family of image models is in all places that are written by hand (CONTRIBUTING.md)."""
+"""Every family of image models is in all places that CONTRIBUTING.md lists."""
 
 from pathlib import Path
 

@@ -48,7 +48,7 @@ def pipeline_of(kind):
 
 
 def noise_of(pipeline, seeds):
-    """(n, c, h, w), as a pipeline makes it from a generator for each image."""
+    """Noise, (n, c, h, w), as a pipeline samples it with a generator for each image."""
     shape = latents_of(pipeline, 1).shape
     return torch.cat([torch.randn(shape, generator=generator(seed)) for seed in seeds])
 
@@ -98,7 +98,7 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind):
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     conditional = family.embed(pipeline, PROMPTS)
-    # Some pipelines take it although no guidance reads it.
+    # Some pipelines need it, although it is not used without guidance.
     unconditional = family.negative(pipeline, family.embed(pipeline, [""] * 2))
     # A model that takes guidance as an input takes that of training.
     guidance = family.unguided_scale
@@ -121,7 +121,7 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind):
         x = x + (next_level - level) * velocity
     expected = family.unpack_output(output.images, SIDE, SIDE)
     assert expected.shape == noise.shape
-    # Steps that move nothing would prove nothing.
+    # The steps must change the latents.
     assert (expected - noise).abs().max() > 0.1
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_the_loss_is_the_formula(kind):
     velocity = family.predict(pipeline.transformer, noisy, levels, conditional).double()
     weight = s**-2 if scheme == "sigma_sqrt" else 1.0
     expected = (weight * (velocity - (e - x0)) ** 2).mean(dim=(1, 2, 3))
-    # Losses near zero, or alike, would prove nothing.
+    # The losses must not be near zero or equal.
     assert expected.min() > 0.1
     assert (expected[0] - expected[1]).abs() > 1e-3
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
@@ -187,7 +187,7 @@ def test_the_guided_target_of_a_velocity_is_the_formula(kind):
             assert gradient is None
         else:
             torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
-    # The guidance is far from zero: another base or share would be seen.
+    # The guidance is far from zero, so that a wrong base or share is noticed.
     plain = ((velocity - (inputs["noise"] - inputs["latents"])) ** 2).mean(dim=(1, 2, 3))
     assert abs(plain[0] - expected[0]) > 1e-3
     torch.testing.assert_close(plain[1], expected[1])
@@ -204,7 +204,7 @@ def test_the_loss_of_a_row_does_not_depend_on_the_others(kind):
     inputs = inputs_of(pipeline, {}, 3)
     single_losses = []
     for row, conditional in enumerate(conditions):
-        # The longest prompt pads the others only where they share a batch.
+        # The longest prompt pads the others only if they share a batch.
         single_inputs = {name: values[row : row + 1] for name, values in inputs.items()}
         single_losses.append(module(single_inputs | conditional))
     expected = torch.cat(single_losses)

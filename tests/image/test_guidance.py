@@ -1,4 +1,4 @@
-"""Guidance with the base model's unconditional prediction, against loops written out by hand."""
+"""Guidance with the base model's unconditional prediction, against explicit sampling loops."""
 
 from itertools import pairwise
 from typing import Any
@@ -31,7 +31,7 @@ GUIDED = [
 
 
 def adapted(kind, spec=None, layers="all-linear") -> Any:
-    """A pipeline with two random adapters on its denoiser, of which the primary acts."""
+    """A pipeline with two random adapters on its denoiser; the primary is active."""
     pipeline = load_pipeline("mini", dtype=torch.float32) if kind == SDXL else make_pipeline(kind)
     model = family_of(pipeline).model(pipeline)
     targets = select_layers([layers], family_of(pipeline), model)

@@ -1,4 +1,4 @@
-"""Which layers a word of --lora_layers stands for, in each kind of model."""
+"""The layers of each word of --lora_layers, in each family of models."""
 
 import re
 
@@ -39,7 +39,7 @@ def layers(pipeline, *words):
 
 
 def feed_forward_end(kind, name):
-    """The end that a layer's name has, or None."""
+    """The ending of `FEED_FORWARD` that a layer's name has, or None."""
     # "blocks.3.ff.net.0" becomes ".blocks.#.ff.net.#".
     pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", f".{name}")
     for end in FEED_FORWARD[kind].split():

@@ -22,7 +22,7 @@ SAMPLER_STEPS = 2
 
 @pytest.fixture
 def icons(tmp_path) -> dict[str, Any]:
-    """Two icons to learn at a rate that moves images within steps, and two that are held out."""
+    """Two training icons, a rate that changes images soon, and two held-out icons."""
     return {
         **two_icons(tmp_path / "icons"),
         "validation_num_inference_steps": SAMPLER_STEPS,
@@ -86,7 +86,7 @@ def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
         cosines = (normalize(embed(images)) * normalize(embed(pictures))).sum(dim=1)
     assert distances[best] == pytest.approx(float(1 - cosines.mean()), abs=1e-3)
 
-    # What is measured changes nothing of what is learned.
+    # Measuring does not change the training.
     by_loss = train(tmp_path / "loss", **icons, keep_best=True, choose_by="loss")
     assert column(by_loss, "digest") == column(run, "digest")
     assert column(by_loss, "loss") == column(run, "loss")

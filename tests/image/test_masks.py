@@ -1,4 +1,4 @@
-"""Which part of an image is learned: where masks come from, and what they do to the loss."""
+"""Masks: where they come from, and their effect on the loss."""
 
 import pytest
 import torch
@@ -173,13 +173,13 @@ LEFT_HALF[:, :, : SIDE // 2] = 1
 
 def test_the_loss_is_the_mean_of_what_is_shown():
     squares = torch.rand(3, 4, 8, 8, dtype=torch.float64)
-    # One image of which the left half is shown, one without a mask, one that is all black.
+    # One image with the left half visible, one without a mask, one all black.
     weights = weight_map([LEFT_HALF, None, torch.zeros(1, 8, 8)], squares, 0.0)
     losses = weighted_mean(squares, weights)
     expected = [float(squares[0, :, :, :4].mean()), float(squares[1].mean()), 0.0]
     assert losses.tolist() == pytest.approx(expected)
 
-    # Where an image is hidden its loss has a quarter of the weight.
+    # The hidden part has a quarter of the weight in the loss.
     faint_weights = weight_map([LEFT_HALF, None, None], squares, 0.25)
     faint_loss = weighted_mean(squares, faint_weights)[0]
     left, right = squares[0, :, :, :4].sum(), squares[0, :, :, 4:].sum()

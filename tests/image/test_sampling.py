@@ -90,7 +90,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
 
 @pytest.fixture
 def batch_sizes(pipeline):
-    """Images of each call of the UNet, whose rows are two for each image."""
+    """Number of images of each call of the UNet, which has two rows for each image."""
     sizes = []
     hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     yield sizes
@@ -99,7 +99,7 @@ def batch_sizes(pipeline):
 
 @pytest.mark.parametrize("size", [1, 9])  # 9 is more than the default of `generate`
 def test_so_many_images_are_sampled_at_a_time(size, pipeline, batch_sizes, tmp_path, monkeypatch):
-    """Validation images and class images, each with what the option says."""
+    """For validation images and class images."""
     monkeypatch.setattr(type(pipeline), "to", lambda self, _: self)
     monkeypatch.setattr(script, "load_base", lambda *_: pipeline)
     monkeypatch.setattr(StableDiffusionXL, "usual_sampling", lambda *_: (1, 5.0))

@@ -1,4 +1,4 @@
-"""Sets of images that can't be one: each is refused in one sentence with the value and the fix."""
+"""Invalid image sets: each is refused in one sentence with the value and the fix."""
 
 import datasets
 import pytest
@@ -11,8 +11,8 @@ from tests.image.image_folders import photos, save, table
 
 
 def write(name, content):
-    """A file beside the images, or in place of one."""
-    # Texts with single surrogates stand for bytes that are no UTF-8.
+    """Write a file next to the images, or instead of one."""
+    # Texts with single surrogates are bytes that are not UTF-8.
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
     return lambda folder: (folder / name).write_bytes(data)
 

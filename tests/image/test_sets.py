@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def listed(folder):
-    """The same with a metadata file, in an order of its own."""
+    """The same images with a metadata file in another order."""
     (folder / "metadata.jsonl").write_text(
         '{"file_name": "c.png", "text": "a red c", "number": 1}\n'
         '{"file_name": "a.jpg", "text": null, "number": 2}\n'
@@ -100,7 +100,7 @@ def test_metadata_may_be_csv_and_name_subfolders(tmp_path):
 
 def test_images_are_read_when_needed(folder):
     images = open_images(str(folder))
-    # The pixels of now, not those that were there when the set was opened.
+    # The current pixels, not those from when the set was opened.
     save(folder / "a.jpg", 250)
     assert np.asarray(images.image(0))[0, 0, 0] > 240
     save(folder / "a.jpg", size=(5, 6))
@@ -179,7 +179,7 @@ def add_heif_package(monkeypatch):
 
 def test_heic_is_read_where_pillow_can(folder, add_heif_package):
     save(folder / "d.png")
-    (folder / "d.png").rename(folder / "d.heic")  # Pillow goes by the content
+    (folder / "d.png").rename(folder / "d.heic")  # Pillow uses the content
     assert len(open_images(str(folder))) == 3
     registrations = add_heif_package()
     images = open_images(str(folder))
@@ -211,7 +211,7 @@ def test_kohyas_number_of_repeats_in_a_folders_name_is_not_read(tmp_path):
 
 @pytest.fixture
 def hub_options(tmp_path, monkeypatch):
-    """A folder of Parquet files that stands in for the hub, with a preview beside them."""
+    """A folder of Parquet files instead of the hub, with a preview next to them."""
     rows: dict[str, Any] = {
         "zero": Image.new("RGB", (10, 8)),
         "": Image.new("RGB", (11, 8)),

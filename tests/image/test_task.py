@@ -21,7 +21,7 @@ from tests.scripts.runs import flags
 
 @pytest.fixture(scope="module")
 def make_task():
-    """A function that makes the task of some flags, on a copy of the miniature and its icons."""
+    """A function that builds a task from options, on a copy of the miniature and its icons."""
     pipeline = load_pipeline("mini", dtype=torch.float32)
     images = open_images("mini", caption_column="prompt")
 
@@ -68,14 +68,14 @@ CLASS = {"class_prompt": "an icon", "class_data_dir": "class"}
 )
 @torch.no_grad()
 def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task):
-    """The formula, on whole and on cut micro-batches."""
+    """The formula, also with smaller micro-batches."""
     task = make_task(hold_unconditional=4, **options)
     original = copy.deepcopy(task.pipeline)
     for target in task.targets():
         adapters.inject(target.model, target.spec)
         for number, factors in enumerate(adapters.factors(target.model, adapters.PRIMARY)):
             random = torch.Generator().manual_seed(number)
-            # So that the adapters move the prediction.
+            # So that the adapters change the prediction.
             torch.nn.init.normal_(factors.B, std=0.2, generator=random)
     # Steps are counted from 0, so the 16th is step 15.
     for step in (0, 14, 16):
@@ -143,7 +143,7 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
                 random = torch.Generator().manual_seed(number)
                 torch.nn.init.normal_(factors.B, std=0.2, generator=random)
         adapters.activate(target.model, names)
-    for step in range(20):  # until the rows are as wanted
+    for step in range(20):  # until the rows are as required
         ((_, samples),) = task.stream.batches([(step, (0, 1))], 2)
         captions = [sample.caption for sample in samples]
         if [caption != "" for caption in captions[:2]] == list(guided_rows[:2]):

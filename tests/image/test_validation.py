@@ -1,4 +1,4 @@
-"""Validation images: settings of prompts, the images themselves, and the index beside them."""
+"""Validation images: settings of prompts, images and index."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The tasks by name: prompts, label words, sets of packages and of the hub; scores of answers."""
+"""The tasks by name: prompts, label words, sets from packages and the hub; scores of answers."""
 
 import importlib.machinery
 import importlib.util

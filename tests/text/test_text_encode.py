@@ -1,4 +1,4 @@
-"""Tokenized rows: which tokens have a loss, how long rows are cut, and what the cache spares."""
+"""Tokenized rows: tokens with a loss, truncation, and the cache."""
 
 import dataclasses
 from itertools import groupby
@@ -106,7 +106,7 @@ def tokenizer(request):
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
 def test_rows_begin_with_what_generation_is_given(tokenizer, template):
-    """Also where text would merge across the border: line breaks on both of its sides."""
+    """Also if tokens could merge across the border, with line breaks on both sides."""
     examples = [Example("what\n", "\n\nred"), Example("it is", " red"), Example("", "one")]
     if template == "chat":
         examples.append(TALK)

@@ -1,4 +1,4 @@
-"""Models by name: their kind, what is refused, and how long their inputs may be."""
+"""Models by name: kind, refused models, and limits of the input length."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -101,7 +101,7 @@ def test_a_head_stays_where_its_classes_fit(tmp_path):
 
 
 def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
-    """Else its adapter would belong to random weights that nobody else has."""
+    """Otherwise its adapter would need random weights that are not saved."""
     sizes: dict[str, Any] = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
     config = hf.DistilBertConfig(vocab_size=len(texts.bert_tokenizer()), **sizes)
     hf.DistilBertModel(config).save_pretrained(tmp_path)
@@ -131,7 +131,7 @@ def has_pickled_weights(base):
 
 
 def replace_weights(base, prefix, **new_weights):
-    """Drop the weights whose names begin so, and add others."""
+    """Remove the weights with this prefix, and add others."""
     weights = load_file(base / "model.safetensors")
     for name in list(weights):
         if name.startswith(prefix):

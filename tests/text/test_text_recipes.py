@@ -1,4 +1,4 @@
-"""Recipes of the text path: the figures of the paper's tables, and those without a hub."""
+"""Recipes of text models: the values of the paper's tables, and recipes without the hub."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows of local files, and each way in which they can be wrong."""
+"""Rows of local files, and errors in them."""
 
 import json
 
@@ -104,7 +104,7 @@ def test_label_words_are_the_answers_in_order(answers, label_words):
 
 
 def test_a_blank_label_is_no_class(tmp_path):
-    """Such a row has no label, and is left out as each row with a blank answer."""
+    """Such a row has no label and is skipped, like every row with a blank answer."""
     texts = {"train": "good,pos\nbad,neg\nodd,\n", "held_out": "fine,pos\nodd, \n"}
     files = {}
     for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""The text task: losses as Transformers has them, however cut or packed; and its measures."""
+"""The text task: losses equal those of Transformers, however a step is split or packed; metrics."""
 
 import contextlib
 import dataclasses
@@ -58,7 +58,7 @@ def batch_of(rows):
 
 
 def transformers_loss(task, rows, count):
-    """The loss that Transformers' model gives the first rows as one batch."""
+    """The loss of Transformers' model for the first rows as one batch."""
     batch = collate([rows.row(index) for index in range(count)], task.loaded.kind, 0)
     with torch.no_grad():
         return float(task.loaded.model(**batch).loss)

@@ -160,7 +160,7 @@ def test_a_variant_is_taken_where_there_is_one(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert load_pipeline(str(folder), dtype=torch.float32, variant="fp16").unet
-    with pytest.raises(UserError, match='--variant "fp32" is of no file'):
+    with pytest.raises(UserError, match='--variant "fp32" is not among the files'):
         load_pipeline(str(folder), dtype=torch.float32, variant="fp32")
 
 
