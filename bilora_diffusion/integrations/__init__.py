@@ -4,8 +4,8 @@
     bilora = use_bilora(trainer, BiLoRAConfig(rank=8, alpha=16, rho=0.05))
     trainer.train()
 
-Everything else stays as it is: schedules, accumulation, clipping, evaluation, checkpoints, resume.
-The folders that the trainer writes hold a plain PEFT LoRA adapter.
+Schedules, accumulation, clipping, evaluation, checkpoints and resuming work as without Bi-LoRA. The
+trainer saves a plain PEFT LoRA adapter.
 """
 
 from .trainer import use_bilora

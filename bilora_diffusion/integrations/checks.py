@@ -1,4 +1,4 @@
-"""Checks of a trainer: each refuses, in one sentence, a setting whose result would be wrong."""
+"""Checks that a trainer and its settings train Bi-LoRA correctly."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ..core.errors import UserError
 from ..methods.base import unwrapped
 from ..methods.bilora.auxiliary import check_groups
 
-# Optimizers with weights of their own, of which the projection onto the ball knows nothing.
+# Optimizers that keep or replace weights themselves, so that the projection would miss them
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse a trainer with which Bi-LoRA would be wrong.
+    """Refuse a trainer that would not train Bi-LoRA correctly.
 
     Raises:
-        UserError: it is no `Trainer` or has Bi-LoRA already, its engine shards or replaces
-            parameters, its optimizer can't be used, or it has `model_init`.
+        UserError: it is not a `Trainer` or has Bi-LoRA already, its engine shards or replaces
+            parameters, its optimizer is not supported, or it has `model_init`.
     """
     if not isinstance(trainer, Trainer):
         raise UserError(
             f"use_bilora got a {type(trainer).__name__}; give a Trainer of Transformers or TRL, or "
-            "see attach for a loop of your own."
+            "use attach in your own training loop."
         )
     if hasattr(trainer, "bilora"):
         raise UserError("use_bilora was called for this trainer already; call it once.")
-    # An enumeration of Transformers, or its value as a text.
+    # A member of an enumeration of Transformers, or its value
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     has_other_weights = optim.startswith(_OTHER_WEIGHTS) or optim.endswith("layerwise")
     facts = {
@@ -47,7 +47,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def unsuited_engine(trainer: Any) -> str | None:
-    """Name of a trainer's engine if it shards or replaces parameters; None for another one."""
+    """Return the name of a trainer's engine if it shards or replaces parameters, else None."""
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
@@ -63,7 +63,7 @@ def unsuited_engine(trainer: Any) -> str | None:
 
 
 def check_model(trainer: Any, bilora: BiLoRA) -> None:
-    """Refuse a trainer of another model, or one that ignores the adapter of the output layer.
+    """Refuse a trainer for another model, or one that ignores the adapter of the output layer.
 
     Raises:
         UserError: the trainer's model is not the one with the adapters, or TRL would leave an
@@ -72,23 +72,23 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
     if trainer.model is not bilora.model:
         fix = "give the trainer the model that you gave to attach"
         if isinstance(trainer.model, PeftModel):
-            fix = "leave peft_config out, the adapters are on the model already"
+            fix = "remove peft_config, since the model has the adapters already"
         raise UserError(
             f"The trainer's model is a {type(trainer.model).__name__}, not the "
-            f"{type(bilora.model).__name__} that attach was called for; {fix}."
+            f"{type(bilora.model).__name__} that was given to attach; {fix}."
         )
     # TRL's trainers compute logits and loss at once, from the weight of the output layer.
     packages = [base.__module__.partition(".")[0] for base in type(trainer).__mro__]
     output_head = adapters.output_head(trainer.model)
     if "trl" in packages and isinstance(output_head, adapters.LoraLayer):
         raise UserError(
-            "target_modules names the output layer, whose weight TRL's trainers read past the "
-            'adapter; take it out of target_modules ("all-linear" leaves it out).'
+            "target_modules names the output layer, but TRL's trainers use its weight without the "
+            'adapter; remove it from target_modules ("all-linear" does not include it).'
         )
 
 
 def check_trainable(bilora: BiLoRA) -> None:
-    """Refuse parameters that a training would not save or would not train exactly.
+    """Refuse parameters that would not be saved, or would lose small updates.
 
     Raises:
         UserError: a parameter of the base model is trainable, or an adapter is in half precision.
@@ -102,13 +102,14 @@ def check_trainable(bilora: BiLoRA) -> None:
         if parameter.requires_grad and id(parameter) not in trained_ids:
             raise UserError(
                 f"{name} is trainable, but only the adapters would be trained and saved; freeze "
-                "it by requires_grad_(False), or name its module in modules_to_save."
+                "it with requires_grad_(False), or name its module in modules_to_save."
             )
     for parameter in trained_parameters:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                f"The adapters are in {parameter.dtype}, in which small updates are lost (a full "
-                "evaluation in half precision casts them); train before it, or attach them again."
+                f"The adapters are in {parameter.dtype}, in which small updates are lost "
+                "(bf16_full_eval and fp16_full_eval cast them); train before such an evaluation, "
+                "or attach them again."
             )
 
 
@@ -122,8 +123,9 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
     check_groups(unwrapped(optimizer), method.result_parameters(), method.auxiliary_parameters())
     if not is_bound(optimizer, bilora):
         raise UserError(
-            "The optimizer that trains is not the one that was bound, so the auxiliary would leave "
-            "the ball; let the trainer make the optimizer, or give it by optimizers=(..., None)."
+            "The trainer uses another optimizer than the one that was bound, so the auxiliary "
+            "would not be projected; let the trainer create it, or give the bound one as "
+            "optimizers=(optimizer, None)."
         )
 
 

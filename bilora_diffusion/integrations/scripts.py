@@ -1,4 +1,4 @@
-"""Command line, model and rows of the scripts in ``examples/``, whose errors are one sentence."""
+"""Command line, model and data of the trainer scripts in ``examples/``."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from ..text.options import TextModelOptions
 
 
 class _Parser(HfArgumentParser):
-    """A parser whose errors are one sentence, without argparse's usage of 60 lines."""
+    """A parser that raises a `UserError` instead of printing 60 lines of usage."""
 
-    # A command, shown to a user who leaves out a required argument.
+    # A command for the error message when a required argument is missing
     example: str
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's message into a `UserError`."""
+        """Raise argparse's message as a `UserError`."""
         example = ""
         if "required" in message:
             example = f" as in `{self.example}`;"
-        raise UserError(f"{message}:{example} --help lists every flag.")
+        raise UserError(f"{message}:{example} --help lists all flags.")
 
 
 def parse(
     options_class: type, args_class: type, words: Sequence[str] | None, example: str
 ) -> tuple[Any, Any]:
-    """Read a command line to a script's own options and those of its trainer.
+    """Parse a command line into the options of a script and those of its trainer.
 
     Args:
         options_class: dataclass of the script's options.
-        args_class: `TrainingArguments` or a subclass, each of whose fields is a flag.
-        words: arguments; None for those of the process.
-        example: a command, shown to a user who leaves out a required argument.
+        args_class: `TrainingArguments` or a subclass; each field is a flag.
+        words: arguments; None uses those of the process.
+        example: command for the error message when a required argument is missing.
 
     Returns:
         An instance of each class.
 
     Raises:
-        UserError: an argument is missing, unknown or unusable.
+        UserError: an argument is missing, unknown or invalid.
     """
     words = sys.argv[1:] if words is None else list(words)
     classes: Any = [options_class, args_class]
     parser = _Parser(classes)
     parser.example = example
     if not torch.accelerator.is_available():
-        # TRL's default is bf16, which Transformers refuses on a CPU. Of two flags the last holds,
-        # so that the user's comes second.
+        # TRL's default is bf16, which Transformers refuses on a CPU. The last of two equal flags
+        # is used, so the user can still set it.
         words = ["--bf16", "False", *words]
-    with as_user_error("the arguments of the trainer can't be used", "correct them"):
+    with as_user_error("the arguments of the trainer are invalid", "correct them"):
         options, args, unknown_words = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True
         )
@@ -63,11 +63,12 @@ def parse(
         for action in parser._actions:
             flags += action.option_strings
         word = unknown_words[0]
-        raise UserError(f"there is no flag {word}{did_you_mean(word, flags)}: --help lists all.")
+        hint = did_you_mean(word, flags)
+        raise UserError(f"there is no flag {word}{hint}: --help lists all flags.")
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint} is no folder: give a checkpoint, such as"
+            f"--resume_from_checkpoint {checkpoint} is not a folder: give a checkpoint, such as"
             f" {Path(args.output_dir) / 'checkpoint-500'}."
         )
     return options, args
@@ -77,31 +78,31 @@ def load_model(name: str, kind: str) -> tuple[Any, Any]:
     """Load a model in fp32, and its tokenizer.
 
     Args:
-        name: hub id, folder, or "smollm2" or "minilm", which come as packages.
+        name: hub id, folder, or a model that a Python package has: "smollm2" or "minilm".
         kind: "causal", "seq2seq" or "classification".
 
     Raises:
-        UserError: the model can't be found or read, or is of another kind.
+        UserError: the model can't be found or read, or is another kind of model.
     """
     source = TextSource(TextModelOptions(model_name_or_path=name))
     if source.kind != kind:
-        raise UserError(f'"{name}" is a {source.kind} model, and this script trains {kind} ones.')
+        raise UserError(f'"{name}" is a {source.kind} model, but this script trains {kind} models.')
     loaded = source.load()
     return loaded.model, loaded.tokenizer
 
 
 def load_rows(name: str) -> Any:
-    """Load the rows of a JSONL file, or the training split of a set on the hub or in a folder.
+    """Load the rows of a JSONL file, or the training split of a dataset on the hub or in a folder.
 
     Raises:
         UserError: they can't be loaded.
     """
     import datasets
 
-    # A folder or an id of the hub; datasets finds the format of its files.
+    # A folder or a hub id; datasets detects the format of the files.
     arguments: dict[str, Any] = {"path": name}
     if Path(name).is_file():
         arguments = {"path": "json", "data_files": name}
-    fix = "give a JSONL file, a folder or a set on the hub as --data"
+    fix = "give a JSONL file, a folder or a dataset on the hub as --data"
     with as_user_error(f'the data "{name}" can\'t be loaded', fix):
         return datasets.load_dataset(**arguments, split="train")

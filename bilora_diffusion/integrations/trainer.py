@@ -1,7 +1,7 @@
-"""Transformers' `Trainer` and its subclasses with Bi-LoRA in their steps, saves and evaluations.
+"""Bi-LoRA in Transformers' `Trainer` and its subclasses: training steps, saving and evaluation.
 
-A checkpoint of such a trainer has a file beside the primary: `bilora_state.safetensors`, with both
-adapters as they are trained and, as metadata, the settings that they belong to.
+A checkpoint of such a trainer has the primary and `bilora_state.safetensors`, with both adapters as
+they are trained and, in its metadata, their settings.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ from ..run.settings import require_same_settings
 from . import checks
 
 STATE = "bilora_state.safetensors"
-# The trainer's own files; without them it would go on with a new optimizer and not say so.
+# The trainer's own files; without them it would resume with a new optimizer, without a warning.
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt")
 
 _VERSION = 2
 
 
 def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) -> BiLoRA:
-    """Let a trainer of Transformers or TRL train Bi-LoRA; call it once, before `train`.
+    """Train Bi-LoRA with a trainer of Transformers or TRL; call it once, before `train`.
 
-    `learning_rate` and `weight_decay` are the primary's. The auxiliary has the same rate (or the
-    config's) and no decay. Both follow the schedule. `max_grad_norm` and the logged `grad_norm` are
-    of the primary alone, as the ball bounds the auxiliary. Evaluation and prediction see the
-    primary alone, and so does everything after `train`. A callback of your own that runs the model
-    in the middle of training should do so within `bilora.evaluating()`.
+    `learning_rate` and `weight_decay` apply to the primary. The auxiliary has the same learning
+    rate, or the config's, and no weight decay. Both follow the schedule. `max_grad_norm` and the
+    logged `grad_norm` are the primary's, since the ball bounds the auxiliary. Evaluation and
+    prediction use the primary alone, and so does everything after `train`. A callback that runs the
+    model during training should do so within `bilora.evaluating()`.
 
-    The trainer saves a plain PEFT LoRA adapter, the primary. A checkpoint has the auxiliary in
-    `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
+    The trainer saves a plain PEFT LoRA adapter, the primary. A checkpoint also has the
+    auxiliary, in `bilora_state.safetensors`, and `resume_from_checkpoint` resumes exactly.
 
     Args:
-        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or a subclass of yours.
-        bilora: configuration of the adapters; or the handle of `attach`, if the adapters must be
-            there before the trainer (quantized models, an optimizer of your own).
+        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or your subclass.
+        bilora: configuration of the adapters; or the object that `attach` returned, if the adapters
+            must exist before the trainer (quantized models, your own optimizer).
 
     Returns:
-        The handle, with `initialise`, which init "lora-ga" needs before `train`.
+        The object that `attach` returns. With init "lora-ga" call its `initialise` before `train`.
 
     Raises:
         UserError: the engine shards parameters, the trainer has `model_init` or another model than
-            the one with the adapters, or the optimizer can't ascend on the auxiliary.
+            the one with the adapters, or the optimizer is not supported.
     """
     checks.check_trainer(trainer)
     _check_version(type(trainer))
     if not isinstance(bilora, BiLoRA):
         bilora = attach(cast(nn.Module, trainer.model), bilora)
     checks.check_model(trainer, bilora)
-    # TRL rounds the adapters of a quantized model to bf16.
+    # TRL casts the adapters of a quantized model to bf16.
     for name in (PRIMARY, AUXILIARY):
         adapters.cast_adapter_dtype(bilora.model, name)
     # The trainer exists already, so its class is replaced by one with `WithBiLoRA` before it.
@@ -79,7 +79,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
 
 
 def _with_primary(name: str) -> Any:
-    """A method of the trainer that runs with the primary alone."""
+    """Create a method that calls the trainer's method of this name with the auxiliary disabled."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._evaluating():
@@ -89,7 +89,7 @@ def _with_primary(name: str) -> Any:
 
 
 class WithBiLoRA(Trainer):
-    """A mixin before a trainer's own class, which `use_bilora` puts there."""
+    """A mixin that `use_bilora` puts before the class of a trainer."""
 
     bilora: BiLoRA
     _is_evaluating: bool = False  # the primary alone is active
@@ -105,7 +105,7 @@ class WithBiLoRA(Trainer):
             self._is_evaluating = True
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer of both adapters' groups, unless there is one, and bind it."""
+        """Create an optimizer for both adapters, unless there is one, and bind it."""
         if self.optimizer is None:
             class_and_options = self.optimizer_cls_and_kwargs
             if class_and_options is None:
@@ -113,14 +113,14 @@ class WithBiLoRA(Trainer):
                     self.args, cast(Any, self.bilora.model)
                 )
             optimizer_class, options = class_and_options
-            # Some of the trainer's optimizers come as functions that make their own groups.
+            # Some of the trainer's optimizers are functions that create their own groups.
             is_class = isinstance(optimizer_class, type)
             if not is_class or not issubclass(optimizer_class, torch.optim.Optimizer):
                 raise UserError(
-                    f"optimizer_cls_and_kwargs names {optimizer_class!r}, which makes parameter"
+                    f"optimizer_cls_and_kwargs names {optimizer_class!r}, which creates"
                     " groups of its own; give a subclass of torch.optim.Optimizer."
                 )
-            # The groups have the rates, of which the auxiliary's may be another.
+            # Each group has its learning rate, since the auxiliary's may differ.
             rate = options.get("lr", self.args.learning_rate)
             groups = self.bilora.param_groups(lr=rate, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **options)
@@ -136,12 +136,12 @@ class WithBiLoRA(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is not None:
             return grad_norm
-        # An infinite bound clips nothing, and returns the norm.
+        # An infinite bound does not clip; the call returns the norm.
         return self.accelerator.clip_grad_norm_(self.bilora.clip_parameters(), float("inf"))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Within the context the primary alone is active; contexts may be nested."""
+        """Context manager that disables the auxiliary; it can be nested."""
         if self._is_evaluating:
             yield
             return
@@ -214,20 +214,20 @@ class _OptimizerWatch(TrainerCallback):
 
 @cache
 def _with_bilora(trainer_class: type[Trainer]) -> type[Trainer]:
-    """The subclass of a trainer with Bi-LoRA."""
+    """Create the subclass of a trainer's class with Bi-LoRA."""
     name = f"BiLoRA{trainer_class.__name__}"
     return type(name, (WithBiLoRA, trainer_class), {"__module__": __name__})
 
 
 def _check_version(trainer_class: type[Trainer]) -> None:
-    """Refuse a Transformers without a method that `WithBiLoRA` overrides: it would call another."""
+    """Refuse a version of Transformers without a method that `WithBiLoRA` overrides."""
     for name, value in vars(WithBiLoRA).items():
         # All other functions of the mixin override one of the trainer.
         is_added = name == "_evaluating" or not callable(value)
         if not is_added and not hasattr(trainer_class, name):
             raise UserError(
-                f"The trainer of Transformers {transformers.__version__} has no {name}, where "
-                "Bi-LoRA does its part; install Transformers 5.24."
+                f"The trainer of Transformers {transformers.__version__} has no {name}, which "
+                "Bi-LoRA overrides; install Transformers 5.24."
             )
 
 
@@ -235,7 +235,7 @@ def write_state(folder: Path, bilora: BiLoRA) -> None:
     """Write both adapters and the method's state into a checkpoint that has the primary.
 
     Raises:
-        TrainingError: the disk refuses.
+        TrainingError: the file can't be written.
     """
     settings = {
         "schema_version": _VERSION,
@@ -258,7 +258,7 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
     for name in (STATE, *TRAINER_FILES):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder} has no {name}, so training can't go on from it exactly; resume from a "
+                f"{folder} has no {name}, so it can't be resumed exactly; resume from a "
                 "checkpoint that was written with use_bilora and save_only_model=False."
             )
     settings, tensors = _read_state(folder / STATE)
@@ -267,22 +267,22 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
     require_same_settings(settings["config"], config, removed.OPTIONS.keys())
     current_tensors = bilora._method.tensors()
     for name, value in current_tensors.items():
-        # A tensor that the file lacks is compared as an empty one, which never equals it.
+        # A tensor that is missing in the file is replaced by an empty one, which never equals it.
         saved_value = tensors.get(name, value[:0])
         if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), saved_value):
             raise UserError(
-                f'init "{bilora.config.init}" has started the primary elsewhere than in {folder}, '
-                "so the base weights differ; start it from the same model (and samples)."
+                f'init "{bilora.config.init}" gave the primary other values than in {folder}, so '
+                "the base weights differ; use the same model (and the same samples)."
             )
     load_tensors(current_tensors, tensors)
     bilora._method.load_state_dict(settings["method"])
 
 
 def load_primary(folder: Path, bilora: BiLoRA) -> None:
-    """Load the primary of a folder that `bilora.save_pretrained` wrote.
+    """Load the primary from a folder that `bilora.save_pretrained` wrote.
 
     Raises:
-        UserError: the file can't be read, or is of another model.
+        UserError: the file can't be read, or belongs to another model.
     """
     path = folder / WEIGHTS
     saved = read_or_refuse(str(path), "keep it in place", lambda: load_file(path))
@@ -293,11 +293,11 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
     paths = {adapters.peft_path(key) for key in (*primary, *heads)}
     missing = sorted(paths - saved.keys())
     if missing:
-        raise UserError(f"{missing[0]} is missing in {path}; it is of another model.")
+        raise UserError(f"{missing[0]} is missing in {path}; the file belongs to another model.")
     saved_primary = {}
     for key, parameter in primary.items():
-        # With an init that changed the base weights the file has [B, -B0] and [A; A0], of which the
-        # first rows and columns are the primary.
+        # If init changed the base weights, the file has [B, -B0] and [A; A0]; the primary is the
+        # first part.
         first_part = tuple(slice(size) for size in parameter.shape)
         saved_primary[key] = saved[adapters.peft_path(key)][first_part]
     load_tensors(primary, saved_primary)
@@ -305,7 +305,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and tensors of a state file."""
+    """Read the settings and tensors of a state file."""
     with as_user_error(f"{path} is truncated or altered", "resume from another checkpoint"):
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["bilora"])

@@ -4,6 +4,7 @@ Bash expands the commands (`tests.docs.pages`), and the parsers of the real comm
 """
 
 import argparse
+import ast
 import re
 import tomllib
 from typing import Any
@@ -102,6 +103,24 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
         check(words, monkeypatch)
     if page.name in ("README.md", "guide.md", "paper.md", "measure.md", "models.md"):
         assert len(page_commands) > 3  # the pages that are made of commands
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_the_docstring_of_an_example_shows_the_command_that_runs_it(example, tmp_path, monkeypatch):
+    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8"))) or ""
+    # Commands are the indented lines.
+    script = "".join(re.findall(r"^    .*\n", docstring, re.MULTILINE))
+    example_commands = commands(script, tmp_path)
+    assert any(f"examples/{example.name}" in words for words in example_commands)
+    for words in example_commands:
+        name, arguments = program(words)
+        if name != "examples/minimal.py":
+            check(words, monkeypatch)
+        else:
+            assert not arguments  # it has no parser
 
 
 def anchors(page):

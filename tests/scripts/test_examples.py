@@ -115,9 +115,9 @@ REFUSED = [
     ("", "--model smollm2 --data"),
     ("--model smollm2", "required: --data"),
     ("--model a --data b --max_stepss 1", '"--max_steps"'),
-    ("--model minilm --data DATA", "trains causal"),
+    ("--model minilm --data DATA", "trains causal models"),
     ("--model smollm2 --data DATA --column texts", 'did you mean "text"'),
-    ("--model smollm2 --data DATA --resume_from_checkpoint a", "no folder"),
+    ("--model smollm2 --data DATA --resume_from_checkpoint a", "not a folder"),
 ]
 
 
