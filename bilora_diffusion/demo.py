@@ -1,9 +1,9 @@
-"""The demo: LoRA and Bi-LoRA learn the colors of 23 icons, and a figure shows what they learned.
+"""The demo: LoRA, Bi-LoRA and a guided target learn the colors of 23 icons; a figure compares them.
 
     bilora demo --output_dir demo
     bilora demo --config mini_flow --rho 0.5 --output_dir demo-flow     # options of bilora train
 
-Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. A finished
+All runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. A finished
 run is not repeated. Samples are compared with held-out icons in the same colors, which is what a
 model that learned the colors makes.
 """
@@ -25,7 +25,7 @@ from .config.command_line import UserErrorParser
 from .core.durable import dump_json, write_text
 from .core.errors import Interrupted, UserError, run_cli
 from .core.figures import new_figure
-from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
+from .core.values import BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
 from .image.opening import open_images
 from .image.pipeline import load_pipeline
@@ -37,10 +37,12 @@ from .run.console import describe_comparison, quiet, scoring_command
 from .train.command import show_messages, train_configs
 from .train.variants import Variant, require_paired
 
-VARIANTS = [
-    Variant("LoRA", {"method": "lora", "eval_on_start": True}),  # the base model's images, once
-    Variant("Bi-LoRA", {"method": "bilora"}),
-]
+# Run folder -> what is trained
+VARIANTS = {
+    "lora": Variant("LoRA", {"method": "lora", "eval_on_start": True}),  # the base's images, once
+    "bilora": Variant("Bi-LoRA", {"method": "bilora"}),
+    "guided": Variant("guided target", {"method": "lora", "guided_target": 1.5}),
+}
 # The loss of 32 icons takes a few seconds; validation images are made at the end, for the viewer.
 FLAGS = ("--config=mini_duotone", "--max_eval_samples=32", "--validation_epochs=1000")
 # Held-out icons in the figure, the subjects of the paper's Table 4 first, and those after them
@@ -50,7 +52,7 @@ ICON_COUNT, COMPARED_COUNT = 6, 16
 SAMPLER_STEPS = 12
 # Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
 # too, so the difference that guidance multiplies points away from the style.
-ORDINARY = {"guidance_scale": 4.0, "guidance_from": ADAPTER_GUIDANCE}
+ORDINARY = {"guidance_scale": 4.0}
 FROM_BASE = {"guidance_scale": 2.0, "guidance_from": BASE_GUIDANCE}
 Curve = dict[int, float]  # value by step
 
@@ -81,34 +83,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, words: Sequence[str]) -> None:
-    """Train both runs by a command line, and compare their samples in a figure."""
+    """Train the runs by a command line, and compare their samples in a figure."""
     show_messages()
     quiet()
     script, runs, configs = DreamBoothScript(), {}, []
-    for variant in VARIANTS:
-        run = folder / variant.options["method"]
-        runs[variant.label] = run
-        configs.append(script.resolve([*words, *variant.flags, f"--output_dir={run}"]))
+    for name, variant in VARIANTS.items():
+        runs[variant.label] = folder / name
+        configs.append(script.resolve([*words, *variant.flags, f"--output_dir={folder / name}"]))
     if configs[0].validation_dataset is None:
         raise UserError("the demo compares held-out images: leave out --validation_dataset none.")
-    stopped = train_configs(script, configs)
-    if stopped is not None:
-        raise Interrupted("interrupted: the same command resumes", stopped.interruption.number)
+    # Runs that are trained together share their task, and so the target.
+    for configs_of_target in (configs[:2], configs[2:]):
+        stopped = train_configs(script, configs_of_target)
+        if stopped is not None:
+            raise Interrupted("interrupted: the same command resumes", stopped.interruption.number)
     steps = require_paired(list(runs.values()))
     losses: dict[str, Curve] = {}
-    for label, run in runs.items():
-        rows = [row for row in runlog.read_metrics(run) if HELDOUT_LOSS in row]
+    for label in ("LoRA", "Bi-LoRA"):  # that of a guided target says nothing about its samples
+        rows = [row for row in runlog.read_metrics(runs[label]) if HELDOUT_LOSS in row]
         losses[label] = {row["step"]: 1000 * row[HELDOUT_LOSS] for row in rows}
     print("\nSamples of held-out captions", flush=True)
     truth, samples = sample(runs, steps)
     draw(truth, samples, losses, folder / "grid.png")
 
-    lines = [f"Both runs saw the same data and noise in all {steps} steps (equal digests).", ""]
+    lines = [f"All runs saw the same data and noise in all {steps} steps (equal digests).", ""]
     for label, curve in losses.items():
         lines.append(f"loss on unseen icons x 1000, {label}: {curve[steps]:.1f}")
     for series in samples:
-        value = list(series.differences.values())[-1]
-        lines.append(f"color difference of samples in %, {series.label}: {value:.1f}")
+        *_, last = series.differences.values()
+        lines.append(f"color difference of samples in %, {series.label}: {last:.1f}")
     write_result(folder / "grid.png", lines)
     print("\n".join(["", *lines, "", f"The picture of samples and curves: {folder / 'grid.png'}"]))
     command = scoring_command(list(map(str, runs.values())), str(configs[0].validation_dataset))
@@ -116,18 +119,14 @@ def demo(folder: Path, words: Sequence[str]) -> None:
 
 
 def write_result(picture: Path, lines: Sequence[str]) -> None:
-    """Write ``result.json`` and ``report.md`` beside the picture, by which the viewer shows it."""
-    # Lines with an indent are shown as they are.
+    """Write ``result.json`` and ``report.md`` for the viewer, which keeps indented lines."""
     write_text(picture.parent / "report.md", "# Demo\n\n    " + "\n    ".join(lines) + "\n")
     record = {"schema_version": 1, "kind": "demo", "figures": [picture.name]}
     write_text(picture.parent / "result.json", dump_json(record))
 
 
 def sample(runs: dict[str, Path], steps: int) -> tuple[list[Image], list[Series]]:
-    """Held-out icons, and samples of their captions from the base model and each checkpoint.
-
-    All samples of a caption start from the same noise.
-    """
+    """Held-out icons, and samples of their captions by each checkpoint, from the same noise."""
     config = runlog.read_run(next(iter(runs.values())))["config"]
     heldout = open_images(config["validation_dataset"], caption_column=config["caption_column"])
     count = min(ICON_COUNT + COMPARED_COUNT, len(heldout))
@@ -146,6 +145,7 @@ def sample(runs: dict[str, Path], steps: int) -> tuple[list[Image], list[Series]
         Series("LoRA, ordinary guidance 4", ORDINARY, "k--"),
         Series("LoRA, guidance 2 from base", FROM_BASE, "k"),
         Series("Bi-LoRA, guidance 2 from base", FROM_BASE, "C1"),
+        Series("guided target, no guidance", {"guidance_scale": 1.0}, "C2"),
     ]
     add_step(samples[0], 0)
     for label, run in runs.items():
@@ -166,7 +166,7 @@ def draw(truth: list[Image], samples: list[Series], losses: dict[str, Curve], pa
     """One PNG: rows of icons left, the truth last; curves of losses and differences right."""
     rows = {series.label.replace(", ", "\n"): series.images for series in samples}
     rows["truth\nnot in the training set"] = truth
-    with new_figure(path, dpi=110, figsize=(13, 6.1), layout="constrained") as figure:
+    with new_figure(path, dpi=110, figsize=(13, 7.1), layout="constrained") as figure:
         left, right = figure.subfigures(1, 2, width_ratios=[8, 5])
         grid = left.subplots(len(rows), ICON_COUNT, squeeze=False)
         for axes, (title, images) in zip(grid, rows.items(), strict=True):
@@ -177,15 +177,14 @@ def draw(truth: list[Image], samples: list[Series], losses: dict[str, Curve], pa
         upper, lower = right.subplots(2, 1)
         for series in samples:
             # The base model is step 0 of each run.
-            curve = {**samples[0].differences, **series.differences}
-            plot(lower, curve, series.style, series.label)
+            plot(lower, samples[0].differences | series.differences, series.style, series.label)
         for (label, curve), style in zip(losses.items(), ("k", "C1"), strict=True):
             # Without step 0, whose loss would flatten the rest
             plot(upper, {step: curve[step] for step in curve if step > 0}, style, label)
         upper.set_title("loss on unseen icons x 1000", loc="left")
         lower.set_title("color difference between samples and truth, %", loc="left")
         # Room for the legend above the base model
-        lower.set(xlabel="training steps", ylim=(0, 1.6 * max(samples[0].differences.values())))
+        lower.set(xlabel="training steps", ylim=(0, 1.7 * max(samples[0].differences.values())))
 
 
 def plot(axis: Any, curve: Curve, style: str, label: str) -> None:
