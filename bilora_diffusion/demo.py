@@ -41,13 +41,12 @@ VARIANTS = [
     Variant("LoRA", {"method": "lora", "eval_on_start": True}),  # the base model's images, once
     Variant("Bi-LoRA", {"method": "bilora"}),
 ]
-# Held-out losses of 32 icons, which take a few seconds at each step. Validation images are made at
-# the end alone, for the viewer: the demo's samples show the steps before.
+# The loss of 32 icons takes a few seconds; validation images are made at the end, for the viewer.
 FLAGS = ("--config=mini_duotone", "--max_eval_samples=32", "--validation_epochs=1000")
 # Held-out icons in the figure, the subjects of the paper's Table 4 first, and those after them
 # whose samples are compared with the truth at each step
 ICON_COUNT, COMPARED_COUNT = 6, 16
-# Enough to compare colors: with 25 steps no difference in the table changes by more than 0.2.
+# Enough to compare colors: with 25 steps no difference changes by more than 0.2.
 SAMPLER_STEPS = 12
 # Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
 # too, so the difference that guidance multiplies points away from the style.
@@ -94,8 +93,7 @@ def demo(folder: Path, words: Sequence[str]) -> None:
         raise UserError("the demo compares held-out images: leave out --validation_dataset none.")
     stopped = train_configs(script, configs)
     if stopped is not None:
-        number = stopped.interruption.number
-        raise Interrupted("interrupted: the same command resumes the demo", number)
+        raise Interrupted("interrupted: the same command resumes", stopped.interruption.number)
     steps = require_paired(list(runs.values()))
     losses: dict[str, Curve] = {}
     for label, run in runs.items():
@@ -186,7 +184,8 @@ def draw(truth: list[Image], samples: list[Series], losses: dict[str, Curve], pa
             plot(upper, {step: curve[step] for step in curve if step > 0}, style, label)
         upper.set_title("loss on unseen icons x 1000", loc="left")
         lower.set_title("color difference between samples and truth, %", loc="left")
-        lower.set(xlabel="training steps", ylim=(0, 20))
+        # Room for the legend above the base model
+        lower.set(xlabel="training steps", ylim=(0, 1.6 * max(samples[0].differences.values())))
 
 
 def plot(axis: Any, curve: Curve, style: str, label: str) -> None:
