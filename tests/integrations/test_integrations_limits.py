@@ -155,8 +155,8 @@ def test_an_optimizer_with_weights_of_its_own_is_refused(tmp_path):
 
 def test_a_transformers_without_a_method_that_bilora_overrides_is_refused(tmp_path, monkeypatch):
     trainer = trainers.plain(tmp_path, tiny_llm())
-    monkeypatch.delattr(Trainer, "training_step")
-    with pytest.raises(UserError, match="has no training_step"):
+    monkeypatch.delattr(Trainer, "prediction_step")
+    with pytest.raises(UserError, match="has no prediction_step"):
         use_bilora(trainer, trainers.CONFIG)
 
 
