@@ -206,7 +206,8 @@ class Tab:
         """Suggest a prompt, steps and a guidance scale for a choice.
 
         The prompt is that of the first chosen run, unless the user has written one. Steps and
-        guidance are those of the base model, and change only with it.
+        guidance are those of the base model, and change only with it; there is no guidance where
+        all chosen runs were trained towards it (``--guided_target``).
         """
         runs = {run.path: run for run in self.catalog.scan.runs if can_sample(run)}
         chosen_runs = [runs[path] for path in (a, b) if path in runs]
@@ -214,9 +215,16 @@ class Tab:
             prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
         with suppress(UserError):  # the button Generate shows the error
             base = find_comparison(self.catalog, a, b).base
-            if base.name != last_base:
-                steps, guidance = usual(base.describe())
-                return [prompt, steps, guidance, base.name]
+            targets = [run.record["config"].get("guided_target", 1.0) for run in chosen_runs]
+            has_guidance = bool(targets) and min(targets) > 1
+            # What the suggestion depends on
+            suggested_for = f"{base.name}, guided" if has_guidance else base.name
+            if suggested_for != last_base:
+                model = base.describe()
+                steps, guidance = usual(model)
+                if has_guidance:
+                    guidance = model.family.unguided_scale
+                return [prompt, steps, guidance, suggested_for]
         return [prompt, gr.skip(), gr.skip(), gr.skip()]
 
     def generate(

@@ -129,7 +129,9 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
     config = record["config"]
     if config.get("guided_target", 1) > 1:
         # The guidance is in the file.
-        lines["sample it"] = "without guidance (a scale of 1) and without a negative prompt"
+        lines["sample it"] = (
+            "without guidance (a scale of 1, no negative prompt); new shapes at a scale of 2 to 4"
+        )
     advice = ""
     if _column(rows, HELDOUT_LOSS):
         # The loss of images ranks them wrong (docs/results.md), that of text does not.

@@ -135,6 +135,23 @@ def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path
     assert suggested(BASE, BASE, "a fox") == "a fox"
 
 
+def test_no_guidance_is_suggested_where_all_chosen_runs_have_it_in_them(tmp_path):
+    for name, scale in {"plain": 1.0, "guided": 1.5}.items():
+        config = {"guided_target": scale, "pretrained_model_name_or_path": "mini"}
+        make_run(tmp_path / name, config=config)
+    with gr.Blocks() as page:
+        tab = Tab(Work(Catalog(tmp_path), page, "cpu"), page.load)
+
+    def suggested(a, b, last):
+        return tab.suggest(a, b, last, PROMPT)[2:]
+
+    assert suggested(BASE, "guided", "mini") == [1.0, "mini, guided"]
+    assert suggested("plain", "guided", "mini, guided") == [4.0, "mini"]
+    # What the user has set stays while the choice asks for the same.
+    assert suggested(BASE, "guided", "mini, guided") == [gr.skip(), gr.skip()]
+    assert suggested(BASE, "plain", "mini") == [gr.skip(), gr.skip()]
+
+
 def test_the_first_choice_is_a_run_and_its_control_and_runs_without_weights_are_listed(tmp_path):
     with gr.Blocks() as page:
         catalog = Catalog(tmp_path)
