@@ -56,7 +56,7 @@ def test_the_commands_of_the_readme_run_in_their_order_and_its_code_loads_what_t
     exec(compile("\n".join(statements), "README.md", "exec"), variables)
     assert eval(expression, variables).size == (64, 64)
 
-    _, _, section = text.partition("## What lies in the run folder")
+    _, _, section = text.partition("## What is in the run folder")
     rows = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
     assert len(rows) > 5
     for name in re.findall("`(.*?)`", " ".join(rows)):
