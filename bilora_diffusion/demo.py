@@ -114,8 +114,9 @@ def demo(folder: Path, words: Sequence[str]) -> None:
         lines.append(f"color difference of samples in %, {series.label}: {last:.1f}")
     write_result(folder / "grid.png", lines)
     print("\n".join(["", *lines, "", f"The picture of samples and curves: {folder / 'grid.png'}"]))
-    command = scoring_command(list(map(str, runs.values())), str(configs[0].validation_dataset))
-    print(describe_comparison(list(runs.values()), command))
+    pair = list(runs.values())[:2]  # the guided target is meant for another guidance
+    command = scoring_command(list(map(str, pair)), str(configs[0].validation_dataset))
+    print(describe_comparison(pair, command))
 
 
 def write_result(picture: Path, lines: Sequence[str]) -> None:

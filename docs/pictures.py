@@ -31,11 +31,6 @@ from tests.scripts.runs import free_port
 FOLDER = Path(__file__).parent
 RUNS = FOLDER.parent / "build" / "pictures"
 # Picture of a demo -> folder of its runs, and flags of the demo
-DEMOS = {
-    "grid.png": ("demo", ()),
-    "flow.png": ("demo-flow", ("--pretrained_model_name_or_path", "mini-flow")),
-    "animals.png": ("demo-animals", ("--dataset", "mini-animals")),
-}
 CLASS_PROMPT = "a flat icon of a lion"
 # A run that learns another style than the class has
 CLASS_RUN = (
@@ -70,18 +65,17 @@ def show(axis: Any, image: Any, title: str = "", **options: Any) -> None:
     axis.set_title(title, fontsize=9)
 
 
-def run_demo(name: str) -> Path:
-    """Run the demo of a picture, unless its folder is there; returns the folder."""
-    folder_name, flags = DEMOS[name]
-    folder = RUNS / folder_name
+def run_demo() -> Path:
+    """Run the demo, unless its folder is there; returns the folder."""
+    folder = RUNS / "demo"
     if not (folder / "grid.png").exists():
-        run("bilora_diffusion.demo", *flags, "--output_dir", str(folder))
+        run("bilora_diffusion.demo", "--output_dir", str(folder))
     return folder
 
 
 def draw_demo(path: Path) -> None:
-    """Copy the picture of a demo."""
-    shutil.copy(run_demo(path.name) / "grid.png", path)
+    """Copy the picture of the demo."""
+    shutil.copy(run_demo() / "grid.png", path)
 
 
 def draw_buckets(path: Path) -> None:
@@ -153,7 +147,7 @@ def draw_class(path: Path) -> None:
 
 def take_screenshots(folder: Path) -> None:
     """Take pictures of the viewer's tabs; the viewer shows the demo and the scores of its runs."""
-    demo = run_demo("grid.png")
+    demo = run_demo()
     if not (demo / "scores").exists():
         runs = [str(demo / "lora"), str(demo / "bilora"), "base", "--output_dir", f"{demo}/scores"]
         flags = "--prompts mini-duotone-heldout --max_prompts 6 --seeds 0 --guidance_from base"
@@ -176,7 +170,7 @@ def take_screenshots(folder: Path) -> None:
 
 # Name of a picture or of a folder of pictures below docs/ -> function that makes it
 PICTURES: dict[str, Callable[[Path], None]] = {
-    **dict.fromkeys(DEMOS, draw_demo),
+    "grid.png": draw_demo,
     "buckets.png": draw_buckets,
     "mask.png": draw_mask,
     "class.png": draw_class,
