@@ -30,7 +30,6 @@ from tests.scripts.runs import free_port
 
 FOLDER = Path(__file__).parent
 RUNS = FOLDER.parent / "build" / "pictures"
-# Picture of a demo -> folder of its runs, and flags of the demo
 CLASS_PROMPT = "a flat icon of a lion"
 # A run that learns another style than the class has
 CLASS_RUN = (
