@@ -161,7 +161,7 @@ class Sampler:
             print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
             raise UserError(
                 f"the base model {base.name} can't be loaded (the terminal has the reason):"
-                f" download it with hf download {base.name}, or put its folder there"
+                f" download it with hf download {base.name}, or put the model into that folder"
             ) from error
         self._pipeline = pipeline.to(self.device)
         self._base = base
@@ -195,7 +195,7 @@ def find_folder(base: BaseChoice) -> str:
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
         raise UserError(
             f'the base model "{base.name}" is not on this machine: download it with'
-            f" hf download {base.name}, or put its folder there"
+            f" hf download {base.name}, or put the model into that folder"
         ) from error
 
 
@@ -235,7 +235,7 @@ def find_comparison(catalog: Catalog, a: str, b: str) -> Comparison:
             " choose two with the same"
         )
     if not bases:
-        # Both sides are the base model: that of the first run, or the miniature.
+        # Both sides are the base model: use that of the first run, or the miniature.
         bases = [BaseChoice.from_config(run.record["config"]) for run in runs.values()]
         bases.append(BaseChoice(MINI))
     side_of_path: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}

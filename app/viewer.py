@@ -102,8 +102,8 @@ def serve(args: argparse.Namespace) -> None:
 def set_variables(folder: str) -> None:
     """Set the variables that Gradio reads when it is imported.
 
-    They turn off telemetry, and give Gradio a temporary folder, which it creates even if nothing is
-    stored in it: the folder that it creates otherwise may belong to another user of the machine.
+    They turn off telemetry and set Gradio's temporary folder, which it always creates: the default
+    folder may belong to another user of the machine.
     """
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=folder
@@ -118,7 +118,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Port 0 would be any free one; -1 is refused.
+        # Port 0 means any free port, so -1 is passed, which is refused.
         return socket.create_server((host, port or -1), family=family)
     except (OSError, OverflowError) as error:
         raise UserError(

@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import UserError, as_user_error, did_you_mean
 
-# Letters of a wrong text that a sentence quotes at most.
+# Maximum number of characters of a wrong text in a sentence.
 LETTERS = 80
 # Size of a table at most, since it is read into memory.
 MAX_BYTES = 2_000_000_000
@@ -29,8 +29,8 @@ MAX_BYTES = 2_000_000_000
 COLUMNS = 20
 # The repository, or the folder into which the package is installed.
 ROOT = Path(__file__).resolve().parents[2]
-# A path follows no letter or colon, which may belong to an address. Exceptions are the schemes of
-# models in a folder, such as ``hf:FOLDER``.
+# A path does not follow a letter or a colon, which may belong to a URL. Exceptions are the schemes
+# of models in a folder, such as ``hf:FOLDER``.
 _PATH_START = r"(?:(?<![\w./:~-])|(?<=\bopen_clip:)|(?<=\bhf:)|(?<=\bblip:))"
 _PATH_LETTERS = r"[^\s'\"<>|:,;()\[\]]"
 _ABSOLUTE_PATH = re.compile(rf"{_PATH_START}~?/(?:{_PATH_LETTERS}+/)*((?:(?!/){_PATH_LETTERS})+)/?")
@@ -38,8 +38,8 @@ _ABSOLUTE_PATH = re.compile(rf"{_PATH_START}~?/(?:{_PATH_LETTERS}+/)*((?:(?!/){_
 Rows = list[tuple[str, dict[str, Any]]]
 
 
-# Tests for a regular file and for a folder. Of what can be no path they say False, where those of
-# `Path` raise.
+# Tests for a regular file and for a folder. They return False for strings that can't be paths,
+# where the methods of `Path` raise.
 is_file = os.path.isfile
 is_folder = os.path.isdir
 
@@ -238,7 +238,7 @@ def duration(seconds: float) -> str:
 
 
 def without_paths(text: str) -> str:
-    """A text that tells nothing of this machine's folders, for readers elsewhere.
+    """The text without the folders of this machine, for readers elsewhere.
 
     An absolute path in the repository or the current folder is cut to its place there, another one
     to its last name.
@@ -314,7 +314,7 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 )
         for row in reader:
             where = f"line {reader.line_num} of {name}"
-            # The reader puts further fields under the key None, and None for missing ones.
+            # `DictReader` stores extra fields under the key None, and fills missing ones with None.
             if None in row or None in row.values():
                 raise UserError(
                     f"{where} does not have {len(columns)} fields as its header has: quote fields"

@@ -71,7 +71,7 @@ class DreamBoothConfig(ImageOptions):
     """`ImageOptions` as a run reads them; made by `resolve`.
 
     All values are final: ``optimizer`` is in lower case, ``validation_prompts`` holds the text of
-    all prompts, and ``max_train_steps`` is None only where epochs count.
+    all prompts, and ``max_train_steps`` is None only if the length is given in epochs.
     """
 
     groups: ClassVar[tuple[type, ...]] = GROUPS
@@ -151,8 +151,8 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def leaves_unused(self) -> bool:
-        # SDXL does not read the last layer of its first encoder, and no transformer the text's
-        # tokens behind its last block.
+        # SDXL does not read the last layer of its first encoder, and transformers discard the text
+        # tokens after their last block.
         return self.train_text_encoder or self.pipeline != SDXL
 
     @property
@@ -297,7 +297,7 @@ def check_cache(disk_cache: str) -> None:
     cache = cache_folder(disk_cache)
     if cache is None or disk_cache == CACHE_AUTO:
         return
-    # The folder would be created in its nearest existing parent; a dead link exists too.
+    # The folder would be created in its nearest existing parent. A broken symbolic link exists.
     parents = (cache, *cache.absolute().parents)
     existing = next(path for path in parents if os.path.lexists(path))
     is_writable = is_folder(existing) and os.access(existing, os.W_OK | os.X_OK)

@@ -91,7 +91,7 @@ class Bar:
         finally:
             self._record(TRAINING_ACTIVITY)
             self._bar.set_description_str(self._name)
-            # The bar's clock: the time of the activity does not count for the next step.
+            # The time of the activity is not part of the next step's time.
             self._bar.unpause()
 
 
@@ -128,13 +128,13 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines["failed"] = "; ".join(failure["sentence"] for failure in failures)
     config = record["config"]
     if config.get("guided_target", 1) > 1:
-        # The guidance is in the file.
+        # The weights contain the guidance.
         lines["sample it"] = (
             "without guidance (a scale of 1, no negative prompt); new shapes at a scale of 2 to 4"
         )
     advice = ""
     if _column(rows, HELDOUT_LOSS):
-        # The loss of images ranks them wrong (docs/results.md), that of text does not.
+        # The held-out loss ranks checkpoints wrongly for images (docs/results.md), not for text.
         is_by_samples = bool(_column(rows, HELDOUT_DISTANCE))
         if is_by_samples or "validation_dataset" not in config:
             measure = HELDOUT_DISTANCE if is_by_samples else HELDOUT_LOSS
@@ -146,7 +146,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
                 " after it is lowest: compare the images of all steps, or train with --keep_best"
             )
     else:
-        # The scripts call their held-out data differently.
+        # The scripts have different options for held-out data.
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
         advice = (
             "nothing was held out, and the training loss can't say when the model overfits: give"
@@ -182,7 +182,7 @@ def describe_comparison(folders: Sequence[Path], score: str) -> str:
 def scoring_command(folders: Sequence[str], heldout: str) -> str:
     """The command that scores runs of the miniature by their held-out icons.
 
-    Guidance comes from the base model: ordinary guidance takes much of the style out again.
+    Guidance comes from the base model: ordinary guidance removes much of the style.
     """
     return (
         f"python -m eval.clip_scores {shlex.join(folders)} --prompts {shlex.quote(heldout)}"

@@ -77,7 +77,7 @@ def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Settings of the run; of the method's options the radius, and those that are not default."""
+    """Settings of the run. Of the method's options: the radius, and those without their default."""
     method = get(options["method"])
     settings: dict[str, Any] = {"method": method.title}
     if not method.exports_weights:
@@ -87,7 +87,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         if init != "default":
             settings["init"] = init
         if init in CHANGE_BASE:
-            # The file holds the difference of two adapters, side by side.
+            # The file holds the difference of two adapters as one adapter of twice the rank.
             settings["rank of the file"] = 2 * options["rank"]
         if options["use_dora"]:
             settings["DoRA"] = "yes"
@@ -124,7 +124,7 @@ def loaded_from(name: str) -> str:
 
 
 def escaped(value: str | int | float) -> str:
-    """A text on one line, without meaning for Markdown."""
+    """A text on one line, with the characters escaped that Markdown reads."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     line = " ".join(text.split())
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
@@ -146,7 +146,7 @@ def python_block(text: str) -> str:
 
 
 def _fence(text: str, min_length: int) -> str:
-    """More backticks than the text has in a row, and at least ``min_length``."""
+    """A fence that is longer than any run of backticks in the text, and at least ``min_length``."""
     length = min_length
     for backticks in re.findall("`+", text):
         length = max(length, len(backticks) + 1)
@@ -216,7 +216,8 @@ def published(file: Path) -> str:
             return [cut(item) for item in value]
         if not isinstance(value, str):
             return value
-        # Separately, since a folder's name may have spaces, at which a path in a sentence ends.
+        # Before sentences with paths: a folder's name may have spaces, and a path in a sentence
+        # ends at a space.
         if Path(value).is_absolute():
             return Path(value).name
         return without_paths(value)

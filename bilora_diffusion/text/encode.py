@@ -35,7 +35,7 @@ MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
 # Columns that are summed when rows are packed into one.
 SUMMED = ("length", "target_tokens", "truncated")
 WRITE_ROWS = 1000
-# From this length on there is no limit: Transformers has 10^30 for such tokenizers.
+# From this length on there is no limit: tokenizers without one report 10^30.
 NO_LIMIT = 10**9
 # Attention for which Transformers derives the mask from the positions, for any batch size.
 ATTENTION = ("sdpa", "eager")
@@ -126,7 +126,7 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     columns_of_examples = []
     for number, example in enumerate(examples):
         columns_of_examples.append({**vars(example), "number": number})
-    # A fixed fingerprint, so that datasets does not hash the table; `map` gets the result's.
+    # A fixed fingerprint, so that datasets does not hash the table.
     table = pyarrow.Table.from_pylist(columns_of_examples)
     source = datasets.Dataset(table, fingerprint="examples")
     data = source.map(
@@ -296,8 +296,8 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 def require_packable(model: Any) -> None:
     """Refuse a model whose output for packed examples differs from that without packing.
 
-    Configurations don't tell which models have a state that is carried from token to token, so the
-    model is run on a few tokens: packed after two different neighbours, and alone.
+    A configuration does not say whether a model carries a state from token to token, so the model
+    is run on a few tokens: packed after two different neighbours, and alone.
 
     Raises:
         UserError: the model has no positions as input, has another attention, or mixes packed

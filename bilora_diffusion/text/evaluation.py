@@ -32,8 +32,8 @@ PREFIX = "heldout_"
 class Evaluation:
     """Measures a model on held-out rows.
 
-    Batches have rows of about equal length, to reduce padding. Results depend on the batch size
-    only by rounding.
+    Batches have rows of about equal length, to reduce padding. The batch size
+    changes results by rounding only.
 
     Args:
         cfg: training configuration.
@@ -133,7 +133,7 @@ class Evaluation:
 
     def _explain_memory_errors(self, action: str, count: int) -> AbstractContextManager[None]:
         """Context manager: if the memory is too small for a batch, name the options that help."""
-        fix = "give --generation_max_new_tokens a smaller number, or shorter rows"
+        fix = "lower --generation_max_new_tokens, or use shorter rows"
         if count > 1:
             fix = f"lower --eval_batch_size (now {self.cfg.eval_batch_size})"
         return explain_memory_errors(f"{action} of {counted(count, 'row')}", fix)
@@ -151,7 +151,7 @@ class Evaluation:
             return self.rows.row(number)["input_ids"]
         room = None
         if self.loaded.max_tokens is not None:
-            # The answer also uses positions.
+            # Reserve positions for the answer.
             room = self.loaded.max_tokens - self.new_tokens
         example = self.rows.example(number)
         return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)

@@ -92,7 +92,8 @@ class ClippedOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        # Without a gradient AdamW does not change a parameter; with a gradient of 0 its moments do.
+        # AdamW skips parameters without a gradient; those with a zero gradient it moves by their
+        # moments.
         self._optimizer.zero_grad(set_to_none=True)
 
     @property
@@ -142,7 +143,8 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
     # One kernel for all parameters: on a CPU the default updates them one by one, so that Bi-LoRA's
     # would take twice as long as LoRA's.
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
-    # With this flag a gradient scaler lets the kernel skip a step, but the hooks after it run.
+    # With this flag a gradient scaler lets the kernel skip a step, and the hooks after the step run
+    # all the same.
     cast(Any, optimizer)._step_supports_amp_scaling = False
     return optimizer
 
