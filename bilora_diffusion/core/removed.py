@@ -13,8 +13,8 @@ from typing import Any
 
 from .errors import UserError
 
-# Tag of the last commit that has all of them.
-TAG = "last-with-fit"
+# The last commit that has all of them, with its tag.
+TAG = "fc2d1093 (tag last-with-fit)"
 
 
 @dataclass(frozen=True)
