@@ -99,6 +99,11 @@ def difference(check: Check, metric: Metric) -> str:
     return _signed(value.mean, Interval(value.low, value.high), metric)
 
 
+def mean(line: Summary | None, metric: Metric) -> str:
+    """The mean of a group, whatever the control is."""
+    return report.number(line.mean if line else None, metric)
+
+
 def seeds(result: Result) -> int:
     """Number of training seeds."""
     return len(result.members(result.control))
@@ -146,7 +151,7 @@ def guided_target_without_guidance() -> Iterable[str]:
             cells = [f"{title}, {seeds(result)}" if step == 100 else "", f"{step}", f"{scale}"]
             for metric in ("truth", "i2t", "nearest"):
                 control = result.summary(CONTROL, metric, f"guidance {scale}", step)
-                cells.append(report.number(control.mean if control else None, COSINE))
+                cells.append(mean(control, COSINE))
                 check = Check(
                     "",
                     f"results/guided_target_{name}",
@@ -184,7 +189,7 @@ def guidance() -> Iterable[str]:
             scores = []
             for item in (GUIDANCE, BASE_GUIDANCE):
                 line = read(f"pictures_{name}").summary(CONTROL, "truth", item, step)
-                scores.append(report.number(line.mean if line else None, COSINE))
+                scores.append(mean(line, COSINE))
             cells.append(" to ".join(scores))
         rows.append((title, *cells))
     yield report.table(("data", *_step_heads(STEPS)), rows)
@@ -238,8 +243,11 @@ def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | Non
 def methods() -> Iterable[str]:
     """Held-out losses of the methods on the miniature, lowest and at the end."""
     result = read("methods")
-    columns = {f"best {HELDOUT_LOSS}": "lowest", f"final {HELDOUT_LOSS}": "end"}
-    yield _losses(result, METHODS, columns, LOSS, "method")
+    rows = []
+    for group, title in {CONTROL: CONTROL, **METHODS}.items():
+        lines = [result.summary(group, f"{kind} {HELDOUT_LOSS}") for kind in ("best", "final")]
+        rows.append((title, *[cell(result, line, LOSS) for line in lines]))
+    yield report.table(("method", "lowest", "end"), rows)
 
 
 def radii() -> Iterable[str]:
@@ -285,7 +293,7 @@ def together() -> Iterable[str]:
     for form in ("PiSSA", "LoRA-GA", "DoRA", "NF4"):
         lora_line = read("together").summary(form, f"best {HELDOUT_LOSS}")
         check = _lowest("together", f"{form}, Bi-LoRA", form)
-        value = report.number(lora_line.mean if lora_line else None, LOSS)
+        value = mean(lora_line, LOSS)
         rows.append((form, value, difference(check, LOSS)))
     yield report.table(("form", "LoRA", "with Bi-LoRA"), rows)
 
@@ -300,37 +308,17 @@ def texts() -> Iterable[str]:
     reviews = read("text_rotten_tomatoes/text_scores")
     sums = read("text_gsm_symbolic/sweep")
     columns = (
-        (reviews, "heldout:rotten_tomatoes:accuracy", "", PERCENT, "reviews: accuracy, %"),
-        (reviews, "heldout:rotten_tomatoes:loss", "", TEXT_LOSS, "reviews: loss"),
-        (sums, f"final {HELDOUT_LOSS}", "", TEXT_LOSS, "sums: loss per token"),
+        (reviews, "heldout:rotten_tomatoes:accuracy", PERCENT, "reviews: accuracy, %"),
+        (reviews, "heldout:rotten_tomatoes:loss", TEXT_LOSS, "reviews: loss"),
+        (sums, f"final {HELDOUT_LOSS}", TEXT_LOSS, "sums: loss per token"),
     )
     rows = []
     for group, title in {CONTROL: CONTROL, **TEXT_METHODS}.items():
         cells = []
-        for result, metric, item, form, _ in columns:
-            cells.append(cell(result, result.summary(group, metric, item), form))
+        for result, metric, form, _ in columns:
+            cells.append(cell(result, result.summary(group, metric), form))
         rows.append((title, *cells))
     yield report.table(("method", *[column[-1] for column in columns]), rows)
-
-
-def _losses(
-    result: Result,
-    groups: Mapping[str, str],
-    columns: Mapping[str, str],
-    metric: Metric,
-    head: str,
-) -> str:
-    """The control's values, and differences to them of other groups.
-
-    Args:
-        groups: group -> its name in the table.
-        columns: metric of the result -> its name in the table.
-    """
-    rows = []
-    for group, title in {result.control: str(result.control), **groups}.items():
-        lines = [result.summary(group, name) for name in columns]
-        rows.append((title, *[cell(result, line, metric) for line in lines]))
-    return report.table((head, *columns.values()), rows)
 
 
 def step_cost() -> Iterable[str]:

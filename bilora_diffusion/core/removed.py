@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import UserError
 
@@ -91,11 +91,7 @@ def refuse_option(name: str, spelling: str) -> None:
         UserError: it was removed. The sentence says what to use.
     """
     if name in OPTIONS:
-        option = OPTIONS[name]
-        raise UserError(
-            f"{spelling} was removed: {option.instead}. The last version with it is"
-            f" {option.version} in git."
-        )
+        _refuse(spelling, OPTIONS[name].instead, OPTIONS[name].version)
 
 
 def refuse_value(name: str, value: str) -> None:
@@ -109,10 +105,7 @@ def refuse_value(name: str, value: str) -> None:
         UserError: it was removed. The sentence says what to use.
     """
     if (name, value) in VALUES:
-        raise UserError(
-            f"--{name} {value} was removed: {VALUES[name, value]}. The last version with it is"
-            f" {TAG} in git."
-        )
+        _refuse(f"--{name} {value}", VALUES[name, value])
 
 
 def refuse_method(name: str) -> None:
@@ -122,10 +115,13 @@ def refuse_method(name: str) -> None:
         UserError: it was removed. The sentence says what to use.
     """
     if name in METHODS:
-        raise UserError(
-            f"the method {name} was removed: {METHODS[name]}. The last version with it is {TAG} in"
-            " git."
-        )
+        _refuse(f"the method {name}", METHODS[name])
+
+
+def _refuse(subject: str, instead: str, version: str = TAG) -> NoReturn:
+    raise UserError(
+        f"{subject} was removed: {instead}. The last version with it is {version} in git."
+    )
 
 
 def require_neutral(saved: Mapping[str, Any], depends_on_heldout: bool = True) -> None:
@@ -139,15 +135,11 @@ def require_neutral(saved: Mapping[str, Any], depends_on_heldout: bool = True) -
         UserError: one of them was removed, and has an effect, or the method was removed.
     """
     method = saved.get("method")
-    if method in METHODS:
-        raise UserError(
-            f"it was trained with --method {method}, which was removed: resume it with {TAG} in"
-            " git, or start a new run in another folder."
-        )
-    is_bilora = method in (None, "bilora")
     versions: dict[str, str] = {}  # of each option that has an effect
+    if method in METHODS:
+        versions["method"] = TAG
     for name, option in OPTIONS.items():
-        if option.is_of_bilora and not is_bilora:
+        if option.is_of_bilora and method not in (None, "bilora"):
             continue
         if name in saved and not option.is_neutral(saved[name], depends_on_heldout):
             versions[name] = option.version
