@@ -35,13 +35,21 @@ TYPES = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/pyth
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text pictures test test-all test-matrix lint style format clean
+.PHONY: help demo try demo-text pictures test test-all test-matrix lint style format clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
 
 demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what they make, into demo/
 	$(BIN)/python -m bilora_diffusion.demo --output_dir "$(DEMO_DIR)"
+
+# Your own photographs, with the miniature in place of a full-size model: make try PHOTOS=my_photos PROMPT="a photo of TOK dog"
+PROMPT ?= a photo of TOK
+TRY_DIR ?= runs/try
+try: $(VENV)/.installed  ## a rehearsal of a run on your own photographs, without a GPU: PHOTOS=folder
+	@test -n "$(PHOTOS)" || { echo "error: name the folder of your photographs: make try PHOTOS=my_photos" >&2; exit 2; }
+	$(BIN)/python train_dreambooth_bilora.py --config try --dataset "$(PHOTOS)" --instance_prompt "$(PROMPT)" \
+		--validation_prompt "$(PROMPT)" --compare lora --output_dir "$(TRY_DIR)"
 
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 to label questions and show its answers before and after
 	$(BIN)/python examples/2_text.py --output_dir "$(DEMO_TEXT_DIR)"

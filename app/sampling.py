@@ -22,7 +22,6 @@ from bilora_diffusion.core.files import is_file
 from bilora_diffusion.core.lora_names import WEIGHTS
 from bilora_diffusion.core.values import (
     ADAPTER_GUIDANCE,
-    BASE_GUIDANCE,
     GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
@@ -123,7 +122,7 @@ class Sampler:
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
         # The prediction of the base model needs an adapter that can be turned off.
-        if any(request.guidance_from == BASE_GUIDANCE for request in requests):
+        if any(request.guidance_from != ADAPTER_GUIDANCE for request in requests):
             require_adapter(subject)
         images: list[Image] = []
         with applied(pipeline, subject, requests[0].scale):

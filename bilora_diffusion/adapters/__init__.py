@@ -29,6 +29,7 @@ from .access import (
     off,
     only,
     parameters,
+    scaled,
     weights,
 )
 from .inits import start_from_initial, subtract_initial

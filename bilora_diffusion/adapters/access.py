@@ -269,6 +269,35 @@ def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextmanager
+def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
+    """Multiply the change of all adapters of these layers by a strength within the context.
+
+    At strength 0 they do not act at all, which for DoRA is not the limit of small strengths: its
+    magnitudes act at any other strength.
+
+    Raises:
+        UserError: adapters that are merged into the base weights, where a strength has no effect.
+    """
+    if strength == 0:
+        with off(lora_layers):
+            yield
+        return
+    before = [dict(layer.scaling) for layer in lora_layers]
+    if any(layer.merged for layer in lora_layers):
+        raise UserError(
+            f"adapters that are merged into the base weights can't act at strength {strength:g}:"
+            " unmerge them first (`pipeline.unfuse_lora()`)."
+        )
+    try:
+        for layer, scaling in zip(lora_layers, before, strict=True):
+            layer.scaling.update({name: strength * value for name, value in scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(lora_layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
 def _check_names(model: nn.Module, adapters: Sequence[str]) -> None:
     """Refuse an adapter that no layer of the model has, or that never acts."""
     model_adapters = names(model)

@@ -53,7 +53,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 ADAPTER_GUIDANCE = "adapter"
 BASE_GUIDANCE = "base"
-# Models of the unconditional prediction in classifier-free guidance.
+# Models of the unconditional prediction in classifier-free guidance; a number between 0 and 1 is
+# the strength of the adapter in it.
 GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
 # Values of `--timestep_shift`: as the model was trained, as its pipeline samples, none.
 MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT = "model", "pipeline", "none"
@@ -191,6 +192,20 @@ SIDES = Range(
 SAMPLER_STEPS = Range(1000, "no scheduler here has more noise levels", at_least=1)
 GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
 STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
+UNCONDITIONAL_STRENGTHS = Range(1, "1 is the adapted model already", at_least=0)
+
+
+def unconditional_strength(guidance_from: float | str) -> float:
+    """Strength of the adapter in the unconditional prediction: 1 for "adapter", 0 for "base"."""
+    words = {ADAPTER_GUIDANCE: 1.0, BASE_GUIDANCE: 0.0}
+    if isinstance(guidance_from, str):
+        return words[guidance_from]
+    return float(guidance_from)
+
+
+def guidance_source(strength: float) -> float | str:
+    """The reverse of `unconditional_strength`: a word where there is one."""
+    return {1.0: ADAPTER_GUIDANCE, 0.0: BASE_GUIDANCE}.get(strength, strength)
 
 
 def check_choice(label: str, value: Any, choices: Iterable[Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.durable import write_text
 from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow_file_name
-from ..core.values import BASE_GUIDANCE
+from ..core.values import BASE_GUIDANCE, unconditional_strength
 from ..methods import get
 from ..mini import embedded
 from .captions import concept_words
@@ -96,7 +96,7 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     if guidance is None:
         _, guidance = family.usual_sampling(pipeline)
     is_guided = family.is_guided(guidance, pipeline.config, family.configs(pipeline))
-    if is_guided and sample.guidance_from != BASE_GUIDANCE:
+    if is_guided and unconditional_strength(sample.guidance_from) == 1:
         by_base = replace(sample, guidance_from=BASE_GUIDANCE)
         graph = workflow(pipeline, checkpoint, lora, by_base)
         write_text(base_path, json.dumps(graph, indent=1) + "\n")
@@ -121,23 +121,26 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     graph = Graph()
 
     # The model with the adapter. With guidance from the base model a hook applies the adapter to
-    # the positive prompt only.
+    # the positive prompt only, and in between another hook applies it to the negative prompt.
     base_model, base_encoders, autoencoder = _load_checkpoint(graph, comfyui, checkpoint)
-    is_by_base = sample.guidance_from == BASE_GUIDANCE
-    adapter: dict[str, Any] = {"lora_name": lora, "strength_model": sample.strength}
+    has_hooks = unconditional_strength(sample.guidance_from) < 1
+    negative_strength = sample.strength * unconditional_strength(sample.guidance_from)
     model = base_model
-    text_encoders = base_encoders
+    text_encoders = negative_encoders = base_encoders
     if not comfyui.text_encoders:
         # The checkpoint's text encoders may be trained too: then the file has their adapters.
-        of_encoders = {"clip": base_encoders, "strength_clip": sample.strength}
-        model = graph.add("LoraLoader", model=base_model, **adapter, **of_encoders)
-        text_encoders = [model[0], 1]
-    elif not is_by_base:
+        model = _load_adapter(graph, lora, base_model, base_encoders, sample.strength)
+        text_encoders = negative_encoders = [model[0], 1]
+        if has_hooks and negative_strength == 0:
+            negative_encoders = base_encoders
+        elif has_hooks:
+            loader = _load_adapter(graph, lora, base_model, base_encoders, negative_strength)
+            negative_encoders = [loader[0], 1]
+    elif not has_hooks:
+        adapter = {"lora_name": lora, "strength_model": sample.strength}
         model = graph.add("LoraLoaderModelOnly", model=base_model, **adapter)
-    negative_encoders = text_encoders
-    if is_by_base:
+    if has_hooks:
         model = base_model
-        negative_encoders = base_encoders
     if comfyui.shift_node:
         model = _shift_noise_levels(graph, pipeline, model, size)
 
@@ -150,14 +153,10 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
         negative = graph.add("CLIPTextEncode", clip=negative_encoders, text=sample.negative_prompt)
     if comfyui.embeds_guidance:
         positive = graph.add("FluxGuidance", conditioning=positive, guidance=guidance)
-    if is_by_base:
-        # Not the node DualModelGuider: two models from one file share their weights in ComfyUI, so
-        # the adapter would act in both.
-        hooks = graph.add("CreateHookLoraModelOnly", **adapter)
-        properties: dict[str, Any] = {"strength": 1.0, "set_cond_area": "default"}
-        positive = graph.add(
-            "ConditioningSetProperties", cond_NEW=positive, hooks=hooks, **properties
-        )
+    if has_hooks:
+        positive = _hook_adapter(graph, lora, positive, sample.strength)
+        if negative_strength != 0:
+            negative = _hook_adapter(graph, lora, negative, negative_strength)
     # ComfyUI's scale is 1 without guidance. A pipeline's is `unguided_scale`: 0 where it adds the
     # difference of the predictions that many times, and 100 where the model embeds its guidance.
     scale = max(1.0, guidance + 1.0 - family.unguided_scale)
@@ -166,6 +165,25 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     image = graph.add("VAEDecode", samples=latent, vae=autoencoder)
     graph.add("SaveImage", images=image, filename_prefix=Path(lora).stem)
     return graph
+
+
+def _load_adapter(
+    graph: Graph, lora: str, model: Output, encoders: Output, strength: float
+) -> Output:
+    """Add the node that loads an adapter into a model and its text encoders."""
+    strengths = {"strength_model": strength, "strength_clip": strength}
+    return graph.add("LoraLoader", model=model, clip=encoders, lora_name=lora, **strengths)
+
+
+def _hook_adapter(graph: Graph, lora: str, prompt: Output, strength: float) -> Output:
+    """Add the nodes that apply an adapter to the predictions of one prompt only.
+
+    Not the node DualModelGuider: two models from one file share their weights in ComfyUI, so the
+    adapter would act in both.
+    """
+    hooks = graph.add("CreateHookLoraModelOnly", lora_name=lora, strength_model=strength)
+    properties: dict[str, Any] = {"strength": 1.0, "set_cond_area": "default"}
+    return graph.add("ConditioningSetProperties", cond_NEW=prompt, hooks=hooks, **properties)
 
 
 def _sample_latent(

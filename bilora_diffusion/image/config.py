@@ -14,12 +14,12 @@ from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
 from ..core.values import (
-    BASE_GUIDANCE,
     BY_SAMPLES,
     DINOV2,
     EMBEDDED,
     HELDOUT_DISTANCE,
     HELDOUT_LOSS,
+    unconditional_strength,
 )
 from ..methods.options import AdapterOptions, MethodFlags
 from .base_model import BaseModel, describe, folder_of
@@ -231,8 +231,8 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
         if settings.get("concept"):  # its number in the joined list means nothing to the user
             prompt = f"a prompt of {settings['concept']}"
         guidance_from = settings.get("guidance_from", cfg.validation_guidance_from)
-        if guidance_from == BASE_GUIDANCE:
-            request = f"{prompt} with guidance from the base model"
+        if unconditional_strength(guidance_from) < 1:
+            request = f"{prompt} with guidance from {guidance_from}"
             require_unconditional(family, guidance, model.index, model.configs, request)
         # Without guidance no prediction uses the negative prompt.
         is_read = family.reads_negative_prompt and guidance > family.unguided_scale
@@ -241,8 +241,8 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
                 f"{prompt} has a negative prompt, and {family.title} reads none at a guidance of"
                 f" {guidance:g}: drop it."
             )
-    if cfg.validation_guidance_from == BASE_GUIDANCE:
-        request = "--validation_guidance_from base"
+    if unconditional_strength(cfg.validation_guidance_from) < 1:
+        request = f"--validation_guidance_from {cfg.validation_guidance_from}"
         require_unconditional(family, run_guidance, model.index, model.configs, request)
     for side in sides:
         family.require_resolution(side, model.configs)

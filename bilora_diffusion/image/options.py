@@ -20,6 +20,7 @@ from ..core.values import (
     SHARES,
     SIDES,
     STEPS,
+    UNCONDITIONAL_STRENGTHS,
     WORKERS,
     Range,
 )
@@ -266,11 +267,13 @@ class ValidationOptions:
         range=GUIDANCES,
         ignored=(WITHOUT_SAMPLES,),
     )
-    validation_guidance_from: str = option(
+    validation_guidance_from: float | str = option(
         ADAPTER_GUIDANCE,
         "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
-        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
-        choices=GUIDANCE_SOURCES,
+        " programs; base, the base model, which keeps more of a learned style; or a number between"
+        " 0 and 1, the adapter's strength in that prediction (docs/guide.md).",
+        words=GUIDANCE_SOURCES,
+        range=UNCONDITIONAL_STRENGTHS,
         ignored=(WITHOUT_SAMPLES,),
     )
     # 4, as in diffusers' scripts.

@@ -1,11 +1,13 @@
-"""Sample images with a pipeline, with guidance from the adapted or from the base model.
+"""Sample images with a pipeline, with guidance from the adapted or the base model, or in between.
 
 A LoRA is trained on captions, but changes the unconditional prediction too. So the difference that
 guidance amplifies, conditional - unconditional, has less of what it learned. With guidance from the
 base model the adapters act in the conditional prediction only, at the same cost (Phunyaphibarn et
-al. 2025, https://arxiv.org/abs/2503.20240, for full fine-tuning):
+al. 2025, https://arxiv.org/abs/2503.20240, for full fine-tuning; Zhong et al. 2025,
+https://arxiv.org/abs/2504.01521, for domains). In between they act in the unconditional prediction
+too, at a lower strength (Steering Guidance, https://arxiv.org/abs/2508.00319):
 
-    with unconditional_by_base(family, denoiser, count=4):
+    with scaled_unconditional(family, denoiser, count=4, strength=0.5):
         images = pipeline(...)  # four
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters import LoraLayer
 from ..core.files import counted
-from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from ..core.values import ADAPTER_GUIDANCE, unconditional_strength
 from ..train.task import explain_memory_errors, precision
 from .config import require_unconditional
 from .families import family_of
@@ -49,7 +51,7 @@ def generate(
     negatives: Sequence[str] = (),
     steps: int | None = None,
     guidance_scale: float | None = None,
-    guidance_from: str = ADAPTER_GUIDANCE,
+    guidance_from: float | str = ADAPTER_GUIDANCE,
     embeddings: tuple[Conditions, Conditions] | None = None,
     batch: int = 8,
     memory_fix: str = f"sample fewer images at a time, or {SMALLER_IMAGES}",
@@ -65,7 +67,8 @@ def generate(
         negatives: n negative prompts; () for empty prompts.
         steps: steps of the sampler; None for the model's default, as for the guidance scale.
         guidance_from: model of the unconditional prediction: "adapter" for the adapted model,
-            "base" for the model without its adapters.
+            "base" for the model without its adapters, or a number between 0 and 1, the strength of
+            the adapters in it.
         embeddings: embeddings of prompts and negative prompts, (n, ...) each.
         batch: number of images that are sampled together.
         memory_fix: what the user can do if the memory is too small for a batch, without a period.
@@ -78,7 +81,7 @@ def generate(
         TrainingError: an image is not finite, or the memory is full.
         UserError: guidance from the base model at a scale without an unconditional prediction.
     """
-    is_base = guidance_from == BASE_GUIDANCE
+    strength = unconditional_strength(guidance_from)
     if embeddings is None:
         positive = embed(pipeline, prompts)
         negative = embed_negative(pipeline, len(prompts), negatives, guidance_from)
@@ -93,7 +96,7 @@ def generate(
     usual_steps, guidance = family.usual_sampling(pipeline)
     if guidance_scale is not None:
         guidance = guidance_scale
-    if is_base:
+    if strength < 1:
         require_unconditional(family, guidance, pipeline.config, family.configs(pipeline))
     sampler = bare_sampler(family, pipeline)
 
@@ -112,9 +115,7 @@ def generate(
             move(unconditional, denoiser.device, dtype),
             guidance,
         )
-        source_of_guidance: AbstractContextManager[None] = nullcontext()
-        if is_base:
-            source_of_guidance = unconditional_by_base(family, denoiser, len(names))
+        source_of_guidance = scaled_unconditional(family, denoiser, len(names), strength)
         action = f"sampling {names[0]}"
         if len(names) > 1:
             action += f" together with {counted(len(names) - 1, 'other image')}"
@@ -201,19 +202,16 @@ def embed_negative(
     pipeline: Any,
     count: int,
     prompts: Sequence[str] = (),
-    guidance_from: str = ADAPTER_GUIDANCE,
+    guidance_from: float | str = ADAPTER_GUIDANCE,
 ) -> Conditions:
     """Embed ``count`` negative prompts with the pipeline's text encoders.
 
     Args:
         prompts: () for empty ones.
-        guidance_from: with "base" the encoders embed without their adapters.
+        guidance_from: the encoders' adapters act at its strength; see `generate`.
     """
     family = family_of(pipeline)
-    encoders: AbstractContextManager[None] = nullcontext()
-    if guidance_from == BASE_GUIDANCE:
-        encoders = encoders_of_base(family, pipeline)
-    with encoders:
+    with scaled_encoders(family, pipeline, unconditional_strength(guidance_from)):
         empty = family.negative(pipeline, embed(pipeline, [""] * count))
         if not any(prompts):
             return empty
@@ -226,43 +224,52 @@ def embed_negative(
 
 
 @contextmanager
-def unconditional_by_base(family: Family, denoiser: nn.Module, count: int) -> Iterator[None]:
-    """Context manager: unconditional predictions of the denoiser are made without its adapters.
+def scaled_unconditional(
+    family: Family, denoiser: nn.Module, count: int, strength: float
+) -> Iterator[None]:
+    """Context manager: in unconditional predictions the denoiser's adapters have a lower strength.
 
-    Without an active adapter nothing changes. `Family.unconditional` says which predictions are
-    unconditional.
+    At strength 1, or without an active adapter, nothing changes. `Family.unconditional` says which
+    predictions are unconditional.
 
     Args:
         denoiser: the denoiser with its adapters.
         count: number of images of the pipeline's call; the context is for one call.
+        strength: factor of the adapters' change; 0 for the base model.
     """
-    acting = [layer for _, layer in adapters.layers(denoiser) if _is_acting(layer)]
+    acting: list[LoraLayer] = []
+    if strength != 1:
+        acting = [layer for _, layer in adapters.layers(denoiser) if _is_acting(layer)]
     if not acting:
         yield
     elif family.unconditional is Unconditional.FIRST_ROWS and all(map(_is_plain, acting)):
-        # One call of the denoiser, with A x = 0 for the unconditional rows.
-        with _without_first_rows(acting, count):
+        # One call of the denoiser, in which A x of the unconditional rows is scaled.
+        with _scaled_first_rows(acting, count, strength):
             yield
     elif family.unconditional is Unconditional.SECOND_CALL:
-        with _replaced_forward(denoiser, _second_call_without(denoiser.forward, acting)):
+        forward = _scaled_second_call(denoiser.forward, acting, strength)
+        with _replaced_forward(denoiser, forward):
             yield
     else:
         # Two calls instead of one, each with half of the rows.
         is_first = family.unconditional is Unconditional.FIRST_ROWS
-        forward = _halves(denoiser.forward, acting, count, is_first=is_first)
+        forward = _halves(denoiser.forward, acting, count, strength, is_first=is_first)
         with _replaced_forward(denoiser, forward):
             yield
 
 
 @contextmanager
-def encoders_of_base(family: Family, pipeline: Any) -> Iterator[None]:
-    """Context manager: a pipeline's text encoders embed without their adapters."""
+def scaled_encoders(family: Family, pipeline: Any, strength: float) -> Iterator[None]:
+    """Context manager: the adapters of a pipeline's text encoders have a lower strength."""
+    if strength == 1:
+        yield
+        return
     encoder_layers: list[LoraLayer] = []
     for name in family.encoders:
         encoder = getattr(pipeline, name, None)
         if encoder is not None:
             encoder_layers += [layer for _, layer in adapters.layers(encoder)]
-    with adapters.off(encoder_layers):
+    with adapters.scaled(encoder_layers, strength):
         yield
 
 
@@ -280,7 +287,7 @@ def _is_acting(layer: LoraLayer) -> bool:
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    """Test that a row with A x = 0 has the base layer's output."""
+    """Test that scaling A x of a row scales the change that the adapters make to its output."""
     if layer.merged:  # into the base weight
         return False
     for name in _acting_names(layer):
@@ -292,20 +299,20 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 
 @contextmanager
-def _without_first_rows(layers: list[LoraLayer], count: int) -> Iterator[None]:
-    """Context manager: the adapters act only in the last ``count`` of 2 ``count`` rows."""
+def _scaled_first_rows(layers: list[LoraLayer], count: int, strength: float) -> Iterator[None]:
+    """Context manager: the adapters' change of the first half of the rows is scaled."""
 
     # hidden = A x, (2 count, ..., rank)
-    def zero_first_rows(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
+    def scale_first_rows(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
         if len(hidden) != 2 * count:
             raise RuntimeError(f"{len(hidden)} rows for {count} images with guidance")
-        # B 0 = 0: the base layer's output is unchanged, to the bit.
-        return torch.cat([torch.zeros_like(hidden[:count]), hidden[count:]])
+        # At strength 0 B 0 = 0: the base layer's output is unchanged, to the bit.
+        return torch.cat([strength * hidden[:count], hidden[count:]])
 
     with ExitStack() as stack:
         for layer in layers:
             for name in _acting_names(layer):
-                hook = layer.lora_A[name].register_forward_hook(zero_first_rows)
+                hook = layer.lora_A[name].register_forward_hook(scale_first_rows)
                 stack.callback(hook.remove)
         yield
 
@@ -325,26 +332,34 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = before
 
 
-def _second_call_without(forward: Callable[..., Any], layers: list[LoraLayer]) -> Any:
-    """A forward without adapters in its second, fourth, ... calls, which are unconditional."""
+def _scaled_second_call(
+    forward: Callable[..., Any], layers: list[LoraLayer], strength: float
+) -> Any:
+    """A forward that scales adapters in its second, fourth, ... calls, which are unconditional."""
     calls = itertools.count()
 
     def alternating(*args: Any, **kwargs: Any) -> Any:
         is_unconditional = next(calls) % 2 == 1
-        with adapters.off(layers if is_unconditional else []):
+        with adapters.scaled(layers if is_unconditional else [], strength):
             return forward(*args, **kwargs)
 
     return alternating
 
 
 def _halves(
-    forward: Callable[..., Any], layers: list[LoraLayer], count: int, *, is_first: bool
+    forward: Callable[..., Any],
+    layers: list[LoraLayer],
+    count: int,
+    strength: float,
+    *,
+    is_first: bool,
 ) -> Any:
     """A forward that splits a batch of 2 ``count`` rows into two calls.
 
-    The call for the unconditional half uses no adapters.
+    The call for the unconditional half scales the adapters.
 
     Args:
+        strength: factor of the adapters' change in that call.
         is_first: True if the unconditional half is the first.
     """
 
@@ -353,7 +368,7 @@ def _halves(
         for half in (slice(0, count), slice(count, 2 * count)):
             is_unconditional = (half.start == 0) == is_first
             half_args, half_kwargs = _rows((args, kwargs), half, 2 * count)
-            with adapters.off(layers if is_unconditional else []):
+            with adapters.scaled(layers if is_unconditional else [], strength):
                 outputs.append(forward(*half_args, **half_kwargs)[0])
         if isinstance(outputs[0], Tensor):
             return (torch.cat(outputs),)

@@ -30,7 +30,7 @@ from ..core.lora_names import (
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
 from ..run.data import choose_samples, describe_copies
-from ..run.record import VALIDATION
+from ..run.record import CONTACT_SHEET, VALIDATION
 from ..train import command
 from ..train.engine import DTYPES
 from ..train.setup import Script
@@ -40,6 +40,7 @@ from .captions import Captions
 from .card import write_dreambooth_card
 from .concept_list import require_disjoint
 from .config import DreamBoothConfig
+from .contact_sheet import write_contact_sheet
 from .image_files import list_folder
 from .opening import open_images
 from .pipeline import load_base, memory_by_phase
@@ -104,6 +105,11 @@ class DreamBoothScript(Script[DreamBoothConfig]):
     def memory_by_phase(self, task: Any, device: torch.device) -> dict[str, dict[str, int]]:
         return memory_by_phase(task, device)
 
+    def write_contact_sheet(self, trainer: Trainer, folder: Path) -> None:
+        task: Any = trainer.task
+        path = folder / CONTACT_SHEET
+        write_contact_sheet(task.stream, path, trainer.layout.step_size)
+
     def export(self, cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
         task: Any = trainer.task
         if trainer.method.exports_weights:
@@ -132,6 +138,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             "workflow for ComfyUI": workflow_file_name(folder),
             "workflow with guidance from the base model": base_workflow_file_name(folder),
             "model card": "README.md",
+            "training images": CONTACT_SHEET,
             "images": VALIDATION,
         }
 

@@ -33,6 +33,7 @@ from ..core.values import (
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
+    UNCONDITIONAL_STRENGTHS,
 )
 from ..run.record import image_file_name
 from .options import ImageOptions
@@ -63,8 +64,11 @@ class PromptOptions:
     guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
     steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
     strength: float | None = option(None, "Of the adapter.", range=STRENGTHS, aliases=("--am",))
-    guidance_from: str | None = option(
-        None, "Model of guidance's unconditional prediction.", choices=GUIDANCE_SOURCES
+    guidance_from: float | str | None = option(
+        None,
+        "Model of guidance's unconditional prediction, or the adapter's strength in it.",
+        words=GUIDANCE_SOURCES,
+        range=UNCONDITIONAL_STRENGTHS,
     )
 
 
@@ -135,7 +139,8 @@ class ValidationSample:
     height: int
     guidance: float | None  # scale; None for the model's usual one
     steps: int | None  # of the sampler; None for the model's usual number
-    guidance_from: str = ADAPTER_GUIDANCE  # unconditional prediction: "adapter" or "base"
+    # Unconditional prediction: "adapter", "base", or the strength of the adapter in it
+    guidance_from: float | str = ADAPTER_GUIDANCE
     concept: str = ""  # name of the concept that the prompt belongs to; "" for one of the run
 
     @property

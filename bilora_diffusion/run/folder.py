@@ -27,7 +27,7 @@ from ..core.lora_names import (
     workflow_file_name,
 )
 from . import checkpoint, snapshots
-from .record import RUN, VALIDATION, discard_later_steps
+from .record import CONTACT_SHEET, RUN, VALIDATION, discard_later_steps
 from .runlog import CARD, ERROR, METRICS, read_run
 from .settings import describe_differences
 
@@ -38,7 +38,7 @@ WHOLE_MODELS = (*COMPONENTS, "model")
 # A folder with one of these, or with ``run.json``, holds a run.
 RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, WEIGHTS, CONFIG)
 # What else a run writes, and a new run deletes.
-SIDE_NAMES = (VALIDATION, "logs", EXPORTS, snapshots.FOLDER, ERROR)
+SIDE_NAMES = (CONTACT_SHEET, VALIDATION, "logs", EXPORTS, snapshots.FOLDER, ERROR)
 
 
 def refuse_unusable(folder: Path) -> None:

@@ -30,6 +30,7 @@ from ..core.files import without_paths
 from ..methods import get
 from ..methods.registry import default_options
 from ..mini import embedded
+from .record import CONTACT_SHEET
 
 
 def write_card(
@@ -154,7 +155,8 @@ def _fence(text: str, min_length: int) -> str:
 
 
 # No exports, since diffusers would load one of them where no file is named.
-NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "logs/*", ".*"]
+# The contact sheet has the training images, which may be private.
+NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "logs/*", CONTACT_SHEET, ".*"]
 # Files with paths of this machine: of the base model, the images and the run itself.
 WITH_PATHS = ["run.json", "adapter_config.json", "config.json", "*/config.json"]
 

@@ -25,6 +25,8 @@ from ..core.values import TRAINING_GRID_LOSS
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
 VALIDATION = "validation"
+# Picture of the training images, as training crops them.
+CONTACT_SHEET = "training_images.png"
 # Stands before a concept's name in the name of its held-out loss.
 BY_CONCEPT = "heldout_loss_by_concept/"
 # Validation images of one prompt at most, as for the option.

@@ -55,6 +55,9 @@ class Script(ABC, Generic[Config]):
     def memory_by_phase(self, task: Any, device: torch.device) -> dict[str, dict[str, int]]:
         """Bytes that a task takes in each phase of a run (`dry_run.PhaseMemory`)."""
 
+    def write_contact_sheet(self, trainer: Trainer, folder: Path) -> None:
+        """Write a picture of the training data into a new run's folder, if the data have one."""
+
     @abstractmethod
     def export(self, cfg: Config, trainer: Trainer, folder: Path) -> dict[str, Any]:
         """Write the current weights, read them back, and return facts about the file."""
@@ -109,6 +112,8 @@ def run(
     if accelerator.is_main_process:
         log = start_log(trainer, folder, is_resumed=checkpoint_folder is not None)
         announce(trainer, folder)
+        if checkpoint_folder is None:
+            script.write_contact_sheet(trainer, folder)
 
     try:
         with trainer.interruption, record_outcome(log, folder):

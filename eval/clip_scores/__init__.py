@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 from bilora_diffusion.core.errors import UserError, as_user_error, strip_controls
 from bilora_diffusion.core.files import counted, without_paths
-from bilora_diffusion.core.values import BASE_GUIDANCE
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE
 from bilora_diffusion.run.record import RUN
 
 from .. import checkpoints
@@ -140,7 +140,7 @@ class ClipScores(OverSteps):
         if args.steps is not None:
             self.notes += checkpoints.left_out(subjects, args.steps)
         self.sampling = settings.sampling(args, base, subjects)
-        if args.guidance_from == BASE_GUIDANCE:
+        if self.sampling.guidance_from != ADAPTER_GUIDANCE:
             for subject in subjects:
                 require_adapter(subject)
         self.training_sets = measure.training_sets(subjects, args.train_data)

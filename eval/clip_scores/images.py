@@ -82,8 +82,8 @@ class Sampling:
     # Images in each call of the denoiser. More take more memory; another number may change single
     # pixels by one step of 255, so it is a parameter too.
     lanes: int = LANES
-    # "adapter" or "base", the model of the unconditional prediction
-    guidance_from: str = ADAPTER_GUIDANCE
+    # Model of the unconditional prediction, "adapter" or "base", or the adapter's strength in it
+    guidance_from: float | str = ADAPTER_GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Store:
         if job.subject.kind == BASE:
             sampling["scale"] = 1.0  # it has no adapter to scale
         # The parameter is newer than others: without it, images of earlier versions stay valid. For
-        # the base model both values mean the same.
+        # the base model all values mean the same.
         if job.subject.kind == BASE or self.sampling.guidance_from == ADAPTER_GUIDANCE:
             del sampling["guidance_from"]
         sampling["base_model"] = without_paths(self.sampling.base_model)

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from bilora_diffusion.core.files import counted
-from bilora_diffusion.core.values import BASE_GUIDANCE
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 
 from ..results import compare
 from ..results.plot import canvas
@@ -92,6 +92,9 @@ def introduction(result: Result) -> str:
     source = ""
     if sampling["guidance_from"] == BASE_GUIDANCE:
         source = " from the base model's unconditional prediction"
+    elif sampling["guidance_from"] != ADAPTER_GUIDANCE:
+        strength = sampling["guidance_from"]
+        source = f" from an unconditional prediction with the adapter at strength {strength:g}"
     sentence = (
         f"{count} prompts ({settings['prompt_set']}), {counted(len(seeds), 'seed')},"
         f" {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}{source},"

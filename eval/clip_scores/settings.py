@@ -16,13 +16,15 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import (
     ADAPTER_GUIDANCE,
-    BASE_GUIDANCE,
     GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
+    UNCONDITIONAL_STRENGTHS,
     WORKERS,
+    guidance_source,
+    unconditional_strength,
 )
 from bilora_diffusion.image.base_model import BaseModel, describe
 from bilora_diffusion.image.config import require_unconditional
@@ -94,11 +96,13 @@ class SamplingOptions:
     guidance_scale: float | None = option(
         None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
     )
-    guidance_from: str = option(
+    guidance_from: float | str = option(
         ADAPTER_GUIDANCE,
         "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
-        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
-        choices=GUIDANCE_SOURCES,
+        " programs; base, the base model, which keeps more of a learned style; or a number between"
+        " 0 and 1, the adapter's strength in that prediction (docs/guide.md).",
+        words=GUIDANCE_SOURCES,
+        range=UNCONDITIONAL_STRENGTHS,
     )
     resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
     adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
@@ -209,12 +213,13 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
 
     model = describe(base)
     steps, guidance = usual(model)
-    if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
+    strength = unconditional_strength(args.guidance_from)
+    if strength == 1 and needs_no_guidance(subjects):
         guidance = model.family.unguided_scale
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
-    if args.guidance_from == BASE_GUIDANCE:
-        request = "--guidance_from base"
+    if strength < 1:
+        request = f"--guidance_from {args.guidance_from}"
         require_unconditional(model.family, guidance, model.index, model.configs, request)
     return Sampling(
         base_model=base,
@@ -223,7 +228,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
         guidance_scale=guidance,
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
-        guidance_from=args.guidance_from,
+        guidance_from=guidance_source(strength),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,7 +12,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from bilora_diffusion.config.command_line import read_options
 from bilora_diffusion.core.errors import UserError, add_source, did_you_mean
-from bilora_diffusion.core.values import BASE_GUIDANCE, GUIDANCE_SOURCES, HELDOUT_LOSS
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    HELDOUT_LOSS,
+    UNCONDITIONAL_STRENGTHS,
+    guidance_source,
+)
 
 from ..command import read_integers
 
@@ -90,15 +97,18 @@ def require_different(values: list[Any]) -> list[Any]:
 class Guidance:
     """A kind of guidance."""
 
-    # Model of the unconditional prediction, "adapter" or "base"
-    source: str
+    # Model of the unconditional prediction, "adapter" or "base", or the adapter's strength in it
+    source: float | str
     scale: float
 
     @property
     def label(self) -> str:
         """Name in figures and tables."""
-        owner = "base's " if self.source == BASE_GUIDANCE else ""
-        return f"{owner}guidance {self.scale:g}"
+        if self.source == BASE_GUIDANCE:
+            return f"base's guidance {self.scale:g}"
+        if self.source == ADAPTER_GUIDANCE:
+            return f"guidance {self.scale:g}"
+        return f"guidance {self.scale:g} from strength {self.source:g}"
 
     @property
     def text(self) -> str:
@@ -107,18 +117,21 @@ class Guidance:
 
 
 def read_guidances(value: Any) -> tuple[Guidance, ...]:
-    """The kinds of guidance of ``adapter:4,base:2``, or of a list of these."""
+    """The kinds of guidance of ``adapter:4,0.5:4,base:2``, or of a list of these."""
     words = value if isinstance(value, list) else str(value).split(",")
     guidances = []
     for word in words:
         source, _, scale = str(word).strip().partition(":")
-        sentence = f'"{word}" is no kind of guidance: write adapter:4 or base:2.'
-        if source not in GUIDANCE_SOURCES:
-            raise UserError(sentence)
+        sentence = f'"{word}" is no kind of guidance: write adapter:4, base:2 or 0.5:4.'
         try:
-            guidances.append(Guidance(source, float(scale)))
+            strength = float(source) if source not in GUIDANCE_SOURCES else source
+            guidance = Guidance(strength, float(scale))
         except ValueError:
             raise UserError(sentence) from None
+        if isinstance(strength, float):
+            UNCONDITIONAL_STRENGTHS.check(f'the strength in "{word}"', strength)
+            guidance = replace(guidance, source=guidance_source(strength))
+        guidances.append(guidance)
     return tuple(require_different(guidances))
 
 

@@ -117,7 +117,7 @@ class Scoring:
                 flags += [f"--{name}", value]
             elif value:
                 flags.append(f"--{name}")
-        flags += ["--guidance_from", guidance.source]
+        flags += ["--guidance_from", str(guidance.source)]
         flags += ["--guidance_scale", f"{guidance.scale:g}"]
         flags += ["--max_prompts", str(self.num_prompts)]
         if self.processes is not None:

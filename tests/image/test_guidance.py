@@ -1,5 +1,6 @@
-"""Guidance with the base model's unconditional prediction, against explicit sampling loops."""
+"""Guidance from the base model, and from in between, against explicit sampling loops."""
 
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -64,8 +65,8 @@ def with_norms_of(values, reference):
 
 
 @torch.no_grad()
-def sample_by_hand(pipeline):
-    """Images whose unconditional predictions are made with the adapters disabled."""
+def sample_by_hand(pipeline, strength=0.0):
+    """Images whose unconditional predictions are made with the adapters off or rescaled by PEFT."""
     family = family_of(pipeline)
     kind = type(pipeline).__name__
     model = family.model(pipeline)
@@ -87,12 +88,16 @@ def sample_by_hand(pipeline):
 
     def predict(noisy, level):
         c = family.predict(model, noisy, level, conditional)
-        # PEFT's own switch, not the product's.
-        for _, layer in adapters.layers(model):
-            layer.enable_adapters(False)
-        u = family.predict(model, noisy, level, unconditional)
-        for _, layer in adapters.layers(model):
-            layer.enable_adapters(True)
+        # PEFT's own switch and scale, not the product's.
+        if strength == 0:
+            for _, layer in adapters.layers(model):
+                layer.enable_adapters(False)
+            u = family.predict(model, noisy, level, unconditional)
+            for _, layer in adapters.layers(model):
+                layer.enable_adapters(True)
+        else:
+            with rescale_adapter_scale(model, strength):
+                u = family.predict(model, noisy, level, unconditional)
         prediction = u + (GUIDANCE + 1 - family.unguided_scale) * (c - u)
         if kind == "QwenImagePipeline":  # each token keeps the norm of c
             tokens = with_norms_of(pack(prediction), pack(c))
@@ -120,6 +125,11 @@ def test_images_are_those_of_a_loop_with_the_adapters_off_in_the_unconditional_h
     assert difference(images, sample_by_hand(pipeline)) <= 1
     # Guidance from the adapter gives other images.
     assert difference(images, images_of(pipeline, "adapter")) > 4
+    half_images = images_of(pipeline, 0.5)
+    assert difference(half_images, sample_by_hand(pipeline, 0.5)) <= 1
+    assert difference(half_images, images) > 0
+    assert difference(images_of(pipeline, 0.0), images) == 0
+    assert difference(images_of(pipeline, 1.0), images_of(pipeline, "adapter")) == 0
 
 
 def test_without_it_an_image_is_that_of_diffusers_pipeline_to_the_bit(sdxl):
@@ -146,6 +156,7 @@ def test_dora_makes_two_calls():
     images = images_of(pipeline, "base")
     assert batch_sizes == [2] * 2 * STEPS  # 2 images in each call
     assert difference(images, sample_by_hand(pipeline)) <= 1
+    assert difference(images_of(pipeline, 0.5), sample_by_hand(pipeline, 0.5)) <= 1
 
 
 def test_strength_acts_on_the_conditional_half_and_0_is_the_base_model(sdxl):
@@ -180,7 +191,7 @@ def test_an_error_leaves_nothing_behind(pipeline):
     assert difference(images_of(pipeline, "adapter"), images_before) == 0
 
 
-def test_the_negative_prompt_is_embedded_without_the_encoders_adapters():
+def test_the_negative_prompt_is_embedded_at_the_strength_of_the_encoders_adapters():
     pipeline = load_pipeline("mini", dtype=torch.float32)
     expected = embed_negative(pipeline, 1, ["blurry"])
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
@@ -190,6 +201,21 @@ def test_the_negative_prompt_is_embedded_without_the_encoders_adapters():
     for name, values in expected.items():
         assert torch.equal(embeddings[name], values)
         assert not torch.equal(adapted_embeddings[name], values)
+    half_embeddings = embed_negative(pipeline, 1, ["blurry"], guidance_from=0.5)
+    with ExitStack() as stack:
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+            stack.enter_context(rescale_adapter_scale(encoder, 0.5))
+        expected = embed_negative(pipeline, 1, ["blurry"])
+    for name, values in expected.items():
+        assert torch.equal(half_embeddings[name], values)
+
+
+def test_adapters_that_are_merged_have_no_strength_in_between():
+    pipeline = adapted(SDXL)
+    for _, layer in adapters.layers(pipeline.unet):
+        layer.merge()
+    with pytest.raises(UserError, match="unmerge them first"):
+        images_of(pipeline, 0.5)
 
 
 def test_a_model_without_an_unconditional_prediction_is_refused(sdxl):
