@@ -56,6 +56,11 @@ class Rule:
 STAND_INS = (
     ("make demo", "python -m bilora_diffusion.demo --output_dir demo"),
     ("make demo-text", "python examples/2_text.py --output_dir demo-text"),
+    (
+        "make try PHOTOS=my_photos",
+        f"python {IMAGE_SCRIPT} --config try --dataset my_photos --instance_prompt TOK"
+        " --output_dir runs/try",
+    ),
     ("bilora train", f"python {IMAGE_SCRIPT}"),
     ("-m bilora_diffusion train", IMAGE_SCRIPT),
     ("bilora export", "python -m bilora_diffusion.export"),
@@ -97,7 +102,7 @@ RULES = (
     Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
     Rule(
-        "benchmarks/picture|eval/experiments/(pictures|guided|hold|sdxl|flux2|peft)",
+        "benchmarks/picture|eval/experiments/(pictures|guid|hold|sdxl|flux2|peft)",
         reason="samples, which take hours: tests/scripts/test_scored_sweep.py",
     ),
     Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
