@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -26,7 +25,7 @@ from ..adapters.quantize import held_bytes
 from ..core.errors import UserError, as_user_error
 from ..core.values import DINOV2, DISTANCE_BY_PICTURE, EMBEDDED, HELDOUT_DISTANCE
 from ..train.dry_run import empty
-from ..train.soundness import require_whole
+from .hub_models import HubModel, find_model, load_processor, load_weights
 from .sets import ImageSet
 from .stream import centered_samples
 from .validation import ValidationSample, usual_sample
@@ -43,9 +42,7 @@ class Dinov2:
 
     # The class token of the last layer after its normalization, as in DreamBooth's metric DINO.
     embed: Embed
-    source: str  # hub id, or the folder's name
-    commit: str | None  # commit on the hub; None for a folder
-    folder: Path  # place of a folder's files
+    model: HubModel
 
 
 def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
@@ -57,31 +54,16 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    place, commit, _ = _read_config(name)
-    model, report = cast(Any, AutoModel).from_pretrained(
-        place,
-        revision=commit,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    require_whole(f'"{name}"', report["missing_keys"])
+    model = _find_dinov2(name)
+    network = load_weights(model, AutoModel, torch.float32).to(device)
     # The image processor resizes, crops and scales images as in the model's training.
-    processor: Any = AutoImageProcessor.from_pretrained(
-        place, revision=commit or "main", trust_remote_code=False
-    )
-    model.to(device).eval()
+    processor = load_processor(model, AutoImageProcessor)
 
     def embed(images: Sequence[Image]) -> Tensor:
         pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return model(pixel_values=pixels.to(device)).pooler_output
+        return network(pixel_values=pixels.to(device)).pooler_output
 
-    folder = Path(place)
-    source = place
-    if commit is None:
-        source = folder.resolve().name
-    return Dinov2(embed, source, commit, folder)
+    return Dinov2(embed, model)
 
 
 def image_model_bytes(name: str) -> int:
@@ -91,33 +73,25 @@ def image_model_bytes(name: str) -> int:
     if name == EMBEDDED:
         return 0  # 11 MB on the CPU
     with _explain_model_errors(name):
-        config = _read_config(name)[2]
+        config = _find_dinov2(name).config
     return held_bytes(empty(lambda: AutoModel.from_config(config), torch.float32), "none")
 
 
-def _read_config(name: str) -> tuple[str, str | None, Any]:
-    """Path or id, commit and configuration of ``dinov2:ID_OR_FOLDER``; a folder has no commit."""
-    from transformers import AutoConfig
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
+def _find_dinov2(name: str) -> HubModel:
+    """The model ``dinov2:ID_OR_FOLDER``."""
     scheme, _, source = name.partition(":")
     if scheme != DINOV2 or not source:
         raise UserError(
             f'image model "{name}" is unknown: give dinov2:ID_OR_FOLDER, such as'
             " dinov2:facebook/dinov2-base."
         )
-    folder = Path(source).expanduser()
-    place = source
-    if folder.is_dir():
-        place = str(folder)
-    commit = extract_commit_hash(str(cached_file(place, "config.json")), None)
-    config = AutoConfig.from_pretrained(place, revision=commit, trust_remote_code=False)
-    if config.model_type not in ARCHITECTURES:
+    model = find_model(source, label=f'"{name}"')
+    if model.config.model_type not in ARCHITECTURES:
         raise UserError(
-            f'"{name}" is a model of the kind {config.model_type}: give one of DINOv2, such as'
-            " dinov2:facebook/dinov2-base."
+            f'"{name}" is a model of the kind {model.config.model_type}: give one of DINOv2, such'
+            " as dinov2:facebook/dinov2-base."
         )
-    return place, commit, config
+    return model
 
 
 def _explain_model_errors(name: str) -> AbstractContextManager[None]:

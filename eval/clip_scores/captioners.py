@@ -13,27 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
-from typing import Any, cast
 
-import torch
 from PIL.Image import Image
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.train.soundness import require_whole, require_words
+from bilora_diffusion.image import captioning
+from bilora_diffusion.image.captioning import load_captioner
 
-from ..cache import hash_of_files
 from . import models
-from .models import ModelEntry, Scorer, hub_commit, in_batches
+from .models import ModelEntry, Scorer, hub_entry, in_batches
 from .settings import BLIP, CAPTIONERS
 
 # Images that are captioned at a time
 BATCH = 16
-# Length of a caption, with start and end. The shortest length and the beams are those with which
-# BLIP's authors caption.
-MIN_TOKENS = 5
-MAX_TOKENS = 30
-BEAMS = 3
 
 
 @dataclass(frozen=True)
@@ -97,42 +89,14 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
 
 
 def blip(source: str, device: str = "cpu") -> Captioner:
-    """BLIP of transformers by beam search: ``BEAMS`` beams, lengths as above, no sampling.
+    """BLIP of transformers by beam search (`bilora_diffusion.image.captioning`).
 
     Args:
         source: hub id, or a folder with weights in safetensors.
     """
-    from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
-    from transformers.utils.hub import cached_file
-
-    folder = Path(source).expanduser()
-    place = str(folder) if folder.is_dir() else source
-    commit = hub_commit(Path(str(cached_file(place, "config.json"))))
-    model, report = cast(Any, BlipForConditionalGeneration).from_pretrained(
-        place,
-        revision=commit,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    require_whole(f'"blip:{source}"', report["missing_keys"])
-    processor: Any = BlipProcessor.from_pretrained(place, revision=commit or "main")
-    if commit is None:
-        source = folder.resolve().name
-        commit = hash_of_files(*sorted(folder.glob("*.safetensors")))
-    fix = "put its files beside the weights"
-    require_words(f'the tokenizer of "blip:{source}"', processor.tokenizer, None, fix)
-    # These replace the checkpoint's settings, since captions of two models must be comparable.
-    model.to(device).eval().text_decoder.generation_config = GenerationConfig(
-        do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_length=MAX_TOKENS
-    )
-
-    def caption(images: Sequence[Image]) -> list[str]:
-        pixels = processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        tokens = model.generate(pixels.to(model.device))  # (n, length)
-        # Without the first token, the start: some BLIP tokenizers don't know it as a special one.
-        texts = processor.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    note = f"Beam search with {BEAMS} beams."
-    return Captioner(ModelEntry(f"blip:{source}", "blip", source, commit, note), caption)
+    name = f"blip:{source}"
+    captioner = load_captioner(source, label=f'"{name}"', device=device)
+    if captioner.kind != captioning.BLIP:
+        raise UserError(f'"{name}" is a model of the kind {captioner.kind}: give one of BLIP.')
+    note = f"Beam search with {captioning.BEAMS} beams."
+    return Captioner(hub_entry("blip", captioner.model, note), captioner.captions)

@@ -30,6 +30,7 @@ from torch.nn.functional import normalize
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.values import DINOV2
+from bilora_diffusion.image.hub_models import HubModel
 from bilora_diffusion.image.likeness import load_dinov2
 from bilora_diffusion.train.soundness import require_words
 
@@ -237,11 +238,15 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
 
 def dinov2(name: str, device: str = "cpu", batch: int = 32) -> ImageEmbedder:
     """The model called ``dinov2:ID_OR_FOLDER``; see `load_dinov2`."""
-    model = load_dinov2(name, device)
+    dino = load_dinov2(name, device)
+    return ImageEmbedder(hub_entry(DINOV2, dino.model), dino.embed, batch)
+
+
+def hub_entry(kind: str, model: HubModel, note: str = "") -> ModelEntry:
+    """The entry of a model of transformers."""
     # A folder has no commit: the hash of its weights says which they are.
-    revision = model.commit or hash_of_files(*sorted(model.folder.glob("*.safetensors")))
-    entry = ModelEntry(f"{DINOV2}:{model.source}", DINOV2, model.source, revision)
-    return ImageEmbedder(entry, model.embed, batch)
+    revision = model.commit or hash_of_files(*model.weight_files)
+    return ModelEntry(f"{kind}:{model.source}", kind, model.source, revision, note)
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -1,0 +1,95 @@
+"""Models of transformers beside the base model: DINOv2 and captioners, by hub id or folder.
+
+    model = find_model("facebook/dinov2-base", label='"dinov2:facebook/dinov2-base"')
+    network = load_weights(model, AutoModel, torch.float32)
+    processor = load_processor(model, AutoImageProcessor)
+
+Weights are read from safetensors, and no code of a repository is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..train.soundness import require_safetensors, require_whole
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """Where a model is, and which."""
+
+    label: str  # name in messages
+    place: str  # hub id, or path of the folder
+    commit: str | None  # commit on the hub; None for a folder
+    config: Any  # its configuration
+
+    @property
+    def source(self) -> str:
+        """Hub id, or the folder's name."""
+        if self.commit is None:
+            return Path(self.place).resolve().name
+        return self.place
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """Files with the weights of a folder."""
+        return sorted(Path(self.place).glob("*.safetensors"))
+
+
+def find_model(source: str, label: str) -> HubModel:
+    """Find a model and read its configuration.
+
+    Args:
+        source: hub id or folder.
+        label: name in messages.
+
+    Raises:
+        Exception: any error of a library that can't read it.
+    """
+    from transformers import AutoConfig
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    folder = Path(source).expanduser()
+    place = source
+    if folder.is_dir():
+        place = str(folder)
+    commit = extract_commit_hash(str(cached_file(place, "config.json")), None)
+    config = AutoConfig.from_pretrained(place, revision=commit, trust_remote_code=False)
+    return HubModel(label, place, commit, config)
+
+
+def load_weights(model: HubModel, kind: Any, dtype: torch.dtype) -> Any:
+    """Load a model with all of its weights, in evaluation mode, on the CPU.
+
+    Args:
+        model: the model.
+        kind: its class.
+        dtype: of the weights.
+
+    Raises:
+        UserError: the weights are pickles, or some are missing.
+        Exception: any error of a library that can't load it.
+    """
+    if model.commit is None:
+        require_safetensors(model.label, Path(model.place))
+    network, report = kind.from_pretrained(
+        model.place,
+        revision=model.commit,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    require_whole(model.label, report["missing_keys"])
+    return network.eval()
+
+
+def load_processor(model: HubModel, kind: Any) -> Any:
+    """Load the part that makes a model's inputs: an image processor, or one with a tokenizer."""
+    return kind.from_pretrained(
+        model.place, revision=model.commit or "main", trust_remote_code=False
+    )
