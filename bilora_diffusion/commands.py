@@ -1,6 +1,7 @@
 """The command of the installed package; the scripts of the repository are the same functions.
 
     bilora demo
+    bilora caption my_photos --trigger_word TOK
     bilora train --config flux2_klein --dataset my_photos --instance_prompt "a photo of TOK dog"
     bilora text --config t5_base/mrpc
     bilora export runs/dog --to kohya
@@ -24,7 +25,7 @@ from .config import machine
 from .core.errors import report_errors, run_cli
 from .core.values import check_choice
 
-COMMANDS = ("train", "text", "export", "demo")
+COMMANDS = ("caption", "train", "text", "export", "demo")
 # torch's switch: if it is "1", `torch.compile` returns its argument.
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
 
@@ -95,5 +96,5 @@ def main() -> int:
     if name == "text":
         return text()
     # Imported late: they take seconds, and the other commands do not need them.
-    module = ".export.__main__" if name == "export" else ".demo"
+    module = ".export.__main__" if name == "export" else f".{name}"
     return import_module(module, __package__).main()

@@ -197,10 +197,10 @@ def require_column(column: str, columns: Iterable[str], option: str, name: str) 
         )
 
 
-def listed(columns: Sequence[str]) -> str:
-    """Names of columns for a message, at most `COLUMNS` of them."""
-    names = [quoted(column).strip('"') for column in columns[:COLUMNS]]
-    if len(columns) > COLUMNS:
+def listed(words: Sequence[str]) -> str:
+    """Names, such as those of columns, for a message; at most `COLUMNS` of them."""
+    names = [quoted(word).strip('"') for word in words[:COLUMNS]]
+    if len(words) > COLUMNS:
         names.append("...")
     return ", ".join(names)
 

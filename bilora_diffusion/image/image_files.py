@@ -120,25 +120,17 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
         return image.convert("RGBA").getchannel("A")
 
 
-def upright_size(source: Path | bytes, *, decode: bool) -> tuple[int, int]:
-    """(height, width) after the EXIF orientation.
-
-    Args:
-        decode: read every pixel too, as a check.
+def upright_size(source: Path | bytes) -> tuple[int, int]:
+    """(height, width) after the EXIF orientation, without decoding the pixels.
 
     Raises:
         One of ``DECODE_ERRORS`` if it can't be read.
     """
     with _open(source) as image:
-        if decode:
-            image.load()
-            _require_known_range(image)
-            exif = image.getexif()
-        else:
-            # For a PNG `getexif` would decode the pixels, since metadata can follow them.
-            exif = Image.Image.getexif(image)
+        # For a PNG `getexif` would decode the pixels, since metadata can follow them.
+        exif = Image.Image.getexif(image)
         width, height = image.size
-        if isinstance(image, TiffImageFile) and not decode:
+        if isinstance(image, TiffImageFile):
             # Most versions of Pillow rotate a TIFF's size when they open it, its pixels when they
             # decode it, and drop the orientation only then.
             width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]

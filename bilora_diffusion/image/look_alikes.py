@@ -23,6 +23,8 @@ MAX_DISTANCE = 8
 MIN_CORRELATION = 0.95
 # Side of the copies that are correlated.
 COPY_SIDE = 16
+# Pillow's: how much larger an image still is when it is filtered.
+REDUCING_GAP = 3.0
 # Pairs that are named at most.
 MAX_NAMED = 5
 
@@ -48,11 +50,14 @@ class Pair:
 
 def look_of(image: Image) -> Look:
     """The look of an image in RGB."""
-    gray = image.convert("L").resize((SIDE + 1, SIDE), Resampling.LANCZOS)
+    # Photographs are halved a few times before they are filtered, which takes a tenth of the time.
+    shape = (SIDE + 1, SIDE)
+    gray = image.resize(shape, Resampling.LANCZOS, reducing_gap=REDUCING_GAP).convert("L")
     levels = np.asarray(gray, dtype=np.int16)  # (8, 9)
     rises = levels[:, 1:] > levels[:, :-1]  # (8, 8)
     (bits,) = np.packbits(rises).view(np.uint64)
-    small_image = image.resize((COPY_SIDE, COPY_SIDE), Resampling.BOX)
+    shape = (COPY_SIDE, COPY_SIDE)
+    small_image = image.resize(shape, Resampling.BOX, reducing_gap=REDUCING_GAP)
     copy = np.asarray(small_image, dtype=np.float32).ravel()
     copy = copy - copy.mean()
     length = np.linalg.norm(copy)
@@ -61,23 +66,25 @@ def look_of(image: Image) -> Look:
     return Look(bits, copy)
 
 
-def find_look_alikes(looks: Sequence[Look], others: Sequence[Look] | None = None) -> list[Pair]:
+def find_look_alikes(
+    looks: Sequence[Look], further_looks: Sequence[Look] | None = None
+) -> list[Pair]:
     """Pairs of images that look alike, each image with the first that it resembles.
 
     Args:
         looks: of images.
-        others: of further images that are compared with these; None compares the images with each
+        further_looks: of images that are compared with these; None compares the images with each
             other.
 
     Returns:
-        Pairs by their second image, which is one of ``others`` where these are given.
+        Pairs by their second image, which is one of ``further_looks`` where these are given.
     """
     if not looks:
         return []
     hashes = np.array([look.hash for look in looks])  # (n,)
     pairs = []
-    for number, look in enumerate(looks if others is None else others):
-        earlier = len(looks) if others is not None else number
+    for number, look in enumerate(looks if further_looks is None else further_looks):
+        earlier = len(looks) if further_looks is not None else number
         distances = np.bitwise_count(hashes[:earlier] ^ look.hash)  # (earlier,)
         for candidate in np.flatnonzero(distances <= MAX_DISTANCE).tolist():
             if are_correlated(looks[candidate], look):

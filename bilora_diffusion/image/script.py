@@ -32,7 +32,7 @@ from ..methods import get
 from ..run.data import choose_samples, describe_copies
 from ..run.record import CONTACT_SHEET, VALIDATION
 from ..train import command
-from ..train.engine import DTYPES
+from ..train.engine import DTYPES, PRECISIONS
 from ..train.setup import Script
 from ..train.trainer import Trainer
 from . import comfy
@@ -42,6 +42,7 @@ from .concept_list import require_disjoint
 from .config import DreamBoothConfig
 from .contact_sheet import write_contact_sheet
 from .image_files import list_folder
+from .look_alikes import describe_pairs, find_look_alikes
 from .opening import open_images
 from .pipeline import load_base, memory_by_phase
 from .sampling import generate
@@ -49,7 +50,6 @@ from .sets import ImageSet
 from .stream import TrainingStream
 from .task import DreamBooth
 
-PRECISIONS = DTYPES | {"fp32": torch.float32}  # precisions of class images
 # File name of a sampled class image: its number and a hash of its pixels.
 CLASS_IMAGE = re.compile(r"(\d+)-[0-9a-f]{12}\.png")
 # Fewer training images give a warning.
@@ -149,11 +149,26 @@ train = partial(command.train, DREAMBOOTH)
 
 
 def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
-    """Warn of images that are both trained on and held out."""
+    """Warn of training images that look alike, and of held-out ones that are trained on."""
+    for phrase in describe_pairs(find_look_alikes(training.looks()), training.names()):
+        logger.warning("%s: leave one out, or the run learns it twice as much.", phrase)
     if heldout is None:
         return
     if line := describe_copies("images", training.pictures(), heldout.pictures()):
         logger.warning("%s", line)
+    # Copies of a file are named already.
+    file_hashes = {file_hash for _, file_hash in training.pictures()}
+    numbers = []
+    for number, (_, file_hash) in enumerate(heldout.pictures()):
+        if file_hash not in file_hashes:
+            numbers.append(number)
+    other_images = heldout.only(numbers)
+    pairs = find_look_alikes(training.looks(), other_images.looks())
+    for phrase in describe_pairs(pairs, training.names(), other_images.names()):
+        logger.warning(
+            "%s, and the second is held out: leave one out, or the held-out loss is too low.",
+            phrase,
+        )
 
 
 def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
@@ -322,7 +337,7 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
         if not concept_cfg.validation_dataset:
             return None
         image_set = open_set(concept_cfg, concept_cfg.validation_dataset)
-        names = [entry.name for entry in image_set.entries]
-        return image_set.only(choose_samples(names, concept_cfg.max_eval_samples))
+        numbers = choose_samples(image_set.names(), concept_cfg.max_eval_samples)
+        return image_set.only(numbers)
 
     return joined(cfg, open_part)

@@ -16,6 +16,7 @@ from ..core.errors import UserError, reason
 from ..core.seeds import digest_texts
 from ..run.data import SampleContent, hash_samples
 from .image_files import DECODE_ERRORS, read_rgb, upright_size
+from .look_alikes import Look, look_of
 
 # Up to so many images are fully decoded when a set is opened; otherwise only headers are read.
 FULL_CHECK_LIMIT = 2000
@@ -40,6 +41,7 @@ class Entry:
     size: tuple[int, int] = (0, 0)  # (height, width) of the upright image
     num_bytes: int = 0  # of its file
     mask_hash: bytes = b""  # hash of a mask that hides something
+    look: Look | None = None  # None for an image of a large set, whose pixels are not decoded
 
     def encoded(self) -> Path | bytes:
         """The image's file, or the file's content."""
@@ -52,13 +54,18 @@ class Entry:
         """Read the image's size, and remove a mask that hides nothing.
 
         Args:
-            decode: also decode all pixels.
+            decode: also decode all pixels, and compute the look.
 
         Raises:
             One of ``DECODE_ERRORS`` if it can't be read, or if its mask has another size.
         """
         source = self.encoded()
-        height, width = upright_size(source, decode=decode)
+        if decode:
+            image = read_rgb(source)
+            width, height = image.size
+            self.look = look_of(image)
+        else:
+            height, width = upright_size(source)
         self.size = height, width
         if isinstance(source, bytes):
             self.num_bytes = len(source)
@@ -249,9 +256,12 @@ class ImageSet:
                 f"masks of {self.label}: {count} of {len(self)} images have theirs from"
                 f" {self._masks_from}"
             )
-        lines += self._remarks
-        lines += [f"left out of {self.label}: {skipped}" for skipped in self.skipped]
-        return lines
+        return lines + self.left_out()
+
+    def left_out(self) -> list[str]:
+        """Notes on folder names and files that are not read, one line each."""
+        skipped_images = [f"left out of {self.label}: {skipped}" for skipped in self.skipped]
+        return [*self._remarks, *skipped_images]
 
     def fingerprint(self) -> str:
         """The hash of `sample_contents`."""
@@ -278,6 +288,19 @@ class ImageSet:
                 hashes["mask"] = entry.mask_hash.hex()
             samples.append(SampleContent(entry.name, hashes))
         return samples
+
+    def looks(self) -> list[Look]:
+        """The look of each image; empty for more than ``FULL_CHECK_LIMIT`` images."""
+        looks = []
+        for entry in self.entries:
+            if entry.look is None:
+                return []
+            looks.append(entry.look)
+        return looks
+
+    def names(self) -> list[str]:
+        """Name of each image."""
+        return [entry.name for entry in self.entries]
 
     def pictures(self) -> list[tuple[str, bytes]]:
         """Name of each image and a hash of its file.

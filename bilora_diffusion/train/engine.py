@@ -48,6 +48,7 @@ from ..core.errors import TrainingError, UserError, reason
 from ..core.files import counted, duration
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = DTYPES | {"fp32": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 BACKEND = "inductor"
 # Largest number of graphs. With more of them blocks run uncompiled, of which PyTorch warns.

@@ -207,7 +207,7 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], in
             continue
         images = _open(run, concept, dataset)
         # The images on which the run measured its held-out loss
-        names = [entry.name for entry in images.entries]
+        names = images.names()
         limit = run.record["config"].get("max_eval_samples")
         measured_images = images.only(choose_samples(names, limit))
         num_images += len(measured_images)

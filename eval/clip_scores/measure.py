@@ -221,7 +221,7 @@ def embed_set(images: ImageSet, embedder: ImageEmbedder) -> EmbeddedSet:
     for numbers in in_batches(range(len(images)), CHUNK):
         pictures = [images.image(number) for number in numbers]
         vectors.append(embedder.images(pictures))
-    names = [entry.name for entry in images.entries]
+    names = images.names()
     # Icons in other colors have the file names of the plain icons.
     if mini.color_map(images.label) is not None:
         names = [f"{images.label}/{name}" for name in names]

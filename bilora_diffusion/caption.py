@@ -1,0 +1,98 @@
+"""Write a caption beside each image of a folder that has none.
+
+    bilora caption my_photos --trigger_word TOK
+    bilora caption my_photos --model Qwen/Qwen2.5-VL-3B-Instruct --prompt "Describe the dog's pose."
+
+The text of NAME.jpg is in NAME.txt, where training reads it. A file that is there is never replaced
+without --overwrite, so that the same command goes on after an interruption. At the end the captions
+are listed with their tokens; captions that are too long, empty or repeated are named, and images
+that look alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config.command_line import Help, UserErrorParser
+from .core.errors import run_cli
+from .core.fields import add_flags, check, like, option, options_of
+from .core.values import BATCHES, Range
+from .image.model_options import ModelOptions
+from .image.options import ImageOptions
+
+# 0.8 billion parameters: 1.6 GB in 16 bits, 3.1 GB in 32.
+DEFAULT_MODEL = "florence-community/Florence-2-large"
+
+
+class CaptionHelp(Help, argparse.RawDescriptionHelpFormatter):
+    """Shows options as training does, and keeps the line breaks of the text below."""
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """Options of the command."""
+
+    section = "captions"
+    trigger_word: str | None = like(ImageOptions, "trigger_word")
+    model: str = option(
+        DEFAULT_MODEL,
+        "Model that writes the captions: hub id or folder of BLIP, Florence-2, or a chat model that"
+        " sees images, such as Qwen/Qwen2.5-VL-3B-Instruct.",
+        is_path=True,
+    )
+    prompt: str | None = option(
+        None,
+        "What the model is asked for. A chat model reads any text (default: one or two sentences);"
+        " Florence-2 reads <CAPTION>, <DETAILED_CAPTION> (default) or <MORE_DETAILED_CAPTION>;"
+        " BLIP's captions begin with it.",
+    )
+    overwrite: bool = option(False, "Replace captions that are there.")
+    max_new_tokens: int | None = option(
+        None,
+        "Length of a caption at most, in tokens of the model (default: 29 of BLIP, 256 of others).",
+        range=Range(4096, "no image model reads more", at_least=1),
+    )
+    batch_size: int = option(4, "Images that are captioned at a time.", range=BATCHES)
+    dtype: str | None = option(
+        None,
+        "Precision of the model (default: bf16 or fp16 on a GPU that has it, else fp32).",
+        choices=("fp32", "fp16", "bf16"),
+    )
+    pretrained_model_name_or_path: str | None = like(
+        ModelOptions,
+        "pretrained_model_name_or_path",
+        default=None,
+        help="Base model that is to be trained, to whose limit the captions' tokens are compared"
+        " (default: 77 tokens of CLIP, SDXL's).",
+    )
+    skip_bad_images: bool = like(ImageOptions, "skip_bad_images")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    summary, _, epilog = (__doc__ or "").partition("\n\n")
+    parser = UserErrorParser(
+        prog="python -m bilora_diffusion.caption",
+        description=summary,
+        epilog=epilog,
+        formatter_class=CaptionHelp,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of images")
+    add_flags(parser, [CaptionOptions], bare=True)
+    return run_cli(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(options: argparse.Namespace) -> None:
+    check(options_of([CaptionOptions]), vars(options))
+    # Imported late: they take seconds, for which --help does not wait.
+    from .image.caption_files import caption_folder
+
+    caption_folder(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
