@@ -45,6 +45,7 @@ COMMANDS = (
     "eval.sweep",
     "eval.text_scores",
     "app.viewer",
+    "bilora_diffusion.caption",
     "bilora_diffusion.export",
     "bilora_diffusion",
 )

@@ -85,7 +85,8 @@ def load_captioner(
         dtype: of the weights and the computation.
 
     Raises:
-        UserError: the model writes no captions, or the prompt is none of its tasks.
+        UserError: the model writes no captions or none of this length, or the prompt is none of its
+            tasks.
         Exception: any error of a library that can't load it.
     """
     label = label or quoted(source)
@@ -99,6 +100,11 @@ def load_captioner(
     if prompt is None:
         prompt = PROMPTS.get(kind)
     max_new_tokens = max_new_tokens or MAX_TOKENS[kind]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_new_tokens >= positions:
+        raise UserError(
+            f"{label} has no place for {max_new_tokens} new tokens: give fewer than {positions}."
+        )
     builders = {BLIP: _blip, FLORENCE: _florence, CHAT: _chat}
     generate = builders[kind](model, prompt, max_new_tokens, device, dtype)
     return ImageCaptioner(model, kind, generate)

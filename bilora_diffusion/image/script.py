@@ -36,7 +36,7 @@ from ..train.engine import DTYPES, PRECISIONS
 from ..train.setup import Script
 from ..train.trainer import Trainer
 from . import comfy
-from .captions import Captions
+from .captions import Captions, fixed_texts
 from .card import write_dreambooth_card
 from .concept_list import require_disjoint
 from .config import DreamBoothConfig
@@ -45,6 +45,7 @@ from .image_files import list_folder
 from .look_alikes import describe_pairs, find_look_alikes
 from .opening import open_images
 from .pipeline import load_base, memory_by_phase
+from .prompt_length import PromptLength
 from .sampling import generate
 from .sets import ImageSet
 from .stream import TrainingStream
@@ -88,6 +89,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             deferred_parts = family.encoders
         pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, deferred_parts=deferred_parts)
         warn_of_model(cfg, pipeline)
+        warn_of_long_captions(cfg, pipeline, training)
 
         class_set = None
         if cfg.with_prior_preservation:
@@ -184,6 +186,13 @@ def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
     for remark in (model_remark, comfy.remark(cfg)):
         if remark is not None:
             logger.warning("%s", remark)
+
+
+def warn_of_long_captions(cfg: DreamBoothConfig, pipeline: Any, training: ImageSet) -> None:
+    """Warn of captions of which the text encoders read the beginning only."""
+    captions = dict(zip(training.names(), fixed_texts(cfg, training), strict=True))
+    if line := PromptLength.of_pipeline(pipeline, cfg.family).warning(captions):
+        logger.warning("%s", line)
 
 
 def missing_class_images(images: Sequence[Path], count: int) -> list[int]:

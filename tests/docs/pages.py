@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser as distributed_parser
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(
     r"`((?:\w+=\w+ )*"
-    r"(?:python3? (?:-m|[\w/]+\.py)|accelerate launch|torchrun|bilora \w+ -|make |pip |git |for )"
+    r"(?:python3? (?:-m|[\w/]+\.py)|accelerate launch|torchrun|bilora \w+ -|bilora caption |make |pip |git |for )"
     r"[^`]*)`"
 )
 PROGRAMS = (
@@ -42,6 +42,7 @@ DOCS = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("
 IMAGE_SCRIPT = "train_dreambooth_bilora.py"
 TEXT_SCRIPT = "train_text_bilora.py"
 SUBCOMMANDS = {
+    "caption": "bilora_diffusion.caption",
     "train": IMAGE_SCRIPT,
     "text": TEXT_SCRIPT,
     "export": "bilora_diffusion.export",

@@ -137,6 +137,7 @@ def stand_ins(folder: Path) -> Iterator[dict[str, str]]:
             "llama": str(save_llama(folder / "llama", chat=True)),
             "clip": f"open_clip:{save_open_clip(folder / 'clip')}",
             "blip": f"blip:{save_blip(folder / 'blip')}",
+            "captioner": str(folder / "blip"),
             "questions": str(write_rows(folder / "questions.jsonl", [question])),
             "judge": endpoint.url,
         }

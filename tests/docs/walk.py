@@ -63,6 +63,7 @@ STAND_INS = (
     ),
     ("bilora train", f"python {IMAGE_SCRIPT}"),
     ("-m bilora_diffusion train", IMAGE_SCRIPT),
+    ("bilora caption", "python -m bilora_diffusion.caption"),
     ("bilora export", "python -m bilora_diffusion.export"),
     ("--dataset linoyts/3d_icon", "--dataset mini --validation_dataset none"),
     (
@@ -107,6 +108,7 @@ RULES = (
     ),
     Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
     VIEWER,
+    Rule("^python -m bilora_diffusion.caption", "--model {captioner}"),
     Rule("^python -m bilora_diffusion.export"),
     Rule(f"{IMAGE_SCRIPT}.* --config mini", f"{FEW_STEPS} {LITTLE_MEASURED}"),
     Rule(f"{IMAGE_SCRIPT}.*(--dataset mini|mini-flow)", FEW_STEPS),
@@ -376,6 +378,8 @@ def check(step: Step, folder: Path, changed: set[Path]) -> None:
         assert lines
         for line in lines:
             assert (folder / line.rpartition(": ")[2]).exists()
+    elif step.name == "bilora_diffusion.caption":
+        assert {path.suffix for path in changed} == {".txt"}
     elif step.name == "bilora_diffusion.demo":
         assert "grid.png" in {path.name for path in changed}
 

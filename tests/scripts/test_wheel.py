@@ -85,7 +85,7 @@ def test_the_demo_trains_and_draws(installed, tmp_path):
 
 COMMANDS = {
     "train --config mini --dry_run": (0, "It fits"),
-    "--help": (0, "usage: bilora {train,text,export,demo}"),
+    "--help": (0, "usage: bilora {caption,train,text,export,demo}"),
     "trian": (2, 'did you mean "train"'),
     "export run --step last": (2, 'error: --step is "last"'),
     "demo --seed x": (2, 'error: --seed is "x"'),
