@@ -19,7 +19,8 @@ from torch.distributed.run import get_args_parser as distributed_parser
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(
     r"`((?:\w+=\w+ )*"
-    r"(?:python3? (?:-m|[\w/]+\.py)|accelerate launch|torchrun|bilora \w+ -|bilora caption |make |pip |git |for )"
+    r"(?:python3? (?:-m|[\w/]+\.py)|accelerate launch|torchrun|bilora \w+ -|bilora caption |make "
+    r"|pip |git |for )"
     r"[^`]*)`"
 )
 PROGRAMS = (
