@@ -173,8 +173,9 @@ def _report(
     yield from _table(files, prompt_length)
     yield ""
     count_new = sum(file.is_new for file in files)
+    count_left = sum(file.text is not None and not file.is_new for file in files)
     folder = options.folder
-    yield f"{counted(count_new, 'caption')} written into {folder}, {len(files) - count_new} left."
+    yield f"{counted(count_new, 'caption')} written into {folder}; {count_left} left as before."
     captions = {file.name: file.text for file in files if file.text}
     long_captions = prompt_length.warning(captions)
     if long_captions is not None:

@@ -3,6 +3,7 @@
 import io
 import logging
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from tests.eval.clip_models import pictures
 
 @pytest.fixture(scope="module")
 def photographs():
-    with get_sample_data("grace_hopper.jpg") as file:
+    portrait: Any = get_sample_data("grace_hopper.jpg")
+    with portrait as file:
         images = [Image.open(file).convert("RGB")]
     for name in ("china.jpg", "flower.jpg"):
         images.append(Image.fromarray(load_sample_image(name)))
@@ -67,7 +69,7 @@ def test_no_icons_of_the_miniature_look_alike(name):
 
 def test_each_image_is_named_with_the_first_that_it_resembles():
     image, other_image = pictures(2, 64)
-    looks = [look_of(each) for each in (other_image, image, image, image)]
+    looks = [look_of(other_image), *[look_of(image)] * 3]
     pairs = find_look_alikes(looks)
     assert [(pair.first, pair.second, pair.distance) for pair in pairs] == [(1, 2, 0), (1, 3, 0)]
     names = ["a", "b", "c", "d"]
