@@ -25,11 +25,12 @@ from transformers.utils import cached_file
 from ..adapters import is_quantized, peft_key
 from ..adapters.saving import PEFT_PREFIX
 from ..core.durable import readable_as, sync
-from ..core.errors import TrainingError, UserError, as_user_error, read_or_refuse
+from ..core.errors import TrainingError, UserError, as_user_error
 from ..core.lora_names import CONFIG, MERGED, WEIGHTS
 from ..core.seeds import digest
 from ..export.conversion import Export, primaries_of_step
 from ..export.formats import require_effect
+from ..export.lorafile import inspect
 from ..export.peft_config import PeftConfig, read_config
 from ..methods import get
 from ..run import console, runlog
@@ -147,9 +148,9 @@ def _read_adapter(folder: Path) -> Adapter:
             f"{folder} has no {WEIGHTS}, since it has not ended: resume it, or add --step with the"
             " step of a checkpoint."
         )
-    saved = read_or_refuse(str(path), "keep it in place", lambda: load_file(path))
+    inspect(path)  # refuses an incomplete adapter
     tensors = {}
-    for key, value in saved.items():
+    for key, value in load_file(path).items():
         tensors[peft_key(key.removeprefix(PEFT_PREFIX))] = value
     return Adapter(tensors, read_config(folder / CONFIG))
 

@@ -200,12 +200,12 @@ def test_refusals_of_a_merge(tmp_path, capsys):
     shared = train_text_once("causal", validation_file=heldout("causal"), checkpointing_steps=1)
     run = copied(shared, tmp_path / "run")
     assert "no checkpoint of step 7" in refusal(run, "--step", 7)
-    # A folder that Transformers loads otherwise does not get its name.
+
     tensors = load_file(run / "adapter_model.safetensors")
     key = next(key for key in tensors if "lora_A" in key)
-    tensors[key.replace("self_attn", "attention")] = tensors.pop(key)
+    del tensors[key]
     save_file(tensors, run / "adapter_model.safetensors", metadata={"format": "pt"})
-    assert "restore the base model" in refusal(run)
+    assert "without the factor A" in refusal(run)
     (run / "adapter_model.safetensors").unlink()
     assert "add --step with the step of a checkpoint" in refusal(run)
     record = json.loads((run / "run.json").read_text())
@@ -213,3 +213,16 @@ def test_refusals_of_a_merge(tmp_path, capsys):
     (run / "run.json").write_text(json.dumps(record))
     assert "missing" in refusal(run, "--step", 1)
     assert not (run / "exports").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_loaded_otherwise_gets_no_name(tmp_path, monkeypatch):
+    def damage(source, folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+
+    monkeypatch.setattr(merging, "_copy_vocabulary", damage)
+    run = copied(train_text_once("causal"), tmp_path / "run")
+    with pytest.raises(TrainingError, match="differs from the merged one"):
+        merging.merge_run(run, output=tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if path != run]
