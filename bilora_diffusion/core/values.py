@@ -86,11 +86,11 @@ def measure_title(measure: str) -> str:
     return "held-out " + measure.removeprefix(HELDOUT_PREFIX).replace("_", " ")
 
 
-def is_better(measure: str, value: float, other: float) -> bool:
-    """Test that one value of a measure of held-out samples is better than another."""
+def is_better(measure: str, value: float, earlier_value: float) -> bool:
+    """Test that a value of a measure of held-out samples is better than an earlier one."""
     if measure in (HELDOUT_LOSS, HELDOUT_DISTANCE):
-        return value < other
-    return value > other
+        return value < earlier_value
+    return value > earlier_value
 
 
 # Start of the name of the distance for one held-out picture, before the picture's number.

@@ -66,21 +66,6 @@ class Adapter:
     config: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What two models are compared by, so that only one of them is in memory at a time."""
-
-    hashes: dict[str, str]  # of each tensor
-    logits: Tensor  # of the probe, (1, tokens, words or classes)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Fingerprint)
-            and self.hashes == other.hashes
-            and torch.equal(self.logits, other.logits)
-        )
-
-
 def merge_run(
     folder: str | Path, step: int | None = None, output: str | Path | None = None
 ) -> Export:
@@ -129,7 +114,7 @@ def merge_run(
         notes = _write(target, source, labels, adapter)
     else:
         loaded, notes = _merged_model(source, labels, adapter)
-        expected = _fingerprint(loaded)
+        expected = _hash_model(loaded)
         del loaded
         if not _holds_model(target, source, expected):
             raise UserError(f"{target} exists; name another --output, or delete it.")
@@ -176,7 +161,7 @@ def _write(
     shutil.rmtree(aside, ignore_errors=True)  # of an earlier command that was killed
     try:
         loaded, notes = _merged_model(source, labels, adapter)
-        expected = _fingerprint(loaded)
+        expected = _hash_model(loaded)
         with as_user_error("The merged model can't be written", "correct the base model's files"):
             loaded.model.save_pretrained(aside, max_shard_size=LARGEST_SHARD)
             loaded.tokenizer.save_pretrained(aside)
@@ -325,7 +310,7 @@ def _copy_vocabulary(source: TextSource, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
 
 
-def _holds_model(folder: Path, source: TextSource, expected: Fingerprint) -> bool:
+def _holds_model(folder: Path, source: TextSource, expected: Mapping[str, str]) -> bool:
     """Test that Transformers loads a model from a folder that equals the merged one to the bit."""
     options = TextModelOptions(
         model_name_or_path=str(folder),
@@ -337,11 +322,14 @@ def _holds_model(folder: Path, source: TextSource, expected: Fingerprint) -> boo
         loaded = TextSource(options).load(precision)
     except UserError:
         return False
-    return _fingerprint(loaded) == expected
+    return _hash_model(loaded) == expected
 
 
-def _fingerprint(loaded: TextModel) -> Fingerprint:
-    """Hash each tensor of a model, and compute the logits of a few tokens."""
+def _hash_model(loaded: TextModel) -> dict[str, str]:
+    """Hash each tensor of a model, and the logits of a few tokens, which its configuration changes.
+
+    Models are compared by hashes, so that only one is in memory at a time.
+    """
     model = loaded.model
     hashes = {name: digest(value) for name, value in model.state_dict().items()}
     last_token = model.config.get_text_config().vocab_size - 1
@@ -350,4 +338,5 @@ def _fingerprint(loaded: TextModel) -> Fingerprint:
     if loaded.kind == "seq2seq":
         inputs["decoder_input_ids"] = tokens
     with inference(model):
-        return Fingerprint(hashes, model(**inputs).logits)
+        hashes["logits"] = digest(model(**inputs).logits)
+    return hashes

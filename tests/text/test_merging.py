@@ -92,12 +92,12 @@ def test_weights_in_half_precision_are_rounded_once(tmp_path):
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     base = save_llama(tmp_path / "base")
-    other = save_llama(tmp_path / "other", hidden_size=16)
+    narrow = save_llama(tmp_path / "narrow", hidden_size=16)
     tied = save_llama(tmp_path / "tied", tie_word_embeddings=True)
     random_adapter(base, tmp_path / "adapter")
     random_adapter(tied, tmp_path / "head", target_modules=["lm_head"])
     for model, adapter, sentence in (
-        (other, "adapter", "has another shape; restore the base"),
+        (narrow, "adapter", "has another shape; restore the base"),
         (save_gpt2(tmp_path / "gpt2"), "adapter", "no plain layer model.layers.0"),
         (tied, "head", "lm_head shares its weight with model.embed_tokens"),
     ):
