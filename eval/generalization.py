@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.values import BY_LEVEL, HELDOUT_LOSS, TRAINING_GRID_LOSS
+from bilora_diffusion.core.values import BY_LEVEL, HELDOUT_LOSS, HELDOUT_PREFIX, TRAINING_GRID_LOSS
 
 from .evaluation import Evaluation, require_common_steps
 from .results import compare, report
@@ -30,7 +30,7 @@ from .results.plot import Curve, Panel
 from .results.report import Column
 from .results.table import Metric, Result, Row
 from .subjects import Subject, by_group, paired
-from .text_scores.benchmarks import PREFIX, TITLES
+from .text_scores.benchmarks import TITLES
 
 GAP = "gap"
 LOWEST_AT = f"step of best {HELDOUT_LOSS}"
@@ -62,7 +62,7 @@ def metrics(
     metrics = {name: Metric(title, scale=1000, form=".2f") for name, title in titles.items()}
     metrics[LOWEST_AT] = Metric("step of the lowest", higher_is_better=None)
     for name in heldout_metrics:
-        word = name.removeprefix(PREFIX)
+        word = name.removeprefix(HELDOUT_PREFIX)
         title = f"held-out {TITLES.get(word, word)}"
         for key in (name, f"final {name}"):
             metrics[key] = Metric(title, higher_is_better=True, scale=100, form=".2f")
@@ -245,7 +245,7 @@ def losses(subject: Subject) -> list[tuple[int, float, float]]:
 
 def _is_heldout_metric(name: str) -> bool:
     """True for a metric of held-out rows, such as "heldout_accuracy"; not for a loss."""
-    return name.startswith(PREFIX) and not name.startswith(HELDOUT_LOSS)
+    return name.startswith(HELDOUT_PREFIX) and not name.startswith(HELDOUT_LOSS)
 
 
 def heldout_metrics(subject: Subject) -> list[tuple[int, str, float]]:

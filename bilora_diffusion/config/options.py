@@ -8,6 +8,9 @@ from typing import ClassVar
 from ..core.fields import IgnoredCase, option, unless
 from ..core.values import (
     BATCHES,
+    BY_LOSS,
+    BY_SAMPLES,
+    BY_SCORE,
     DECAYS,
     RATES,
     ROWS,
@@ -36,6 +39,11 @@ AT_A_CONSTANT_RATE = IgnoredCase(
 # The value of ``--compare`` without a control run.
 NO_CONTROL = "none"
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
+WITHOUT_CHOICE = IgnoredCase(
+    lambda v: not (v["keep_best"] or v["early_stopping_patience"]),
+    "where nothing is chosen",
+    "add `--keep_best` or drop it",
+)
 
 
 @dataclass(frozen=True)
@@ -121,22 +129,30 @@ def default_mixed_precision(options: StepOptions) -> str:
 
 @dataclass(frozen=True)
 class StoppingOptions:
-    """Early stopping and the best step, by what is measured on held-out samples."""
+    """Early stopping and the best step, by what is measured on held-out samples.
+
+    Each script declares ``choose_by`` once more, with the measures that it has.
+    """
 
     section: ClassVar[str] = "when to stop"
 
     early_stopping_patience: int | None = option(
         None,
         "End the run after this many held-out measurements in a row, one every"
-        " --validation_loss_steps, without a new best one. The base model's at step 0 does not"
-        " count. Images: by --choose_by; text: by the held-out loss.",
+        " --validation_loss_steps, without a new best one by --choose_by. That of step 0, where"
+        " the adapter does nothing, does not count.",
         range=STEPS,
         may_change_on_resume=True,
     )
     keep_best: bool = option(
         False,
-        "Save the weights of the best step instead of the last step's. Images: by --choose_by;"
-        " text: by the held-out loss.",
+        "Save the weights of the best step by --choose_by instead of the last step's.",
+    )
+    choose_by: str = option(
+        BY_LOSS,
+        "Measure of held-out samples that --keep_best and --early_stopping_patience use.",
+        choices=(BY_LOSS, BY_SAMPLES, BY_SCORE),
+        ignored=(WITHOUT_CHOICE,),
     )
 
 

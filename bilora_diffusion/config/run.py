@@ -150,8 +150,13 @@ class RunConfig(
     @property
     def measurement_options(self) -> frozenset[str]:
         """The options that say what is measured, and on which samples."""
-        return HELDOUT_OPTIONS
+        return HELDOUT_OPTIONS | {"choose_by"}
+
+    @property
+    def measures_samples(self) -> bool:
+        """Whether a measurement makes images or answers, which takes longer than a loss."""
+        return False
 
     def measurement_interval(self, steps: int) -> int:
-        """Steps from one measurement to the next, of twenty in a run of ``steps``."""
-        return max(1, steps // 20)
+        """Steps from one measurement to the next, of twenty in a run; of five that make samples."""
+        return max(1, steps // (5 if self.measures_samples else 20))

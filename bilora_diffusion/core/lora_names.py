@@ -22,6 +22,8 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 COMPONENTS = DENOISERS + ENCODERS
 
 FORMATS = ("diffusers", "kohya", "peft")
+# A base model with the adapter merged, beside the formats of LoRA files.
+MERGED = "merged"
 # The two files of a folder of PEFT's.
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -65,7 +65,9 @@ KINDS = ("seq2seq", "causal", "classification")  # of models
 # Forms in which a causal language model gets a question.
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
-# What is measured on held-out samples, by its name in the log; less is better.
+# Start of the name in the log of what is measured on held-out samples.
+HELDOUT_PREFIX = "heldout_"
+# Less is better of these two, and more of the scores of answers, such as "heldout_accuracy".
 HELDOUT_LOSS = "heldout_loss"
 HELDOUT_DISTANCE = "heldout_distance"
 # Start of the name of the held-out loss at one noise level, which follows.
@@ -77,12 +79,27 @@ MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
 )
 
 
+def measure_title(measure: str) -> str:
+    """What a sentence calls a measure of held-out samples, such as "held-out exact match"."""
+    if measure in MEASURE_TITLES:
+        return MEASURE_TITLES[measure]
+    return "held-out " + measure.removeprefix(HELDOUT_PREFIX).replace("_", " ")
+
+
+def is_better(measure: str, value: float, earlier_value: float) -> bool:
+    """Test that a value of a measure of held-out samples is better than an earlier one."""
+    if measure in (HELDOUT_LOSS, HELDOUT_DISTANCE):
+        return value < earlier_value
+    return value > earlier_value
+
+
 # Start of the name of the distance for one held-out picture, before the picture's number.
 DISTANCE_BY_PICTURE = "heldout_distance_of/"
+# Values of ``--choose_by``: distance of samples to held-out pictures, held-out loss, and score of
+# the answers to held-out rows.
 BY_SAMPLES = "samples"
 BY_LOSS = "loss"
-# Values of ``--choose_by``: distance of samples to held-out pictures, or held-out loss.
-JUDGES = (BY_SAMPLES, BY_LOSS)
+BY_SCORE = "score"
 # The miniature's scorer, where a model that embeds images is asked for.
 EMBEDDED = "embedded"
 # Kind of such a model, in ``dinov2:ID_OR_FOLDER``.
@@ -101,7 +118,7 @@ class Range:
     reason: str  # why none is larger, as the end of a sentence
     at_least: int | None = None
     greater_than: int | None = None
-    less_than: int | None = None  # only together with ``at_least``
+    less_than: int | None = None  # only together with ``at_least`` or ``greater_than``
     multiple_of: int | None = None
     instead: str = ""  # what else the user can do, as the end of a sentence
 
@@ -154,6 +171,10 @@ class Range:
         if number > self.maximum:
             return f"give at most {self.maximum}, since {self.reason}"
         is_low = self.at_least is not None and number < self.at_least
+        is_low_or_equal = self.greater_than is not None and number <= self.greater_than
+        has_two_open_ends = self.less_than is not None and self.greater_than is not None
+        if has_two_open_ends and (is_low_or_equal or number >= self.less_than):
+            return f"give a number above {self.greater_than} and below {self.less_than}"
         if self.less_than is not None and (is_low or number >= self.less_than):
             return f"give a number from {self.at_least} up to, but not including, {self.less_than}"
         if self.multiple_of and (is_low or number % self.multiple_of):
@@ -162,7 +183,7 @@ class Range:
             return f"give a multiple of {self.multiple_of}, such as {example}"
         if is_low:
             return f"give {self.at_least} or more{self.instead}"
-        if self.greater_than is not None and number <= self.greater_than:
+        if is_low_or_equal:
             return f"give a number above {self.greater_than}{self.instead}"
         return None
 
@@ -186,6 +207,7 @@ WORKERS = Range(1024, "each is a process of its own", at_least=1)
 FACTORS = Range(1e6, "a larger weight would drown all other terms", at_least=0)
 DECAYS = Range(1e4, "one step would take away more than the whole weight", at_least=0)
 SHARES = Range(1, "it is a share", at_least=0, less_than=1)
+SPLITS = Range(1, "it is a share", greater_than=0, less_than=1)
 SIDES = Range(
     8192, "a larger image alone takes the autoencoder over 34 GB a layer", at_least=8, multiple_of=8
 )

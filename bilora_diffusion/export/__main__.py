@@ -1,9 +1,10 @@
-"""Print what is inside a LoRA file, convert it, or export a checkpoint of a run.
+"""Print what is inside a LoRA file, convert it, export a checkpoint of a run, or merge a text run.
 
 python -m bilora_diffusion.export runs/demo
 python -m bilora_diffusion.export FILE --json
 python -m bilora_diffusion.export RUN_OR_FILE --to kohya --output icons.safetensors
 python -m bilora_diffusion.export runs/demo --step 100 [--to kohya]
+python -m bilora_diffusion.export runs/answers --to merged
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 from ..config.command_line import UserErrorParser
 from ..core.errors import UserError, run_cli, strip_controls
-from ..core.lora_names import ADAPTER_METADATA, FORMATS
+from ..core.lora_names import ADAPTER_METADATA, FORMATS, MERGED
 from .lorafile import LoraFile, inspect, lora_files
 
 _WIDTH = 72  # characters of a metadata entry
@@ -27,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 after an error message."""
     parser = UserErrorParser(
         prog="python -m bilora_diffusion.export",
-        description="Print what is inside a LoRA file, convert it, or export a run's checkpoint.",
+        description="Print what is inside a LoRA file, convert it, export a run's checkpoint, or"
+        " merge a text run into its base model.",
     )
     parser.add_argument(
         "source",
@@ -37,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--to",
-        choices=FORMATS,
-        help="convert it; kohya, for SDXL only, is what ComfyUI and A1111 read",
+        choices=(*FORMATS, MERGED),
+        help="convert it; kohya, for SDXL only, is what ComfyUI and A1111 read. merged: write the"
+        " base model of a text run with the adapter merged",
     )
     parser.add_argument(
         "--step",
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         help="the file or folder to write, which is never replaced; by default beside the source,"
-        " or RUN/exports/step-N",
+        " or RUN/exports/step-N, merged into RUN/exports/step-N/merged",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return run_cli(lambda: _run(parser.parse_args(argv)))
@@ -71,7 +75,11 @@ def _run(options: argparse.Namespace) -> None:
     from .conversion import export_file, export_step
 
     with locked_around(Path(options.output or options.source)):
-        if options.step is None:
+        if options.to == MERGED:
+            # By its name, since the package of text runs imports this one.
+            merging = import_module("..text.merging", __package__)
+            exports = [merging.merge_run(options.source, options.step, options.output)]
+        elif options.step is None:
             exports = [export_file(options.source, options.to, options.output)]
         else:
             exports = export_step(options.source, options.step, options.to, options.output)
@@ -80,6 +88,8 @@ def _run(options: argparse.Namespace) -> None:
             print(export.path)
         else:
             print(f"is there already: {export.path}")
+        for note in export.notes:
+            print(note)
 
 
 def as_table(contents: LoraFile) -> str:

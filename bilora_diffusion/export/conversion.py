@@ -65,6 +65,7 @@ class Export(NamedTuple):
 
     path: Path
     is_new: bool  # False if the same export existed before
+    notes: tuple[str, ...] = ()  # lines about it for the terminal
 
 
 def convert(source: str | Path, to: str, output: str | Path | None = None) -> Path:
@@ -225,6 +226,13 @@ class Primary(NamedTuple):
         bool  # the initialization changed the base weights, so the rank is twice that of training
     )
 
+    @property
+    def file_config(self) -> dict[str, Any]:
+        """PEFT's configuration of a file with the tensors."""
+        if self.is_doubled:
+            return adapters.twice_the_rank(self.config)
+        return self.config
+
 
 def export_checkpoint(
     folder: str | Path, step: int, to: str | None = None, output: str | Path | None = None
@@ -249,21 +257,7 @@ def export_step(
     record = runlog.read_run(folder)
     config = record["config"]
     target = Path(output or folder / EXPORTS / f"step-{step}")
-    if get(record["method"]).exports_weights:
-        raise UserError(
-            f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
-            " end at the step you want, by --max_train_steps."
-        )
-    if config.get("use_ema"):
-        raise UserError(
-            f"{folder} was trained with --use_ema, which was removed, so its averaged weights can't"
-            f" be exported: use the version {removed.TAG} in git."
-        )
-    steps = checkpoint.steps(folder)
-    if step not in steps:
-        known_steps = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {known_steps}.")
-    primaries = _primaries(checkpoint.load(folder / checkpoint.CHECKPOINTS / f"step-{step}"))
+    primaries = primaries_of_step(folder, step)
     # A run on text.
     if "model_name_or_path" in config:
         if to not in (None, "peft"):
@@ -272,11 +266,8 @@ def export_step(
                 " --to peft."
             )
         (primary,) = primaries.values()  # a text run has one model
-        peft_config = primary.config
-        if primary.is_doubled:
-            peft_config = adapters.twice_the_rank(peft_config)
         base_model = str(config["model_name_or_path"])
-        peft_config = text_config(peft_config, base_model, config["task_type"])
+        peft_config = text_config(primary.file_config, base_model, config["task_type"])
         if _is_same_text_adapter(target, primary.tensors, peft_config):
             return [Export(target, is_new=False)]
         refuse_existing(target)
@@ -297,8 +288,28 @@ def export_step(
     return [write(contents, file_format, target, stem) for file_format in formats]
 
 
-def _primaries(saved: checkpoint.Checkpoint) -> dict[str, Primary]:
-    """Read the primaries of a checkpoint, by model."""
+def primaries_of_step(folder: Path, step: int) -> dict[str, Primary]:
+    """Read the primaries of a run's checkpoint, by model.
+
+    Raises:
+        UserError: the run has none of this step, or what it has is not exported.
+    """
+    record = runlog.read_run(folder)
+    if get(record["method"]).exports_weights:
+        raise UserError(
+            f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
+            " end at the step you want, by --max_train_steps."
+        )
+    if record["config"].get("use_ema"):
+        raise UserError(
+            f"{folder} was trained with --use_ema, which was removed, so its averaged weights can't"
+            f" be exported: use the version {removed.TAG} in git."
+        )
+    steps = checkpoint.steps(folder)
+    if step not in steps:
+        known_steps = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {known_steps}.")
+    saved = checkpoint.load(folder / checkpoint.CHECKPOINTS / f"step-{step}")
     primaries = {}
     for model, config in saved.extra["result"]["adapters"].items():
         # adapter -> PEFT's key -> tensor; "whole" has modules trained without an adapter

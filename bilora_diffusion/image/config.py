@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..config import resolving
-from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
+from ..config.options import OptimizerOptions, StepOptions
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
 from ..core.values import (
@@ -33,6 +33,7 @@ from .options import (
     DataOptions,
     ImageOptions,
     ImageOutputOptions,
+    ImageStoppingOptions,
     ValidationOptions,
 )
 from .validation import ValidationSample, samples_of
@@ -46,7 +47,7 @@ GROUPS = (
     AdapterOptions,
     MethodFlags,
     StepOptions,
-    StoppingOptions,
+    ImageStoppingOptions,
     OptimizerOptions,
     DiffusionOptions,
     FlowOptions,
@@ -138,16 +139,14 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def measurement_options(self) -> frozenset[str]:
-        options = super().measurement_options | {"choose_by"}
+        options = super().measurement_options
         if self.chooses_by_samples:
             options |= SAMPLING_OPTIONS
         return options
 
-    def measurement_interval(self, steps: int) -> int:
-        """Steps between measurements: a fifth of the run if images are sampled."""
-        if self.chooses_by_samples:
-            return max(1, steps // 5)
-        return super().measurement_interval(steps)
+    @property
+    def measures_samples(self) -> bool:
+        return self.chooses_by_samples
 
     @property
     def leaves_unused(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..config.options import HeldOutOptions, OutputOptions
+from ..config.options import WITHOUT_CHOICE, HeldOutOptions, OutputOptions, StoppingOptions
 from ..config.run import RunConfig
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
@@ -15,7 +15,6 @@ from ..core.values import (
     BY_SAMPLES,
     GUIDANCE_SOURCES,
     GUIDANCES,
-    JUDGES,
     SAMPLER_STEPS,
     SHARES,
     SIDES,
@@ -64,11 +63,6 @@ WITHOUT_HELDOUT_IMAGES = IgnoredCase(
     lambda v: not v["validation_dataset"],
     "without held-out images",
     "add `--validation_dataset` or drop it",
-)
-WITHOUT_CHOICE = IgnoredCase(
-    lambda v: not (v["keep_best"] or v["early_stopping_patience"]),
-    "where nothing is chosen",
-    "add `--keep_best` or drop it",
 )
 WITHOUT_SAMPLES = IgnoredCase(
     lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
@@ -205,6 +199,21 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class ImageStoppingOptions(StoppingOptions):
+    """Early stopping and the best step, by what is measured on held-out images."""
+
+    choose_by: str = like(
+        StoppingOptions,
+        "choose_by",
+        default=BY_SAMPLES,
+        help="Measure that --keep_best and --early_stopping_patience use: samples, the distance of"
+        " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
+        " held-out loss, which is cheaper and is lowest long before images are best.",
+        choices=(BY_SAMPLES, BY_LOSS),
+    )
+
+
+@dataclass(frozen=True)
 class ValidationOptions:
     """Sampled images and measurements during training.
 
@@ -310,14 +319,6 @@ class ValidationOptions:
         range=STEPS.or_zero,
         ignored=(WITHOUT_HELDOUT_IMAGES,),
     )
-    choose_by: str = option(
-        BY_SAMPLES,
-        "Measure that --keep_best and --early_stopping_patience use: samples, the distance of"
-        " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
-        " held-out loss, which is cheaper and is lowest long before images are best.",
-        choices=JUDGES,
-        ignored=(WITHOUT_CHOICE,),
-    )
     # Derived: `derived.default_image_model`.
     image_model: str = option(
         "dinov2:facebook/dinov2-base",
@@ -355,6 +356,7 @@ class ImageOptions(
     DiffusionOptions,
     FlowOptions,
     PriorOptions,
+    ImageStoppingOptions,
     ValidationOptions,
     ImageOutputOptions,
     RunConfig,

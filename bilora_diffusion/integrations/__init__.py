@@ -1,6 +1,6 @@
 """Bi-LoRA in the trainers of Transformers and TRL.
 
-    trainer = Trainer(model=model, args=args, train_dataset=data)  # or Seq2SeqTrainer, SFTTrainer
+    trainer = Trainer(model=model, args=args, train_dataset=data)  # or of TRL
     bilora = use_bilora(trainer, BiLoRAConfig(rank=8, alpha=16, rho=0.05))
     trainer.train()
 

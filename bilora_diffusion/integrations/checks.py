@@ -17,6 +17,8 @@ from ..core.errors import UserError
 from ..methods.base import unwrapped
 from ..methods.bilora.auxiliary import check_groups
 
+# Name that TRL's trainers give to the copy of an adapter, the reference of a preference loss
+REFERENCE = "ref"
 # Optimizers that keep or replace weights themselves, so that the projection would miss them
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
@@ -67,7 +69,7 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
 
     Raises:
         UserError: the trainer's model is not the one with the adapters, or TRL would leave an
-            adapter out.
+            adapter out or turn the auxiliary off.
     """
     if trainer.model is not bilora.model:
         fix = "give the trainer the model that you gave to attach"
@@ -84,6 +86,14 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
         raise UserError(
             "target_modules names the output layer, but TRL's trainers use its weight without the "
             'adapter; remove it from target_modules ("all-linear" does not include it).'
+        )
+    # TRL copies the adapter of a PeftModel as its reference, and after each pass with the copy it
+    # activates one adapter only.
+    if "trl" in packages and REFERENCE in getattr(trainer.model, "peft_config", {}):
+        raise UserError(
+            f"{type(trainer).__name__} copied the model's adapter as its reference, and would turn"
+            " the auxiliary off after each use of the copy; give it a model without adapters, which"
+            " use_bilora adds, or merge_and_unload the trained adapter first."
         )
 
 

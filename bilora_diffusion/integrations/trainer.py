@@ -52,7 +52,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
     auxiliary, in `bilora_state.safetensors`, and `resume_from_checkpoint` resumes exactly.
 
     Args:
-        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or your subclass.
+        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer`, `DPOTrainer` or your subclass.
         bilora: configuration of the adapters; or the object that `attach` returned, if the adapters
             must exist before the trainer (quantized models, your own optimizer).
 

@@ -17,7 +17,13 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.figures import mean_interval
 from ..core.files import duration
-from ..core.values import DISTANCE_BY_PICTURE, HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
+from ..core.values import (
+    DISTANCE_BY_PICTURE,
+    HELDOUT_DISTANCE,
+    HELDOUT_LOSS,
+    is_better,
+    measure_title,
+)
 from . import checkpoint, runlog
 from .record import BY_CONCEPT, TRAINING_ACTIVITY
 
@@ -122,7 +128,8 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
     rows = runlog.read_metrics(folder)
-    lines |= _describe_measurements(rows)
+    measure = record["results"].get("chosen_by", HELDOUT_LOSS)
+    lines |= _describe_measurements(rows, measure)
     failures = record["results"].get("failed_evaluations", [])
     if failures:
         lines["failed"] = "; ".join(failure["sentence"] for failure in failures)
@@ -137,7 +144,8 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
         # The held-out loss ranks checkpoints wrongly for images (docs/results.md), not for text.
         is_by_samples = bool(_column(rows, HELDOUT_DISTANCE))
         if is_by_samples or "validation_dataset" not in config:
-            measure = HELDOUT_DISTANCE if is_by_samples else HELDOUT_LOSS
+            if is_by_samples:
+                measure = HELDOUT_DISTANCE
             exports_best = record["results"].get("best_step") is not None
             advice = _advice(quoted_folder, rows, measure, saved_steps, exports_best)
         else:
@@ -147,10 +155,11 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
             )
     else:
         # The scripts have different options for held-out data.
-        flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
+        fix = "give data that is not trained on as --validation_dataset"
+        if "validation_file" in config:
+            fix = "hold out rows by --validation_split 0.1, or give a --validation_file"
         advice = (
-            "nothing was held out, and the training loss can't say when the model overfits: give"
-            f" data that is not trained on as {flag}"
+            "nothing was held out, and the training loss can't say when the model overfits: " + fix
         )
     if in_repository():
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
@@ -190,21 +199,30 @@ def scoring_command(folders: Sequence[str], heldout: str) -> str:
     )
 
 
-def _describe_measurements(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A line for each measure of held-out samples, by its title; {} without held-out samples."""
+def _describe_measurements(rows: Sequence[Mapping[str, Any]], chosen_by: str) -> dict[str, str]:
+    """A line for each measure of held-out samples, by its title; {} without held-out samples.
+
+    Args:
+        rows: metrics of the run.
+        chosen_by: the measure that chose the best step, by its name in the log; scores that did
+            not choose have no line.
+    """
     losses = _column(rows, HELDOUT_LOSS)
     if not losses:
         return {}
-    lines = {MEASURE_TITLES[HELDOUT_LOSS]: _describe_curve(losses)}
+    lines = {measure_title(HELDOUT_LOSS): _describe_curve(losses, HELDOUT_LOSS)}
     # The loss of each concept, indented below that over all of them.
     for key in dict.fromkeys(itertools.chain(*rows)):
         if key.startswith(BY_CONCEPT):
             concept_losses = _column(rows, key)
-            line = _describe_curve(concept_losses) if concept_losses else "not finite"
+            line = "not finite"
+            if concept_losses:
+                line = _describe_curve(concept_losses, HELDOUT_LOSS)
             lines[f"  {key.removeprefix(BY_CONCEPT)}"] = line
-    distances = _column(rows, HELDOUT_DISTANCE)
-    if distances:
-        lines[MEASURE_TITLES[HELDOUT_DISTANCE]] = _describe_curve(distances)
+    for measure in (HELDOUT_DISTANCE, chosen_by):
+        values = _column(rows, measure)
+        if values and measure_title(measure) not in lines:
+            lines[measure_title(measure)] = _describe_curve(values, measure)
     return lines
 
 
@@ -213,18 +231,28 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     return {row["step"]: row[key] for row in rows if row.get(key) is not None}
 
 
-def _describe_curve(values: Mapping[int, float]) -> str:
-    """The first, the last and the lowest value, with their steps."""
+def _describe_curve(values: Mapping[int, float], measure: str) -> str:
+    """The first, the last and the best value of a measure, with their steps."""
     first_step = min(values)
     last_step = max(values)
-    best_step = min(values, key=values.__getitem__)
-    lowest = "the lowest measured"
+    best_step = _best_step(values, measure)
+    word = "lowest" if is_better(measure, 0, 1) else "highest"
+    best = f"the {word} measured"
     if best_step != last_step:
-        lowest = f"lowest {values[best_step]:.4f} at step {best_step}"
+        best = f"{word} {values[best_step]:.4f} at step {best_step}"
     return (
         f"{values[first_step]:.4f} at step {first_step}, {values[last_step]:.4f} at step"
-        f" {last_step}, {lowest}"
+        f" {last_step}, {best}"
     )
+
+
+def _best_step(values: Mapping[int, float], measure: str) -> int:
+    """The step of the best value of a measure; of equal ones the earliest."""
+    best_step = min(values)
+    for step in sorted(values):
+        if is_better(measure, values[step], values[best_step]):
+            best_step = step
+    return best_step
 
 
 def in_repository() -> bool:
@@ -241,7 +269,8 @@ def _describe_end(record: Mapping[str, Any]) -> str:
     exported_step = results.get("best_step")
     if exported_step is not None:
         sentence += (
-            f"; the files have the weights of step {exported_step}, the best that was measured"
+            f"; the files have the weights of step {exported_step}, the best by the"
+            f" {measure_title(results.get('chosen_by', HELDOUT_LOSS))}"
         )
     elif "steps" in results:
         sentence += f"; the files have the weights of step {results['steps']}, the last"
@@ -260,18 +289,18 @@ def _advice(
     Args:
         folder: the run folder, quoted for a shell.
         rows: metrics of the run.
-        measure: what was measured, by its name in the log; lower is better.
+        measure: what was measured, by its name in the log.
         saved_steps: steps whose checkpoints there are.
         exports_best: whether the run's files hold the weights of the best step.
     """
     curve = _column(rows, measure)
     base_value = curve.pop(0, None)  # of step 0, where the adapters do nothing
-    title = MEASURE_TITLES[measure]
+    title = measure_title(measure)
     if not curve:
         return f"the {title} was finite at no trained step: lower --learning_rate"
     last_step = max(curve)
-    best_step = min(curve, key=curve.__getitem__)
-    if base_value is not None and base_value <= curve[best_step]:
+    best_step = _best_step(curve, measure)
+    if base_value is not None and not is_better(measure, curve[best_step], base_value):
         sentence = f"by the {title} no measured step was better than the base model"
         if not _is_sure(rows, measure, best_step, 0):
             return (
@@ -284,8 +313,11 @@ def _advice(
             f"by the {title} step {last_step}, the last, was the best measured: more steps"
             " may be better still"
         )
-    gain = 100 * (1 - curve[best_step] / curve[last_step])
-    sentence = f"by the {title} step {best_step} was {gain:.1f} % better than step {last_step}"
+    if is_better(measure, 0, 1):
+        advantage = f"{100 * (1 - curve[best_step] / curve[last_step]):.1f} % better"
+    else:  # a score may be 0 at the last step
+        advantage = f"{curve[best_step] - curve[last_step]:.4f} better"
+    sentence = f"by the {title} step {best_step} was {advantage} than step {last_step}"
     if not _is_sure(rows, measure, best_step, last_step):
         return (
             f"{sentence}, no more than the spread over the held-out captions: compare the images of"

@@ -21,6 +21,12 @@ from .examples import Example, text_of
 from .places import package_folder
 
 OTHER_SET = "the set is not the one that the task was made for"
+# Scores of the answers to a file's rows, by the kind of the model.
+FILE_METRICS = {
+    "seq2seq": ("exact_match",),
+    "causal": ("exact_match",),
+    "classification": ("accuracy", "f1"),
+}
 
 
 @dataclass(frozen=True)

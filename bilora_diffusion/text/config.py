@@ -10,11 +10,10 @@ from typing import ClassVar, Self
 
 from ..config import resolving
 from ..config.derived import Rule, default_validation_loss_steps, derive
-from ..config.options import StoppingOptions
 from ..config.run import RunConfig
 from ..core.errors import UserError
 from ..core.files import TABLES, is_file
-from ..core.values import ALL_LINEAR
+from ..core.values import ALL_LINEAR, BY_SCORE, HELDOUT_LOSS, HELDOUT_PREFIX
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,
@@ -24,6 +23,7 @@ from .options import (
     TextOptimizerOptions,
     TextOutputOptions,
     TextStepOptions,
+    TextStoppingOptions,
 )
 
 GROUPS = (
@@ -32,7 +32,7 @@ GROUPS = (
     TextAdapterOptions,
     TextMethodFlags,
     TextStepOptions,
-    StoppingOptions,
+    TextStoppingOptions,
     TextOptimizerOptions,
     EvaluationOptions,
     TextOutputOptions,
@@ -41,6 +41,8 @@ GROUPS = (
 EPOCHS = 3
 # Default of Tables A4 to A7.
 WARMUP_RATIO = 0.03
+# Options that change the score of generated answers.
+ANSWER_OPTIONS = frozenset({"max_predictions", "generation_max_new_tokens"})
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TextConfig(
     TextAdapterOptions,
     TextMethodFlags,
     TextStepOptions,
+    TextStoppingOptions,
     TextOptimizerOptions,
     EvaluationOptions,
     TextOutputOptions,
@@ -98,6 +101,11 @@ class TextConfig(
             from . import catalog
 
             catalog.get(self.task)
+        if self.chooses_by_score and not self.metrics:
+            raise UserError(
+                f"--choose_by score is refused, since the task {self.task} has no score of its free"
+                " answers: use --choose_by loss."
+            )
         files = {"train_file": self.train_file, "validation_file": self.validation_file}
         for name, file in files.items():
             if not file:
@@ -111,6 +119,34 @@ class TextConfig(
     @property
     def base_model(self) -> str:
         return self.model_name_or_path
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the scores of answers to held-out rows, the first of which may choose."""
+        from . import catalog
+
+        if self.task:
+            return catalog.get(self.task).metrics
+        return catalog.FILE_METRICS[self.task_type]
+
+    @property
+    def chooses_by_score(self) -> bool:
+        """True if a score of the answers decides which weights the run exports."""
+        return self.depends_on_heldout and self.choose_by == BY_SCORE
+
+    @property
+    def heldout_measure(self) -> str:
+        return HELDOUT_PREFIX + self.metrics[0] if self.chooses_by_score else HELDOUT_LOSS
+
+    @property
+    def measures_samples(self) -> bool:
+        # A classifier has its answers with the loss.
+        return self.chooses_by_score and self.task_type != "classification"
+
+    @property
+    def measurement_options(self) -> frozenset[str]:
+        options = super().measurement_options
+        return options | ANSWER_OPTIONS if self.measures_samples else options
 
     @property
     def targets(self) -> str | tuple[str, ...]:

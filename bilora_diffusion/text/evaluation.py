@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from ..core.durable import write_text
 from ..core.errors import UserError
 from ..core.files import counted
-from ..core.values import TRAINING_GRID_LOSS
+from ..core.values import HELDOUT_LOSS, HELDOUT_PREFIX, TRAINING_GRID_LOSS
 from ..train.task import explain_memory_errors, inference
 from .config import TextConfig
 from .encode import Encoded
@@ -25,8 +25,6 @@ from .tokenizing import generation_prompt
 
 # Default length of a causal model's answer, in tokens.
 CAUSAL_NEW_TOKENS = 256
-# Prefix of the metrics' names in the log.
-PREFIX = "heldout_"
 
 
 class Evaluation:
@@ -62,15 +60,18 @@ class Evaluation:
         """Measure losses, and a classifier's metrics.
 
         Returns:
-            "heldout_loss", the mean over all target tokens; a classifier's metrics; and
-            "train_grid_loss", the same loss on the first `eval_train_samples` training rows.
+            "heldout_loss", the mean over all target tokens; a classifier's metrics, and with
+            ``--choose_by score`` those of generated answers; and "train_grid_loss", the same loss
+            on the first `eval_train_samples` training rows.
         """
         losses, classes = self._measure(self.rows, len(self.rows))
         total = sum(self.rows.target_tokens)
-        figures = {PREFIX + "loss": sum(losses) / total}
+        figures = {HELDOUT_LOSS: sum(losses) / total}
         if self.loaded.kind == "classification":
             words = self.data.rows.label_words
             figures |= self._scores([words[number] for number in classes])
+        elif self.cfg.chooses_by_score:
+            figures |= self._scores(self._generated_answers())
         if self.cfg.eval_train_samples:
             train = self.data.train
             count = min(len(train), self.cfg.eval_train_samples)
@@ -100,20 +101,11 @@ class Evaluation:
 
     def answer(self, folder: Path) -> dict[str, float]:
         """Generate answers greedily, write ``predictions.jsonl`` and return metrics."""
-        count = len(self.rows)
-        if self.cfg.max_predictions is not None:
-            count = min(count, self.cfg.max_predictions)
-        if not count or self.loaded.kind == "classification":
+        if self.loaded.kind == "classification":
             return {}
-        prompts = [self._prompt(number) for number in range(count)]
-        answers = [""] * count
-        with inference(self.module):
-            for numbers in self.batches([len(prompt) for prompt in prompts]):
-                batch_prompts = [prompts[number] for number in numbers]
-                with self._explain_memory_errors("generating answers", len(numbers)):
-                    texts = generate(self.loaded, batch_prompts, self.new_tokens)
-                for number, text in zip(numbers, texts, strict=True):
-                    answers[number] = text
+        answers = self._generated_answers()
+        if not answers:
+            return {}
         lines = []
         for number, answer in enumerate(answers):
             example = self.rows.example(number)
@@ -124,12 +116,28 @@ class Evaluation:
         write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
         return self._scores(answers)
 
+    def _generated_answers(self) -> list[str]:
+        """Generate answers to the first held-out rows greedily; none with --max_predictions 0."""
+        count = len(self.rows)
+        if self.cfg.max_predictions is not None:
+            count = min(count, self.cfg.max_predictions)
+        prompts = [self._prompt(number) for number in range(count)]
+        answers = [""] * count
+        with inference(self.module):
+            for numbers in self.batches([len(prompt) for prompt in prompts]):
+                batch_prompts = [prompts[number] for number in numbers]
+                with self._explain_memory_errors("generating answers", len(numbers)):
+                    texts = generate(self.loaded, batch_prompts, self.new_tokens)
+                for number, text in zip(numbers, texts, strict=True):
+                    answers[number] = text
+        return answers
+
     def _scores(self, predictions: Sequence[str]) -> dict[str, float]:
         """Metrics of the answers to the first rows."""
         rows = self.data.rows
         references = [self.rows.example(number).answer for number in range(len(predictions))]
         figures = score(rows.metrics, predictions, references, rows.label_words, rows.answer_marker)
-        return {PREFIX + name: value for name, value in figures.items()}
+        return {HELDOUT_PREFIX + name: value for name, value in figures.items()}
 
     def _explain_memory_errors(self, action: str, count: int) -> AbstractContextManager[None]:
         """Context manager: if the memory is too small for a batch, name the options that help."""

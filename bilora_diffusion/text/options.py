@@ -11,14 +11,18 @@ from ..config.options import (
     OptimizerOptions,
     OutputOptions,
     StepOptions,
+    StoppingOptions,
 )
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
     ALL_LINEAR,
     BATCHES,
+    BY_LOSS,
+    BY_SCORE,
     KINDS,
     ROWS,
     SHARES,
+    SPLITS,
     STEPS,
     TEMPLATES,
     TOKENS,
@@ -27,9 +31,9 @@ from ..core.values import (
 from ..methods.options import AdapterOptions, MethodFlags
 
 WITHOUT_ROWS = IgnoredCase(
-    lambda v: not v["task"] and not v["validation_file"],
+    lambda v: not v["task"] and not v["validation_file"] and not v["validation_split"],
     "without held-out rows",
-    "add `--validation_file` or drop it",
+    "add `--validation_file` or `--validation_split`, or drop it",
 )
 
 
@@ -85,6 +89,13 @@ class TextDataOptions:
     )
     validation_file: str | None = option(
         None, "Held-out rows, in such a file.", is_path=True, may_change_on_resume=True
+    )
+    validation_split: float | None = option(
+        None,
+        "Hold out about this share of the rows of --train_file, such as 0.1. A hash of a row's"
+        " content decides, so that equal rows stay together, and no row changes sides if others are"
+        " added or reordered.",
+        range=SPLITS,
     )
     input_column: str | None = option(
         None, "Column that holds the inputs. Default: a usual name, such as input or prompt."
@@ -190,6 +201,20 @@ class TextStepOptions(StepOptions):
 
 
 @dataclass(frozen=True)
+class TextStoppingOptions(StoppingOptions):
+    """Early stopping and the best step, by what is measured on held-out rows."""
+
+    choose_by: str = like(
+        StoppingOptions,
+        "choose_by",
+        help="Measure that --keep_best and --early_stopping_patience use: loss, the held-out loss,"
+        " or score, the first score of the task (accuracy of classes, exact match of a file's"
+        " answers), for which a T5 or a causal model answers the held-out rows each time.",
+        choices=(BY_LOSS, BY_SCORE),
+    )
+
+
+@dataclass(frozen=True)
 class TextOptimizerOptions(OptimizerOptions):
     """Optimizer and learning rates."""
 
@@ -231,7 +256,8 @@ class EvaluationOptions:
     max_eval_samples: int | None = like(HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_ROWS,))
     validation_loss_steps: int = option(
         0,
-        "Measure the held-out loss every so many steps; 0: at the start and the end only.",
+        "Measure the held-out loss, and with --choose_by score the score, every so many steps; 0:"
+        " at the start and the end only.",
         aliases=("--eval_steps",),
         range=STEPS.or_zero,
         ignored=(WITHOUT_ROWS,),

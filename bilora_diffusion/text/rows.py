@@ -62,6 +62,8 @@ def open_rows(cfg: TextConfig) -> Rows:
         UserError: they can't be found or read, or don't fit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
+    if cfg.validation_split is not None:
+        rows = hold_out(rows, cfg.validation_split)
     train = subset(rows.train, cfg.max_train_samples, "train")
     validation = None
     if rows.validation:
@@ -79,7 +81,7 @@ def _task_rows(cfg: TextConfig) -> Rows:
         )
     train, validation = open_task(task, cfg.task_type, cfg.cache_dir)
     return Rows(
-        task.name, train, validation or None, task.metrics, task.label_words, task.answer_marker
+        task.name, train, validation or None, cfg.metrics, task.label_words, task.answer_marker
     )
 
 
@@ -92,7 +94,7 @@ def _file_rows(cfg: TextConfig) -> Rows:
         validation_file = Path(cfg.validation_file).expanduser()
         validation = open_file(validation_file, cfg.input_column, cfg.target_column)
     if cfg.task_type != "classification":
-        return Rows(train_file.name, train, validation, metrics=("exact_match",))
+        return Rows(train_file.name, train, validation, cfg.metrics)
 
     words = label_words_of(train)
     if len(words) < 2:
@@ -103,7 +105,48 @@ def _file_rows(cfg: TextConfig) -> Rows:
     train = with_labels(train, words)
     if validation is not None:
         validation = with_labels(validation, words)
-    return Rows(train_file.name, train, validation, metrics=("accuracy", "f1"), label_words=words)
+    return Rows(train_file.name, train, validation, cfg.metrics, label_words=words)
+
+
+def hold_out(rows: Rows, share: float) -> Rows:
+    """Hold out about a share of the training rows, each by a hash of its content.
+
+    A row is held out if its hash, as a number in [0, 1), is below the share. So it depends on no
+    other row and on no seed; equal rows are on one side, and a larger share adds rows.
+
+    Raises:
+        UserError: a side would have no row.
+    """
+    train = []
+    heldout = []
+    for example in rows.train:
+        if _content_number(example) < share:
+            heldout.append(example)
+        else:
+            train.append(example)
+    if not train or not heldout:
+        missing_side = "training" if heldout else "held-out"
+        raise UserError(
+            f"--validation_split {share:g} leaves no {missing_side} row of the {len(rows.train)} in"
+            f" {rows.name}: give another share, more rows, or a --validation_file."
+        )
+    logger.info(
+        "--validation_split %g holds out %d of the %d rows of %s, by a hash of their content",
+        share,
+        len(heldout),
+        len(rows.train),
+        rows.name,
+    )
+    return replace(rows, train=train, validation=heldout)
+
+
+def _content_number(example: Example) -> float:
+    """A number in [0, 1) that is a function of an example's text."""
+    # Without the class number, which another row with a new label word can change.
+    texts = [example.prompt, example.input, example.pair or "", example.answer]
+    for role, content in example.turns:
+        texts += [role, content]
+    return seed_of("validation split", *texts) / 2**63
 
 
 def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:

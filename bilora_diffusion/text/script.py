@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCardData
 
 from ..adapters.quantize import quantize
+from ..core.values import HELDOUT_PREFIX
 from ..export import writer
 from ..methods import get
 from ..run.data import describe_copies
@@ -27,7 +28,6 @@ from ..train.engine import DTYPES
 from ..train.setup import Script
 from ..train.trainer import Trainer
 from .config import TextConfig
-from .evaluation import PREFIX
 from .metrics import require_packages, require_references
 from .models import AUTO_CLASSES, TextSource
 from .places import PACKAGED
@@ -149,8 +149,8 @@ def write_text_card(
     )
     measured = {}
     for name, value in results.items():
-        if name.startswith(PREFIX):
-            measured[name.removeprefix(PREFIX).replace("_", " ")] = value
+        if name.startswith(HELDOUT_PREFIX):
+            measured[name.removeprefix(HELDOUT_PREFIX).replace("_", " ")] = value
     write_card(
         vars(cfg),
         folder,

@@ -111,7 +111,7 @@ class TextTask:
             yield MicroBatch(slots, tuple(names), tuple(digests), inputs)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Mean loss per target token of the held-out rows, and a classifier's metrics."""
+        """Loss of the held-out rows and, where they have been made, scores of the answers."""
         if self.evaluation is None:
             return {}
         with evaluating:

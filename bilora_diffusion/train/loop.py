@@ -28,7 +28,7 @@ from ..core.errors import (
     describe_trace,
     keep_trace,
 )
-from ..core.values import MEASURE_TITLES
+from ..core.values import measure_title
 from ..run.console import Bar
 from ..run.record import image_file_name, read_metrics, validation_folder
 from ..run.runlog import RunLog
@@ -188,7 +188,7 @@ class Evaluations:
         values: dict[str, float] | None = {}
         if self._is_active and trainer.task.has_heldout:
             values = self._attempt(
-                MEASURE_TITLES[trainer.cfg.heldout_measure],
+                measure_title(trainer.cfg.heldout_measure),
                 lambda: trainer.task.heldout_loss(trainer.evaluating()),
                 trainer.step,
             )

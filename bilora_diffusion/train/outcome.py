@@ -13,45 +13,51 @@ from .. import adapters
 from ..adapters import PRIMARY
 from ..config.run import RunConfig
 from ..core.errors import UserError
+from ..core.values import is_better
 from ..methods import Method
 from ..methods.perturb import replaced
 
 
 class Best:
-    """The lowest held-out measurement so far, and the weights at it.
+    """The best held-out measurement so far, and the weights at it.
 
     It counts as Transformers' `EarlyStoppingCallback` does with a threshold of 0
     (https://huggingface.co/docs/transformers/main_classes/callback): a measurement that is not a
-    new lowest one counts against the patience, also an equal one and one that is not finite. The
+    new best one counts against the patience, also an equal one and one that is not finite. The
     measurement of step 0 does not count: there the adapters do nothing.
 
     Args:
-        parameters: parameters whose values are stored at each new lowest, on the CPU; none to count
+        parameters: parameters whose values are stored at each new best, on the CPU; none to count
             only.
-        patience: measurements in a row without a new lowest one that end a run; None for no end.
+        patience: measurements in a row without a new best one that end a run; None for no end.
+        measure: what is measured, by its name in the log.
 
     Attributes:
-        step: step of the lowest measurement; None before the first finite one.
-        measurement: the lowest measurement, of a loss or a distance; None before the first.
+        step: step of the best measurement; None before the first finite one.
+        measurement: the best measurement; None before the first.
         since: measurements after it.
         values: the parameters' values at it, in their order.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], patience: int | None) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], patience: int | None, measure: str
+    ) -> None:
         self.parameters = list(parameters)
         self.patience = patience
+        self.measure = measure
         self.step: int | None = None
         self.measurement: float | None = None
         self.since = 0
         self.store()
 
-    def is_lowered_by(self, measurement: float, step: int) -> bool:
-        """Count a measurement; True for a new lowest one, whose weights the caller stores."""
+    def is_improved_by(self, measurement: float, step: int) -> bool:
+        """Count a measurement; True for a new best one, whose weights the caller stores."""
         if step == 0:
             return False
-        # An equal one is no new lowest: otherwise a constant loss would never end a run.
-        is_lower = self.measurement is None or measurement < self.measurement
-        if math.isfinite(measurement) and is_lower:
+        # An equal one is no new best: otherwise a constant loss would never end a run.
+        is_first = self.measurement is None
+        is_new_best = is_first or is_better(self.measure, measurement, self.measurement)
+        if math.isfinite(measurement) and is_new_best:
             self.step = step
             self.measurement = measurement
             self.since = 0
@@ -85,14 +91,14 @@ class Outcome:
         cfg: training configuration.
 
     Attributes:
-        best: the lowest held-out measurement so far, and its weights with ``--keep_best``.
+        best: the best held-out measurement so far, and its weights with ``--keep_best``.
     """
 
     def __init__(self, method: Method, cfg: RunConfig) -> None:
         self._method = method
         self._cfg = cfg
         weights = method.result_parameters() if cfg.keep_best else ()
-        self.best = Best(weights, cfg.early_stopping_patience)
+        self.best = Best(weights, cfg.early_stopping_patience, cfg.heldout_measure)
 
     def note_measurement(self, value: float | None, step: int) -> None:
         """Count a measurement of the current weights, which is the same in every process.
@@ -110,7 +116,7 @@ class Outcome:
                     "--keep_best and --early_stopping_patience need held-out data, and there is"
                     " none here: give some, or drop them."
                 )
-        elif self.best.is_lowered_by(value, step):
+        elif self.best.is_improved_by(value, step):
             self.best.store()
 
     @property
@@ -129,6 +135,8 @@ class Outcome:
     def results(self) -> dict[str, Any]:
         """Figures for the run's record: the early end, and the best step if the run exports it."""
         results: dict[str, Any] = {}
+        if self._cfg.depends_on_heldout:
+            results["chosen_by"] = self._cfg.heldout_measure
         if self.best.patience is not None:
             results["stopped_early"] = self.best.is_exhausted
         if self._cfg.keep_best:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.core.values import HELDOUT_LOSS
+from bilora_diffusion.core.values import HELDOUT_LOSS, HELDOUT_PREFIX
 from bilora_diffusion.run.record import last_measured
 
 from ..results.table import Metric
@@ -212,8 +212,6 @@ def tasks_of_harness(names: Sequence[str]) -> list[str]:
     return tasks
 
 
-# Of recorded figures in ``metrics.jsonl``
-PREFIX = "heldout_"
 # Recorded figure -> its title
 TITLES = {
     "matthews_correlation": "Matthews",
@@ -285,7 +283,8 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
 
     figures = {}
     for name, (step, value) in last_measured(subject.folder, last_step).items():
-        if name.startswith(PREFIX) and value is not None and checkpoint_step in (None, step):
+        is_measured = name.startswith(HELDOUT_PREFIX) and value is not None
+        if is_measured and checkpoint_step in (None, step):
             figures[name] = (step, float(value))
     if not figures and subject.kind != BASE and checkpoint_step is None:
         raise UserError(
@@ -298,7 +297,7 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
 def _recorded_column(
     training_set: str, metric: str, prefix: str, values: dict[str, tuple[int, float]]
 ) -> RecordedColumn:
-    name = metric.removeprefix(PREFIX)
+    name = metric.removeprefix(HELDOUT_PREFIX)
     title = prefix + TITLES.get(name, name)
     # Losses are shown as they are, shares in percent.
     if metric == HELDOUT_LOSS:

@@ -1,5 +1,6 @@
 """integrations: a trainer with Bi-LoRA takes the steps of the loop that one would write by hand."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,19 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from bilora_diffusion.integrations import use_bilora
+from bilora_diffusion.run.checkpoint import load_tensors
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations import trainers
 
 ACCUMULATED = {"gradient_accumulation_steps": 4, "max_steps": 5}
 
 
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+
+
 def peft_llm():
-    return get_peft_model(tiny_llm(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    return get_peft_model(tiny_llm(), LORA)
 
 
 def save_every(steps):
@@ -58,12 +64,62 @@ def test_a_trainer_takes_the_steps_of_a_loop(kind, make, config, arguments, loop
     assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-4)
 
 
+def preference_loss(model, reference, batch, beta=0.1):
+    """Eq. 7 of DPO (https://arxiv.org/abs/2305.18290): the first half of a batch is preferred."""
+
+    def answer_log_probabilities(network):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        predicted = network(**inputs).logits[:, :-1].log_softmax(-1)
+        tokens = batch["input_ids"][:, 1:, None]
+        return (predicted.gather(2, tokens)[..., 0] * batch["completion_mask"][:, 1:]).sum(1)
+
+    with torch.no_grad():
+        expected = answer_log_probabilities(reference)
+    chosen, rejected = (answer_log_probabilities(model) - expected).chunk(2)
+    return -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+@pytest.mark.parametrize(("make", "arguments"), [(tiny_llm, {}), (peft_llm, {"peft_config": LORA})])
+def test_trls_preference_trainer_takes_the_steps_of_a_loop(make, arguments, tmp_path):
+    """The reference is another model, or the trained one without its adapters."""
+    trainer = trainers.plain(tmp_path, tiny_llm(), "dpo", max_steps=6, **arguments)
+    bilora = use_bilora(trainer, trainers.CONFIG)
+    reference = trainers.attached(make())
+    load_tensors(reference._method.tensors(), bilora._method.tensors())
+    rows = list(trainer.train_dataset)[: 6 * trainers.BATCH]
+    batches = []
+    for start in range(0, len(rows), trainers.BATCH):
+        batches.append(trainer.data_collator(rows[start : start + trainers.BATCH]))
+    trainer.train()
+
+    optimizer = torch.optim.AdamW(reference.param_groups(lr=trainers.RATE))
+    reference.bind(optimizer)
+    base = tiny_llm()
+    expected = []
+    for batch in batches:
+        loss = preference_loss(reference.model.train(), base, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(float(loss.detach()))
+    assert trainers.losses(trainer) == pytest.approx(expected, abs=1e-5)
+    assert expected[0] == pytest.approx(math.log(2))  # the reference's own loss
+    assert abs(expected[-1] - expected[0]) > 1e-3
+    assert trainers.difference(bilora, reference) < 1e-5
+    assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-4)
+
+
 @pytest.mark.parametrize(
-    ("kind", "make"), [("trainer", peft_llm), pytest.param("sft", tiny_llm, marks=pytest.mark.slow)]
+    ("kind", "make"),
+    [
+        ("trainer", peft_llm),
+        pytest.param("sft", tiny_llm, marks=pytest.mark.slow),
+        pytest.param("dpo", tiny_llm, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
     bilora = trainers.attached(make(), replace(trainers.CONFIG, rho=0.5))
-    heldout = trainers.rows(8, seed=1)
+    heldout = trainers.preferences(8, seed=1) if kind == "dpo" else trainers.rows(8, seed=1)
     events = set()
 
     class CheckActive(TrainerCallback):

@@ -50,7 +50,7 @@ def make(folder, config=trainers.CONFIG, kind="trainer", seed=7, **values):
         save_strategy="steps",
         save_steps=STOP,
         max_steps=9,
-        data=trainers.rows(24),
+        data=trainers.preferences(24) if kind == "dpo" else trainers.rows(24),
         **values,
     )
     return trainer, bilora
@@ -64,6 +64,7 @@ AUXILIARY_OPTIONS = {"init": "pissa", "auxiliary_rank": 2, "auxiliary_learning_r
     [
         pytest.param("trainer", AUXILIARY_OPTIONS, {}, marks=pytest.mark.slow),
         ("sft", {}, {"bf16": True}),
+        pytest.param("dpo", {}, {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -167,6 +168,15 @@ def test_targets_that_trl_would_pass_by_are_refused(tmp_path):
 
 
 TARGETS = LoraConfig(target_modules=["q_proj"])
+
+
+def test_an_adapter_that_trl_copied_as_its_reference_is_refused(tmp_path):
+    """TRL would activate the primary alone after each pass with the copy."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model = get_peft_model(tiny_llm(), config)
+    trainer = trainers.plain(tmp_path, model, "dpo", ref_model=None)
+    with pytest.raises(UserError, match="copied the model's adapter as its reference"):
+        use_bilora(trainer, trainers.CONFIG)
 
 
 @pytest.mark.parametrize(

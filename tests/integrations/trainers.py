@@ -20,7 +20,7 @@ from transformers import (
 from bilora_diffusion import BiLoRAConfig, attach
 from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.integrations import use_bilora
-from tests.contract.models import WORDS
+from tests.contract.models import WORDS, tiny_llm
 
 RHO = 0.02
 CONFIG = BiLoRAConfig(rank=4, alpha=8, rho=RHO)
@@ -31,6 +31,7 @@ CONSTRUCTOR_ARGUMENTS = (
     "optimizers",
     "peft_config",
     "optimizer_cls_and_kwargs",
+    "ref_model",
 )
 
 
@@ -64,6 +65,21 @@ def rows(count: int = STEPS * BATCH, seed: int = 0) -> Dataset:
     )
 
 
+def preferences(count: int = STEPS * BATCH, seed: int = 0) -> Dataset:
+    """Prompts of a few words, each with a better and a worse answer of other lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for number in range(count):
+        words = [f"w{n}" for n in torch.randint(3, WORDS, (9,), generator=generator).tolist()]
+        end = 5 + number % 3
+        answers = {
+            "chosen": " ".join(["", *words[2:end]]),
+            "rejected": " ".join(["", *words[end:]]),
+        }
+        examples.append({"prompt": " ".join(words[:2]), **answers})
+    return Dataset.from_list(examples)
+
+
 def settings(folder: Path, **values: Any) -> dict[str, Any]:
     """Arguments of `TrainingArguments` for 20 steps over `rows()` in their order."""
     return {
@@ -85,14 +101,15 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
 
 
 def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any:
-    """A trainer over `rows()`.
+    """A trainer over `rows()`, or over `preferences()` with another model as the reference.
 
     Args:
-        kind: "trainer", "seq2seq" or "sft".
+        kind: "trainer", "seq2seq", "sft" or "dpo".
         values: Its training arguments; those in `CONSTRUCTOR_ARGUMENTS`, and `data` for the
             training set, are arguments of the trainer itself.
     """
-    arguments = {"train_dataset": values.pop("data", None) or rows()}
+    make_data = preferences if kind == "dpo" else rows
+    arguments: dict[str, Any] = {"train_dataset": values.pop("data", None) or make_data()}
     for name in CONSTRUCTOR_ARGUMENTS:
         if name in values:
             arguments[name] = values.pop(name)
@@ -104,6 +121,12 @@ def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any
         trl = pytest.importorskip("trl")
         trainer_class, arguments_class = trl.SFTTrainer, trl.SFTConfig
         values = {"bf16": False, "gradient_checkpointing": False, **values}
+    elif kind == "dpo":
+        trl = pytest.importorskip("trl")
+        trainer_class, arguments_class = trl.DPOTrainer, trl.DPOConfig
+        values = {"bf16": False, "gradient_checkpointing": False, **values}
+        if "peft_config" not in arguments:
+            arguments.setdefault("ref_model", tiny_llm())
     if kind != "trainer":
         arguments["processing_class"] = tiny_tokenizer()
     training_arguments = arguments_class(**settings(folder, **values))

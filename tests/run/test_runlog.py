@@ -270,6 +270,18 @@ def test_the_end_says_which_step_the_files_are_of_and_how_sure_the_best_is(
     assert "learning_rate" not in last_line or distances is WORSE
 
 
+def test_the_end_names_the_score_that_chose_the_step(tmp_path):
+    log = RunLog(tmp_path)
+    log.start({"validation_file": None}, method="lora", seed=0, resume_step=None, num_steps=15)
+    for step, score in {0: 0.25, 5: 0.5, 10: 0.75, 15: 0.5}.items():
+        log.metric(step, heldout_loss=0.5, heldout_exact_match=score)
+    log.close("finished", steps=15, best_step=10, chosen_by="heldout_exact_match")
+    block = console.describe_run(tmp_path, {}, "eval.text_scores")
+    assert "weights of step 10, the best by the held-out exact match" in block
+    assert "0.5000 at step 15, highest 0.7500 at step 10" in block
+    assert block.endswith("by the held-out exact match step 10 was 0.2500 better than step 15")
+
+
 def test_the_time_of_a_measurement_is_not_in_the_rate_of_steps(capsys):
     with console.Bar(2, 0, "lora", lambda activity: None) as bar:
         with bar.waiting_for("held-out loss"):

@@ -99,6 +99,58 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
     assert resumed_outcome == outcome
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "measure", "rate"),
+    [("seq2seq", "heldout_exact_match", 1e-2), ("classification", "heldout_accuracy", 1e-2)],
+)
+def test_text_leaves_the_step_of_the_best_score(tmp_path, kind, measure, rate):
+    """The rows are split by their content, for the run, its control and a resume alike."""
+    options = {
+        **material(kind),
+        "train_file": write_rows(tmp_path / "rows.jsonl", rows_for(kind, 60)),
+        "validation_split": 0.3,
+        "choose_by": "score",
+        "learning_rate": rate,
+        "lr_scheduler": "constant",
+        "max_train_steps": 60,
+        "validation_loss_steps": 4,
+        "checkpointing_steps": 4,
+        "checkpoints_total_limit": 0,
+        "max_new_tokens": 3,
+        "compare": "lora",
+        "keep_best": True,
+        "early_stopping_patience": 5,
+    }
+    run = train_text(tmp_path / "run", **options)
+    measurements = []
+    for row in runlog.read_metrics(run):
+        if "heldout_loss" in row and row["step"] % 4 == 0:
+            measurements.append((row["step"], -row[measure]))
+    outcome = results(run)
+    best, stop = best_and_stop_step(measurements, 5)
+    assert 0 < best < outcome["steps"]  # else nothing is proven
+    assert outcome["chosen_by"] == measure
+    assert (outcome["best_step"], outcome["steps"]) == (best, stop or 60)
+    assert outcome[f"best_{measure}"] == -dict(measurements)[best] == outcome[measure]
+    assert export([str(run), "--step", str(best)]) == 0
+    assert difference(run / "exports" / f"step-{best}", run) == 0
+
+    control = runlog.read_run(tmp_path / "run-lora")
+    assert control["content"] == runlog.read_run(run)["content"]
+    parts = copied(run, tmp_path / "parts")
+    go_on = {**options, "compare": None, "overwrite_output_dir": True}
+    go_on["resume_from_checkpoint"] = parts / "checkpoints" / f"step-{best + 4}"
+    train_text(parts, **go_on)
+    assert difference(run, parts) == 0
+    resumed_outcome = results(parts)
+    del resumed_outcome["export"], outcome["export"]  # which name their folders
+    assert resumed_outcome == outcome
+    for name, value in {"choose_by": "loss", "validation_split": 0.2}.items():
+        with pytest.raises(UserError, match=name):
+            train_text(parts, **{**go_on, name: value})
+
+
 def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_one(
     tmp_path, caplog
 ):

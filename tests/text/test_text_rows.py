@@ -125,6 +125,64 @@ def test_labels_are_the_numbers_of_the_words():
         with_labels([Example("y", "yess", where="row 2")], ("no", "yes"))
 
 
+def split_of(folder, rows, share=0.3, **options):
+    """Prompts of the training rows and of the held-out rows of a file."""
+    options |= {"model_name_or_path": "tiny", "train_file": write(folder, ".jsonl", rows)}
+    options = {"task_type": "causal", **options, "validation_split": share}
+    split = open_rows(resolve_text(words(options)))
+    sides = (split.train, split.validation or [])
+    return tuple({example.prompt for example in side} for side in sides)
+
+
+@pytest.mark.parametrize("kind", ["causal", "classification"])
+def test_a_row_does_not_change_sides_where_others_are_added_or_reordered(kind, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [{"input": f"row {n}", "output": "ba"[n % 2]} for n in range(60)]
+    train, heldout = split_of(tmp_path, rows, task_type=kind)
+    assert len(train) + len(heldout) == 60
+    assert not train & heldout
+    assert 8 < len(heldout) < 28  # a binomial distribution around 18
+    assert f"holds out {len(heldout)} of the 60 rows of train.jsonl" in caplog.text
+
+    # A further class changes the numbers of the classes.
+    added = [{"input": f"new {n}", "output": "abc"[n % 3]} for n in range(30)]
+    more_train, more_heldout = split_of(tmp_path, [*added, *rows[::-1]], task_type=kind, seed=1)
+    assert train <= more_train
+    assert heldout <= more_heldout
+    assert split_of(tmp_path, rows * 2, task_type=kind) == (train, heldout)  # equal rows
+    larger_train, larger_heldout = split_of(tmp_path, rows, share=0.5, task_type=kind)
+    assert heldout < larger_heldout
+    assert larger_train < train
+    few_train, few_heldout = split_of(tmp_path, rows, task_type=kind, max_train_samples=9)
+    assert few_train < train  # after the split
+    assert few_heldout == heldout
+
+
+@pytest.mark.parametrize(
+    ("share", "options", "sentence"),
+    [
+        (0, {}, "--validation_split is 0.0: give a number above 0"),
+        (1, {}, "--validation_split is 1.0: give a number above 0 and below 1"),
+        (1.5, {}, "give at most 1"),
+        (0.001, {}, r"no held-out row of the 2 in train.jsonl"),
+        (0.999, {}, r"no training row of the 2"),
+        (0.5, {"validation_file": "x.jsonl"}, "--validation_file .* only one"),
+        (0.5, {"train_file": None, "task": "sst2"}, "a task has .*held-out rows"),
+    ],
+)
+def test_a_split_is_refused_where_a_side_is_empty_or_rows_are_held_out(
+    share, options, sentence, tmp_path
+):
+    file = write(tmp_path, ".jsonl", [{"input": f"row {n}", "output": "a"} for n in range(2)])
+    options = {"train_file": file, "task_type": "causal", **options}
+    with pytest.raises(UserError, match=sentence):
+        open_rows(
+            resolve_text(
+                words({"model_name_or_path": "tiny", **options, "validation_split": share})
+            )
+        )
+
+
 def test_a_number_of_held_out_rows_is_measured_the_same_for_each_seed(tmp_path):
     file = write(tmp_path, ".csv", [{"question": f"q{n}", "answer": "a"} for n in range(40)])
 

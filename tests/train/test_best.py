@@ -1,4 +1,4 @@
-"""The lowest held-out loss: its step, where the patience ends, which weights are kept."""
+"""The best held-out measurement: its step, where the patience ends, which weights are kept."""
 
 import math
 
@@ -10,21 +10,24 @@ from torch import nn
 from bilora_diffusion.train.outcome import Best
 from tests.scripts.runs import best_and_stop_step
 
-LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
+VALUES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
+# Measures, and the factor that makes less of them better
+MEASURES = st.sampled_from([("heldout_loss", 1), ("heldout_exact_match", -1)])
 
 
-@given(LOSSES, st.integers(1, 4))
-def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
+@given(VALUES, MEASURES, st.integers(1, 4))
+def test_it_stops_and_keeps_as_a_reading_of_the_record_would(values, measure, patience):
     weight = nn.Parameter(torch.zeros(2))
-    best = Best([weight], patience)
+    name, sign = measure
+    best = Best([weight], patience, name)
     rows = []
     last_step = stopped_at = None
-    for last_step, loss in enumerate(losses):
+    for last_step, value in enumerate(values):
         weight.data.fill_(last_step)
-        if best.is_lowered_by(loss, last_step):
+        if best.is_improved_by(value, last_step):
             best.store()
-        # A record has null in place of a loss that is not finite.
-        rows.append((last_step, loss if math.isfinite(loss) else None))
+        # A record has null in place of a value that is not finite.
+        rows.append((last_step, sign * value if math.isfinite(value) else None))
         if best.is_exhausted:
             stopped_at = last_step
             break
