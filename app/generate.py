@@ -215,7 +215,7 @@ class Tab:
             prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
         with suppress(UserError):  # the button Generate shows the error
             base = find_comparison(self.catalog, a, b).base
-            targets = [run.record["config"].get("guided_target", 1.0) for run in chosen_runs]
+            targets = [run.guided_target for run in chosen_runs]
             has_guidance = bool(targets) and min(targets) > 1
             # What the suggestion depends on
             suggested_for = f"{base.name}, guided" if has_guidance else base.name

@@ -19,7 +19,14 @@ from eval.subjects import differing_options
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .runs import Progress, RunItem, find_progress, sort_newest_first, sort_runs
+from .runs import (
+    Progress,
+    RunItem,
+    choose_pair,
+    find_progress,
+    sort_newest_first,
+    sort_runs,
+)
 from .training_data import (
     COLORS,
     TITLES,
@@ -155,6 +162,19 @@ def legend_html(lines: Sequence[Line]) -> str:
     return entries
 
 
+def first_choice(runs: Sequence[RunItem]) -> list[RunItem]:
+    """The runs to show first: those that are training, the newest pair, and the newest others.
+
+    Args:
+        runs: all runs, the newest first.
+    """
+    running = [run for run in runs if run.status == "running"]
+    candidates = [*running, *choose_pair(runs), *runs]
+    paths = dict.fromkeys(run.path for run in candidates)  # a set in this order
+    first_paths = list(paths)[:FIRST_RUNS]
+    return sort_runs([run for run in runs if run.path in first_paths])
+
+
 def _plot(name: str) -> gr.LinePlot:
     """Create the widget of a plot, which is hidden at first."""
     title, caption = TITLES[name]
@@ -250,9 +270,7 @@ class Tab:
                 if has_room and run.status == "running" and run.path not in selection:
                     selection.append(run.path)
         else:
-            # First the runs that are training, then the newest ones
-            first_runs = sorted(runs, key=lambda run: run.status != "running")[:FIRST_RUNS]
-            selection = [run.path for run in sort_runs(first_runs)]
+            selection = [run.path for run in first_choice(runs)]
         properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}
         # An unchanged selection is not sent, because the user may be choosing at this moment.
         if selection != chosen:
@@ -282,7 +300,9 @@ class Tab:
             self.properties: properties,
         }
         readable_runs = [run for run in runs if run.is_readable]
-        for name, lines in charts(readable_runs, int(window)).items():
+        lines_of_plots = charts(readable_runs, int(window))
+        for name in self.plots:
+            lines = lines_of_plots[name]
             frame = table(lines)
             properties.append(plot_properties(lines, frame["value"].tolist()))
             update[self.plots[name]] = gr.skip() if frame.empty else frame

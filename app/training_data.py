@@ -265,10 +265,10 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     levels = [run.line(changes_by_level(run.rows)) for run in runs]
     plots = {
         "loss": curves(runs, "loss", window, background=("loss", "each step")),
-        "loss-difference": differences(runs, "loss", window),
         "heldout": curves(runs, HELDOUT_LOSS, background=(TRAINING_GRID_LOSS, "training set")),
-        "heldout-difference": differences(runs, HELDOUT_LOSS, in_percent=True),
         "distance": curves(runs, HELDOUT_DISTANCE),
+        "loss-difference": differences(runs, "loss", window),
+        "heldout-difference": differences(runs, HELDOUT_LOSS, in_percent=True),
         "concepts": concept_curves(runs),
         "levels": add_zero_line(levels, "base model"),
     }
@@ -293,13 +293,16 @@ BELOW_ZERO = "Below zero: lower than LoRA of the same seed. A lower loss is not 
 # Plot -> title and caption
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
+    "heldout": ("Held-out loss", "Faint: on the training set."),
+    "distance": (
+        "Distance of samples to held-out images",
+        "Lower is better. Measured for --choose_by samples.",
+    ),
     "loss-difference": (
         "Training loss, difference to LoRA",
         "Below zero: fits the training data better; says nothing about other data.",
     ),
-    "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA in %", BELOW_ZERO),
-    "distance": ("Distance of samples to held-out images", "Measured for --choose_by samples."),
     "concepts": (
         "Held-out loss of each concept",
         "The colors are those of concepts here.",

@@ -128,6 +128,36 @@ def test_the_loss_of_steps_is_faint_and_differences_are_to_lora_of_the_same_seed
     assert charts([], 5).keys() == TITLES.keys()
 
 
+def test_the_control_has_the_same_target():
+    guided, lora = record("lora", guided_target=1.5), record("lora")
+    runs = [
+        training_run("guided", rows(9.0), guided),
+        training_run("lora", rows(1.0), lora, 1),
+        training_run("ours", rows(0.75), None, 2),
+    ]
+    _, ours = charts(runs, window=1)["loss-difference"]
+    assert ours.points == [(1, -0.25)]
+
+
+def test_first_are_runs_that_train_the_newest_pair_and_the_newest_others():
+    def run(name, method, data_hash, day, status="finished"):
+        values = record(method, status) | {"started_at": f"2026-01-0{day}"}
+        return RunItem(name, name, values, None, data_hash=data_hash)
+
+    pair = [run("dog", "bilora", "d", 1), run("dog-lora", "lora", "d", 2)]
+    others = [run(f"x{day}", "bilora", f"x{day}", day) for day in (3, 4, 5)]
+    busy = run("busy", "bilora", "y", 6, "running")
+
+    def first(runs):
+        newest_first = sorted(runs, key=lambda run: run.started_at, reverse=True)
+        return {run.name for run in training.first_choice(newest_first)}
+
+    assert first([*pair, *others]) == {"dog", "dog-lora", "x5", "x4"}
+    assert first([*pair, *others, busy]) == {"busy", "dog", "dog-lora", "x5"}
+    assert first(others[:1]) == {"x3"}
+    assert first([]) == set()
+
+
 def test_a_difference_of_held_out_losses_is_in_percent_of_lora_s_loss():
     lora_rows = [{"step": 0, "heldout_loss": 0.0}, {"step": 5, "heldout_loss": 0.08}]
     our_rows = [{"step": 0, "heldout_loss": 1.0}, {"step": 5, "heldout_loss": 0.0798}]
