@@ -69,22 +69,26 @@ class Tab:
                         following = gr.Button("Next →", elem_id="compare-next", size="sm")
                     self.title = parts.html("compare-prompt")
                     self.cards = parts.html("compare-cards")
-                    self.slider = parts.html("compare-slider")
-                    # The server writes the query of a view; the browser makes it a link.
-                    self.query = gr.Textbox(visible=False)
-                    link = gr.Textbox(
-                        label="Link to this view",
-                        elem_id="compare-link",
-                        interactive=False,
-                        buttons=["copy"],
-                        max_lines=1,
-                    )
+                    with gr.Row(equal_height=False):
+                        with gr.Column(min_width=300):
+                            self.slider = parts.html("compare-slider")
+                        with gr.Column(min_width=300):
+                            self.legend = parts.html("compare-legend")
+                            # The server writes the query of a view; the browser makes it a link.
+                            self.query = gr.Textbox(visible=False)
+                            link = gr.Textbox(
+                                label="Link to this view",
+                                elem_id="compare-link",
+                                interactive=False,
+                                buttons=["copy"],
+                                max_lines=1,
+                            )
 
         # In the order of the fields of `View`, which takes their values
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]
         view = [self.prompt, self.title, self.place, self.list, self.cards]
-        view += [self.slider, self.query]
+        view += [self.slider, self.legend, self.query]
         widgets = list(dict.fromkeys([self.empty, self.body, self.answer, *choice, *view]))
         changed(self.open, [], widgets, **ORDERED)
         # Other scores have other adapters, prompts and seeds: all widgets are filled again.
@@ -204,6 +208,7 @@ class Tab:
             self.list: prompts_html(rows, view.prompt, view.a, view.b),
             self.cards: self._cards_html(item, view, pictures),
             self.slider: parts.slider_html((view.a, view.b), (pictures[view.a], pictures[view.b])),
+            self.legend: legend_html(item.result),
             self.query: data.write_query(view),
         }
 
@@ -239,7 +244,7 @@ class Tab:
         if truth:
             line = '<p class="quiet">the held-out picture that the prompt describes</p>'
             cards += parts.card_html("ground truth", truth, facts=line)
-        return f'<div class="cards">{cards}</div>{legend_html(item.result)}'
+        return f'<div class="cards">{cards}</div>'
 
     def _nearest_uri(self, item: ResultItem, name: str | None) -> str | None:
         """URI of the training picture that is most similar to an image; None if it is not known.

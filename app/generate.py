@@ -137,6 +137,11 @@ def message(text: str) -> str:
     return f'<p class="quiet">{escape(text)}</p>'
 
 
+def placeholder(text: str) -> str:
+    """A sentence in the place of images that are not made yet, as HTML."""
+    return f'<p class="quiet placeholder">{escape(text)}</p>'
+
+
 class Tab:
     """The tab Generate: its widgets and their events.
 
@@ -176,7 +181,7 @@ class Tab:
             # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
-                outputs[1].value = message("The images of A and B appear here: press Generate.")
+                outputs[0].value = placeholder("Press Generate: the images of A and B appear here.")
         widgets = [self.a, self.b, self.absent, self.empty]
         changed(self.fill, [self.a, self.b], widgets, **QUIET)
         choice_events = [self.a.change, self.b.change]

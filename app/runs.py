@@ -70,8 +70,7 @@ class RunItem:
     @property
     def guided_target(self) -> float:
         """Guidance that the run was trained towards; 1 for none."""
-        value = self.record["config"].get("guided_target")
-        return float(value) if type(value) in (int, float) else 1.0
+        return guided_target(self.record)
 
     @property
     def is_text(self) -> bool:
@@ -95,6 +94,12 @@ class RunItem:
         return instance_prompt if isinstance(instance_prompt, str) else PROMPT
 
 
+def guided_target(record: Mapping[str, Any]) -> float:
+    """Guidance that a run was trained towards; 1 for none, also in records of earlier versions."""
+    value = record["config"].get("guided_target")
+    return float(value) if type(value) in (int, float) else 1.0
+
+
 def method_title(method: str) -> str:
     """Title of a method; its name if this version does not have the method."""
     try:
@@ -106,6 +111,9 @@ def method_title(method: str) -> str:
 def run_name(folder: str, record: dict[str, Any]) -> str:
     """Name of a run. It begins with the folder, so that a user finds it in a list by typing."""
     description = method_title(record["method"])
+    target = guided_target(record)
+    if target > 1:
+        description += f", guided target {target:g}"
     if record.get("seed") is not None:
         description += f", seed {record['seed']}"
     return f"{folder} ({description})"

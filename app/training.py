@@ -29,6 +29,7 @@ from .runs import (
 )
 from .training_data import (
     COLORS,
+    FROM_ZERO,
     TITLES,
     WITH_LEGEND,
     Line,
@@ -138,18 +139,22 @@ def settings_html(runs: Sequence[TrainingRun]) -> str:
     )
 
 
-def plot_properties(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
+def plot_properties(
+    lines: Sequence[Line], values: Sequence[float], from_zero: bool = False
+) -> dict[str, Any]:
     """Colors and limits of a plot; a plot without values is hidden.
 
     Args:
         lines: lines of the plot.
         values: values of all points.
+        from_zero: whether the vertical axis begins at 0.
     """
     if not values:
         return {"visible": False}
     colors = {line.name: line.color for line in lines if line.points}
     top = ceiling(values)
-    limits = None if top is None else [None, top]
+    bottom = 0.0 if from_zero else None
+    limits = None if top is None and bottom is None else [bottom, top]
     return {"visible": True, "color_map": colors, "y_lim": limits}
 
 
@@ -304,7 +309,8 @@ class Tab:
         for name in self.plots:
             lines = lines_of_plots[name]
             frame = table(lines)
-            properties.append(plot_properties(lines, frame["value"].tolist()))
+            from_zero = name in FROM_ZERO
+            properties.append(plot_properties(lines, frame["value"].tolist(), from_zero))
             update[self.plots[name]] = gr.skip() if frame.empty else frame
             if name in self.legends:
                 update[self.legends[name]] = parts.notice(legend_html(lines))

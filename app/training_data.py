@@ -57,6 +57,9 @@ DASHES = ("", "fe", "fd", "fc")
 RADIUS = "f7"
 # Plots in which concepts have colors, and not runs
 WITH_LEGEND = ("concepts",)
+# Plots whose vertical axis begins at 0. The norm is often the radius at all steps; it would be a
+# line on the edge of the plot.
+FROM_ZERO = ("norm",)
 # Name of the held-out loss at one noise level
 LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 
@@ -77,7 +80,8 @@ class TrainingRun:
 
     def line(self, points: Points) -> Line:
         """Make a line in the color of this run."""
-        opacity = WIDE if self.run.method == CONTROL else ""
+        is_control = self.run.method == CONTROL and self.run.guided_target <= 1
+        opacity = WIDE if is_control else ""
         return Line(self.run.name, points, COLORS[self.color] + opacity)
 
 

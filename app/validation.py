@@ -168,7 +168,20 @@ def images_html(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
         rows = rows_html(catalog, columns, prompt, sorted(numbers), truths.get(prompt))
         sections += f'<section class="subject"><h2>{escape(prompt)}</h2>{rows}</section>'
     count = len(columns) + has_truth
-    return f'<div class="subjects" style="--columns: {count}">{sections}</div>'
+    line = f'<p class="quiet">{escape(", ".join([f"Step {step}", *shared_facts(columns)]))}</p>'
+    return f'{line}<div class="subjects" style="--columns: {count}">{sections}</div>'
+
+
+def shared_facts(columns: Sequence[Column]) -> list[str]:
+    """The seed and the kind of guidance, if they are the same for all images."""
+    facts_of_images = []
+    for column in columns:
+        facts_of_images += [describe(image) for image in column.images.values()]
+    shared = []
+    for values in zip(*facts_of_images, strict=True):
+        if len(set(values)) == 1 and values[0]:
+            shared.append(values[0])
+    return shared
 
 
 def rows_html(

@@ -56,10 +56,12 @@ def test_the_name_of_a_run_begins_with_its_folder(tmp_path):
     make_run(tmp_path / "tries" / "dog", method="bilora")
     make_run(tmp_path / "e", method="of the future", seed=3)
     make_run(tmp_path / "f", seed=None)
+    make_run(tmp_path / "g", config={"guided_target": 1.5})
     assert [run.name for run in Catalog(tmp_path).scan.runs] == [
         "dog (LoRA, seed 0)",
         "e (of the future, seed 3)",
         "f (LoRA)",
+        "g (LoRA, guided target 1.5, seed 0)",
         "tries/dog (Bi-LoRA, seed 0)",
     ]
 

@@ -171,6 +171,9 @@ def test_the_radius_is_dashed_on_top_of_the_norm():
     norm, radius = charts([training_run("ours", log_rows)], window=1)["norm"][1:]
     assert norm.points == radius.points == [(1, 0.05), (2, 0.05)]
     assert radius.color == GREY + RADIUS
+    # A constant norm is not on the edge of the plot.
+    assert training.plot_properties([norm], [0.05, 0.05], from_zero=True)["y_lim"] == [0, None]
+    assert training.plot_properties([norm], [0.05, 0.05])["y_lim"] is None
 
 
 def test_a_constant_learning_rate_is_a_line_of_the_card_and_no_plot():
