@@ -201,7 +201,7 @@ def rows_html(
     for number, facts in zip(numbers, facts_of_rows, strict=True):
         labels = []
         for index, values in enumerate(facts):
-            is_different = any(others[index] != values for others in facts_of_rows)
+            is_different = any(row[index] != values for row in facts_of_rows)
             if len(values) == 1 and is_different:
                 labels += values
         if len(numbers) > 1 and not labels:

@@ -145,16 +145,16 @@ def test_first_are_runs_that_train_the_newest_pair_and_the_newest_others():
         return RunItem(name, name, values, None, data_hash=data_hash)
 
     pair = [run("dog", "bilora", "d", 1), run("dog-lora", "lora", "d", 2)]
-    others = [run(f"x{day}", "bilora", f"x{day}", day) for day in (3, 4, 5)]
+    singles = [run(f"x{day}", "bilora", f"x{day}", day) for day in (3, 4, 5)]
     busy = run("busy", "bilora", "y", 6, "running")
 
     def first(runs):
         newest_first = sorted(runs, key=lambda run: run.started_at, reverse=True)
         return {run.name for run in training.first_choice(newest_first)}
 
-    assert first([*pair, *others]) == {"dog", "dog-lora", "x5", "x4"}
-    assert first([*pair, *others, busy]) == {"busy", "dog", "dog-lora", "x5"}
-    assert first(others[:1]) == {"x3"}
+    assert first([*pair, *singles]) == {"dog", "dog-lora", "x5", "x4"}
+    assert first([*pair, *singles, busy]) == {"busy", "dog", "dog-lora", "x5"}
+    assert first(singles[:1]) == {"x3"}
     assert first([]) == set()
 
 
