@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -155,12 +155,9 @@ def images_html(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
     for column in columns:
         for prompt, number in column.images:
             numbers_by_prompt.setdefault(prompt, set()).add(number)
-    if step > 0:
-        # Column of the base model: images of the first run that sampled before training
-        for run in runs:
-            if 0 in run.steps:
-                columns.insert(0, read_column(catalog, run, 0, "base model"))
-                break
+    base = read_base_column(catalog, runs, numbers_by_prompt)
+    if step > 0 and base is not None:
+        columns.insert(0, base)
     truths = read_truths(parts.heldout_set_of_miniature(runs))
     has_truth = bool(numbers_by_prompt.keys() & truths.keys())
     sections = ""
@@ -258,6 +255,28 @@ def read_truths(heldout_set: str | None) -> dict[str, str]:
         return {}
     pictures = truth_pictures(prompts.read(heldout_set), MINI)
     return {text: parts.data_uri(picture) for text, picture in pictures.items()}
+
+
+def read_base_column(
+    catalog: Catalog, runs: Sequence[RunItem], prompts_of_page: Collection[str]
+) -> Column | None:
+    """Images of the base model: those that a run sampled before training, first a chosen one.
+
+    Args:
+        catalog: folders of the viewer.
+        runs: chosen runs.
+        prompts_of_page: prompts of their images.
+
+    Returns:
+        The column; None if no run of the same base model has images of one of the prompts.
+    """
+    bases = [run.record["config"].get("pretrained_model_name_or_path") for run in runs]
+    for run in [*runs, *runs_with_images(catalog)]:
+        if 0 in run.steps and run.record["config"].get("pretrained_model_name_or_path") in bases:
+            column = read_column(catalog, run, 0, "base model")
+            if any(prompt in prompts_of_page for prompt, _ in column.images):
+                return column
+    return None
 
 
 def read_column(catalog: Catalog, run: RunItem, step: int, title: str) -> Column:

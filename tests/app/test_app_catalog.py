@@ -215,6 +215,13 @@ def test_validation_images_are_next_to_those_of_the_base_model(tmp_path):
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
     assert validation.images_html(catalog, runs, 100).count("no image at step 100") == 2
+    # Those of the base model may be another run's.
+    assert "<figcaption>base model" in validation.images_html(catalog, runs[1:], 50)
+    config["pretrained_model_name_or_path"] = "another"
+    make_run(tmp_path / "bilora", method="bilora", config=config)
+    catalog.refresh()
+    runs = sort_runs(validation.runs_with_images(catalog))
+    assert "base model" not in validation.images_html(catalog, runs[1:], 50)
 
 
 def test_images_of_the_same_prompt_are_labeled_with_their_seeds(tmp_path):
