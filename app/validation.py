@@ -242,7 +242,9 @@ def describe(image: ValidationImage) -> tuple[str, str]:
     seed = "" if image.seed is None else f"seed {image.seed}"
     guidance = ""
     if image.guidance_from:
-        guidance = GUIDANCE_ROWS.get(image.guidance_from, f"guidance from {image.guidance_from}")
+        # Neither word: the adapter's strength in the unconditional prediction
+        between = f"guidance from the adapter at strength {image.guidance_from}"
+        guidance = GUIDANCE_ROWS.get(image.guidance_from, between)
         if image.guidance is not None:
             guidance += f", scale {image.guidance:g}"
     return seed, guidance

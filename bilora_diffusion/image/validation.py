@@ -222,7 +222,7 @@ class ValidationImage:
     prompt: str
     seed: int | None = None  # of its noise; None if it is not known
     guidance: float | None = None  # scale; None for the model's usual one, or if it is not known
-    guidance_from: str = ""  # model of the unconditional prediction; "" if it is not known
+    guidance_from: str = ""  # as in `ValidationSample`, as text; "" if it is not known
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
