@@ -36,7 +36,7 @@ from .training_data import (
     TrainingRun,
     ceiling,
     charts,
-    constant_rate,
+    learning_rates,
     legend,
     radius_lines,
     table,
@@ -90,9 +90,9 @@ def card_lines(run: TrainingRun) -> list[str]:
         if norm != "scaled":
             text += f", {norm} norm"
         settings.append(text)
-    rate = constant_rate(run)
-    if rate is not None:
-        settings.append(f"learning rate {rate:g}")
+    rates = learning_rates(run)
+    if len(rates) == 1:
+        settings.append(f"learning rate {rates.pop():g}")
     steps = f"{state.steps} steps"
     if state.total:
         steps = f"{state.steps} of {state.total} steps"

@@ -281,15 +281,14 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     # The last lines are on top.
     plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radius_lines(runs)
     plots["rate"] = []
-    if any(constant_rate(run) is None for run in runs):
+    if any(len(learning_rates(run)) > 1 for run in runs):
         plots["rate"] = curves(runs, "lr")
     return plots
 
 
-def constant_rate(run: TrainingRun) -> float | None:
-    """Learning rate of a run; None if it has changed."""
-    rates = {rate for _, rate in series(run.rows, "lr")}
-    return rates.pop() if len(rates) == 1 else None
+def learning_rates(run: TrainingRun) -> set[float]:
+    """The different learning rates of a run: one if it is constant, none before the first step."""
+    return {rate for _, rate in series(run.rows, "lr")}
 
 
 UNPROJECTED = ("auxiliary_norm_before", "before the projection")

@@ -179,7 +179,8 @@ def test_the_radius_is_dashed_on_top_of_the_norm():
 def test_a_constant_learning_rate_is_a_line_of_the_card_and_no_plot():
     constant = training_run("a", [{"step": step, "lr": 2e-4} for step in (1, 2)])
     changing = training_run("b", [{"step": step, "lr": 1e-3 / step} for step in (1, 2)])
-    assert charts([constant], window=1)["rate"] == []
+    starting = training_run("c", [])
+    assert charts([constant, starting], window=1)["rate"] == []
     assert len(charts([constant, changing], window=1)["rate"]) == 2
     card_list = training.cards_html([constant, changing])
     assert card_list.count("learning rate") == 1
