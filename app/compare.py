@@ -17,8 +17,6 @@ from PIL import Image
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.mini.colors import MAPS
-from eval.clip_scores.prompts import Prompt
 from eval.clip_scores.reporting import METRICS
 
 from . import parts
@@ -71,22 +69,26 @@ class Tab:
                         following = gr.Button("Next →", elem_id="compare-next", size="sm")
                     self.title = parts.html("compare-prompt")
                     self.cards = parts.html("compare-cards")
-                    self.slider = parts.html("compare-slider")
-                    # The server writes the query of a view; the browser makes it a link.
-                    self.query = gr.Textbox(visible=False)
-                    link = gr.Textbox(
-                        label="Link to this view",
-                        elem_id="compare-link",
-                        interactive=False,
-                        buttons=["copy"],
-                        max_lines=1,
-                    )
+                    with gr.Row(equal_height=False):
+                        with gr.Column(min_width=300):
+                            self.slider = parts.html("compare-slider")
+                        with gr.Column(min_width=300):
+                            self.legend = parts.html("compare-legend")
+                            # The server writes the query of a view; the browser makes it a link.
+                            self.query = gr.Textbox(visible=False)
+                            link = gr.Textbox(
+                                label="Link to this view",
+                                elem_id="compare-link",
+                                interactive=False,
+                                buttons=["copy"],
+                                max_lines=1,
+                            )
 
         # In the order of the fields of `View`, which takes their values
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]
         view = [self.prompt, self.title, self.place, self.list, self.cards]
-        view += [self.slider, self.query]
+        view += [self.slider, self.legend, self.query]
         widgets = list(dict.fromkeys([self.empty, self.body, self.answer, *choice, *view]))
         changed(self.open, [], widgets, **ORDERED)
         # Other scores have other adapters, prompts and seeds: all widgets are filled again.
@@ -206,6 +208,7 @@ class Tab:
             self.list: prompts_html(rows, view.prompt, view.a, view.b),
             self.cards: self._cards_html(item, view, pictures),
             self.slider: parts.slider_html((view.a, view.b), (pictures[view.a], pictures[view.b])),
+            self.legend: legend_html(item.result),
             self.query: data.write_query(view),
         }
 
@@ -229,37 +232,30 @@ class Tab:
             image = item.result.images.get((label, view.prompt, view.seed))
             text = ""
             if image is not None:
-                nearest = self._file_uri(item, image.nearest_image, mini.train_dir())
+                nearest = self._nearest_uri(item, image.nearest_image)
                 text = facts_html(item.result, image, nearest)
             role = {view.b: "B", view.a: "A"}.get(label, "")  # "A" if both are the same adapter
             uri = parts.data_uri(picture) if picture else None
             cards += parts.card_html(label, uri, role, "no image", text)
-        truth = self._truth_uri(item, item.result.prompt(view.prompt))
+        reference = item.result.prompt(view.prompt).reference
+        truth = None
+        if reference is not None:
+            truth = parts.file_uri_below_root(self.catalog, item.file(str(reference)))
         if truth:
             line = '<p class="quiet">the held-out picture that the prompt describes</p>'
             cards += parts.card_html("ground truth", truth, facts=line)
-        return f'<div class="cards">{cards}</div>{legend_html(item.result)}'
+        return f'<div class="cards">{cards}</div>'
 
-    def _truth_uri(self, item: ResultItem, prompt: Prompt) -> str | None:
-        """URI of the held-out picture that a prompt describes; None if there is none."""
-        name = prompt.reference and prompt.reference.name
-        if name and prompt.colors in MAPS:
-            # The prompt describes an icon of a miniature in other colors.
-            picture = parts.read_picture(mini.heldout_dir() / name)
-            return picture and parts.data_uri(MAPS[prompt.colors](picture))
-        return self._file_uri(item, name, mini.heldout_dir())
+    def _nearest_uri(self, item: ResultItem, name: str | None) -> str | None:
+        """URI of the training picture that is most similar to an image; None if it is not known.
 
-    def _file_uri(self, item: ResultItem, name: str | None, package: Path) -> str | None:
-        """URI of a picture that a result names; None if there is none.
-
-        It is a file of the result's folder. A name without folders may also be a file of the
-        package.
+        It is a file of the result's folder. A name without folders may also be a training icon.
         """
         if not name:
             return None
         uri = parts.file_uri_below_root(self.catalog, item.file(name))
         if uri is None and name == Path(name).name:
-            uri = parts.file_uri(package / name)
+            uri = parts.file_uri(mini.train_dir() / name)
         return uri
 
 

@@ -137,6 +137,11 @@ def message(text: str) -> str:
     return f'<p class="quiet">{escape(text)}</p>'
 
 
+def placeholder(text: str) -> str:
+    """A sentence in the place of images that are not made yet, as HTML."""
+    return f'<p class="quiet placeholder">{escape(text)}</p>'
+
+
 class Tab:
     """The tab Generate: its widgets and their events.
 
@@ -176,7 +181,7 @@ class Tab:
             # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
-                outputs[1].value = message("The images of A and B appear here: press Generate.")
+                outputs[0].value = placeholder("Press Generate: the images of A and B appear here.")
         widgets = [self.a, self.b, self.absent, self.empty]
         changed(self.fill, [self.a, self.b], widgets, **QUIET)
         choice_events = [self.a.change, self.b.change]
@@ -215,7 +220,7 @@ class Tab:
             prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
         with suppress(UserError):  # the button Generate shows the error
             base = find_comparison(self.catalog, a, b).base
-            targets = [run.record["config"].get("guided_target", 1.0) for run in chosen_runs]
+            targets = [run.guided_target for run in chosen_runs]
             has_guidance = bool(targets) and min(targets) > 1
             # What the suggestion depends on
             suggested_for = f"{base.name}, guided" if has_guidance else base.name

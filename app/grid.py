@@ -25,7 +25,7 @@ from bilora_diffusion.core.values import (
 from eval.clip_scores.settings import usual
 
 from . import parts
-from .generate import Stopped, Work, message
+from .generate import Stopped, Work, message, placeholder
 from .parts import QUIET, Update
 from .runs import RunItem, sort_runs, suggest_prompt
 from .sampling import BaseChoice, Request, read_form, temporary_export, training_size
@@ -79,6 +79,10 @@ class Grid:
             # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html("grid-status"), parts.html("grid-images")]
+                outputs[0].value = placeholder(
+                    "Press Generate: a table appears here, with a row of images for each checkpoint"
+                    " and a column for each strength."
+                )
         choice = [self.run, self.steps, self.prompt]
         gr.on([changed, self.run.input], self.fill, choice, [self.body, *choice], **QUIET)
         with form:

@@ -58,9 +58,19 @@ class RunItem:
         return self.record.get("seed")
 
     @property
+    def started_at(self) -> str:
+        """Time of the start in ISO 8601, which sorts as text; "" if the record has none."""
+        return str(self.record.get("started_at") or "")
+
+    @property
     def status(self) -> str:
         """ "running", "finished", "interrupted" or "failed"."""
         return self.record["status"]
+
+    @property
+    def guided_target(self) -> float:
+        """Guidance that the run was trained towards; 1 for none."""
+        return guided_target(self.record)
 
     @property
     def is_text(self) -> bool:
@@ -84,6 +94,12 @@ class RunItem:
         return instance_prompt if isinstance(instance_prompt, str) else PROMPT
 
 
+def guided_target(record: Mapping[str, Any]) -> float:
+    """Guidance that a run was trained towards; 1 for none, also in records of earlier versions."""
+    value = record["config"].get("guided_target")
+    return float(value) if type(value) in (int, float) else 1.0
+
+
 def method_title(method: str) -> str:
     """Title of a method; its name if this version does not have the method."""
     try:
@@ -95,53 +111,69 @@ def method_title(method: str) -> str:
 def run_name(folder: str, record: dict[str, Any]) -> str:
     """Name of a run. It begins with the folder, so that a user finds it in a list by typing."""
     description = method_title(record["method"])
+    target = guided_target(record)
+    if target > 1:
+        description += f", guided target {target:g}"
     if record.get("seed") is not None:
         description += f", seed {record['seed']}"
     return f"{folder} ({description})"
 
 
 def sort_runs(runs: Sequence[RunItem]) -> list[RunItem]:
-    """Sort runs for a list: plain LoRA first, as the control, then by method and seed."""
-    return sorted(runs, key=lambda run: (run.method != CONTROL, run.method, str(run.seed)))
+    """Sort runs for a list: plain LoRA first, as the control, then by method and seed.
+
+    Runs with a guided target are last.
+    """
+
+    def rank(run: RunItem) -> tuple[Any, ...]:
+        return run.guided_target, run.method != CONTROL, run.method, str(run.seed)
+
+    return sorted(runs, key=rank)
 
 
 def find_control(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
-    """The first plain LoRA run with the same seed and data; None if that is the run itself."""
-    key = (run.seed, run.is_text, run.data_hash)
+    """The first LoRA run with the same seed, data and target; None if that is the run itself."""
+
+    def key(run: RunItem) -> tuple[Any, ...]:
+        return run.seed, run.is_text, run.data_hash, run.guided_target
+
     for control in runs:
-        control_key = (control.seed, control.is_text, control.data_hash)
-        if control.method == CONTROL and control_key == key:
+        if control.method == CONTROL and key(control) == key(run):
             return None if control is run else control
     return None
 
 
 def sort_newest_first(runs: Sequence[RunItem]) -> list[RunItem]:
     """Sort runs by the time of their start, the newest first."""
-    return sorted(runs, key=lambda run: str(run.record.get("started_at")), reverse=True)
+    return sorted(runs, key=lambda run: run.started_at, reverse=True)
 
 
 def choose_pair(runs: Sequence[RunItem]) -> list[RunItem]:
     """Choose the two runs to compare first; all runs if there are fewer than two.
 
-    The best pair is LoRA and Bi-LoRA on the same data, then two runs with images of the same
-    prompts.
+    The best pair is the newest one of LoRA and Bi-LoRA on the same data, then two runs with images
+    of the same prompts.
     """
     pairs = itertools.combinations(sort_runs(runs), 2)
     return list(max(pairs, key=comparability, default=runs))
 
 
-def comparability(pair: tuple[RunItem, RunItem]) -> tuple[int, ...]:
+def comparability(pair: tuple[RunItem, RunItem]) -> tuple[Any, ...]:
     """How well two runs can be compared, as a sort key: the most important property first."""
     a, b = pair
     shared_prompts = len(set(a.prompts) & set(b.prompts))
+    # The same samples with the same noise
+    has_same_data = a.data_hash is not None and a.data_hash == b.data_hash
+    start_times = sorted((a.started_at, b.started_at))
     return (
-        # The same samples with the same noise
-        a.data_hash is not None and a.data_hash == b.data_hash,
+        has_same_data,
         shared_prompts > 0,
-        {a.method, b.method} == {CONTROL, OURS},
+        {a.method, b.method} == {CONTROL, OURS} and a.guided_target == b.guided_target,
+        start_times if has_same_data else [],
         shared_prompts,
         a.seed == b.seed,
         PurePosixPath(a.path).parent == PurePosixPath(b.path).parent,
+        start_times,
     )
 
 

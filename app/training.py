@@ -19,16 +19,24 @@ from eval.subjects import differing_options
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .runs import Progress, RunItem, find_progress, sort_newest_first, sort_runs
+from .runs import (
+    Progress,
+    RunItem,
+    choose_pair,
+    find_progress,
+    sort_newest_first,
+    sort_runs,
+)
 from .training_data import (
     COLORS,
+    FROM_ZERO,
     TITLES,
     WITH_LEGEND,
     Line,
     TrainingRun,
     ceiling,
     charts,
-    constant_rate,
+    learning_rates,
     legend,
     radius_lines,
     table,
@@ -82,9 +90,9 @@ def card_lines(run: TrainingRun) -> list[str]:
         if norm != "scaled":
             text += f", {norm} norm"
         settings.append(text)
-    rate = constant_rate(run)
-    if rate is not None:
-        settings.append(f"learning rate {rate:g}")
+    rates = learning_rates(run)
+    if len(rates) == 1:
+        settings.append(f"learning rate {rates.pop():g}")
     steps = f"{state.steps} steps"
     if state.total:
         steps = f"{state.steps} of {state.total} steps"
@@ -131,18 +139,22 @@ def settings_html(runs: Sequence[TrainingRun]) -> str:
     )
 
 
-def plot_properties(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
+def plot_properties(
+    lines: Sequence[Line], values: Sequence[float], from_zero: bool = False
+) -> dict[str, Any]:
     """Colors and limits of a plot; a plot without values is hidden.
 
     Args:
         lines: lines of the plot.
         values: values of all points.
+        from_zero: whether the vertical axis begins at 0.
     """
     if not values:
         return {"visible": False}
     colors = {line.name: line.color for line in lines if line.points}
     top = ceiling(values)
-    limits = None if top is None else [None, top]
+    bottom = 0.0 if from_zero else None
+    limits = None if top is None and bottom is None else [bottom, top]
     return {"visible": True, "color_map": colors, "y_lim": limits}
 
 
@@ -153,6 +165,19 @@ def legend_html(lines: Sequence[Line]) -> str:
         sample = f'<svg width="28" height="8"><path d="M0 4h28" stroke="{color}"/></svg>'
         entries += f"<span>{sample}{escape(name)}</span>"
     return entries
+
+
+def first_choice(runs: Sequence[RunItem]) -> list[RunItem]:
+    """The runs to show first: those that are training, the newest pair, and the newest others.
+
+    Args:
+        runs: all runs, the newest first.
+    """
+    running = [run for run in runs if run.status == "running"]
+    candidates = [*running, *choose_pair(runs), *runs]
+    paths = dict.fromkeys(run.path for run in candidates)  # a set in this order
+    first_paths = list(paths)[:FIRST_RUNS]
+    return sort_runs([run for run in runs if run.path in first_paths])
 
 
 def _plot(name: str) -> gr.LinePlot:
@@ -250,9 +275,7 @@ class Tab:
                 if has_room and run.status == "running" and run.path not in selection:
                     selection.append(run.path)
         else:
-            # First the runs that are training, then the newest ones
-            first_runs = sorted(runs, key=lambda run: run.status != "running")[:FIRST_RUNS]
-            selection = [run.path for run in sort_runs(first_runs)]
+            selection = [run.path for run in first_choice(runs)]
         properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}
         # An unchanged selection is not sent, because the user may be choosing at this moment.
         if selection != chosen:
@@ -282,9 +305,12 @@ class Tab:
             self.properties: properties,
         }
         readable_runs = [run for run in runs if run.is_readable]
-        for name, lines in charts(readable_runs, int(window)).items():
+        lines_of_plots = charts(readable_runs, int(window))
+        for name in self.plots:
+            lines = lines_of_plots[name]
             frame = table(lines)
-            properties.append(plot_properties(lines, frame["value"].tolist()))
+            from_zero = name in FROM_ZERO
+            properties.append(plot_properties(lines, frame["value"].tolist(), from_zero))
             update[self.plots[name]] = gr.skip() if frame.empty else frame
             if name in self.legends:
                 update[self.legends[name]] = parts.notice(legend_html(lines))

@@ -57,6 +57,9 @@ DASHES = ("", "fe", "fd", "fc")
 RADIUS = "f7"
 # Plots in which concepts have colors, and not runs
 WITH_LEGEND = ("concepts",)
+# Plots whose vertical axis begins at 0. The norm is often the radius at all steps; it would be a
+# line on the edge of the plot.
+FROM_ZERO = ("norm",)
 # Name of the held-out loss at one noise level
 LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 
@@ -77,7 +80,8 @@ class TrainingRun:
 
     def line(self, points: Points) -> Line:
         """Make a line in the color of this run."""
-        opacity = WIDE if self.run.method == CONTROL else ""
+        is_control = self.run.method == CONTROL and self.run.guided_target <= 1
+        opacity = WIDE if is_control else ""
         return Line(self.run.name, points, COLORS[self.color] + opacity)
 
 
@@ -265,10 +269,10 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     levels = [run.line(changes_by_level(run.rows)) for run in runs]
     plots = {
         "loss": curves(runs, "loss", window, background=("loss", "each step")),
-        "loss-difference": differences(runs, "loss", window),
         "heldout": curves(runs, HELDOUT_LOSS, background=(TRAINING_GRID_LOSS, "training set")),
-        "heldout-difference": differences(runs, HELDOUT_LOSS, in_percent=True),
         "distance": curves(runs, HELDOUT_DISTANCE),
+        "loss-difference": differences(runs, "loss", window),
+        "heldout-difference": differences(runs, HELDOUT_LOSS, in_percent=True),
         "concepts": concept_curves(runs),
         "levels": add_zero_line(levels, "base model"),
     }
@@ -277,15 +281,14 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     # The last lines are on top.
     plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radius_lines(runs)
     plots["rate"] = []
-    if any(constant_rate(run) is None for run in runs):
+    if any(len(learning_rates(run)) > 1 for run in runs):
         plots["rate"] = curves(runs, "lr")
     return plots
 
 
-def constant_rate(run: TrainingRun) -> float | None:
-    """Learning rate of a run; None if it has changed."""
-    rates = {rate for _, rate in series(run.rows, "lr")}
-    return rates.pop() if len(rates) == 1 else None
+def learning_rates(run: TrainingRun) -> set[float]:
+    """The different learning rates of a run: one if it is constant, none before the first step."""
+    return {rate for _, rate in series(run.rows, "lr")}
 
 
 UNPROJECTED = ("auxiliary_norm_before", "before the projection")
@@ -293,13 +296,16 @@ BELOW_ZERO = "Below zero: lower than LoRA of the same seed. A lower loss is not 
 # Plot -> title and caption
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
+    "heldout": ("Held-out loss", "Faint: on the training set."),
+    "distance": (
+        "Distance of samples to held-out images",
+        "Lower is better. Measured for --choose_by samples.",
+    ),
     "loss-difference": (
         "Training loss, difference to LoRA",
         "Below zero: fits the training data better; says nothing about other data.",
     ),
-    "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA in %", BELOW_ZERO),
-    "distance": ("Distance of samples to held-out images", "Measured for --choose_by samples."),
     "concepts": (
         "Held-out loss of each concept",
         "The colors are those of concepts here.",

@@ -1,15 +1,17 @@
 """Validation images in the tab Compare: runs side by side, at each step.
 
 Training writes these images, so that no scores are needed. The column of the base model has the
-images that a run sampled at step 0.
+images that a run sampled at step 0. Prompts that are captions of held-out icons have a column with
+these icons.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,11 +19,15 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.validation import INDEX, read_index
+from bilora_diffusion.image.validation import INDEX, ValidationImage, read_index
+from bilora_diffusion.mini import MINI
 from bilora_diffusion.run.record import validation_folder
+from eval.clip_scores import prompts
+from eval.clip_scores.measure import truth_pictures
 
 from . import parts
 from .catalog import Catalog
+from .grid import GUIDANCE_ROWS
 from .parts import QUIET, Update
 from .runs import RunItem, choose_pair, sort_runs
 
@@ -29,6 +35,8 @@ from .runs import RunItem, choose_pair, sort_runs
 COLUMNS = 6
 # Largest number of runs without images whose names are shown; the others are counted.
 MAX_NAMES = 6
+# Prompt, and number among the prompt's images
+Key = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,9 @@ class Column:
 
     title: str
     step: int
-    # (prompt, number among the prompt's images) -> path of the image relative to the root
-    files: dict[tuple[str, int], str]
-    # The same key -> seed of the image's noise; None if the index has none
-    seeds: dict[tuple[str, int], int | None]
+    # Folder of the images, relative to the root
+    folder: str
+    images: dict[Key, ValidationImage]
 
 
 def build(catalog: Catalog, changed: Any) -> None:
@@ -142,57 +149,146 @@ def all_steps(runs: Sequence[RunItem]) -> list[int]:
 
 
 def images_html(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
-    """A block for each prompt, with the images of the base model and of each run, as HTML."""
+    """A section for each prompt, as HTML: the base model, each run, and the ground truth."""
     columns = [read_column(catalog, run, step, run.name) for run in runs]
-    keys: dict[tuple[str, int], None] = {}  # a set in the order of the prompts
+    numbers_by_prompt: dict[str, set[int]] = {}  # in the order of the prompts
     for column in columns:
-        keys |= dict.fromkeys(column.files)
-    if step > 0:
-        # Column of the base model: images of the first run that sampled before training
-        for run in runs:
-            if 0 in run.steps:
-                columns.insert(0, read_column(catalog, run, 0, "base model"))
-                break
-    blocks = ""
-    for prompt, number in keys:
-        key = (prompt, number)
-        seeds = {column.seeds[key] for column in columns if key in column.seeds}
-        # A prompt with a single image is shown without its seed.
-        position = ""
-        if len(seeds) == 1 and (prompt, 1) in keys:
-            (seed,) = seeds
-            position = f" ({number + 1})" if seed is None else f", seed {seed}"
+        for prompt, number in column.images:
+            numbers_by_prompt.setdefault(prompt, set()).add(number)
+    base = read_base_column(catalog, runs, numbers_by_prompt)
+    if step > 0 and base is not None:
+        columns.insert(0, base)
+    truths = read_truths(parts.heldout_set_of_miniature(runs))
+    has_truth = bool(numbers_by_prompt.keys() & truths.keys())
+    sections = ""
+    for prompt, numbers in numbers_by_prompt.items():
+        rows = rows_html(catalog, columns, prompt, sorted(numbers), truths.get(prompt))
+        sections += f'<section class="subject"><h2>{escape(prompt)}</h2>{rows}</section>'
+    count = len(columns) + has_truth
+    line = f'<p class="quiet">{escape(", ".join([f"Step {step}", *shared_facts(columns)]))}</p>'
+    return f'{line}<div class="subjects" style="--columns: {count}">{sections}</div>'
+
+
+def shared_facts(columns: Sequence[Column]) -> list[str]:
+    """The seed and the kind of guidance, if they are the same for all images."""
+    facts_of_images = []
+    for column in columns:
+        facts_of_images += [describe(image) for image in column.images.values()]
+    shared = []
+    for values in zip(*facts_of_images, strict=True):
+        if len(set(values)) == 1 and values[0]:
+            shared.append(values[0])
+    return shared
+
+
+def rows_html(
+    catalog: Catalog,
+    columns: Sequence[Column],
+    prompt: str,
+    numbers: Sequence[int],
+    truth_uri: str | None,
+) -> str:
+    """A row for each image of a prompt, as HTML.
+
+    If a prompt has several rows, their labels are what tells the rows apart: the seed, or the
+    guidance. If the images of a row differ in it, each image is labeled with its own.
+    """
+    facts_of_rows = [row_facts(columns, (prompt, number)) for number in numbers]
+    rows = ""
+    for number, facts in zip(numbers, facts_of_rows, strict=True):
+        labels = []
+        for index, values in enumerate(facts):
+            is_different = any(row[index] != values for row in facts_of_rows)
+            if len(values) == 1 and is_different:
+                labels += values
+        if len(numbers) > 1 and not labels:
+            labels.append(f"image {number + 1}")
+        label = ", ".join(labels)
         cells = ""
         for column in columns:
             title = column.title
-            if len(seeds) > 1 and key in column.seeds:
-                title += f", image of seed {column.seeds[key]}"
-            file = column.files.get(key)
             uri = None
             missing = "not a prompt of this run"
-            if file is not None:
-                uri = parts.file_uri_below_root(catalog, file)
+            image = column.images.get((prompt, number))
+            if image is not None:
+                for fact, values in zip(describe(image), facts, strict=True):
+                    if fact and len(values) > 1:
+                        title += f", image of {fact}"
+                uri = parts.file_uri_below_root(catalog, f"{column.folder}/{image.file}")
                 missing = f"no image at step {column.step}"
-            picture = parts.image_html(uri, f"{title}: {prompt}{position}", missing)
+            text = f"{title}: {prompt}"
+            if label:
+                text += f", {label}"
+            picture = parts.image_html(uri, text, missing)
             cells += f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>"
-        blocks += (
-            f'<section class="subject"><h2>{escape(prompt)}{position}</h2>'
-            f'<div class="row" style="--columns: {len(columns)}">{cells}</div></section>'
-        )
-    return f'<div class="subjects" style="--columns: {len(columns)}">{blocks}</div>'
+        if truth_uri:
+            picture = parts.image_html(truth_uri, f"ground truth: {prompt}")
+            cells += f"<figure>{picture}<figcaption>ground truth</figcaption></figure>"
+        if label:
+            rows += f"<h3>{escape(label)}</h3>"
+        rows += f'<div class="row">{cells}</div>'
+    return rows
+
+
+def row_facts(columns: Sequence[Column], key: Key) -> list[list[str]]:
+    """The different seeds, and the different kinds of guidance, of one image of all columns."""
+    images = [column.images[key] for column in columns if key in column.images]
+    facts_of_images = [describe(image) for image in images]
+    return [list(dict.fromkeys(values)) for values in zip(*facts_of_images, strict=True)]
+
+
+def describe(image: ValidationImage) -> tuple[str, str]:
+    """Seed and guidance of an image as texts; "" for one that is not known."""
+    seed = "" if image.seed is None else f"seed {image.seed}"
+    guidance = ""
+    if image.guidance_from:
+        # Neither word: the adapter's strength in the unconditional prediction
+        between = f"guidance from the adapter at strength {image.guidance_from}"
+        guidance = GUIDANCE_ROWS.get(image.guidance_from, between)
+        if image.guidance is not None:
+            guidance += f", scale {image.guidance:g}"
+    return seed, guidance
+
+
+@lru_cache
+def read_truths(heldout_set: str | None) -> dict[str, str]:
+    """URIs of the held-out icons of a miniature's set, by their captions; {} without a set."""
+    if heldout_set is None:
+        return {}
+    pictures = truth_pictures(prompts.read(heldout_set), MINI)
+    return {text: parts.data_uri(picture) for text, picture in pictures.items()}
+
+
+def read_base_column(
+    catalog: Catalog, runs: Sequence[RunItem], prompts_of_page: Collection[str]
+) -> Column | None:
+    """Images of the base model: those that a run sampled before training, first a chosen one.
+
+    Args:
+        catalog: folders of the viewer.
+        runs: chosen runs.
+        prompts_of_page: prompts of their images.
+
+    Returns:
+        The column; None if no run of the same base model has images of one of the prompts.
+    """
+    bases = [run.record["config"].get("pretrained_model_name_or_path") for run in runs]
+    for run in [*runs, *runs_with_images(catalog)]:
+        if 0 in run.steps and run.record["config"].get("pretrained_model_name_or_path") in bases:
+            column = read_column(catalog, run, 0, "base model")
+            if any(prompt in prompts_of_page for prompt, _ in column.images):
+                return column
+    return None
 
 
 def read_column(catalog: Catalog, run: RunItem, step: int, title: str) -> Column:
     """Read the index of a run's images at a step; if it is damaged, the column has no images."""
     folder = str(PurePosixPath(run.path) / validation_folder(Path(), step))
-    files: dict[tuple[str, int], str] = {}
-    seeds: dict[tuple[str, int], int | None] = {}
+    images: dict[Key, ValidationImage] = {}
     counts: Counter[str] = Counter()
     with contextlib.suppress(UserError):
         index = catalog.resolve(f"{folder}/{INDEX}")
         for image in read_index(index, run.record["config"]):
-            key = (image.prompt, counts[image.prompt])
-            files[key] = f"{folder}/{image.file}"
-            seeds[key] = image.seed
+            images[image.prompt, counts[image.prompt]] = image
             counts[image.prompt] += 1
-    return Column(title, step, files, seeds)
+    return Column(title, step, folder, images)

@@ -25,7 +25,7 @@ from .config.command_line import UserErrorParser
 from .core.durable import dump_json, write_text
 from .core.errors import Interrupted, UserError, run_cli
 from .core.figures import new_figure
-from .core.values import BASE_GUIDANCE, HELDOUT_LOSS
+from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
 from .image.opening import open_images
 from .image.pipeline import load_pipeline
@@ -41,7 +41,16 @@ from .train.variants import Variant, require_paired
 VARIANTS = {
     "lora": Variant("LoRA", {"method": "lora", "eval_on_start": True}),  # the base's images, once
     "bilora": Variant("Bi-LoRA", {"method": "bilora"}),
-    "guided": Variant("guided target", {"method": "lora", "guided_target": 1.5}),
+    "guided": Variant(
+        "guided target",
+        # The weights contain the guidance, so that their images are sampled without it.
+        {
+            "method": "lora",
+            "guided_target": 1.5,
+            "validation_guidance_scale": 1.0,
+            "validation_guidance_from": ADAPTER_GUIDANCE,
+        },
+    ),
 }
 # The loss of 32 icons takes a few seconds; validation images are made at the end, for the viewer.
 FLAGS = ("--config=mini_duotone", "--max_eval_samples=32", "--validation_epochs=1000")

@@ -44,7 +44,7 @@ TABS = {
     "Results": "#results-figures img",
 }
 # End of a screenshot's name -> width and height of the window in pixels
-WINDOWS = {"": (1400, 900), "-phone": (390, 1400)}
+WINDOWS = {"": (1400, 1200), "-phone": (390, 1400)}
 
 
 def run(*words: str) -> None:

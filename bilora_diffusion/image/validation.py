@@ -221,6 +221,8 @@ class ValidationImage:
     file: str
     prompt: str
     seed: int | None = None  # of its noise; None if it is not known
+    guidance: float | None = None  # scale; None for the model's usual one, or if it is not known
+    guidance_from: str = ""  # as in `ValidationSample`, as text; "" if it is not known
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
@@ -242,16 +244,27 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
         entries = json.loads(text)["images"][:MAX_IMAGES]
         images = []
         for entry in entries:
-            images.append(ValidationImage(entry["file"], entry["prompt"], entry.get("seed")))
+            image = ValidationImage(
+                entry["file"],
+                entry["prompt"],
+                entry.get("seed"),
+                entry.get("guidance"),
+                str(entry.get("guidance_from", "")),
+            )
+            images.append(image)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
     # The index may come from someone else.
     for image in images:
-        texts = (image.file, image.prompt)
+        texts = (image.file, image.prompt, image.guidance_from)
         if not all(isinstance(text, str) and is_text(text) for text in texts):
             raise damaged
         if image.seed is not None and type(image.seed) is not int:
             raise damaged
+        if image.guidance is not None:
+            is_number = type(image.guidance) in (int, float)
+            if not is_number or not 0 <= image.guidance <= GUIDANCES.maximum:
+                raise damaged
         # Neither a path out of the folder, nor a name that can't be opened.
         if image.file != Path(image.file).name or "\0" in image.file:
             raise damaged

@@ -32,9 +32,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import UserError, as_user_error, strip_controls
 from bilora_diffusion.core.files import counted, without_paths
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE
@@ -53,12 +55,17 @@ from .reporting import METRICS
 from .settings import DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, SamplingOptions, ScoringOptions
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+    from PIL.Image import Image
+
     from .captioners import Captioner
     from .images import Job, Store
     from .models import ImageEmbedder, Scorer
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 IMAGES = "images"
+# Folder of the copies of held-out pictures, and their longest side in pixels
+TRUTHS = "truth"
+TRUTH_SIDE = 768
 DEMO_METHODS = ("lora", "bilora")
 
 
@@ -68,9 +75,9 @@ class ClipScores(OverSteps):
     A row "image" has no value and names an image's file in its note. The note of "t2t" is the
     caption, that of "nearest" the training picture.
 
-    Settings of the result: ``prompts``, each with text, instance, reference (file name of its
-    held-out picture), colors (the map of the miniature's colors through which that is shown),
-    general (scored by "drift" only) and truncated (longer than the scorer takes); ``prompt_set``,
+    Settings of the result: ``prompts``, each with text, instance, reference (path of a copy of its
+    held-out picture in the result's folder), colors (the map of the miniature's colors), general
+    (scored by "drift" only) and truncated (longer than the scorer takes); ``prompt_set``,
     ``seeds``, ``sampling``; ``scorer``, ``captioner`` and ``image_model`` with name, kind, model,
     revision and note, None without captions or such a model; with --steps ``answers``, a `BestStep`
     for each run.
@@ -237,11 +244,12 @@ class ClipScores(OverSteps):
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
         """Fill in the settings."""
         prompts = []
-        for prompt in self.prompts:
-            has_truth = prompt.text in self.truths and not prompt.general
+        for number, prompt in enumerate(self.prompts):
+            truth = self.truths.get(prompt.text)
             reference = None
-            if has_truth and prompt.reference is not None:
-                reference = prompt.reference.name
+            if truth is not None:
+                reference = f"{TRUTHS}/{number:03d}.png"
+                self._write_truth(truth, self.folder / reference)
             is_cut = scorer.is_cut(prompt.text)
             prompts.append({**asdict(prompt), "reference": reference, "truncated": is_cut})
         sampling = asdict(self.sampling)
@@ -256,6 +264,16 @@ class ClipScores(OverSteps):
             "image_model": asdict(self.image_model.entry) if self.image_model else None,
             "truth_i2t": self.judge.truth_i2t(),
         }
+
+    def _write_truth(self, truth: Image, path: Path) -> None:
+        """Write a copy of a held-out picture for the viewer, which reads no other folders."""
+        picture = truth.copy()
+        picture.thumbnail((TRUTH_SIDE, TRUTH_SIDE))
+        content = BytesIO()
+        picture.save(content, format="PNG")
+        with as_user_error(f"{path} can't be written", "give another output folder"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, content.getvalue())
 
     def rows(self, subject: Subject) -> Iterable[Row]:
         yield from self.judge.rows(subject, self.jobs(subject))

@@ -56,10 +56,12 @@ def test_the_name_of_a_run_begins_with_its_folder(tmp_path):
     make_run(tmp_path / "tries" / "dog", method="bilora")
     make_run(tmp_path / "e", method="of the future", seed=3)
     make_run(tmp_path / "f", seed=None)
+    make_run(tmp_path / "g", config={"guided_target": 1.5})
     assert [run.name for run in Catalog(tmp_path).scan.runs] == [
         "dog (LoRA, seed 0)",
         "e (of the future, seed 3)",
         "f (LoRA)",
+        "g (LoRA, guided target 1.5, seed 0)",
         "tries/dog (Bi-LoRA, seed 0)",
     ]
 
@@ -67,7 +69,7 @@ def test_the_name_of_a_run_begins_with_its_folder(tmp_path):
 def test_the_first_pair_has_the_same_data_or_else_the_same_prompts(tmp_path):
     def make(name, method, data_hash=None, prompt="a dog", **changes):
         config = {"validation_prompts": [prompt], "num_validation_images": 1}
-        run = make_run(tmp_path / name, method, config=config, **changes)
+        run = make_run(tmp_path / name, method, **({"config": config} | changes))
         if data_hash:
             rows = f'{{"step": 0, "loss": 1}}\n{{"step": 1, "digest": "{data_hash}"}}\n'
             (run / "metrics.jsonl").write_text(rows)
@@ -87,6 +89,17 @@ def test_the_first_pair_has_the_same_data_or_else_the_same_prompts(tmp_path):
     assert first() == {"other", "dog-lora"}, "the same prompts"
     make("seed-1", "bilora", seed=1)
     assert first() == {"other", "dog-lora"}, "the same prompts and seed"
+    times = ["2026-01-02T00:00:00+00:00", "2026-01-03T00:00:00+00:00", "2026-01-04T00:00:00+00:00"]
+    make("new", "bilora", "a0", started_at=times[0])
+    make("new-lora", "lora", "a0", started_at=times[1])
+    make("dog-2", "bilora", "d0", started_at=times[0])
+    make("dog", "bilora", "d0", started_at=times[0])
+    make("dog-lora", "lora", "d0")
+    make("newest", "bilora", "e0", started_at=times[2])
+    assert first() == {"new", "new-lora"}, "the newest pair on the same data"
+    config = {"validation_prompts": ["a dog"], "num_validation_images": 1, "guided_target": 1.5}
+    make("new-guided", "lora", "a0", started_at=times[2], config=config)
+    assert first() == {"new", "new-lora"}, "not a run with another target"
 
 
 def test_runs_without_images_are_listed_with_the_flag_that_adds_them(tmp_path):
@@ -202,6 +215,13 @@ def test_validation_images_are_next_to_those_of_the_base_model(tmp_path):
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
     assert validation.images_html(catalog, runs, 100).count("no image at step 100") == 2
+    # Those of the base model may be another run's.
+    assert "<figcaption>base model" in validation.images_html(catalog, runs[1:], 50)
+    config["pretrained_model_name_or_path"] = "another"
+    make_run(tmp_path / "bilora", method="bilora", config=config)
+    catalog.refresh()
+    runs = sort_runs(validation.runs_with_images(catalog))
+    assert "base model" not in validation.images_html(catalog, runs[1:], 50)
 
 
 def test_images_of_the_same_prompt_are_labeled_with_their_seeds(tmp_path):
@@ -219,16 +239,49 @@ def test_images_of_the_same_prompt_are_labeled_with_their_seeds(tmp_path):
         runs = [run for run in catalog.scan.runs if run.path in names]
         table = validation.images_html(catalog, runs, 5)
         captions = re.findall("<figcaption>([^<]*)", table)
-        return re.findall("<h2>([^<]*)", table), [text.partition(")")[2] for text in captions]
+        assert re.findall("<h2>([^<]*)", table) == ["a cat"]
+        return re.findall("<h3>([^<]*)", table), [text.partition(")")[2] for text in captions]
 
     for name, first_seed in {"a": 3, "b": 3, "c": 4, "old": None}.items():
         make(name, first_seed)
     catalog = Catalog(tmp_path)
-    assert heads("a", "b") == (["a cat, seed 3", "a cat, seed 4"], [""] * 4)
+    assert heads("a", "b") == (["seed 3", "seed 4"], [""] * 4)
     # If images side by side have different noise, each one is labeled with its seed.
     seeds = [f", image of seed {seed}" for seed in (3, 4, 4, 5)]
-    assert heads("a", "c") == (["a cat", "a cat"], seeds)
-    assert heads("old") == (["a cat (1)", "a cat (2)"], ["", ""])
+    assert heads("a", "c") == (["image 1", "image 2"], seeds)
+    assert heads("old") == (["image 1", "image 2"], ["", ""])
+
+
+def test_both_kinds_of_guidance_are_rows_and_the_truth_is_a_column(tmp_path):
+    prompts = ["a TOK icon of a rabbit, in the style of TOK", "no caption of an icon"]
+    config = {
+        "pretrained_model_name_or_path": "mini",
+        "validation_dataset": "mini-duotone-heldout",
+        "validation_prompts": prompts,
+        "num_validation_images": 1,
+    }
+    entries = []
+    for prompt in prompts:
+        for kind, scale in (("base", 2), ("adapter", 4.5)):
+            entry = {"prompt": prompt, "seed": 0, "guidance": scale, "guidance_from": kind}
+            entries.append({"file": f"00{len(entries)}.png", **entry})
+    for method in ("lora", "bilora"):
+        run = make_run(tmp_path / method, method, config=config)
+        make_images(run, 5, len(entries))
+        (run / "validation" / "step-5" / INDEX).write_text(json.dumps({"images": entries}))
+    catalog = Catalog(tmp_path)
+    table = validation.images_html(catalog, catalog.scan.runs, 5)
+    assert re.findall("<h2>([^<]*)", table) == prompts
+    kinds = ["guidance from the base model, scale 2", "guidance from the adapter, scale 4.5"]
+    assert re.findall("<h3>([^<]*)", table) == kinds * 2
+    assert table.count("<img") == 4 * 2 + 2
+    assert table.count("<figcaption>ground truth") == 2, "one for each row of the caption"
+    between = validation.ValidationImage("x.png", "a cat", guidance_from="0.5")
+    assert validation.describe(between) == ("", "guidance from the adapter at strength 0.5")
+    # The truth of another model's runs is not known.
+    make_run(tmp_path / "lora", config=config | {"pretrained_model_name_or_path": "sdxl"})
+    catalog.refresh()
+    assert "ground truth" not in validation.images_html(catalog, catalog.scan.runs, 5)
 
 
 def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
@@ -238,15 +291,19 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
     entries = [{"file": "001.png", "prompt": "a cat"}, {"file": "000.png", "prompt": "a dog"}]
     index.write_text(json.dumps({"images": entries}))
     catalog = Catalog(tmp_path)
-    column = validation.read_column(catalog, catalog.scan.runs[0], 50, "")
-    folder = "lora/validation/step-50"
-    assert column.files == {("a cat", 0): f"{folder}/001.png", ("a dog", 0): f"{folder}/000.png"}
+
+    def files():
+        column = validation.read_column(catalog, catalog.scan.runs[0], 50, "")
+        assert column.folder == "lora/validation/step-50"
+        return {key: image.file for key, image in column.images.items()}
+
+    assert files() == {("a cat", 0): "001.png", ("a dog", 0): "000.png"}
     # Files outside of the folder of the index are not used.
     index.write_text('{"images": [{"file": "../../run.json", "prompt": "a cat"}]}')
-    assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
+    assert files() == {}
     index.unlink()
     index.symlink_to("/etc/hostname")
-    assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
+    assert files() == {}
 
 
 def test_broken_folders_are_listed_and_the_others_are_shown(tmp_path):

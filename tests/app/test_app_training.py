@@ -128,6 +128,36 @@ def test_the_loss_of_steps_is_faint_and_differences_are_to_lora_of_the_same_seed
     assert charts([], 5).keys() == TITLES.keys()
 
 
+def test_the_control_has_the_same_target():
+    guided, lora = record("lora", guided_target=1.5), record("lora")
+    runs = [
+        training_run("guided", rows(9.0), guided),
+        training_run("lora", rows(1.0), lora, 1),
+        training_run("ours", rows(0.75), None, 2),
+    ]
+    _, ours = charts(runs, window=1)["loss-difference"]
+    assert ours.points == [(1, -0.25)]
+
+
+def test_first_are_runs_that_train_the_newest_pair_and_the_newest_others():
+    def run(name, method, data_hash, day, status="finished"):
+        values = record(method, status) | {"started_at": f"2026-01-0{day}"}
+        return RunItem(name, name, values, None, data_hash=data_hash)
+
+    pair = [run("dog", "bilora", "d", 1), run("dog-lora", "lora", "d", 2)]
+    singles = [run(f"x{day}", "bilora", f"x{day}", day) for day in (3, 4, 5)]
+    busy = run("busy", "bilora", "y", 6, "running")
+
+    def first(runs):
+        newest_first = sorted(runs, key=lambda run: run.started_at, reverse=True)
+        return {run.name for run in training.first_choice(newest_first)}
+
+    assert first([*pair, *singles]) == {"dog", "dog-lora", "x5", "x4"}
+    assert first([*pair, *singles, busy]) == {"busy", "dog", "dog-lora", "x5"}
+    assert first(singles[:1]) == {"x3"}
+    assert first([]) == set()
+
+
 def test_a_difference_of_held_out_losses_is_in_percent_of_lora_s_loss():
     lora_rows = [{"step": 0, "heldout_loss": 0.0}, {"step": 5, "heldout_loss": 0.08}]
     our_rows = [{"step": 0, "heldout_loss": 1.0}, {"step": 5, "heldout_loss": 0.0798}]
@@ -141,12 +171,16 @@ def test_the_radius_is_dashed_on_top_of_the_norm():
     norm, radius = charts([training_run("ours", log_rows)], window=1)["norm"][1:]
     assert norm.points == radius.points == [(1, 0.05), (2, 0.05)]
     assert radius.color == GREY + RADIUS
+    # A constant norm is not on the edge of the plot.
+    assert training.plot_properties([norm], [0.05, 0.05], from_zero=True)["y_lim"] == [0, None]
+    assert training.plot_properties([norm], [0.05, 0.05])["y_lim"] is None
 
 
 def test_a_constant_learning_rate_is_a_line_of_the_card_and_no_plot():
     constant = training_run("a", [{"step": step, "lr": 2e-4} for step in (1, 2)])
     changing = training_run("b", [{"step": step, "lr": 1e-3 / step} for step in (1, 2)])
-    assert charts([constant], window=1)["rate"] == []
+    starting = training_run("c", [])
+    assert charts([constant, starting], window=1)["rate"] == []
     assert len(charts([constant, changing], window=1)["rate"]) == 2
     card_list = training.cards_html([constant, changing])
     assert card_list.count("learning rate") == 1

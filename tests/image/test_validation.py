@@ -208,6 +208,7 @@ def test_a_folder_without_an_index_has_that_of_its_runs_options(tmp_path):
         '{"images": [{"file": "a.png"}]}',
         '{"images": [{"file": 1, "prompt": "a"}]}',
         '{"images": [{"file": "../../x.png", "prompt": "a"}]}',
+        '{"images": [{"file": "a.png", "prompt": "a", "guidance": NaN}]}',
         r'{"images": [{"file": "a.png", "prompt": "\ud800"}]}',
     ],
 )
