@@ -41,6 +41,8 @@ END = "<!-- end -->"
 KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
 # Model -> its id on the hub.
 EXAMPLES = {model: hub_id for family in KINDS for model, hub_id in family.examples.items()}
+# Models in the README's table; models.md has all.
+README_MODELS = ("Stable Diffusion XL", "FLUX.1-dev", "FLUX.2 klein 9B", "Z-Image")
 
 
 def options() -> Iterable[str]:
@@ -91,18 +93,21 @@ def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def readme() -> Iterable[str]:
-    """The table of models."""
+    """The table of the models that are asked for most."""
+    recipes = {model: path.stem for path, model in memory.recipe_models(EXAMPLES).items()}
     rows = []
     for family in KINDS:
-        for model, hub_id in family.examples.items():
+        for model in family.examples:
+            if model not in README_MODELS:
+                continue
             sizes = []
             for weights in ("bf16", "nf4"):
                 memory_parts = memory_of(model, weights)
                 # SDXL's encoders leave the device before the step; those of the others are deleted.
                 needed_bytes = max(memory_parts["bilora"], memory_parts["encoders"])
                 sizes.append(f"{needed_bytes / 1e9:.0f} GB")
-            rows.append((model, f"`{hub_id}`", *sizes, family.tested_on))
-    heads = ("model", "`--pretrained_model_name_or_path`", "bf16", "NF4", "tested on")
+            rows.append((model, f"`{recipes[model]}`", *sizes, family.tested_on))
+    heads = ("model", "`--config`", "bf16", "NF4", "tested on")
     yield table(heads, rows)
 
 
