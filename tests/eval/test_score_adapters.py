@@ -305,8 +305,8 @@ def test_all_subjects_get_the_same_noise(pipeline, files):
             for path, weight in linear_weights(pipeline.unet).items():
                 assert torch.equal(weight, before[path])
         merged = {}
-        for path, layer in adapters.layers(pipeline.unet):
-            merged[path] = before[path] + layer.get_delta_weight("default")
+        for path, A, B, scale in adapters.factors(pipeline.unet, "default"):
+            merged[path] = before[path] + scale * B @ A
         with perturbation.acting(pipeline):
             for path, weight in linear_weights(pipeline.unet).items():
                 start = merged.get(path, before[path])

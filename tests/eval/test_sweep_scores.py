@@ -65,7 +65,7 @@ def test_the_held_out_prompts_are_those_of_the_data(plan):
 
 REFUSED = {
     "steps": ([0], '"scores.steps.0" can\'t be 0'),
-    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4 or base:2'),
+    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4, base:2'),
     "max_prompts": ("none", '"scores.max_prompts" can\'t be'),
     "options": ({"seeds": 1}, "scores.options: an option sets seeds, which the other keys"),
     "conditions": ({"a": {"prompts": "x"}}, "conditions.a: an option sets prompts, which the"),
