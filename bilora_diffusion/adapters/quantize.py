@@ -54,7 +54,7 @@ def quantize(
         UserError: bitsandbytes is missing.
     """
     bnb = _bitsandbytes()
-    paths_of_layer = _find_layers(model, skip)
+    paths_of_layer = find_layers(model, skip)
     count = len(paths_of_layer)
     # `popitem` drops the reference to each layer, whose memory is free once it is replaced.
     while paths_of_layer:
@@ -80,15 +80,28 @@ def held_bytes(model: nn.Module, kind: str, skip: Collection[str] = UNQUANTIZED_
     if kind == "none":
         return total
     _bitsandbytes()
-    for layer in _find_layers(model, skip):
+    for layer in find_layers(model, skip):
         # 4 bits for each weight, 8 for each 64; the scales of the scales are left out.
         quantized_bytes = layer.weight.numel() // 2 + layer.weight.numel() // 64
         total += quantized_bytes - layer.weight.nbytes
     return total
 
 
-def _find_layers(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, list[str]]:
-    """The layers to quantize, each with its paths."""
+def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with the values that `quantize` would give it, in its dtype.
+
+    Raises:
+        UserError: bitsandbytes is missing.
+    """
+    bnb = _bitsandbytes()
+    codes, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    return bnb.functional.dequantize_4bit(codes, state)
+
+
+def find_layers(
+    model: nn.Module, skip: Collection[str] = UNQUANTIZED_MODULES
+) -> dict[nn.Linear, list[str]]:
+    """The layers that `quantize` quantizes, each with its paths."""
     paths_of_layer: dict[nn.Linear, list[str]] = {}
     skipped_names = set(skip).union(getattr(model, "_keep_in_fp32_modules", None) or ())
     head = output_head(model)

@@ -58,6 +58,9 @@ BASE_GUIDANCE = "base"
 GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
 # Values of `--timestep_shift`: as the model was trained, as its pipeline samples, none.
 MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT = "model", "pipeline", "none"
+NF4 = "nf4"
+# Precisions to which the denoiser's weights are rounded in samples: bits, or NF4.
+BASE_PRECISIONS = ("int8", "int7", "int6", "int5", "int4", "int3", "int2", NF4)
 # Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps.
 NOISE_LEVELS = 10
 
@@ -213,6 +216,7 @@ SIDES = Range(
 )
 SAMPLER_STEPS = Range(1000, "no scheduler here has more noise levels", at_least=1)
 GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
+NOISES = Range(10, "images are spoiled by far less", at_least=0)  # on weights, in deviations
 STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
 UNCONDITIONAL_STRENGTHS = Range(1, "1 is the adapted model already", at_least=0)
 

@@ -8,6 +8,7 @@
     python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\
         --base_model stabilityai/stable-diffusion-xl-base-1.0
     python -m eval.clip_scores runs/dog --steps all                 # every checkpoint, over steps
+    python -m eval.clip_scores runs/lora runs/bilora --base_precision int4      # merged and rounded
     accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
 
 An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER gives it a label. All get

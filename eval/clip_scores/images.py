@@ -48,6 +48,7 @@ from bilora_diffusion.run.provenance import device, versions
 from ..cache import hash_of_folders
 from ..load import applied
 from ..subjects import BASE, Subject
+from .perturbation import Perturbation
 from .prompts import Prompt
 
 # Images in each call of the denoiser by default; see `Sampling.lanes`
@@ -84,6 +85,11 @@ class Sampling:
     lanes: int = LANES
     # Model of the unconditional prediction, "adapter" or "base", or the adapter's strength in it
     guidance_from: float | str = ADAPTER_GUIDANCE
+    # Of the denoiser's linear weights with the adapters merged into them, such as "int8"; None for
+    # adapters beside the weights as they are loaded
+    base_precision: str | None = None
+    # Noise on the same weights, in units of each base weight's standard deviation
+    weight_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,12 @@ class Store:
         return load_pipeline(self.sampling.base_model, dtype=dtype).to(self.device)
 
     @cached_property
+    def _perturbation(self) -> Perturbation:
+        """What is done to the denoiser's weights; read first while no adapter is on it."""
+        sampling = self.sampling
+        return Perturbation(self.pipeline, sampling.base_precision, sampling.weight_noise)
+
+    @cached_property
     def _base_digest(self) -> str | None:
         """Hash of the files in the base model's folder; None for a hub id."""
         folder = Path(resolve(self.sampling.base_model)).expanduser()
@@ -158,10 +170,13 @@ class Store:
         sampling = asdict(self.sampling)
         if job.subject.kind == BASE:
             sampling["scale"] = 1.0  # it has no adapter to scale
-        # The parameter is newer than others: without it, images of earlier versions stay valid. For
-        # the base model all values mean the same.
+        # These parameters are newer than others: without them, images of earlier versions stay
+        # valid. For the base model all values of the first mean the same.
         if job.subject.kind == BASE or self.sampling.guidance_from == ADAPTER_GUIDANCE:
             del sampling["guidance_from"]
+        for name in ("base_precision", "weight_noise"):
+            if not sampling[name]:
+                del sampling[name]
         sampling["base_model"] = without_paths(self.sampling.base_model)
         return {
             **sampling,
@@ -206,9 +221,13 @@ class Store:
         if not todo:
             return 0
         num_made = 0
+        perturbation = self._perturbation
         with _one_thread(self.device):
             for subject, group in groupby(todo, key=lambda job: job.subject):
-                with applied(self.pipeline, subject, self.sampling.scale):
+                with (
+                    applied(self.pipeline, subject, self.sampling.scale),
+                    perturbation.acting(self.pipeline),
+                ):
                     subject_jobs = list(group)
                     for start in range(0, len(subject_jobs), batch):
                         part = subject_jobs[start : start + batch]

@@ -95,11 +95,16 @@ def introduction(result: Result) -> str:
     elif sampling["guidance_from"] != ADAPTER_GUIDANCE:
         strength = sampling["guidance_from"]
         source = f" from an unconditional prediction with the adapter at strength {strength:g}"
+    weights = ""
+    if precision := sampling.get("base_precision"):
+        weights = f", adapters merged and rounded to {precision}"
+    if noise := sampling.get("weight_noise"):
+        weights += f", noise of {noise:g} standard deviations on the merged weights"
     sentence = (
         f"{count} prompts ({settings['prompt_set']}), {counted(len(seeds), 'seed')},"
         f" {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}{source},"
-        f" {sampling['size']} pixels, base model {sampling['base_model']}. All adapters get the"
-        " same prompts and the same initial noise."
+        f" {sampling['size']} pixels, base model {sampling['base_model']}{weights}."
+        " All adapters get the same prompts and the same initial noise."
     )
     if settings["truth_i2t"] is not None:
         score = number(settings["truth_i2t"], METRICS["i2t"])

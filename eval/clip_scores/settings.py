@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilora_diffusion import mini
-from bilora_diffusion.config.machine import default_precision
+from bilora_diffusion.config.machine import default_precision, require
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import (
     ADAPTER_GUIDANCE,
+    BASE_PRECISIONS,
     GUIDANCE_SOURCES,
     GUIDANCES,
+    NF4,
+    NOISES,
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
@@ -113,6 +116,19 @@ class SamplingOptions:
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: accelerate's choice).")
     dtype: str | None = option(
         None, "Of the denoiser (default: the device's best).", choices=tuple(PRECISIONS.values())
+    )
+    base_precision: str | None = option(
+        None,
+        "Merge each adapter into the denoiser and round its linear weights: to 8 to 2 bits, with a"
+        " scale for each output, or to NF4; the layers are those of --quantize nf4 (default: as"
+        " loaded, the adapter beside them).",
+        choices=BASE_PRECISIONS,
+    )
+    weight_noise: float = option(
+        0.0,
+        "Gaussian noise on the same weights, in units of each base weight's standard deviation; the"
+        " same noise for all adapters, before any rounding.",
+        range=NOISES,
     )
 
 
@@ -218,6 +234,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
         guidance = model.family.unguided_scale
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
+    check_perturbation(args)
     if strength < 1:
         request = f"--guidance_from {args.guidance_from}"
         require_unconditional(model.family, guidance, model.index, model.configs, request)
@@ -229,7 +246,22 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
         guidance_from=guidance_source(strength),
+        base_precision=args.base_precision,
+        weight_noise=args.weight_noise,
     )
+
+
+def check_perturbation(args: Namespace) -> None:
+    """Refuse perturbed weights where they can't be made."""
+    if args.base_precision == NF4:
+        require("bitsandbytes>=0.50", "--base_precision nf4")  # older ones are for CUDA only
+    flag = "--base_precision" if args.base_precision else "--weight_noise"
+    is_perturbed = args.base_precision is not None or args.weight_noise > 0
+    if is_perturbed and unconditional_strength(args.guidance_from) < 1:
+        raise UserError(
+            f"{flag} merges the adapter into the base weights, and --guidance_from"
+            f" {args.guidance_from} weakens it in a part of the predictions: drop one of the two."
+        )
 
 
 def needs_no_guidance(subjects: Sequence[Subject]) -> bool:

@@ -22,12 +22,17 @@ An experiment is a YAML file:
       guidances: [adapter:4, base:2]   # whose unconditional prediction, and the scale
       seeds: [0]                       # of the images of each prompt
       options: {skip_captions: true}   # further options of eval.clip_scores
+      conditions: {plain: {}, int8: {base_precision: int8}, "5 steps": {num_inference_steps: 5}}
       memory_gigabytes: 38             # of the models that sample and score, if they are large
 
 Further keys: script (default: train_dreambooth_bilora.py), options (of all runs), control (default:
 the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a list, there
 is one comparison for each of its recipes. `prompts: heldout` are the captions of the runs' held-out
 images. With scores, the runs end at the last of the steps and keep their checkpoints.
+
+With conditions, each checkpoint is sampled in every condition, by further options of
+eval.clip_scores; the report has a table of variants and conditions for each metric, and one of the
+changes from the first condition.
 
 "guidance 4" takes both predictions from the adapter, as every program does; "base's guidance 2"
 takes the unconditional one from the base model. All variants get the same prompts and the same

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -21,6 +22,7 @@ from bilora_diffusion.core.values import (
     guidance_source,
 )
 
+from ..clip_scores.settings import SamplingOptions
 from ..command import read_integers
 
 IMAGE_SCRIPT = "train_dreambooth_bilora.py"
@@ -67,6 +69,16 @@ def read_scores_options(mapping: Any) -> Any:
     for name in options if isinstance(options, dict) else ():
         if name in SCORES_OPTIONS:
             raise UserError(f"an option sets {name}, which the other keys of scores do.")
+    return options
+
+
+def read_condition(mapping: Any) -> Any:
+    """The options of a condition: those of eval.clip_scores that change the images."""
+    options = read_scores_options(mapping)
+    names = [field.name for field in fields(SamplingOptions)]
+    for name in options if isinstance(options, dict) else ():
+        if name not in names:
+            raise UserError(f"{name} is no option of the images{did_you_mean(name, names)}.")
     return options
 
 
@@ -135,12 +147,44 @@ def read_guidances(value: Any) -> tuple[Guidance, ...]:
     return tuple(require_different(guidances))
 
 
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """How checkpoints are sampled: a kind of guidance and named options."""
+
+    guidance: Guidance
+    # "" for an experiment without named conditions
+    name: str
+    # Of eval.clip_scores, beside those of all conditions
+    options: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Item of the rows, and name in figures and tables."""
+        return condition_label(self.guidance, self.name)
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of images and scores."""
+        name = f"scores-{self.guidance.source}-{self.guidance.scale:g}"
+        if self.name:
+            name += f"-{self.name.replace(' ', '-')}"
+        return name
+
+
+def condition_label(guidance: Guidance, name: str) -> str:
+    """Label of a condition by its kind of guidance and its name."""
+    return f"{guidance.label} ({name})" if name else guidance.label
+
+
 # Types of the file's values, which are checked while they are read
 Value = Annotated[Any, BeforeValidator(read_value)]
 Values = Annotated[dict[str, Value], BeforeValidator(read_options_of)]
 Axis = Annotated[list[Value], Field(min_length=1)]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(read_numbers)]
 Step = Annotated[int, Field(ge=1)]
+# A dash is what a folder's name has in place of a space.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._]*$")]
+ConditionOptions = Annotated[dict[str, Value], BeforeValidator(read_condition)]
 
 
 class Keys(BaseModel):
@@ -163,8 +207,17 @@ class Scores(Keys):
     guidances: Annotated[tuple[Guidance, ...], BeforeValidator(read_guidances)]
     # Further options of eval.clip_scores
     options: Annotated[dict[str, Value], BeforeValidator(read_scores_options)] = {}
+    # Name -> options of eval.clip_scores by which all checkpoints are sampled too, once for each
+    # kind of guidance. Scores of a condition are compared with those of the first one.
+    conditions: dict[Name, ConditionOptions] = {}
     # Size of the weights that sample and score, without quantization; 0 where any GPU has room
     memory_gigabytes: Annotated[float, Field(ge=0)] = 0.0
+
+    def sampled_conditions(self) -> list[Condition]:
+        """All kinds of guidance times the named conditions."""
+        named_options = self.conditions or {"": {}}
+        pairs = itertools.product(self.guidances, named_options.items())
+        return [Condition(guidance, name, options) for guidance, (name, options) in pairs]
 
 
 class Experiment(Keys):

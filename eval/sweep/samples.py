@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..results import plot, report
 from ..results.plot import Curve, Panel
 from ..results.table import Metric, Result, Summary
 from . import step_rules
+from .experiment import condition_label, read_guidances
 
 FRONTS = "fronts.png"
 CURVES = "curves.png"
@@ -22,6 +23,16 @@ COLORS = "colors"
 # From the one that decides to those that explain
 SAMPLED = ("truth", "i2t", "t2t", "nearest", "dino_truth", "dino_nearest", "drift")
 SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in SAMPLED}
+# Metric -> what a named condition, such as rounded weights, adds to it
+CHANGES = {"truth": "change_truth", "i2t": "change_i2t"}
+
+
+def _change(metric: str) -> Metric:
+    title = CLIP_METRICS[metric].title
+    explanation = f"{title} minus that in the first condition"
+    return Metric(f"change of {title}", explanation, True, scale=100, form=".2f")
+
+
 METRICS = {
     **SAMPLED_METRICS,
     COLORS: Metric(
@@ -30,6 +41,7 @@ METRICS = {
         scale=100,
         form=".2f",
     ),
+    **{change: _change(metric) for metric, change in CHANGES.items()},
     **step_rules.RULES,
 }
 # Metrics of the curves
@@ -45,14 +57,33 @@ def introduction(result: Result) -> str:
         f"{settings['experiment']}: {counted(len(settings['seeds']), 'training seed')};"
         f" {counted(num_images, 'image')} of each checkpoint, from {scores['prompts']}."
         f" A cell is the mean over seeds; in brackets the difference to {result.control}, paired by"
-        f" seed, with {report.INTERVALS}."
+        f" seed, with {report.INTERVALS}.{_conditions_sentence(result)}"
     )
 
 
+def _conditions_sentence(result: Result) -> str:
+    """The named conditions with their options; "" without any."""
+    conditions = result.settings["scores"].get("conditions")
+    if not conditions:
+        return ""
+    descriptions = []
+    for name, options in conditions.items():
+        values = ", ".join(f"{option} {value}" for option, value in options.items())
+        descriptions.append(f"{name} ({values})" if values else name)
+    return f" Every checkpoint is sampled in each condition: {'; '.join(descriptions)}."
+
+
 def sections(result: Result) -> list[str]:
-    """The rules that choose a step, then a table over checkpoints for each metric and guidance."""
+    """The rules that choose a step, then a table over checkpoints for each metric and guidance.
+
+    With named conditions the tables of samples are those over conditions, for each checkpoint.
+    """
     parts = [rule_section(result)]
-    for name in (*SAMPLED_METRICS, COLORS, HELDOUT_LOSS):
+    table_names = [*SAMPLED_METRICS, COLORS, HELDOUT_LOSS]
+    if result.settings["scores"].get("conditions"):
+        parts += condition_sections(result)
+        table_names = [HELDOUT_LOSS]
+    for name in table_names:
         metric = result.metric(name)
         for item in dict.fromkeys(row.item for row in result.select(name)):
             title = f"{metric.title}, {item}" if item else metric.title
@@ -60,8 +91,28 @@ def sections(result: Result) -> list[str]:
     return parts
 
 
+def condition_sections(result: Result) -> list[str]:
+    """For each metric, kind of guidance and checkpoint a table over the named conditions."""
+    scores = result.settings["scores"]
+    parts = []
+    for name in (*CHANGES.values(), *SAMPLED_METRICS, COLORS):
+        for guidance in read_guidances(scores["guidances"]):
+            labels = [condition_label(guidance, condition) for condition in scores["conditions"]]
+            for step in scores["steps"]:
+                columns = {}
+                for condition, label in zip(scores["conditions"], labels, strict=True):
+                    if result.select(name, item=label):
+                        columns[condition] = (label, step)
+                if columns:
+                    title = f"{result.metric(name).title}, {guidance.label}, step {step}"
+                    parts.append(report.section(title, variant_table(result, name, columns)))
+    return parts
+
+
 def rule_section(result: Result) -> str:
     """The regret of each rule that chooses a step, by variant and kind of guidance."""
+    if len(result.settings["scores"]["steps"]) == 1:  # there is nothing to choose
+        return ""
     items = list(dict.fromkeys(row.item for row in result.select(step_rules.LAST)))
     if not items:
         return ""
@@ -78,24 +129,35 @@ def rule_section(result: Result) -> str:
 
 
 def step_table(result: Result, name: str, item: str) -> str:
-    """A table with a row for each variant and a column for each sampled checkpoint.
+    """A table with a row for each variant and a column for each sampled checkpoint."""
+    steps = {row.step for row in result.select(name, item=item)}
+    columns = {}
+    for step in result.settings["scores"]["steps"]:
+        if step in steps:
+            columns[f"step {step}"] = (item, step)
+    return variant_table(result, name, columns)
+
+
+def variant_table(result: Result, name: str, columns: Mapping[str, tuple[str, int]]) -> str:
+    """A table of a metric with a row for each variant.
 
     A cell is the mean over seeds, with the difference to the control's in brackets.
+
+    Args:
+        columns: item and step of the rows by the column's head.
     """
-    steps = {row.step for row in result.select(name, item=item)}
-    columns = [step for step in result.settings["scores"]["steps"] if step in steps]
     metric = result.metric(name)
     rows = []
     for group in result.groups:
         cells = [group]
-        for step in columns:
+        for item, step in columns.values():
             line = result.summary(group, name, item, step)
             cell = report.mean(line, metric, intervals=False)
             if group != result.control:
                 cell += f" ({report.difference(line, metric)})"
             cells.append(cell)
         rows.append(cells)
-    return report.table(["variant", *(f"step {step}" for step in columns)], rows)
+    return report.table(["variant", *columns], rows)
 
 
 def curve_panels(result: Result) -> list[list[Panel]]:
@@ -122,8 +184,18 @@ def draw_fronts(result: Result, path: Path) -> None:
 
 
 def guidance_labels(result: Result) -> list[str]:
-    """Kinds of guidance with samples, by their names in tables."""
-    return list(dict.fromkeys(row.item for row in result.select("i2t")))
+    """Kinds of guidance with samples, by their names in tables.
+
+    Of named conditions it is the first one with each kind.
+    """
+    labels = list(dict.fromkeys(row.item for row in result.select("i2t")))
+    scores = result.settings["scores"]
+    if not scores.get("conditions"):
+        return labels
+    first_name = next(iter(scores["conditions"]))
+    guidances = read_guidances(scores["guidances"])
+    first_labels = [condition_label(guidance, first_name) for guidance in guidances]
+    return [label for label in labels if label in first_labels]
 
 
 def _draw_front(axis: Any, result: Result, label: str, legend: bool) -> None:

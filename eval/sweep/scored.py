@@ -28,10 +28,14 @@ from .scoring import SCORER_SETTINGS, Scoring
 
 
 class ScoredSweep(Sweep):
-    """Scores of samples come first; a row's item is the kind of guidance, and "" for a loss.
+    """Scores of samples come first.
+
+    A row's item is the kind of guidance, with the condition's name in brackets where the experiment
+    has conditions, and "" for a loss.
 
     ``settings`` beside those of `Sweep`: ``options`` of all runs; ``scores``, with ``prompts``,
-    ``num_prompts``, ``seeds``, ``steps``, ``guidances`` and ``options`` of eval.clip_scores;
+    ``num_prompts``, ``seeds``, ``steps``, ``guidances``, ``options`` of eval.clip_scores, and
+    ``conditions`` if there are any;
     ``sampling``, ``scorer`` and ``truth_i2t`` as in the results of eval.clip_scores.
 
     Runs with rows in the output folder are neither trained nor scored again.
@@ -64,7 +68,7 @@ class ScoredSweep(Sweep):
         scores, num_runs = self.scoring.scores, len(self.plan.runs)
         steps = max(scores.steps)
         images = num_runs * self.scoring.num_images
-        labels = ", ".join(guidance.label for guidance in scores.guidances)
+        labels = ", ".join(condition.label for condition in self.scoring.conditions)
         size = (
             f"{num_runs * steps:,} steps, {hours_for_each_second(num_runs * steps, 'a step')};"
             f" {images:,} images with {labels}, {hours_for_each_second(images, 'an image')}."

@@ -21,24 +21,25 @@ from ..results import compare, table
 from ..results.table import Result, Row
 from ..subjects import Subject
 from . import step_rules
-from .experiment import Guidance, Scores
-from .samples import COLORS, SAMPLED_METRICS
+from .experiment import Condition, Guidance, Scores
+from .samples import CHANGES, COLORS, SAMPLED_METRICS
 
 # Settings of eval.clip_scores that a sweep's result has too
 SCORER_SETTINGS = ("sampling", "scorer", "truth_i2t")
 
 
 class Scoring:
-    """Samples the checkpoints of runs and scores them, once for each kind of guidance.
+    """Samples the checkpoints of runs and scores them, once for each condition.
 
     Args:
         scores: of the experiment.
-        runs_dir: folder of the runs, which gets a folder of images and scores for each kind.
+        runs_dir: folder of the runs, which gets a folder of images and scores for each condition.
         processes: ``--processes`` of eval.clip_scores.
 
     Attributes:
         num_prompts: number of prompts that are sampled.
-        results: scores of all checkpoints, by the kind of guidance.
+        conditions: kinds of guidance times the experiment's named conditions.
+        results: scores of all checkpoints, by the condition's label.
     """
 
     def __init__(self, scores: Scores, runs_dir: Path, processes: int | None = None) -> None:
@@ -48,23 +49,24 @@ class Scoring:
         self.num_prompts = len(read(scores.prompts))
         if scores.max_prompts is not None:
             self.num_prompts = min(self.num_prompts, scores.max_prompts)
-        self.results: dict[Guidance, Result] = {}
-        self._color_differences: dict[tuple[Guidance, str], list[float]] = {}
+        self.conditions = scores.sampled_conditions()
+        self.results: dict[str, Result] = {}
+        self._color_differences: dict[tuple[str, str], list[float]] = {}
 
     @property
     def num_images(self) -> int:
         """Number of images of a run."""
-        return self.num_checkpoint_images * len(self.scores.steps) * len(self.scores.guidances)
+        return self.num_checkpoint_images * len(self.scores.steps) * len(self.conditions)
 
     @property
     def num_checkpoint_images(self) -> int:
-        """Number of images of a checkpoint with one kind of guidance."""
+        """Number of images of a checkpoint in one condition."""
         return self.num_prompts * len(self.scores.seeds)
 
     def settings(self) -> dict[str, Any]:
         """What all runs of a result have in common, as JSON can hold it."""
         scores = self.scores
-        return {
+        settings = {
             "prompts": scores.prompts,
             "num_prompts": self.num_prompts,
             "seeds": list(scores.seeds),
@@ -72,6 +74,11 @@ class Scoring:
             "guidances": [guidance.text for guidance in scores.guidances],
             "options": dict(scores.options),
         }
+        if scores.conditions:
+            settings["conditions"] = {
+                name: dict(scores.conditions[name]) for name in scores.conditions
+            }
+        return settings
 
     def check(self, folders: Sequence[Path], base_model: str) -> None:
         """Refuse before the training what would fail after it.
@@ -85,7 +92,7 @@ class Scoring:
         require_memory(self.scores.memory_gigabytes)
         # The parser checks all flags, and the models are read as they will be for the scores.
         parser = ClipScores.parser()
-        parsed = [parser.read(self._flags(guidance)) for guidance in self.scores.guidances]
+        parsed = [parser.read(self.flags(condition)) for condition in self.conditions]
         for args in parsed:
             settings.sampling(args, base_model)
         load_models(*settings.models(parsed[0], base_model))
@@ -94,37 +101,37 @@ class Scoring:
 
     def score(self, runs: Sequence[Subject]) -> None:
         """Sample and score all checkpoints of some runs."""
-        for guidance in self.scores.guidances:
-            folder = self.runs_dir / f"scores-{guidance.source}-{guidance.scale:g}"
+        for condition in self.conditions:
+            folder = self.runs_dir / condition.folder
             words = [f"{subject.label}={self.runs_dir / subject.label}" for subject in runs]
-            words += ["--output_dir", str(folder), *self._flags(guidance)]
-            print(f"\n{guidance.label}:", flush=True)
+            words += ["--output_dir", str(folder), *self.flags(condition)]
+            print(f"\n{condition.label}:", flush=True)
             # In this process, so that models and libraries are loaded once.
             command = table.command_line("eval.clip_scores", words)
             ClipScores(ClipScores.parser().read(words), command).work()
             result = table.read(folder)
-            self.results[guidance] = result
-            self._measure_colors(guidance, result, folder)
+            self.results[condition.label] = result
+            self._measure_colors(condition.label, result, folder)
 
-    def _flags(self, guidance: Guidance) -> list[str]:
-        """Flags of eval.clip_scores for one kind of guidance."""
+    def flags(self, condition: Condition) -> list[str]:
+        """Flags of eval.clip_scores for one condition."""
         scores = self.scores
         flags = ["--steps", ",".join(map(str, scores.steps))]
         flags += ["--prompts", scores.prompts]
         flags += ["--seeds", ",".join(map(str, scores.seeds))]
-        for name, value in scores.options.items():
+        for name, value in {**scores.options, **condition.options}.items():
             if isinstance(value, str):
                 flags += [f"--{name}", value]
             elif value:
                 flags.append(f"--{name}")
-        flags += ["--guidance_from", str(guidance.source)]
-        flags += ["--guidance_scale", f"{guidance.scale:g}"]
+        flags += ["--guidance_from", str(condition.guidance.source)]
+        flags += ["--guidance_scale", f"{condition.guidance.scale:g}"]
         flags += ["--max_prompts", str(self.num_prompts)]
         if self.processes is not None:
             flags += ["--processes", str(self.processes)]
         return flags
 
-    def _measure_colors(self, guidance: Guidance, result: Result, folder: Path) -> None:
+    def _measure_colors(self, label: str, result: Result, folder: Path) -> None:
         """Measure how the colors of all images differ from their held-out pictures."""
         sampled = {prompt["text"] for prompt in result.settings["prompts"]}
         prompts = [prompt for prompt in read(self.scores.prompts) if prompt.text in sampled]
@@ -133,7 +140,7 @@ class Scoring:
             if row.item in truths:
                 with Image.open(folder / row.note) as image:
                     difference = color_difference(image, truths[row.item])
-                self._color_differences.setdefault((guidance, row.subject), []).append(difference)
+                self._color_differences.setdefault((label, row.subject), []).append(difference)
 
     def rows(self, subject: Subject, losses: Mapping[int, float]) -> Iterator[Row]:
         """The scores of a run, and the regrets of rules that choose one of its checkpoints.
@@ -143,23 +150,48 @@ class Scoring:
         Args:
             losses: held-out loss of the run by step, perhaps of further steps.
         """
-        for guidance, result in self.results.items():
+        means: dict[tuple[str, str, int], float] = {}  # metric, label of a condition and step
+        for label, result in self.results.items():
             for entry in result.subjects:
                 if entry.about["run"] != subject.label:
                     continue
-                fields = {"item": guidance.label, "step": entry.about["step"]}
+                step = entry.about["step"]
+                fields = {"item": label, "step": step}
                 for metric in SAMPLED_METRICS:
                     values = [row.value for row in result.select(metric, entry.group)]
                     defined = [value for value in values if value is not None]
                     if defined:
-                        yield subject.row(metric, compare.mean(defined), **fields)
-                differences = self._color_differences.get((guidance, entry.label))
+                        means[metric, label, step] = compare.mean(defined)
+                        yield subject.row(metric, means[metric, label, step], **fields)
+                differences = self._color_differences.get((label, entry.label))
                 if differences:
                     yield subject.row(COLORS, statistics.fmean(differences), **fields)
-        for guidance, result in self.results.items():
+        yield from self._changes(subject, means)
+        for label, result in self.results.items():
             regrets = step_rules.regrets(truths_by_step(result, subject.label), losses)
             for rule, regret in regrets.items():
-                yield subject.row(rule, regret, item=guidance.label)
+                yield subject.row(rule, regret, item=label)
+
+    def _changes(
+        self, subject: Subject, means: Mapping[tuple[str, str, int], float]
+    ) -> Iterator[Row]:
+        """What each named condition adds to a run's scores in the first one.
+
+        Args:
+            means: by metric, label of the condition and step.
+        """
+        first_labels: dict[Guidance, str] = {}
+        for condition in self.conditions:
+            first_label = first_labels.setdefault(condition.guidance, condition.label)
+            if first_label == condition.label:
+                continue
+            for metric, change in CHANGES.items():
+                for step in self.scores.steps:
+                    score = means.get((metric, condition.label, step))
+                    first_score = means.get((metric, first_label, step))
+                    if score is not None and first_score is not None:
+                        fields = {"item": condition.label, "step": step}
+                        yield subject.row(change, score - first_score, **fields)
 
 
 def require_checkpoints(folder: Path, steps: Sequence[int]) -> None:

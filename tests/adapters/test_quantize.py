@@ -13,7 +13,7 @@ from torch import nn
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec, is_quantized
 from bilora_diffusion.adapters.fused import fuse, unfused
-from bilora_diffusion.adapters.quantize import UNQUANTIZED_MODULES, quantize
+from bilora_diffusion.adapters.quantize import UNQUANTIZED_MODULES, quantize, round_to_nf4
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
@@ -73,6 +73,7 @@ def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype):
     assert rounded_weight.dtype == dtype
     relative_error = float((rounded_weight - weight).norm() / weight.norm())
     assert 0.085 < relative_error < 0.1  # of normal weights
+    assert torch.equal(rounded_weight, round_to_nf4(weight.detach()))
     assert torch.equal(layer.bias, bias)
     assert not layer.weight.requires_grad
 

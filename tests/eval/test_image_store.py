@@ -84,6 +84,18 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(store_and
         store.open(replace(base[0], file=Path("gone.png")))
 
 
+def test_rounded_weights_give_other_images(store_and_jobs, pipeline, tmp_path):
+    plain_store, by_label = store_and_jobs
+    todo = [by_label["Random"][0], by_label["base model"][0], by_label["Zero"][0]]
+    rounded = new_store(tmp_path, pipeline, base_precision="int3")
+    rounded.generate(todo)
+    random_image, base_image, zero_image = pixels(rounded, todo)
+    # Each subject starts from the base model's own weights.
+    assert base_image == zero_image != random_image
+    for image, plain_image in zip(pixels(rounded, todo), pixels(plain_store, todo), strict=True):
+        assert image != plain_image
+
+
 def test_only_what_is_missing_or_damaged_is_made_again(
     store_and_jobs, pipeline, tmp_path, monkeypatch, capsys
 ):
@@ -133,6 +145,8 @@ def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
         "dtype": "bfloat16",
         "lanes": 2,
         "base_model": "owner/other",
+        "base_precision": "int8",
+        "weight_noise": 0.1,
     }
     for name, value in changes.items():
         assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo
@@ -140,7 +154,8 @@ def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
     for name, value in {"scale": 0.5, "guidance_from": "base"}.items():
         assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo[6:]
     # Images of before there was the choice stay valid.
-    assert "guidance_from" not in store.parameters(todo[-1])
+    newer_names = {"guidance_from", "base_precision", "weight_noise"}
+    assert newer_names.isdisjoint(store.parameters(todo[-1]))
     for job in todo:
         other_weights = replace(job.subject, digest="0" * 64)
         for changed_job in (replace(job, subject=other_weights), replace(job, prompt=Prompt("a"))):

@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters.quantize import UNQUANTIZED_MODULES, find_layers
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import embed, generate
+from eval.clip_scores.perturbation import Perturbation, round_rows
 from eval.clip_scores.settings import base_model
 from eval.load import applied
 from eval.sources import find
@@ -134,6 +137,7 @@ def test_whole_models_act_as_trained_and_the_base_is_as_before_even_after_an_err
     run = train_once("full", method="full")
     subject = find(str(run))
     trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
+    perturbation = Perturbation(pipeline, "int8")
     with unchanged(pipeline) as (base_pixels, base_prompt):
         with applied(pipeline, subject):
             for name, parameter in pipeline.unet.named_parameters():
@@ -142,6 +146,10 @@ def test_whole_models_act_as_trained_and_the_base_is_as_before_even_after_an_err
             assert not pipeline.unet.training
             assert not np.array_equal(sampled_pixels(pipeline), base_pixels)
             assert torch.equal(embedded_prompt(pipeline), base_prompt)
+            with perturbation.acting(pipeline):
+                for name, weight in linear_weights(pipeline.unet).items():
+                    assert torch.equal(weight, round_rows(trained[f"{name}.weight"], 8))
+            assert torch.equal(pipeline.unet.conv_in.weight, trained["conv_in.weight"])
         with pytest.raises(ZeroDivisionError), applied(pipeline, subject):
             raise ZeroDivisionError
         with pytest.raises(UserError, match="no scale"), applied(pipeline, subject, 0.5):
@@ -163,11 +171,13 @@ def predicted(unet):
     return unet(sample, 500, prompt, added_cond_kwargs=added).sample
 
 
-def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, tmp_path):
-    """Alpha is 4 everywhere, rank 4, but 2 for queries and convolutions.
+@pytest.fixture(scope="module")
+def locon(pipeline, tmp_path_factory):
+    """A file in kohya's format, and the UNet with its change merged.
 
-    The reference is the UNet with W' = m (W + alpha / rank B A) / ||W + alpha / rank B A|| in each
-    layer, where m is the layer's magnitude (DoRA) and the norm is that of each output's row.
+    Alpha is 4 everywhere, rank 4, but 2 for queries and convolutions. The UNet has
+    W' = m (W + alpha / rank B A) / ||W + alpha / rank B A|| in each layer, where m is the layer's
+    magnitude (DoRA) and the norm is that of each output's row.
     """
     generator = torch.Generator().manual_seed(0)
     alpha = 4.0
@@ -190,8 +200,13 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, tmp_path
         tensors[f"{name}.lora_up.weight"] = B
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
         tensors[f"{name}.dora_scale"] = magnitude
-    file = tmp_path / "locon.safetensors"
+    file = tmp_path_factory.mktemp("locon") / "locon.safetensors"
     save_file(tensors, file)
+    return file, reference
+
+
+def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, locon):
+    file, reference = locon
     base, expected = predicted(pipeline.unet), predicted(reference)
     predictions = []
     for source in (file, convert(file, "diffusers")):
@@ -223,3 +238,76 @@ def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files,
     with pytest.raises(UserError, match=message), applied(pipeline, find(str(file))):
         pass
     assert not any(pipeline.get_list_adapters().values())
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_each_row_is_rounded_to_the_nearest_of_its_values(bits):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 40) * torch.tensor([1.0, 10.0, 1e-3, 0.0, 1e30])[:, None]
+    largest = 2 ** (bits - 1) - 1
+    expected = torch.empty(weight.shape, dtype=torch.float64)
+    for i, row in enumerate(weight.double()):
+        scale = float(row.abs().max()) / largest
+        values = [number * scale for number in range(-largest, largest + 1)]
+        for j, entry in enumerate(row.tolist()):
+            expected[i, j] = min(values, key=lambda value: abs(value - entry))
+    rounded = round_rows(weight, bits)
+    assert torch.allclose(rounded.double(), expected, rtol=1e-5, atol=0)
+    # The largest entry of a row keeps its value.
+    assert torch.allclose(rounded.abs().amax(dim=1), weight.abs().amax(dim=1))
+
+
+def linear_weights(unet):
+    """A copy of the weight of each layer that is perturbed, by its path without adapters."""
+    weights = {}
+    for path, module in unet.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear) and "lora_" not in path
+        if is_linear and not any(name in path for name in UNQUANTIZED_MODULES):
+            weights[path.replace(".base_layer", "")] = module.weight.detach().clone()
+    return weights
+
+
+def test_merged_weights_are_rounded_and_the_base_is_as_before_even_after_an_error(
+    pipeline, files, locon
+):
+    file, reference = locon
+    merged = linear_weights(reference)
+    assert len(merged) == len(find_layers(pipeline.unet))
+    perturbation = Perturbation(pipeline, "int4")
+    with unchanged(pipeline), applied(pipeline, find(str(file))):
+        separate_prediction = predicted(pipeline.unet)
+        with perturbation.acting(pipeline):
+            for path, weight in linear_weights(pipeline.unet).items():
+                assert torch.allclose(weight, round_rows(merged[path], 4), atol=1e-6), path
+            assert not torch.equal(predicted(pipeline.unet), separate_prediction)
+        # The adapter acts beside the weights again.
+        assert torch.equal(predicted(pipeline.unet), separate_prediction)
+        with pytest.raises(ZeroDivisionError), perturbation.acting(pipeline):
+            raise ZeroDivisionError
+        assert torch.equal(predicted(pipeline.unet), separate_prediction)
+    # Rounded to many bits, a merged adapter acts as a separate one.
+    subject = find(str(files / "unet"))
+    with applied(pipeline, subject):
+        prediction = predicted(pipeline.unet)
+        with Perturbation(pipeline, noise=1e-9).acting(pipeline):
+            assert torch.allclose(predicted(pipeline.unet), prediction, atol=1e-4)
+
+
+def test_all_subjects_get_the_same_noise(pipeline, files):
+    perturbation = Perturbation(pipeline, noise=0.2)
+    before = linear_weights(pipeline.unet)
+    with perturbation.acting(pipeline):
+        noise = {path: new - before[path] for path, new in linear_weights(pipeline.unet).items()}
+    for path, values in noise.items():
+        assert float(values.std() / before[path].std()) == pytest.approx(0.2, rel=0.05), path
+    with applied(pipeline, find(str(files / "unet"))):
+        with Perturbation(pipeline).acting(pipeline):  # nothing is merged
+            for path, weight in linear_weights(pipeline.unet).items():
+                assert torch.equal(weight, before[path])
+        merged = {}
+        for path, A, B, scale in adapters.factors(pipeline.unet, "default"):
+            merged[path] = before[path] + scale * B @ A
+        with perturbation.acting(pipeline):
+            for path, weight in linear_weights(pipeline.unet).items():
+                start = merged.get(path, before[path])
+                assert torch.allclose(weight - start, noise[path], atol=1e-6), path

@@ -8,8 +8,9 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import ROOT
 from eval import sweep
-from eval.results import table
+from eval.results import compare, table
 from eval.results.table import Result
+from eval.subjects import Subject
 from eval.sweep import samples, scoring, step_rules
 from eval.sweep.plan import Run, load
 from eval.sweep.record import Record
@@ -64,9 +65,10 @@ def test_the_held_out_prompts_are_those_of_the_data(plan):
 
 REFUSED = {
     "steps": ([0], '"scores.steps.0" can\'t be 0'),
-    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4 or base:2'),
+    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4, base:2'),
     "max_prompts": ("none", '"scores.max_prompts" can\'t be'),
     "options": ({"seeds": 1}, "scores.options: an option sets seeds, which the other keys"),
+    "conditions": ({"a": {"prompts": "x"}}, "conditions.a: an option sets prompts, which the"),
     "promts": ("mini", r'no key "scores.promts" \(did you mean "prompts"\?\)'),
 }
 
@@ -76,6 +78,104 @@ def test_bad_scores_are_refused(key, plan):
     value, sentence = REFUSED[key]
     with pytest.raises(UserError, match=f"experiment.yaml: .*{sentence}"):
         plan({**SCORES, key: value})
+
+
+BAD_CONDITIONS = {
+    "option": ({"a": {"scorer": "embedded"}}, "conditions.a: scorer is no option of the images"),
+    "name": ({"a/b": {}}, '"scores.conditions.a/b" can\'t be'),
+}
+
+
+@pytest.mark.parametrize("problem", BAD_CONDITIONS)
+def test_bad_conditions_are_refused(problem, plan):
+    conditions, sentence = BAD_CONDITIONS[problem]
+    with pytest.raises(UserError, match=f"experiment.yaml: .*{sentence}"):
+        plan({**SCORES, "conditions": conditions})
+
+
+CONDITIONS = {
+    "plain": {},
+    "int8": {"base_precision": "int8"},
+    "5 steps": {"num-inference-steps": 5},
+}
+
+
+def conditional_scores(plan, **changes):
+    """Scores of one checkpoint in three conditions, of two prompts."""
+    scores = {"prompts": "mini-heldout", "steps": [4], "guidances": ["adapter:4"]}
+    scores |= {"conditions": CONDITIONS, "options": {"num_inference_steps": 9}, "max_prompts": 2}
+    return plan({**scores, **changes}).experiment.scores
+
+
+def test_each_condition_has_its_flags_and_folder(plan, tmp_path):
+    scores = conditional_scores(plan, guidances=["adapter:4", "adapter:1"])
+    conditioned = scoring.Scoring(scores, tmp_path)
+    labels = [condition.label for condition in conditioned.conditions]
+    assert labels[:3] == ["guidance 4 (plain)", "guidance 4 (int8)", "guidance 4 (5 steps)"]
+    assert labels[3:] == ["guidance 1 (plain)", "guidance 1 (int8)", "guidance 1 (5 steps)"]
+    folders = [condition.folder for condition in conditioned.conditions]
+    assert folders[1:3] == ["scores-adapter-4-int8", "scores-adapter-4-5-steps"]
+    assert len(set(folders)) == 6
+    flags = [" ".join(conditioned.flags(condition)) for condition in conditioned.conditions]
+    assert [("--base_precision int8" in words) for words in flags[:3]] == [False, True, False]
+    steps = [int(words.split("--num_inference_steps ")[1].split()[0]) for words in flags[:3]]
+    assert steps == [9, 9, 5]  # a condition's options win
+    assert conditioned.num_images == 6 * 2
+    assert conditioned.settings()["conditions"]["int8"] == {"base_precision": "int8"}
+    # Without conditions everything is as in earlier results.
+    plain = scoring.Scoring(conditional_scores(plan, conditions={}), tmp_path)
+    assert [condition.label for condition in plain.conditions] == ["guidance 4"]
+    assert [condition.folder for condition in plain.conditions] == ["scores-adapter-4"]
+    assert "conditions" not in plain.settings()
+
+
+def test_precision_and_guidance_from_the_base_are_refused_before_the_training(plan, tmp_path):
+    scores = conditional_scores(plan, guidances=["base:2"])
+    with pytest.raises(UserError, match="--base_precision merges the adapter"):
+        scoring.Scoring(scores, tmp_path).check([], "mini")
+
+
+def test_the_report_has_what_each_condition_changes(plan, tmp_path):
+    scores = conditional_scores(plan)
+    conditioned = scoring.Scoring(scores, tmp_path)
+    # Ground truth of each run in each condition
+    truths = {"LoRA": (0.5, 0.3, 0.4), "Bi-LoRA": (0.5, 0.45, 0.4)}
+    subjects = [Subject(f"{group} 0", group, seed=0) for group in truths]
+    for i, condition in enumerate(conditioned.conditions):
+        entries, rows = [], []
+        for subject in subjects:
+            about = {"run": subject.label, "step": 4}
+            entry = Subject(f"{subject.label} step 4", f"{subject.label} step 4", about=about)
+            entries.append(entry)
+            for prompt, difference in {"a": 0.01, "b": -0.01}.items():
+                value = truths[subject.group][i] + difference
+                rows.append(entry.row("truth", value, item=prompt))
+        conditioned.results[condition.label] = Result("clip_scores", entries, rows=rows)
+    rows = [row for subject in subjects for row in conditioned.rows(subject, {})]
+    changes = {(row.group, row.item): row.value for row in rows if row.metric == "change_truth"}
+    assert changes == {
+        ("LoRA", "guidance 4 (int8)"): pytest.approx(-0.2),
+        ("LoRA", "guidance 4 (5 steps)"): pytest.approx(-0.1),
+        ("Bi-LoRA", "guidance 4 (int8)"): pytest.approx(-0.05),
+        ("Bi-LoRA", "guidance 4 (5 steps)"): pytest.approx(-0.1),
+    }
+    result = Result(
+        "sweep",
+        subjects,
+        samples.METRICS,
+        "LoRA",
+        {"experiment": "x", "seeds": [0], "scores": conditioned.settings()},
+        rows=rows,
+        summaries=compare.summaries(rows, "LoRA"),
+    )
+    text = "\n".join(samples.sections(result))
+    assert "## change of ground truth, guidance 4, step 4" in text
+    assert "| variant | int8 | 5 steps |" in text
+    assert "| Bi-LoRA | -5.00 (+15.00 [n/a], 1/1) | -10.00 (" in text
+    assert "| variant | plain | int8 | 5 steps |" in text
+    assert "| LoRA | 50.00 | 30.00 | 40.00 |" in text
+    sentence = "sampled in each condition: plain; int8 (base_precision int8); 5 steps ("
+    assert sentence in samples.introduction(result)
 
 
 @pytest.mark.parametrize(
