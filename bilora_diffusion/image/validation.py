@@ -28,12 +28,10 @@ from ..core.fields import check, like, option, options_of
 from ..core.files import is_text, quoted, read_text
 from ..core.values import (
     ADAPTER_GUIDANCE,
-    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
-    UNCONDITIONAL_STRENGTHS,
 )
 from ..run.record import image_file_name
 from .options import ImageOptions
@@ -64,11 +62,8 @@ class PromptOptions:
     guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
     steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
     strength: float | None = option(None, "Of the adapter.", range=STRENGTHS, aliases=("--am",))
-    guidance_from: float | str | None = option(
-        None,
-        "Model of guidance's unconditional prediction, or the adapter's strength in it.",
-        words=GUIDANCE_SOURCES,
-        range=UNCONDITIONAL_STRENGTHS,
+    guidance_from: float | str | None = like(
+        ImageOptions, "validation_guidance_from", default=None, ignored=()
     )
 
 
