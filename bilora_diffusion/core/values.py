@@ -233,7 +233,7 @@ def read_guidance_source(value: float | str) -> float | str:
     advice = f"give {ADAPTER_GUIDANCE}, {BASE_GUIDANCE} or a number from 0 to 1"
     try:
         strength = float(value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(advice) from error
     if not 0 <= strength <= 1:  # NaN too
         raise ValueError(advice)

@@ -32,6 +32,7 @@ from ..core.values import (
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
+    read_guidance_source,
 )
 from ..run.record import image_file_name
 from .options import ImageOptions
@@ -217,7 +218,7 @@ class ValidationImage:
     prompt: str
     seed: int | None = None  # of its noise; None if it is not known
     guidance: float | None = None  # scale; None for the model's usual one, or if it is not known
-    guidance_from: str = ""  # as in `ValidationSample`, as text; "" if it is not known
+    guidance_from: float | str | None = None  # see `ValidationSample`; None if it is not known
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
@@ -239,19 +240,20 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
         entries = json.loads(text)["images"][:MAX_IMAGES]
         images = []
         for entry in entries:
+            source = entry.get("guidance_from")
             image = ValidationImage(
                 entry["file"],
                 entry["prompt"],
                 entry.get("seed"),
                 entry.get("guidance"),
-                str(entry.get("guidance_from", "")),
+                None if source is None else read_guidance_source(source),
             )
             images.append(image)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
     # The index may come from someone else.
     for image in images:
-        texts = (image.file, image.prompt, image.guidance_from)
+        texts = (image.file, image.prompt)
         if not all(isinstance(text, str) and is_text(text) for text in texts):
             raise damaged
         if image.seed is not None and type(image.seed) is not int:

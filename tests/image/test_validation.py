@@ -220,6 +220,8 @@ def test_a_folder_without_an_index_has_that_of_its_runs_options(tmp_path):
         '{"images": [{"file": 1, "prompt": "a"}]}',
         '{"images": [{"file": "../../x.png", "prompt": "a"}]}',
         '{"images": [{"file": "a.png", "prompt": "a", "guidance": NaN}]}',
+        '{"images": [{"file": "a.png", "prompt": "a", "guidance_from": "auxiliary"}]}',
+        '{"images": [{"file": "a.png", "prompt": "a", "guidance_from": [0.5]}]}',
         r'{"images": [{"file": "a.png", "prompt": "\ud800"}]}',
     ],
 )
