@@ -92,7 +92,7 @@ def introduction(result: Result) -> str:
     source = ""
     if sampling["guidance_from"] != ADAPTER_GUIDANCE:
         title = guidance_title(sampling["guidance_from"])
-        source = f" from {title} (model of the unconditional prediction)"
+        source = f" from the unconditional prediction of {title}"
     weights = ""
     if precision := sampling.get("base_precision"):
         weights = f", adapters merged and rounded to {precision}"

@@ -138,14 +138,14 @@ def test_with_guidance_from_another_model_hooks_have_the_adapter(
     def strengths(number):
         """Class and strength of each adapter's node that a node depends on."""
         node = graph[number]
-        found = set()
+        pairs = set()
         if "lora_name" in node["inputs"]:
             assert node["inputs"]["lora_name"] == "dog.safetensors"
             assert node["inputs"].get("strength_clip") in (None, node["inputs"]["strength_model"])
-            found.add((node["class_type"], node["inputs"]["strength_model"]))
+            pairs.add((node["class_type"], node["inputs"]["strength_model"]))
         for link in links_of(node):
-            found |= strengths(link)
-        return found
+            pairs |= strengths(link)
+        return pairs
 
     (guided,) = nodes(graph, "KSampler", "CFGGuider")
     assert strengths(guided["model"][0]) == set()
