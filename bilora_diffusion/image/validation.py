@@ -240,14 +240,12 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
         entries = json.loads(text)["images"][:MAX_IMAGES]
         images = []
         for entry in entries:
-            source = entry.get("guidance_from")
             image = ValidationImage(
-                entry["file"],
-                entry["prompt"],
-                entry.get("seed"),
-                entry.get("guidance"),
-                None if source is None else read_guidance_source(source),
+                entry["file"], entry["prompt"], entry.get("seed"), entry.get("guidance")
             )
+            if "guidance_from" in entry:
+                source = read_guidance_source(entry["guidance_from"])
+                image = replace(image, guidance_from=source)
             images.append(image)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
