@@ -17,7 +17,6 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion.core.errors import TrainingError, UserError
-from bilora_diffusion.core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.mini import MINI
 from eval.clip_scores.settings import usual
 
@@ -35,11 +34,6 @@ from .runs import (
 )
 from .sampling import BASE, Sampler, can_sample, find_comparison, read_form
 
-# Model of the unconditional prediction -> its name in the form
-GUIDANCE_TITLES = {
-    ADAPTER_GUIDANCE: "the adapter (what other programs do)",
-    BASE_GUIDANCE: "the base model",
-}
 # Largest number of runs without weights whose names are shown; the others are counted.
 MAX_NAMES = 4
 
@@ -168,10 +162,14 @@ class Tab:
                 guidance = gr.Slider(
                     0, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
                 )
-                source = gr.Radio(
-                    [(text, value) for value, text in GUIDANCE_TITLES.items()],
-                    value=ADAPTER_GUIDANCE,
+                source = gr.Slider(
+                    0,
+                    1,
+                    1,
+                    step=0.05,
                     label="Guidance from",
+                    info="Strength of the adapter in the unconditional prediction. 1 is what other"
+                    " programs do, and 0 is the base model.",
                     elem_id="generate-guidance-from",
                 )
                 base = gr.State(MINI)  # name of the base model of the suggested steps and guidance
@@ -241,7 +239,7 @@ class Tab:
         seed: float | None,
         steps: float | None,
         guidance: float,
-        source: str,
+        source: float,
         scale: float,
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it

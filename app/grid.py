@@ -15,30 +15,26 @@ import gradio as gr
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import quoted
-from bilora_diffusion.core.values import (
-    ADAPTER_GUIDANCE,
-    BASE_GUIDANCE,
-    GUIDANCE_SOURCES,
-    STRENGTHS,
-    Range,
-)
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE, STRENGTHS, Range, guidance_title
 from eval.clip_scores.settings import usual
 
 from . import parts
 from .generate import Stopped, Work, message, placeholder
 from .parts import QUIET, Update
 from .runs import RunItem, sort_runs, suggest_prompt
-from .sampling import BaseChoice, Request, read_form, temporary_export, training_size
+from .sampling import (
+    BaseChoice,
+    Request,
+    read_form,
+    read_source,
+    temporary_export,
+    training_size,
+)
 
 # Number of images in a grid
 IMAGE_COUNTS = Range(64, "each takes as long as an image in the tab Generate", at_least=1)
-# Model of the unconditional prediction -> its name in the grid's rows
-GUIDANCE_ROWS = {
-    ADAPTER_GUIDANCE: "guidance from the adapter",
-    BASE_GUIDANCE: "guidance from the base model",
-}
 # Step of the checkpoint, model of the unconditional prediction, strength of the adapter
-Cell = tuple[int, str, float]
+Cell = tuple[int, float | str, float]
 # Number of checkpoints that are chosen at first
 FIRST_CHECKPOINTS = 4
 
@@ -70,11 +66,12 @@ class Grid:
                 )
                 self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="grid-prompt")
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="grid-seed")
-                both_kinds = gr.Checkbox(
-                    True,
-                    label="Both kinds of guidance",
-                    info="A second row for each checkpoint: guidance from the base model.",
-                    elem_id="grid-both",
+                sources = gr.Textbox(
+                    "adapter, base",
+                    label="Guidance from",
+                    info="A row for each: adapter, base, or the strength of the adapter in the"
+                    " unconditional prediction, such as 0.5.",
+                    elem_id="grid-guidance-from",
                 )
             # Right: the images.
             with gr.Column(scale=5, min_width=300):
@@ -86,7 +83,7 @@ class Grid:
         choice = [self.run, self.steps, self.prompt]
         gr.on([changed, self.run.input], self.fill, choice, [self.body, *choice], **QUIET)
         with form:
-            inputs = [self.run, self.steps, strengths, self.prompt, seed, both_kinds]
+            inputs = [self.run, self.steps, strengths, self.prompt, seed, sources]
             work.events("grid", self.sample, self.prompt, inputs, outputs)
 
     def fill(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
@@ -117,7 +114,7 @@ class Grid:
         strengths: str,
         prompt: str,
         seed: float | None,
-        both_kinds: bool,
+        sources: str,
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
@@ -133,11 +130,11 @@ class Grid:
                 run, rows = self._chosen(path, steps)
                 base = BaseChoice.from_config(run.record["config"])
                 model = base.describe()
-                kinds: Sequence[str] = (ADAPTER_GUIDANCE,)
-                # A run of full weights has no adapter to turn off for the base model's prediction.
+                kinds = read_sources(sources)
+                # A run of full weights has no adapter to scale in the unconditional prediction.
                 has_adapter = not methods.get(run.method).exports_weights
-                if both_kinds and has_adapter and model.is_guided:
-                    kinds = GUIDANCE_SOURCES
+                if not (has_adapter and model.is_guided):
+                    kinds = [ADAPTER_GUIDANCE]
                 IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
                 sampler_steps, guidance = usual(model)
                 first_request = read_form(prompt, seed, sampler_steps, guidance, columns[0])
@@ -210,9 +207,19 @@ def read_strengths(text: str) -> list[float]:
     return list(dict.fromkeys(strengths))
 
 
+def read_sources(text: str) -> list[float | str]:
+    """Read models of the unconditional prediction separated by commas, without duplicates.
+
+    Raises:
+        UserError: a word is none.
+    """
+    sources = [read_source(word.strip()) for word in text.split(",")]
+    return list(dict.fromkeys(sources))
+
+
 def grid_html(
     rows: Sequence[int],
-    kinds: Sequence[str],
+    kinds: Sequence[float | str],
     columns: Sequence[float],
     uris: Mapping[Cell, str],
 ) -> str:
@@ -231,8 +238,8 @@ def grid_html(
             title = f"{step}"
             label = f"step {step}"
             if len(kinds) > 1:
-                title += f"<br>{GUIDANCE_ROWS[kind]}"
-                label += f", {GUIDANCE_ROWS[kind]}"
+                title += f"<br>guidance from {guidance_title(kind)}"
+                label += f", guidance from {guidance_title(kind)}"
             body += f'<tr><th scope="row">{title}</th>'
             for strength in columns:
                 uri = uris.get((step, kind, strength))

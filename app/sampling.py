@@ -18,15 +18,15 @@ from PIL.Image import Image
 
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, reason, strip_controls
-from bilora_diffusion.core.files import is_file
+from bilora_diffusion.core.files import is_file, quoted
 from bilora_diffusion.core.lora_names import WEIGHTS
 from bilora_diffusion.core.values import (
     ADAPTER_GUIDANCE,
-    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     STRENGTHS,
-    check_choice,
+    guidance_title,
+    read_guidance_source,
 )
 from bilora_diffusion.export.conversion import export_checkpoint
 from bilora_diffusion.image.base_model import BaseModel, describe
@@ -87,8 +87,8 @@ class Request:
     scale: float
     # Side of the image in pixels; None for the model's native size
     size: int | None = None
-    # Model that makes the unconditional prediction, one of `values.GUIDANCE_SOURCES`
-    guidance_from: str = ADAPTER_GUIDANCE
+    # Model that makes the unconditional prediction; see `values.read_guidance_source`
+    guidance_from: float | str = ADAPTER_GUIDANCE
 
 
 class Sampler:
@@ -121,9 +121,10 @@ class Sampler:
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
-        # The prediction of the base model needs an adapter that can be turned off.
-        if any(request.guidance_from != ADAPTER_GUIDANCE for request in requests):
-            require_adapter(subject)
+        # Another unconditional prediction needs an adapter that can be scaled.
+        for request in requests:
+            if request.guidance_from != ADAPTER_GUIDANCE:
+                require_adapter(subject, guidance_title(request.guidance_from))
         images: list[Image] = []
         with applied(pipeline, subject, requests[0].scale):
             for number, request in enumerate(requests):
@@ -279,7 +280,7 @@ def read_form(
     steps: float | None,
     guidance: float,
     scale: float,
-    guidance_from: str = ADAPTER_GUIDANCE,
+    guidance_from: float | str = ADAPTER_GUIDANCE,
 ) -> Request:
     """Check the values of a form and make a request of them.
 
@@ -293,12 +294,23 @@ def read_form(
     SAMPLER_STEPS.check("the number of steps", steps)
     GUIDANCES.check("the guidance scale", guidance)
     STRENGTHS.check("the adapter's scale", scale)
-    check_choice("guidance from", guidance_from, GUIDANCE_SOURCES)
     return Request(
         prompt=prompt.strip(),
         seed=int(seed),
         steps=int(steps or 0),
         guidance_scale=float(guidance),
         scale=float(scale),
-        guidance_from=guidance_from,
+        guidance_from=read_source(guidance_from),
     )
+
+
+def read_source(value: float | str) -> float | str:
+    """Read the model of the unconditional prediction from a form.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return read_guidance_source(value)
+    except ValueError as error:
+        raise UserError(f"guidance from is {quoted(value)}: {error}") from error

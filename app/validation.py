@@ -19,6 +19,7 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import guidance_title
 from bilora_diffusion.image.validation import INDEX, ValidationImage, read_index
 from bilora_diffusion.mini import MINI
 from bilora_diffusion.run.record import validation_folder
@@ -27,7 +28,6 @@ from eval.clip_scores.measure import truth_pictures
 
 from . import parts
 from .catalog import Catalog
-from .grid import GUIDANCE_ROWS
 from .parts import QUIET, Update
 from .runs import RunItem, choose_pair, sort_runs
 
@@ -241,10 +241,8 @@ def describe(image: ValidationImage) -> tuple[str, str]:
     """Seed and guidance of an image as texts; "" for one that is not known."""
     seed = "" if image.seed is None else f"seed {image.seed}"
     guidance = ""
-    if image.guidance_from:
-        # Neither word: the adapter's strength in the unconditional prediction
-        between = f"guidance from the adapter at strength {image.guidance_from}"
-        guidance = GUIDANCE_ROWS.get(image.guidance_from, between)
+    if image.guidance_from is not None:
+        guidance = f"guidance from {guidance_title(image.guidance_from)}"
         if image.guidance is not None:
             guidance += f", scale {image.guidance:g}"
     return seed, guidance

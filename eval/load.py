@@ -64,12 +64,16 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
         pipeline.unload_lora_weights()
 
 
-def require_adapter(subject: Subject) -> None:
-    """Refuse guidance from the base model for whole models, which have no adapter to leave out."""
+def require_adapter(subject: Subject, source: str) -> None:
+    """Refuse guidance from another model for whole models, which have no adapter to leave out.
+
+    Args:
+        source: title of the model that makes the unconditional prediction.
+    """
     if subject.weights is not None and subject.weights.is_dir():
         raise UserError(
-            f"guidance from the base model is refused for {subject.label}, which was trained whole"
-            " and has no adapter to leave out: drop one of the two."
+            f"guidance from {source} is refused for {subject.label}, which was trained whole and"
+            " has no adapter to leave out: drop one of the two."
         )
 
 

@@ -54,6 +54,7 @@ class Option:
     )
     choices: tuple[str, ...] | None = None  # its values, where they are words
     words: tuple[str, ...] = ()  # its values that are not numbers
+    read: Callable[[str], Any] | None = None  # reads its text; the text of a ValueError is advice
     aliases: tuple[str, ...] = ()  # further flags
     itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
     fix_if_repeated: str = ""  # a second, other value is refused: what to give instead
@@ -65,7 +66,7 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     Args:
         default: value where nobody gives one; a list for an option that takes several values.
         help: one or two sentences.
-        **settings: further fields of `Option`; a number needs a ``range``.
+        **settings: further fields of `Option`; a number needs a ``range`` or ``read``.
     """
     metadata = {"option": Option(help, **settings)}
     if isinstance(default, list):
@@ -242,6 +243,8 @@ def _parser_arguments(field: dataclasses.Field[Any], hint: Any, bare: bool) -> d
     """
     properties = option_of(field)
     arguments: dict[str, Any] = {"default": default_of(field), "choices": properties.choices}
+    if properties.read is not None:
+        return arguments | {"type": properties.read}
     if field.default_factory is not dataclasses.MISSING:  # a list
         action = "extend" if properties.itemized else "store"
         item: Any = typing.get_args(hint)[0]

@@ -51,11 +51,10 @@ INITS = ("default", "gaussian", "pissa", "lora-ga")  # first values of the prima
 RHO_NORMS = ("scaled", "unscaled")
 SCHEDULES = ("constant", "linear", "cosine")
 
-ADAPTER_GUIDANCE = "adapter"
-BASE_GUIDANCE = "base"
-# Models of the unconditional prediction in classifier-free guidance; a number between 0 and 1 is
-# the strength of the adapter in it.
-GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
+# Model of the unconditional prediction in classifier-free guidance: one of these words, or a number
+# between 0 and 1, the strength of the adapter in that prediction (`read_guidance_source`).
+ADAPTER_GUIDANCE = "adapter"  # strength 1
+BASE_GUIDANCE = "base"  # strength 0
 # Values of `--timestep_shift`: as the model was trained, as its pipeline samples, none.
 MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT = "model", "pipeline", "none"
 NF4 = "nf4"
@@ -218,7 +217,27 @@ SAMPLER_STEPS = Range(1000, "no scheduler here has more noise levels", at_least=
 GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
 NOISES = Range(10, "images are spoiled by far less", at_least=0)  # on weights, in deviations
 STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
-UNCONDITIONAL_STRENGTHS = Range(1, "1 is the adapted model already", at_least=0)
+
+
+def read_guidance_source(value: float | str) -> float | str:
+    """Read the model of the unconditional prediction: "adapter", "base" or a number from 0 to 1.
+
+    Returns:
+        A number between 0 and 1, or a word: 1 is "adapter", and 0 is "base".
+
+    Raises:
+        ValueError: its text is the advice.
+    """
+    if value in (ADAPTER_GUIDANCE, BASE_GUIDANCE):
+        return value
+    advice = f"give {ADAPTER_GUIDANCE}, {BASE_GUIDANCE} or a number from 0 to 1"
+    try:
+        strength = float(value)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(advice) from error
+    if not 0 <= strength <= 1:  # NaN too
+        raise ValueError(advice)
+    return {1.0: ADAPTER_GUIDANCE, 0.0: BASE_GUIDANCE}.get(strength, strength)
 
 
 def unconditional_strength(guidance_from: float | str) -> float:
@@ -226,12 +245,15 @@ def unconditional_strength(guidance_from: float | str) -> float:
     words = {ADAPTER_GUIDANCE: 1.0, BASE_GUIDANCE: 0.0}
     if isinstance(guidance_from, str):
         return words[guidance_from]
-    return float(guidance_from)
+    return guidance_from
 
 
-def guidance_source(strength: float) -> float | str:
-    """The reverse of `unconditional_strength`: a word where there is one."""
-    return {1.0: ADAPTER_GUIDANCE, 0.0: BASE_GUIDANCE}.get(strength, strength)
+def guidance_title(guidance_from: float | str) -> str:
+    """Title of the model of the unconditional prediction, as it follows "guidance from"."""
+    titles = {ADAPTER_GUIDANCE: "the adapter", BASE_GUIDANCE: "the base model"}
+    if isinstance(guidance_from, str):
+        return titles[guidance_from]
+    return f"the adapter at strength {guidance_from:g}"
 
 
 def check_choice(label: str, value: Any, choices: Iterable[Any]) -> None:

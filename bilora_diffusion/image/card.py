@@ -16,7 +16,12 @@ from ..core.lora_names import (
     kohya_file_name,
     workflow_file_name,
 )
-from ..core.values import HELDOUT_LOSS, MEASURE_TITLES, TRAINING_GRID_LOSS
+from ..core.values import (
+    HELDOUT_LOSS,
+    MEASURE_TITLES,
+    TRAINING_GRID_LOSS,
+    unconditional_strength,
+)
 from ..mini import FLOW, MINI, PIPELINES
 from ..run.hub import is_hub_id, loaded_from, public_name, write_card
 from ..run.record import BY_CONCEPT, validation_folder
@@ -128,9 +133,9 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
     """
     family = cfg.family
     exports_models = methods.get(cfg.method).exports_weights
-    # The code shows guidance from the base model where a few lines are enough: where the
-    # unconditional rows are the first rows of a batch. DoRA scales the base's output too, and text
-    # encoders with adapters would embed the negative prompt.
+    # The code shows guidance from the base model, or as the validation images have it, where a few
+    # lines are enough: where the unconditional rows are the first rows of a batch. DoRA scales the
+    # base's output too, and text encoders with adapters would embed the negative prompt.
     denoiser_by_rows = None
     is_plain = not (exports_models or cfg.use_dora or cfg.train_text_encoder)
     if family.unconditional is Unconditional.FIRST_ROWS and is_plain:
@@ -139,6 +144,7 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
     is_guided_target = cfg.guided_target > 1
     if is_guided_target:
         denoiser_by_rows = None
+    strength = unconditional_strength(cfg.validation_guidance_from)
     vae = cfg.pretrained_vae_model_name_or_path
     return {
         "miniature": PIPELINES[base].__name__ if base in PIPELINES else None,
@@ -149,6 +155,7 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "dora": cfg.use_dora,
         "misread": comfy.remark(cfg),
         "denoiser_by_rows": denoiser_by_rows,
+        "unconditional_strength": strength if strength < 1 else 0.0,
         "guidance": family.default_guidance,
         "guided_target": cfg.guided_target if is_guided_target else None,
         "unguided_scale": family.unguided_scale,

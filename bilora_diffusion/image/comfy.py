@@ -131,11 +131,8 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
         # The checkpoint's text encoders may be trained too: then the file has their adapters.
         model = _load_adapter(graph, lora, base_model, base_encoders, sample.strength)
         text_encoders = negative_encoders = [model[0], 1]
-        if has_hooks and negative_strength == 0:
+        if has_hooks:
             negative_encoders = base_encoders
-        elif has_hooks:
-            loader = _load_adapter(graph, lora, base_model, base_encoders, negative_strength)
-            negative_encoders = [loader[0], 1]
     elif not has_hooks:
         adapter = {"lora_name": lora, "strength_model": sample.strength}
         model = graph.add("LoraLoaderModelOnly", model=base_model, **adapter)
@@ -150,6 +147,9 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     if comfyui.embeds_guidance or (zeros_for_empty and not sample.negative_prompt):
         negative = graph.add("ConditioningZeroOut", conditioning=positive)
     else:
+        if has_hooks and negative_strength != 0 and not comfyui.text_encoders:
+            loader = _load_adapter(graph, lora, base_model, base_encoders, negative_strength)
+            negative_encoders = [loader[0], 1]
         negative = graph.add("CLIPTextEncode", clip=negative_encoders, text=sample.negative_prompt)
     if comfyui.embeds_guidance:
         positive = graph.add("FluxGuidance", conditioning=positive, guidance=guidance)

@@ -228,7 +228,7 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
 
 
 def check_settings(cfg: ImageOptions) -> None:
-    """Refuse a prompt's adapter strength or guidance from the base model without adapters."""
+    """Refuse a prompt's adapter strength or its guidance from another model without adapters."""
     for settings in cfg.validation_settings:
         facts: dict[str, Any] = {}
         if settings.get("strength", 1.0) != 1.0:

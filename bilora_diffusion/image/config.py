@@ -19,6 +19,7 @@ from ..core.values import (
     EMBEDDED,
     HELDOUT_DISTANCE,
     HELDOUT_LOSS,
+    guidance_title,
     unconditional_strength,
 )
 from ..methods.options import AdapterOptions, MethodFlags
@@ -231,7 +232,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
             prompt = f"a prompt of {settings['concept']}"
         guidance_from = settings.get("guidance_from", cfg.validation_guidance_from)
         if unconditional_strength(guidance_from) < 1:
-            request = f"{prompt} with guidance from {guidance_from}"
+            request = f"{prompt} with guidance from {guidance_title(guidance_from)}"
             require_unconditional(family, guidance, model.index, model.configs, request)
         # Without guidance no prediction uses the negative prompt.
         is_read = family.reads_negative_prompt and guidance > family.unguided_scale
@@ -261,9 +262,9 @@ def require_unconditional(
     guidance: float,
     index: Mapping[str, Any],
     configs: Configs,
-    request: str = "guidance from the base model",
+    request: str,
 ) -> None:
-    """Refuse guidance from the base model if the model makes no unconditional prediction.
+    """Refuse guidance from another model if the model makes no unconditional prediction.
 
     Args:
         guidance: the guidance scale; see `Family.is_guided`.

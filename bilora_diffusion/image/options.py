@@ -13,15 +13,14 @@ from ..core.values import (
     BATCHES,
     BY_LOSS,
     BY_SAMPLES,
-    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SHARES,
     SIDES,
     STEPS,
-    UNCONDITIONAL_STRENGTHS,
     WORKERS,
     Range,
+    read_guidance_source,
 )
 from ..mini import FOLDERS
 from .model_options import (
@@ -281,8 +280,7 @@ class ValidationOptions:
         "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
         " programs; base, the base model, which keeps more of a learned style; or a number between"
         " 0 and 1, the adapter's strength in that prediction (docs/guide.md).",
-        words=GUIDANCE_SOURCES,
-        range=UNCONDITIONAL_STRENGTHS,
+        read=read_guidance_source,
         ignored=(WITHOUT_SAMPLES,),
     )
     # 4, as in diffusers' scripts.

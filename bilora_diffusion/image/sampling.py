@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters import LoraLayer
 from ..core.files import counted
-from ..core.values import ADAPTER_GUIDANCE, unconditional_strength
+from ..core.values import ADAPTER_GUIDANCE, guidance_title, unconditional_strength
 from ..train.task import explain_memory_errors, precision
 from .config import require_unconditional
 from .families import family_of
@@ -79,7 +79,8 @@ def generate(
 
     Raises:
         TrainingError: an image is not finite, or the memory is full.
-        UserError: guidance from the base model at a scale without an unconditional prediction.
+        UserError: guidance from another model than the adapted one, at a scale without an
+            unconditional prediction.
     """
     strength = unconditional_strength(guidance_from)
     if embeddings is None:
@@ -97,7 +98,8 @@ def generate(
     if guidance_scale is not None:
         guidance = guidance_scale
     if strength < 1:
-        require_unconditional(family, guidance, pipeline.config, family.configs(pipeline))
+        request = f"guidance from {guidance_title(guidance_from)}"
+        require_unconditional(family, guidance, pipeline.config, family.configs(pipeline), request)
     sampler = bare_sampler(family, pipeline)
 
     images: list[Image] = []
@@ -306,7 +308,9 @@ def _scaled_first_rows(layers: list[LoraLayer], count: int, strength: float) -> 
     def scale_first_rows(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
         if len(hidden) != 2 * count:
             raise RuntimeError(f"{len(hidden)} rows for {count} images with guidance")
-        # At strength 0 B 0 = 0: the base layer's output is unchanged, to the bit.
+        if strength == 0:
+            # B 0 = 0: the base layer's output is unchanged, to the bit, also if A x overflows.
+            return torch.cat([torch.zeros_like(hidden[:count]), hidden[count:]])
         return torch.cat([strength * hidden[:count], hidden[count:]])
 
     with ExitStack() as stack:

@@ -28,12 +28,11 @@ from ..core.fields import check, like, option, options_of
 from ..core.files import is_text, quoted, read_text
 from ..core.values import (
     ADAPTER_GUIDANCE,
-    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
-    UNCONDITIONAL_STRENGTHS,
+    read_guidance_source,
 )
 from ..run.record import image_file_name
 from .options import ImageOptions
@@ -64,11 +63,8 @@ class PromptOptions:
     guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
     steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
     strength: float | None = option(None, "Of the adapter.", range=STRENGTHS, aliases=("--am",))
-    guidance_from: float | str | None = option(
-        None,
-        "Model of guidance's unconditional prediction, or the adapter's strength in it.",
-        words=GUIDANCE_SOURCES,
-        range=UNCONDITIONAL_STRENGTHS,
+    guidance_from: float | str | None = like(
+        ImageOptions, "validation_guidance_from", default=None, ignored=()
     )
 
 
@@ -222,7 +218,7 @@ class ValidationImage:
     prompt: str
     seed: int | None = None  # of its noise; None if it is not known
     guidance: float | None = None  # scale; None for the model's usual one, or if it is not known
-    guidance_from: str = ""  # as in `ValidationSample`, as text; "" if it is not known
+    guidance_from: float | str | None = None  # see `ValidationSample`; None if it is not known
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
@@ -245,18 +241,17 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
         images = []
         for entry in entries:
             image = ValidationImage(
-                entry["file"],
-                entry["prompt"],
-                entry.get("seed"),
-                entry.get("guidance"),
-                str(entry.get("guidance_from", "")),
+                entry["file"], entry["prompt"], entry.get("seed"), entry.get("guidance")
             )
+            if "guidance_from" in entry:
+                source = read_guidance_source(entry["guidance_from"])
+                image = replace(image, guidance_from=source)
             images.append(image)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
     # The index may come from someone else.
     for image in images:
-        texts = (image.file, image.prompt, image.guidance_from)
+        texts = (image.file, image.prompt)
         if not all(isinstance(text, str) and is_text(text) for text in texts):
             raise damaged
         if image.seed is not None and type(image.seed) is not int:

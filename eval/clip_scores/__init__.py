@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import UserError, as_user_error, strip_controls
 from bilora_diffusion.core.files import counted, without_paths
-from bilora_diffusion.core.values import ADAPTER_GUIDANCE
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE, guidance_title
 from bilora_diffusion.run.record import RUN
 
 from .. import checkpoints
@@ -150,7 +150,7 @@ class ClipScores(OverSteps):
         self.sampling = settings.sampling(args, base, subjects)
         if self.sampling.guidance_from != ADAPTER_GUIDANCE:
             for subject in subjects:
-                require_adapter(subject)
+                require_adapter(subject, guidance_title(self.sampling.guidance_from))
         self.training_sets = measure.training_sets(subjects, args.train_data)
         # Subjects with equal weights share the images of the first of them.
         self.image_owners: dict[str, Subject] = {}  # by the hash of the weights

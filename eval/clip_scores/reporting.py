@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from bilora_diffusion.core.files import counted
-from bilora_diffusion.core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE, guidance_title
 
 from ..results import compare
 from ..results.plot import canvas
@@ -90,11 +90,9 @@ def introduction(result: Result) -> str:
             f"Fewer than {FEW_PROMPTS} prompts tell little: there is no interval, or it is wide."
         )
     source = ""
-    if sampling["guidance_from"] == BASE_GUIDANCE:
-        source = " from the base model's unconditional prediction"
-    elif sampling["guidance_from"] != ADAPTER_GUIDANCE:
-        strength = sampling["guidance_from"]
-        source = f" from an unconditional prediction with the adapter at strength {strength:g}"
+    if sampling["guidance_from"] != ADAPTER_GUIDANCE:
+        title = guidance_title(sampling["guidance_from"])
+        source = f" from the unconditional prediction of {title}"
     weights = ""
     if precision := sampling.get("base_precision"):
         weights = f", adapters merged and rounded to {precision}"

@@ -13,24 +13,21 @@ from typing import TYPE_CHECKING
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision, require
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.fields import like, option
 from bilora_diffusion.core.values import (
     ADAPTER_GUIDANCE,
     BASE_PRECISIONS,
-    GUIDANCE_SOURCES,
     GUIDANCES,
     NF4,
     NOISES,
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
-    UNCONDITIONAL_STRENGTHS,
     WORKERS,
-    guidance_source,
-    unconditional_strength,
 )
 from bilora_diffusion.image.base_model import BaseModel, describe
 from bilora_diffusion.image.config import require_unconditional
+from bilora_diffusion.image.options import ImageOptions
 
 from ..checkpoints import HELP
 from ..command import COUNTS, read_integers
@@ -99,14 +96,7 @@ class SamplingOptions:
     guidance_scale: float | None = option(
         None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
     )
-    guidance_from: float | str = option(
-        ADAPTER_GUIDANCE,
-        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
-        " programs; base, the base model, which keeps more of a learned style; or a number between"
-        " 0 and 1, the adapter's strength in that prediction (docs/guide.md).",
-        words=GUIDANCE_SOURCES,
-        range=UNCONDITIONAL_STRENGTHS,
-    )
+    guidance_from: float | str = like(ImageOptions, "validation_guidance_from", ignored=())
     resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
     adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
     batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
@@ -229,13 +219,12 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
 
     model = describe(base)
     steps, guidance = usual(model)
-    strength = unconditional_strength(args.guidance_from)
-    if strength == 1 and needs_no_guidance(subjects):
+    if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
         guidance = model.family.unguided_scale
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
     check_perturbation(args)
-    if strength < 1:
+    if args.guidance_from != ADAPTER_GUIDANCE:
         request = f"--guidance_from {args.guidance_from}"
         require_unconditional(model.family, guidance, model.index, model.configs, request)
     return Sampling(
@@ -245,7 +234,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
         guidance_scale=guidance,
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
-        guidance_from=guidance_source(strength),
+        guidance_from=args.guidance_from,
         base_precision=args.base_precision,
         weight_noise=args.weight_noise,
     )
@@ -257,7 +246,7 @@ def check_perturbation(args: Namespace) -> None:
         require("bitsandbytes>=0.50", "--base_precision nf4")  # older ones are for CUDA only
     flag = "--base_precision" if args.base_precision else "--weight_noise"
     is_perturbed = args.base_precision is not None or args.weight_noise > 0
-    if is_perturbed and unconditional_strength(args.guidance_from) < 1:
+    if is_perturbed and args.guidance_from != ADAPTER_GUIDANCE:
         raise UserError(
             f"{flag} merges the adapter into the base weights, and --guidance_from"
             f" {args.guidance_from} weakens it in a part of the predictions: drop one of the two."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,10 +16,8 @@ from bilora_diffusion.core.errors import UserError, add_source, did_you_mean
 from bilora_diffusion.core.values import (
     ADAPTER_GUIDANCE,
     BASE_GUIDANCE,
-    GUIDANCE_SOURCES,
     HELDOUT_LOSS,
-    UNCONDITIONAL_STRENGTHS,
-    guidance_source,
+    read_guidance_source,
 )
 
 from ..clip_scores.settings import SamplingOptions
@@ -136,14 +134,9 @@ def read_guidances(value: Any) -> tuple[Guidance, ...]:
         source, _, scale = str(word).strip().partition(":")
         sentence = f'"{word}" is no kind of guidance: write adapter:4, base:2 or 0.5:4.'
         try:
-            strength = float(source) if source not in GUIDANCE_SOURCES else source
-            guidance = Guidance(strength, float(scale))
+            guidances.append(Guidance(read_guidance_source(source), float(scale)))
         except ValueError:
             raise UserError(sentence) from None
-        if isinstance(strength, float):
-            UNCONDITIONAL_STRENGTHS.check(f'the strength in "{word}"', strength)
-            guidance = replace(guidance, source=guidance_source(strength))
-        guidances.append(guidance)
     return tuple(require_different(guidances))
 
 

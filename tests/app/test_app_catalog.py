@@ -276,8 +276,8 @@ def test_both_kinds_of_guidance_are_rows_and_the_truth_is_a_column(tmp_path):
     assert re.findall("<h3>([^<]*)", table) == kinds * 2
     assert table.count("<img") == 4 * 2 + 2
     assert table.count("<figcaption>ground truth") == 2, "one for each row of the caption"
-    between = validation.ValidationImage("x.png", "a cat", guidance_from="0.5")
-    assert validation.describe(between) == ("", "guidance from the adapter at strength 0.5")
+    image = validation.ValidationImage("x.png", "a cat", guidance_from=0.5)
+    assert validation.describe(image) == ("", "guidance from the adapter at strength 0.5")
     # The truth of another model's runs is not known.
     make_run(tmp_path / "lora", config=config | {"pretrained_model_name_or_path": "sdxl"})
     catalog.refresh()

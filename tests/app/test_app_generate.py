@@ -97,7 +97,7 @@ def test_images_appear_one_by_one_and_work_can_be_cancelled(tmp_path, monkeypatc
     def begin(b=BASE):
         """Updates of the tab, (status, cards, slider), for two images of two steps."""
         number = work.begin(request)
-        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, "base", 1.0, request, show_progress)
+        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 0.5, 1.0, request, show_progress)
 
     updates = list(begin())
     card_updates = [cards for _, cards, _ in updates if isinstance(cards, str)]
@@ -228,8 +228,12 @@ def test_bad_values_and_missing_models_are_refused():
     for steps in (None, 0, 10_000):
         with pytest.raises(UserError, match=f"steps is {steps}"):
             read_form(PROMPT, 0, steps, 4, 1)
-    with pytest.raises(UserError, match='guidance from is "both"'):
-        read_form(PROMPT, 0, 25, 4, 1, "both")
+    for source in ("both", 1.1):
+        with pytest.raises(UserError, match=f'guidance from is "{source}"'):
+            read_form(PROMPT, 0, 25, 4, 1, source)
+    # The slider's ends are the words, with which images are recorded.
+    sources = [read_form(PROMPT, 0, 25, 4, 1, value).guidance_from for value in (0, 0.5, 1)]
+    assert sources == ["base", 0.5, "adapter"]
     with pytest.raises(UserError, match="hf download owner/absent"):
         find_folder(BaseChoice("owner/absent"))
     with pytest.raises(UserError, match='--device "abacus"'):

@@ -34,7 +34,7 @@ def grid(tmp_path, monkeypatch):
         return Grid(Work(Catalog(tmp_path), page, "cpu"), page.load)
 
 
-def sample(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", both=False):
+def sample(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", sources="adapter"):
     """The updates of a grid, (status, table), while it samples with two sampler steps."""
 
     def ignore_progress(*_, **__):
@@ -42,7 +42,7 @@ def sample(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", both=False):
 
     number = grid.work.begin(REQUEST)
     return grid.sample(
-        number, run, list(steps), strengths, "a fox", 3, both, REQUEST, ignore_progress
+        number, run, list(steps), strengths, "a fox", 3, sources, REQUEST, ignore_progress
     )
 
 
@@ -67,14 +67,18 @@ def test_each_image_uses_its_checkpoint_and_strength(grid):
     run = next(run for run in grid.catalog.scan.runs if run.path == "run")
     request = Request("a fox", 3, 2, 4.0, 2.0, run.record["config"]["resolution"])
     by_base = replace(request, guidance_from="base")
+    from_between = replace(request, guidance_from=0.5)
+    all_requests = [request, from_between, by_base]
     with temporary_export(grid.catalog, run, 1) as file:
-        expected = Sampler("cpu").sample(BaseChoice("mini"), file, [request, by_base], print)
+        expected = Sampler("cpu").sample(BaseChoice("mini"), file, all_requests, print)
     assert not file.exists()
-    adapter_uri, base_uri = [data_uri(image) for image in expected]
+    adapter_uri, between_uri, base_uri = [data_uri(image) for image in expected]
+    assert len({adapter_uri, between_uri, base_uri}) == 3
     assert images["step 1, strength 2"] == adapter_uri
-    *_, (_, table) = sample(grid, steps=[1], strengths="2", both=True)
+    *_, (_, table) = sample(grid, steps=[1], strengths="2", sources="1, 0.5, base")
     assert images_of(table) == {
         "step 1, guidance from the adapter, strength 2": adapter_uri,
+        "step 1, guidance from the adapter at strength 0.5, strength 2": between_uri,
         "step 1, guidance from the base model, strength 2": base_uri,
     }
 
@@ -103,6 +107,7 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         'the strength ""': {"strengths": ""},
         "a strength is nan": {"strengths": "nan"},
         "number of images is 66": {"strengths": ",".join(strengths)},  # at two steps
+        'guidance from is "2": give adapter, base or a number from 0 to 1': {"sources": "2"},
         "no checkpoint is chosen": {"steps": []},
         "checkpoint of step 7 no longer exists": {"steps": [1, 7]},
         'the run "young" no longer exists': {"run": "young"},

@@ -151,7 +151,7 @@ def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
     for name, value in changes.items():
         assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo
     # The base model, whose six jobs come first, has nothing to scale or to leave out.
-    for name, value in {"scale": 0.5, "guidance_from": "base"}.items():
+    for name, value in (("scale", 0.5), ("guidance_from", "base"), ("guidance_from", 0.5)):
         assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo[6:]
     # Images of before there was the choice stay valid.
     newer_names = {"guidance_from", "base_precision", "weight_noise"}

@@ -34,6 +34,12 @@ CASES: dict[str, dict[str, str]] = {
         "icons --base_precision int8 --guidance_from base": "--base_precision merges the adapter",
         "icons --weight_noise 0.2 --guidance_from base": "--weight_noise merges the adapter",
         "icons --weight_noise -1": "--weight_noise",
+        "full --guidance_from 0.5": "guidance from the adapter at strength 0.5 is refused for Full",
+        "icons --guidance_from bse": (
+            '--guidance_from is "bse": give adapter, base or a number from 0 to 1.'
+        ),
+        "icons --guidance_from 1.5": "or a number from 0 to 1",
+        "icons --guidance_from nan": "or a number from 0 to 1",
         "icons --device cuda:99": "cuda:99",
         "": "make demo",
         "unfinished": "pytorch_lora_weights.safetensors",

@@ -63,9 +63,21 @@ def test_the_held_out_prompts_are_those_of_the_data(plan):
         prompts("validation_dataset=none")
 
 
+def test_guidances_are_named_by_their_sources_and_scales(plan):
+    """The ends of the strengths are words, so that earlier results stay comparable."""
+    guidances = plan({**SCORES, "guidances": "1:4,0.5:4,0.25:2,0:2"}).experiment.scores.guidances
+    assert [guidance.text for guidance in guidances] == ["adapter:4", "0.5:4", "0.25:2", "base:2"]
+    assert [guidance.label for guidance in guidances] == [
+        "guidance 4",
+        "guidance 4 from strength 0.5",
+        "guidance 2 from strength 0.25",
+        "base's guidance 2",
+    ]
+
+
 REFUSED = {
     "steps": ([0], '"scores.steps.0" can\'t be 0'),
-    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4, base:2'),
+    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4, base:2 or 0.5:4'),
     "max_prompts": ("none", '"scores.max_prompts" can\'t be'),
     "options": ({"seeds": 1}, "scores.options: an option sets seeds, which the other keys"),
     "conditions": ({"a": {"prompts": "x"}}, "conditions.a: an option sets prompts, which the"),
@@ -186,6 +198,8 @@ def test_the_report_has_what_each_condition_changes(plan, tmp_path):
             '--variants has "Lora": choose from LoRA; Bi-LoRA; LoRA-SAM.',
         ),
         ("pictures_duotone --guidances best:4", '"best:4" is no kind of guidance'),
+        ("pictures_duotone --guidances 2:4", '"2:4" is no kind of guidance'),
+        ("pictures_duotone --guidances base:2,0:2", "stands twice in a list"),
         ("pictures_duotone --steps a", "is no list of numbers: write whole numbers"),
         ("lora_bilora --steps 4", "it has no scores, to which --steps belongs"),
         ("lora_bilora --processes 1", "--processes is for samples"),

@@ -114,11 +114,11 @@ def nodes_reading(folder, monkeypatch):
     return nodes
 
 
-@pytest.mark.parametrize("guidance_from", ["adapter", "base"])
+@pytest.mark.parametrize("guidance_from", ["adapter", "base", 0.5])
 def test_comfyui_takes_the_workflow_and_has_its_noise_levels(
     guidance_from, model, tmp_path, monkeypatch
 ):
-    if guidance_from == "base" and model.pipeline_class == "FluxPipeline":
+    if guidance_from != "adapter" and model.pipeline_class == "FluxPipeline":
         pytest.skip("it has no unconditional prediction")
     nodes = nodes_reading(tmp_path, monkeypatch)
     graph = graph_of(pipeline_of(model.pipeline_class), guidance_from)
@@ -143,8 +143,8 @@ def test_comfyui_takes_the_workflow_and_has_its_noise_levels(
     torch.testing.assert_close(levels[:-1], comfy_levels(graph))
 
 
-def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
-    """The nodes of the workflow with guidance from the base model, on the miniature's sizes."""
+def test_comfyui_adds_a_hooked_lora_to_each_prompt_at_its_strength(monkeypatch, tmp_path):
+    """The nodes of the workflow with guidance from another model, on the miniature's sizes."""
     monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])
     load("comfy.cli_args").args.cpu = True
     nodes = nodes_reading(tmp_path, monkeypatch)
@@ -170,15 +170,17 @@ def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
     prompts = torch.randn(2, 1, 7, 192, generator=generator)
     pooled = torch.randn(1, 16, generator=generator)
 
-    def predictions(patcher, has_hook):
-        """Conditional and unconditional prediction in the first step."""
-        positive = [[prompts[0], {"pooled_output": pooled}]]
-        negative = [[prompts[1], {"pooled_output": pooled}]]
-        if has_hook:
-            create = nodes.NODE_CLASS_MAPPINGS["CreateHookLoraModelOnly"]()
-            (hooks,) = create.create_hook_model_only("dog.safetensors", 1.0)
-            attach = nodes.NODE_CLASS_MAPPINGS["ConditioningSetProperties"]()
-            (positive,) = attach.set_properties(positive, 1.0, "default", hooks=hooks)
+    def predictions(patcher, strengths=(0.0, 0.0)):
+        """Conditional and unconditional prediction in the first step, at strengths of hooks."""
+        conditions = []
+        for prompt, strength in zip(prompts, strengths, strict=True):
+            condition = [[prompt, {"pooled_output": pooled}]]
+            if strength:
+                create = nodes.NODE_CLASS_MAPPINGS["CreateHookLoraModelOnly"]()
+                (hooks,) = create.create_hook_model_only("dog.safetensors", strength)
+                attach = nodes.NODE_CLASS_MAPPINGS["ConditioningSetProperties"]()
+                (condition,) = attach.set_properties(condition, 1.0, "default", hooks=hooks)
+            conditions.append(condition)
         first_step = []
 
         def record(arguments):
@@ -188,17 +190,24 @@ def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
         patcher = patcher.clone()
         patcher.set_model_sampler_post_cfg_function(record)
         guider = samplers.CFGGuider(patcher)
-        guider.set_conds(positive, negative)
+        guider.set_conds(*conditions)
         guider.set_cfg(3.0)
         sigmas = torch.tensor([5.0, 0.0])
         guider.sample(noise, torch.zeros_like(noise), samplers.ksampler("euler"), sigmas, seed=0)
         return first_step
 
-    base = predictions(patcher, has_hook=False)
-    hooked = predictions(patcher, has_hook=True)
-    (loaded,) = nodes.LoraLoaderModelOnly().load_lora_model_only(patcher, "dog.safetensors", 1.0)
-    adapted = predictions(loaded, has_hook=False)
+    def adapted_predictions(strength):
+        load_lora = nodes.LoraLoaderModelOnly().load_lora_model_only
+        return predictions(*load_lora(patcher, "dog.safetensors", strength))
+
+    base = predictions(patcher)
+    adapted = adapted_predictions(1.0)
+    assert (adapted[1] - base[1]).abs().max() > 1e-3
     # The adapter acts in the conditional prediction only, though it would change the other too.
+    hooked = predictions(patcher, (1.0, 0.0))
     torch.testing.assert_close(hooked[0], adapted[0])
     torch.testing.assert_close(hooked[1], base[1])
-    assert (adapted[1] - base[1]).abs().max() > 1e-3
+    # Two hooks of one file have a strength each.
+    hooked = predictions(patcher, (1.0, 0.5))
+    torch.testing.assert_close(hooked[0], adapted[0])
+    torch.testing.assert_close(hooked[1], adapted_predictions(0.5)[1])

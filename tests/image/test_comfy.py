@@ -31,8 +31,9 @@ def pipeline_of(kind):
     return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else make_pipeline(kind)
 
 
-def graph_of(pipeline, guidance_from="adapter"):
-    sample = ValidationSample("a fox", "", 3, 1.0, SIDE, SIDE, 2.5, STEPS, guidance_from)
+def graph_of(pipeline, guidance_from="adapter", negative_prompt=""):
+    size = (SIDE, SIDE)
+    sample = ValidationSample("a fox", negative_prompt, 3, 1.0, *size, 2.5, STEPS, guidance_from)
     return comfy.workflow(pipeline, "model", "dog.safetensors", sample)
 
 
@@ -122,29 +123,44 @@ def test_a_workflow_hangs_together(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in READ if kind != "FluxPipeline"])
-def test_with_guidance_from_the_base_model_the_adapter_acts_on_the_prompt_alone(kind):
-    graph = graph_of(pipeline_of(kind), "base")
+@pytest.mark.parametrize("negative_prompt", ["", "blurry"])
+@pytest.mark.parametrize("guidance_from", ["base", 0.25])
+def test_with_guidance_from_another_model_hooks_have_the_adapter(
+    kind, guidance_from, negative_prompt
+):
+    """The adapter acts on the prompt, and on the negative prompt at the strength in between."""
+    pipeline = pipeline_of(kind)
+    if kind == SDXL:  # as SDXL base; the miniature has no such zeros
+        pipeline.register_to_config(force_zeros_for_empty_prompt=True)
+    graph = graph_of(pipeline, guidance_from, negative_prompt)
     assert final_classes(graph) == ["SaveImage"]
 
-    def sources(number):
-        """Classes of a node and of all nodes that it depends on."""
-        classes = {graph[number]["class_type"]}
-        for link in links_of(graph[number]):
-            classes |= sources(link)
-        return classes
+    def strengths(number):
+        """Class and strength of each adapter's node that a node depends on."""
+        node = graph[number]
+        pairs = set()
+        if "lora_name" in node["inputs"]:
+            assert node["inputs"]["lora_name"] == "dog.safetensors"
+            assert node["inputs"].get("strength_clip") in (None, node["inputs"]["strength_model"])
+            pairs.add((node["class_type"], node["inputs"]["strength_model"]))
+        for link in links_of(node):
+            pairs |= strengths(link)
+        return pairs
 
     (guided,) = nodes(graph, "KSampler", "CFGGuider")
-    model = sources(guided["model"][0])
-    positive = sources(guided["positive"][0])
-    negative = sources(guided["negative"][0])
-    loras = {"LoraLoader", "LoraLoaderModelOnly", "CreateHookLoraModelOnly"}
-    assert "CreateHookLoraModelOnly" in positive
-    assert model.isdisjoint(loras)
-    assert "CreateHookLoraModelOnly" not in negative
-    if "ConditioningZeroOut" not in negative:  # if it is zero, its text encoder is not used
-        assert negative.isdisjoint(loras)
-    for lora in nodes(graph, *loras):
-        assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)
+    assert strengths(guided["model"][0]) == set()
+    positive = {("CreateHookLoraModelOnly", 1.0)}
+    negative = set()
+    if guidance_from != "base":
+        negative.add(("CreateHookLoraModelOnly", guidance_from))
+    if kind == SDXL:  # its file may have adapters of the text encoders
+        positive.add(("LoraLoader", 1.0))
+        if negative_prompt and negative:
+            negative.add(("LoraLoader", guidance_from))
+    if nodes(graph, "ConditioningZeroOut"):  # the prompt's embedding, made zero
+        negative |= positive - {("CreateHookLoraModelOnly", 1.0)}
+    assert strengths(guided["positive"][0]) == positive
+    assert strengths(guided["negative"][0]) == negative
 
 
 def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():

@@ -59,6 +59,12 @@ def images_of(pipeline, source, **options):
     return generate(pipeline, PROMPTS, SEEDS, guidance_from=source, **settings)
 
 
+def adapted_encoders(pipeline):
+    """The text encoders of a pipeline that have adapters."""
+    encoders = [getattr(pipeline, name, None) for name in family_of(pipeline).encoders]
+    return [encoder for encoder in encoders if encoder is not None and adapters.layers(encoder)]
+
+
 def with_norms_of(values, reference):
     """The values, with the norms of the reference along the last axis."""
     return values * reference.norm(dim=-1, keepdim=True) / values.norm(dim=-1, keepdim=True)
@@ -73,7 +79,10 @@ def sample_by_hand(pipeline, strength=0.0):
     sampler = bare_sampler(family, pipeline)
     scheduler = sampler.scheduler
     conditional = embed(pipeline, PROMPTS)
-    unconditional = embed_negative(pipeline, len(PROMPTS))
+    with ExitStack() as stack:
+        for encoder in adapted_encoders(pipeline):
+            stack.enter_context(rescale_adapter_scale(encoder, strength))
+        unconditional = embed_negative(pipeline, len(PROMPTS))
     # One call fills in the scheduler's noise levels; its images are not used.
     sampler(
         **family.sampling(conditional, unconditional, 0.0),
@@ -147,16 +156,34 @@ def test_without_it_an_image_is_that_of_diffusers_pipeline_to_the_bit(sdxl):
     assert difference(images, expected_images) == 0
 
 
-def test_dora_makes_two_calls():
-    pipeline = adapted(SDXL, AdapterSpec(rank=2, use_dora=True, target_modules=("to_q", "to_v")))
+@pytest.mark.parametrize("kind", [SDXL, "QwenImagePipeline", "ZImagePipeline"])
+def test_dora_acts_at_the_strength_of_diffusers(kind):
+    pipeline = adapted(kind, AdapterSpec(rank=2, use_dora=True, target_modules=("to_q", "to_v")))
     batch_sizes = []
-    pipeline.unet.conv_in.register_forward_hook(
-        lambda module, inputs, output: batch_sizes.append(len(output))
-    )
+    if kind == SDXL:
+        pipeline.unet.conv_in.register_forward_hook(
+            lambda module, inputs, output: batch_sizes.append(len(output))
+        )
     images = images_of(pipeline, "base")
-    assert batch_sizes == [2] * 2 * STEPS  # 2 images in each call
+    if kind == SDXL:
+        assert batch_sizes == [2] * 2 * STEPS  # 2 images in each of two calls
     assert difference(images, sample_by_hand(pipeline)) <= 1
-    assert difference(images_of(pipeline, 0.5), sample_by_hand(pipeline, 0.5)) <= 1
+    half_images = images_of(pipeline, 0.5)
+    assert difference(half_images, sample_by_hand(pipeline, 0.5)) <= 1
+    assert difference(half_images, images_of(pipeline, "adapter")) > 0
+
+
+@pytest.mark.parametrize("kind", [SDXL, "StableDiffusion3Pipeline"])
+def test_trained_text_encoders_act_at_the_strength_too(kind):
+    pipeline = adapted(kind)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        add_adapters(encoder, AdapterSpec(rank=2, target_modules=("q_proj", "v_proj")))
+        for parameter in adapters.parameters(encoder, PRIMARY):
+            parameter.data.mul_(0.3)
+        adapters.activate(encoder, [PRIMARY])
+    assert len(adapted_encoders(pipeline)) == 2
+    for source, strength in (("base", 0.0), (0.5, 0.5), ("adapter", 1.0)):
+        assert difference(images_of(pipeline, source), sample_by_hand(pipeline, strength)) <= 1
 
 
 def test_strength_acts_on_the_conditional_half_and_0_is_the_base_model(sdxl):
@@ -170,6 +197,8 @@ def test_strength_acts_on_the_conditional_half_and_0_is_the_base_model(sdxl):
     with rescale_adapter_scale(sdxl.unet, 0.5):
         half_images = images_of(sdxl, "base")
         assert difference(half_images, sample_by_hand(sdxl)) <= 1
+        # A strength in the unconditional half multiplies that of the sample.
+        assert difference(images_of(sdxl, 0.25), sample_by_hand(sdxl, 0.25)) <= 1
     assert difference(half_images, full_images) > 4
 
 
@@ -181,8 +210,9 @@ def test_an_error_leaves_nothing_behind(pipeline):
     def stop(_):
         raise InterruptedError
 
-    with pytest.raises(InterruptedError):
-        images_of(pipeline, "base", on_step=stop)
+    for source in ("base", 0.5):
+        with pytest.raises(InterruptedError):
+            images_of(pipeline, source, on_step=stop)
     # A method of the instance would hide that of the class.
     assert "forward" not in vars(model)
     for _, layer in adapters.layers(model):
@@ -221,8 +251,8 @@ def test_adapters_that_are_merged_have_no_strength_in_between():
 def test_a_model_without_an_unconditional_prediction_is_refused(sdxl):
     with pytest.raises(UserError, match=r"guidance of 1: give a guidance above 1, or drop it"):
         images_of(sdxl, "base", guidance_scale=1.0)
-    with pytest.raises(UserError, match=r"FLUX.1 .* guidance of 3: drop it"):
-        images_of(make_pipeline("FluxPipeline"), "base")
+    with pytest.raises(UserError, match=r"at strength 0.5 is refused, .*FLUX.1 .* of 3"):
+        images_of(make_pipeline("FluxPipeline"), 0.5)
     klein = make_pipeline("Flux2KleinPipeline")
     klein.register_to_config(is_distilled=True)
     with pytest.raises(UserError, match=r"guidance of 3: drop it"):

@@ -42,6 +42,9 @@ def samples(*prompts, **options):
         ("a dog -- running --s 4", replace(PLAIN, prompt="a dog -- running", steps=4)),
         ("a dog --n ", PLAIN),
         ("a dog --am -1.5 --negative_prompt b", replace(PLAIN, strength=-1.5, negative_prompt="b")),
+        ("a dog --guidance_from 0.5", replace(PLAIN, guidance_from=0.5)),
+        ("a dog --guidance_from 0.0", replace(PLAIN, guidance_from="base")),
+        ("a dog --guidance_from 1", PLAIN),
     ],
 )
 def test_a_prompt_in_kohyas_form(text, sample):
@@ -87,6 +90,8 @@ def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
         ("a --w 833", "832"),
         ("a --n b --l 1", "guidance of 1"),
         ("a --guidance_from base --l 1", "guidance above 1"),
+        ("a --guidance_from 0.5 --l 1", "guidance from the adapter at strength 0.5 is refused"),
+        ("a --guidance_from 2", '"2": give adapter, base or a number from 0 to 1'),
         ("--n b", "no prompt"),
         ("a --w 64 --width 128", "twice"),
         ({"prompt": "a", "width": ["64"]}, "single value"),
@@ -122,10 +127,14 @@ def test_settings_that_can_have_no_effect_are_refused():
     with pytest.raises(UserError, match="--method full"):
         samples("a --am 0.5", method="full")
     from_base = r"eval.clip_scores --guidance_from base"
-    with pytest.raises(UserError, match=from_base):
-        samples("a --guidance_from base", init_lora_weights="pissa")
-    with pytest.raises(UserError, match=from_base):
-        samples("a", validation_guidance_from="base", init_lora_weights="pissa")
+    for source in ("base", "0.5"):
+        with pytest.raises(UserError, match=from_base):
+            samples(f"a --guidance_from {source}", init_lora_weights="pissa")
+        with pytest.raises(UserError, match=from_base):
+            samples("a", validation_guidance_from=source, init_lora_weights="pissa")
+        with pytest.raises(UserError, match="--method full is refused"):
+            samples("a", validation_guidance_from=source, method="full")
+    assert samples("a", validation_guidance_from="1", init_lora_weights="pissa")
 
 
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
@@ -135,7 +144,7 @@ def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
     assert samples("a --l 9", resolution=64)
     if pipeline == "FluxPipeline":
         with pytest.raises(UserError, match=r"makes no unconditional prediction .*: drop it"):
-            samples("a", validation_guidance_from="base", resolution=64)
+            samples("a", validation_guidance_from="0.5", resolution=64)
     with pytest.raises(UserError, match=r"number 1 .* negative prompt.* reads none"):
         samples("a --l 9 --n b", resolution=64)
 
@@ -144,14 +153,16 @@ def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
 def test_images_and_index_are_those_of_the_samples(tmp_path):
     """Each image equals the pipeline's with the same settings; a seed is given or the run's."""
     sun = "a TOK icon of a sun --s 2 --guidance_from base"
+    tree = "a TOK icon of a tree --s 2 --guidance_from 0.5"
     frog = "a TOK icon of a frog --n a lion --w 96 --h 48 --s 3 --l 3 --d 5 --am 0.5"
     options = {"num_validation_images": 1, "seed": 11, "report_to": "tensorboard", "rank": 2}
     options["learning_rate"] = 3e-2  # high, so that two steps change images visibly
     AcceleratorState._reset_state()  # of other tests in this process
-    main([*flags(tmp_path, **options), "--validation_prompts", frog, sun])
+    main([*flags(tmp_path, **options), "--validation_prompts", frog, sun, tree])
     expected = [
         ValidationSample("a TOK icon of a frog", "a lion", 5, 0.5, 96, 48, 3.0, 3),
         ValidationSample("a TOK icon of a sun", "", 11, 1.0, 64, 64, None, 2, "base"),
+        ValidationSample("a TOK icon of a tree", "", 11, 1.0, 64, 64, None, 2, 0.5),
     ]
     folder = tmp_path / "validation" / "step-2"
     entries = json.loads((folder / INDEX).read_text())["images"]
@@ -178,12 +189,12 @@ def test_images_and_index_are_those_of_the_samples(tmp_path):
             guidance_scale=sample.guidance or 5.0,
             generator=torch.Generator().manual_seed(sample.seed),
         ).images
-        if sample.guidance_from == "base":
+        if sample.guidance_from != "adapter":
             # Diffusers' pipeline has no such guidance, so the reference is the command's image.
             assert difference([reference], [image]) > 4
-            (reference,) = generate(
-                pipeline, [sample.prompt], [sample.seed], size=64, steps=2, guidance_from="base"
-            )
+            settings: dict[str, Any] = {"steps": 2, "guidance_from": sample.guidance_from}
+            prompt, seed = [sample.prompt], [sample.seed]
+            (reference,) = generate(pipeline, prompt, seed, size=64, **settings)
         assert difference([reference], [image]) <= 1
 
 
@@ -209,6 +220,8 @@ def test_a_folder_without_an_index_has_that_of_its_runs_options(tmp_path):
         '{"images": [{"file": 1, "prompt": "a"}]}',
         '{"images": [{"file": "../../x.png", "prompt": "a"}]}',
         '{"images": [{"file": "a.png", "prompt": "a", "guidance": NaN}]}',
+        '{"images": [{"file": "a.png", "prompt": "a", "guidance_from": "auxiliary"}]}',
+        '{"images": [{"file": "a.png", "prompt": "a", "guidance_from": [0.5]}]}',
         r'{"images": [{"file": "a.png", "prompt": "\ud800"}]}',
     ],
 )

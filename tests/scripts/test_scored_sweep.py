@@ -78,7 +78,11 @@ def test_a_dry_run_has_the_hours_and_the_memory_of_each_variant(tmp_path):
 
 @pytest.mark.parametrize(
     ("guidance", "sentence"),
-    [("base:1", "guidance above 1"), ("adapter:-3", "--guidance_scale is -3")],
+    [
+        ("base:1", "guidance above 1"),
+        ("0.5:1", "--guidance_from 0.5 is refused"),
+        ("adapter:-3", "--guidance_scale is -3"),
+    ],
 )
 def test_guidance_that_a_model_does_not_take_is_refused_first(guidance, sentence, tmp_path, capsys):
     flags = f"{FLAGS} --seeds 0 --guidances adapter:4,{guidance} --runs_dir {tmp_path / 'runs'}"
