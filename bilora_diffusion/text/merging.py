@@ -280,7 +280,9 @@ def _llama_cpp_lines(source: TextSource, target: Path) -> list[str]:
     """The commands that make a GGUF file of a folder, for the models that llama.cpp has."""
     is_supported = source.kind == "causal"
     if source.kind == "seq2seq":
-        is_supported = source.config.model_type in LLAMA_CPP_SEQ2SEQ
+        # It reads the vocabulary of these models from SentencePiece's file alone.
+        has_vocabulary = any((target / name).exists() for name in SENTENCEPIECE_FILES)
+        is_supported = has_vocabulary and source.config.model_type in LLAMA_CPP_SEQ2SEQ
     if not is_supported:
         return []
     folder = shlex.quote(str(target))

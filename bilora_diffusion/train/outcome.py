@@ -55,8 +55,9 @@ class Best:
         if step == 0:
             return False
         # An equal one is no new best: otherwise a constant loss would never end a run.
-        is_first = self.measurement is None
-        is_new_best = is_first or is_better(self.measure, measurement, self.measurement)
+        is_new_best = self.measurement is None or is_better(
+            self.measure, measurement, self.measurement
+        )
         if math.isfinite(measurement) and is_new_best:
             self.step = step
             self.measurement = measurement

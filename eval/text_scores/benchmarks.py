@@ -283,8 +283,8 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
 
     figures = {}
     for name, (step, value) in last_measured(subject.folder, last_step).items():
-        is_measured = name.startswith(HELDOUT_PREFIX) and value is not None
-        if is_measured and checkpoint_step in (None, step):
+        is_chosen = name.startswith(HELDOUT_PREFIX) and checkpoint_step in (None, step)
+        if is_chosen and value is not None:
             figures[name] = (step, float(value))
     if not figures and subject.kind != BASE and checkpoint_step is None:
         raise UserError(
