@@ -10,10 +10,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from .access import activate, active, layers, named_parameters
+from .access import activate, active, layers
 from .injection import put_adapter
-from .saving import peft_key
+from .saving import load_values, peft_parameters
 
 
 @dataclass(frozen=True)
@@ -46,25 +45,8 @@ def inject_frozen(model: nn.Module, adapter: FrozenAdapter) -> None:
     # The random first values are replaced.
     with torch.random.fork_rng(devices=[]):
         put_adapter(model, LoraConfig(**adapter.config), adapter.name)
-    parameters = {}
-    for key, parameter in named_parameters(model, adapter.name).items():
-        parameters[peft_key(key)] = parameter
-    differing_keys = sorted(parameters.keys() ^ adapter.tensors.keys())
-    if differing_keys:
-        raise UserError(
-            f'The adapter "{adapter.name}" does not fit the model at {differing_keys[0]}; give the'
-            " base model that it was trained on."
-        )
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            values = adapter.tensors[key]
-            if values.shape != parameter.shape:
-                raise UserError(
-                    f'The adapter "{adapter.name}" has {key} of the shape {list(values.shape)}, and'
-                    f" the model takes {list(parameter.shape)}; give the base model that it was"
-                    " trained on."
-                )
-            parameter.copy_(values)
+    parameters = peft_parameters(model, adapter.name)
+    load_values(parameters, adapter.tensors, f"the adapter {adapter.name}")
     for _, layer in layers(model, adapter.name):
         layer.set_scale(adapter.name, adapter.strength)
     activate(model, acting)

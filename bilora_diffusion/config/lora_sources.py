@@ -12,8 +12,8 @@ from ..core.errors import UserError, read_or_refuse
 from ..core.files import hash_of_file, is_file, is_folder, quoted
 from ..core.lora_names import FILE_NAME, WEIGHTS
 
-# Options that name a LoRA file.
-LORA_OPTIONS = ("assistant_lora",)
+# Options that name a LoRA file, and whether a strength may follow it.
+LORA_OPTIONS = {"init_from": False, "assistant_lora": True}
 # Largest size of a strength.
 MAX_STRENGTH = 100.0
 
@@ -25,7 +25,7 @@ class LoraSource:
     Attributes:
         option: name of the option.
         path: the file.
-        strength: factor of its change of the weights.
+        strength: factor of its change of the weights; 1 where the option takes none.
         sha256: hash of its content.
     """
 
@@ -42,22 +42,24 @@ def read_lora_sources(options: Mapping[str, Any]) -> dict[str, LoraSource]:
         UserError: a file does not exist, or a strength is no usable number.
     """
     sources: dict[str, LoraSource] = {}
-    for option in LORA_OPTIONS:
+    for option, takes_strength in LORA_OPTIONS.items():
         value = options.get(option)
         if value:
-            sources[option] = parse_lora_source(option, value)
+            place, strength = value, 1.0
+            if takes_strength:
+                place, strength = split_strength(option, value)
+            sources[option] = find_lora_source(option, place, strength)
     return sources
 
 
-def parse_lora_source(option: str, value: str) -> LoraSource:
-    """Read FILE[:STRENGTH], find the file and hash it.
+def find_lora_source(option: str, place: str, strength: float = 1.0) -> LoraSource:
+    """Find a LoRA file and hash it.
 
-    FILE may be a folder that holds a file of diffusers' or PEFT's name, such as a run folder.
+    The place may be a folder that holds a file of diffusers' or PEFT's name, such as a run folder.
 
     Raises:
-        UserError: there is no such file, or the strength is no usable number.
+        UserError: there is no such file, or it can't be read.
     """
-    place, strength = split_strength(option, value)
     path = Path(place).expanduser()
     if is_folder(path):
         files = [path / name for name in (FILE_NAME, WEIGHTS) if is_file(path / name)]
@@ -104,5 +106,17 @@ def lora_facts(sources: Mapping[str, LoraSource]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for option, source in sources.items():
         facts[f"{option}_sha256"] = source.sha256
-        facts[f"{option}_strength"] = source.strength
+        if LORA_OPTIONS[option]:
+            facts[f"{option}_strength"] = source.strength
+    return facts
+
+
+def recorded_facts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The `lora_facts` among a run's recorded options."""
+    facts: dict[str, Any] = {}
+    for option in LORA_OPTIONS:
+        for ending in ("sha256", "strength"):
+            name = f"{option}_{ending}"
+            if name in options:
+                facts[name] = options[name]
     return facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from ..config.lora_sources import LoraSource
 from ..core.errors import UserError
 from ..core.lora_names import COMPONENTS, ENCODERS
 from ..export.formats import Part, peft_adapter, plain_name
+from ..export.lora_checks import warn_of_other_base
 from ..export.reader import read
 
 FIX = "give the base model that it was trained on"
-logger = logging.getLogger(__name__)
 
 
 def models_of(pipeline: Any) -> dict[str, Any]:
@@ -66,15 +65,7 @@ def read_frozen(
             f"--{source.option} {source.path} has layers for {' and '.join(untrained)}, which is"
             f" not trained here, so that they would have no effect: {fix}."
         )
-    # Names of the same model differ: a folder has another one than the hub.
-    if contents.base_model and Path(contents.base_model).name != Path(base_model).name:
-        logger.warning(
-            '%s says that it is for "%s", and its layers fit "%s" too: see that one was made from'
-            " the other.",
-            source.path,
-            contents.base_model,
-            base_model,
-        )
+    warn_of_other_base(source, contents.base_model, base_model)
     frozen_adapters = {}
     if source.strength != 0:
         for name, part in parts.items():

@@ -29,6 +29,7 @@ from .config import DreamBoothConfig
 from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
+from .first_values import read_start
 from .frozen_loras import read_frozen
 from .latents import Encoder, weight_map
 from .likeness import SampledDistance
@@ -81,6 +82,10 @@ class DreamBooth:
                 encoders.append(encoder)
                 self.models[name] = encoder
         self.frozen = self._read_frozen()
+        self.start: dict[str, dict[str, Tensor]] = {}  # first values of primaries from a file
+        source = cfg.lora_sources.get("init_from")
+        if source is not None:
+            self.start = read_start(source, pipeline, self.targets(), cfg.base_model)
         self.module = DreamBoothModule(
             self.family,
             denoiser,
@@ -105,7 +110,7 @@ class DreamBooth:
             source = self.cfg.lora_sources.get(option)
             if source is None:
                 continue
-            base_model = self.cfg.pretrained_model_name_or_path
+            base_model = self.cfg.base_model
             adapters_of_file = read_frozen(source, adapter, self.pipeline, self.models, base_model)
             for name, frozen_adapter in adapters_of_file.items():
                 frozen[name] += (frozen_adapter,)
@@ -123,12 +128,12 @@ class DreamBooth:
         targets = []
         for name, model in self.models.items():
             if name == self.family.denoiser:
-                rate, weight_decay = cfg.learning_rate, cfg.adam_weight_decay
-                target = Target(name, model, spec, rate, weight_decay, self.frozen[name])
+                model_spec, rate, weight_decay = spec, cfg.learning_rate, cfg.adam_weight_decay
             else:
+                model_spec, rate = encoder_spec, text_encoder_rate(cfg)
                 weight_decay = cfg.adam_weight_decay_text_encoder
-                rate = text_encoder_rate(cfg)
-                target = Target(name, model, encoder_spec, rate, weight_decay, self.frozen[name])
+            frozen, start = self.frozen[name], self.start.get(name)
+            target = Target(name, model, model_spec, rate, weight_decay, frozen, start)
             targets.append(target)
         return targets
 

@@ -33,6 +33,8 @@ class Target:
     weight_decay: float = 0.0
     # Adapters of LoRA files that are put beside the trained ones.
     frozen: tuple[FrozenAdapter, ...] = ()
+    # First values of the primary (`inits.start_from_file`); None for those of `spec.init`.
+    start: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Method:
         self.targets = tuple(targets)
         self.inject_adapters()
         for target in self.targets:
+            if target.start is not None:
+                inits.start_from_file(target.model, target.start)
             for adapter in target.frozen:
                 adapters.inject_frozen(target.model, adapter)
             inits.prepare(target.model, target.spec)
