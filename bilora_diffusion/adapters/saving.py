@@ -31,8 +31,8 @@ def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 def peft_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters by PEFT's keys."""
-    named = named_parameters(model, adapter)
-    return {peft_key(key): parameter for key, parameter in named.items()}
+    parameters = named_parameters(model, adapter)
+    return {peft_key(key): parameter for key, parameter in parameters.items()}
 
 
 def load_values(

@@ -13,23 +13,23 @@ from ..core.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def warn_of_other_base(source: LoraSource, named: str | None, base_model: str) -> None:
+def warn_of_other_base(source: LoraSource, file_base: str | None, base_model: str) -> None:
     """Warn of a file that names another base model than the run's, on which its layers fit.
 
     It is not refused, since the same model has another name on the hub than in a folder.
 
     Args:
         source: the file, as the option names it.
-        named: base model by the file's metadata; None or "" if it has none.
+        file_base: base model by the file's metadata; None or "" if it has none.
         base_model: base model of the run.
     """
-    if named and Path(named).name != Path(base_model).name:
+    if file_base and Path(file_base).name != Path(base_model).name:
         logger.warning(
             '--%s %s is for "%s" by its own words, and its layers fit "%s" too: use it only if one'
             " of the two was made from the other.",
             source.option,
             source.path,
-            named,
+            file_base,
             base_model,
         )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import ASSISTANT, AdapterSpec
@@ -113,7 +113,7 @@ def test_layers_of_text_encoders_act_where_these_are_trained(pipeline, tmp_path)
         read_frozen(source, ASSISTANT, pipeline, models, "mini")
     models |= {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
     kohya = find_lora_source("assistant_lora", str(tmp_path / f"{tmp_path.name}.safetensors"))
-    files = [read_frozen(each, ASSISTANT, pipeline, models, "mini") for each in (source, kohya)]
+    files = [read_frozen(file, ASSISTANT, pipeline, models, "mini") for file in (source, kohya)]
     for frozen in files:
         assert frozen.keys() == {"unet", "text_encoder_2"}
     encoder = copy.deepcopy(pipeline.text_encoder_2)
@@ -153,6 +153,21 @@ def test_a_file_of_another_model_is_refused_and_another_name_is_told(pipeline, t
     for change, words in ((narrow, "inputs.*to_q|to_q.*inputs"), (rename, "no layer for.*to_z")):
         with pytest.raises(UserError, match=words):
             read(rewrite(file, tmp_path / "bad.safetensors", change))
+
+
+def test_a_training_adapter_of_ai_toolkit_is_read(tmp_path):
+    pipeline = pipeline_of("ZImagePipeline")
+    models = {"transformer": pipeline.transformer}
+    file = random_file(tmp_path / "file.safetensors", pipeline, rank=2, seed=0)
+    tensors = {}
+    for key, tensor in load_file(file).items():
+        tensors[key.replace("transformer.", "diffusion_model.", 1)] = tensor
+    save_file(tensors, tmp_path / "toolkit.safetensors")
+    sources = [find_lora_source("assistant_lora", str(path)) for path in tmp_path.iterdir()]
+    expected, actual = [read_frozen(file, ASSISTANT, pipeline, models, "") for file in sources]
+    assert len(expected["transformer"].tensors) == len(tensors)
+    for key, tensor in expected["transformer"].tensors.items():
+        assert torch.equal(actual["transformer"].tensors[key], tensor)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs on top of LoRA files: an assistant that acts in training only, and a start from a file."""
 
+import re
 import shutil
 
 import pytest
@@ -98,12 +99,12 @@ def test_a_run_with_another_file_or_strength_does_not_go_on(file, tmp_path):
     def change(tensors, _):
         next(iter(tensors.values())).mul_(1.01)
 
-    other = rewrite(file, tmp_path / "other.safetensors", change)
+    changed_file = rewrite(file, tmp_path / "changed.safetensors", change)
     for changes, words in (
-        ({"assistant_lora": other}, "assistant_lora_sha256"),
+        ({"assistant_lora": changed_file}, "assistant_lora_sha256"),
         ({"assistant_lora": f"{file}:0.5"}, "assistant_lora_strength was 1.0 and is 0.5"),
         ({"assistant_lora": None}, "assistant_lora_sha256"),
-        ({"init_from": other}, "init_from_sha256"),
+        ({"init_from": changed_file}, "init_from_sha256"),
     ):
         with pytest.raises(UserError, match=words):
             resumed(run, 2, **{**options, **changes})
@@ -166,6 +167,11 @@ def test_a_start_of_another_form_is_refused(file, values, words, tmp_path):
     with pytest.raises(UserError, match=words):
         train(tmp_path / "run", init_from=file, **values)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_memory_of_an_assistant_is_counted(file, capsys, tmp_path):
+    train(tmp_path / "run", assistant_lora=file, dry_run=True)
+    assert re.search(r"kB  adapters: assistant, frozen", capsys.readouterr().out)
 
 
 @pytest.mark.slow
