@@ -296,9 +296,9 @@ def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
 
 @contextmanager
 def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
-    """Multiply the change of all adapters of these layers by a strength within the context.
+    """Multiply the change of all trained adapters of these layers by a strength within the context.
 
-    At strength 0 they do not act at all, which for DoRA is not the limit of small strengths: its
+    Frozen adapters that act go on acting, as in `off`. At strength 0 they do not act at all, which for DoRA is not the limit of small strengths: its
     magnitudes act at any other strength.
 
     Raises:
@@ -316,7 +316,9 @@ def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
         )
     try:
         for layer, scaling in zip(lora_layers, before, strict=True):
-            layer.scaling.update({name: strength * value for name, value in scaling.items()})
+            for name, value in scaling.items():
+                if name not in FROZEN:
+                    layer.scaling[name] = strength * value
         yield
     finally:
         for layer, scaling in zip(lora_layers, before, strict=True):

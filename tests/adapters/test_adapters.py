@@ -91,7 +91,7 @@ def test_only_restores_order_flags_and_switches(enabled, names):
     assert state() == before
 
 
-def test_off_leaves_a_frozen_adapter_on_and_joined_by_adds_it():
+def test_switches_leave_a_frozen_adapter_on_and_joined_by_adds_it():
     model = two_adapters(tiny_mlp())
     adapters.inject(model, AdapterSpec(rank=2, target_modules=("first",)), ASSISTANT)
     for parameter in adapters.parameters(model, ASSISTANT):
@@ -102,6 +102,8 @@ def test_off_leaves_a_frozen_adapter_on_and_joined_by_adds_it():
     with torch.no_grad(), adapters.off(layers):
         base = model(x)
     assert adapters.active(model) == (*BOTH, ASSISTANT)
+    with torch.no_grad(), adapters.scaled(layers, 1e-9):
+        torch.testing.assert_close(model(x), base)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     with torch.no_grad(), adapters.only(model, (ASSISTANT,)):
         assert torch.equal(base, model(x))
