@@ -298,8 +298,9 @@ def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
 def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
     """Multiply the change of all trained adapters of these layers by a strength within the context.
 
-    Frozen adapters that act go on acting, as in `off`. At strength 0 they do not act at all, which for DoRA is not the limit of small strengths: its
-    magnitudes act at any other strength.
+    Frozen adapters that act go on acting, as in `off`. At strength 0 the trained ones do not act at
+    all, which for DoRA is not the limit of small strengths: its magnitudes act at any other
+    strength.
 
     Raises:
         UserError: adapters that are merged into the base weights, where a strength has no effect.
