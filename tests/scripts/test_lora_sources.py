@@ -37,11 +37,12 @@ def file(tmp_path_factory):
 
 
 def test_an_assistant_is_recorded_and_neither_exported_nor_trained(file, tmp_path):
-    run = train(tmp_path / "run", assistant_lora=f"{file}:0.7", **SHARED)
+    options = {"max_train_steps": 1, "checkpointing_steps": 1, "train_batch_size": 1}
+    run = train(tmp_path / "run", assistant_lora=f"{file}:0.7", **options)
     sha256 = hash_of_file(file)
     recorded = {"assistant_lora_sha256": sha256, "assistant_lora_strength": 0.7}
     assert recorded.items() <= runlog.read_run(run)["config"].items()
-    saved = checkpoint.load(run / "checkpoints" / "step-4")
+    saved = checkpoint.load(run / "checkpoints" / "step-1")
     assert recorded.items() <= saved.extra["config"].items()
     assert inspect(run / FILE_NAME).metadata["bilora.assistant_lora_sha256"] == sha256
     card = (run / "README.md").read_text()
@@ -59,11 +60,6 @@ def test_an_assistant_is_recorded_and_neither_exported_nor_trained(file, tmp_pat
     assert len(layers) == 56
     assert compare(run / FILE_NAME, {"unet": layers})["max_relative_difference"] < 1e-6
 
-    # At this step everything was the same but for the assistant.
-    plain = train_once("plain-steps", **SHARED)
-    assert column(run, "digest") == column(plain, "digest")
-    assert column(run, "loss")[0] != column(plain, "loss")[0]
-
 
 @pytest.mark.slow
 def test_an_assistant_without_strength_changes_nothing(file, tmp_path):
@@ -78,7 +74,7 @@ def test_an_assistant_without_strength_changes_nothing(file, tmp_path):
     [
         {"gradient_checkpointing": True, "train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"quantize": "nf4", "method": "lora-sam", "guided_target": 2},
-        {"use_dora": True, "aspect_ratio_buckets": "auto", "hold_unconditional": 1},
+        {"use_dora": True, "hold_unconditional": 1, "hold_unconditional_every": 3},
     ],
     ids=str,
 )
@@ -146,8 +142,8 @@ def test_both_runs_of_a_comparison_start_at_the_file_beside_the_assistant(file, 
     run = train(tmp_path / "run", **options, compare="lora")
     control = control_folder(run, "lora")
     assert column(run, "heldout_loss")[0] == column(control, "heldout_loss")[0]
-    # The auxiliary starts at 0, so that the first step's loss is the same.
-    assert column(run, "loss")[0] == column(control, "loss")[0]
+    # The auxiliary starts at 0, so that the first step's loss is the same but for rounding.
+    assert column(run, "loss")[0] == pytest.approx(column(control, "loss")[0], rel=1e-5)
     assert_same_run(control, train(tmp_path / "own", **options, method="lora"), "grad_norm")
 
 
