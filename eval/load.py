@@ -15,19 +15,17 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 
-from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.core.lora_names import COMPONENTS
-from bilora_diffusion.export.formats import diffusers_tensors, plain_name
+from bilora_diffusion.export.formats import diffusers_tensors
 from bilora_diffusion.export.reader import read
+from bilora_diffusion.image.frozen_loras import FIX, models_of, require_fit
 from bilora_diffusion.text.models import TextModel
 from bilora_diffusion.train.task import precision
 
 from .cache import PEFT_FILE
 from .subjects import Subject
-
-FIX = "give the base model that it was trained on"
 
 
 @contextmanager
@@ -80,6 +78,9 @@ def require_adapter(subject: Subject, source: str) -> None:
 def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
     """Put a LoRA file on a pipeline's models, as their primary."""
     parts = read(file).parts
+    models = models_of(pipeline)
+    # diffusers only warns of keys that name no layer, and loads the others.
+    require_fit(file, parts, models)
     # diffusers can't read the file itself in full: of a kohya file it takes one alpha for all
     # layers, and no magnitudes.
     tensors = diffusers_tensors(parts)
@@ -92,21 +93,6 @@ def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
             pipeline.set_adapters([PRIMARY], [scale])
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    # diffusers only warns of keys that name no layer, and loads the others.
-    models = _models_of(pipeline)
-    expected, adapted = set(), set()
-    for component, part in parts.items():
-        for layer in part.layers:
-            expected.add(f"{component}.{layer.name}")
-    for component, model in models.items():
-        for name, _ in adapters.layers(model, PRIMARY):
-            adapted.add(f"{component}.{plain_name(name)}")
-    absent = sorted(expected - adapted)
-    if absent:
-        raise UserError(
-            f"{file} does not fit the base model, which has no layer for {len(absent)} of its"
-            f" {len(expected)}, such as {absent[0]}: {FIX}."
-        )
     for model in models.values():
         # diffusers adds layers in training mode, in which dropout is active.
         model.eval().requires_grad_(False)
@@ -118,7 +104,7 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
     Returns:
         Name -> the model that was replaced, now on the CPU, and the device that it was on.
     """
-    models = _models_of(pipeline)
+    models = models_of(pipeline)
     # All are loaded before the first is replaced, so that an error leaves the pipeline as it was.
     loaded = {}
     for name in COMPONENTS:
@@ -147,16 +133,6 @@ def _load_model(base: Any, folder: Path) -> Any:
     if shapes != {key: value.shape for key, value in base.state_dict().items()}:
         raise UserError(f"{folder} does not fit the base model: {FIX}.")
     return model.eval().requires_grad_(False)
-
-
-def _models_of(pipeline: Any) -> dict[str, Any]:
-    """The denoiser and the text encoders of a pipeline, by name."""
-    models = {}
-    for name in COMPONENTS:
-        model = getattr(pipeline, name, None)
-        if model is not None:
-            models[name] = model
-    return models
 
 
 def put_peft(base: TextModel, folder: Path) -> Any:

@@ -9,12 +9,13 @@ in float64 where the base layer is: bf16 would lose small updates.
 from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 
-from ..core.lora_names import AUXILIARY, INITIAL, PRIMARY
+from ..core.lora_names import ASSISTANT, AUXILIARY, FROZEN, INITIAL, PRIMARY, SAMPLING
 from ..core.values import ALL_LINEAR
 from .access import (
     Factors,
     activate,
     active,
+    assisting,
     base_rows,
     base_weight,
     factors,
@@ -24,6 +25,7 @@ from .access import (
     group_equal,
     head_parameters,
     is_quantized,
+    joined_by,
     layers,
     named_parameters,
     off,
@@ -32,6 +34,7 @@ from .access import (
     scaled,
     weights,
 )
+from .frozen import FrozenAdapter, inject_frozen
 from .inits import start_from_initial, subtract_initial
 from .injection import (
     CHANGE_BASE,

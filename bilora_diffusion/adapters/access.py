@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..core.errors import UserError
-from ..core.lora_names import INITIAL, PRIMARY
+from ..core.lora_names import ASSISTANT, FROZEN, INITIAL, PRIMARY
 
 
 class Factors(NamedTuple):
@@ -191,8 +191,8 @@ def _as_matrix(weight: Any) -> Tensor:
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     """Make exactly these adapters of `model` (or several) act, in this order.
 
-    They become trainable, with the modules that are trained whole with the primary, and all else
-    is frozen.
+    They become trainable but for those of `FROZEN`, with the modules that are trained whole with
+    the primary, and all else is frozen.
 
     Raises:
         UserError: an adapter that no layer has, or that never acts.
@@ -206,6 +206,9 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
             module.set_adapter(list(names))
         elif isinstance(module, BaseTuner):
             module.active_adapter = list(names)
+    for name in FROZEN:
+        for parameter in parameters(model, name):
+            parameter.requires_grad_(False)
     for parameter in head_parameters(model, PRIMARY).values():
         parameter.requires_grad_(PRIMARY in names)
 
@@ -252,29 +255,52 @@ def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def assisting(model: nn.Module) -> tuple[str, ...]:
+    """The frozen adapter of `model` (or several) that acts in training; () without one."""
+    return (ASSISTANT,) if ASSISTANT in names(model) else ()
+
+
+@contextmanager
+def joined_by(model: nn.Module, frozen: str) -> Iterator[None]:
+    """Let a frozen adapter act too within the context, if `model` has it.
+
+    It is for forward passes alone, as `only` is.
+    """
+    if frozen not in names(model):
+        yield
+        return
+    with only(model, (*active(model), frozen)):
+        yield
+
+
 @contextmanager
 def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Let no adapter of these layers act within the context.
+    """Let no trained adapter of these layers act within the context.
 
-    It is for forward passes without gradients. What is trainable stays as it is.
+    Frozen adapters that act go on acting: they belong to the base model. It is for forward passes
+    without gradients. What is trainable stays as it is.
     """
-    # Not by `enable_adapters`, which makes parameters untrainable too.
     enabled_layers = [layer for layer in lora_layers if not layer.disable_adapters]
-    for layer in enabled_layers:
-        layer._disable_adapters = True
+    orders = [layer.active_adapters for layer in enabled_layers]
+    # Not by `enable_adapters` and `set_adapter`, which change what is trainable too.
+    for layer, order in zip(enabled_layers, orders, strict=True):
+        layer._active_adapter = [name for name in order if name in FROZEN]
+        layer._disable_adapters = not layer._active_adapter
     try:
         yield
     finally:
-        for layer in enabled_layers:
+        for layer, order in zip(enabled_layers, orders, strict=True):
+            layer._active_adapter = order
             layer._disable_adapters = False
 
 
 @contextmanager
 def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
-    """Multiply the change of all adapters of these layers by a strength within the context.
+    """Multiply the change of all trained adapters of these layers by a strength within the context.
 
-    At strength 0 they do not act at all, which for DoRA is not the limit of small strengths: its
-    magnitudes act at any other strength.
+    Frozen adapters that act go on acting, as in `off`. At strength 0 the trained ones do not act at
+    all, which for DoRA is not the limit of small strengths: its magnitudes act at any other
+    strength.
 
     Raises:
         UserError: adapters that are merged into the base weights, where a strength has no effect.
@@ -291,7 +317,9 @@ def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
         )
     try:
         for layer, scaling in zip(lora_layers, before, strict=True):
-            layer.scaling.update({name: strength * value for name, value in scaling.items()})
+            for name, value in scaling.items():
+                if name not in FROZEN:
+                    layer.scaling[name] = strength * value
         yield
     finally:
         for layer, scaling in zip(lora_layers, before, strict=True):

@@ -1,10 +1,10 @@
-"""One low-rank product for both adapters, W0 x + [s1 B1, s2 B2] [A1; A2] x, in place of PEFT's two.
+"""One low-rank product for all adapters, W0 x + [s1 B1, s2 B2] [A1; A2] x, where PEFT has several.
 
 The parameters stay separate, and each forward joins them. The product runs in the precision of the
 base's output (autocast's where it is on), so x is not copied to fp32 as PEFT does. Forward and
 backward are written out (`products`): autograd would add the product to the base's output through a
 view, which takes six more operations on all activations. The A of a convolution's adapters become
-one convolution with as many channels as both ranks. A layer in a state that one product can't
+one convolution with as many channels as all ranks. A layer in a state that one product can't
 express keeps PEFT's own forward.
 """
 
@@ -138,7 +138,7 @@ def _fused_class(peft_class: type) -> type | None:
 
 
 def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
-    """The one or two adapters that one product can express; None where PEFT's forward must run.
+    """The adapters that one product can express; None where PEFT's forward must run.
 
     Args:
         layer: a LoRA layer of PEFT.
@@ -152,7 +152,7 @@ def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
     B = modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
     active = [name for name in layer.active_adapters if name in A]
-    if not 1 <= len(active) <= 2:
+    if not active:
         return None
     # An evaluation of the primary gives, to the bit, what PEFT gives with the exported file.
     if len(active) == 1 and not layer.training:

@@ -1,9 +1,10 @@
-"""First values of the primary that PEFT lacks or makes otherwise: PiSSA and LoRA-GA.
+"""First values of the primary that PEFT lacks or makes otherwise: a file's, PiSSA and LoRA-GA.
 
-Both start from factors A0, B0 that are not zero, and take them out of the base weight, which is
-then W - s B0 A0, so that the model starts as it came. A0 and B0 stay on the model as the adapter
-`INITIAL`, which never acts and is never trained. Checkpoints hold it, so that a resumed run makes
-the same base weights; `portable_state_dict` needs it to say what the primary adds to W.
+`start_from_file` gives the primary the values of a file. The others start from factors A0, B0 that
+are not zero, and take them out of the base weight, which is then W - s B0 A0, so that the model
+starts as it came. A0 and B0 stay on the model as the adapter `INITIAL`, which never acts and is
+never trained. Checkpoints hold it, so that a resumed run makes the same base weights;
+`portable_state_dict` needs it to say what the primary adds to W.
 
 `prepare` is called before training; then a new run calls `compute` and `start_from_initial`, and a
 resumed one `subtract_initial` with the factors of its checkpoint.
@@ -27,9 +28,19 @@ from torch import Tensor, nn
 from ..core.errors import TrainingError, UserError
 from ..core.lora_names import INITIAL, PRIMARY
 from ..core.seeds import seed_of
-from .access import base_rows, base_weight, from_rows, is_quantized, layers, rows, weights
+from .access import (
+    base_rows,
+    base_weight,
+    from_rows,
+    head_parameters,
+    is_quantized,
+    layers,
+    rows,
+    weights,
+)
 from .injection import AdapterSpec, inject
 from .precision import exact_dtype
+from .saving import load_values, peft_parameters
 
 # Singular components that an init takes, in units of the rank: the shorter side of a weight must
 # have as many.
@@ -137,6 +148,20 @@ def compute(
             f'init "{spec.init}" needs the gradient of a loss, and no layer got one; run backward '
             "passes through the adapted layers."
         )
+
+
+def start_from_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Start the primary, and modules that are trained whole with it, from the values of a file.
+
+    Args:
+        tensors: A, B (without the scale alpha / rank), DoRA's magnitudes and whole modules, by
+            PEFT's keys.
+
+    Raises:
+        UserError: the primary has other layers or shapes.
+    """
+    parameters = {**peft_parameters(model, PRIMARY), **head_parameters(model, PRIMARY)}
+    load_values(parameters, tensors, "the LoRA file to start from")
 
 
 @torch.no_grad()

@@ -241,6 +241,19 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
         base_model_name_or_path=getattr(model, "name_or_path", None),
         fan_in_fan_out=any(isinstance(base_of(layer), Conv1D) for layer in targets.values()),
     )
+    put_adapter(model, config, name)
+    _reset_magnitudes(model, name)
+    if spec.modules_to_save:
+        # PEFT would add a copy of each of these modules. Here a module such as a classifier's
+        # head is trained in its place, in fp32, and saved under the keys that PEFT reads.
+        cast(Any, model).peft_config[name].modules_to_save = list(spec.modules_to_save)
+        for parameter in head_parameters(model, name).values():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    activate(model, active_names)
+
+
+def put_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
+    """Add an adapter of PEFT's configuration, in fp32 or wider; which adapters act is undefined."""
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
@@ -251,14 +264,6 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
         if hasattr(model, "_hf_peft_config_loaded"):
             cast(Any, model)._hf_peft_config_loaded = True
     cast_adapter_dtype(model, name)  # to fp32 where they are narrower, by new parameters
-    _reset_magnitudes(model, name)
-    if spec.modules_to_save:
-        # PEFT would add a copy of each of these modules. Here a module such as a classifier's
-        # head is trained in its place, in fp32, and saved under the keys that PEFT reads.
-        cast(Any, model).peft_config[name].modules_to_save = list(spec.modules_to_save)
-        for parameter in head_parameters(model, name).values():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    activate(model, active_names)
 
 
 def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:

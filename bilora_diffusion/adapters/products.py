@@ -20,7 +20,7 @@ class AdapterProduct(torch.autograd.Function):
 
     B is stored and its gradient computed transposed, (R, out): a product with few columns takes two
     to four times as long on a CPU. The gradients are those of the single adapters' factors, in
-    their own precision.
+    their own precision. Factors of frozen adapters, which come last, have none.
     """
 
     @staticmethod
@@ -59,8 +59,10 @@ class AdapterProduct(torch.autograd.Function):
                 g_x = (g_output @ weight).addmm_(g_hidden, A).view(ctx.shape)
             else:
                 g_x = (g_hidden @ A).view(ctx.shape)  # autograd adds the base's part: `g_base`
-        g_A = g_hidden.mT @ inputs  # (R, in)
-        g_B_transposed = hidden.mT @ g_output  # (R, out); `hidden` has the scale
+        rows = slice(_trained_rows(ctx))
+        g_A = g_hidden[:, rows].mT @ inputs  # (trained rows of R, in)
+        # (trained rows of R, out); `hidden` has the scale
+        g_B_transposed = hidden[:, rows].mT @ g_output
         g_base = gradient if ctx.needs_input_grad[1] else None
         # In the order of forward's arguments; weight, bias and scales have none.
         gradients = [g_x, g_base, None, None, None]
@@ -101,6 +103,10 @@ class AdapterConvolution(torch.autograd.Function):
         g_x, g_A = _convolution_gradients(
             g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0]
         )
+        # Of frozen adapters too: one convolution for all is as fast as one for a part.
+        rows = slice(_trained_rows(ctx))
+        g_A = g_A[rows]
+        g_B = g_B[:, rows]
         g_base = gradient if ctx.needs_input_grad[1] else None
         gradients = [g_x, g_base, None, None, None]  # stride, padding and scales have none
         gradients += _separate(ctx, g_A, g_B.transpose(0, 1))
@@ -130,7 +136,7 @@ def _convolution_gradients(
 def _join(
     ctx: Any, factors: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """[A1; A2], (R, in), and [B1, B2 s2 / s1]^T, (R, out), of A1, B1, A2, B2.
+    """[A1; A2; ...], (R, in), and [B1, B2 s2 / s1, ...]^T, (R, out), of A1, B1, A2, B2, ...
 
     `_separate` reads the ranks and the ratios of the scales from `ctx`.
     """
@@ -150,16 +156,38 @@ def _join(
     return A.to(dtype), B_transposed.to(dtype, memory_format=torch.contiguous_format)
 
 
-def _separate(ctx: Any, g_A: Tensor, g_B_transposed: Tensor) -> list[Tensor]:
-    """Split the gradients of the joined factors into those of A1, B1, A2, B2."""
+def _separate(ctx: Any, g_A: Tensor, g_B_transposed: Tensor) -> list[Tensor | None]:
+    """Split the gradients of the joined factors into those of A1, B1, A2, B2.
+
+    Those of frozen adapters, whose rows are not in `g_A` and `g_B_transposed`, are None.
+    """
+    trained = _trained_adapters(ctx)
     A_parts = [g_A]
     B_parts = [g_B_transposed]
-    if len(ctx.ranks) > 1:
-        A_parts = list(g_A.split(ctx.ranks))
-        B_parts = list(g_B_transposed.split(ctx.ranks))
+    if trained > 1:
+        A_parts = list(g_A.split(ctx.ranks[:trained]))
+        B_parts = list(g_B_transposed.split(ctx.ranks[:trained]))
     if ctx.ratios is not None:
-        B_parts = [B * ratio for B, ratio in zip(B_parts, ctx.ratios, strict=True)]
-    gradients: list[Tensor] = []
-    for A, B_transposed in zip(A_parts, B_parts, strict=True):
-        gradients += A, B_transposed.transpose(0, 1).contiguous()
+        ratios = ctx.ratios[: len(B_parts)]
+        B_parts = [B * ratio for B, ratio in zip(B_parts, ratios, strict=True)]
+    gradients: list[Tensor | None] = []
+    if trained:
+        for A, B_transposed in zip(A_parts, B_parts, strict=True):
+            gradients += A, B_transposed.transpose(0, 1).contiguous()
+    gradients += [None] * 2 * (len(ctx.ranks) - trained)
     return gradients
+
+
+def _trained_adapters(ctx: Any) -> int:
+    """The number of adapters up to the last one whose factors need a gradient."""
+    needs_gradient = ctx.needs_input_grad[5:]  # of A1, B1, A2, B2, ...
+    trained = 0
+    for number in range(len(ctx.ranks)):
+        if any(needs_gradient[2 * number : 2 * number + 2]):
+            trained = number + 1
+    return trained
+
+
+def _trained_rows(ctx: Any) -> int:
+    """The rows of the joined A that belong to `_trained_adapters`."""
+    return sum(ctx.ranks[: _trained_adapters(ctx)])

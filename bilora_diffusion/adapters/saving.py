@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.durable import readable_as
+from ..core.errors import UserError
 from ..core.lora_names import INITIAL, PRIMARY
 from .access import head_parameters, layers, named_parameters
 
@@ -23,9 +24,40 @@ PEFT_PREFIX = "base_model.model."
 def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """Contiguous copies of the adapter's tensors under PEFT's keys ("...lora_A.weight")."""
     tensors: dict[str, Tensor] = {}
-    for key, parameter in named_parameters(model, adapter).items():
-        tensors[peft_key(key)] = parameter.detach().clone(memory_format=torch.contiguous_format)
+    for key, parameter in peft_parameters(model, adapter).items():
+        tensors[key] = parameter.detach().clone(memory_format=torch.contiguous_format)
     return tensors
+
+
+def peft_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by PEFT's keys."""
+    parameters = named_parameters(model, adapter)
+    return {peft_key(key): parameter for key, parameter in parameters.items()}
+
+
+def load_values(
+    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], file: str
+) -> None:
+    """Copy the tensors of a file into parameters; both by PEFT's keys.
+
+    Raises:
+        UserError: keys or shapes differ.
+    """
+    differing_keys = sorted(parameters.keys() ^ tensors.keys())
+    if differing_keys:
+        raise UserError(
+            f"{file} does not have exactly the model's layers (see {differing_keys[0]}): give a"
+            " file for this model and its layers."
+        )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            values = tensors[key]
+            if values.shape != parameter.shape:
+                raise UserError(
+                    f"{file} has {key} of the shape {list(values.shape)}, and the model takes"
+                    f" {list(parameter.shape)}: give a file for this model and this rank."
+                )
+            parameter.copy_(values)
 
 
 def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from ..methods.options import AdapterOptions
 from . import constraints, machine
 from .constraints import fact_text
 from .derived import DERIVED_DEFAULTS, HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, derive, with_scaled_rates
+from .lora_sources import read_lora_sources
 from .options import NO_CONTROL
 from .run import RunConfig
 
@@ -74,6 +75,7 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     constraints.check({**vars(cfg), **launch})
     cfg.check_inputs()
     check_packages(cfg)
+    cfg = replace(cfg, lora_sources=read_lora_sources(vars(cfg)))
 
     if is_main_process():
         for note in notes:

@@ -13,6 +13,7 @@ from ..methods.options import AdapterOptions, MethodFlags
 from ..run.settings import without_options
 from . import constraints
 from .command_line import CommandLine
+from .lora_sources import LoraSource, lora_facts
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
 # Options that say which samples are held out.
@@ -38,6 +39,8 @@ class RunConfig(
 
     # Names of the options that the command line or its recipe gives.
     given_options: frozenset[str]
+    # LoRA files that options name, by the option's name.
+    lora_sources: dict[str, LoraSource]
 
     # Options that only one script has, or that it declares otherwise.
     train_text_encoder: bool = False
@@ -102,14 +105,14 @@ class RunConfig(
         return self.lr_warmup_steps or 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as JSON values, without the hub token."""
+        """All options as JSON values, without the hub token, and the hashes of LoRA files."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         options: dict[str, Any] = {}
         # In the order of --help, without fields that are no options.
         for name in fields.options_of(self.groups):
             if name != "hub_token":
                 options[name] = values[name]
-        return options
+        return options | lora_facts(self.lora_sources)
 
     @classmethod
     def changeable_options(cls) -> frozenset[str]:

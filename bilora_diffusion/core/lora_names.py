@@ -14,6 +14,11 @@ PRIMARY = "default"
 AUXILIARY = "auxiliary"
 # First values of a primary that were taken out of the base weights; never acts, never trained.
 INITIAL = "initial"
+# Adapters of further LoRA files, never trained and never exported: one acts in training, one when
+# images are made.
+ASSISTANT = "assistant"
+SAMPLING = "sampling"
+FROZEN = (ASSISTANT, SAMPLING)
 
 # Models of pipelines, each of which has one of the denoisers.
 DENOISERS = ("unet", "transformer")

@@ -57,6 +57,9 @@ _PREFIXES = {
     "diffusers": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith(".")),
     "peft": (_PEFT_PREFIX,),
 }
+# ai-toolkit writes diffusers' names of layers after this prefix of ComfyUI's, by which other files
+# have other names. So it names no model, which `reader` finds by the layers.
+_MODEL_OF_PREFIX["diffusion_model."] = "model"
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # names of dtypes in safetensors
 _DOWNLOAD = "download it again"
 _OWN_CONFIG = "put its own configuration there"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,6 +42,8 @@ class Contents:
     parts: dict[str, Part]
     metadata: dict[str, str]
     base_model: str  # hub id or folder of the adapter's base model; "" if it is not known
+    # By model, the distinct scales alpha / rank of its layers, which are multiplied into B.
+    scales: Mapping[str, frozenset[float]] = field(default_factory=dict)
 
 
 def read(path: Path) -> Contents:
@@ -67,11 +69,12 @@ def read(path: Path) -> Contents:
         base_model = header.config["model"].base_model_name_or_path
     # kohya's entry, which this package also writes into files for diffusers.
     base_model = base_model or file.metadata.get("ss_sd_model_name", "")
-    return Contents(_read_parts(path, header), file.metadata, base_model)
+    parts, scales = _read_parts(path, header)
+    return Contents(parts, file.metadata, base_model, scales)
 
 
-def _read_parts(path: Path, header: Header) -> dict[str, Part]:
-    """Read the layers of each model in a file."""
+def _read_parts(path: Path, header: Header) -> tuple[dict[str, Part], dict[str, frozenset[float]]]:
+    """Read the layers of each model in a file, and their distinct scales."""
     # model -> name of a layer in the file -> role -> tensor
     models: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     with safe_open(path, framework="pt") as content:
@@ -82,6 +85,7 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
             models[entry.model][entry.name][entry.role] = value
 
     parts: dict[str, dict[str, Layer]] = defaultdict(dict)
+    scales: dict[str, set[float]] = defaultdict(set)
     sources: dict[str, str] = {}  # full name of a layer -> its name in the file
     for model, layers in models.items():
         component = _component(path, model, layers, header.file)
@@ -106,7 +110,11 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
             else:
                 scale = 1.0
             parts[component][name] = _layer(path, name, tensors, scale)
-    return {component: Part(list(layers.values())) for component, layers in parts.items()}
+            scales[component].add(scale)
+    return (
+        {component: Part(list(layers.values())) for component, layers in parts.items()},
+        {component: frozenset(values) for component, values in scales.items()},
+    )
 
 
 def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import adapters
+from ..config.lora_sources import recorded_facts
 from ..core.durable import readable_as, replacing, sync
 from ..core.errors import UserError
 from ..core.lora_names import (
@@ -171,10 +172,19 @@ def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
     entries = {
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "modelspec.title": Path(config["output_dir"]).resolve().name,
+        **lora_metadata(config),
     }
     for name, value in facts.items():
         if value is not None:
             entries[f"bilora.{name}"] = str(value)
+    return entries
+
+
+def lora_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of a run with these options about the LoRA files that it was trained with."""
+    entries = {}
+    for name, value in recorded_facts(config).items():
+        entries[f"bilora.{name}"] = str(value)
     return entries
 
 
@@ -309,7 +319,12 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
 
 
 def save_adapter(
-    folder: str | Path, model: nn.Module, *, base_model: str, kind: str
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    base_model: str,
+    kind: str,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write a text model's primary as PEFT's two files.
 
@@ -318,6 +333,7 @@ def save_adapter(
         model: model with a primary, which is written, and optionally an auxiliary.
         base_model: hub id or folder of the model that the adapter is for.
         kind: "seq2seq", "causal" or "classification".
+        metadata: further entries of the header of the weights.
 
     Returns:
         ``layers``, ``parameters``, ``whole_modules`` and ``readback_difference``, which is 0.0.
@@ -326,7 +342,7 @@ def save_adapter(
         TrainingError: a value is not finite.
     """
     tensors, config = adapters.pretrained(model)
-    write_adapter(Path(folder), tensors, text_config(config, base_model, kind))
+    write_adapter(Path(folder), tensors, text_config(config, base_model, kind), metadata)
     return {
         "layers": len(adapters.layers(model, PRIMARY)),
         "parameters": sum(value.numel() for value in tensors.values()),

@@ -130,9 +130,10 @@ class DreamBoothModule(nn.Module):
         return losses
 
     def base_prediction(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
-        """Predict without adapters and gradients, (n, c, h, w) in float32.
+        """Predict without trained adapters and gradients, (n, c, h, w) in float32.
 
-        Held predictions and the guided target are relative to it.
+        Held predictions and the guided target are relative to it. An assistant acts here too: the
+        run trains on top of the base model with it.
 
         Args:
             conditions: of the n rows.

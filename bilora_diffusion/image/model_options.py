@@ -85,6 +85,15 @@ class ModelOptions:
     revision: str | None = option(
         None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
     )
+    # Its hash and strength may not change on resume, its place may: `config.lora_sources`.
+    assistant_lora: str | None = option(
+        None,
+        "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that acts in training only:"
+        " a training adapter for a distilled model, or a style that is kept on what is trained. It"
+        " is not trained, not exported, and off when images are made.",
+        is_path=True,
+        may_change_on_resume=True,
+    )
     offload: bool = option(
         False,
         "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..config.lora_sources import LoraSource
 from ..config.options import WITHOUT_CHOICE, HeldOutOptions, OutputOptions, StoppingOptions
 from ..config.run import RunConfig
 from ..core.fields import IgnoredCase, like, option
@@ -363,6 +364,7 @@ class ImageOptions(
 
     Attributes:
         given_options: names of the options that the command line or its recipe has.
+        lora_sources: LoRA files that options name, by the option's name.
         validation_settings: settings of each of ``validation_prompts`` (`PromptOptions`); [] where
             no prompt has settings.
         concepts: options of each concept, with its name as "concept"; [] for a run of one set of
@@ -376,6 +378,7 @@ class ImageOptions(
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    lora_sources: dict[str, LoraSource] = field(default_factory=dict)
     validation_settings: list[dict[str, Any]] = field(default_factory=list)
     concepts: list[dict[str, Any]] = field(default_factory=list)
     concept: str = ""

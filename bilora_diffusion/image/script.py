@@ -182,7 +182,10 @@ def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
         if unread_prompts:
             title = family.title
             logger.warning("%s samples without guidance, so negative prompts do nothing.", title)
-    model_remark = family.remark(cfg.pretrained_model_name_or_path, pipeline)
+    model_remark = None
+    # An assistant keeps training from undoing a distillation.
+    if cfg.assistant_lora is None:
+        model_remark = family.remark(cfg.pretrained_model_name_or_path, pipeline)
     for remark in (model_remark, comfy.remark(cfg)):
         if remark is not None:
             logger.warning("%s", remark)

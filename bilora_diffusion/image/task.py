@@ -14,7 +14,8 @@ from peft.helpers import rescale_adapter_scale
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from ..adapters import AdapterSpec
+from .. import adapters
+from ..adapters import ASSISTANT, AdapterSpec, FrozenAdapter
 from ..config.derived import text_encoder_rate
 from ..core.seeds import digest, generator
 from ..core.values import ATTENTION
@@ -28,6 +29,8 @@ from .config import DreamBoothConfig
 from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
+from .first_values import read_start
+from .frozen_loras import read_frozen
 from .latents import Encoder, weight_map
 from .likeness import SampledDistance
 from .loss import GUIDANCE_SHARE, HELD_WEIGHTS, PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
@@ -38,6 +41,8 @@ from .sets import ImageSet
 from .stream import INSTANCE, TrainingSample, TrainingStream
 from .validation import ValidationSample, write_images
 
+# Options whose LoRA files act beside the trained adapters, and the names of their adapters.
+FROZEN_OPTIONS = {"assistant_lora": ASSISTANT}
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # attention of CLIP's text encoders
 
 
@@ -76,6 +81,11 @@ class DreamBooth:
                 encoder = getattr(pipeline, name)
                 encoders.append(encoder)
                 self.models[name] = encoder
+        self.frozen = self._read_frozen()
+        self.start: dict[str, dict[str, Tensor]] = {}  # first values of primaries from a file
+        source = cfg.lora_sources.get("init_from")
+        if source is not None:
+            self.start = read_start(source, pipeline, self.targets(), cfg.base_model)
         self.module = DreamBoothModule(
             self.family,
             denoiser,
@@ -93,6 +103,19 @@ class DreamBooth:
         self.prompts: PromptCache | None = None  # None also while the text encoders are trained
         self._source: Encoder | None = None  # encoder of an earlier run, whose latents are reused
 
+    def _read_frozen(self) -> dict[str, tuple[FrozenAdapter, ...]]:
+        """Read the LoRA files that act beside the trained adapters; by the model's name."""
+        frozen: dict[str, tuple[FrozenAdapter, ...]] = dict.fromkeys(self.models, ())
+        for option, adapter in FROZEN_OPTIONS.items():
+            source = self.cfg.lora_sources.get(option)
+            if source is None:
+                continue
+            base_model = self.cfg.base_model
+            adapters_of_file = read_frozen(source, adapter, self.pipeline, self.models, base_model)
+            for name, frozen_adapter in adapters_of_file.items():
+                frozen[name] += (frozen_adapter,)
+        return frozen
+
     def data_summary(self) -> str:
         """Numbers and sizes of the training images, in a few words."""
         return self.stream.summary()
@@ -105,10 +128,12 @@ class DreamBooth:
         targets = []
         for name, model in self.models.items():
             if name == self.family.denoiser:
-                target = Target(name, model, spec, cfg.learning_rate, cfg.adam_weight_decay)
+                model_spec, rate, weight_decay = spec, cfg.learning_rate, cfg.adam_weight_decay
             else:
+                model_spec, rate = encoder_spec, text_encoder_rate(cfg)
                 weight_decay = cfg.adam_weight_decay_text_encoder
-                target = Target(name, model, encoder_spec, text_encoder_rate(cfg), weight_decay)
+            frozen, start = self.frozen[name], self.start.get(name)
+            target = Target(name, model, model_spec, rate, weight_decay, frozen, start)
             targets.append(target)
         return targets
 
@@ -311,7 +336,9 @@ class DreamBooth:
         if self.grid is None:
             return {}
         with evaluating:
-            values = self.grid()
+            # An assistant acts in this loss as in training, but not in samples.
+            with adapters.joined_by(nn.ModuleList(self.models.values()), ASSISTANT):
+                values = self.grid()
             if self.sampled is not None:
                 with inference(self.module):
                     values |= self.sampled()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused, inits
+from ..adapters import FROZEN, INITIAL, PRIMARY, AdapterSpec, FrozenAdapter, fused, inits
 from ..core.errors import UserError
 from .options import MethodOptions
 
@@ -31,6 +31,10 @@ class Target:
     spec: AdapterSpec  # shape of the primary
     lr: float  # of the primary
     weight_decay: float = 0.0
+    # Adapters of LoRA files that are put beside the trained ones.
+    frozen: tuple[FrozenAdapter, ...] = ()
+    # First values of the primary (`inits.start_from_file`); None for those of `spec.init`.
+    start: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class TrainedBytes:
     """Bytes that a method takes in addition to the models (`Method.memory`).
 
     Attributes:
-        adapters: bytes of each adapter's parameters, by its name.
+        adapters: bytes of each adapter's parameters, frozen ones too, by its name.
         gradients: bytes of the gradients of one step.
         optimized: bytes of the parameters that the optimizer keeps moments of.
         result: bytes of the parameters that the result consists of.
@@ -101,7 +105,8 @@ class Method:
         """Inject the adapters into every target, activate them, and fuse their forward.
 
         Random values come from torch's global generator, those of the primaries first, so that two
-        methods have equal primaries after the same seed.
+        methods have equal primaries after the same seed. A frozen adapter that acts in training
+        comes after the trained ones.
 
         Returns:
             The optimizer's parameter groups (keys: params, lr, weight_decay, name).
@@ -112,8 +117,13 @@ class Method:
         self.targets = tuple(targets)
         self.inject_adapters()
         for target in self.targets:
+            if target.start is not None:
+                inits.start_from_file(target.model, target.start)
+            for adapter in target.frozen:
+                adapters.inject_frozen(target.model, adapter)
             inits.prepare(target.model, target.spec)
-            adapters.activate(target.model, self.adapters)
+            acting = (*self.adapters, *adapters.assisting(target.model))
+            adapters.activate(target.model, acting)
             fused.fuse(target.model)
             for path, layer in adapters.layers(target.model, PRIMARY):
                 self.layers.append((f"{target.name}.{path}", layer))
@@ -234,7 +244,7 @@ class Method:
         Weights on the device "meta", which take no memory, count like others.
         """
         by_adapter: dict[str, int] = {}
-        for adapter in (*self.adapters, INITIAL):
+        for adapter in (*self.adapters, INITIAL, *FROZEN):
             by_adapter[adapter] = 0
             for target in self.targets:
                 parameters = adapters.parameters(target.model, adapter)

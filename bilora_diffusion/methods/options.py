@@ -60,6 +60,15 @@ class AdapterOptions:
         " the exported file makes up for it.",
         choices=INITS,
     )
+    # The file's hash may not change on resume, its place may: `config.lora_sources`.
+    init_from: str | None = option(
+        None,
+        "LoRA file of diffusers, kohya or PEFT, or a run's folder, whose values the primary starts"
+        " with; --rank, --lora_alpha and the layers must be the file's. What the file does is then"
+        " part of what is trained and exported.",
+        is_path=True,
+        may_change_on_resume=True,
+    )
     lora_ga_samples: int = option(
         128,
         "Samples whose mean gradient lora-ga starts from (Wang et al. 2024).",

@@ -66,6 +66,7 @@ def write_card(
         method=method,
         settings=_without_none(_settings(options, results["steps"])),
         results=_without_none({**measured, **outcome}),
+        loras=options["lora_sources"],
         **facts,
     )
     # Omitted parts of the template give empty lines.

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 
 from ..config import resolving
 from ..config.derived import Rule, default_validation_loss_steps, derive
+from ..config.lora_sources import LoraSource
 from ..config.run import RunConfig
 from ..core.errors import UserError
 from ..core.files import TABLES, is_file
@@ -65,6 +66,7 @@ class TextConfig(
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    lora_sources: dict[str, LoraSource] = field(default_factory=dict)
 
     modality: ClassVar[str] = "text"
     groups: ClassVar[tuple[type, ...]] = GROUPS

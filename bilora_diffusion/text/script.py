@@ -88,7 +88,8 @@ class TextScript(Script[TextConfig]):
             tokenizer.save_pretrained(folder / NAME)
             return report
         base, kind = cfg.model_name_or_path, task.loaded.kind
-        report = writer.save_adapter(folder, model, base_model=base, kind=kind)
+        metadata = writer.lora_metadata(cfg.to_dict())
+        report = writer.save_adapter(folder, model, base_model=base, kind=kind, metadata=metadata)
         return {"labels": list(task.data.rows.label_words), **report}
 
     def write_card(

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from ..adapters import AdapterSpec
+from ..adapters import AdapterSpec, target_layers
 from ..adapters.quantize import held_bytes
+from ..adapters.saving import PEFT_PREFIX
+from ..config.lora_sources import LoraSource
+from ..core.errors import as_user_error
 from ..core.files import counted
 from ..core.seeds import digest, digest_texts
+from ..export.lora_checks import require_same_form, require_same_layers, warn_of_other_base
+from ..export.peft_config import adapter_config
 from ..methods import Target
 from ..run.data import SampleContent
 from ..run.record import validation_folder
@@ -70,7 +76,13 @@ class TextTask:
         spec = AdapterSpec.from_options(
             cfg, target_modules=cfg.targets, modules_to_save=whole_modules
         )
-        return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
+        model = self.loaded.model
+        start = None
+        source = cfg.lora_sources.get("init_from")
+        if source is not None:
+            start = read_start(source, model, spec, cfg.base_model)
+        rate, weight_decay = cfg.learning_rate, cfg.adam_weight_decay
+        return [Target(NAME, model, spec, rate, weight_decay, start=start)]
 
     def training_content(self) -> list[SampleContent]:
         """Names and hashes of the training rows, before they are packed."""
@@ -125,6 +137,32 @@ class TextTask:
             return {}
         with evaluating:
             return self.evaluation.answer(validation_folder(folder, step))
+
+
+def read_start(
+    source: LoraSource, model: nn.Module, spec: AdapterSpec, base_model: str
+) -> dict[str, Tensor]:
+    """Read the first values of the primary from PEFT's files, by PEFT's keys.
+
+    Raises:
+        UserError: the files can't be read, or do not have exactly the layers, rank, alpha and kind
+            of the primary.
+    """
+    with as_user_error(f"--{source.option} {source.path} can't be read", "give a PEFT adapter"):
+        tensors = load_file(source.path)
+    config = adapter_config(source.path, {}, "peft")["model"]
+    warn_of_other_base(source, config.base_model_name_or_path, base_model)
+    start = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
+    layer_names, ranks, alphas = [], set(), set()
+    for key, value in start.items():
+        name, is_A, _ = key.partition(".lora_A.")
+        if is_A:
+            layer_names.append(name)
+            ranks.add(len(value))
+            alphas.add(config.scale(name, len(value)) * len(value))
+    require_same_layers(source, layer_names, target_layers(model, spec), "target_modules")
+    require_same_form(source, spec, ranks=ranks, alphas=alphas, use_dora=config.use_dora)
+    return start
 
 
 def _contents(examples: Sequence[Example]) -> list[SampleContent]:

@@ -15,7 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ..adapters import INITIAL, PRIMARY
+from ..adapters import ASSISTANT, INITIAL, PRIMARY, SAMPLING
 from ..config.run import RunConfig
 from ..core.errors import UserError
 from ..core.files import bytes_for_people, counted, hours_for_each_second
@@ -33,7 +33,12 @@ CPU_LIBRARY_BYTES = 100_000_000
 # Bytes of a number by ``--mixed_precision``.
 NUMBER_BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 # Titles of adapters in the printed lines, where these are not their names.
-ADAPTER_TITLES = {PRIMARY: "primary", INITIAL: "first values"}
+ADAPTER_TITLES = {
+    PRIMARY: "primary",
+    INITIAL: "first values",
+    ASSISTANT: "assistant, frozen",
+    SAMPLING: "sampling, frozen",
+}
 BEFORE, STEP = "before training", "a training step"
 # Bytes by part in each phase of a run, without the trained weights (`complete`).
 PhaseMemory = dict[str, dict[str, int]]

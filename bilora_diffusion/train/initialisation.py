@@ -143,9 +143,9 @@ def has_fp16_layers(models: Mapping[str, nn.Module]) -> bool:
 def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Context manager: backward passes add up the gradients of the base weights.
 
-    The adapters are off, so that the gradients are those of the base model. Each goes to the CPU as
-    soon as it is computed, and `.grad` is freed: the device has one layer's at a time, the CPU all
-    of them in fp32. Afterwards the same parameters require gradients as before.
+    The adapters that are trained are off, so that the gradients are those of the base model. Each
+    goes to the CPU as soon as it is computed, and `.grad` is freed: the device has one layer's at a
+    time, the CPU all of them in fp32. Afterwards the same parameters require gradients as before.
 
     Yields:
         Sums over all backward passes so far, by module path, in the weight's shape, fp32 or wider.
@@ -154,7 +154,7 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     hooks = []
     try:
-        with adapters.only(model, ()):
+        with adapters.only(model, adapters.assisting(model)):
             # Other parameters need no gradients, which would take memory.
             for parameter, _ in flags:
                 parameter.requires_grad_(False)

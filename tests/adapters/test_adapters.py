@@ -13,7 +13,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters import (
+    ASSISTANT,
+    AUXILIARY,
+    INITIAL,
+    PRIMARY,
+    SAMPLING,
+    AdapterSpec,
+)
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import Target, create
 from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
@@ -82,6 +89,31 @@ def test_only_restores_order_flags_and_switches(enabled, names):
         # The state comes back after an error too.
         raise KeyError
     assert state() == before
+
+
+def test_switches_leave_a_frozen_adapter_on_and_joined_by_adds_it():
+    model = two_adapters(tiny_mlp())
+    adapters.inject(model, AdapterSpec(rank=2, target_modules=("first",)), ASSISTANT)
+    for parameter in adapters.parameters(model, ASSISTANT):
+        torch.nn.init.normal_(parameter)
+    adapters.activate(model, (*BOTH, ASSISTANT))
+    x = torch.randn(5, next(model.parameters()).shape[1])
+    layers = [layer for _, layer in adapters.layers(model)]
+    with torch.no_grad(), adapters.off(layers):
+        base = model(x)
+    assert adapters.active(model) == (*BOTH, ASSISTANT)
+    with torch.no_grad(), adapters.scaled(layers, 1e-9):
+        torch.testing.assert_close(model(x), base)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with torch.no_grad(), adapters.only(model, (ASSISTANT,)):
+        assert torch.equal(base, model(x))
+    with adapters.only(model, (PRIMARY,)):
+        with adapters.joined_by(model, ASSISTANT):
+            assert adapters.active(model) == (PRIMARY, ASSISTANT)
+        with adapters.joined_by(model, SAMPLING):  # which the model does not have
+            assert adapters.active(model) == (PRIMARY,)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not any(p.requires_grad for p in adapters.parameters(model, ASSISTANT))
 
 
 def test_a_saved_primary_is_a_plain_peft_adapter_that_others_may_read(tmp_path):

@@ -1,4 +1,4 @@
-"""fused: one product for both adapters, equal to PEFT's forward, which serves all other states."""
+"""fused: one product for all adapters, equal to PEFT's forward, which serves all other states."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters import ASSISTANT, AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
 
 BOTH = (PRIMARY, AUXILIARY)
@@ -129,6 +129,24 @@ def test_x_is_not_copied_to_fp32(layer, shape):
     assert x.data_ptr() in addresses
 
 
+@each_layer
+@pytest.mark.parametrize("active", [(*BOTH, ASSISTANT), (ASSISTANT,)])
+def test_a_frozen_adapter_is_further_rows_without_gradients(layer, shape, active):
+    torch.manual_seed(0)
+    model = adapted(layer, active=(PRIMARY,))
+    adapters.inject(model, AdapterSpec(rank=5, alpha=2, target_modules=("0",)), ASSISTANT)
+    for parameter in adapters.parameters(model, ASSISTANT):
+        nn.init.normal_(parameter, std=0.3)
+    adapters.activate(model, active)
+    x = torch.randn(shape)
+    peft = results(model, x)
+    fuse(model)
+    with mock.patch.object(lora.Linear, "forward"), mock.patch.object(lora.Conv2d, "forward"):
+        fused = results(model, x)
+    assert_same(fused, peft, TOLERANCE[torch.float32])
+    assert len(fused) == 2 + 2 * (len(active) - 1)  # output, x, and the trained factors
+
+
 def use_dropout(model):
     model[0].lora_dropout.update({PRIMARY: nn.Dropout(1e-9)})
 
@@ -139,11 +157,6 @@ def evaluate_primary(model):
 
 def hook_A(model):
     model[0].lora_A[PRIMARY].register_forward_hook(lambda module, args, output: output * 2)
-
-
-def add_third_adapter(model):
-    adapters.inject(model, AdapterSpec(target_modules=("0",)), "third")
-    adapters.activate(model, (*BOTH, "third"))
 
 
 def disable(model):
@@ -163,7 +176,6 @@ STATES = [
     use_dropout,
     evaluate_primary,
     hook_A,
-    add_third_adapter,
     disable,
     merge,
     use_dora,

@@ -139,6 +139,8 @@ def ours(flags, processes, images, class_images):
         family=family,
         layers=family.targets,
         models={name: nn.Identity() for name in names},
+        frozen=dict.fromkeys(names, ()),
+        start={},
     )
     unet, *encoders = DreamBooth.targets(task)
     assert len({encoder.lr for encoder in encoders}) <= 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import AdapterSpec, inits
+from bilora_diffusion.adapters import AdapterSpec, FrozenAdapter, inits
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.config import constraints
 from bilora_diffusion.config.run import RunConfig
@@ -73,6 +73,7 @@ class Run:
         compiled: True to compile the model's repeated blocks, by `engine.BACKEND`.
         config: configuration of a script. Its method, learning rate and schedule over `steps`
             replace the other arguments.
+        frozen: adapters that act beside the trained ones.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Run:
         dtype: torch.dtype = torch.float32,
         config: RunConfig | None = None,
         steps: int = 10,
+        frozen: tuple[FrozenAdapter, ...] = (),
     ) -> None:
         self.case = CASES[kind]
         self.micro_batches = micro_batches
@@ -105,7 +107,7 @@ class Run:
             lr = config.learning_rate
         spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[adapter_form])
         torch.manual_seed(3)  # of the adapters' first values
-        groups = self.method.setup([Target("model", self.model, spec, lr, 0.01)])
+        groups = self.method.setup([Target("model", self.model, spec, lr, 0.01, frozen)])
         self.spec = spec
         self.optimizer: torch.optim.Optimizer
         if optimizer == "SGD":

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import INITIAL, PRIMARY
+from bilora_diffusion.adapters import ASSISTANT, INITIAL, PRIMARY, AdapterSpec, FrozenAdapter
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.config import constraints
-from bilora_diffusion.methods import create, names
+from bilora_diffusion.methods import create, get, names
 from bilora_diffusion.train import engine
 from tests.contract.harness import (
     SPECS,
@@ -260,3 +260,46 @@ def test_two_processes_agree_with_one(name, adapter_form, kind, two_processes):
 def test_the_rotation_meets_every_adapter_form_and_kind_of_model():
     assert {adapter_form for _, adapter_form, _ in ROTATION} == set(SPECS)
     assert {kind for _, _, kind in ROTATION} == set(CASES)
+
+
+WITH_ADAPTERS = [name for name in names() if not get(name).exports_weights]
+FROZEN_CASES = [(name, "default") for name in WITH_ADAPTERS]
+FROZEN_CASES += [("bilora", "lora-ga"), ("bilora", "dora"), ("lora-sam", "nf4")]
+FROZEN_PARAMETERS = [
+    pytest.param(*case, marks=() if case == ("bilora", "default") else pytest.mark.slow)
+    for case in FROZEN_CASES
+]
+
+
+@pytest.mark.parametrize(("name", "adapter_form"), FROZEN_PARAMETERS)
+def test_a_frozen_adapter_acts_in_training_and_is_left_alone(name, adapter_form):
+    frozen = frozen_adapter("unet")
+    run = Run(name, adapter_form, "unet", frozen=(frozen,)).initialise()
+    plain = Run(name, adapter_form, "unet").initialise()
+    assert run.tensors().keys() == plain.tensors().keys()
+    if adapter_form == "default":  # LoRA-GA starts from the gradient, which depends on it
+        require_equal(run.tensors(), plain.tensors())
+    assert run.optimized_ids().isdisjoint(map(id, adapters.parameters(run.model, ASSISTANT)))
+    base = run.base_weights()
+    assert run.train(1) != plain.train(1)
+    run.train()
+    require_equal(adapters.state_dict(run.model, ASSISTANT), frozen.tensors)
+    require_equal(run.base_weights(), base)
+    assert not any(p.requires_grad for p in adapters.parameters(run.model, ASSISTANT))
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    with run.method.evaluating():
+        assert adapters.active(run.model) == (PRIMARY,)
+    assert adapters.active(run.model) == (*run.method.adapters, ASSISTANT)
+
+
+def frozen_adapter(kind):
+    """An assistant with random values, on layers that are trained and on one that is not."""
+    model = CASES[kind].make()
+    spec = AdapterSpec(rank=3, alpha=3, target_modules=("to_q", "to_k", "conv1"))
+    adapters.inject(model, spec, ASSISTANT)
+    for number, parameter in enumerate(adapters.parameters(model, ASSISTANT)):
+        random = torch.Generator().manual_seed(number)
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=random)
+    tensors = adapters.state_dict(model, ASSISTANT)
+    config = adapters.lora_config(model, ASSISTANT)
+    return FrozenAdapter(ASSISTANT, tensors, config, strength=0.7)

@@ -86,6 +86,7 @@ STAND_INS = (
     ),
     ("--model_name_or_path meta-llama/Llama-3.1-8B", "--model_name_or_path {llama}"),
     ("--model smollm2", "--model {llama}"),
+    ("--assistant_lora zimage_turbo_training_adapter_v2.safetensors", "--assistant_lora FILE"),
     ("FILE", f"runs/dog/{LORA}"),
 )
 

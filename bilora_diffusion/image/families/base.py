@@ -349,7 +349,8 @@ class Family:
             return None
         return (
             f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
-            f" on {self.undistilled_model}, and sample with this one."
+            f" on {self.undistilled_model}, and sample with this one, or give --assistant_lora a"
+            " training adapter for it."
         )
 
     def require_resolution(self, resolution: int, configs: Configs) -> None:

@@ -110,7 +110,8 @@ class Flux(Family):
             return None
         return (
             f'"{name}" has no guidance embedding, as FLUX.1-schnell, which is distilled to a few'
-            " steps: training undoes that, so train on FLUX.1-dev."
+            " steps: training undoes that, so train on FLUX.1-dev, or give --assistant_lora a"
+            " training adapter for it."
         )
 
 

@@ -1,0 +1,122 @@
+"""LoRA files that options name, FILE or FILE:STRENGTH, with the hashes of their content."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError, read_or_refuse
+from ..core.files import hash_of_file, is_file, is_folder, quoted
+from ..core.lora_names import FILE_NAME, WEIGHTS
+
+# Options that name a LoRA file, and whether a strength may follow it.
+LORA_OPTIONS = {"init_from": False, "assistant_lora": True}
+# Largest size of a strength.
+MAX_STRENGTH = 100.0
+
+
+@dataclass(frozen=True)
+class LoraSource:
+    """A LoRA file that an option names.
+
+    Attributes:
+        option: name of the option.
+        path: the file.
+        strength: factor of its change of the weights; 1 where the option takes none.
+        sha256: hash of its content.
+    """
+
+    option: str
+    path: Path
+    strength: float
+    sha256: str
+
+
+def read_lora_sources(options: Mapping[str, Any]) -> dict[str, LoraSource]:
+    """The LoRA files that are among a run's options, by the option's name.
+
+    Raises:
+        UserError: a file does not exist, or a strength is no usable number.
+    """
+    sources: dict[str, LoraSource] = {}
+    for option, takes_strength in LORA_OPTIONS.items():
+        value = options.get(option)
+        if value:
+            place, strength = value, 1.0
+            if takes_strength:
+                place, strength = split_strength(option, value)
+            sources[option] = find_lora_source(option, place, strength)
+    return sources
+
+
+def find_lora_source(option: str, place: str, strength: float = 1.0) -> LoraSource:
+    """Find a LoRA file and hash it.
+
+    The place may be a folder that holds a file of diffusers' or PEFT's name, such as a run folder.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    path = Path(place).expanduser()
+    if is_folder(path):
+        files = [path / name for name in (FILE_NAME, WEIGHTS) if is_file(path / name)]
+        if not files:
+            raise UserError(
+                f"--{option} {quoted(place)} is a folder without {FILE_NAME} or {WEIGHTS}: give"
+                " a LoRA file."
+            )
+        path = files[0]
+    if not is_file(path):
+        raise UserError(f"--{option} {quoted(place)} is no file: correct the path, or download it.")
+    sha256 = read_or_refuse(
+        f"--{option} {quoted(str(path))}", "check its rights", lambda: hash_of_file(path)
+    )
+    return LoraSource(option, path, strength, sha256)
+
+
+def split_strength(option: str, value: str) -> tuple[str, float]:
+    """The place and the strength in FILE[:STRENGTH]; 1 without a strength.
+
+    Raises:
+        UserError: the strength is not finite or far too large.
+    """
+    place, colon, ending = value.rpartition(":")
+    try:
+        strength = float(ending)
+    except ValueError:
+        return value, 1.0  # the colon belongs to the path, or there is none
+    if not colon:  # a path that is a number
+        return value, 1.0
+    if not math.isfinite(strength) or abs(strength) > MAX_STRENGTH:
+        raise UserError(
+            f"--{option} {quoted(value)} has the strength {ending}: give a number from"
+            f" {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, where 1 is the file as it is."
+        )
+    return place, strength
+
+
+def lora_facts(sources: Mapping[str, LoraSource]) -> dict[str, Any]:
+    """Hash and strength of each file for the record, by which a resume recognizes it.
+
+    The path is recorded as the option's value; the file may move.
+    """
+    facts: dict[str, Any] = {}
+    for option, source in sources.items():
+        facts[f"{option}_sha256"] = source.sha256
+        if LORA_OPTIONS[option]:
+            facts[f"{option}_strength"] = source.strength
+    return facts
+
+
+def recorded_facts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The `lora_facts` among a run's recorded options."""
+    facts: dict[str, Any] = {}
+    for option in LORA_OPTIONS:
+        for ending in ("sha256", "strength"):
+            name = f"{option}_{ending}"
+            if name in options:
+                facts[name] = options[name]
+    return facts

@@ -1,0 +1,96 @@
+"""First values of an image run's primaries from a LoRA file (``--init_from``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters import target_layers
+from ..config.lora_sources import LoraSource
+from ..core.errors import UserError, read_or_refuse
+from ..core.lora_names import ENCODERS
+from ..export.formats import Part, peft_adapter
+from ..export.lora_checks import require_same_form, require_same_layers, warn_of_other_base
+from ..export.reader import Contents, read
+from ..methods import Target
+from .frozen_loras import models_of, require_fit
+
+
+def read_start(
+    source: LoraSource, pipeline: Any, targets: Sequence[Target], base_model: str
+) -> dict[str, dict[str, Tensor]]:
+    """Read the first values of each target's primary, by the target's name and PEFT's keys.
+
+    Raises:
+        UserError: the file can't be read, or does not have exactly the layers, rank, alpha and kind
+            of the primaries.
+    """
+    contents = read(source.path)
+    parts = require_fit(source.path, contents.parts, models_of(pipeline))
+    warn_of_other_base(source, contents.base_model, base_model)
+    _require_same_models(source, parts, [target.name for target in targets])
+    start = {}
+    for target in targets:
+        part = parts[target.name]
+        require_same_layers(
+            source,
+            [layer.name for layer in part.layers],
+            target_layers(target.model, target.spec),
+            "lora_layers",
+        )
+        ranks = {len(layer.A) for layer in part.layers}
+        alphas = read_or_refuse(
+            f"the alpha in the metadata of {source.path}",
+            "write the file again",
+            partial(_alphas, contents, target.name, ranks),
+        )
+        require_same_form(
+            source,
+            target.spec,
+            ranks=ranks,
+            alphas=alphas,
+            use_dora=part.use_dora,
+        )
+        # The file's B has the scale, which the layer multiplies again.
+        scale = target.spec.alpha / target.spec.rank
+        layers = [layer._replace(B=layer.B.double() / scale) for layer in part.layers]
+        start[target.name], _ = peft_adapter(target.name, Part(layers), "")
+    return start
+
+
+def _require_same_models(
+    source: LoraSource, parts: Mapping[str, Part], targets: Sequence[str]
+) -> None:
+    """Refuse a file for other models than those that are trained."""
+    further = sorted(parts.keys() - set(targets))
+    missing = sorted(set(targets) - parts.keys())
+    if not further and not missing:
+        return
+    if further:
+        problem = f"has layers for {' and '.join(further)}, which is not trained"
+    else:
+        problem = f"has no layers for {' and '.join(missing)}, which is trained"
+    fix = "give a file for the trained models"
+    if set(further + missing) <= set(ENCODERS):
+        fix = "add --train_text_encoder" if further else "drop --train_text_encoder"
+    raise UserError(f"--{source.option} {source.path} {problem}: {fix}.")
+
+
+def _alphas(contents: Contents, component: str, ranks: set[int]) -> set[float]:
+    """The distinct alphas of a model's layers, as they were trained where the file says it."""
+    # Files of this package have the scale of training in B, and its alpha in their metadata.
+    original_alphas = json.loads(contents.metadata.get("bilora.original_alpha", "{}"))
+    # An init that changed the base weights doubled the rank; the scale stayed.
+    original_ranks = json.loads(contents.metadata.get("bilora.original_rank", "{}"))
+    alphas = set()
+    for rank in ranks:
+        if component in original_alphas:
+            original_rank = original_ranks.get(component, rank)
+            alphas.add(float(original_alphas[component] * rank / original_rank))
+        else:
+            alphas.update(scale * rank for scale in contents.scales[component])
+    return alphas

@@ -1,0 +1,136 @@
+"""LoRA files on a pipeline's models: the check that a file fits, and its frozen adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..adapters import FrozenAdapter
+from ..adapters.injection import base_of
+from ..config.lora_sources import LoraSource
+from ..core.errors import UserError
+from ..core.lora_names import COMPONENTS, ENCODERS
+from ..export.formats import Part, peft_adapter, plain_name
+from ..export.lora_checks import warn_of_other_base
+from ..export.reader import read
+
+FIX = "give the base model that it was trained on"
+
+
+def models_of(pipeline: Any) -> dict[str, Any]:
+    """The denoiser and the text encoders of a pipeline, by name."""
+    models = {}
+    for name in COMPONENTS:
+        model = getattr(pipeline, name, None)
+        if model is not None:
+            models[name] = model
+    return models
+
+
+def read_frozen(
+    source: LoraSource,
+    adapter: str,
+    pipeline: Any,
+    models: Mapping[str, nn.Module],
+    base_model: str,
+) -> dict[str, FrozenAdapter]:
+    """Read a LoRA file for the models that are trained.
+
+    Args:
+        source: the file and its strength. With the strength 0 it is checked, and adds nothing.
+        adapter: name of the adapter on the models, one of `lora_names.FROZEN`.
+        pipeline: the loaded pipeline.
+        models: its trained models, by name.
+        base_model: the pipeline as the user gave it.
+
+    Returns:
+        The adapter of each model for which the file has layers.
+
+    Raises:
+        UserError: the file can't be read, does not fit the pipeline, or has layers for a text
+            encoder that is not trained.
+    """
+    contents = read(source.path)
+    parts = require_fit(source.path, contents.parts, models_of(pipeline))
+    untrained = sorted(parts.keys() - models.keys())
+    if untrained:
+        # The prompts are embedded once, before training, for training and sampling alike.
+        fix = "give a file without them"
+        if not set(untrained) - set(ENCODERS):
+            fix = f"add --train_text_encoder, or {fix}"
+        raise UserError(
+            f"--{source.option} {source.path} has layers for {' and '.join(untrained)}, which is"
+            f" not trained here, so that they would have no effect: {fix}."
+        )
+    warn_of_other_base(source, contents.base_model, base_model)
+    frozen_adapters = {}
+    if source.strength != 0:
+        for name, part in parts.items():
+            tensors, config = peft_adapter(name, part, "")
+            frozen_adapters[name] = FrozenAdapter(adapter, tensors, config, source.strength)
+    return frozen_adapters
+
+
+def require_fit(
+    file: Path, parts: Mapping[str, Part], models: Mapping[str, nn.Module]
+) -> dict[str, Part]:
+    """Check that each layer of a LoRA file has its place in a pipeline, by name and shape.
+
+    Args:
+        file: the file, for messages.
+        parts: its layers, by the model's name.
+        models: the pipeline's models, by name; they may have adapters, or no weights.
+
+    Returns:
+        The layers with their modules' paths as names.
+
+    Raises:
+        UserError: a layer has no module, or one of another shape.
+    """
+    placed: dict[str, Part] = {}
+    missing: list[str] = []
+    count = 0
+    for component, part in parts.items():
+        modules: dict[str, tuple[str, nn.Module]] = {}
+        if component in models:
+            for path, module in models[component].named_modules():
+                modules[plain_name(path)] = path, module
+        layers = []
+        for layer in part.layers:
+            count += 1
+            path, module = modules.get(layer.name, ("", None))
+            shapes = None if module is None else _factor_shapes(base_of(module))
+            if shapes is None:
+                missing.append(f"{component}.{layer.name}")
+                continue
+            file_shapes = tuple(layer.A.shape[1:]), layer.B.shape[0]
+            if file_shapes != shapes:
+                raise UserError(
+                    f"{file} does not fit the base model, whose {component}.{path} has"
+                    f" {_sides(*shapes)}, and the file's {_sides(*file_shapes)}: {FIX}."
+                )
+            layers.append(layer._replace(name=path))
+        placed[component] = Part(layers, part.rank, part.alpha)
+    if missing:
+        raise UserError(
+            f"{file} does not fit the base model, which has no layer for {len(missing)} of its"
+            f" {count}, such as {min(missing)}: {FIX}."
+        )
+    return placed
+
+
+def _factor_shapes(module: nn.Module) -> tuple[tuple[int, ...], int] | None:
+    """Dimensions of A after the rank, and outputs of B, for a layer; None if it takes no LoRA."""
+    if isinstance(module, nn.Linear):
+        return (module.in_features,), module.out_features
+    if isinstance(module, nn.Conv2d):
+        return (module.in_channels // module.groups, *module.kernel_size), module.out_channels
+    return None
+
+
+def _sides(inputs: tuple[int, ...], outputs: int) -> str:
+    """The dimensions of a layer in words, such as "64 inputs and 128 outputs"."""
+    return f"{' x '.join(map(str, inputs))} inputs and {outputs} outputs"
