@@ -68,15 +68,15 @@ def first_samples(stream: TrainingStream, step_size: int) -> Sequence[TrainingSa
 
     Images that 20 epochs do not use are left out.
     """
-    wanted = min(MAX_IMAGES, len(stream.images))
+    count = min(MAX_IMAGES, len(stream.images))
     samples: dict[int, TrainingSample] = {}
     # Steps of one size complete themselves from later epochs, so that one epoch may not be enough.
     for position in range(MAX_EPOCHS * stream.num_samples):
         step, slot = divmod(position, step_size)
         sample = stream.sample(step, slot, step_size, INSTANCE)
-        if sample.index < wanted:
+        if sample.index < count:
             samples.setdefault(sample.index, sample)
-        if len(samples) == wanted:
+        if len(samples) == count:
             break
     return [samples[index] for index in sorted(samples)]
 
