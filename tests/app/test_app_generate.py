@@ -78,6 +78,8 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
                 adapter_scale=1.0,
                 dtype="float32",
                 lanes=4,
+                base_precision=None,
+                weight_noise=0.0,
             )
             sampling = settings.sampling(options, base)
             assert (sampling.steps, sampling.guidance_scale) == expected
