@@ -210,23 +210,29 @@ class Tab:
 
         The prompt is that of the first chosen run, unless the user has written one. Steps and
         guidance are those of the base model, and change only with it; there is no guidance where
-        all chosen runs were trained towards it (``--guided_target``).
+        all chosen runs were trained towards it (``--guided_target``). Where all of them have a
+        sampler (``--sampling_lora``), they are those of the runs.
         """
         runs = {run.path: run for run in self.catalog.scan.runs if can_sample(run)}
         chosen_runs = [runs[path] for path in (a, b) if path in runs]
         if chosen_runs:
             prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
         with suppress(UserError):  # the button Generate shows the error
-            base = find_comparison(self.catalog, a, b).base
+            comparison = find_comparison(self.catalog, a, b)
+            base, sampler = comparison.base, comparison.sampler
             targets = [run.guided_target for run in chosen_runs]
             has_guidance = bool(targets) and min(targets) > 1
             # What the suggestion depends on
             suggested_for = f"{base.name}, guided" if has_guidance else base.name
+            if sampler is not None:
+                suggested_for += f", {sampler.text}"
             if suggested_for != last_base:
                 model = base.describe()
                 steps, guidance = usual(model)
                 if has_guidance:
                     guidance = model.family.unguided_scale
+                if sampler is not None:
+                    steps, guidance = sampler.usual(steps, guidance)
                 return [prompt, steps, guidance, suggested_for]
         return [prompt, gr.skip(), gr.skip(), gr.skip()]
 
@@ -254,7 +260,9 @@ class Tab:
             with self.work.errors_on_page():
                 image_request = read_form(prompt, seed, steps, guidance, scale, source)
                 comparison = find_comparison(self.catalog, a, b)
-                image_request = replace(image_request, size=comparison.size)
+                image_request = replace(
+                    image_request, size=comparison.size, sampler=comparison.sampler
+                )
                 labels = [label for label, _ in comparison.sides]
                 for label, adapter in comparison.sides:
 
@@ -268,7 +276,10 @@ class Tab:
                         comparison.base, adapter, [image_request], on_step
                     )
             slider = parts.slider_html(labels, images)
-            yield message("Done."), cards_html(labels, images), slider
+            text = "Done."
+            if comparison.sampler is not None:
+                text = f"Done, sampled as the run's validation images: {comparison.sampler.text}."
+            yield message(text), cards_html(labels, images), slider
         except Stopped:
             yield message("Cancelled."), gr.skip(), gr.skip()
 

@@ -17,6 +17,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import quoted
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE, STRENGTHS, Range, guidance_title
 from eval.clip_scores.settings import usual
+from eval.sampler import sampler_of_runs
 
 from . import parts
 from .generate import Stopped, Work, message, placeholder
@@ -130,15 +131,19 @@ class Grid:
                 run, rows = self._chosen(path, steps)
                 base = BaseChoice.from_config(run.record["config"])
                 model = base.describe()
+                sampler_steps, guidance = usual(model)
+                sampler = sampler_of_runs([run.record["config"]])
+                if sampler is not None:
+                    sampler_steps, guidance = sampler.usual(sampler_steps, guidance)
+                is_guided = model.family.is_guided(guidance, model.index, model.configs)
                 kinds = read_sources(sources)
                 # A run of full weights has no adapter to scale in the unconditional prediction.
                 has_adapter = not methods.get(run.method).exports_weights
-                if not (has_adapter and model.is_guided):
+                if not (has_adapter and is_guided):
                     kinds = [ADAPTER_GUIDANCE]
                 IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
-                sampler_steps, guidance = usual(model)
                 first_request = read_form(prompt, seed, sampler_steps, guidance, columns[0])
-                first_request = replace(first_request, size=training_size(run))
+                first_request = replace(first_request, size=training_size(run), sampler=sampler)
                 requests: list[Request] = []  # the same for each row
                 for kind in kinds:
                     for strength in columns:

@@ -16,7 +16,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL.Image import Image
 
-from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, reason, strip_controls
 from bilora_diffusion.core.files import is_file, quoted
 from bilora_diffusion.core.lora_names import WEIGHTS
@@ -37,7 +36,8 @@ from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
 from bilora_diffusion.run.console import quiet
 from eval.command import open_device
-from eval.load import applied, require_adapter
+from eval.load import applied, require_adapter, set_strengths
+from eval.sampler import RunSampler, sampler_of_runs
 from eval.sources import find
 
 from .catalog import Catalog
@@ -89,6 +89,8 @@ class Request:
     size: int | None = None
     # Model that makes the unconditional prediction; see `values.read_guidance_source`
     guidance_from: float | str = ADAPTER_GUIDANCE
+    # LoRA file and scheduler of the runs' validation images; None for the model's usual sampler
+    sampler: RunSampler | None = None
 
 
 class Sampler:
@@ -115,7 +117,8 @@ class Sampler:
         Args:
             base: base model, which is loaded if it differs from the last one.
             adapter: run folder or LoRA file; None for the base model alone.
-            requests: one request, or several that differ only in scale and kind of guidance.
+            requests: one request, or several that differ only in scale and kind of guidance; on the
+                base model too their LoRA file acts.
             on_step: called after each sampler step with the number of steps so far, counted over
                 all images; an exception in it ends the work.
         """
@@ -126,10 +129,10 @@ class Sampler:
             if request.guidance_from != ADAPTER_GUIDANCE:
                 require_adapter(subject, guidance_title(request.guidance_from))
         images: list[Image] = []
-        with applied(pipeline, subject, requests[0].scale):
+        sampler = requests[0].sampler or RunSampler()
+        with applied(pipeline, subject, requests[0].scale, sampler.lora):
             for number, request in enumerate(requests):
-                if number > 0:  # `applied` has set the first scale
-                    pipeline.set_adapters([PRIMARY], [request.scale])
+                set_strengths(pipeline, request.scale, sampler.lora)
                 steps_before = number * request.steps
 
                 def count_step(step: int, steps_before: int = steps_before) -> None:
@@ -143,6 +146,7 @@ class Sampler:
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
                     guidance_from=request.guidance_from,
+                    scheduler=sampler.scheduler,
                     on_step=count_step,
                 )
         return images
@@ -208,6 +212,8 @@ class Comparison:
     sides: list[tuple[str, Path | None]]
     # Side of the images that the runs were trained on, in pixels; None if unknown
     size: int | None
+    # Sampler that the chosen runs have in common; None for the model's usual one
+    sampler: RunSampler | None = None
 
 
 def find_comparison(catalog: Catalog, a: str, b: str) -> Comparison:
@@ -244,7 +250,8 @@ def find_comparison(catalog: Catalog, a: str, b: str) -> Comparison:
         catalog.resolve(run.weights or run.path)  # a link out of the root is refused
         side_of_path[run.path] = (run.name, catalog.resolve(run.path))
         size = size or training_size(run)
-    return Comparison(bases[0], [side_of_path[a], side_of_path[b]], size)
+    sampler = sampler_of_runs([run.record["config"] for run in chosen_runs])
+    return Comparison(bases[0], [side_of_path[a], side_of_path[b]], size, sampler)
 
 
 def training_size(run: RunItem) -> int | None:

@@ -141,6 +141,7 @@ def empty_task(name: str, *words: str) -> Any:
         family=family,
         pipeline=pipeline,
         models={family.denoiser: denoiser},
+        validation_model=None,
         targets=lambda: [Target(family.denoiser, denoiser, spec, cfg.learning_rate)],
     )
 

@@ -15,7 +15,8 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 
-from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.adapters import PRIMARY, SAMPLING
+from bilora_diffusion.config.lora_sources import LoraSource
 from bilora_diffusion.core.errors import UserError, as_user_error
 from bilora_diffusion.core.lora_names import COMPONENTS
 from bilora_diffusion.export.formats import diffusers_tensors
@@ -29,37 +30,49 @@ from .subjects import Subject
 
 
 @contextmanager
-def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[None]:
+def applied(
+    pipeline: Any, subject: Subject, scale: float = 1.0, sampling_lora: LoraSource | None = None
+) -> Iterator[None]:
     """Within the context the pipeline has the subject's weights; afterwards exactly its own.
 
     Args:
         scale: factor of an adapter's change of the weights.
+        sampling_lora: a file that acts beside the subject's weights, and on the base model alone.
     """
     file = subject.weights
-    if file is None:
-        yield
-        return
-    if file.is_dir():
-        if scale != 1.0:
-            raise UserError(
-                f"{file} holds whole models, which have no scale: leave the scale at 1, not"
-                f" {scale:g}."
-            )
-        base_models = {}
-        try:
-            base_models = put_models(pipeline, file)
-            yield
-        finally:
-            for name, (model, device) in base_models.items():
-                setattr(pipeline, name, model.to(device))
-        return
+    has_models = file is not None and file.is_dir()
+    if has_models and scale != 1.0:
+        raise UserError(
+            f"{file} holds whole models, which have no scale: leave the scale at 1, not {scale:g}."
+        )
     if any(pipeline.get_list_adapters().values()):
         raise RuntimeError("the pipeline has an adapter already, which would be lost")
+    base_models: dict[str, tuple[Any, Any]] = {}
     try:
-        put_lora(pipeline, file, scale)
+        if file is not None and has_models:
+            base_models = put_models(pipeline, file)
+        elif file is not None:
+            put_lora(pipeline, file)
+        if sampling_lora is not None:
+            put_lora(pipeline, sampling_lora.path, SAMPLING)
+        set_strengths(pipeline, scale, sampling_lora)
         yield
     finally:
         pipeline.unload_lora_weights()
+        for name, (model, device) in base_models.items():
+            setattr(pipeline, name, model.to(device))
+
+
+def set_strengths(pipeline: Any, scale: float, sampling_lora: LoraSource | None = None) -> None:
+    """Let the adapters of a pipeline act (`applied`): the subject's at ``scale``."""
+    strengths = {PRIMARY: scale}
+    if sampling_lora is not None:
+        strengths[SAMPLING] = sampling_lora.strength
+    present: set[str] = set().union(*pipeline.get_list_adapters().values())
+    names = [name for name in strengths if name in present]
+    if names:
+        pipeline.set_adapters(names, [strengths[name] for name in names])
+        _freeze(pipeline)
 
 
 def require_adapter(subject: Subject, source: str) -> None:
@@ -75,8 +88,8 @@ def require_adapter(subject: Subject, source: str) -> None:
         )
 
 
-def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
-    """Put a LoRA file on a pipeline's models, as their primary."""
+def put_lora(pipeline: Any, file: Path, adapter: str = PRIMARY) -> None:
+    """Put a LoRA file on a pipeline's models, as an adapter of this name."""
     parts = read(file).parts
     models = models_of(pipeline)
     # diffusers only warns of keys that name no layer, and loads the others.
@@ -89,12 +102,18 @@ def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
         # diffusers warns of each model for which the file has no adapter.
         diffusers_logging.set_verbosity_error()
         with as_user_error(f"{file} can't be loaded into the base model", FIX):
-            pipeline.load_lora_weights(tensors, adapter_name=PRIMARY)
-            pipeline.set_adapters([PRIMARY], [scale])
+            pipeline.load_lora_weights(tensors, adapter_name=adapter)
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    for model in models.values():
-        # diffusers adds layers in training mode, in which dropout is active.
+    _freeze(pipeline)
+
+
+def _freeze(pipeline: Any) -> None:
+    """Put the models into evaluation mode, in which dropout is off, and freeze all parameters.
+
+    diffusers adds and activates adapters in training mode.
+    """
+    for model in models_of(pipeline).values():
         model.eval().requires_grad_(False)
 
 

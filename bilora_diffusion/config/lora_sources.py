@@ -13,7 +13,8 @@ from ..core.files import hash_of_file, is_file, is_folder, quoted
 from ..core.lora_names import FILE_NAME, WEIGHTS
 
 # Options that name a LoRA file, and whether a strength may follow it.
-LORA_OPTIONS = {"init_from": False, "assistant_lora": True}
+LORA_OPTIONS = {"init_from": False, "assistant_lora": True, "sampling_lora": True}
+SAMPLING_OPTION = "sampling_lora"  # its file acts when images are made only
 # Largest size of a strength.
 MAX_STRENGTH = 100.0
 
@@ -42,14 +43,23 @@ def read_lora_sources(options: Mapping[str, Any]) -> dict[str, LoraSource]:
         UserError: a file does not exist, or a strength is no usable number.
     """
     sources: dict[str, LoraSource] = {}
-    for option, takes_strength in LORA_OPTIONS.items():
+    for option in LORA_OPTIONS:
         value = options.get(option)
         if value:
-            place, strength = value, 1.0
-            if takes_strength:
-                place, strength = split_strength(option, value)
-            sources[option] = find_lora_source(option, place, strength)
+            sources[option] = parse_lora_source(option, value)
     return sources
+
+
+def parse_lora_source(option: str, value: str) -> LoraSource:
+    """Find the file of an option's value, FILE or FILE:STRENGTH, and hash it.
+
+    Raises:
+        UserError: there is no such file, or the strength is no usable number.
+    """
+    place, strength = value, 1.0
+    if LORA_OPTIONS[option]:
+        place, strength = split_strength(option, value)
+    return find_lora_source(option, place, strength)
 
 
 def find_lora_source(option: str, place: str, strength: float = 1.0) -> LoraSource:
@@ -112,9 +122,11 @@ def lora_facts(sources: Mapping[str, LoraSource]) -> dict[str, Any]:
 
 
 def recorded_facts(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The `lora_facts` among a run's recorded options."""
+    """The `lora_facts` among a run's recorded options, of files that act in training."""
     facts: dict[str, Any] = {}
     for option in LORA_OPTIONS:
+        if option == SAMPLING_OPTION:
+            continue
         for ending in ("sha256", "strength"):
             name = f"{option}_{ending}"
             if name in options:

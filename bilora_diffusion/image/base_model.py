@@ -18,10 +18,6 @@ from .families import SDXL, family_class
 FLAG = "--pretrained_model_name_or_path"
 ANOTHER = f"give another {FLAG}"
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
-_GIVE_ONE = (
-    f"pass {FLAG} a hub id (or folder) of a pipeline in diffusers' format, or one that is embedded,"
-    " 'mini' or 'mini-flow'"
-)
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class BaseModel:
 
     name: str  # as the user gave it
     index: Mapping[str, Any]  # model_index.json
-    # Of denoiser and autoencoder, by the part, and of the scheduler of a diffusion model.
+    # Of denoiser, autoencoder and scheduler, by the part.
     configs: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -77,40 +73,50 @@ def folder_of(name: str) -> Path | None:
     return None
 
 
-def describe(name: str, revision: str | None = None, cache_dir: str | None = None) -> BaseModel:
+def describe(
+    name: str, revision: str | None = None, cache_dir: str | None = None, flag: str = FLAG
+) -> BaseModel:
     """Read a model's configuration files; those of a model on the hub are downloaded.
+
+    Args:
+        flag: the option that names the model, for messages.
 
     Raises:
         UserError: there is no such model, its kind is not known, or a part is missing.
     """
     # These values are here so that a dry run of the default model needs no network.
     if name == SDXL_BASE:
-        parts = {"unet": {"sample_size": 128}, "vae": {"block_out_channels": [128, 256, 512, 512]}}
+        parts = {
+            "unet": {"sample_size": 128},
+            "vae": {"block_out_channels": [128, 256, 512, 512]},
+            "scheduler": {"_class_name": "EulerDiscreteScheduler"},
+        }
         return BaseModel(name, {"_class_name": SDXL}, parts)
     folder = folder_of(name)
     if folder is None:
-        folder_or_id(name, FLAG)
-    read = partial(_read, name, folder, revision=revision, cache_dir=cache_dir)
+        folder_or_id(name, flag)
+    read = partial(_read, name, folder, flag, revision=revision, cache_dir=cache_dir)
     index = read("model_index.json")
-    family = family_class(str(index.get("_class_name")), f"{FLAG} {name}")()
+    family = family_class(str(index.get("_class_name")), f"{flag} {name}")()
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
     needed_parts = sorted((set(family.parts) | tokenizers) - family.optional)
     for part in needed_parts:
         # Only on disk the folders of the parts can be checked.
         if part not in index or (folder is not None and not (folder / part).is_dir()):
             raise UserError(
-                f'{FLAG} "{name}" is not a {family.title} pipeline in diffusers format (it has no'
+                f'{flag} "{name}" is not a {family.title} pipeline in diffusers format (it has no'
                 f" {part}): give one, for example mini."
             )
     configs = {}
     for part in (family.denoiser, "vae"):
         configs[part] = read(f"{part}/config.json")
-    if not family.flow:
-        configs["scheduler"] = read("scheduler/scheduler_config.json")
+    configs["scheduler"] = read("scheduler/scheduler_config.json")
     return BaseModel(name, index, configs)
 
 
-def _read(name: str, folder: Path | None, file: str, **hub_options: Any) -> dict[str, Any]:
+def _read(
+    name: str, folder: Path | None, flag: str, file: str, **hub_options: Any
+) -> dict[str, Any]:
     """A JSON object among a model's files.
 
     Args:
@@ -119,19 +125,22 @@ def _read(name: str, folder: Path | None, file: str, **hub_options: Any) -> dict
     from huggingface_hub import hf_hub_download
 
     if folder is None:
-        path = Path(from_hub(name, lambda: hf_hub_download(name, file, **hub_options)))
+        path = Path(from_hub(name, lambda: hf_hub_download(name, file, **hub_options), flag))
     else:
         path = folder / file
     label = f'{file} of "{name}"'
-    fix = f"download or write it again, or {ANOTHER}"
+    fix = f"download or write it again, or give another {flag}"
     content = read_or_refuse(label, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
         raise UserError(f"{label} is not a JSON object: {fix}.")
     return content
 
 
-def from_hub(name: str, load: Callable[[], Any]) -> Any:
+def from_hub(name: str, load: Callable[[], Any], flag: str = FLAG) -> Any:
     """Call ``load``, which downloads from a model's repository.
+
+    Args:
+        flag: the option that names the model, for messages.
 
     Raises:
         UserError: the model is not there, may not be read, or can't be downloaded.
@@ -148,4 +157,8 @@ def from_hub(name: str, load: Callable[[], Any]) -> Any:
                 " local folder."
             ) from error
 
-    return read_or_refuse(f'the base model "{name}"', _GIVE_ONE, load_permitted)
+    fix = (
+        f"pass {flag} a hub id (or folder) of a pipeline in diffusers' format, or one that is"
+        " embedded, 'mini' or 'mini-flow'"
+    )
+    return read_or_refuse(f'the model "{name}"', fix, load_permitted)

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCardData
 
 from .. import methods
+from ..config.lora_sources import LoraSource
 from ..core.lora_names import (
     FILE_NAME,
     base_workflow_file_name,
@@ -29,6 +30,7 @@ from . import comfy
 from .captions import concept_words
 from .config import DreamBoothConfig
 from .families.base import Unconditional
+from .schedulers import read_scheduler
 from .validation import INDEX, read_index
 
 # Row of the card's table: key in a run's results.
@@ -142,7 +144,8 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         denoiser_by_rows = family.denoiser
     # The guided target puts that guidance into the weights.
     is_guided_target = cfg.guided_target > 1
-    if is_guided_target:
+    sampling_lora = cfg.lora_sources.get("sampling_lora")
+    if is_guided_target or sampling_lora is not None:  # the code would stop both adapters
         denoiser_by_rows = None
     strength = unconditional_strength(cfg.validation_guidance_from)
     vae = cfg.pretrained_vae_model_name_or_path
@@ -158,10 +161,33 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "unconditional_strength": strength if strength < 1 else 0.0,
         "guidance": family.default_guidance,
         "guided_target": cfg.guided_target if is_guided_target else None,
-        "unguided_scale": family.unguided_scale,
+        **_sampler(cfg, sampling_lora),
         "models": list(results["export"]) if exports_models else [],
         # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
         "warns_of_encoders": not family.flow and not cfg.train_text_encoder,
+    }
+
+
+def _sampler(cfg: DreamBoothConfig, sampling_lora: LoraSource | None) -> dict[str, Any]:
+    """Values for the part of the code that samples as the run's validation images are sampled."""
+    scheduler = None
+    if cfg.sampling_scheduler is not None:
+        kind, settings = read_scheduler(cfg.sampling_scheduler)
+        scheduler = {"name": kind.__name__, "settings": settings}
+    arguments: dict[str, Any] = {}
+    if cfg.guided_target > 1:
+        arguments["guidance_scale"] = cfg.family.unguided_scale
+    if cfg.sampler_settings:
+        arguments |= {
+            "num_inference_steps": cfg.validation_num_inference_steps,
+            "guidance_scale": cfg.validation_guidance_scale,
+        }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return {
+        "sampling_lora": sampling_lora,
+        "validation_model": public_name(cfg.validation_model) if cfg.validation_model else None,
+        "scheduler": scheduler,
+        "arguments": "".join(f", {name}={value:g}" for name, value in given.items()),
     }
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.lora_sources import LoraSource
 from ..core.durable import write_text
 from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow_file_name
 from ..core.values import BASE_GUIDANCE, unconditional_strength
@@ -24,11 +25,28 @@ from .captions import concept_words
 from .config import DreamBoothConfig
 from .families import family_of
 from .families.base import ComfyUI, Family
+from .schedulers import build_scheduler
 from .validation import ValidationSample, usual_sample
 
 # Loader node, by the number of text encoder files.
 TEXT_ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
 TRAINING_STEPS = 1000  # noise levels of Stable Diffusion XL; samplers use some of them
+# ComfyUI's samplers, by the class of diffusers' scheduler.
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DEISMultistepScheduler": "deis",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchLCMScheduler": "lcm",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "dpm_2_ancestral",
+    "KDPM2DiscreteScheduler": "dpm_2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
+    "UniPCMultistepScheduler": "uni_pc",
+}
 Output = list[Any]  # an output of a node: number of the node, number of the output
 
 
@@ -68,19 +86,29 @@ def remark(cfg: DreamBoothConfig) -> str | None:
 def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     """Write the workflow next to the LoRA file, and a second one with guidance from the base model.
 
-    No workflow is written if ComfyUI does not read the file as trained, and no second one if the
-    model makes no unconditional prediction. Older workflows are removed.
+    No workflow is written if ComfyUI does not read the file as trained or lacks the scheduler, and
+    no second one if the model makes no unconditional prediction. Older workflows are removed.
+
+    Args:
+        pipeline: pipeline of the validation images.
     """
     path = folder / workflow_file_name(folder)
     base_path = folder / base_workflow_file_name(folder)
     path.unlink(missing_ok=True)
     base_path.unlink(missing_ok=True)
-    base = cfg.pretrained_model_name_or_path
+    base = cfg.validation_model or cfg.pretrained_model_name_or_path
     family = family_of(pipeline)
     is_unread = remark(cfg) is not None or get(cfg.method).exports_weights
     has_no_file = not (family.flow or cfg.output_kohya_format)
     if is_unread or has_no_file or embedded(base):
         return
+    scheduler = build_scheduler(pipeline.scheduler, cfg.sampling_scheduler)
+    if cfg.sampling_scheduler is not None:
+        # The node of FLUX.2 computes the noise levels itself.
+        has_levels = not family.comfyui.scheduler_node or ":" not in cfg.sampling_scheduler
+        if type(scheduler).__name__ not in SAMPLERS or not has_levels:
+            return
+    sampler = Sampler(scheduler, cfg.lora_sources.get("sampling_lora"))
     samples = cfg.samples
     if not samples:
         concept = cfg.concept_configs[0]
@@ -90,7 +118,7 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     checkpoint = family.comfyui.checkpoints.get(base, Path(base).name.lower())
     sample = samples[0]
     lora = kohya_file_name(folder)
-    graph = workflow(pipeline, checkpoint, lora, sample)
+    graph = workflow(pipeline, checkpoint, lora, sample, sampler)
     write_text(path, json.dumps(graph, indent=1) + "\n")
     guidance = sample.guidance
     if guidance is None:
@@ -98,17 +126,49 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     is_guided = family.is_guided(guidance, pipeline.config, family.configs(pipeline))
     if is_guided and unconditional_strength(sample.guidance_from) == 1:
         by_base = replace(sample, guidance_from=BASE_GUIDANCE)
-        graph = workflow(pipeline, checkpoint, lora, by_base)
+        graph = workflow(pipeline, checkpoint, lora, by_base, sampler)
         write_text(base_path, json.dumps(graph, indent=1) + "\n")
 
 
-def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample) -> Graph:
+@dataclass(frozen=True)
+class Sampler:
+    """What acts when images are made only."""
+
+    scheduler: Any  # of diffusers
+    lora: LoraSource | None = None  # a further file, such as Lightning's
+
+    @property
+    def name(self) -> str:
+        """ComfyUI's name of the sampler."""
+        return SAMPLERS.get(type(self.scheduler).__name__, "euler")
+
+    def spacing(self, usual: str) -> str:
+        """ComfyUI's name for the spacing of the noise levels; ``usual`` for the family's."""
+        config = self.scheduler.config
+        if config.get("use_karras_sigmas"):
+            return "karras"
+        # The first step is at the full noise, as those of LCM.
+        if config.get("timestep_spacing") == "trailing" or self.name == "lcm":
+            return "sgm_uniform"
+        return usual
+
+
+def workflow(
+    pipeline: Any,
+    checkpoint: str,
+    lora: str,
+    sample: ValidationSample,
+    sampler: Sampler | None = None,
+) -> Graph:
     """The nodes that sample one validation image as the pipeline does.
 
     Args:
         checkpoint: the model's file, without its ending.
         lora: the adapter's file.
+        sampler: scheduler and further file; None for the pipeline's scheduler alone.
     """
+    if sampler is None:
+        sampler = Sampler(pipeline.scheduler)
     family: Family = family_of(pipeline)
     comfyui = family.comfyui
     assert comfyui is not None
@@ -123,6 +183,14 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     # The model with the adapter. With guidance from the base model a hook applies the adapter to
     # the positive prompt only, and in between another hook applies it to the negative prompt.
     base_model, base_encoders, autoencoder = _load_checkpoint(graph, comfyui, checkpoint)
+    if sampler.lora is not None:
+        # It acts in both predictions, as in the base model.
+        base_model = graph.add(
+            "LoraLoaderModelOnly",
+            model=base_model,
+            lora_name=sampler.lora.path.name,
+            strength_model=sampler.lora.strength,
+        )
     has_hooks = unconditional_strength(sample.guidance_from) < 1
     negative_strength = sample.strength * unconditional_strength(sample.guidance_from)
     model = base_model
@@ -139,7 +207,7 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     if has_hooks:
         model = base_model
     if comfyui.shift_node:
-        model = _shift_noise_levels(graph, pipeline, model, size)
+        model = _shift_noise_levels(graph, pipeline, sampler, model, size)
 
     # The prompt and the negative prompt.
     positive = graph.add("CLIPTextEncode", clip=text_encoders, text=sample.prompt)
@@ -161,7 +229,7 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     # difference of the predictions that many times, and 100 where the model embeds its guidance.
     scale = max(1.0, guidance + 1.0 - family.unguided_scale)
     guided = {"model": model, "positive": positive, "negative": negative, "cfg": scale}
-    latent = _sample_latent(graph, family, guided, sample.seed, steps, size)
+    latent = _sample_latent(graph, family, sampler, guided, sample.seed, steps, size)
     image = graph.add("VAEDecode", samples=latent, vae=autoencoder)
     graph.add("SaveImage", images=image, filename_prefix=Path(lora).stem)
     return graph
@@ -189,6 +257,7 @@ def _hook_adapter(graph: Graph, lora: str, prompt: Output, strength: float) -> O
 def _sample_latent(
     graph: Graph,
     family: Family,
+    sampler: Sampler,
     guided: dict[str, Any],
     seed: int,
     steps: int,
@@ -207,7 +276,7 @@ def _sample_latent(
             "SamplerCustomAdvanced",
             noise=graph.add("RandomNoise", noise_seed=seed),
             guider=graph.add("CFGGuider", **guided),
-            sampler=graph.add("KSamplerSelect", sampler_name="euler"),
+            sampler=graph.add("KSamplerSelect", sampler_name=sampler.name),
             sigmas=graph.add(comfyui.scheduler_node, steps=steps, **size),
             latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
         )
@@ -221,8 +290,8 @@ def _sample_latent(
         latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
         seed=seed,
         steps=steps,
-        sampler_name="euler",
-        scheduler=scheduler,
+        sampler_name=sampler.name,
+        scheduler=sampler.spacing(scheduler),
         denoise=1,
     )
 
@@ -255,11 +324,13 @@ def _load_checkpoint(
     return model, graph.add(TEXT_ENCODER_LOADERS[len(names)], **inputs), autoencoder
 
 
-def _shift_noise_levels(graph: Graph, pipeline: Any, model: Output, size: dict[str, int]) -> Output:
+def _shift_noise_levels(
+    graph: Graph, pipeline: Any, sampler: Sampler, model: Output, size: dict[str, int]
+) -> Output:
     """Add the node that shifts the noise levels as the pipeline does at this size."""
     family: Family = family_of(pipeline)
     assert family.comfyui is not None
-    config = pipeline.scheduler.config
+    config = sampler.scheduler.config
     if config.get("use_dynamic_shifting"):
         mu = family.mu(pipeline, family.tokens(**size))
     else:

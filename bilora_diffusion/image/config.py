@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..config import resolving
+from ..config.lora_sources import lora_facts
 from ..config.options import OptimizerOptions, StepOptions
 from ..core.errors import UserError
-from ..core.files import folder_or_id, is_folder, quoted
+from ..core.files import folder_or_id, is_folder, quoted, without_paths
 from ..core.values import (
     BY_SAMPLES,
     DINOV2,
@@ -37,6 +38,7 @@ from .options import (
     ImageStoppingOptions,
     ValidationOptions,
 )
+from .sampler_options import SamplerOptions
 from .validation import ValidationSample, samples_of
 
 if TYPE_CHECKING:  # which imports torch
@@ -54,9 +56,14 @@ GROUPS = (
     FlowOptions,
     PriorOptions,
     ValidationOptions,
+    SamplerOptions,
     ImageOutputOptions,
 )
 
+# Options that act when images are made only, and on all images alike.
+SAMPLER_OPTIONS = ("sampling_lora", "sampling_scheduler", "validation_model")
+# What is recorded of the file, which may move.
+SAMPLING_LORA_FACTS = frozenset({"sampling_lora_sha256", "sampling_lora_strength"})
 # Options that change the distance of samples.
 SAMPLING_OPTIONS = frozenset(
     {
@@ -64,6 +71,9 @@ SAMPLING_OPTIONS = frozenset(
         "validation_num_inference_steps",
         "validation_guidance_scale",
         "validation_guidance_from",
+        "sampling_scheduler",
+        "validation_model",
+        *SAMPLING_LORA_FACTS,
     }
 )
 
@@ -98,7 +108,10 @@ class DreamBoothConfig(ImageOptions):
         cfg = with_sets_of_images(self)
         model = describe(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
         cfg = with_model_defaults(cfg, model)
-        check_base_model(cfg, model)
+        sampled_model = model
+        if cfg.validation_model is not None:
+            sampled_model = describe_validation_model(cfg, model)
+        check_base_model(cfg, model, sampled_model)
         return cfg
 
     def check_inputs(self) -> None:
@@ -194,6 +207,18 @@ class DreamBoothConfig(ImageOptions):
         """The settings of each validation image, in their order."""
         return samples_of(self)
 
+    @property
+    def sampler_settings(self) -> dict[str, Any]:
+        """The given options of `SAMPLER_OPTIONS` by name; each image records them."""
+        settings: dict[str, Any] = {}
+        for name in SAMPLER_OPTIONS:
+            source = self.lora_sources.get(name)
+            if source is not None:
+                settings |= {name: source.path.name, **lora_facts({name: source})}
+            elif getattr(self, name) is not None:
+                settings[name] = without_paths(getattr(self, name))
+        return settings
+
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         # They are not options, but the viewer and the model card read them.
@@ -204,21 +229,53 @@ class DreamBoothConfig(ImageOptions):
 
     @classmethod
     def changeable_options(cls) -> frozenset[str]:
-        return super().changeable_options() | {"validation_settings"}
+        return super().changeable_options() | {"validation_settings"} | SAMPLING_LORA_FACTS
 
 
 # Builds the configuration of the image script from a command line.
 resolve = DreamBoothConfig.resolve
 
 
-def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
-    """Refuse sizes, guidance, negative prompts and files that the base model does not support."""
-    from .crops import bucket_sizes  # here, since it imports torch
+def describe_validation_model(cfg: ImageOptions, model: BaseModel) -> BaseModel:
+    """Read the configuration files of ``--validation_model``.
+
+    Raises:
+        UserError: it is not a model of the base model's kind.
+    """
+    flag = "--validation_model"
+    sampled_model = describe(str(cfg.validation_model), None, cfg.cache_dir, flag)
+    if sampled_model.pipeline != model.pipeline:
+        raise UserError(
+            f"{flag} {quoted(sampled_model.name)} is a {sampled_model.pipeline}, and"
+            f" {quoted(model.name)} a {model.pipeline}: give a model of the same kind."
+        )
+    return sampled_model
+
+
+def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseModel) -> None:
+    """Refuse sizes, guidance, negative prompts and files that the base model does not support.
+
+    Args:
+        sampled_model: model of the validation images, the base model without a
+            ``--validation_model``.
+    """
+    # Here, since they import torch.
+    from .crops import bucket_sizes
+    from .schedulers import check_scheduler
 
     family = model.family
-    run_guidance = cfg.validation_guidance_scale
-    if run_guidance is None:
-        _, run_guidance = model.usual_sampling
+    # Whether there is an unconditional prediction depends on them.
+    guided_by = sampled_model.index, sampled_model.configs
+    usual_steps, run_guidance = sampled_model.usual_sampling
+    if cfg.validation_guidance_scale is not None:
+        run_guidance = cfg.validation_guidance_scale
+    if cfg.sampling_scheduler is not None:
+        numbers = [
+            cfg.validation_num_inference_steps,
+            *(sample.steps for sample in samples_of(cfg)),
+        ]
+        steps = [number or usual_steps for number in numbers]
+        check_scheduler(cfg.sampling_scheduler, sampled_model.configs["scheduler"], steps)
     sides: set[int] = set()  # in pixels, of all training and validation images
     for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):
         sides.update(size)
@@ -233,7 +290,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
         guidance_from = settings.get("guidance_from", cfg.validation_guidance_from)
         if unconditional_strength(guidance_from) < 1:
             request = f"{prompt} with guidance from {guidance_title(guidance_from)}"
-            require_unconditional(family, guidance, model.index, model.configs, request)
+            require_unconditional(family, guidance, *guided_by, request)
         # Without guidance no prediction uses the negative prompt.
         is_read = family.reads_negative_prompt and guidance > family.unguided_scale
         if settings.get("negative_prompt") and not is_read:
@@ -243,7 +300,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
             )
     if unconditional_strength(cfg.validation_guidance_from) < 1:
         request = f"--validation_guidance_from {cfg.validation_guidance_from}"
-        require_unconditional(family, run_guidance, model.index, model.configs, request)
+        require_unconditional(family, run_guidance, *guided_by, request)
     for side in sides:
         family.require_resolution(side, model.configs)
 

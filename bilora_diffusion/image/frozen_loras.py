@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import FrozenAdapter
+from ..adapters import ASSISTANT, SAMPLING, FrozenAdapter
 from ..adapters.injection import base_of
 from ..config.lora_sources import LoraSource
 from ..core.errors import UserError
@@ -16,7 +16,10 @@ from ..core.lora_names import COMPONENTS, ENCODERS
 from ..export.formats import Part, peft_adapter, plain_name
 from ..export.lora_checks import warn_of_other_base
 from ..export.reader import read
+from .config import DreamBoothConfig
 
+# Options whose LoRA files act beside the trained adapters, and the names of their adapters.
+FROZEN_OPTIONS = {"assistant_lora": ASSISTANT, "sampling_lora": SAMPLING}
 FIX = "give the base model that it was trained on"
 
 
@@ -28,6 +31,21 @@ def models_of(pipeline: Any) -> dict[str, Any]:
         if model is not None:
             models[name] = model
     return models
+
+
+def read_frozen_of_run(
+    cfg: DreamBoothConfig, pipeline: Any, models: Mapping[str, nn.Module]
+) -> dict[str, tuple[FrozenAdapter, ...]]:
+    """Read the LoRA files that act beside the trained adapters; by the model's name."""
+    frozen: dict[str, tuple[FrozenAdapter, ...]] = dict.fromkeys(models, ())
+    for option, adapter in FROZEN_OPTIONS.items():
+        source = cfg.lora_sources.get(option)
+        if source is None:
+            continue
+        adapters_of_file = read_frozen(source, adapter, pipeline, models, cfg.base_model)
+        for name, frozen_adapter in adapters_of_file.items():
+            frozen[name] += (frozen_adapter,)
+    return frozen
 
 
 def read_frozen(

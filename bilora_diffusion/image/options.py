@@ -25,11 +25,16 @@ from ..core.values import (
 )
 from ..mini import FOLDERS
 from .model_options import (
-    WITHOUT_PRIOR,
     DiffusionOptions,
     FlowOptions,
     ModelOptions,
     PriorOptions,
+)
+from .sampler_options import (
+    WITHOUT_ANY_SAMPLES,
+    WITHOUT_PROMPT,
+    WITHOUT_SAMPLES,
+    SamplerOptions,
 )
 
 CACHE_AUTO = "auto"
@@ -53,26 +58,10 @@ ON_ONE_CONFIGURATION = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in FOLDERS,
     "on a folder or a built-in set, which has one",
 )
-WITHOUT_PROMPT = IgnoredCase(
-    lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
-    "without a prompt",
-    "add `--validation_prompt` or drop it",
-)
-
 WITHOUT_HELDOUT_IMAGES = IgnoredCase(
     lambda v: not v["validation_dataset"],
     "without held-out images",
     "add `--validation_dataset` or drop it",
-)
-WITHOUT_SAMPLES = IgnoredCase(
-    lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
-    "without a prompt",
-    "add `--validation_prompt` or drop it",
-)
-WITHOUT_ANY_SAMPLES = IgnoredCase(
-    lambda v: WITHOUT_SAMPLES.when(v) and WITHOUT_PRIOR.when(v),
-    "where no images are sampled",
-    "add `--validation_prompt` or drop it",
 )
 
 
@@ -357,6 +346,7 @@ class ImageOptions(
     PriorOptions,
     ImageStoppingOptions,
     ValidationOptions,
+    SamplerOptions,
     ImageOutputOptions,
     RunConfig,
 ):

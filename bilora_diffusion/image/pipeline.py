@@ -96,7 +96,10 @@ def load_pipeline(
     family = model.family
     folder = folder_of(name)
     if folder is None:
-        folder = _download(name, revision, variant, cache_dir, with_vae=not vae, weights=weights)
+        unused_parts = {"vae"} if vae else set[str]()
+        folder = download(
+            name, revision, variant, cache_dir, unused_parts=unused_parts, weights=weights
+        )
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(
             f'--variant "{variant}" is not among the files of "{name}": {ANOTHER}, or drop it.'
@@ -104,7 +107,7 @@ def load_pipeline(
 
     # Optional parts that the pipeline lacks, such as SD3's T5: null, or [null, null].
     absent = [part for part in family.optional if (model.index.get(part) or [None])[0] is None]
-    load = _load if weights else _empty
+    load = partial(load_part, weights=weights)
     origin = Origin(folder)
     parts: dict[str, Any] = {}
     for part, kind in family.parts.items():
@@ -117,7 +120,7 @@ def load_pipeline(
             fix = f"give a folder or a hub id of a {kind}"
             options["cache_dir"] = cache_dir
         else:
-            label = f'the {part} of "{name}"'
+            label = part_label(part, name)
             place = folder
             fix = f"download it again, or {ANOTHER}"
             options["subfolder"] = part
@@ -128,7 +131,7 @@ def load_pipeline(
         read = partial(load, label, loader, place, fix, **options)
         if part in deferred_parts:
             origin.loaders[part] = read
-            parts[part] = _empty(*read.args, **read.keywords)
+            parts[part] = read(weights=False)
         else:
             parts[part] = read()
 
@@ -160,26 +163,30 @@ def _dtype_of(part: str, dtype: Dtypes) -> torch.dtype:
     return dtype
 
 
-def _download(
+def part_label(part: str, name: str) -> str:
+    """Name of a part of a pipeline in messages."""
+    return f'the {part} of "{name}"'
+
+
+def download(
     name: str,
     revision: str | None,
     variant: str | None,
     cache_dir: str | None,
     *,
-    with_vae: bool,
+    unused_parts: Collection[str] = (),
     weights: bool,
 ) -> Path:
     """Download a pipeline from the hub and return its folder in the hub's cache.
 
     Args:
-        with_vae: False if another autoencoder is used.
+        unused_parts: parts whose weights are not needed.
         weights: False for configurations and tokenizers only.
     """
     options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     if weights:
         options["variant"] = variant
-        if not with_vae:
-            options["vae"] = None
+        options |= dict.fromkeys(unused_parts)
         download = partial(DiffusionPipeline.download, name, use_safetensors=True, **options)
     else:
         patterns = list(WITHOUT_WEIGHTS)
@@ -203,7 +210,7 @@ def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
 def _empty(
     label: str, kind: Any, place: str | Path, fix: str, dtype: torch.dtype, **options: Any
 ) -> Any:
-    """Build one model of a pipeline without weights; the arguments are those of `_load`."""
+    """Build one model of a pipeline without weights; the arguments are those of `load_part`."""
     options.pop("variant", None)  # only for weights
 
     def build() -> Any:
@@ -214,7 +221,9 @@ def _empty(
     return read_or_refuse(label, fix, lambda: empty(build, dtype))
 
 
-def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) -> Any:
+def load_part(
+    label: str, kind: Any, place: str | Path, fix: str, *, weights: bool = True, **options: Any
+) -> Any:
     """Load one model of a pipeline with all of its weights, from safetensors.
 
     Args:
@@ -222,8 +231,11 @@ def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) ->
         kind: its class.
         place: folder or hub id.
         fix: end of the messages.
+        weights: False for a model without weights.
         options: arguments of ``from_pretrained``.
     """
+    if not weights:
+        return _empty(label, kind, place, fix, **options)
     require_safetensors(label, Path(place).expanduser() / options.get("subfolder", ""))
     options |= {"use_safetensors": True, "output_loading_info": True}
     model, loaded = read_or_refuse(label, fix, lambda: kind.from_pretrained(place, **options))
@@ -309,6 +321,8 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
         if isinstance(model, nn.Module):
             quantization = cfg.quantize if name in quantized else "none"
             model_bytes[name] = held_bytes(model, quantization)
+    if task.validation_model is not None and device.type == "cpu":
+        model_bytes["validation model"] = task.validation_model.bytes_
     if cfg.chooses_by_samples:
         model_bytes["image model"] = image_model_bytes(cfg.image_model)
 

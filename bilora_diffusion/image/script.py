@@ -50,6 +50,7 @@ from .sampling import generate
 from .sets import ImageSet
 from .stream import TrainingStream
 from .task import DreamBooth
+from .validation_model import load_validation_model
 
 # File name of a sampled class image: its number and a hash of its pixels.
 CLASS_IMAGE = re.compile(r"(\d+)-[0-9a-f]{12}\.png")
@@ -90,6 +91,10 @@ class DreamBoothScript(Script[DreamBoothConfig]):
         pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, deferred_parts=deferred_parts)
         warn_of_model(cfg, pipeline)
         warn_of_long_captions(cfg, pipeline, training)
+        denoiser_dtype = dtypes.get(family.denoiser, dtypes["default"])
+        validation_model = load_validation_model(
+            cfg, pipeline, denoiser_dtype, weights=not cfg.dry_run
+        )
 
         class_set = None
         if cfg.with_prior_preservation:
@@ -97,7 +102,8 @@ class DreamBoothScript(Script[DreamBoothConfig]):
                 class_set = training  # no images are sampled
             else:
                 class_set = joined(cfg, partial(class_images, accelerator=accelerator))
-        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, training, class_set), heldout)
+        stream = TrainingStream(cfg, training, class_set)
+        task = DreamBooth(cfg, pipeline, stream, heldout, validation_model)
         if not cfg.dry_run:
             if cfg.quantize != "none":
                 quantize_models(task, dtypes["default"], accelerator.device)
@@ -112,6 +118,11 @@ class DreamBoothScript(Script[DreamBoothConfig]):
         path = folder / CONTACT_SHEET
         write_contact_sheet(task.stream, path, trainer.layout.step_size)
 
+    def cpu_bytes(self, task: Any, device: torch.device) -> dict[str, int]:
+        if device.type == "cpu" or task.validation_model is None:
+            return {}
+        return {"the weights of --validation_model": task.validation_model.bytes_}
+
     def export(self, cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
         task: Any = trainer.task
         if trainer.method.exports_weights:
@@ -123,7 +134,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             kohya=cfg.output_kohya_format,
             extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
         )
-        comfy.write(cfg, folder, task.pipeline)
+        comfy.write(cfg, folder, task.sampled_pipeline)
         return report
 
     def write_card(

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.helpers import rescale_adapter_scale
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from .. import adapters
-from ..adapters import ASSISTANT, AdapterSpec, FrozenAdapter
+from ..adapters import ASSISTANT, SAMPLING, AdapterSpec
 from ..config.derived import text_encoder_rate
 from ..core.seeds import digest, generator
 from ..core.values import ATTENTION
@@ -30,7 +29,7 @@ from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
 from .first_values import read_start
-from .frozen_loras import read_frozen
+from .frozen_loras import read_frozen_of_run
 from .latents import Encoder, weight_map
 from .likeness import SampledDistance
 from .loss import GUIDANCE_SHARE, HELD_WEIGHTS, PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
@@ -40,9 +39,8 @@ from .sampling import SMALLER_IMAGES, generate
 from .sets import ImageSet
 from .stream import INSTANCE, TrainingSample, TrainingStream
 from .validation import ValidationSample, write_images
+from .validation_model import ValidationModel
 
-# Options whose LoRA files act beside the trained adapters, and the names of their adapters.
-FROZEN_OPTIONS = {"assistant_lora": ASSISTANT}
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # attention of CLIP's text encoders
 
 
@@ -55,6 +53,7 @@ class DreamBooth:
         pipeline: a loaded pipeline with its `Origin`.
         stream: the instance images, and the class images if there are any.
         validation: held-out images.
+        validation_model: another model that images are sampled from.
     """
 
     def __init__(
@@ -63,11 +62,15 @@ class DreamBooth:
         pipeline: Any,
         stream: TrainingStream,
         validation: ImageSet | None = None,
+        validation_model: ValidationModel | None = None,
     ) -> None:
         self.cfg = cfg
         self.pipeline = pipeline
         self.stream = stream
         self.validation = validation
+        self.validation_model = validation_model
+        # The pipeline of validation images.
+        self.sampled_pipeline = validation_model.pipeline if validation_model else pipeline
         self.num_samples = stream.num_samples
         self.has_heldout = validation is not None
 
@@ -81,7 +84,8 @@ class DreamBooth:
                 encoder = getattr(pipeline, name)
                 encoders.append(encoder)
                 self.models[name] = encoder
-        self.frozen = self._read_frozen()
+        self.adapted_models = nn.ModuleList(self.models.values())
+        self.frozen = read_frozen_of_run(cfg, pipeline, self.models)
         self.start: dict[str, dict[str, Tensor]] = {}  # first values of primaries from a file
         source = cfg.lora_sources.get("init_from")
         if source is not None:
@@ -102,19 +106,6 @@ class DreamBooth:
 
         self.prompts: PromptCache | None = None  # None also while the text encoders are trained
         self._source: Encoder | None = None  # encoder of an earlier run, whose latents are reused
-
-    def _read_frozen(self) -> dict[str, tuple[FrozenAdapter, ...]]:
-        """Read the LoRA files that act beside the trained adapters; by the model's name."""
-        frozen: dict[str, tuple[FrozenAdapter, ...]] = dict.fromkeys(self.models, ())
-        for option, adapter in FROZEN_OPTIONS.items():
-            source = self.cfg.lora_sources.get(option)
-            if source is None:
-                continue
-            base_model = self.cfg.base_model
-            adapters_of_file = read_frozen(source, adapter, self.pipeline, self.models, base_model)
-            for name, frozen_adapter in adapters_of_file.items():
-                frozen[name] += (frozen_adapter,)
-        return frozen
 
     def data_summary(self) -> str:
         """Numbers and sizes of the training images, in a few words."""
@@ -155,7 +146,7 @@ class DreamBooth:
     def with_config(self, cfg: DreamBoothConfig) -> DreamBooth:
         """The same models, latents and prompts for a run with another configuration; see `Task`."""
         stream = TrainingStream(cfg, self.stream.images, self.stream.classes)
-        task = DreamBooth(cfg, self.pipeline, stream, self.validation)
+        task = DreamBooth(cfg, self.pipeline, stream, self.validation, self.validation_model)
         task.prompts = self.prompts
         task._source = self.encoder
         task.to_device(self.device)
@@ -337,10 +328,10 @@ class DreamBooth:
             return {}
         with evaluating:
             # An assistant acts in this loss as in training, but not in samples.
-            with adapters.joined_by(nn.ModuleList(self.models.values()), ASSISTANT):
+            with adapters.joined_by(self.adapted_models, ASSISTANT):
                 values = self.grid()
             if self.sampled is not None:
-                with inference(self.module):
+                with self.sampling():
                     values |= self.sampled()
         return values
 
@@ -352,13 +343,25 @@ class DreamBooth:
         if not samples:
             return {}
         images: list[Image] = []
-        with evaluating, inference(self.module):
+        with evaluating, self.sampling():
             # Neighbours with the same size, guidance, steps and strength share a batch.
             for _, batch in itertools.groupby(samples, lambda sample: sample.batch_settings):
                 images += self.sample_images(list(batch))
-        with_settings = bool(self.cfg.validation_settings)
-        write_images(validation_folder(folder, step), samples, images, with_settings)
+        shared_settings = self.cfg.sampler_settings
+        with_settings = bool(self.cfg.validation_settings or shared_settings)
+        folder = validation_folder(folder, step)
+        write_images(folder, samples, images, with_settings, shared_settings)
         return {}
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Context manager: what acts when images are made only; for `sample_images`."""
+        with ExitStack() as stack:
+            stack.enter_context(inference(self.module))
+            stack.enter_context(adapters.joined_by(self.adapted_models, SAMPLING))
+            if self.validation_model is not None:
+                stack.enter_context(self.validation_model.acting())
+            yield
 
     def sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
         """Images of samples with the same `ValidationSample.batch_settings`."""
@@ -368,12 +371,10 @@ class DreamBooth:
         if self.prompts is not None:
             embeddings = self.prompts.embed(prompts), self.prompts.embed_captions(negatives)
         shared = samples[0]
-        scaling: AbstractContextManager[Any] = nullcontext()
-        if shared.strength != 1:
-            scaling = rescale_adapter_scale(nn.ModuleList(self.models.values()), shared.strength)
-        with scaling:
+        lora_layers = [layer for _, layer in adapters.layers(self.adapted_models)]
+        with adapters.scaled(lora_layers, shared.strength):
             return generate(
-                self.pipeline,
+                self.sampled_pipeline,
                 prompts,
                 [sample.seed for sample in samples],
                 size=(shared.height, shared.width),
@@ -381,6 +382,7 @@ class DreamBooth:
                 steps=shared.steps,
                 guidance_scale=shared.guidance,
                 guidance_from=shared.guidance_from,
+                scheduler=self.cfg.sampling_scheduler,
                 embeddings=embeddings,
                 batch=self.cfg.sample_batch_size,
                 memory_fix=self._memory_fix(len(samples)),

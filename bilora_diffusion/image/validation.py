@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from PIL.Image import Image
@@ -189,23 +190,25 @@ def write_images(
     samples: Sequence[ValidationSample],
     images: Sequence[Image],
     with_settings: bool,
+    shared_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write images as PNG files, and their index.
 
     Args:
         folder: folder of the step, which is created.
         with_settings: write the sample's settings into each file, as the text chunk "settings".
+        shared_settings: settings of all samples, which are recorded with their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
         information = PngInfo()
+        settings = {**sample.to_dict(), **shared_settings}
         if with_settings:
-            settings = json.dumps(sample.to_dict(), ensure_ascii=False)
             # iTXt chunks are UTF-8; plain text chunks are Latin-1.
-            information.add_itxt("settings", settings)
+            information.add_itxt("settings", json.dumps(settings, ensure_ascii=False))
         image.save(folder / image_file_name(number), pnginfo=information)
-        entries.append({"file": image_file_name(number), **sample.to_dict()})
+        entries.append({"file": image_file_name(number), **settings})
     # Last, so that all files of an index exist.
     write_text(folder / INDEX, dump_json({"images": entries}))
 

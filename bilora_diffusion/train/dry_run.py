@@ -91,6 +91,13 @@ def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
             lines.append(f"  {bytes_for_people(size):>8}  {part}")
     for phase, peak in peaks.items():
         lines.append(f"peak of {phase}: {bytes_for_people(peak)}")
+    for part, size in script.cpu_bytes(task, device).items():
+        available = free_bytes(torch.device("cpu"))
+        answer = "fits" if size <= available else "does not fit"
+        lines.append(
+            f"memory of the CPU: {bytes_for_people(size)} for {part}, which {answer}: it has"
+            f" {bytes_for_people(available)}"
+        )
     # The memory of this process is free for the run, in whose peaks it is counted.
     room = free_bytes(device) + process
     fits = peaks[highest] <= room

@@ -58,6 +58,10 @@ class Script(ABC, Generic[Config]):
     def write_contact_sheet(self, trainer: Trainer, folder: Path) -> None:
         """Write a picture of the training data into a new run's folder, if the data have one."""
 
+    def cpu_bytes(self, task: Any, device: torch.device) -> dict[str, int]:
+        """Bytes that a task keeps on the CPU where it trains on another device, by part."""
+        return {}
+
     @abstractmethod
     def export(self, cfg: Config, trainer: Trainer, folder: Path) -> dict[str, Any]:
         """Write the current weights, read them back, and return facts about the file."""

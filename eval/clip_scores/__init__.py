@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING
 
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import UserError, as_user_error, strip_controls
-from bilora_diffusion.core.files import counted, without_paths
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE, guidance_title
 from bilora_diffusion.run.record import RUN
 
@@ -49,6 +49,7 @@ from ..command import Parser, open_device
 from ..results import compare, report
 from ..results.report import Column
 from ..results.table import Result, Row, provenance_of_this_process
+from ..sampler import LORA
 from ..subjects import BASE, Subject, settings_note, single
 from . import reporting, settings
 from .best_step import best_steps
@@ -253,8 +254,9 @@ class ClipScores(OverSteps):
                 self._write_truth(truth, self.folder / reference)
             is_cut = scorer.is_cut(prompt.text)
             prompts.append({**asdict(prompt), "reference": reference, "truncated": is_cut})
-        sampling = asdict(self.sampling)
-        sampling["base_model"] = without_paths(self.sampling.base_model)
+        sampling = self.sampling.to_dict()
+        if self.sampling.lora is not None:
+            sampling[LORA] = self.sampling.lora.path.name
         self.settings = {
             "prompts": prompts,
             "prompt_set": self.prompt_set,

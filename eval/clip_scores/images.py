@@ -21,7 +21,7 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from itertools import groupby
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from bilora_diffusion import methods, mini
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import as_user_error
-from bilora_diffusion.core.files import duration, without_paths
+from bilora_diffusion.core.files import duration
 from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE
 from bilora_diffusion.image.families.tensors import join_rows
@@ -50,9 +50,8 @@ from ..load import applied
 from ..subjects import BASE, Subject
 from .perturbation import Perturbation
 from .prompts import Prompt
+from .sampling import Sampling
 
-# Images in each call of the denoiser by default; see `Sampling.lanes`
-LANES = 4
 # Images for which another process is worth its start
 WORTHWHILE = 32
 # From one look at the files of other processes to the next
@@ -63,33 +62,6 @@ _CHUNK = "parameters"
 _VERSIONS = "versions"
 # Whose versions are in each image
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Parameters that all images of a comparison share."""
-
-    # Folder, hub id, or "mini"
-    base_model: str
-    # Side of the images, pixels
-    size: int
-    # Of the sampler
-    steps: int
-    guidance_scale: float
-    # Factor of each adapter's change of the weights
-    scale: float = 1.0
-    # Precision of the UNet and the text encoders; the autoencoder decodes in float32
-    dtype: str = "float32"
-    # Images in each call of the denoiser. More take more memory; another number may change single
-    # pixels by one step of 255, so it is a parameter too.
-    lanes: int = LANES
-    # Model of the unconditional prediction, "adapter" or "base", or the adapter's strength in it
-    guidance_from: float | str = ADAPTER_GUIDANCE
-    # Of the denoiser's linear weights with the adapters merged into them, such as "int8"; None for
-    # adapters beside the weights as they are loaded
-    base_precision: str | None = None
-    # Noise on the same weights, in units of each base weight's standard deviation
-    weight_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,17 +139,13 @@ class Store:
 
     def parameters(self, job: Job) -> dict[str, Any]:
         """All that an image depends on."""
-        sampling = asdict(self.sampling)
+        sampling = self.sampling.to_dict()
         if job.subject.kind == BASE:
             sampling["scale"] = 1.0  # it has no adapter to scale
-        # These parameters are newer than others: without them, images of earlier versions stay
-        # valid. For the base model all values of the first mean the same.
+        # The parameter is newer than others: without it, images of earlier versions stay valid. For
+        # the base model all values mean the same.
         if job.subject.kind == BASE or self.sampling.guidance_from == ADAPTER_GUIDANCE:
             del sampling["guidance_from"]
-        for name in ("base_precision", "weight_noise"):
-            if not sampling[name]:
-                del sampling[name]
-        sampling["base_model"] = without_paths(self.sampling.base_model)
         return {
             **sampling,
             "base_digest": self._base_digest,
@@ -225,7 +193,7 @@ class Store:
         with _one_thread(self.device):
             for subject, group in groupby(todo, key=lambda job: job.subject):
                 with (
-                    applied(self.pipeline, subject, self.sampling.scale),
+                    applied(self.pipeline, subject, self.sampling.scale, self.sampling.lora),
                     perturbation.acting(self.pipeline),
                 ):
                     subject_jobs = list(group)
@@ -367,6 +335,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
         steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
         guidance_from=sampling.guidance_from,
+        scheduler=sampling.scheduler,
         embeddings=(positives, negatives),
         batch=sampling.lanes,
     )

@@ -17,6 +17,7 @@ from ..results import compare
 from ..results.plot import canvas
 from ..results.report import INTERVALS, escaped, number, section, table
 from ..results.table import Metric, Result
+from ..sampler import LORA
 from .prompts import ICON_PROMPTS
 
 # The paper's Table 4 and Figure A1 show six prompts; the table also has the average over all.
@@ -93,6 +94,11 @@ def introduction(result: Result) -> str:
     if sampling["guidance_from"] != ADAPTER_GUIDANCE:
         title = guidance_title(sampling["guidance_from"])
         source = f" from the unconditional prediction of {title}"
+    if LORA in sampling:
+        strength = sampling[f"{LORA}_strength"]
+        source += f", the LoRA file {sampling[LORA]} at strength {strength:g} in all images"
+    if "scheduler" in sampling:
+        source += f", scheduler {sampling['scheduler']}"
     weights = ""
     if precision := sampling.get("base_precision"):
         weights = f", adapters merged and rounded to {precision}"

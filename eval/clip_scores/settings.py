@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilora_diffusion import mini
+from bilora_diffusion.config.lora_sources import parse_lora_source
 from bilora_diffusion.config.machine import default_precision, require
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import like, option
@@ -31,13 +32,14 @@ from bilora_diffusion.image.options import ImageOptions
 
 from ..checkpoints import HELP
 from ..command import COUNTS, read_integers
+from ..sampler import LORA, SCHEDULER, RunSampler, sampler_of_runs
 from ..sources import BASE
 from ..subjects import Subject
 from .prompts import CONTEXTS, GENERAL, read
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from .defaults import Question
-    from .images import Sampling
+    from .sampling import Sampling
 
 DEMO = Path("demo")
 SCORERS = "embedded, open_clip:MODEL/TAG or open_clip:FOLDER"
@@ -97,6 +99,17 @@ class SamplingOptions:
         None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
     )
     guidance_from: float | str = like(ImageOptions, "validation_guidance_from", ignored=())
+    sampling_lora: str | None = option(
+        None,
+        "LoRA file, FILE or FILE:STRENGTH, that acts on all images, the base model's too, such as"
+        " Lightning; none for none. Default: the file, scheduler, steps and guidance of the runs'"
+        " validation images, where they are the same in all of them.",
+    )
+    sampling_scheduler: str | None = option(
+        None,
+        "Scheduler, as in training (docs/options.md); none for the model's. Default: as for"
+        " --sampling_lora.",
+    )
     resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
     adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
     batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
@@ -215,28 +228,37 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
     Args:
         subjects: all that are sampled. If each was trained towards guidance, the default is none.
     """
-    from .images import Sampling
+    from .sampling import Sampling
 
     model = describe(base)
     steps, guidance = usual(model)
     if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
         guidance = model.family.unguided_scale
+    sampler = run_sampler(args, subjects)
+    steps, guidance = sampler.usual(steps, guidance)
+    steps = args.num_inference_steps or steps
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
     check_perturbation(args)
     if args.guidance_from != ADAPTER_GUIDANCE:
         request = f"--guidance_from {args.guidance_from}"
         require_unconditional(model.family, guidance, model.index, model.configs, request)
+    if sampler.scheduler is not None:
+        from bilora_diffusion.image.schedulers import check_scheduler
+
+        check_scheduler(sampler.scheduler, model.configs["scheduler"], [steps])
     return Sampling(
         base_model=base,
         size=args.resolution or model.side,
-        steps=args.num_inference_steps or steps,
+        steps=steps,
         guidance_scale=guidance,
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
         guidance_from=args.guidance_from,
         base_precision=args.base_precision,
         weight_noise=args.weight_noise,
+        lora=sampler.lora,
+        scheduler=sampler.scheduler,
     )
 
 
@@ -251,6 +273,21 @@ def check_perturbation(args: Namespace) -> None:
             f"{flag} merges the adapter into the base weights, and --guidance_from"
             f" {args.guidance_from} weakens it in a part of the predictions: drop one of the two."
         )
+
+
+def run_sampler(args: Namespace, subjects: Sequence[Subject]) -> RunSampler:
+    """LoRA file and scheduler of the flags; without these flags, the sampler of the runs."""
+    flags: dict[str, str | None] = {LORA: args.sampling_lora, SCHEDULER: args.sampling_scheduler}
+    if not any(flags.values()):
+        adapters = [subject for subject in subjects if subject.kind != BASE]
+        configs = [subject.record.get("config", {}) for subject in adapters]
+        return sampler_of_runs(configs) or RunSampler()
+    for name, value in flags.items():
+        if value == NONE:
+            flags[name] = None
+    file = flags[LORA]
+    lora = parse_lora_source(LORA, file) if file else None
+    return RunSampler(lora, flags[SCHEDULER])
 
 
 def needs_no_guidance(subjects: Sequence[Subject]) -> bool:

@@ -14,8 +14,9 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import images as images_module
-from eval.clip_scores.images import ImageBar, Sampling, Store, jobs
+from eval.clip_scores.images import ImageBar, Store, jobs
 from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.sampling import Sampling
 from eval.subjects import single
 from tests.export.export_models import write_lora
 

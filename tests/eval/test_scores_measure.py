@@ -12,10 +12,11 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.mini import heldout_dir, train_dir
 from eval.clip_scores.captioners import Captioner
-from eval.clip_scores.images import Sampling, Store, jobs
+from eval.clip_scores.images import Store, jobs
 from eval.clip_scores.measure import ImageJudge, truth_pictures
 from eval.clip_scores.models import ImageEmbedder, ModelEntry, Scorer
 from eval.clip_scores.prompts import Prompt, read
+from eval.clip_scores.sampling import Sampling
 from eval.subjects import Subject
 
 COLORS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}

@@ -1,0 +1,148 @@
+"""Schedulers of diffusers for sampled images: ``--sampling_scheduler NAME[:KEY=VALUE,...]``.
+
+    build_scheduler(pipeline.scheduler, "EulerDiscreteScheduler:timestep_spacing=trailing")
+
+A distilled model, or a LoRA file that replaces one, needs the scheduler that it was distilled with.
+Training does not use it: noise levels of training are those of `noise_schedules`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import diffusers
+from diffusers.schedulers import KarrasDiffusionSchedulers
+
+from ..core.errors import UserError, as_user_error, did_you_mean
+from ..core.files import quoted
+from ..core.values import check_choice
+
+FLAG = "--sampling_scheduler"
+# Of models that predict the velocity of a flow. Their pipelines pass sigmas and their shift, which
+# no other scheduler takes.
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+# Of models with the preconditioning of EDM.
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+# Its noise has one seed for all images and no generator.
+UNSEEDED_SCHEDULERS = ("DPMSolverSDEScheduler",)
+# Of distilled models; diffusers' list of compatible schedulers lacks them.
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+# Adds noise from the global generator, so that images would not be repeatable.
+UNSEEDED_SETTING = "stochastic_sampling"
+
+
+def possible_schedulers(scheduler: str) -> tuple[str, ...]:
+    """Names of the schedulers that can replace a model's scheduler.
+
+    Args:
+        scheduler: name of the class of the model's scheduler.
+    """
+    if scheduler in FLOW_SCHEDULERS:
+        return FLOW_SCHEDULERS
+    if scheduler in EDM_SCHEDULERS:
+        return EDM_SCHEDULERS
+    names = [entry.name for entry in KarrasDiffusionSchedulers]
+    excluded = (*EDM_SCHEDULERS, *UNSEEDED_SCHEDULERS)
+    return (*FEW_STEP_SCHEDULERS, *(name for name in names if name not in excluded))
+
+
+def read_scheduler(text: str, model_scheduler: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Class and settings of a ``--sampling_scheduler``.
+
+    Args:
+        text: NAME or NAME:KEY=VALUE,KEY=VALUE.
+        model_scheduler: name of the class of the model's scheduler; None if it was checked before.
+
+    Raises:
+        UserError: the scheduler does not fit the model, or a setting is unknown.
+    """
+    name, _, words = text.partition(":")
+    if model_scheduler is not None:
+        check_choice(FLAG, name, possible_schedulers(model_scheduler))
+    kind: Any = getattr(diffusers, name)
+    known = list(inspect.signature(kind.__init__).parameters)[1:]  # without self
+    if UNSEEDED_SETTING in known:
+        known.remove(UNSEEDED_SETTING)
+    settings: dict[str, Any] = {}
+    for word in filter(None, words.split(",")):
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            hint = did_you_mean(key, known)
+            raise UserError(
+                f"{FLAG} {quoted(text)} has {quoted(word)}{hint}: write KEY=VALUE with a setting of"
+                f" {name}: {', '.join(known)}."
+            )
+        settings[key] = _read_value(value)
+    return kind, settings
+
+
+def build_scheduler(model_scheduler: Any, text: str | None) -> Any:
+    """Build the scheduler of sampling from that of a model, whose state does not change.
+
+    Args:
+        text: ``--sampling_scheduler``; None for the model's class and settings.
+    """
+    config = model_scheduler.config
+    if text is None:
+        return type(model_scheduler).from_config(config)
+    kind, settings = read_scheduler(text, type(model_scheduler).__name__)
+    with _explain_errors(text):
+        return kind.from_config(config, **settings)
+
+
+def check_scheduler(text: str, config: Mapping[str, Any], steps: Iterable[int]) -> None:
+    """Refuse a ``--sampling_scheduler`` that fails with a model or with a number of steps.
+
+    Args:
+        config: configuration of the model's scheduler, at least its class as ``_class_name``.
+        steps: numbers of sampling steps.
+    """
+    kind, settings = read_scheduler(text, str(config["_class_name"]))
+    with _explain_errors(text):
+        scheduler = kind.from_config(dict(config), **settings)
+    # The shift of a flow's noise levels depends on the size of the image; any value will do here.
+    shift = {"mu": 1.0} if config["_class_name"] in FLOW_SCHEDULERS else {}
+    for number in sorted(set(steps)):
+        with _explain_errors(text, number):
+            scheduler.set_timesteps(number, **shift)
+
+
+def give_generators(scheduler: Any, generators: Sequence[Any]) -> None:
+    """Let a scheduler add noise from the images' generators.
+
+    Pipelines of flow models call ``step`` without a generator, so that FlowMatchLCMScheduler would
+    add noise from the global one.
+
+    Args:
+        scheduler: the scheduler of one call of a pipeline; it is changed.
+        generators: one for each image.
+    """
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        # Pipelines read the parameters of ``step``, which a partial function keeps.
+        scheduler.step = partial(scheduler.step, generator=list(generators))
+
+
+def _explain_errors(text: str, steps: int | None = None) -> AbstractContextManager[None]:
+    """Context manager: turns a scheduler's error into one sentence."""
+    sentence = f"{FLAG} {quoted(text)} can't be used"
+    if steps is not None:
+        sentence += f" with {steps} steps"
+    return as_user_error(sentence, "correct its settings, or the number of steps")
+
+
+def _read_value(word: str) -> Any:
+    """A setting's value: a boolean, None, a number, or the word itself."""
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if word.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word

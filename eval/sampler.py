@@ -1,0 +1,83 @@
+"""The sampler of a run's validation images, which is the default where the run is sampled again.
+
+A LoRA file such as Lightning's, the scheduler, the number of steps and the guidance scale belong
+together: with some of them alone images are spoiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bilora_diffusion.config.lora_sources import LoraSource, parse_lora_source
+from bilora_diffusion.core.errors import UserError, add_source
+
+LORA, SCHEDULER = "sampling_lora", "sampling_scheduler"
+# Options of a run that say how its validation images are sampled. The file is known by its hash.
+RECORDED_OPTIONS = (
+    f"{LORA}_sha256",
+    f"{LORA}_strength",
+    SCHEDULER,
+    "validation_num_inference_steps",
+    "validation_guidance_scale",
+)
+
+
+@dataclass(frozen=True)
+class RunSampler:
+    """What a run gives for its images; None for the model's usual value."""
+
+    lora: LoraSource | None = None
+    scheduler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+    @property
+    def text(self) -> str:
+        """LoRA file and scheduler in words."""
+        parts: list[str] = []
+        if self.lora is not None:
+            parts.append(f"the LoRA file {self.lora.path.name} at {self.lora.strength:g}")
+        if self.scheduler is not None:
+            parts.append(f"scheduler {self.scheduler}")
+        return ", ".join(parts)
+
+    def usual(self, steps: int, guidance_scale: float) -> tuple[int, float]:
+        """Number of steps and guidance scale, of the model's where the run gives none."""
+        if self.guidance_scale is not None:
+            guidance_scale = self.guidance_scale
+        return self.steps or steps, guidance_scale
+
+
+def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler | None:
+    """The sampler that all runs have in common; None where they differ, or have the model's.
+
+    Args:
+        configs: recorded options of the runs; {} for an adapter that is not a run.
+
+    Raises:
+        UserError: the LoRA file of the runs is missing, or has other content by now.
+    """
+    recorded = [[config.get(name) for name in RECORDED_OPTIONS] for config in configs]
+    if not recorded or any(values != recorded[0] for values in recorded):
+        return None
+    sha256, _, scheduler, steps, guidance_scale = recorded[0]
+    lora = None
+    if sha256 is not None:
+        lora = _recorded_lora(str(configs[0][LORA]), str(sha256))
+    if lora is None and scheduler is None:
+        return None
+    return RunSampler(lora, scheduler, steps, guidance_scale)
+
+
+def _recorded_lora(value: str, sha256: str) -> LoraSource:
+    """The LoRA file that a run records, with the recorded content."""
+    with add_source("the runs' images are sampled with a LoRA file (give another one, or none): "):
+        source = parse_lora_source(LORA, value)
+    if source.sha256 != sha256:
+        raise UserError(
+            f"{source.path} is another file than the one that the run's images were sampled with:"
+            f" give that one by --{LORA}, or give none."
+        )
+    return source
