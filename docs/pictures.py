@@ -44,7 +44,9 @@ TABS = {
     "Results": "#results-figures img",
 }
 # End of a screenshot's name -> width and height of the window in pixels
-WINDOWS = {"": (1400, 1200), "-phone": (390, 1400)}
+WINDOWS = {"": (1400, 900), "-phone": (390, 1400)}
+# Height of the wide window for tabs that need more than that
+HEIGHTS = {"Compare": 1200, "Training": 1280}
 
 
 def run(*words: str) -> None:
@@ -53,8 +55,8 @@ def run(*words: str) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture with 256 colors, which keeps the file small."""
-    picture.convert("RGB").quantize(256, kmeans=3).save(path, optimize=True)
+    """Write a picture with 128 colors, which keeps the file small."""
+    picture.convert("RGB").quantize(128, kmeans=3).save(path, optimize=True)
 
 
 def show(axis: Any, image: Any, title: str = "", **options: Any) -> None:
@@ -154,6 +156,8 @@ def take_screenshots(folder: Path) -> None:
     with serving(demo, RUNS / "viewer.log", free_port()) as url, chromium() as browser:
         for (tab, part), ending in itertools.product(TABS.items(), WINDOWS):
             width, height = WINDOWS[ending]
+            if not ending:
+                height = HEIGHTS.get(tab, height)
             page = browser.new_page(viewport={"width": width, "height": height})
             page.set_default_timeout(LOADED_MS)
             go(page, url, tab)
