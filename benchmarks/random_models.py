@@ -7,11 +7,11 @@
 The pipeline makes noise, not pictures: it is for shapes, memory and time. Its models are written in
 bf16 one after the other, so no more than the UNet is ever in memory.
 
-A model is built without memory on PyTorch's ``meta`` device, gets memory in its final precision,
-and is filled. Matrices and kernels get normal values of standard deviation 1/sqrt(fan-in), so that
-activations stay of order one and finite in bfloat16 through all 70 transformer blocks.
-Normalization weights are 1, biases 0, and embeddings have a deviation of 0.02. Sizes are those of
-the published ``config.json`` files.
+A model is built without memory on PyTorch's ``meta`` device; then each weight gets memory in its
+final precision and is filled. Matrices and kernels get normal values of standard deviation
+1/sqrt(fan-in), so that activations stay of order one and finite in bfloat16 through all 70
+transformer blocks. Normalization weights are 1, biases 0, embeddings have a deviation of 0.02.
+Sizes are those of the published ``config.json`` files.
 
 `SHAPES` are the workloads of step_cost.py: a model, its inputs, its loss and its adapters.
 """
@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,10 +43,11 @@ from bilora_diffusion.mini import pipeline_dir
 
 Model = TypeVar("Model", bound=nn.Module)
 ROOT = Path(__file__).resolve().parents[1]
-# Sizes of the denoiser and of the text encoders
-SDXL = json.loads(
+# Published sizes of denoisers and of text encoders, by the models' names
+MODELS: dict[str, Any] = json.loads(
     (ROOT / "results" / "dry_run_memory" / "models.json").read_text(encoding="utf-8")
-)["Stable Diffusion XL"]
+)
+SDXL = MODELS["Stable Diffusion XL"]
 # Number of random values, which are made once and repeated. It is a prime, so that the rows of a
 # matrix differ.
 BLOCK = 1_000_003
@@ -53,8 +55,6 @@ BLOCK = 1_000_003
 TEXT_LENGTH = 77
 # Models of the pipeline
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# Frequencies of rotary positions, a buffer
-ROTARY = "inv_freq"
 # Sizes of SDXL's autoencoder
 VAE: dict[str, Any] = {
     "latent_channels": 4,
@@ -106,26 +106,22 @@ def materialize(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Model:
-    """``build()`` with random weights, never held in another precision than ``dtype``."""
-    with torch.device("meta"):
+    """``build()`` with random weights, never held in another precision than ``dtype``.
+
+    Buffers keep the values and the precision that the model gives them.
+    """
+    with init_empty_weights(include_buffers=False):
         model = build()
-    nn.Module.to(model, dtype).to_empty(device=device)
-    if tie := getattr(model, "tie_weights", None):
-        tie()  # to_empty gave each use of a shared matrix its own memory
-    for name, module in list(model.named_modules()):
-        # Transformers computes them in fp32 when a module is built, but not on the meta device.
-        if hasattr(module, ROTARY):
-            build_module: Any = type(module)
-            model.set_submodule(name, build_module(module.config).to(device))
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(BLOCK, generator=generator).to(device=device, dtype=dtype)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            _fill(module, name, parameter.data, block)
-        for name, buffer in module.named_buffers(recurse=False):
-            if name == "position_ids":
-                buffer.copy_(torch.arange(buffer.numel(), device=buffer.device).view_as(buffer))
-    return model
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            _fill(module, name, values, block)
+            setattr(module, name, nn.Parameter(values))
+    if tie := getattr(model, "tie_weights", None):
+        tie()  # each use of a shared matrix has got its own memory
+    return model.to(device)
 
 
 def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
@@ -202,6 +198,12 @@ class Shape:
     length: int | None = None
 
 
+def pooled_width(config: Any) -> int:
+    """Width of the pooled prompt embedding of an SDXL UNet, from its configuration."""
+    # The UNet embeds six numbers of sizes and crops beside it.
+    return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+
 def _unet_inputs(
     pixels: int,
     prompt_length: int,
@@ -214,8 +216,7 @@ def _unet_inputs(
 ) -> Inputs:
     """Latents, prompt embeddings and size conditioning for images of ``pixels`` x ``pixels``."""
     config = model.config
-    # The UNet embeds six numbers of sizes and crops, beside the pooled prompt embedding.
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    pooled = pooled_width(config)
 
     def normal(size: tuple[int, ...]) -> Tensor:
         return torch.randn(size, generator=generator).to(device=device, dtype=dtype)

@@ -32,7 +32,7 @@ from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
 from eval.results.report import table
 
-from . import evidence, memory, tables
+from . import evidence, gpu, memory, tables
 
 FOLDER = Path(__file__).parent
 # Marks around a generated section of a page; the last section may have no end.
@@ -106,7 +106,8 @@ def readme() -> Iterable[str]:
                 # SDXL's encoders leave the device before the step; those of the others are deleted.
                 needed_bytes = max(memory_parts["bilora"], memory_parts["encoders"])
                 sizes.append(f"{needed_bytes / 1e9:.0f} GB")
-            rows.append((model, f"`{recipes[model]}`", *sizes, family.tested_on))
+            tested_on = gpu.tested_on(model, family.tested_on)
+            rows.append((model, f"`{recipes[model]}`", *sizes, tested_on))
     heads = ("model", "`--config`", "bf16", "NF4", "tested on")
     yield table(heads, rows)
 
@@ -131,7 +132,7 @@ def image_models() -> Iterable[str]:
                     f"{counts.trained / 1e6:.1f} M",
                     tokens,
                     weighting,
-                    family.tested_on,
+                    gpu.tested_on(model, family.tested_on),
                 )
             )
     heads = (
@@ -202,7 +203,7 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "../README.md": {"models": readme},
     "options.md": {"options": options},
     "../results/README.md": {"claims": evidence.page},
-    "models.md": {"image models": image_models, "memory": models},
+    "models.md": {"image models": image_models, "memory": models, "gpu": gpu.measured},
     "files.md": {"readers": readers},
     "results.md": {
         "samples": tables.samples,

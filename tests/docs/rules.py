@@ -80,6 +80,7 @@ RULES = (
         "benchmarks/picture|eval/experiments/(pictures|guid|hold|sdxl|flux2|peft)",
         reason="samples, which take hours: tests/scripts/test_scored_sweep.py",
     ),
+    Rule("benchmarks.gpu_day", reason="needs a GPU: tests/scripts/test_gpu_day.py"),
     Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
     VIEWER,
     Rule("^python -m bilora_diffusion.caption", "--model {captioner}"),

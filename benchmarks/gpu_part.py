@@ -1,0 +1,267 @@
+"""One part of gpu_day.py in a process of its own: training steps, then an image.
+
+The step is that of a run (`Trainer.train_step`), on a model of full size with random weights and on
+the miniature's icons at the part's size. ``--dry_run``'s estimate is made for the same run. The
+results are written after the steps, and again after the image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu_result import FAILED, MEASURED, OUT_OF_MEMORY
+from benchmarks.measure import seconds
+from benchmarks.random_pipelines import (
+    SHAPES,
+    RandomPrompts,
+    build_pipeline,
+    with_weights,
+    write_outline,
+)
+from bilora_diffusion.adapters.quantize import quantize
+from bilora_diffusion.core.durable import write_text
+from bilora_diffusion.core.errors import describe, run_cli
+from bilora_diffusion.image.config import DreamBoothConfig
+from bilora_diffusion.image.config import resolve as parse_run
+from bilora_diffusion.image.pipeline import memory_by_phase
+from bilora_diffusion.image.script import training_images
+from bilora_diffusion.image.stream import TrainingStream
+from bilora_diffusion.image.task import DreamBooth
+from bilora_diffusion.methods import for_run
+from bilora_diffusion.run import provenance
+from bilora_diffusion.train.dry_run import STEP, attached, complete, process_bytes
+from bilora_diffusion.train.engine import Blocks, build_accelerator
+from bilora_diffusion.train.trainer import Trainer
+
+RANK = 4
+SAMPLING = "encoding or sampling"  # phase of `memory_by_phase`
+# Words of errors of a full memory that are no `torch.OutOfMemoryError`
+MEMORY_ERRORS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part measures."""
+
+    model: str
+    pixels: int
+    batch: int = 1
+    method: str = "lora"
+    quantize: str = "none"
+    compile: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name of the part in the file of results."""
+        words = [self.model, f"{self.pixels} px", f"batch {self.batch}", self.method]
+        if self.quantize != "none":
+            words.append(self.quantize)
+        if self.compile:
+            words.append("compile")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of steps, by the device."""
+
+    # Unmeasured steps, of which the first counts the operations
+    warmup: int
+    steps: int
+    # After so many seconds no further step is measured.
+    seconds: float
+    sampler_steps: int
+
+
+LENGTHS = {
+    "cuda": Lengths(warmup=3, steps=10, seconds=120, sampler_steps=25),
+    "cpu": Lengths(warmup=1, steps=2, seconds=20, sampler_steps=2),
+}
+
+
+def configuration(part: Part, device: torch.device, folder: Path) -> DreamBoothConfig:
+    """The configuration of a part's run."""
+    outline = folder / "model"
+    write_outline(build_pipeline(part.model), outline)
+    lengths = LENGTHS[device.type]
+    words = (
+        f"--pretrained_model_name_or_path {outline} --output_dir {folder / 'run'}"
+        f" --dataset mini --validation_dataset none --disk_cache no --report_to none"
+        f" --resolution {part.pixels} --train_batch_size {part.batch}"
+        f" --gradient_accumulation_steps 1 --max_train_steps {lengths.warmup + lengths.steps}"
+        f" --method {part.method} --rank {RANK} --lora_alpha {RANK} --learning_rate 1e-4"
+        f" --lr_scheduler constant --lr_warmup_steps 0"
+        f" --mixed_precision bf16 --gradient_checkpointing --quantize {part.quantize}"
+        f" --num_validation_images 1 --validation_num_inference_steps {lengths.sampler_steps}"
+    ).split()
+    if part.compile:
+        words.append("--compile")
+    return parse_run([*words, "--validation_prompt", "a photo"])
+
+
+def estimate(cfg: DreamBoothConfig, name: str, device: torch.device) -> dict[str, int]:
+    """Bytes that ``--dry_run`` expects of a training step and of sampling.
+
+    On a GPU CUDA's own memory is left out, as PyTorch's statistics leave it out.
+    """
+    task = DreamBooth(cfg, build_pipeline(name), TrainingStream(cfg, training_images(cfg)))
+    _, trained = attached(task, cfg.max_train_steps or 1)
+    process = 0 if device.type == "cuda" else process_bytes(device)
+    phases = complete(memory_by_phase(task, device), trained, process)
+    return {phase: sum(phases[phase].values()) for phase in (STEP, SAMPLING)}
+
+
+def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]], None]) -> None:
+    """Measure a part.
+
+    Args:
+        part: what is measured.
+        device: device of the run.
+        report: gets the results so far, after the steps and after the image.
+    """
+    with TemporaryDirectory() as temporary_folder:
+        folder = Path(temporary_folder)
+        cfg = configuration(part, device, folder)
+        accelerator = build_accelerator(cfg)
+        device = accelerator.device
+        estimates = estimate(cfg, part.model, device)
+        started = time.perf_counter()
+        # 4-bit weights are quantized layer by layer on their way to the device, as in a run.
+        first_device = device if part.quantize == "none" else torch.device("cpu")
+        pipeline = build_pipeline(part.model, with_weights(first_device))
+        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, training_images(cfg)))
+        task.prompts = RandomPrompts(part.model, pipeline, device)
+        if part.quantize != "none":
+            for model in task.models.values():
+                quantize(model, torch.bfloat16, device=device)
+        task.to_device(device)
+        trainer = Trainer(task, for_run(vars(cfg), cfg.max_train_steps or 1), cfg, accelerator)
+        trainer.initialise()
+        figures = {"outcome": MEASURED, "setup_seconds": time.perf_counter() - started}
+        figures |= train(trainer, LENGTHS[device.type])
+        figures["images_per_second"] = part.batch / figures["step_seconds"]
+        figures["estimated_bytes"] = estimates[STEP]
+        report(figures)
+
+        sampling: dict[str, Any] = {"estimated_bytes": estimates[SAMPLING]}
+        try:
+            reset_peak(device)
+            sampling["seconds"] = seconds(
+                lambda: task.validate(trainer.step, folder, trainer.evaluating()), device
+            )
+            sampling["peak_bytes"] = provenance.peak_memory(device)
+            sampling["outcome"] = MEASURED
+        except Exception as error:
+            sampling |= failure(error)
+        sampling["sampler_steps"] = LENGTHS[device.type].sampler_steps
+        report(figures | {"sampling": sampling})
+
+
+def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
+    """Take the steps of a part.
+
+    Returns:
+        Seconds of each measured step, their median, the operations of a step and its peak memory.
+    """
+    device = trainer.accelerator.device
+    compiled_models = []
+    if trainer.cfg.compile:
+        compiled_models = [target.model for target in trainer.method.targets]
+    blocks = Blocks(compiled_models)
+    step_times: list[float] = []
+    warmup_times: list[float] = []
+    losses = []
+    operations = 0
+    for batches in trainer.micro_batches():
+        if trainer.step == 0:
+            with counted_operations() as counter:
+                losses.append(trainer.train_step(batches)["loss"])
+            operations = counter.get_total_flops()
+            reset_peak(device)
+            continue
+        with blocks.step(trainer.step + 1):
+            values = trainer.train_step(batches)  # which waits for the device
+        losses.append(values["loss"])
+        if trainer.step <= lengths.warmup:
+            warmup_times.append(values["seconds"])
+            continue
+        step_times.append(values["seconds"])
+        if sum(step_times) > lengths.seconds:
+            break
+    figures: dict[str, Any] = {
+        "step_seconds": statistics.median(step_times),
+        "seconds": step_times,
+        "warmup_seconds": warmup_times,
+        "operations": operations,
+        "peak_bytes": provenance.peak_memory(device),
+        "losses": losses,
+    }
+    if device.type == "cuda":
+        figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return figures
+
+
+@contextmanager
+def counted_operations() -> Iterator[FlopCounterMode]:
+    """Context manager: counts the floating-point operations of products and of attention.
+
+    Compiled blocks run uncompiled here, since the counter does not see into their kernels.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield stack.enter_context(FlopCounterMode(display=False))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of a GPU's memory so far; that of a process on a CPU stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """Outcome and reason of a part, or of its image, that ended with an error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        is_full = isinstance(cause, torch.OutOfMemoryError | MemoryError)
+        if is_full or any(words in str(cause) for words in MEMORY_ERRORS):
+            return {"outcome": OUT_OF_MEMORY}
+        cause = cause.__cause__
+    return {"outcome": FAILED, "reason": describe(error)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the part of the command line, and write its results."""
+    parser = argparse.ArgumentParser(description="Measure one part; gpu_day.py calls it.")
+    parser.add_argument("part", type=json.loads, help="fields of `Part`, as JSON")
+    parser.add_argument("--device", choices=LENGTHS, required=True)
+    parser.add_argument("--json", type=Path, required=True, help="file of the results")
+    args = parser.parse_args(argv)
+    part = Part(**args.part)
+    if part.model not in SHAPES:
+        parser.error(f"no model {part.model}")
+
+    def report(figures: dict[str, Any]) -> None:
+        write_text(args.json, json.dumps(figures))
+
+    try:
+        measure(part, torch.device(args.device), report)
+    except Exception as error:
+        report(failure(error))
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,134 @@
+"""The file of results of gpu_day.py, its table, and the peaks of GPUs.
+
+This needs no torch, so that the pages can be made from the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bilora_diffusion.core.files import bytes_for_people
+from eval.results import report
+
+# What becomes of a part
+MEASURED, OUT_OF_MEMORY, TIMED_OUT = "measured", "out of memory", "time limit"
+SKIPPED, FAILED = "skipped", "failed"
+# Parts with one of these are not measured again.
+FINAL = (MEASURED, OUT_OF_MEMORY, TIMED_OUT)
+# Dense products of bf16 with sums in fp32, in 10^12 operations a second, by a word of the GPU's
+# name; from NVIDIA's data sheets and white papers. The first that fits counts.
+PEAKS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX A6000": 155,
+    "RTX 6000 Ada": 364,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71,
+}
+# Names of GPUs whose peak is lower than that of the card they are named after
+REDUCED = re.compile(r"Laptop|MIG|Max-Q|\b4090 D\b")
+HEADS = (
+    "model",
+    "px",
+    "batch",
+    "weights",
+    "method",
+    "a step (s)",
+    "images/s",
+    "share of the peak",
+    "peak of a step",
+    "by `--dry_run`",
+    "peak of sampling",
+    "an image (s)",
+)
+
+
+def peak_of(gpu: str | None) -> float | None:
+    """Peak of a GPU in operations a second; None where it is not known."""
+    if gpu is None or REDUCED.search(gpu):
+        return None
+    for name, tera_operations in PEAKS.items():
+        # A name may go on in letters that belong to another part: "A100-SXM4", but not "L40S".
+        if re.search(rf"\b{name}\b", gpu):
+            return 1e12 * tera_operations
+    return None
+
+
+def share_of_peak(row: Mapping[str, Any], gpu: str | None) -> float | None:
+    """Operations of a step over those that the GPU could have done in the same time.
+
+    What gradient checkpointing computes again counts.
+    """
+    peak = peak_of(gpu)
+    if peak is None or not row.get("operations"):
+        return None
+    return row["operations"] / row["step_seconds"] / peak
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The results of a file."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """All parts of a file as Markdown, with what was not measured and why."""
+    gpu = results["device"]["gpu"]
+    rows = []
+    for row in results["parts"].values():
+        rows.append(table_row(row, gpu))
+    lines = [report.table(HEADS, rows)]
+    device, versions = results["device"], results["versions"]
+    lines.append(
+        f"{device['name']}, torch {versions['torch']}, diffusers {versions['diffusers']}. Random"
+        " weights, bf16, rank 4, gradient checkpointing; the text encoders are left out. A step is"
+        " the median, with the lowest and the highest. The share counts the operations of matrix"
+        " products and attention, with those that checkpointing repeats."
+    )
+    return "\n\n".join(lines) + "\n"
+
+
+def table_row(row: Mapping[str, Any], gpu: str | None) -> Sequence[str]:
+    """Cells of a part."""
+    if row.get("text"):  # of a command that has its own table
+        return (row["title"], *[""] * 4, row["text"], *[""] * (len(HEADS) - 6))
+    part = row["part"]
+    weights = part["quantize"].replace("none", "bf16").replace("nf4", "NF4")
+    method = part["method"] + (", compiled" if part["compile"] else "")
+    cells = [row["title"], f"{part['pixels']}", f"{part['batch']}", weights, method]
+    if row["outcome"] != MEASURED:
+        reason = f": {row['reason']}" if row.get("reason") else ""
+        return (*cells, f"{row['outcome']}{reason}", *[""] * (len(HEADS) - 6))
+    times = row["seconds"]
+    share = share_of_peak(row, gpu)
+    sampling = row.get("sampling", {})
+    image_seconds = sampling_peak = sampling.get("outcome", "")
+    if sampling.get("outcome") == MEASURED:
+        image_seconds = f"{sampling['seconds']:.1f} in {sampling['sampler_steps']} steps"
+        sampling_peak = bytes_for_people(sampling["peak_bytes"])
+    cells += [
+        f"{row['step_seconds']:.3g} ({min(times):.3g} to {max(times):.3g})",
+        f"{row['images_per_second']:.3g}",
+        "" if share is None else f"{share:.0%}",
+        bytes_for_people(row["peak_bytes"]),
+        bytes_for_people(row["estimated_bytes"]),
+        sampling_peak,
+        image_seconds,
+    ]
+    return cells
