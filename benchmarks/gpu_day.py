@@ -210,13 +210,13 @@ class Day:
 
     def needed(self, model: str) -> float:
         """Seconds that a part of a model may take: twice the longest before, else a guess."""
-        taken = []
+        seconds_of_parts = []
         for row in self.results["parts"].values():
             if row.get("part", {}).get("model") == model:
-                taken.append(row.get("wall_seconds", 0.0))
-        if not any(taken):
+                seconds_of_parts.append(row.get("wall_seconds", 0.0))
+        if not any(seconds_of_parts):
             return FIRST_PART_SECONDS[self.args.device]
-        return min(LIMIT_SECONDS, 2 * max(taken))
+        return min(LIMIT_SECONDS, 2 * max(seconds_of_parts))
 
     def is_done(self, key: str) -> bool:
         """Test that a part need not be measured."""

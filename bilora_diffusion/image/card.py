@@ -182,12 +182,12 @@ def _sampler(cfg: DreamBoothConfig, sampling_lora: LoraSource | None) -> dict[st
             "num_inference_steps": cfg.validation_num_inference_steps,
             "guidance_scale": cfg.validation_guidance_scale,
         }
-    given = {name: value for name, value in arguments.items() if value is not None}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     return {
         "sampling_lora": sampling_lora,
         "validation_model": public_name(cfg.validation_model) if cfg.validation_model else None,
         "scheduler": scheduler,
-        "arguments": "".join(f", {name}={value:g}" for name, value in given.items()),
+        "arguments": "".join(f", {name}={value:g}" for name, value in arguments.items()),
     }
 
 

@@ -64,17 +64,17 @@ def read_scheduler(text: str, model_scheduler: str | None = None) -> tuple[Any, 
     if model_scheduler is not None:
         check_choice(FLAG, name, possible_schedulers(model_scheduler))
     kind: Any = getattr(diffusers, name)
-    known = list(inspect.signature(kind.__init__).parameters)[1:]  # without self
-    if UNSEEDED_SETTING in known:
-        known.remove(UNSEEDED_SETTING)
+    setting_names = list(inspect.signature(kind.__init__).parameters)[1:]  # without self
+    if UNSEEDED_SETTING in setting_names:
+        setting_names.remove(UNSEEDED_SETTING)
     settings: dict[str, Any] = {}
     for word in filter(None, words.split(",")):
         key, equals, value = word.partition("=")
-        if not equals or key not in known:
-            hint = did_you_mean(key, known)
+        if not equals or key not in setting_names:
+            hint = did_you_mean(key, setting_names)
             raise UserError(
                 f"{FLAG} {quoted(text)} has {quoted(word)}{hint}: write KEY=VALUE with a setting of"
-                f" {name}: {', '.join(known)}."
+                f" {name}: {', '.join(setting_names)}."
             )
         settings[key] = _read_value(value)
     return kind, settings

@@ -93,10 +93,10 @@ def load_validation_model(
     family: Family = cfg.family
     folder = folder_of(name)
     if folder is None:
-        others = set(pipeline.components) - {family.denoiser, "scheduler"}
-        folder = download(name, None, None, cfg.cache_dir, unused_parts=others, weights=weights)
+        unused = set(pipeline.components) - {family.denoiser, "scheduler"}
+        folder = download(name, None, None, cfg.cache_dir, unused_parts=unused, weights=weights)
     denoiser = family.model(pipeline)
-    other = load_part(
+    sampled_denoiser = load_part(
         part_label(family.denoiser, name),
         type(denoiser),
         folder,
@@ -105,7 +105,7 @@ def load_validation_model(
         subfolder=family.denoiser,
         dtype=dtype,
     )
-    tensors, other_tensors = base_tensors(denoiser), base_tensors(other)
+    tensors, other_tensors = base_tensors(denoiser), base_tensors(sampled_denoiser)
     for key in [*tensors, *other_tensors]:
         shapes = [list(group[key].shape) for group in (tensors, other_tensors) if key in group]
         if len(shapes) == 1 or shapes[0] != shapes[1]:

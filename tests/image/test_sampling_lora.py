@@ -49,11 +49,11 @@ def test_images_with_a_sampling_lora_are_those_of_diffusers(kind, tmp_path):
     second = random_file(tmp_path / "second.safetensors", pipeline, rank=3, seed=2)
     reference = copy.deepcopy(pipeline)
     reference.load_lora_weights(str(first), adapter_name="first")
-    alone = generate(reference, PROMPTS, [3], **OPTIONS)
+    images_without = generate(reference, PROMPTS, [3], **OPTIONS)
     reference.load_lora_weights(str(second), adapter_name="second")
     reference.set_adapters(["first", "second"], [0.8, STRENGTH])
     expected = generate(reference, PROMPTS, [3], **OPTIONS)
-    assert difference(expected, alone) > 0
+    assert difference(expected, images_without) > 0
     # Guidance from the base model is guidance from the base model with the second file.
     merged = copy.deepcopy(pipeline)
     merge(merged, second, STRENGTH)
@@ -74,7 +74,7 @@ def test_images_with_a_sampling_lora_are_those_of_diffusers(kind, tmp_path):
     assert adapters.active(model) == ("default", AUXILIARY)  # in training it does not act
     model.eval()
     with method.evaluating():
-        assert difference(generate(pipeline, PROMPTS, [3], **OPTIONS), alone) <= 1
+        assert difference(generate(pipeline, PROMPTS, [3], **OPTIONS), images_without) <= 1
         with adapters.joined_by(model, SAMPLING):
             with adapters.scaled([layer for _, layer in adapters.layers(model)], 0.8):
                 images = generate(pipeline, PROMPTS, [3], **OPTIONS)

@@ -90,22 +90,27 @@ def test_scores_take_the_sampler_that_all_runs_have(run, file, tmp_path):
         args = ClipScores.parser().read(["--prompts", "3d_icon", *argv])
         return settings.sampling(args, "mini", subjects)
 
-    own = sampling(run, "base")
-    assert own.lora is not None
-    assert (own.lora.strength, own.scheduler, own.steps, own.guidance_scale) == (
+    run_sampling = sampling(run, "base")
+    assert run_sampling.lora is not None
+    assert (
+        run_sampling.lora.strength,
+        run_sampling.scheduler,
+        run_sampling.steps,
+        run_sampling.guidance_scale,
+    ) == (
         0.7,
         TRAILING,
         4,
         1.0,
     )
-    assert {"scheduler", "sampling_lora_sha256"} <= own.to_dict().keys()
+    assert {"scheduler", "sampling_lora_sha256"} <= run_sampling.to_dict().keys()
     # Adapters with different samplers are compared with the model's.
     for usual in (sampling(run, file), sampling(run, "--sampling_lora=none")):
         assert (usual.lora, usual.scheduler, usual.steps) == (None, None, 25)
         assert not {"scheduler", "sampling_lora_sha256"} & usual.to_dict().keys()
-    given = sampling(file, f"--sampling_lora={file}:0.5", "--num_inference_steps=8")
-    assert given.lora is not None
-    assert (given.lora.strength, given.steps) == (0.5, 8)
+    flag_sampling = sampling(file, f"--sampling_lora={file}:0.5", "--num_inference_steps=8")
+    assert flag_sampling.lora is not None
+    assert (flag_sampling.lora.strength, flag_sampling.steps) == (0.5, 8)
     with pytest.raises(UserError, match="use one of LCMScheduler"):
         sampling(run, "--sampling_scheduler=Euler")
 
@@ -114,7 +119,7 @@ def test_scores_take_the_sampler_that_all_runs_have(run, file, tmp_path):
     options = {"size": 64, "steps": 2, "guidance_scale": 1.0}
     before = generate(pipeline, ["a"], [1], **options)
     (base,) = single(["base"])
-    with applied(pipeline, base, 1.0, own.lora):
+    with applied(pipeline, base, 1.0, run_sampling.lora):
         assert pixel_difference(generate(pipeline, ["a"], [1], **options), before) > 0
     assert pixel_difference(generate(pipeline, ["a"], [1], **options), before) == 0
 
@@ -167,17 +172,18 @@ def test_a_run_is_the_same_whatever_its_images_are_sampled_with(run, tmp_path):
         for weight in pipeline.unet.parameters():
             weight.mul_(1.02)
     pipeline.save_pretrained(tmp_path / "turbo")
-    same = train(tmp_path / "same", **FEW_STEPS, validation_model="mini")
-    other = train(tmp_path / "other", **FEW_STEPS, validation_model=tmp_path / "turbo")
-    for run in (same, other):
+    same_run = train(tmp_path / "same", **FEW_STEPS, validation_model="mini")
+    other_run = train(tmp_path / "other", **FEW_STEPS, validation_model=tmp_path / "turbo")
+    for run in (same_run, other_run):
         assert_same_run(plain, run, "grad_norm", "auxiliary_norm")
     pictures = [
-        Image.open(run / "validation" / "step-4" / "000.png") for run in (plain, same, other)
+        Image.open(run / "validation" / "step-4" / "000.png")
+        for run in (plain, same_run, other_run)
     ]
     assert pixel_difference(pictures[:1], pictures[1:2]) == 0
     assert pixel_difference(pictures[:1], pictures[2:]) > 0
     assert "`turbo`" in (tmp_path / "other" / "README.md").read_text()
-    resumes_exactly(other, 2, **FEW_STEPS, validation_model=tmp_path / "turbo")
+    resumes_exactly(other_run, 2, **FEW_STEPS, validation_model=tmp_path / "turbo")
 
 
 def test_a_sampling_lora_is_refused_for_whole_models_and_a_bad_file(tmp_path):
