@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_day                                   # all models, on the GPU
     python -m benchmarks.gpu_day --models sdxl,z_image --minutes 30
-    python -m benchmarks.gpu_day --device cpu --models mini,sdxl --minutes 5 --output_dir /tmp/gpu
+    python -m benchmarks.gpu_day --device cpu --models mini,sdxl --minutes 5 --output_dir runs/gpu
     python -m benchmarks.gpu_day --script train_dreambooth_lora_sdxl.py    # and diffusers' script
     python -m benchmarks.gpu_day --real stabilityai/stable-diffusion-xl-base-1.0 \\
         --images my_photos --prompt "a photo of TOK dog"           # needs the hub

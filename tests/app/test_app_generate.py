@@ -80,6 +80,8 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
                 lanes=4,
                 base_precision=None,
                 weight_noise=0.0,
+                sampling_lora=None,
+                sampling_scheduler=None,
             )
             sampling = settings.sampling(options, base)
             assert (sampling.steps, sampling.guidance_scale) == expected

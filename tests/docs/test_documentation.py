@@ -93,7 +93,8 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
     for name in ("answers.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n')
-    (tmp_path / "zimage_turbo_training_adapter_v2.safetensors").touch()
+    for lora in ("zimage_turbo_training_adapter_v2", "sdxl_lightning_8step_lora"):
+        (tmp_path / f"{lora}.safetensors").touch()
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "eval").symlink_to(ROOT / "eval")
     monkeypatch.chdir(tmp_path)

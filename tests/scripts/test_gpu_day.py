@@ -76,7 +76,7 @@ def test_the_table_has_figures_and_what_was_not_measured():
             c={"title": "photographs", "outcome": "skipped", "text": "skipped: no --real"},
         )
     )
-    assert "| 0.5 (0.4 to 0.6) | 2 | 20% | 6.00 GB | 5.80 GB | 9.00 GB | 4.0 in 25 steps |" in table
+    assert "| 0.5 (0.4 to 0.6) | 2 | 20% | 6 GB | 5.8 GB | 9 GB | 4.0 in 25 steps |" in table
     assert "| out of memory |" in table
     assert "| skipped: no --real |" in table
     lines = [line for line in table.splitlines() if line.startswith("|")]
