@@ -179,7 +179,7 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(demo_runs, tmp_path):
     )
     assert result.settings["scorer"]["kind"] == "embedded"
     assert result.settings["captioner"]["kind"] == "retrieval"
-    assert result.settings["prompts"][0]["reference"] == "1f407.png"
+    assert result.settings["prompts"][0]["reference"] == "truth/000.png"
     assert len(result.select("truth")) == 2 * 8
     line = result.summary("broken", "i2t")
     assert line.higher < line.lower
