@@ -4,18 +4,10 @@ import re
 
 import pytest
 
-from bilora_diffusion import mini
 from eval.results import table
-from tests.docs.pages import BLOCK, DOCS, README, ROOT
+from tests.docs.pages import DOCS, README, ROOT
 from tests.docs.stand_ins import stand_ins
 from tests.docs.walk import Walk
-
-CODE_STAND_INS = {
-    "stabilityai/stable-diffusion-xl-base-1.0": str(mini.pipeline_dir()),
-    "torch.float16": "torch.float32",
-    "cuda": "cpu",
-    "step-400": "step-4",
-}
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hub"), pytest.mark.timeout(1800)]
 
@@ -38,30 +30,20 @@ def reader(tmp_path, monkeypatch, names):
     return read
 
 
-def test_the_commands_of_the_readme_run_in_their_order_and_its_code_loads_what_they_left(
+def test_the_commands_of_the_readme_run_in_their_order_and_leave_the_files_that_it_names(
     reader, tmp_path
 ):
     names = [step.name for step in reader(README)]
     for name in ("app.viewer", "eval.clip_scores", "bilora_diffusion.export"):
         assert name in names
     text = README.read_text(encoding="utf-8")
-
-    # The Python block that loads what the commands have left; its last line is an image.
-    (code,) = (body for _, body in BLOCK.findall(text) if "StableDiffusionXLPipeline" in body)
-    for pattern, stand_in in CODE_STAND_INS.items():
-        assert pattern in code
-        code = code.replace(pattern, stand_in)
-    *statements, expression = code.strip().splitlines()
-    variables = {}
-    exec(compile("\n".join(statements), "README.md", "exec"), variables)
-    assert eval(expression, variables).size == (64, 64)
-
-    _, _, section = text.partition("## What is in the run folder")
-    rows = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
-    assert len(rows) > 5
-    for name in re.findall("`(.*?)`", " ".join(rows)):
+    _, _, rest = text.partition("## What is in the run folder")
+    section = rest.partition("\n## ")[0]
+    files = re.findall("`(.*?)`", section)
+    assert len(files) > 5
+    for name in files:
         if not name.endswith(".comfy.json"):  # ComfyUI does not read the miniature
-            assert list((tmp_path / "runs" / "dog").glob(name.replace("-N", "-*"))), name
+            assert (tmp_path / "runs" / "dog" / name).exists(), name
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
