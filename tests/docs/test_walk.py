@@ -37,8 +37,8 @@ def test_the_commands_of_the_readme_run_in_their_order_and_leave_the_files_that_
     for name in ("app.viewer", "eval.clip_scores", "bilora_diffusion.export"):
         assert name in names
     text = README.read_text(encoding="utf-8")
-    _, _, rest = text.partition("## What is in the run folder")
-    section = rest.partition("\n## ")[0]
+    _, _, after_heading = text.partition("## What is in the run folder")
+    section = after_heading.partition("\n## ")[0]
     files = re.findall("`(.*?)`", section)
     assert len(files) > 5
     for name in files:
