@@ -137,7 +137,10 @@ def folder_or_id(value: str, option: str) -> Path | None:
         return path
     named_value = f"{option} {quoted(value)}"
     if os.path.exists(path):
-        raise UserError(f"{named_value} is a file: give a folder or a hub id.")
+        raise UserError(
+            f"{named_value} is a file: give a folder or a hub id."
+            " docs/models.md shows how to make a folder of a checkpoint in one file."
+        )
     if value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1:
         raise UserError(f"{named_value} does not exist: correct the path, or give a hub id.")
     try:
