@@ -59,9 +59,10 @@ PRESETS = {
         model=MINI,
     ),
 }
-# The icons of mini in other colors, with its captions.
+# The same in other colors, with the same captions.
 for _name in COLORED:
-    PRESETS[_name] = replace(PRESETS[MINI], validation_dataset=heldout_name(_name))
+    _original = ANIMALS if _name.startswith(ANIMALS) else MINI
+    PRESETS[_name] = replace(PRESETS[_original], validation_dataset=heldout_name(_name))
 
 
 def with_set_defaults(cfg: Config) -> Config:

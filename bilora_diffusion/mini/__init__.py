@@ -13,8 +13,13 @@ from ..core.errors import UserError
 MINI = "mini"  # a model and a set of images
 FLOW = "mini-flow"  # the flow-matching model
 ANIMALS = "mini-animals"  # a second set, so small that adapters soon memorize it
-# The icons of mini in other colors: the set's name and its map in `colors.MAPS`.
-COLORED = {f"{MINI}-duotone": "duotone", f"{MINI}-gray": "gray", f"{MINI}-pastel": "pastel"}
+# Sets in other colors: the set's name and its map in `colors.MAPS`.
+COLORED = {
+    f"{MINI}-duotone": "duotone",
+    f"{MINI}-gray": "gray",
+    f"{MINI}-pastel": "pastel",
+    f"{ANIMALS}-duotone": "duotone",  # a subject of one file in the style of another
+}
 HELDOUT_SUFFIX = "-heldout"  # suffix of the name of a set's held-out images
 _FOLDER = Path(__file__).resolve().parent
 _FLOW = _FOLDER / "flow"
@@ -77,6 +82,8 @@ FOLDERS = {
     heldout_name(MINI): heldout_dir(),
     ANIMALS: _FOLDER / "animals" / "train",
     heldout_name(ANIMALS): _FOLDER / "animals" / "heldout",
-    **dict.fromkeys(COLORED, train_dir()),
-    **{heldout_name(name): heldout_dir() for name in COLORED},
 }
+for _name in COLORED:
+    _original = ANIMALS if _name.startswith(ANIMALS) else MINI
+    FOLDERS[_name] = FOLDERS[_original]
+    FOLDERS[heldout_name(_name)] = FOLDERS[heldout_name(_original)]
