@@ -117,6 +117,11 @@ def peak_memory(training_device: torch.device | str | None = None) -> int:
     on_gpu = training_device is None or torch.device(training_device).type == "cuda"
     if on_gpu and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(training_device)
-    # ru_maxrss is in kilobytes, but in bytes on macOS.
+    # ru_maxrss would include the peak of the process that started this one.
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        if match := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
+            return int(match[1]) * 1024
+    # In kilobytes, but in bytes on macOS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

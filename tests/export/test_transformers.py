@@ -195,7 +195,7 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path
 @pytest.mark.slow
 def test_the_weights_are_refused_on_another_kind_of_model():
     mini = load_pipeline("mini", dtype=torch.float32)
-    for name, word in (("lora", "can't be loaded"), ("whole", "has no")):
+    for name, word in (("lora", "does not fit the base model"), ("whole", "has no")):
         with pytest.raises(UserError, match=word), applied(mini, find(str(run(name)))):
             pass
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -333,3 +334,11 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     published = json.loads(committed_files["run.json"])["config"]
     assert published == {**config, "instance_data_dir": "images", "output_dir": tmp_path.name}
     assert read_run(tmp_path)["config"] == config, "the folder itself keeps them"
+
+
+def test_the_peak_memory_is_that_of_the_process_alone():
+    held = np.ones(50_000_000)  # 400 MB, which a child's ru_maxrss would include
+    code = "from bilora_diffusion.run.provenance import peak_memory; print(peak_memory('cpu'))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    alone = int(child.stdout)
+    assert 50e6 < alone < provenance.peak_memory("cpu") - 0.5 * held.nbytes

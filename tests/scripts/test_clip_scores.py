@@ -105,11 +105,9 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     compared = {(line.group, line.control) for line in result.summaries if line.pairs}
     assert compared == {("Bi-LoRA", "LoRA"), ("base model", "LoRA")}
 
-    # Copies of the held-out pictures, which the viewer shows
-    references = [prompt.reference for prompt in read_scores(result).settings.prompts]
-    assert [path is None for path in references] == [False] * 3 + [True] * 3
-    for reference in references[:3]:
-        assert (output / str(reference)).is_file()
+    # The miniature's icons are no ground truth for this tiny model.
+    prompts = read_scores(result).settings.prompts
+    assert [prompt.reference for prompt in prompts] == [None] * 6
 
     assert result.figures == ["grid.png"]
     for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, "grid.png"):
