@@ -32,7 +32,7 @@ from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
 from eval.results.report import table
 
-from . import evidence, gpu, memory, tables
+from . import evidence, flatness_tables, gpu, guidance_tables, memory, tables
 
 FOLDER = Path(__file__).parent
 # Marks around a generated section of a page; the last section may have no end.
@@ -207,14 +207,15 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "files.md": {"readers": readers},
     "results.md": {
         "samples": tables.samples,
-        "guided target": tables.guided_target,
-        "without guidance": tables.guided_target_without_guidance,
-        "guidance": tables.guidance,
-        "hold weights": tables.hold_weights,
+        "guided target": guidance_tables.guided_target,
+        "without guidance": guidance_tables.guided_target_without_guidance,
+        "guidance": guidance_tables.guidance,
+        "hold weights": guidance_tables.hold_weights,
         "rules": tables.rules,
         "methods": tables.methods,
         "radii": tables.radii,
         "together": tables.together,
+        "flatness": flatness_tables.flatness,
         "texts": tables.texts,
         "step cost": tables.step_cost,
         "against diffusers": tables.against_diffusers,

@@ -36,17 +36,6 @@ SETS = {
     "gray": "gray icons",
 }
 ONE_SEED_SETS = {"pastel": "icons in pastel", "flow": "23 icons, mini-flow"}
-# How strongly and how often the unconditional prediction is held
-HOLD_VARIANTS = {
-    "LoRA, held weakly": "weight 1, every 16th step",
-    "LoRA, held": "weight 4, every 16th",
-    "LoRA, held strongly": "weight 16, every 16th",
-    "LoRA, held often": "weight 1, every 4th",
-}
-# Sets with results/guided_target_SET
-GUIDED_SETS = {**SETS, "pastel": ONE_SEED_SETS["pastel"]}
-GUIDED = "LoRA, guided target 1.5"
-SCALES = (1, 2, 4)
 METHODS = {
     "LoRA, dropout 0.1": "LoRA, dropout 0.1",
     "LoRA-SAM": "LoRA-SAM, two passes",
@@ -118,93 +107,7 @@ def samples() -> Iterable[str]:
             first_cell = f"{title}, {seeds(result)}" if group == CONTROL else ""
             lines = [result.summary(group, "truth", GUIDANCE, step) for step in STEPS]
             rows.append((first_cell, variant, *[cell(result, line, COSINE) for line in lines]))
-    yield report.table(("data, seeds", "run", *_step_heads(STEPS)), rows)
-
-
-def guided_target() -> Iterable[str]:
-    """LoRA's scores by step and scale of guidance, and what the guided target adds to each."""
-    rows = []
-    for name, title in GUIDED_SETS.items():
-        result = read(f"guided_target_{name}")
-        for step in (100, 200, 300):
-            cells = []
-            for group in (CONTROL, GUIDED):
-                for scale in SCALES:
-                    line = result.summary(group, "truth", f"guidance {scale}", step)
-                    cells.append(cell(result, line, COSINE))
-            first_cell = f"{title}, {seeds(result)}" if step == 100 else ""
-            rows.append((first_cell, f"{step}", *cells))
-    heads = [f"LoRA at {scale}" for scale in SCALES]
-    heads += [f"guided target at {scale}" for scale in SCALES]
-    yield report.table(("data, seeds", "step", *heads), rows)
-
-
-def guided_target_without_guidance() -> Iterable[str]:
-    """A guided target sampled at 1, against LoRA at its best of the scales, with the agreement
-    with the prompt and the likeness to the nearest training image.
-    """
-    rows = []
-    for name, title in GUIDED_SETS.items():
-        result = read(f"guided_target_{name}")
-        for step in (100, 300):
-            scale = best_scale(result, step)
-            cells = [f"{title}, {seeds(result)}" if step == 100 else "", f"{step}", f"{scale}"]
-            for metric in ("truth", "i2t", "nearest"):
-                control = result.summary(CONTROL, metric, f"guidance {scale}", step)
-                cells.append(mean(control, COSINE))
-                check = Check(
-                    "",
-                    f"results/guided_target_{name}",
-                    GUIDED,
-                    metric,
-                    "guidance 1",
-                    control=CONTROL,
-                    control_item=f"guidance {scale}",
-                    step=step,
-                )
-                cells.append(difference(check, COSINE))
-            rows.append(tuple(cells))
-    heads = ["data, seeds", "step", "LoRA's best scale"]
-    for title in ("score", "image to text", "nearest training image"):
-        heads += [f"{title}, LoRA", "guided target at 1"]
-    yield report.table(heads, rows)
-
-
-def best_scale(result: Result, step: int) -> int:
-    """The scale of guidance at which LoRA's samples come closest to the held-out images."""
-
-    def score(scale: int) -> float:
-        line = result.summary(CONTROL, "truth", f"guidance {scale}", step)
-        return (line.mean if line else None) or 0.0
-
-    return max(SCALES, key=score)
-
-
-def guidance() -> Iterable[str]:
-    """LoRA's score with ordinary guidance, and with guidance from the base model."""
-    rows = []
-    for name, title in SETS.items():
-        cells = []
-        for step in STEPS:
-            scores = []
-            for item in (GUIDANCE, BASE_GUIDANCE):
-                line = read(f"pictures_{name}").summary(CONTROL, "truth", item, step)
-                scores.append(mean(line, COSINE))
-            cells.append(" to ".join(scores))
-        rows.append((title, *cells))
-    yield report.table(("data", *_step_heads(STEPS)), rows)
-
-
-def hold_weights() -> Iterable[str]:
-    """What holding the unconditional prediction changes at step 300, by weight and period."""
-    rows = []
-    for name, title in SETS.items():
-        result = read(f"pictures_{name}_hold_weights")
-        cells = []
-        for group in (CONTROL, *HOLD_VARIANTS):
-            cells.append(cell(result, result.summary(group, "truth", GUIDANCE, 300), COSINE))
-        rows.append((title, *cells))
-    yield report.table(("data", CONTROL, *HOLD_VARIANTS.values()), rows)
+    yield report.table(("data, seeds", "run", *step_heads(STEPS)), rows)
 
 
 def rules() -> Iterable[str]:
@@ -372,5 +275,5 @@ def _benchmark(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _step_heads(steps: Sequence[int]) -> list[str]:
+def step_heads(steps: Sequence[int]) -> list[str]:
     return [f"step {step:,}" for step in steps]

@@ -337,8 +337,8 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
 
 
 def test_the_peak_memory_is_that_of_the_process_alone():
-    held = np.ones(50_000_000)  # 400 MB, which a child's ru_maxrss would include
+    array = np.ones(50_000_000)  # 400 MB, which a child's ru_maxrss would include
     code = "from bilora_diffusion.run.provenance import peak_memory; print(peak_memory('cpu'))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    alone = int(child.stdout)
-    assert 50e6 < alone < provenance.peak_memory("cpu") - 0.5 * held.nbytes
+    child_peak = int(child.stdout)
+    assert 50e6 < child_peak < provenance.peak_memory("cpu") - 0.5 * array.nbytes

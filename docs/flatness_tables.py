@@ -1,0 +1,93 @@
+"""Tables of docs/results.md about flat minima: figures of the paper, and where they could pay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from eval.results import report
+from eval.results.table import Metric, Result, Summary
+
+from .tables import CONTROL, COSINE, LOSS, PAPER, cell, read, seeds
+
+RHO_1 = "Bi-LoRA, rho 1"
+# Results of experiments with conditions -> title of their data
+FLAT_SETS = {"duotone": "icons in two colors", "animals": "12 animals"}
+# Condition of eval/experiments/flat_minima.yaml -> its title
+CONDITIONS = {
+    "plain": "as trained",
+    "int8": "base weights in 8 bits",
+    "int4": "4 bits",
+    "int3": "3 bits",
+    "nf4": "NF4",
+    "noise 0.2": "noise on all weights",
+    "5 steps": "5 sampler steps",
+}
+VARIANTS = (PAPER, RHO_1, "LoRA-SAM")
+# Labels of the groups in results/generalization and results/dynamics
+GAPS = {"LoRA-SAM": "LoRA-SAM", PAPER: "Bi-LoRA (rho=0.05)", RHO_1: "Bi-LoRA (rho=1)"}
+DYNAMICS = {
+    PAPER: "Bi-LoRA (auxiliary_learning_rate=0.001, rho=0.05)",
+    RHO_1: "Bi-LoRA (auxiliary_learning_rate=0.001, rho=1)",
+}
+PLAIN = Metric("a number", form=".0f")
+
+
+def flatness() -> Iterable[str]:
+    """The paper's figures of flatness and of the dynamics of training, on the miniature."""
+    landscape, gaps, dynamics = read("landscape"), read("generalization"), read("dynamics")
+    no_value = report.NOT_AVAILABLE
+    rows = []
+    for metric, title in {
+        "rise": "Fig. 3: rise of the loss along random directions of all weights, x 1000",
+        "sharpness": "SAM's sharpness among all weights, x 1000",
+    }.items():
+        cells = [
+            cell(landscape, landscape.summary(group, metric, "full"), LOSS)
+            for group in (CONTROL, "LoRA-SAM", PAPER)
+        ]
+        rows.append((title, *cells, no_value))
+    cells = [
+        cell(gaps, gaps.summary(group, "final gap"), LOSS) for group in (CONTROL, *GAPS.values())
+    ]
+    rows.append(("Fig. A3: held-out minus training loss at the end, x 1000", *cells))
+    ratio = dynamics.summary("LoRA-SAM", "median ratio")
+    title = "Figs. 2, A4: the other terms over the third term of Eq. 5; the paper: 10,000"
+    rows.append((title, no_value, _with_interval(ratio), no_value, no_value))
+    for adapter in ("primary", "auxiliary"):
+        cells = [no_value, no_value]
+        if adapter == "primary":
+            cells = [_settled(dynamics, group, adapter) for group in (CONTROL, "LoRA-SAM")]
+        cells += [_settled(dynamics, group, adapter) for group in DYNAMICS.values()]
+        title = f"Fig. A2: step from which the {adapter}'s cosine to its final product is 0.9"
+        rows.append((title, *cells))
+    yield report.table(("figure of the paper", CONTROL, "LoRA-SAM", PAPER, RHO_1), rows)
+
+
+def _settled(dynamics: Result, group: str, adapter: str) -> str:
+    """Step of 200 from which an adapter's product stays near its last value."""
+    return _with_interval(dynamics.summary(group, f"settled {adapter}/product"))
+
+
+def _with_interval(line: Summary | None) -> str:
+    """A group's own mean with its interval over seeds."""
+    if line is None or line.interval is None:
+        return report.NOT_AVAILABLE
+    return f"{report.number(line.mean, PLAIN)} {report.interval(line.interval, PLAIN)}"
+
+
+def flat_minima() -> Iterable[str]:
+    """Scores of samples where a flat minimum could pay, and the other methods' differences."""
+    rows = []
+    for name, data in FLAT_SETS.items():
+        result = read(f"flat_minima_{name}")
+        for condition, title in CONDITIONS.items():
+            item = f"guidance 4 ({condition})"
+            lines = [result.summary(group, "truth", item, 300) for group in (CONTROL, *VARIANTS)]
+            first_cell = f"{data}, {seeds(result)}" if condition == "plain" else ""
+            rows.append((first_cell, title, *[cell(result, line, COSINE) for line in lines]))
+    result = read("two_files")
+    for item, title in {"guidance 4": "scale 4", "base's guidance 2": "base's guidance 2"}.items():
+        lines = [result.summary(group, "truth", item, 300) for group in (CONTROL, *VARIANTS)]
+        first_cell = f"animals beside a second file, {seeds(result)}" if title == "scale 4" else ""
+        rows.append((first_cell, title, *[cell(result, line, COSINE) for line in lines]))
+    yield report.table(("data, seeds", "sampled", CONTROL, *VARIANTS), rows)

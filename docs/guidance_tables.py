@@ -1,0 +1,185 @@
+"""Tables of docs/results.md about guidance: the guided target, and models of the unconditional
+prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from eval.results import report
+from eval.results.table import Result
+
+from .evidence import ROOT, Check, figure
+from .tables import (
+    BASE_GUIDANCE,
+    CONTROL,
+    COSINE,
+    GUIDANCE,
+    ONE_SEED_SETS,
+    SETS,
+    STEPS,
+    cell,
+    difference,
+    mean,
+    read,
+    seeds,
+    step_heads,
+)
+
+# How strongly and how often the unconditional prediction is held
+HOLD_VARIANTS = {
+    "LoRA, held weakly": "weight 1, every 16th step",
+    "LoRA, held": "weight 4, every 16th",
+    "LoRA, held strongly": "weight 16, every 16th",
+    "LoRA, held often": "weight 1, every 4th",
+}
+# Sets with results/guided_target_SET
+GUIDED_SETS = {**SETS, "pastel": ONE_SEED_SETS["pastel"]}
+GUIDED = "LoRA, guided target 1.5"
+SCALES = (1, 2, 4)
+# Sets with results/guidance_strength_SET
+STRENGTH_SETS = {**SETS, **ONE_SEED_SETS}
+# Strengths of the adapter in the unconditional prediction -> item of the result, by scale
+STRENGTHS = {
+    4: {
+        "1": GUIDANCE,
+        "0.75": "guidance 4 from strength 0.75",
+        "0.5": "guidance 4 from strength 0.5",
+        "0.25": "guidance 4 from strength 0.25",
+        "0": "base's guidance 4",
+    },
+    2: {"1": "guidance 2", "0.5": "guidance 2 from strength 0.5", "0": BASE_GUIDANCE},
+}
+
+
+def guided_target() -> Iterable[str]:
+    """LoRA's scores by step and scale of guidance, and what the guided target adds to each."""
+    rows = []
+    for name, title in GUIDED_SETS.items():
+        result = read(f"guided_target_{name}")
+        for step in (100, 200, 300):
+            cells = []
+            for group in (CONTROL, GUIDED):
+                for scale in SCALES:
+                    line = result.summary(group, "truth", f"guidance {scale}", step)
+                    cells.append(cell(result, line, COSINE))
+            first_cell = f"{title}, {seeds(result)}" if step == 100 else ""
+            rows.append((first_cell, f"{step}", *cells))
+    heads = [f"LoRA at {scale}" for scale in SCALES]
+    heads += [f"guided target at {scale}" for scale in SCALES]
+    yield report.table(("data, seeds", "step", *heads), rows)
+
+
+def guided_target_without_guidance() -> Iterable[str]:
+    """A guided target sampled at 1, against LoRA at its best of the scales, with the agreement
+    with the prompt and the likeness to the nearest training image.
+    """
+    rows = []
+    for name, title in GUIDED_SETS.items():
+        result = read(f"guided_target_{name}")
+        for step in (100, 300):
+            scale = best_scale(result, step)
+            cells = [f"{title}, {seeds(result)}" if step == 100 else "", f"{step}", f"{scale}"]
+            for metric in ("truth", "i2t", "nearest"):
+                control = result.summary(CONTROL, metric, f"guidance {scale}", step)
+                cells.append(mean(control, COSINE))
+                check = Check(
+                    "",
+                    f"results/guided_target_{name}",
+                    GUIDED,
+                    metric,
+                    "guidance 1",
+                    control=CONTROL,
+                    control_item=f"guidance {scale}",
+                    step=step,
+                )
+                cells.append(difference(check, COSINE))
+            rows.append(tuple(cells))
+    heads = ["data, seeds", "step", "LoRA's best scale"]
+    for title in ("score", "image to text", "nearest training image"):
+        heads += [f"{title}, LoRA", "guided target at 1"]
+    yield report.table(heads, rows)
+
+
+def best_scale(result: Result, step: int) -> int:
+    """The scale of guidance at which LoRA's samples come closest to the held-out images."""
+
+    def score(scale: int) -> float:
+        line = result.summary(CONTROL, "truth", f"guidance {scale}", step)
+        return (line.mean if line else None) or 0.0
+
+    return max(SCALES, key=score)
+
+
+def guidance() -> Iterable[str]:
+    """LoRA's score with ordinary guidance, and with guidance from the base model."""
+    rows = []
+    for name, title in SETS.items():
+        cells = []
+        for step in STEPS:
+            scores = []
+            for item in (GUIDANCE, BASE_GUIDANCE):
+                line = read(f"pictures_{name}").summary(CONTROL, "truth", item, step)
+                scores.append(mean(line, COSINE))
+            cells.append(" to ".join(scores))
+        rows.append((title, *cells))
+    yield report.table(("data", *step_heads(STEPS)), rows)
+
+
+def hold_weights() -> Iterable[str]:
+    """What holding the unconditional prediction changes at step 300, by weight and period."""
+    rows = []
+    for name, title in SETS.items():
+        result = read(f"pictures_{name}_hold_weights")
+        cells = []
+        for group in (CONTROL, *HOLD_VARIANTS):
+            cells.append(cell(result, result.summary(group, "truth", GUIDANCE, 300), COSINE))
+        rows.append((title, *cells))
+    yield report.table(("data", CONTROL, *HOLD_VARIANTS.values()), rows)
+
+
+def strengths() -> Iterable[str]:
+    """LoRA's score by the strength of the adapter in the unconditional prediction."""
+    for scale, items in STRENGTHS.items():
+        yield strength_table(scale, items)
+
+
+def strength_table(scale: int, items: Mapping[str, str]) -> str:
+    """The table of one scale of guidance; its last row has the lowest difference of each strength.
+
+    Args:
+        scale: of guidance.
+        items: item of the result by strength; the first is compared with.
+    """
+    first, *other_strengths = items
+    rows = []
+    lowest = dict.fromkeys(other_strengths, float("inf"))
+    for name, title in STRENGTH_SETS.items():
+        folder = f"guidance_strength_{name}"
+        if not (ROOT / "results" / folder).is_dir():
+            continue
+        result = read(folder)
+        for step in (100, 300):
+            line = result.summary(CONTROL, "truth", items[first], step)
+            cells = [f"{title}, {seeds(result)}" if step == 100 else "", f"{step}"]
+            cells.append(mean(line, COSINE))
+            for strength in other_strengths:
+                check = Check(
+                    "",
+                    f"results/{folder}",
+                    CONTROL,
+                    "truth",
+                    items[strength],
+                    minus_item=items[first],
+                    step=step,
+                )
+                lowest[strength] = min(lowest[strength], figure(check).mean)
+                cells.append(difference(check, COSINE))
+            rows.append(tuple(cells))
+    worst = [report.number(value, COSINE, "+") for value in lowest.values()]
+    rows.append(("the lowest", "", "", *worst))
+    heads = [
+        f"scale {scale}, strength {first}",
+        *[f"strength {strength}" for strength in other_strengths],
+    ]
+    return report.table(("data, seeds", "step", *heads), rows)
