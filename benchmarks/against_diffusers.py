@@ -52,7 +52,7 @@ from bilora_diffusion.train.engine import build_accelerator
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 # Label of diffusers' script
 PEER = "diffusers, LoRA"
-# Runs of this project: name -> flags, beside those that all runs share
+# Runs of this project: name -> flags, in addition to those that all runs share
 VARIANTS = {
     "lora": "--method lora",
     "lora-again": "--method lora --disk_cache auto",

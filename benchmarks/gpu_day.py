@@ -181,7 +181,7 @@ class Day:
     """The parts of a command line, and the file that their rows are written to.
 
     Args:
-        args: of the command line.
+        args: the command line's arguments.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:

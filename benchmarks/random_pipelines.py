@@ -193,7 +193,7 @@ class RandomPrompts(PromptCache):
     Args:
         name: of a model in `SHAPES`.
         pipeline: its pipeline.
-        device: of the run.
+        device: device of the run.
     """
 
     def __init__(self, name: str, pipeline: Any, device: torch.device) -> None:

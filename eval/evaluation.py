@@ -43,7 +43,7 @@ class Evaluation:
 
     Attributes:
         name: the result's kind.
-        module: of the command, as in ``python -m MODULE``; by default ``eval.NAME``.
+        module: module of the command, as in ``python -m MODULE``; by default ``eval.NAME``.
         described: text of ``--help``, by default the module's docstring. Its first paragraph stands
             above the flags.
         options: dataclasses of its flags; see `bilora_diffusion.core.fields`.
@@ -51,9 +51,9 @@ class Evaluation:
         title: of the report; by default the name.
         metrics: titles and formats of its metrics, by name.
         unit: what is averaged and paired: "seed" or "item".
-        args, command, folder: of the command line; the command without machine paths.
+        args, command, folder: the command line; the command has no machine paths.
         settings, notes: for the result; hooks add to them.
-        exit_code: of the command, where it is not 0 although the result is written; else None.
+        exit_code: exit code of the command if it is not 0 although the result is written.
     """
 
     name: ClassVar[str]

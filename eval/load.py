@@ -33,11 +33,11 @@ from .subjects import Subject
 def applied(
     pipeline: Any, subject: Subject, scale: float = 1.0, sampling_lora: LoraSource | None = None
 ) -> Iterator[None]:
-    """Within the context the pipeline has the subject's weights; afterwards exactly its own.
+    """Context manager: puts the subject's weights into the pipeline, then restores its own exactly.
 
     Args:
         scale: factor of an adapter's change of the weights.
-        sampling_lora: a file that acts beside the subject's weights, and on the base model alone.
+        sampling_lora: a file that is active with the subject's weights and on the base model.
     """
     file = subject.weights
     has_models = file is not None and file.is_dir()

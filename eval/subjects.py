@@ -26,7 +26,7 @@ PLAIN_NAMES = {
     "num_train_epochs": "epochs",
     "pretrained_model_name_or_path": "base model",
 }
-# Letters of an option's value in a sentence
+# Maximum characters of an option's value in a sentence
 SETTING_WIDTH = 40
 
 

@@ -225,7 +225,7 @@ def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
 
     Args:
         error: the exception.
-        folder: of the file; None for a new temporary one.
+        folder: folder of the file; None for a new temporary one.
 
     Returns:
         The file; None if it can't be written.

@@ -43,7 +43,7 @@ def mean_interval(
     Returns:
         None for fewer than two values, or values that are not finite.
     """
-    # Imported late: --help does not wait for it.
+    # Imported lazily: --help must not wait for it.
     from scipy import stats
 
     array = np.sort(np.asarray(values, dtype=np.float64))

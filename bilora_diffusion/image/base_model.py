@@ -120,7 +120,7 @@ def _read(
     """A JSON object among a model's files.
 
     Args:
-        folder: of the model; None for one on the hub.
+        folder: folder of the model; None for one on the hub.
     """
     from huggingface_hub import hf_hub_download
 

@@ -31,9 +31,9 @@ from .opening import open_images
 from .prompt_length import PromptLength
 from .sets import ImageSet
 
-# Rows of the table at most.
+# Maximum number of rows of the table.
 MAX_ROWS = 200
-# Characters of a name in the table at most.
+# Maximum length of a name in the table.
 NAME_WIDTH = 32
 
 

@@ -132,7 +132,7 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What acts when images are made only."""
+    """Settings that are used only while images are generated."""
 
     scheduler: Any  # of diffusers
     lora: LoraSource | None = None  # a further file, such as Lightning's

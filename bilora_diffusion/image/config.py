@@ -60,7 +60,7 @@ GROUPS = (
     ImageOutputOptions,
 )
 
-# Options that act when images are made only, and on all images alike.
+# Options that are used only while images are generated, and for all images alike.
 SAMPLER_OPTIONS = ("sampling_lora", "sampling_scheduler", "validation_model")
 # What is recorded of the file, which may move.
 SAMPLING_LORA_FACTS = frozenset({"sampling_lora_sha256", "sampling_lora_strength"})

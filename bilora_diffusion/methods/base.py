@@ -31,7 +31,7 @@ class Target:
     spec: AdapterSpec  # shape of the primary
     lr: float  # of the primary
     weight_decay: float = 0.0
-    # Adapters of LoRA files that are put beside the trained ones.
+    # Adapters of LoRA files that are added to the trained ones.
     frozen: tuple[FrozenAdapter, ...] = ()
     # First values of the primary (`inits.start_from_file`); None for those of `spec.init`.
     start: Mapping[str, Tensor] | None = None

@@ -1,6 +1,6 @@
 """The embedded miniatures: a small SDXL pipeline, an SD3 pipeline made from it, and their icons.
 
-This file has only paths, so that importing the package takes no time. ``README.md`` in this folder
+This file has only paths, so that importing the package is cheap. ``README.md`` in this folder
 is the model card.
 """
 

@@ -3,8 +3,8 @@
     bilora export runs/answers --to merged
 
 Each adapted weight is computed in float64 and rounded once, to the base model's precision. An
-adapter that began with PiSSA or LoRA-GA is exported for the base model's original weights, so it
-is merged like any other.
+adapter that began with PiSSA or LoRA-GA is exported for the original base weights, so it is merged
+like any other.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Dynamics:
 
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer = trainer
-        # Rounded up: at most SNAPSHOTS of them beside those of step 0 and of the last step.
+        # Rounded up: at most SNAPSHOTS of them in addition to those of step 0 and of the last step.
         self.interval = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
         self._layers = trainer.method.layers
         self._figures: dict[str, Tensor] = {}
@@ -163,7 +163,7 @@ def perturbation_norms(
     B_eA = []
     eB_A = []
     for moved, e in zip(perturbed, perturbations, strict=True):
-        # The weights before the perturbation, in float64, since e is small beside A and B.
+        # The weights before the perturbation, in float64, since e is small compared with A and B.
         layer = moved._replace(A=moved.A.double() - e.A.double(), B=moved.B.double() - e.B.double())
         primary.append(layer)
         B_eA.append(layer._replace(A=e.A))

@@ -344,7 +344,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
 
 @contextmanager
 def _one_thread(device: str) -> Iterator[None]:
-    """Within the context a CPU uses one thread: the rounding of sums depends on their number."""
+    """Context manager: one thread on a CPU, since the rounding of sums depends on the number."""
     before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)

@@ -41,7 +41,7 @@ from .settings import SCORERS
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 # Parts of scorers' names before the colon
 SCHEMES = ("embedded", "open_clip")
-NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
+NOT_THE_PAPERS = "A small model of this package: its scores cannot be compared with the paper's."
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ T = TypeVar("T")
 class ModelEntry:
     """A scorer, a captioner or an image model, as a result names it."""
 
-    # Name that stands beside every score
+    # Name that is shown with every score
     name: str
     # "open_clip", "embedded", "blip", "retrieval" or "dinov2"
     kind: str

@@ -80,7 +80,7 @@ def introduction(result: Result) -> str:
     if scorer["kind"] == "embedded":  # a longer sentence in place of the scorer's note
         notes.append(
             f"These are scores of {scorer['name']}, a small model that knows icons only. They carry"
-            " its name and are never set beside the paper's."
+            " its name and are never compared with the paper's."
         )
     elif scorer["note"]:
         notes.append(scorer["note"])

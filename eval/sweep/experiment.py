@@ -147,7 +147,7 @@ class Condition:
     guidance: Guidance
     # "" for an experiment without named conditions
     name: str
-    # Of eval.clip_scores, beside those of all conditions
+    # Of eval.clip_scores, in addition to those of all conditions
     options: Mapping[str, Any]
 
     @property

@@ -11,7 +11,7 @@ from ..results import report
 from ..results.plot import Curve, Forest, Panel
 from ..results.table import Entry, Metric, Result
 
-# Metric beside those of ``metrics.jsonl``
+# Metric in addition to those of ``metrics.jsonl``
 SECONDS = "seconds_per_step"
 # Statuses of a run
 FINISHED, FAILED, WAITING = "finished", "failed", "waiting"

@@ -267,7 +267,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Within the context SIGTERM ends the sweep as Ctrl-C does."""
+    """Context manager: SIGTERM ends the sweep as Ctrl-C does."""
     # The handler of SIGINT raises KeyboardInterrupt.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -33,10 +33,10 @@ class ScoredSweep(Sweep):
     A row's item is the kind of guidance, with the condition's name in brackets where the experiment
     has conditions, and "" for a loss.
 
-    ``settings`` beside those of `Sweep`: ``options`` of all runs; ``scores``, with ``prompts``,
-    ``num_prompts``, ``seeds``, ``steps``, ``guidances``, ``options`` of eval.clip_scores, and
-    ``conditions`` if there are any;
-    ``sampling``, ``scorer`` and ``truth_i2t`` as in the results of eval.clip_scores.
+    ``settings`` in addition to those of `Sweep`: ``options`` of all runs; ``scores``, with
+    ``prompts``, ``num_prompts``, ``seeds``, ``steps``, ``guidances``, ``options`` of
+    eval.clip_scores, and ``conditions`` if there are any; ``sampling``, ``scorer`` and
+    ``truth_i2t`` as in the results of eval.clip_scores.
 
     Runs with rows in the output folder are neither trained nor scored again.
     """
@@ -80,7 +80,7 @@ class ScoredSweep(Sweep):
         gigabytes = self.scoring.scores.memory_gigabytes
         if gigabytes:
             size = f"{gigabytes:g} GB"
-            print(f"The images are made with {size} of weights, without quantization.")
+            print(f"The images are generated with {size} of weights, without quantization.")
         for planned in self.plan.runs:
             if planned.seed != self.plan.seeds[0]:
                 continue

@@ -123,7 +123,7 @@ class PreparedBenchmark:
 
     benchmark: Benchmark
     engine: Engine
-    # All that its score depends on beside the subject
+    # All that its score depends on, except the subject
     settings: dict[str, Any]
 
     def template(self, model: BaseModel) -> str:

@@ -37,7 +37,7 @@ TEMPLATE_OF_RUN = "run"
 EFFECT = "effect of adapter"
 # Items in which no answer could be read
 UNPARSED = "without an answer"
-# Letters of an answer that the result shows
+# Maximum characters of an answer in the result
 ANSWER_LETTERS = 200
 
 
@@ -99,7 +99,7 @@ class Measurement:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def all_figures(self) -> dict[str, float]:
-        """Figures beside the value, with the counts of the items where there are any."""
+        """Values in addition to the score, with the counts of the items where there are any."""
         if not self.items:
             return self.figures
         # Recorded figures have no items, so they have no counts of them either.
@@ -126,7 +126,7 @@ class Engine(Protocol):
     """Asks a model the questions of a benchmark."""
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on beside the model."""
+        """All that a score depends on, except the model."""
         ...
 
     def measure(

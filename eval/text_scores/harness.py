@@ -83,7 +83,7 @@ class Harness:
             raise refuse_code(self.benchmark.name)
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on beside the model."""
+        """All that a score depends on, except the model."""
         benchmark = self.benchmark
         return {
             "task": benchmark.task,
@@ -248,7 +248,7 @@ def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
 
 @contextmanager
 def _code_switch(allow_code: bool) -> Iterator[None]:
-    """Within the context the harness's metric runs programs, where they are allowed."""
+    """Context manager: lets the harness's metric run programs, if they are allowed."""
     before = os.environ.get(CODE_SWITCH)
     if allow_code:
         os.environ[CODE_SWITCH] = "1"
@@ -262,7 +262,7 @@ def _code_switch(allow_code: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within the context the harness does not warn, and ``datasets`` reports nothing.
+    """Context manager: silences the harness's warnings and the progress of ``datasets``.
 
     The harness warns of things that are intended here, such as a model that is loaded already;
     ``datasets`` tells a server of every set that it opens, local files included.

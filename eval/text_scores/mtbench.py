@@ -238,7 +238,7 @@ class MTBench:
     decoding: Decoding
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on beside the model."""
+        """All that a score depends on, except the model."""
         texts: list[str] = []
         for question in self.questions:
             texts += [question.id, question.category, question.text, question.reference]

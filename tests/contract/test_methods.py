@@ -27,7 +27,7 @@ ROTATION = rotation()
 
 
 def cases(chosen):
-    """Cases of a test; those beside the rotation run with the whole matrix only."""
+    """Cases of a test; those outside the rotation run with the whole matrix only."""
     parameters = []
     for case in chosen:
         marks = () if case in ROTATION else pytest.mark.matrix

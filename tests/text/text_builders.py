@@ -149,7 +149,7 @@ def material(kind: str) -> dict[str, Any]:
 
 
 def heldout(kind: str) -> Path:
-    """Rows beside those of `material`."""
+    """Rows in addition to those of `material`."""
     return Path(material(kind)["train_file"]).with_name("held.jsonl")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Inputs of a model beside the noisy latents, for n rows: tensors (n, ...), or lists of n tensors
-# where rows differ in length.
+# Inputs of a model in addition to the noisy latents, for n rows: tensors (n, ...), or lists of n
+# tensors where rows differ in length.
 Conditions = dict[str, Any]
 
 
