@@ -168,12 +168,12 @@ def run(
             for step, total in STEP.findall(block):
                 ticks.append((int(step), int(total), elapsed))
         resident = process.stdout.read()
-        code = process.wait()
+        exit_code = process.wait()
         total_seconds = time.perf_counter() - began
-    if code:
+    if exit_code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last_lines = "\n".join(lines[-5:])
-        raise TrainingError(f"{Path(words[0]).name} ended with {code}:\n{last_lines}")
+        raise TrainingError(f"{Path(words[0]).name} ended with {exit_code}:\n{last_lines}")
     ends = step_ends(ticks, steps)
     step_seconds = ends[0]
     if len(ends) > 1:

@@ -242,15 +242,15 @@ class Day:
             words += ["--device", self.args.device, "--json", str(file)]
             limit = min(LIMIT_SECONDS, self.left())
             began = time.monotonic()
-            code = run_limited(words, self.environment, log, limit)
+            exit_code = run_limited(words, self.environment, log, limit)
             row["wall_seconds"] = time.monotonic() - began
             if file.exists():  # also where the process was ended while it sampled
                 row |= gpu_result.read_results(file)
-            elif code is None:
+            elif exit_code is None:
                 if limit < LIMIT_SECONDS:
                     return False
                 row["outcome"] = TIMED_OUT
-            elif code == -signal.SIGKILL:
+            elif exit_code == -signal.SIGKILL:
                 row |= {"outcome": OUT_OF_MEMORY, "reason": "the machine's"}
             else:
                 row |= {"outcome": FAILED, "reason": last_line(log)}
@@ -273,10 +273,10 @@ class Day:
         if command.key == PEER and not model.exists():
             words = [str(ROOT / "benchmarks" / "random_models.py"), str(model)]
             run_limited(words, self.environment, log, limit)
-        code = run_limited(command.words, self.environment, log, limit)
-        if code is None:
+        exit_code = run_limited(command.words, self.environment, log, limit)
+        if exit_code is None:
             return False
-        if code or command.result is None or not command.result.exists():
+        if exit_code or command.result is None or not command.result.exists():
             sentence = last_line(log)
             self.write(command.key, row | {"outcome": FAILED, "text": f"{FAILED}: {sentence}"})
             return True

@@ -33,7 +33,7 @@ from benchmarks.random_pipelines import (
 )
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.core.durable import write_text
-from bilora_diffusion.core.errors import describe, run_cli
+from bilora_diffusion.core.errors import describe_error, run_cli
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.pipeline import memory_by_phase
@@ -239,7 +239,7 @@ def failure(error: BaseException) -> dict[str, str]:
         if is_full or any(words in str(cause) for words in MEMORY_ERRORS):
             return {"outcome": OUT_OF_MEMORY}
         cause = cause.__cause__
-    return {"outcome": FAILED, "reason": describe(error)}
+    return {"outcome": FAILED, "reason": describe_error(error)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

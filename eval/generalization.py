@@ -191,9 +191,9 @@ class Generalization(Evaluation):
         if result.settings.get("heldout_metrics"):
             units += " and metrics in percent"
         return (
-            f"{units}, mean over seeds, and the difference to {report.escaped(result.control)}"
-            f" paired by seed, with {report.INTERVALS} and the number of seeds in which it is"
-            " better."
+            f"{units}, mean over seeds, and the difference to"
+            f" {report.escape_table_cell(result.control)} paired by seed, with"
+            f" {report.INTERVALS} and the number of seeds in which it is better."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:

@@ -18,8 +18,8 @@ from tests.contract.models import CASES, tiny_mlp
 
 
 def test_the_core_needs_no_bitsandbytes():
-    code = "import sys; sys.modules['bitsandbytes'] = None; import bilora_diffusion"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    script = "import sys; sys.modules['bitsandbytes'] = None; import bilora_diffusion"
+    subprocess.run([sys.executable, "-c", script], check=True)
     assert sorted(bilora_diffusion.__all__) == ["BiLoRAConfig", "__version__", "attach"]
 
 

@@ -211,7 +211,7 @@ def counted(count: int | str, noun: str) -> str:
     return f"{count} {noun}{ending}"
 
 
-def hours_for_each_second(count: float, noun: str) -> str:
+def describe_hours_per_second(count: float, noun: str) -> str:
     """How long so many things take: "0.5 hours for each second that a step takes"."""
     return f"{count / 3600:.2g} hours for each second that {noun} takes"
 

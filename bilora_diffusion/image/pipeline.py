@@ -33,7 +33,7 @@ from ..core.values import (
 from ..mini import PIPELINES
 from ..train.dry_run import BEFORE, NUMBER_BYTES, STEP, PhaseMemory, empty
 from ..train.soundness import require_safetensors, require_whole, require_words
-from .base_model import ANOTHER, describe, folder_of, from_hub
+from .base_model import ANOTHER, folder_of, from_hub, read_base_model
 from .config import DreamBoothConfig
 from .crops import bucket_sizes
 from .families.base import Family, autoencoder_width
@@ -92,7 +92,7 @@ def load_pipeline(
         UserError: there is no such model, it has only pickles, weights are missing, or a tokenizer
             has no words.
     """
-    model = describe(name, revision, cache_dir)
+    model = read_base_model(name, revision, cache_dir)
     family = model.family
     folder = folder_of(name)
     if folder is None:

@@ -18,7 +18,7 @@ from torch import nn
 from ..adapters import ASSISTANT, INITIAL, PRIMARY, SAMPLING
 from ..config.run import RunConfig
 from ..core.errors import UserError
-from ..core.files import bytes_for_people, counted, hours_for_each_second
+from ..core.files import bytes_for_people, counted, describe_hours_per_second
 from ..core.values import OPTIMIZERS
 from ..methods import Method, for_run
 from ..run import provenance
@@ -77,7 +77,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {step_size}, {counted(f'{epochs:.3g}', 'epoch')}",
     ]
-    hours = hours_for_each_second(steps, "a step")
+    hours = describe_hours_per_second(steps, "a step")
     lines.append(f"time: not estimated; {hours}, and the sampling of images")
 
     process = process_bytes(device)

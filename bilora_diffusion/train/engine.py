@@ -68,7 +68,7 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
     """
     # The loss may not depend on a text encoder's last layers. Buffers do not change.
     distributed = DistributedDataParallelKwargs(
-        find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
+        find_unused_parameters=cfg.has_unused_parameters, broadcast_buffers=False
     )
     # The other processes may wait for long while one samples images.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))

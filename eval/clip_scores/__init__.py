@@ -310,7 +310,7 @@ class ClipScores(OverSteps):
             print(strip_controls(sentence))
 
     def report(self, result: Result) -> str:
-        sentences = [f"**{report.escaped(text)}**" for text in reporting.answers(result)]
+        sentences = [f"**{report.escape_table_cell(text)}**" for text in reporting.answers(result)]
         return report.page(*sentences, super().report(result).rstrip())
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:

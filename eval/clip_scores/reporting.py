@@ -15,7 +15,7 @@ from bilora_diffusion.core.values import ADAPTER_GUIDANCE, guidance_title
 
 from ..results import compare
 from ..results.plot import canvas
-from ..results.report import INTERVALS, escaped, number, section, table
+from ..results.report import INTERVALS, escape_table_cell, number, section, table
 from ..results.table import Metric, Result
 from ..sampler import LORA
 from .prompts import ICON_PROMPTS
@@ -126,8 +126,8 @@ def legend(result: Result) -> str:
             sentences.append(f"{metric.title}: {metric.explanation}.")
     return (
         "Cosines x 100: of each prompt the mean over seeds, then the mean over prompts with"
-        f" {INTERVALS}. Difference: to {escaped(result.control)}, paired by prompt, with its"
-        " interval and the number of prompts in which it is better. " + " ".join(sentences)
+        f" {INTERVALS}. Difference: to {escape_table_cell(result.control)}, paired by prompt, with"
+        " its interval and the number of prompts in which it is better. " + " ".join(sentences)
     )
 
 

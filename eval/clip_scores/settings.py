@@ -26,7 +26,7 @@ from bilora_diffusion.core.values import (
     STRENGTHS,
     WORKERS,
 )
-from bilora_diffusion.image.base_model import BaseModel, describe
+from bilora_diffusion.image.base_model import BaseModel, read_base_model
 from bilora_diffusion.image.config import require_unconditional
 from bilora_diffusion.image.options import ImageOptions
 
@@ -230,7 +230,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
     """
     from .sampling import Sampling
 
-    model = describe(base)
+    model = read_base_model(base)
     steps, guidance = usual(model)
     if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
         guidance = model.family.unguided_scale

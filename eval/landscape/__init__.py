@@ -269,8 +269,8 @@ class Landscape(Evaluation):
             f"Mean training loss of {settings['images']} images at {settings['levels']}"
             " noise levels each, with the same noise for every run. Lower is flatter. Each value"
             f" is a mean over runs with {report.INTERVALS}, and its difference to"
-            f" {report.escaped(result.control)}, paired by seed, with its interval and the number"
-            " of seeds in which it is lower."
+            f" {report.escape_table_cell(result.control)}, paired by seed, with its interval and"
+            " the number of seeds in which it is lower."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:

@@ -32,15 +32,15 @@ class Column:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; characters that could break a cell are escaped."""
+    """A Markdown table, with characters escaped that could break a cell."""
     lines = []
     for cells in (head, ["---"] * len(head), *rows):
-        lines.append(f"| {' | '.join(map(escaped, cells))} |")
+        lines.append(f"| {' | '.join(map(escape_table_cell, cells))} |")
     return "\n".join(lines)
 
 
-def escaped(text: str) -> str:
-    """Text of a user on one line, with the characters escaped that would end a table's cell."""
+def escape_table_cell(text: str) -> str:
+    """Put a user's text on one line and escape the characters that would end a table's cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -192,8 +192,8 @@ def sources(result: Result) -> list[str]:
 def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequence[str] = ()) -> str:
     """The end of a report: figures, notes, facts, and the origin of the result."""
     pictures = [f"![{name.removesuffix('.png')}]({name})" for name in result.figures]
-    sentences = [escaped(note) for note in result.notes]
-    sentences += [escaped(fact) for fact in facts]
+    sentences = [escape_table_cell(note) for note in result.notes]
+    sentences += [escape_table_cell(fact) for fact in facts]
     sentences += origin(result.provenance, packages)
     return page(*pictures, listed(sentences)).rstrip()
 

@@ -159,13 +159,13 @@ class Sweep(Evaluation):
 
     def work(self) -> int | None:
         """List the runs, and unless it is a dry run train and compare them."""
-        print(self.describe())
+        print(self.describe_plan())
         if self.args.dry_run:
             return None
         open_folder(self.runner.runs_dir, "--runs_dir")
         return super().work()
 
-    def describe(self) -> str:
+    def describe_plan(self) -> str:
         """The variants; in a dry run also the command line of each run and its folder's state."""
         from .runs import describe_state
 

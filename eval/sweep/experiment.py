@@ -276,7 +276,7 @@ def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        raise UserError(describe(error)) from error
+        raise UserError(describe_validation_error(error)) from error
     experiment = experiment.model_copy(update={"options": {**experiment.options, **options}})
     # An option has one value in a run.
     for name, values in experiment.axes.items():
@@ -287,7 +287,7 @@ def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
     return experiment
 
 
-def describe(error: ValidationError) -> str:
+def describe_validation_error(error: ValidationError) -> str:
     """The first problem of a file's content."""
     # A misspelt key is told first: the key that it stands for is missing only therefore.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")

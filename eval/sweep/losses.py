@@ -144,6 +144,7 @@ def introduction(result: Result) -> str:
     seeds = "seeds" if count > 1 else "seed"
     return (
         f"`{settings['metric']}`{suffix(result)} of {settings['recipe']}, {direction} is better:"
-        f" mean over {count} {seeds}. Difference: to {report.escaped(result.control)}, paired by"
-        f" seed, with {report.INTERVALS} and the number of seeds in which the variant is better."
+        f" mean over {count} {seeds}. Difference: to {report.escape_table_cell(result.control)},"
+        f" paired by seed, with {report.INTERVALS} and the number of seeds in which the variant is"
+        " better."
     )

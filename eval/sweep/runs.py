@@ -218,9 +218,9 @@ class RunProcess:
         if is_finished(self.folder):
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
-        code = self.popen.returncode
+        exit_code = self.popen.returncode
         error = last_sentence(output)
-        return Outcome(run.name, run.variant, run.seed, FAILED, code, error)
+        return Outcome(run.name, run.variant, run.seed, FAILED, exit_code, error)
 
 
 def last_sentence(output: str) -> str:

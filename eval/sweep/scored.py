@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.core.errors import TrainingError
-from bilora_diffusion.core.files import hours_for_each_second
+from bilora_diffusion.core.files import describe_hours_per_second
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.console import quiet
 
@@ -59,21 +59,21 @@ class ScoredSweep(Sweep):
     def work(self) -> int | None:
         if not self.args.dry_run:
             return super().work()
-        print(self.describe())
+        print(self.describe_plan())
         self._print_memory()
         return None
 
-    def describe(self) -> str:
+    def describe_plan(self) -> str:
         """The runs and images of the plan, and its hours for each second of a step or image."""
         scores, num_runs = self.scoring.scores, len(self.plan.runs)
         steps = max(scores.steps)
         images = num_runs * self.scoring.num_images
         labels = ", ".join(condition.label for condition in self.scoring.conditions)
         size = (
-            f"{num_runs * steps:,} steps, {hours_for_each_second(num_runs * steps, 'a step')};"
-            f" {images:,} images with {labels}, {hours_for_each_second(images, 'an image')}."
+            f"{num_runs * steps:,} steps, {describe_hours_per_second(num_runs * steps, 'a step')};"
+            f" {images:,} images with {labels}, {describe_hours_per_second(images, 'an image')}."
         )
-        return f"{super().describe()}\n{size}"
+        return f"{super().describe_plan()}\n{size}"
 
     def _print_memory(self) -> None:
         """Print the memory of each variant's training, by the training script's ``--dry_run``."""

@@ -132,7 +132,7 @@ class PreparedBenchmark:
             return model.template
         return self.benchmark.template
 
-    def describe(self, measurement: Measurement) -> tuple[Metric, dict[str, Any]]:
+    def metric_and_settings(self, measurement: Measurement) -> tuple[Metric, dict[str, Any]]:
         """Its metric and its settings, with those that are known only after it was asked."""
         settings = self.settings | measurement.settings
         higher_is_better = bool(settings.pop("higher_is_better", True))
@@ -239,7 +239,7 @@ class TextScores(OverSteps):
                 step, value = column.values[subject.label]
                 yield subject.row(column.name, value, note=f"step {step}")
         for name, measurement in self._measure_benchmarks(subject).items():
-            metric, settings = self.prepared[name].describe(measurement)
+            metric, settings = self.prepared[name].metric_and_settings(measurement)
             self.shown_metrics[name] = metric
             self.settings["benchmarks"][name] = settings
             yield subject.row(name, measurement.value)

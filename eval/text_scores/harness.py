@@ -262,7 +262,7 @@ def _code_switch(allow_code: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager: silences the harness's warnings and the progress of ``datasets``.
+    """Context manager: silences the harness's warnings and the reports of ``datasets``.
 
     The harness warns of things that are intended here, such as a model that is loaded already;
     ``datasets`` tells a server of every set that it opens, local files included.

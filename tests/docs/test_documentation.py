@@ -161,11 +161,11 @@ def test_every_link_leads_somewhere_and_the_python_compiles(page):
 def test_the_readme_is_short_and_its_loop_trains():
     readme = README.read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 150
-    (code,) = (body for _, body in BLOCK.findall(readme) if "attach(model" in body)
+    (example,) = (body for _, body in BLOCK.findall(readme) if "attach(model" in body)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 12))
     names: dict[str, Any] = {"model": model, "torch": torch}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(example, "README.md", "exec"), names)
     inputs, losses = torch.randn(4, 12), []
     for _ in range(20):
         loss = (model(inputs) - 1).square().mean()

@@ -208,8 +208,10 @@ def test_the_report_has_what_each_condition_changes(plan, tmp_path):
 )
 def test_a_wrong_word_is_one_sentence(words, sentence, tmp_path, capsys):
     name, *flags = words.split()
-    code = sweep.main([str(EXPERIMENTS / f"{name}.yaml"), *flags, "--output_dir", str(tmp_path)])
-    assert code == 2
+    exit_code = sweep.main(
+        [str(EXPERIMENTS / f"{name}.yaml"), *flags, "--output_dir", str(tmp_path)]
+    )
+    assert exit_code == 2
     assert sentence in capsys.readouterr().err
 
 

@@ -33,10 +33,10 @@ def without_weights(model, folder):
     return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def image_run(capsys, folder, code=0, **values):
+def image_run(capsys, folder, exit_code=0, **values):
     """Output of a dry run of images, which writes nothing."""
     argv = [*flags(folder, **values), "--dry_run"]
-    assert train_dreambooth_bilora.main(argv) == code
+    assert train_dreambooth_bilora.main(argv) == exit_code
     assert not folder.exists()
     return "".join(capsys.readouterr())
 
