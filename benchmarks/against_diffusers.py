@@ -179,15 +179,15 @@ def run(
     if len(ends) > 1:
         step_seconds = statistics.median(later - end for end, later in itertools.pairwise(ends))
     # Before the first step ended it also compiled and warmed up, which counts for the start.
-    figures = {
+    measurements = {
         "seconds": total_seconds,
         "start": max(0.0, ends[0] - step_seconds),
         "step": step_seconds,
         "memory": int(resident) * KIBI,
     }
     if gpu is not None:
-        figures["gpu_memory"] = gpu.highest
-    return figures
+        measurements["gpu_memory"] = gpu.highest
+    return measurements
 
 
 def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]:
@@ -244,17 +244,17 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def work(label: str, number: int) -> float:
         run_folder = folder / f"{label.split(',')[0]}-{number}"
         words = command(label, run_folder, number, images, args)
-        figures = run(words, args.steps, folder / f"{run_folder.name}.log", environment)
-        figures["images_per_second"] = args.batch / figures["step"]
+        measurements = run(words, args.steps, folder / f"{run_folder.name}.log", environment)
+        measurements["images_per_second"] = args.batch / measurements["step"]
         if args.model == PRESETS["mini"]["model"]:
-            figures[HELDOUT_LOSS] = heldout_loss(run_folder)
+            measurements[HELDOUT_LOSS] = heldout_loss(run_folder)
         if label != PEER:
             skipped = sum(row.get("skipped", False) for row in read_metrics(run_folder))
-            figures |= {"estimate": estimates[label], "skipped": skipped}
-        measured[label].append(figures)
-        print(f"round {number + 1}, {label}: {figures}", file=sys.stderr, flush=True)
+            measurements |= {"estimate": estimates[label], "skipped": skipped}
+        measured[label].append(measurements)
+        print(f"round {number + 1}, {label}: {measurements}", file=sys.stderr, flush=True)
         shutil.rmtree(run_folder)
-        return figures["seconds"]
+        return measurements["seconds"]
 
     works = [partial(work, label) for label in measured]
     interleave(works, rounds=args.rounds, warmup=0)
@@ -275,13 +275,13 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Medians of a variant's figures, and their paired ratios to the peer's with 95 % intervals."""
+    """Medians of a variant's measurements, and paired ratios to the peer's with 95 % intervals."""
     row: dict[str, dict[str, Any]] = {}
     for name in rounds[0]:
-        values = [figures[name] for figures in rounds]
+        values = [measurements[name] for measurements in rounds]
         row[name] = {"median": statistics.median(values), "values": values}
         if name in peer[0]:
-            ratio, interval = paired_ratio(values, [figures[name] for figures in peer])
+            ratio, interval = paired_ratio(values, [measurements[name] for measurements in peer])
             row[name] |= {"ratio": ratio, "ratio_95": interval}
     return row
 

@@ -150,11 +150,11 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
         task.to_device(device)
         trainer = Trainer(task, for_run(vars(cfg), cfg.max_train_steps or 1), cfg, accelerator)
         trainer.initialise()
-        figures = {"outcome": MEASURED, "setup_seconds": time.perf_counter() - started}
-        figures |= train(trainer, LENGTHS[device.type])
-        figures["images_per_second"] = part.batch / figures["step_seconds"]
-        figures["estimated_bytes"] = estimates[STEP]
-        report(figures)
+        measurements = {"outcome": MEASURED, "setup_seconds": time.perf_counter() - started}
+        measurements |= train(trainer, LENGTHS[device.type])
+        measurements["images_per_second"] = part.batch / measurements["step_seconds"]
+        measurements["estimated_bytes"] = estimates[STEP]
+        report(measurements)
 
         sampling: dict[str, Any] = {"estimated_bytes": estimates[SAMPLING]}
         try:
@@ -167,7 +167,7 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
         except Exception as error:
             sampling |= failure(error)
         sampling["sampler_steps"] = LENGTHS[device.type].sampler_steps
-        report(figures | {"sampling": sampling})
+        report(measurements | {"sampling": sampling})
 
 
 def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
         step_times.append(values["seconds"])
         if sum(step_times) > lengths.seconds:
             break
-    figures: dict[str, Any] = {
+    measurements: dict[str, Any] = {
         "step_seconds": statistics.median(step_times),
         "seconds": step_times,
         "warmup_seconds": warmup_times,
@@ -210,8 +210,8 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
         "losses": losses,
     }
     if device.type == "cuda":
-        figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-    return figures
+        measurements["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return measurements
 
 
 @contextmanager
@@ -253,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if part.model not in SHAPES:
         parser.error(f"no model {part.model}")
 
-    def report(figures: dict[str, Any]) -> None:
-        write_text(args.json, json.dumps(figures))
+    def report(measurements: dict[str, Any]) -> None:
+        write_text(args.json, json.dumps(measurements))
 
     try:
         measure(part, torch.device(args.device), report)

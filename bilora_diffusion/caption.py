@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     check(options_of([CaptionOptions]), vars(options))
     # Imported lazily: they take seconds, and --help must not wait for them.
-    from .image.caption_files import caption_folder
+    from .image.caption_writer import caption_folder
 
     caption_folder(options)
 

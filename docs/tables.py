@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bilora_diffusion.core.figures import Interval, mean_interval
+from bilora_diffusion.core.statistics import Interval, mean_interval
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from eval.results import compare, report, table
 from eval.results.table import Metric, Result, Summary

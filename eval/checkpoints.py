@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.figures import CONFIDENCE
 from bilora_diffusion.core.files import counted
+from bilora_diffusion.core.statistics import CONFIDENCE
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured, read_run
 
@@ -69,7 +69,7 @@ class OverSteps(Evaluation):
         is_last = result.control == last_group(result.subjects)
         return "last" if is_last and len(runs) == 1 else "control"
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         if self.curves is None:
             return []
         return [draw(self.curves, folder)]

@@ -38,8 +38,8 @@ class Evaluation:
     """One command: subclass it, and override the hooks in which it differs.
 
     The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``produce``,
-    ``rows`` for each subject, ``complete``, ``figures``, ``report``. Up to ``prepare`` nothing is
-    written.
+    ``rows`` for each subject, ``complete``, ``draw_figures``, ``report``. Up to ``prepare`` nothing
+    is written.
 
     Attributes:
         name: the result's kind.
@@ -148,7 +148,7 @@ class Evaluation:
         """Name of a picture -> its rows of panels."""
         return {}
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         """Draw into the folder; returns the pictures' names."""
         pictures = self.panels(result)
         for name, rows in pictures.items():
@@ -210,7 +210,7 @@ class Evaluation:
 
     def write(self, result: Result) -> None:
         """Draw the figures, write all files, and print the report and the files' names."""
-        result = replace(result, figures=self.figures(result, self.folder))
+        result = replace(result, figures=self.draw_figures(result, self.folder))
         remove_last_figures(self.folder, self.command, result.figures)
         report_text = self.report(result)
         table.write(result, self.folder, report_text)

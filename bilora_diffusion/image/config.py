@@ -270,11 +270,11 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
     if cfg.validation_guidance_scale is not None:
         run_guidance = cfg.validation_guidance_scale
     if cfg.sampling_scheduler is not None:
-        numbers = [
+        steps_options = [
             cfg.validation_num_inference_steps,
             *(sample.steps for sample in samples_of(cfg)),
         ]
-        steps = [number or usual_steps for number in numbers]
+        steps = [count or usual_steps for count in steps_options]
         check_scheduler(cfg.sampling_scheduler, sampled_model.configs["scheduler"], steps)
     sides: set[int] = set()  # in pixels, of all training and validation images
     for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):

@@ -171,11 +171,11 @@ def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
         logger.warning("%s", line)
     # Copies of a file are named already.
     file_hashes = {file_hash for _, file_hash in training.pictures()}
-    numbers = []
-    for number, (_, file_hash) in enumerate(heldout.pictures()):
+    indices = []
+    for index, (_, file_hash) in enumerate(heldout.pictures()):
         if file_hash not in file_hashes:
-            numbers.append(number)
-    other_images = heldout.only(numbers)
+            indices.append(index)
+    other_images = heldout.only(indices)
     pairs = find_look_alikes(training.looks(), other_images.looks())
     for phrase in describe_pairs(pairs, training.names(), other_images.names()):
         logger.warning(
@@ -235,16 +235,16 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     missing = missing_class_images(list_folder(folder).images, cfg.num_class_images)
     # All processes must have counted the images before one of them writes.
     accelerator.wait_for_everyone()
-    numbers = missing[accelerator.process_index :: accelerator.num_processes]
-    if numbers:
+    indices = missing[accelerator.process_index :: accelerator.num_processes]
+    if indices:
         device = accelerator.device
         dtype = cfg.family.precision(device)
         if cfg.prior_generation_precision is not None:
             dtype = PRECISIONS[cfg.prior_generation_precision]
         pipeline = load_base(cfg, dtype).to(device)
-        starts = range(0, len(numbers), cfg.sample_batch_size)
+        starts = range(0, len(indices), cfg.sample_batch_size)
         for start in tqdm(starts, "class images", disable=not accelerator.is_main_process):
-            batch = numbers[start : start + cfg.sample_batch_size]
+            batch = indices[start : start + cfg.sample_batch_size]
             sampled_images = generate(
                 pipeline,
                 [str(cfg.class_prompt)] * len(batch),
@@ -360,7 +360,7 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
         if not concept_cfg.validation_dataset:
             return None
         image_set = open_set(concept_cfg, concept_cfg.validation_dataset)
-        numbers = choose_samples(image_set.names(), concept_cfg.max_eval_samples)
-        return image_set.only(numbers)
+        indices = choose_samples(image_set.names(), concept_cfg.max_eval_samples)
+        return image_set.only(indices)
 
     return joined(cfg, open_part)

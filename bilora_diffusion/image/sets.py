@@ -156,10 +156,10 @@ class ImageSet:
             " remove it, or give --skip_bad_images."
         )
 
-    def only(self, numbers: Sequence[int]) -> ImageSet:
-        """The set of the images with these numbers, in this order, without another check."""
+    def only(self, indices: Sequence[int]) -> ImageSet:
+        """The set of the images with these indices, in this order, without another check."""
         part = copy.copy(self)
-        part.entries = [self.entries[number] for number in numbers]
+        part.entries = [self.entries[index] for index in indices]
         part._fingerprint = None
         return part
 

@@ -338,7 +338,7 @@ class DreamBooth:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Sample the validation images into ``validation/step-N``; no figures are returned."""
+        """Sample the validation images into ``validation/step-N``; returns no metrics."""
         samples = self.cfg.samples
         if not samples:
             return {}

@@ -112,9 +112,9 @@ def take_steps(
         with blocks.step(trainer.step + 1):
             values = trainer.train_step(batches)
         bar.step(values)
-        # Trackers plot numbers; the digest and the dynamics are for the run's own log.
-        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
-        trainer.accelerator.log(numbers, step=trainer.step)
+        # Trackers plot scalars; the hash and the dynamics are for the run's own log.
+        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+        trainer.accelerator.log(scalars, step=trainer.step)
         if log is not None:
             log.metric(trainer.step, **values)
         if trainer.dynamics is not None:

@@ -316,11 +316,11 @@ class ClipScores(OverSteps):
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
         return {"training seeds": lambda group: reporting.training_seeds(result, group)}
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         figures = []
         if reporting.grid(result, folder, self.truths):
             figures.append(reporting.GRID)
-        return figures + super().figures(result, folder)
+        return figures + super().draw_figures(result, folder)
 
     def introduction(self, result: Result) -> str:
         return reporting.introduction(result)

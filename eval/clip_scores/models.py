@@ -207,8 +207,10 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
         place = f"local-dir:{Path(source).expanduser()}"
         options = {}
         entry = _saved(scheme, source)
-    loaded: Any = open_clip.create_model_from_pretrained(place, device=device, **options)
-    model, preprocess = loaded
+    model_and_transform: Any = open_clip.create_model_from_pretrained(
+        place, device=device, **options
+    )
+    model, preprocess = model_and_transform
     model.eval()
     tokenize: Any = open_clip.get_tokenizer(place)
     if inner := getattr(tokenize, "tokenizer", None):

@@ -260,7 +260,7 @@ class Landscape(Evaluation):
         self.notes += notes(self.settings)
         return self.result(subjects, rows, summaries, self.control)
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         return draw(result, folder)
 
     def introduction(self, result: Result) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.core.figures import new_figure
+from bilora_diffusion.core.plotting import new_figure
 
 from .table import Result, Summary
 

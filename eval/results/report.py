@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bilora_diffusion.core.figures import BOOTSTRAP_FROM, Interval
+from bilora_diffusion.core.statistics import BOOTSTRAP_FROM, Interval
 
 from .table import Metric, Provenance, Result, Summary
 
 NOT_AVAILABLE = "n/a"
 # Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
 MAX_FURTHER_DECIMALS = 2
-# See `core.figures.mean_interval`.
+# See `core.statistics.mean_interval`.
 INTERVALS = f"its 95 % interval (Student's t; from {BOOTSTRAP_FROM} values on a bootstrap, BCa)"
 
 

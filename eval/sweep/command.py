@@ -278,7 +278,7 @@ class Sweep(Evaluation):
             return {}
         return paired(finished, self.plan.control)
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         size = (12, max(3.6, 0.34 * len(result.groups) + 1.6))
         row = losses.panels(result)
         plot.panels(result, folder / FIGURE, [row], control=result.control, figsize=size)

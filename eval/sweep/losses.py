@@ -56,7 +56,7 @@ def _means(result: Result, name: str) -> list[float]:
     return means
 
 
-def has_key_figures(result: Result) -> bool:
+def has_final_values(result: Result) -> bool:
     """Test that the metric at the end of training is known of any run."""
     return bool(result.select(f"final {result.settings['metric']}"))
 

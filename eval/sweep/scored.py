@@ -167,15 +167,15 @@ class ScoredSweep(Sweep):
                 pairs[label] = is_paired
         return pairs
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         names = []
         if samples.guidance_labels(result):
             samples.draw_fronts(result, folder / samples.FRONTS)
             rows = samples.curve_panels(result)
             plot.panels(result, folder / samples.CURVES, rows, control=result.control)
             names += [samples.FRONTS, samples.CURVES]
-        if losses.has_key_figures(result):
-            names += super().figures(result, folder)
+        if losses.has_final_values(result):
+            names += super().draw_figures(result, folder)
         return names
 
     def introduction(self, result: Result) -> str:
@@ -186,7 +186,7 @@ class ScoredSweep(Sweep):
 
     def further(self, result: Result) -> list[str]:
         parts = samples.sections(result)
-        if losses.has_key_figures(result):
+        if losses.has_final_values(result):
             facts = self.facts(result)
             columns: Any = super().columns(result)[""]
             text = report.comparison(result, columns, facts, self.control_mark(result))

@@ -303,8 +303,8 @@ def assess(
             "no rating could be read in what the judge said (it is asked for [[N]]): give another"
             " --judge_model."
         )
-    figures = {
+    metrics = {
         f"category {category}": mean(scores_by_category[category])
         for category in sorted(scores_by_category)
     }
-    return Measurement(mean(scores), items, figures)
+    return Measurement(mean(scores), items, metrics)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from bilora_diffusion.core.figures import CONFIDENCE
+from bilora_diffusion.core.statistics import CONFIDENCE
 
 from ..results import compare
 from ..results.report import INTERVALS, escape_table_cell, listed, table

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.core.files import ROOT
+from bilora_diffusion.core.statistics import mean_interval
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep
 from eval.results import table

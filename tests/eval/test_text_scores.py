@@ -1,4 +1,4 @@
-"""Benchmarks, subjects, recorded figures, comparisons and the report, without a model."""
+"""Benchmarks, subjects, recorded metrics, comparisons and the report, without a model."""
 
 import json
 from dataclasses import replace

@@ -81,7 +81,7 @@ def text_task(case, folder):
     train = SimpleNamespace(lengths=[case["tokens"]], target_tokens=[case["targets"]])
     return SimpleNamespace(
         cfg=cfg,
-        loaded=SimpleNamespace(model=model, kind=case["kind"], whole_modules=saved),
+        text_model=SimpleNamespace(model=model, kind=case["kind"], whole_modules=saved),
         data=SimpleNamespace(train=train),
         targets=lambda: [Target("model", model, AdapterSpec(8, 16, modules_to_save=saved), 1e-4)],
     )
