@@ -38,7 +38,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import KIBI, GPUMemory, check, circumstances, finish, interleave, paired_ratio, watched
+from measure import (
+    KIBI,
+    GPUMemory,
+    check,
+    circumstances,
+    finish,
+    interleave,
+    paired_ratio,
+    watch_command,
+)
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.command_line import UserErrorParser
@@ -159,7 +168,7 @@ def run(
     began = time.perf_counter()
     with log.open("wb") as output, gpu or nullcontext():
         process: Any = subprocess.Popen(
-            watched(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables
+            watch_command(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables
         )
         while block := os.read(process.stderr.fileno(), 2**16):
             # A block may hold several states of a bar, which end in a carriage return.

@@ -208,7 +208,7 @@ class Day:
         """Seconds that are left of ``--minutes``."""
         return 60 * self.args.minutes - (time.monotonic() - self.started)
 
-    def needed(self, model: str) -> float:
+    def needed_seconds(self, model: str) -> float:
         """Seconds that a part of a model may take: twice the longest before, else a guess."""
         seconds_of_parts = []
         for row in self.results["parts"].values():
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     remaining = [part for part in plan(args.models, args.device) if not day.is_done(part.key)]
     is_complete = True
     for part in remaining:
-        if day.left() < day.needed(part.model) or not day.measure(part):
+        if day.left() < day.needed_seconds(part.model) or not day.measure(part):
             is_complete = False
             break
     for command in commands(args, day.file.resolve()):

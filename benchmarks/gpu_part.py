@@ -42,7 +42,7 @@ from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import provenance
-from bilora_diffusion.train.dry_run import STEP, attached, complete, process_bytes
+from bilora_diffusion.train.dry_run import STEP, attach_copy, complete, process_bytes
 from bilora_diffusion.train.engine import Blocks, build_accelerator
 from bilora_diffusion.train.trainer import Trainer
 
@@ -118,7 +118,7 @@ def estimate(cfg: DreamBoothConfig, name: str, device: torch.device) -> dict[str
     On a GPU CUDA's own memory is left out, as PyTorch's statistics leave it out.
     """
     task = DreamBooth(cfg, build_pipeline(name), TrainingStream(cfg, training_images(cfg)))
-    _, trained = attached(task, cfg.max_train_steps or 1)
+    _, trained = attach_copy(task, cfg.max_train_steps or 1)
     process = 0 if device.type == "cuda" else process_bytes(device)
     phases = complete(memory_by_phase(task, device), trained, process)
     return {phase: sum(phases[phase].values()) for phase in (STEP, SAMPLING)}

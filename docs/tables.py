@@ -77,10 +77,12 @@ def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool =
         return report.NOT_AVAILABLE
     if line.group == result.control:
         return report.number(line.mean, metric)
-    return _signed(line.difference, line.difference_interval if intervals else None, metric)
+    return _format_difference(
+        line.difference, line.difference_interval if intervals else None, metric
+    )
 
 
-def _signed(value: float | None, bounds: Interval | None, metric: Metric) -> str:
+def _format_difference(value: float | None, bounds: Interval | None, metric: Metric) -> str:
     """A difference with its interval, if there is one."""
     text = report.number(value, metric, "+")
     if bounds is not None:
@@ -96,7 +98,7 @@ def without_signs_of_zeros(text: str) -> str:
 def difference(check: Check, metric: Metric) -> str:
     """The figure of a check with its interval."""
     value = figure(check)
-    return _signed(value.mean, Interval(value.low, value.high), metric)
+    return _format_difference(value.mean, Interval(value.low, value.high), metric)
 
 
 def mean(line: Summary | None, metric: Metric) -> str:

@@ -79,7 +79,7 @@ class OverSteps(Evaluation):
         steps = result.settings.get("best_steps")
         if not steps:
             return ""
-        return report.section("Best steps", BEST_STEPS_NOTE, report.listed(steps))
+        return report.section("Best steps", BEST_STEPS_NOTE, report.bullet_list(steps))
 
 
 def read_steps(text: str) -> list[int] | None:
@@ -92,7 +92,7 @@ def read_steps(text: str) -> list[int] | None:
     return sorted(set(map(int, words)))
 
 
-def scheduled(steps: Sequence[int], interval: int | None) -> list[int]:
+def scheduled_steps(steps: Sequence[int], interval: int | None) -> list[int]:
     """The checkpoints of ``--checkpointing_steps`` among a run's, and the last one.
 
     An interruption saves a checkpoint at any step, which says nothing about the run's progress
@@ -158,7 +158,7 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
         steps = chosen_steps
         if steps is None:
             interval = run.record["config"].get("checkpointing_steps")
-            steps = scheduled(checkpoint.steps(run.folder), interval)
+            steps = scheduled_steps(checkpoint.steps(run.folder), interval)
         if not steps:
             raise UserError(without_checkpoints(run.folder))
         for step in steps:

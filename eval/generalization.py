@@ -29,7 +29,7 @@ from .results import compare, report
 from .results.plot import Curve, Panel
 from .results.report import Column
 from .results.table import Metric, Result, Row
-from .subjects import Subject, by_group, paired
+from .subjects import Subject, by_group, check_pairing
 from .text_scores.benchmarks import TITLES
 
 GAP = "gap"
@@ -95,7 +95,7 @@ class Generalization(Evaluation):
             for run in runs:
                 steps_of_runs.append({step for step, _, _ in losses(run)})
             require_common_steps(label, steps_of_runs)
-        self.settings["paired"] = paired(subjects, self.control)
+        self.settings["paired"] = check_pairing(subjects, self.control)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         points = losses(subject)

@@ -213,9 +213,9 @@ class CommandLine(UserErrorParser):
         if not isinstance(recipe_options, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
         with add_source(f'in the recipe "{path}", '):
-            return self.mapped(recipe_options)
+            return self.parse_mapping(recipe_options)
 
-    def mapped(self, recipe_options: Mapping[str, Any]) -> dict[str, Any]:
+    def parse_mapping(self, recipe_options: Mapping[str, Any]) -> dict[str, Any]:
         """Parse a mapping from a YAML file to option values, like `explicit`.
 
         Raises:

@@ -60,8 +60,8 @@ class RunConfig(
         foreign_flags = constraints.table().foreign[cls.modality]
         return CommandLine(cls.groups, cls.description, cls.usage, foreign_flags)
 
-    def derived(self) -> Self:
-        """The configuration with this script's derived defaults.
+    def derive_defaults(self) -> Self:
+        """Return the configuration with this script's derived defaults.
 
         Some of them depend on the small files of the base model.
 

@@ -100,7 +100,7 @@ def _caption_files(folder: str, images: ImageSet) -> list[CaptionFile]:
     files = []
     names: dict[str, str] = {}  # of images, by path without suffix
     for entry in images.entries:
-        image_file = entry.encoded()
+        image_file = entry.encoded_image()
         if isinstance(image_file, bytes):
             raise UserError(
                 f"{quoted(folder)} holds its images in tables, not in files: captions belong into a"

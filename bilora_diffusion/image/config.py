@@ -104,7 +104,7 @@ class DreamBoothConfig(ImageOptions):
         """Build the configuration from a command line; see `config.resolving`."""
         return resolving.resolve(cls, argv)
 
-    def derived(self) -> Self:
+    def derive_defaults(self) -> Self:
         cfg = with_sets_of_images(self)
         model = read_base_model(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
         cfg = with_model_defaults(cfg, model)

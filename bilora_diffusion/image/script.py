@@ -101,7 +101,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             if cfg.dry_run:
                 class_set = training  # no images are sampled
             else:
-                class_set = joined(cfg, partial(class_images, accelerator=accelerator))
+                class_set = join_sets(cfg, partial(class_images, accelerator=accelerator))
         stream = TrainingStream(cfg, training, class_set)
         task = DreamBooth(cfg, pipeline, stream, heldout, validation_model)
         if not cfg.dry_run:
@@ -314,7 +314,7 @@ def open_set(
     return image_set
 
 
-def joined(
+def join_sets(
     cfg: DreamBoothConfig, open_part: Callable[[DreamBoothConfig], ImageSet | None]
 ) -> ImageSet | None:
     """Open the sets of all concepts as one set; without concepts the run's set.
@@ -328,7 +328,7 @@ def joined(
     for number, concept_cfg in enumerate(cfg.concept_configs, start=1):
         with add_source(f"{cfg.source}, concept {number}: "):
             sets[concept_cfg.concept] = open_part(concept_cfg)
-    return ImageSet.joined(cfg.source, sets)
+    return ImageSet.join(cfg.source, sets)
 
 
 def training_images(cfg: DreamBoothConfig) -> ImageSet:
@@ -347,7 +347,7 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
         Captions(concept_cfg, image_set)
         return image_set
 
-    training = cast(ImageSet, joined(cfg, open_part))  # every concept has images
+    training = cast(ImageSet, join_sets(cfg, open_part))  # every concept has images
     if cfg.concepts:
         require_disjoint(cfg.source, training)
     return training
@@ -363,4 +363,4 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
         indices = choose_samples(image_set.names(), concept_cfg.max_eval_samples)
         return image_set.only(indices)
 
-    return joined(cfg, open_part)
+    return join_sets(cfg, open_part)

@@ -266,7 +266,7 @@ class CountingMethod(Method):
         self.steps_taken = state["taken"]
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
+def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers, such as accelerate's or a scheduler's.
 
     Raises:

@@ -39,7 +39,7 @@ def flow_dir() -> Path:
 PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 
-def embedded(model: str | Path) -> str | None:
+def find_embedded(model: str | Path) -> str | None:
     """The name in ``PIPELINES`` of a model's name or folder, or None."""
     if model in PIPELINES:
         return str(model)

@@ -29,7 +29,7 @@ from ..core.errors import UserError, reason
 from ..core.files import without_paths
 from ..methods import get
 from ..methods.registry import default_options
-from ..mini import embedded
+from ..mini import find_embedded
 from .record import CONTACT_SHEET
 
 
@@ -114,7 +114,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 def public_name(name: str) -> str:
     """The name of a model or a data set for others: a path is cut to its last name."""
-    embedded_name = embedded(name)
+    embedded_name = find_embedded(name)
     if embedded_name:
         return embedded_name
     return name if is_hub_id(name) else Path(name).name

@@ -236,7 +236,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
     # For each packed row, tokens are concatenated and numbers summed.
     for members in best_fit(encoded.lengths, max_length):
         parts = [encoded.data[number] for number in members]
-        row: dict[str, Any] = joined(parts)
+        row: dict[str, Any] = join_parts(parts)
         for name in SUMMED:
             row[name] = sum(part[name] for part in parts)
         row["sources"] = []
@@ -249,7 +249,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
     return Encoded(data, encoded.kind, encoded.examples)
 
 
-def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+def join_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Tokens, labels and positions of several examples as one row."""
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for part in parts:
@@ -346,7 +346,7 @@ def _probe(model: Any) -> list[Tensor]:
                     # The vocabulary of a tiny model can be smaller than these numbers.
                     ids = [min(token, last_token) for token in part_tokens]
                     parts.append({"input_ids": ids, "labels": ids})
-            batch = collate([joined(parts)], "causal", pad_token_id=0)
+            batch = collate([join_parts(parts)], "causal", pad_token_id=0)
             inputs: Any = send_to_device(batch, next(model.parameters()).device)
             del inputs["labels"]
             row_logits = model(**inputs, use_cache=False).logits[0]  # (tokens, vocabulary)

@@ -19,7 +19,7 @@ from .config import TextConfig
 from .encode import Encoded
 from .metrics import score
 from .models import TextModel
-from .module import TextModule, collate, padded
+from .module import TextModule, collate, pad
 from .rows import TextData
 from .tokenizing import generation_prompt
 
@@ -188,8 +188,8 @@ def generate(
     # Padding must be masked: a padding token can be the EOS token.
     masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {
-        "input_ids": padded(prompts, tokenizer.pad_token_id, side),
-        "attention_mask": padded(masks, 0, side),
+        "input_ids": pad(prompts, tokenizer.pad_token_id, side),
+        "attention_mask": pad(masks, 0, side),
     }
     model: Any = text_model.model
     options = {"do_sample": False, **sampling}

@@ -62,7 +62,7 @@ class ModelEntry:
     note: str = ""
 
 
-def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
+def _find_pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
     """A model of open_clip's list, and the options with which open_clip creates it."""
     import open_clip
 
@@ -84,7 +84,7 @@ def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, d
     return entry, {"pretrained": tag, "force_quick_gelu": force_quick_gelu}
 
 
-def _saved(scheme: str, source: str) -> ModelEntry:
+def _find_saved(scheme: str, source: str) -> ModelEntry:
     """A folder that open_clip saved; refused without safetensors, since it would load a pickle."""
     import open_clip
 
@@ -202,11 +202,11 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
     architecture, _, tag = source.partition("/")
     if architecture in open_clip.list_models():
         place = architecture
-        entry, options = _pretrained(scheme, architecture, tag)
+        entry, options = _find_pretrained(scheme, architecture, tag)
     else:
         place = f"local-dir:{Path(source).expanduser()}"
         options = {}
-        entry = _saved(scheme, source)
+        entry = _find_saved(scheme, source)
     model_and_transform: Any = open_clip.create_model_from_pretrained(
         place, device=device, **options
     )

@@ -229,7 +229,7 @@ def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image]) -> boo
     size = (1.5 * len(heads) + 1.2, 1.5 * len(texts) + 0.4)
     with canvas(folder / GRID, len(texts), len(heads), figsize=size) as (_, axes):
         for line, text in zip(axes, texts, strict=True):
-            line[0].set_ylabel(_wrapped(names(result)[text]), fontsize=8)
+            line[0].set_ylabel(_wrap(names(result)[text]), fontsize=8)
             for group, axis in zip(heads, line, strict=True):
                 if (text, group) in images:
                     _show(axis, Image.open(folder / images[text, group]))
@@ -238,7 +238,7 @@ def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image]) -> boo
                 else:
                     _show(axis, None)
         for axis, head in zip(axes[0], heads, strict=True):
-            axis.set_title(_wrapped(head), fontsize=9)
+            axis.set_title(_wrap(head), fontsize=9)
     return True
 
 
@@ -254,5 +254,5 @@ def _show(axis: Any, image: Image.Image | None) -> None:
     axis.imshow(thumbnail, interpolation="lanczos")
 
 
-def _wrapped(text: str) -> str:
+def _wrap(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 18)[:3])

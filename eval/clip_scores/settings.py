@@ -173,7 +173,7 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
                 f'"{subject.label}" was trained on {subject.base_model}, not on {name}: drop'
                 " --base_model, or give that."
             )
-    return mini.embedded(str(name)) or str(name)
+    return mini.find_embedded(str(name)) or str(name)
 
 
 def _place(base_model: str) -> str:

@@ -56,7 +56,7 @@ def page(*parts: str) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def listed(sentences: Sequence[str]) -> str:
+def bullet_list(sentences: Sequence[str]) -> str:
     """A Markdown list."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
@@ -76,7 +76,7 @@ def interval(bounds: Interval | None, metric: Metric, sign: str = "") -> str:
     return f"[{number(low, metric, sign)}, {number(high, metric, sign)}]"
 
 
-def resolved(metric: Metric, size: float) -> Metric:
+def with_decimals(metric: Metric, size: float) -> Metric:
     """The metric with enough decimals for two digits of ``size``, and no fewer than its own.
 
     Args:
@@ -102,7 +102,7 @@ def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
     if not intervals or line.interval is None:
         return number(line.mean, metric)
     low, high = line.interval
-    metric = resolved(metric, high - low)
+    metric = with_decimals(metric, high - low)
     return f"{number(line.mean, metric)} {interval(line.interval, metric)}"
 
 
@@ -111,7 +111,7 @@ def difference(line: Summary | None, metric: Metric) -> str:
     if line is None or line.difference is None:
         return NOT_AVAILABLE
     low, high = line.difference_interval or (0.0, 0.0)
-    metric = resolved(metric, high - low or line.difference)
+    metric = with_decimals(metric, high - low or line.difference)
     bounds = interval(line.difference_interval, metric, "+")
     text = f"{number(line.difference, metric, '+')} {bounds}"
     if metric.higher_is_better is None:
@@ -195,7 +195,7 @@ def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequenc
     sentences = [escape_table_cell(note) for note in result.notes]
     sentences += [escape_table_cell(fact) for fact in facts]
     sentences += origin(result.provenance, packages)
-    return page(*pictures, listed(sentences)).rstrip()
+    return page(*pictures, bullet_list(sentences)).rstrip()
 
 
 def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:

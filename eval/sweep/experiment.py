@@ -52,7 +52,7 @@ def read_value(value: Any) -> bool | str:
 
 def read_options_of(mapping: Any) -> Any:
     """Options by their names in Python; those that the sweep sets are refused."""
-    options = _underscored(mapping)
+    options = _with_underscores(mapping)
     for name in options if isinstance(options, dict) else ():
         if name == SEED:
             raise UserError("an option sets the seed: give seeds instead.")
@@ -63,7 +63,7 @@ def read_options_of(mapping: Any) -> Any:
 
 def read_scores_options(mapping: Any) -> Any:
     """Options of eval.clip_scores; those that other keys set are refused."""
-    options = _underscored(mapping)
+    options = _with_underscores(mapping)
     for name in options if isinstance(options, dict) else ():
         if name in SCORES_OPTIONS:
             raise UserError(f"an option sets {name}, which the other keys of scores do.")
@@ -80,7 +80,7 @@ def read_condition(mapping: Any) -> Any:
     return options
 
 
-def _underscored(mapping: Any) -> Any:
+def _with_underscores(mapping: Any) -> Any:
     """A mapping with the names of options in Python; {} for None."""
     if mapping is None:
         return {}

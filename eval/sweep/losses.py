@@ -130,7 +130,7 @@ def notes(result: Result) -> Iterator[str]:
             yield f"Missing: {run.label}, {facts['status']}{reason}"
 
 
-def finished(result: Result, group: str) -> str:
+def count_finished(result: Result, group: str) -> str:
     """Number of finished runs of a variant, and of all its runs, such as "4/5"."""
     runs = result.members(group)
     return f"{sum(map(is_finished, runs))}/{len(runs)}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from bilora_diffusion.core.statistics import CONFIDENCE
 
 from ..results import compare
-from ..results.report import INTERVALS, escape_table_cell, listed, table
+from ..results.report import INTERVALS, bullet_list, escape_table_cell, table
 from ..results.table import Metric, Result, Row, Summary
 from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 
@@ -189,4 +189,4 @@ def settings_of_benchmarks(result: Result) -> str:
     for name, settings in result.settings["benchmarks"].items():
         words = [f"{key} {value}" for key, value in settings.items() if value is not None]
         lines.append(f"{escape_table_cell(result.metric(name).title)}: {', '.join(words)}.")
-    return listed(lines)
+    return bullet_list(lines)
