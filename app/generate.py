@@ -227,7 +227,7 @@ class Tab:
             if sampler is not None:
                 suggested_for += f", {sampler.text}"
             if suggested_for != last_base:
-                model = base.describe()
+                model = base.read_base_model()
                 steps, guidance = usual(model)
                 if has_guidance:
                     guidance = model.family.unguided_scale

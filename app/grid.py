@@ -130,7 +130,7 @@ class Grid:
                 columns = read_strengths(strengths)
                 run, rows = self._chosen(path, steps)
                 base = BaseChoice.from_config(run.record["config"])
-                model = base.describe()
+                model = base.read_base_model()
                 sampler_steps, guidance = usual(model)
                 sampler = sampler_of_runs([run.record["config"]])
                 if sampler is not None:

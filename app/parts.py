@@ -103,7 +103,7 @@ def file_uri(path: Path, max_side: int = MAX_SIDE) -> str | None:
 
 @lru_cache(maxsize=512)
 def _cached_file_uri(path: Path, max_side: int, changed_at: int, size: int) -> str | None:
-    """`file_uri`. The file's time and size make the key of a changed file a new one."""
+    """Cached `file_uri`; time and size are part of the key, so a changed file is read again."""
     picture = read_picture(path)
     if picture is None:
         return None
@@ -122,7 +122,7 @@ def image_html(uri: str | None, label: str, missing: str = "") -> str:
     Args:
         uri: URI of the picture; None if there is no picture.
         label: alternative text.
-        missing: text that repaths a missing picture.
+        missing: text shown in place of a missing picture.
     """
     if uri is None:
         return f'<div class="absent">{escape(missing)}</div>'
@@ -139,7 +139,7 @@ def card_html(
         title: name of the picture.
         uri: URI of the picture; None if there is no picture.
         role: "A" or "B" for one picture of a pair.
-        missing: text that repaths a missing picture.
+        missing: text shown in place of a missing picture.
         facts: HTML below the picture.
     """
     mark = f'<span class="role">{role}</span>' if role else ""
@@ -186,7 +186,7 @@ TRAIN = (
     " --validation_prompt 'a photo of TOK on a beach' --output_dir {root}/{method}"
 )
 TRAIN_BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL, OURS))
-# Purpose and command of each way to fill an empty viewer; the command takes the root.
+# Key -> (explanation, command with {root}) for an empty viewer.
 COMMANDS = {
     "demo": (
         "Train LoRA and Bi-LoRA on the miniature (make demo writes them into demo):",
@@ -238,7 +238,7 @@ def empty_notice(catalog: Catalog, title: str, *names: str) -> str:
 
 
 def evaluation_command(catalog: Catalog, name: str) -> str:
-    """A command of ``eval`` for the two runs that it is shown with."""
+    """A command of ``eval`` with two example runs."""
     runs = example_runs(catalog, name)
     paths = [catalog.command_path(run.path) for run in runs]
     if not paths:
@@ -265,7 +265,7 @@ def heldout_set_of_miniature(runs: Sequence[RunItem]) -> str | None:
 
 
 def example_runs(catalog: Catalog, name: str) -> Sequence[RunItem]:
-    """The two runs that a command of ``eval`` is shown with.
+    """Two example runs for a command of ``eval``.
 
     text_scores takes text runs, generalization takes all runs, and the others take image runs;
     dynamics needs runs with --log_dynamics.

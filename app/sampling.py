@@ -28,7 +28,7 @@ from bilora_diffusion.core.values import (
     read_guidance_source,
 )
 from bilora_diffusion.export.conversion import export_checkpoint
-from bilora_diffusion.image.base_model import BaseModel, describe
+from bilora_diffusion.image.base_model import BaseModel, read_base_model
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -69,9 +69,9 @@ class BaseChoice:
             vae=config.get("pretrained_vae_model_name_or_path"),
         )
 
-    def describe(self) -> BaseModel:
+    def read_base_model(self) -> BaseModel:
         """Read the configuration files; the usual steps and guidance depend on the name too."""
-        return replace(describe(find_folder(self)), name=self.name)
+        return replace(read_base_model(find_folder(self)), name=self.name)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Sampler:
     def _read(self, base: BaseChoice) -> Any:
         """Read the pipeline of a base model from its folder."""
         folder = find_folder(base)
-        dtype = base.describe().family.precision(self.device)
+        dtype = base.read_base_model().family.precision(self.device)
         if base.name in PIPELINES:  # a miniature fits every device in fp32
             dtype = torch.float32
         vae = None

@@ -173,7 +173,7 @@ def shared_facts(columns: Sequence[Column]) -> list[str]:
     """The seed and the kind of guidance, if they are the same for all images."""
     facts_of_images = []
     for column in columns:
-        facts_of_images += [describe(image) for image in column.images.values()]
+        facts_of_images += [image_labels(image) for image in column.images.values()]
     shared = []
     for values in zip(*facts_of_images, strict=True):
         if len(set(values)) == 1 and values[0]:
@@ -211,7 +211,7 @@ def rows_html(
             missing = "not a prompt of this run"
             image = column.images.get((prompt, number))
             if image is not None:
-                for fact, values in zip(describe(image), facts, strict=True):
+                for fact, values in zip(image_labels(image), facts, strict=True):
                     if fact and len(values) > 1:
                         title += f", image of {fact}"
                 uri = parts.file_uri_below_root(catalog, f"{column.folder}/{image.file}")
@@ -233,11 +233,11 @@ def rows_html(
 def row_facts(columns: Sequence[Column], key: Key) -> list[list[str]]:
     """The different seeds, and the different kinds of guidance, of one image of all columns."""
     images = [column.images[key] for column in columns if key in column.images]
-    facts_of_images = [describe(image) for image in images]
+    facts_of_images = [image_labels(image) for image in images]
     return [list(dict.fromkeys(values)) for values in zip(*facts_of_images, strict=True)]
 
 
-def describe(image: ValidationImage) -> tuple[str, str]:
+def image_labels(image: ValidationImage) -> tuple[str, str]:
     """Seed and guidance of an image as texts; "" for one that is not known."""
     seed = "" if image.seed is None else f"seed {image.seed}"
     guidance = ""

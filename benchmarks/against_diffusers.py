@@ -38,7 +38,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import KIBI, GPUMemory, check, circumstances, finish, interleave, paired_ratio, watched
+from measure import (
+    KIBI,
+    GPUMemory,
+    check,
+    circumstances,
+    finish,
+    interleave,
+    paired_ratio,
+    watch_command,
+)
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.command_line import UserErrorParser
@@ -52,7 +61,7 @@ from bilora_diffusion.train.engine import build_accelerator
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 # Label of diffusers' script
 PEER = "diffusers, LoRA"
-# Runs of this project: name -> flags, beside those that all runs share
+# Runs of this project: name -> flags, in addition to those that all runs share
 VARIANTS = {
     "lora": "--method lora",
     "lora-again": "--method lora --disk_cache auto",
@@ -159,7 +168,7 @@ def run(
     began = time.perf_counter()
     with log.open("wb") as output, gpu or nullcontext():
         process: Any = subprocess.Popen(
-            watched(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables
+            watch_command(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables
         )
         while block := os.read(process.stderr.fileno(), 2**16):
             # A block may hold several states of a bar, which end in a carriage return.
@@ -168,26 +177,26 @@ def run(
             for step, total in STEP.findall(block):
                 ticks.append((int(step), int(total), elapsed))
         resident = process.stdout.read()
-        code = process.wait()
+        exit_code = process.wait()
         total_seconds = time.perf_counter() - began
-    if code:
+    if exit_code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last_lines = "\n".join(lines[-5:])
-        raise TrainingError(f"{Path(words[0]).name} ended with {code}:\n{last_lines}")
+        raise TrainingError(f"{Path(words[0]).name} ended with {exit_code}:\n{last_lines}")
     ends = step_ends(ticks, steps)
     step_seconds = ends[0]
     if len(ends) > 1:
         step_seconds = statistics.median(later - end for end, later in itertools.pairwise(ends))
     # Before the first step ended it also compiled and warmed up, which counts for the start.
-    figures = {
+    measurements = {
         "seconds": total_seconds,
         "start": max(0.0, ends[0] - step_seconds),
         "step": step_seconds,
         "memory": int(resident) * KIBI,
     }
     if gpu is not None:
-        figures["gpu_memory"] = gpu.highest
-    return figures
+        measurements["gpu_memory"] = gpu.highest
+    return measurements
 
 
 def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]:
@@ -244,17 +253,17 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def work(label: str, number: int) -> float:
         run_folder = folder / f"{label.split(',')[0]}-{number}"
         words = command(label, run_folder, number, images, args)
-        figures = run(words, args.steps, folder / f"{run_folder.name}.log", environment)
-        figures["images_per_second"] = args.batch / figures["step"]
+        measurements = run(words, args.steps, folder / f"{run_folder.name}.log", environment)
+        measurements["images_per_second"] = args.batch / measurements["step"]
         if args.model == PRESETS["mini"]["model"]:
-            figures[HELDOUT_LOSS] = heldout_loss(run_folder)
+            measurements[HELDOUT_LOSS] = heldout_loss(run_folder)
         if label != PEER:
             skipped = sum(row.get("skipped", False) for row in read_metrics(run_folder))
-            figures |= {"estimate": estimates[label], "skipped": skipped}
-        measured[label].append(figures)
-        print(f"round {number + 1}, {label}: {figures}", file=sys.stderr, flush=True)
+            measurements |= {"estimate": estimates[label], "skipped": skipped}
+        measured[label].append(measurements)
+        print(f"round {number + 1}, {label}: {measurements}", file=sys.stderr, flush=True)
         shutil.rmtree(run_folder)
-        return figures["seconds"]
+        return measurements["seconds"]
 
     works = [partial(work, label) for label in measured]
     interleave(works, rounds=args.rounds, warmup=0)
@@ -275,13 +284,13 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Medians of a variant's figures, and their paired ratios to the peer's with 95 % intervals."""
+    """Medians of a variant's measurements, and paired ratios to the peer's with 95 % intervals."""
     row: dict[str, dict[str, Any]] = {}
     for name in rounds[0]:
-        values = [figures[name] for figures in rounds]
+        values = [measurements[name] for measurements in rounds]
         row[name] = {"median": statistics.median(values), "values": values}
         if name in peer[0]:
-            ratio, interval = paired_ratio(values, [figures[name] for figures in peer])
+            ratio, interval = paired_ratio(values, [measurements[name] for measurements in peer])
             row[name] |= {"ratio": ratio, "ratio_95": interval}
     return row
 

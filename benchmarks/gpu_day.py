@@ -181,7 +181,7 @@ class Day:
     """The parts of a command line, and the file that their rows are written to.
 
     Args:
-        args: of the command line.
+        args: the command line's arguments.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -208,7 +208,7 @@ class Day:
         """Seconds that are left of ``--minutes``."""
         return 60 * self.args.minutes - (time.monotonic() - self.started)
 
-    def needed(self, model: str) -> float:
+    def needed_seconds(self, model: str) -> float:
         """Seconds that a part of a model may take: twice the longest before, else a guess."""
         seconds_of_parts = []
         for row in self.results["parts"].values():
@@ -242,15 +242,15 @@ class Day:
             words += ["--device", self.args.device, "--json", str(file)]
             limit = min(LIMIT_SECONDS, self.left())
             began = time.monotonic()
-            code = run_limited(words, self.environment, log, limit)
+            exit_code = run_limited(words, self.environment, log, limit)
             row["wall_seconds"] = time.monotonic() - began
             if file.exists():  # also where the process was ended while it sampled
                 row |= gpu_result.read_results(file)
-            elif code is None:
+            elif exit_code is None:
                 if limit < LIMIT_SECONDS:
                     return False
                 row["outcome"] = TIMED_OUT
-            elif code == -signal.SIGKILL:
+            elif exit_code == -signal.SIGKILL:
                 row |= {"outcome": OUT_OF_MEMORY, "reason": "the machine's"}
             else:
                 row |= {"outcome": FAILED, "reason": last_line(log)}
@@ -273,10 +273,10 @@ class Day:
         if command.key == PEER and not model.exists():
             words = [str(ROOT / "benchmarks" / "random_models.py"), str(model)]
             run_limited(words, self.environment, log, limit)
-        code = run_limited(command.words, self.environment, log, limit)
-        if code is None:
+        exit_code = run_limited(command.words, self.environment, log, limit)
+        if exit_code is None:
             return False
-        if code or command.result is None or not command.result.exists():
+        if exit_code or command.result is None or not command.result.exists():
             sentence = last_line(log)
             self.write(command.key, row | {"outcome": FAILED, "text": f"{FAILED}: {sentence}"})
             return True
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     remaining = [part for part in plan(args.models, args.device) if not day.is_done(part.key)]
     is_complete = True
     for part in remaining:
-        if day.left() < day.needed(part.model) or not day.measure(part):
+        if day.left() < day.needed_seconds(part.model) or not day.measure(part):
             is_complete = False
             break
     for command in commands(args, day.file.resolve()):

@@ -33,7 +33,7 @@ from benchmarks.random_pipelines import (
 )
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.core.durable import write_text
-from bilora_diffusion.core.errors import describe, run_cli
+from bilora_diffusion.core.errors import describe_error, run_cli
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.pipeline import memory_by_phase
@@ -42,7 +42,7 @@ from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.methods import for_run
 from bilora_diffusion.run import provenance
-from bilora_diffusion.train.dry_run import STEP, attached, complete, process_bytes
+from bilora_diffusion.train.dry_run import STEP, attach_copy, complete, process_bytes
 from bilora_diffusion.train.engine import Blocks, build_accelerator
 from bilora_diffusion.train.trainer import Trainer
 
@@ -118,7 +118,7 @@ def estimate(cfg: DreamBoothConfig, name: str, device: torch.device) -> dict[str
     On a GPU CUDA's own memory is left out, as PyTorch's statistics leave it out.
     """
     task = DreamBooth(cfg, build_pipeline(name), TrainingStream(cfg, training_images(cfg)))
-    _, trained = attached(task, cfg.max_train_steps or 1)
+    _, trained = attach_copy(task, cfg.max_train_steps or 1)
     process = 0 if device.type == "cuda" else process_bytes(device)
     phases = complete(memory_by_phase(task, device), trained, process)
     return {phase: sum(phases[phase].values()) for phase in (STEP, SAMPLING)}
@@ -150,11 +150,11 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
         task.to_device(device)
         trainer = Trainer(task, for_run(vars(cfg), cfg.max_train_steps or 1), cfg, accelerator)
         trainer.initialise()
-        figures = {"outcome": MEASURED, "setup_seconds": time.perf_counter() - started}
-        figures |= train(trainer, LENGTHS[device.type])
-        figures["images_per_second"] = part.batch / figures["step_seconds"]
-        figures["estimated_bytes"] = estimates[STEP]
-        report(figures)
+        measurements = {"outcome": MEASURED, "setup_seconds": time.perf_counter() - started}
+        measurements |= train(trainer, LENGTHS[device.type])
+        measurements["images_per_second"] = part.batch / measurements["step_seconds"]
+        measurements["estimated_bytes"] = estimates[STEP]
+        report(measurements)
 
         sampling: dict[str, Any] = {"estimated_bytes": estimates[SAMPLING]}
         try:
@@ -167,7 +167,7 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
         except Exception as error:
             sampling |= failure(error)
         sampling["sampler_steps"] = LENGTHS[device.type].sampler_steps
-        report(figures | {"sampling": sampling})
+        report(measurements | {"sampling": sampling})
 
 
 def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
         step_times.append(values["seconds"])
         if sum(step_times) > lengths.seconds:
             break
-    figures: dict[str, Any] = {
+    measurements: dict[str, Any] = {
         "step_seconds": statistics.median(step_times),
         "seconds": step_times,
         "warmup_seconds": warmup_times,
@@ -210,8 +210,8 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
         "losses": losses,
     }
     if device.type == "cuda":
-        figures["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-    return figures
+        measurements["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return measurements
 
 
 @contextmanager
@@ -239,7 +239,7 @@ def failure(error: BaseException) -> dict[str, str]:
         if is_full or any(words in str(cause) for words in MEMORY_ERRORS):
             return {"outcome": OUT_OF_MEMORY}
         cause = cause.__cause__
-    return {"outcome": FAILED, "reason": describe(error)}
+    return {"outcome": FAILED, "reason": describe_error(error)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -253,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if part.model not in SHAPES:
         parser.error(f"no model {part.model}")
 
-    def report(figures: dict[str, Any]) -> None:
-        write_text(args.json, json.dumps(figures))
+    def report(measurements: dict[str, Any]) -> None:
+        write_text(args.json, json.dumps(measurements))
 
     try:
         measure(part, torch.device(args.device), report)

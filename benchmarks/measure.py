@@ -33,7 +33,7 @@ sys.exit(ended)
 """
 
 
-def watched(words: Sequence[str]) -> list[str]:
+def watch_command(words: Sequence[str]) -> list[str]:
     """A command that runs ``python WORDS`` and prints its peak resident memory in `KIBI` bytes.
 
     The output of ``python WORDS`` goes to stderr.

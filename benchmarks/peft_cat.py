@@ -1,4 +1,4 @@
-"""The pictures of PEFT's image-generation comparison, for eval/experiments/peft_cat.yaml.
+"""Download the pictures of PEFT's image-generation comparison, for eval/experiments/peft_cat.yaml.
 
     python benchmarks/peft_cat.py        # downloads 20 pictures of a cat into peft_cat/
 
@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with as_user_error(f"{DATASET} can't be downloaded", "check the connection to the hub"):
         pictures = load_dataset(DATASET, split="train")["image"]
     if len(pictures) != len(CAPTIONS):
-        raise UserError(f"{DATASET} has {len(pictures)} pictures and not {len(CAPTIONS)}.")
+        raise UserError(
+            f"{DATASET} has {len(pictures)} pictures, but {len(CAPTIONS)} are expected: the data"
+            " set has changed, so update CAPTIONS."
+        )
     for row, (picture, caption) in enumerate(zip(pictures, CAPTIONS, strict=True)):
         part = folder / "train"
         if row in VALID:

@@ -200,7 +200,7 @@ class Shape:
 
 def pooled_width(config: Any) -> int:
     """Width of the pooled prompt embedding of an SDXL UNet, from its configuration."""
-    # The UNet embeds six numbers of sizes and crops beside it.
+    # The UNet embeds six numbers of sizes and crops in addition.
     return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
 

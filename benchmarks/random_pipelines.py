@@ -48,7 +48,7 @@ class ModelShape:
 
     title: str
     # Its name in models.json; "" for the miniature
-    published: str
+    reference_model: str
     # What differs from that model's denoiser
     changes: Mapping[str, Any] = field(default_factory=dict)
     # Configuration of the autoencoder, and of the scheduler of a flow model
@@ -109,8 +109,10 @@ SHAPES = {
 
 def family_of_shape(name: str) -> Family:
     """The family of a model of `SHAPES`."""
-    published = SHAPES[name].published
-    pipeline = MODELS[published]["pipeline"] if published else "StableDiffusionXLPipeline"
+    reference_model = SHAPES[name].reference_model
+    pipeline = (
+        MODELS[reference_model]["pipeline"] if reference_model else "StableDiffusionXLPipeline"
+    )
     return family_class(pipeline, name)()
 
 
@@ -136,9 +138,9 @@ def build_pipeline(name: str, make: Maker = empty, **changes: Any) -> Any:
     family = family_of_shape(name)
     denoiser_class: Any = getattr(diffusers, family.parts[family.denoiser])
     vae_class: Any = getattr(diffusers, family.parts["vae"])
-    if shape.published:
-        _, published_config = MODELS[shape.published]["denoiser"]
-        denoiser_config = {**published_config, **shape.changes, **changes}
+    if shape.reference_model:
+        _, reference_config = MODELS[shape.reference_model]["denoiser"]
+        denoiser_config = {**reference_config, **shape.changes, **changes}
         vae_config: Mapping[str, Any] = shape.vae
     else:
         denoiser_config = _mini_config(denoiser_class, family.denoiser) | changes
@@ -193,7 +195,7 @@ class RandomPrompts(PromptCache):
     Args:
         name: of a model in `SHAPES`.
         pipeline: its pipeline.
-        device: of the run.
+        device: device of the run.
     """
 
     def __init__(self, name: str, pipeline: Any, device: torch.device) -> None:

@@ -20,10 +20,9 @@ import itertools
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,16 +39,14 @@ from bilora_diffusion.run import provenance
 from bilora_diffusion.train.engine import Blocks, keep_freed_memory
 
 SEED = 0
-# The default of a run
+# Default of --max_grad_norm.
 MAX_GRAD_NORM = 1.0
-# Samples of "bilora-sample", each with its own auxiliary; a step sees the next ones of them.
-SAMPLES = 20
-# Length of the run for the methods' schedules, longer than any benchmark
+# Length of the run for the methods' schedules, longer than any benchmark.
 SCHEDULED_STEPS = 10_000
 
 
 class VariantKind(NamedTuple):
-    """A row of the result."""
+    """A variant that can be benchmarked."""
 
     label: str
     method: str
@@ -57,11 +54,9 @@ class VariantKind(NamedTuple):
     fused: bool = True
     # True for ``--compile``
     compiled: bool = False
-    # Options of the method that are not at their defaults
-    options: Mapping[str, Any] = MappingProxyType({})
 
 
-# The methods of `--methods all`, which train adapters; `full` is run by its name only.
+# The methods of `--methods all`, which train adapters; `full` must be named.
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
 KINDS = {name: VariantKind(methods.get(name).title, name) for name in methods.names()} | {
     "bilora-peft": VariantKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
@@ -75,11 +70,11 @@ BASELINE = "lora"
 class Variant:
     """One method on a copy of ``base``'s modules.
 
-    All variants share the base weights, but for full fine-tuning, which has a copy of them.
+    All variants share the base weights, except full fine-tuning, which copies them.
 
     Args:
         kind: a key of ``KINDS``.
-        args: of the command line.
+        args: the command line's arguments.
         base: the frozen model without adapters.
         inputs: the batch of every step.
     """
@@ -92,7 +87,7 @@ class Variant:
         self.inputs = inputs
         self.batch = args.batch
         self.dtype = DTYPES[args.dtype]
-        options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
+        options = MethodOptions(num_steps=SCHEDULED_STEPS)
         self.method = methods.create(KINDS[kind].method, options)
         shared: dict[int, Any] = {}  # tensors that the copy shares, so that they take no memory
         if not self.method.exports_weights:
@@ -138,7 +133,7 @@ class Variant:
 
 
 def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Variant]:
-    """Arms on one base model and one batch."""
+    """Create the variants on one base model and one batch."""
     keep_freed_memory(device)  # as training does
     shape = SHAPES[args.shapes]
     dtype = DTYPES[args.dtype]
@@ -159,7 +154,7 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         torch.manual_seed(shape.warmup + number)  # the same dropout for all variants of a round
         losses: list[torch.Tensor] = []
         duration = seconds(lambda: losses.append(variant.train_step()), device)
-        # Outside of the timing, since it waits for the GPU.
+        # Not timed, since it waits for the GPU.
         variant.losses.append(float(losses[0]))
         return duration
 
@@ -235,21 +230,27 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; options that are not given are those of the shape."""
+    """Read the command line; options that are not given default to the model's."""
     parser = UserErrorParser(description="Time and memory of a step, method by method.")
     parser.add_argument("--shapes", required=True, choices=SHAPES)
     parser.add_argument("--steps", type=int, help="measured rounds")
-    parser.add_argument("--batch", type=int, help="samples of a step; default: the shapes' own")
-    parser.add_argument("--length", type=int, help="tokens of a text; default: the shapes' own")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the base weights; bf16: autocast")
+    parser.add_argument("--batch", type=int, help="samples per step; default: that of the model")
+    parser.add_argument("--length", type=int, help="tokens per text; default: that of the model")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the base weights; bf16 trains under autocast"
+    )
     usual = "lora,bilora,bilora-peft"
     parser.add_argument("--arms", default=usual, help=f"some of {','.join(KINDS)}")
     parser.add_argument(
         "--methods",
         help=f"instead of --arms: all ({','.join(METHODS)}), some of them, or all,full",
     )
-    parser.add_argument("--json", type=Path, help="also write the result, with every time, there")
-    parser.add_argument("--arm", choices=KINDS, help="run it alone and print its peak memory")
+    parser.add_argument(
+        "--json", type=Path, help="also write the result with all step times to this file"
+    )
+    parser.add_argument(
+        "--arm", choices=KINDS, help="run this variant alone and print its peak memory"
+    )
     args = parser.parse_args(argv)
     args.arms = args.arms.split(",")
     if args.methods:
@@ -265,7 +266,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, getattr(SHAPES[args.shapes], name))
     if BASELINE not in args.arms or len(set(args.arms) & KINDS.keys()) < len(args.arms):
         raise UserError(
-            f"--arms is {','.join(args.arms)}; name {BASELINE} and others of {', '.join(KINDS)}."
+            f"--arms is {','.join(args.arms)}: it must contain {BASELINE}, and each name once, from"
+            f" {', '.join(KINDS)}."
         )
     counts = ["steps", "batch"]
     if args.length is not None:
@@ -275,7 +277,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a Markdown table; of a single variant the peak memory in bytes."""
+    """Measure and print a Markdown table, or for `--arm` the peak memory in bytes."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.arm:

@@ -1,4 +1,4 @@
-"""Bi-LoRA: fine-tuning that seeks flat minima at the price of plain LoRA."""
+"""Bi-LoRA: fine-tuning that seeks flat minima at the cost of plain LoRA."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ __all__ = ["BiLoRAConfig", "__version__", "attach"]
 
 
 def __getattr__(name: str) -> Any:
-    # The API needs torch and PEFT, which take seconds, for which a script's --help does not wait.
+    # Imported lazily: torch and PEFT take seconds to import, and --help must not wait for them.
     if name in ("BiLoRAConfig", "attach"):
         from . import api
 

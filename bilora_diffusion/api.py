@@ -42,7 +42,7 @@ class BiLoRAConfig:
         dropout: dropout on the primary's input.
         init: initialization of the primary: "default", "gaussian", "pissa", or "lora-ga", which
             needs `BiLoRA.initialise`. The last two change the base weights in memory; saved files
-            are for the original weights.
+            apply to the original base weights.
         use_dora: use DoRA for the primary.
 
     Raises:
@@ -161,7 +161,7 @@ class BiLoRA:
         return self._method.result_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
-        """Return the primary under PEFT's keys, for the original base weights.
+        """Return the primary under PEFT's keys, which applies to the original base weights.
 
         If `init` changes the base weights, it has twice the rank and alpha
         (`adapters.portable_state_dict`).
@@ -171,7 +171,7 @@ class BiLoRA:
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the primary as a LoRA adapter that `PeftModel.from_pretrained` loads.
 
-        It is for the original base weights, also if `init` changed them in memory.
+        It applies to the original base weights, even if `init` changed them in memory.
         """
         adapters.save_pretrained(self.model, folder)
 

@@ -1,4 +1,4 @@
-"""Write a caption beside each image of a folder that has none.
+"""Write a caption file for each image of a folder that has none.
 
     bilora caption my_photos --trigger_word TOK
     bilora caption my_photos --model Qwen/Qwen2.5-VL-3B-Instruct --prompt "Describe the dog's pose."
@@ -49,10 +49,10 @@ class CaptionOptions:
         " Florence-2 reads <CAPTION>, <DETAILED_CAPTION> (default) or <MORE_DETAILED_CAPTION>;"
         " BLIP's captions begin with it.",
     )
-    overwrite: bool = option(False, "Replace captions that are there.")
+    overwrite: bool = option(False, "Replace existing captions.")
     max_new_tokens: int | None = option(
         None,
-        "Length of a caption at most, in tokens of the model (default: 29 of BLIP, 256 of others).",
+        "Maximum length of a caption in tokens (default: 29 for BLIP, 256 for other models).",
         range=Range(4096, "no image model reads more", at_least=1),
     )
     batch_size: int = option(4, "Images that are captioned at a time.", range=BATCHES)
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     check(options_of([CaptionOptions]), vars(options))
-    # Imported late: they take seconds, for which --help does not wait.
-    from .image.caption_files import caption_folder
+    # Imported lazily: they take seconds, and --help must not wait for them.
+    from .image.caption_writer import caption_folder
 
     caption_folder(options)
 

@@ -40,14 +40,14 @@ def run_script(modality: str, argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code (`errors.report_errors`).
     """
-    with report_errors() as code:
+    with report_errors() as exit_code:
         machine.refuse_separate_processes()
         with importing():
             # The configuration comes first, so that a typo is reported at once.
             config = import_module(f".{modality}.config", __package__).resolve(argv)
             script = import_module(f".{modality}.script", __package__)
         script.train(argv, config)  # `train.command.train` with the script
-    return code.number
+    return exit_code.number
 
 
 # Main functions of the two training scripts.

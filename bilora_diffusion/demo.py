@@ -24,7 +24,7 @@ from PIL.Image import Image
 from .config.command_line import UserErrorParser
 from .core.durable import dump_json, write_text
 from .core.errors import Interrupted, UserError, run_cli
-from .core.figures import new_figure
+from .core.plotting import new_figure
 from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
 from .image.opening import open_images

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from bilora_diffusion.core.figures import mean_interval
+from bilora_diffusion.core.statistics import mean_interval
 from eval.results.compare import ITEM, SEED, mean, units
 from eval.results.report import table
 from eval.results.table import read
@@ -165,8 +165,8 @@ def overall(verdicts: Sequence[str]) -> str:
 
 def claims() -> list[Claim]:
     """Read the claims of `claims.yaml`."""
-    loaded = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
-    return TypeAdapter(list[Claim]).validate_python(loaded)
+    entries = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
+    return TypeAdapter(list[Claim]).validate_python(entries)
 
 
 def page() -> Iterable[str]:

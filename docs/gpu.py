@@ -31,7 +31,7 @@ def tested_on(model: str, usual: str) -> str:
     return f"full size, random weights, on {', '.join(dict.fromkeys(gpus))}"
 
 
-def measured() -> Iterable[str]:
+def measured_tables() -> Iterable[str]:
     """The table of each GPU; a sentence where there is none."""
     if not results():
         yield "No GPU has measured them yet."

@@ -203,7 +203,7 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "../README.md": {"models": readme},
     "options.md": {"options": options},
     "../results/README.md": {"claims": evidence.page},
-    "models.md": {"image models": image_models, "memory": models, "gpu": gpu.measured},
+    "models.md": {"image models": image_models, "memory": models, "gpu": gpu.measured_tables},
     "files.md": {"readers": readers},
     "results.md": {
         "samples": tables.samples,

@@ -29,7 +29,7 @@ from bilora_diffusion.train.dry_run import (
     BEFORE,
     CUDA_CONTEXT_BYTES,
     STEP,
-    attached,
+    attach_copy,
     complete,
     empty,
 )
@@ -105,7 +105,7 @@ def parameter_counts(name: str) -> ParameterCounts:
 @functools.cache
 def _trained_bytes(name: str) -> int:
     """Bytes of LoRA's adapter with its gradients and moments."""
-    _, trained = attached(_task_without_images(name), 1)
+    _, trained = attach_copy(_task_without_images(name), 1)
     return sum(trained.values())
 
 
@@ -190,7 +190,7 @@ def updated_recipe(path: Path, model: str) -> str:
 def peak_memory(model: str, *words: str) -> int:
     """Peak memory of a run on a GPU in bytes, with validation images."""
     task = empty_task(model, "--validation_prompt", "a photo of TOK", *words)
-    _, trained = attached(task, 1)
+    _, trained = attach_copy(task, 1)
     phases = memory_by_phase(task, torch.device("cuda"))
     phases = complete(phases, trained, CUDA_CONTEXT_BYTES)
     return max(sum(parts.values()) for parts in phases.values())

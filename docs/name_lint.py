@@ -1,9 +1,11 @@
-"""Refuse names that are no nouns: pronouns, prepositions, bare participles.
+"""Refuse names that are no nouns (pronouns, prepositions, participles), and functions without verb.
 
     python -m docs.name_lint                  # all of the code; part of `make lint`
     python -m docs.name_lint bilora_diffusion # any files or folders
 
-A value is named by a noun of the field: `candidate`, not `one`; `layer_factors`, not `own`.
+A value is named by a noun of the field: `candidate`, not `one`; `layer_factors`, not `own`. A
+function is named by a verb: `escape_markdown`, not `escaped`. Properties, context managers
+(`with restored(weights):`) and helpers of tests may be participles.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ WORDS_THAT_NAME_NOTHING = frozenset(
     odd wrong untold unseen unsaid unknown idle alive
     """.split()  # noqa: SIM905
 )
+# Words in -ed that are not participles.
+VERBS_IN_ED = frozenset(["embed", "feed", "need", "seed", "speed"])
+# Texts made from other texts, in f-strings everywhere.
+TEXT_FUNCTIONS = frozenset(["counted", "listed", "quoted"])
 PATHS = (
     "app",
     "benchmarks",
@@ -43,7 +49,12 @@ def main(paths: Sequence[str]) -> int:
     """Print each name that is no noun, with file and line; the exit code is 1 if there is one."""
     count = 0
     for path in tracked_files(paths or PATHS):
-        for line, name in sorted(set(new_names(ast.parse(path.read_text(encoding="utf-8"))))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if "tests" not in path.relative_to(ROOT).parts:
+            for line, name in participle_functions(tree):
+                print(f"{path.relative_to(ROOT)}:{line}: the function {name!r} has no verb")
+                count += 1
+        for line, name in sorted(set(new_names(tree))):
             is_dunder = name.startswith("__") and name.endswith("__")  # `__all__`
             if not is_dunder and name.strip("_").lower() in WORDS_THAT_NAME_NOTHING:
                 print(f"{path.relative_to(ROOT)}:{line}: the name {name!r} names nothing")
@@ -69,6 +80,21 @@ def new_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.arg):
             yield node.lineno, node.arg
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+
+
+def participle_functions(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of every function that is named by a regular participle alone."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        word = node.name.strip("_")
+        if "_" in word or not word.endswith("ed") or word in VERBS_IN_ED | TEXT_FUNCTIONS:
+            continue
+        signs = [ast.unparse(decorator) for decorator in node.decorator_list]
+        if node.returns is not None:
+            signs.append(ast.unparse(node.returns))
+        if not any("property" in sign or "contextmanager" in sign.lower() for sign in signs):
             yield node.lineno, node.name
 
 

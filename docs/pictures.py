@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from playwright.sync_api import expect
 
-from bilora_diffusion.core.figures import new_figure
+from bilora_diffusion.core.plotting import new_figure
 from bilora_diffusion.image import crops, latents
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline

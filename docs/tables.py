@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bilora_diffusion.core.figures import Interval, mean_interval
+from bilora_diffusion.core.statistics import Interval, mean_interval
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from eval.results import compare, report, table
 from eval.results.table import Metric, Result, Summary
@@ -66,10 +66,12 @@ def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool =
         return report.NOT_AVAILABLE
     if line.group == result.control:
         return report.number(line.mean, metric)
-    return _signed(line.difference, line.difference_interval if intervals else None, metric)
+    return _format_difference(
+        line.difference, line.difference_interval if intervals else None, metric
+    )
 
 
-def _signed(value: float | None, bounds: Interval | None, metric: Metric) -> str:
+def _format_difference(value: float | None, bounds: Interval | None, metric: Metric) -> str:
     """A difference with its interval, if there is one."""
     text = report.number(value, metric, "+")
     if bounds is not None:
@@ -85,7 +87,7 @@ def without_signs_of_zeros(text: str) -> str:
 def difference(check: Check, metric: Metric) -> str:
     """The figure of a check with its interval."""
     value = figure(check)
-    return _signed(value.mean, Interval(value.low, value.high), metric)
+    return _format_difference(value.mean, Interval(value.low, value.high), metric)
 
 
 def mean(line: Summary | None, metric: Metric) -> str:

@@ -40,7 +40,7 @@ class Cache:
 
     Args:
         folder: of the result.
-        circumstances: all that the values depend on beside their keys, as JSON can hold it:
+        circumstances: all that the values depend on, except their keys, as JSON can hold it:
             weights, base model, data, settings.
     """
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.figures import CONFIDENCE
 from bilora_diffusion.core.files import counted
+from bilora_diffusion.core.statistics import CONFIDENCE
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured, read_run
 
@@ -69,7 +69,7 @@ class OverSteps(Evaluation):
         is_last = result.control == last_group(result.subjects)
         return "last" if is_last and len(runs) == 1 else "control"
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         if self.curves is None:
             return []
         return [draw(self.curves, folder)]
@@ -79,7 +79,7 @@ class OverSteps(Evaluation):
         steps = result.settings.get("best_steps")
         if not steps:
             return ""
-        return report.section("Best steps", BEST_STEPS_NOTE, report.listed(steps))
+        return report.section("Best steps", BEST_STEPS_NOTE, report.bullet_list(steps))
 
 
 def read_steps(text: str) -> list[int] | None:
@@ -92,7 +92,7 @@ def read_steps(text: str) -> list[int] | None:
     return sorted(set(map(int, words)))
 
 
-def scheduled(steps: Sequence[int], interval: int | None) -> list[int]:
+def scheduled_steps(steps: Sequence[int], interval: int | None) -> list[int]:
     """The checkpoints of ``--checkpointing_steps`` among a run's, and the last one.
 
     An interruption saves a checkpoint at any step, which says nothing about the run's progress
@@ -158,7 +158,7 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
         steps = chosen_steps
         if steps is None:
             interval = run.record["config"].get("checkpointing_steps")
-            steps = scheduled(checkpoint.steps(run.folder), interval)
+            steps = scheduled_steps(checkpoint.steps(run.folder), interval)
         if not steps:
             raise UserError(without_checkpoints(run.folder))
         for step in steps:

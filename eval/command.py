@@ -216,17 +216,17 @@ def run(work: Callable[[], int | None]) -> int:
     Returns:
         The work's exit code; 2 after an error's sentence; 130 after an interruption.
     """
-    code: int | None = None
+    exit_code: int | None = None
 
     def resumable() -> None:
-        nonlocal code
+        nonlocal exit_code
         try:
-            code = work()
+            exit_code = work()
         except KeyboardInterrupt:
             sentence = "interrupted: the same command goes on where this one stopped."
             raise Interrupted(sentence) from None
 
-    return run_cli(resumable) or code or 0
+    return run_cli(resumable) or exit_code or 0
 
 
 def open_folder(folder: Path, flag: str = "--output_dir") -> Path:

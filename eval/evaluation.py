@@ -38,12 +38,12 @@ class Evaluation:
     """One command: subclass it, and override the hooks in which it differs.
 
     The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``produce``,
-    ``rows`` for each subject, ``complete``, ``figures``, ``report``. Up to ``prepare`` nothing is
-    written.
+    ``rows`` for each subject, ``complete``, ``draw_figures``, ``report``. Up to ``prepare`` nothing
+    is written.
 
     Attributes:
         name: the result's kind.
-        module: of the command, as in ``python -m MODULE``; by default ``eval.NAME``.
+        module: module of the command, as in ``python -m MODULE``; by default ``eval.NAME``.
         described: text of ``--help``, by default the module's docstring. Its first paragraph stands
             above the flags.
         options: dataclasses of its flags; see `bilora_diffusion.core.fields`.
@@ -51,9 +51,9 @@ class Evaluation:
         title: of the report; by default the name.
         metrics: titles and formats of its metrics, by name.
         unit: what is averaged and paired: "seed" or "item".
-        args, command, folder: of the command line; the command without machine paths.
+        args, command, folder: the command line; the command has no machine paths.
         settings, notes: for the result; hooks add to them.
-        exit_code: of the command, where it is not 0 although the result is written; else None.
+        exit_code: exit code of the command if it is not 0 although the result is written.
     """
 
     name: ClassVar[str]
@@ -148,7 +148,7 @@ class Evaluation:
         """Name of a picture -> its rows of panels."""
         return {}
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         """Draw into the folder; returns the pictures' names."""
         pictures = self.panels(result)
         for name, rows in pictures.items():
@@ -210,7 +210,7 @@ class Evaluation:
 
     def write(self, result: Result) -> None:
         """Draw the figures, write all files, and print the report and the files' names."""
-        result = replace(result, figures=self.figures(result, self.folder))
+        result = replace(result, figures=self.draw_figures(result, self.folder))
         remove_last_figures(self.folder, self.command, result.figures)
         report_text = self.report(result)
         table.write(result, self.folder, report_text)

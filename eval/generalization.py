@@ -29,7 +29,7 @@ from .results import compare, report
 from .results.plot import Curve, Panel
 from .results.report import Column
 from .results.table import Metric, Result, Row
-from .subjects import Subject, by_group, paired
+from .subjects import Subject, by_group, check_pairing
 from .text_scores.benchmarks import TITLES
 
 GAP = "gap"
@@ -95,7 +95,7 @@ class Generalization(Evaluation):
             for run in runs:
                 steps_of_runs.append({step for step, _, _ in losses(run)})
             require_common_steps(label, steps_of_runs)
-        self.settings["paired"] = paired(subjects, self.control)
+        self.settings["paired"] = check_pairing(subjects, self.control)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         points = losses(subject)
@@ -191,9 +191,9 @@ class Generalization(Evaluation):
         if result.settings.get("heldout_metrics"):
             units += " and metrics in percent"
         return (
-            f"{units}, mean over seeds, and the difference to {report.escaped(result.control)}"
-            f" paired by seed, with {report.INTERVALS} and the number of seeds in which it is"
-            " better."
+            f"{units}, mean over seeds, and the difference to"
+            f" {report.escape_table_cell(result.control)} paired by seed, with"
+            f" {report.INTERVALS} and the number of seeds in which it is better."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:

@@ -33,11 +33,11 @@ from .subjects import Subject
 def applied(
     pipeline: Any, subject: Subject, scale: float = 1.0, sampling_lora: LoraSource | None = None
 ) -> Iterator[None]:
-    """Within the context the pipeline has the subject's weights; afterwards exactly its own.
+    """Context manager: puts the subject's weights into the pipeline, then restores its own exactly.
 
     Args:
         scale: factor of an adapter's change of the weights.
-        sampling_lora: a file that acts beside the subject's weights, and on the base model alone.
+        sampling_lora: a file that is active with the subject's weights and on the base model.
     """
     file = subject.weights
     has_models = file is not None and file.is_dir()
@@ -125,7 +125,7 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
     """
     models = models_of(pipeline)
     # All are loaded before the first is replaced, so that an error leaves the pipeline as it was.
-    loaded = {}
+    trained_models = {}
     for name in COMPONENTS:
         if not (folder / name).is_dir():
             continue
@@ -133,9 +133,9 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
             raise UserError(
                 f"{folder / name} does not fit the base model, which has no {name}: {FIX}."
             )
-        loaded[name] = _load_model(models[name], folder / name)
+        trained_models[name] = _load_model(models[name], folder / name)
     replaced = {}
-    for name, trained_model in loaded.items():
+    for name, trained_model in trained_models.items():
         model = models[name]
         replaced[name] = (model, model.device)
         device = model.device
@@ -160,18 +160,20 @@ def put_peft(base: TextModel, folder: Path) -> Any:
 
     fix = f"{FIX} by --model_name_or_path"
     with as_user_error(f"the adapter in {folder} can't be put on its base model", fix):
-        written = load_file(folder / PEFT_FILE)
+        file_tensors = load_file(folder / PEFT_FILE)
         adapted = PeftModel.from_pretrained(base.model, str(folder))
-    loaded = get_peft_model_state_dict(adapted)
-    unloaded = []
+    model_tensors = get_peft_model_state_dict(adapted)
+    missing_names = []
     # PEFT loads the tensors that fit, and says nothing of the others.
-    for name, tensor in written.items():
-        if name not in loaded or not torch.equal(loaded[name].cpu().to(tensor.dtype), tensor):
-            unloaded.append(name)
-    if unloaded or len(loaded) != len(written):
-        examples = ", ".join(unloaded[:2]) or "and others are missing"
+    for name, tensor in file_tensors.items():
+        if name not in model_tensors or not torch.equal(
+            model_tensors[name].cpu().to(tensor.dtype), tensor
+        ):
+            missing_names.append(name)
+    if missing_names or len(model_tensors) != len(file_tensors):
+        examples = ", ".join(missing_names[:2]) or "and others are missing"
         raise UserError(
-            f"the adapter in {folder} does not fit the model: {len(unloaded)} of its {len(written)}"
-            f" tensors found no place ({examples}): {fix}."
+            f"the adapter in {folder} does not fit the model: {len(missing_names)} of its"
+            f" {len(file_tensors)} tensors found no place ({examples}): {fix}."
         )
     return adapted.eval()

@@ -15,7 +15,7 @@ from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.core.lora_names import DENOISERS, ENCODERS, FILE_NAME
 from bilora_diffusion.export.lorafile import inspect
-from bilora_diffusion.image.base_model import describe, folder_of
+from bilora_diffusion.image.base_model import folder_of, read_base_model
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.run.record import RUN, read_metrics, read_run
 from bilora_diffusion.text.config import TextConfig
@@ -206,7 +206,7 @@ def _denoiser(subject: Subject) -> str:
             return name
     # Nothing is saved yet. A base model that is not on this machine counts as one with a UNet.
     base = str(subject.base_model)
-    is_flow = folder_of(base) is not None and describe(base).family.flow
+    is_flow = folder_of(base) is not None and read_base_model(base).family.flow
     return DENOISERS[is_flow]  # (UNet, transformer)
 
 

@@ -26,7 +26,7 @@ PLAIN_NAMES = {
     "num_train_epochs": "epochs",
     "pretrained_model_name_or_path": "base model",
 }
-# Letters of an option's value in a sentence
+# Maximum characters of an option's value in a sentence
 SETTING_WIDTH = 40
 
 
@@ -108,7 +108,7 @@ def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
         if label is None:
             if titles.count(name) > 1 and name != subject.label:
                 name = f"{name} ({subject.label})"
-            name = _numbered(name, [*user_labels, *names], separator=" ")
+            name = _make_unique(name, [*user_labels, *names], separator=" ")
         names.append(name)
         labelled.append(replace(subject, label=name, group=name))
     return labelled
@@ -122,7 +122,7 @@ def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
     return groups
 
 
-def paired(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
+def check_pairing(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
     """Group -> True if its runs saw the same inputs as the control's runs of the same seeds.
 
     The logs' hashes of the inputs are compared at all steps that both runs took; a run without
@@ -258,11 +258,11 @@ def _unique(names: Sequence[str]) -> list[str]:
     """The names; one that occurs before gets a number."""
     unique: list[str] = []
     for name in names:
-        unique.append(_numbered(name, unique, separator="-"))
+        unique.append(_make_unique(name, unique, separator="-"))
     return unique
 
 
-def _numbered(name: str, used_names: Collection[str], separator: str) -> str:
+def _make_unique(name: str, used_names: Collection[str], separator: str) -> str:
     """The name, with a number from 2 on if it is used already."""
     number = 1
     candidate = name

@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prompts = [args.prompt] * 2 if args.prompt else ICON_PROMPTS
         data_flags = ["--config", "mini"]  # the recipe names the model and the icons
     # The same as the command `bilora train`; docs/options.md has all of its options.
-    code = commands.train([*data_flags, "--output_dir", str(args.output_dir), *flags])
-    if code == 0:
+    exit_code = commands.train([*data_flags, "--output_dir", str(args.output_dir), *flags])
+    if exit_code == 0:
         picture = args.output_dir / "before_and_after.png"
         generate(args.output_dir, prompts).save(picture)
         print(f"Images without the adapter and with it: {picture}")
-    return code
+    return exit_code
 
 
 def generate(run: Path, prompts: Sequence[str]) -> Image.Image:

@@ -18,8 +18,8 @@ from tests.contract.models import CASES, tiny_mlp
 
 
 def test_the_core_needs_no_bitsandbytes():
-    code = "import sys; sys.modules['bitsandbytes'] = None; import bilora_diffusion"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    script = "import sys; sys.modules['bitsandbytes'] = None; import bilora_diffusion"
+    subprocess.run([sys.executable, "-c", script], check=True)
     assert sorted(bilora_diffusion.__all__) == ["BiLoRAConfig", "__version__", "attach"]
 
 
@@ -49,9 +49,9 @@ def test_attach_trains_and_saves_a_plain_lora(kind, tmp_path):
     saved = {key.removeprefix("base_model.model.") for key in tensors}
     assert saved == set(bilora.primary_state_dict())
     assert not any(AUXILIARY in key for key in saved)
-    loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).train()
+    loaded_model = PeftModel.from_pretrained(fresh, str(tmp_path)).train()
     with torch.no_grad():
-        assert torch.equal(case.output(loaded), expected)
+        assert torch.equal(case.output(loaded_model), expected)
 
 
 def test_the_config_reaches_both_adapters():

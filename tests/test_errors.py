@@ -15,7 +15,7 @@ from bilora_diffusion.core.errors import Interrupted, TrainingError, UserError, 
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "message"),
+    ("error", "exit_code", "message"),
     [
         (UserError("rho is 0;\n  use more."), 2, "error: rho is 0; use more."),
         (TrainingError("the loss is not finite"), 2, "error: the loss is not finite"),
@@ -24,11 +24,11 @@ from bilora_diffusion.core.errors import Interrupted, TrainingError, UserError, 
         (Interrupted("saved: go on with x", signal.SIGTERM), 143, "saved: go on with x"),
     ],
 )
-def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, code, message, capsys):
+def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, exit_code, message, capsys):
     def main():
         raise error
 
-    assert run_cli(main) == code
+    assert run_cli(main) == exit_code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(message)
@@ -59,13 +59,13 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
 
 def test_output_that_nobody_reads_ends_a_script_in_silence():
     # A megabyte is more than a pipe holds, so that the write fails.
-    code = """
+    script = """
 import sys
 from bilora_diffusion.core.errors import run_cli
 sys.exit(run_cli(lambda: print("x" * 2**20)))
 """
     script = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     script.stdout.close()
     assert script.stderr.read() == b""

@@ -53,7 +53,7 @@ from .saving import (
     peft_path,
     portable,
     portable_state_dict,
-    pretrained,
+    pretrained_content,
     save_pretrained,
     state_dict,
     twice_the_rank,

@@ -1,4 +1,4 @@
-"""Adapters of LoRA files that act beside the trained ones, and are never trained or exported."""
+"""Frozen adapters of LoRA files, active with the trained ones and never exported."""
 
 from __future__ import annotations
 

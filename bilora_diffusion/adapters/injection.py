@@ -102,7 +102,7 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
     root = plain_model(model)
     modules = _modules_of_model(root)
     if spec.target_modules == ALL_LINEAR:
-        # PEFT's own "all-linear" would also take layers that `_unsupported` refuses.
+        # PEFT's own "all-linear" would also take layers that `_unsupported_reason` names.
         paths = adaptable(model)
     else:
         config = LoraConfig(target_modules=peft_targets(spec))
@@ -119,7 +119,7 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
             f"its linear layers are called, for example: {examples}."
         )
     for path, module in targets.items():
-        if reason := _unsupported(root, path, module):
+        if reason := _unsupported_reason(root, path, module):
             raise UserError(f'The target "{path}" {reason}; take it out of target_modules.')
     return targets
 
@@ -137,7 +137,7 @@ def adaptable(model: nn.Module, convolutions: bool = False) -> list[str]:
             is_of_kind = isinstance(base_of(module), _CONVOLUTIONS)
         else:
             is_of_kind = _is_linear(module)
-        if is_of_kind and module is not head and not _unsupported(root, path, module):
+        if is_of_kind and module is not head and not _unsupported_reason(root, path, module):
             paths.append(path)
     return paths
 
@@ -191,7 +191,7 @@ def output_head(root: nn.Module) -> nn.Module | None:
     return cast("nn.Module | None", getter())
 
 
-def _unsupported(root: nn.Module, path: str, module: nn.Module) -> str:
+def _unsupported_reason(root: nn.Module, path: str, module: nn.Module) -> str:
     """The reason why a layer can't have an adapter, as the end of a sentence; "" without one."""
     base = base_of(module)
     parent_path, _, _ = path.rpartition(".")

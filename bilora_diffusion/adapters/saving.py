@@ -93,11 +93,11 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
     It is made for the base weights that the model came with (`portable_state_dict`).
     """
-    tensors, config = pretrained(model)
+    tensors, config = pretrained_content(model)
     write_pretrained(folder, tensors, config)
 
 
-def pretrained(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pretrained_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Content of `save_pretrained`'s files: tensors by PEFT's keys, fields of its `LoraConfig`."""
     config = cast(Any, model).peft_config[PRIMARY].to_dict()
     if layers(model, INITIAL):

@@ -1,12 +1,11 @@
-"""From arguments and a recipe to option values, keeping track of which were given.
+"""Read option values from the command line and a recipe, and record which of them were given.
 
-Nothing here knows about a particular script: any set of option dataclasses will do.
+Nothing here knows about a particular script: it works with any set of option dataclasses.
 
-A recipe is a YAML file of options, read so that a value is the text as it is written. YAML 1.1
-makes numbers of ``1:30`` and ``010``, a date of ``2024-01-01`` and a truth of ``on``. Here every
-value is what is written, as on the command line, and the option's own type decides what it means;
-only ``true``, ``false`` and ``null`` (or nothing) are more than text. Anchors, tags and repeated
-keys are refused, since an option has no use for them.
+A recipe is a YAML file of options. Values are read as text: YAML 1.1 would turn ``1:30`` and
+``010`` into numbers, ``2024-01-01`` into a date and ``on`` into True. The option's type parses the
+text. Only ``true``, ``false`` and ``null`` (or an empty value) are special. Anchors, tags and
+repeated keys are refused, because options do not need them.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from ..core.values import check_choice
 
 # Folder of the package's recipes.
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# Size of a YAML file at most.
+# Maximum size of a YAML file in bytes.
 MAX_BYTES = 200_000
-# Letters of a key at most: an option of a recipe, or the label of a variant.
+# Maximum length of a key: an option of a recipe, or the label of a variant.
 MAX_KEY_LETTERS = 200
 # YAML 1.1 has more words for null, true and false; here yes, no, on and off are text.
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
@@ -46,7 +45,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        # Of --dataset_name and --dataset-name, which mean the same, the help shows the first.
+        # --dataset_name and --dataset-name are equivalent; show only the first.
         spellings = action.option_strings
         action.option_strings = []
         for spelling in spellings:
@@ -59,7 +58,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class UserErrorParser(argparse.ArgumentParser):
-    """A parser that raises its complaints as a `UserError` of one sentence."""
+    """A parser that raises a one-sentence `UserError` instead of exiting."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.dest in ("method", "compare"):
@@ -75,13 +74,13 @@ class UserErrorParser(argparse.ArgumentParser):
         try:
             return read(text)
         except ValueError as error:
-            # The error of a reader of `fields` is the advice; that of int is not.
+            # Readers in `core.fields` put the advice into the error's message; int does not.
             fix = "give a whole number" if read is int else error
             raise UserError(f"{spelling} is {quoted(text)}: {fix}.") from error
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's complaint as a `UserError`."""
-        # argparse's words are "argument --rank: expected one argument".
+        """Raise argparse's message as a `UserError`."""
+        # argparse's message is "argument --rank: expected one argument".
         flag = re.match(r"argument (--\w+).*expected", message)
         if flag is not None:
             raise UserError(f"{flag[1]} has no value: put one after it.")
@@ -131,8 +130,8 @@ class CommandLine(UserErrorParser):
 
         Args:
             argv: arguments without the program's name; None for ``sys.argv``.
-            alternatives: pairs of options of which one replaces the other. An option on the command
-                line overrules its partner in the recipe.
+            alternatives: pairs of mutually exclusive options. An option on the command line
+                overrides its partner in the recipe.
             ignored: a function of the options of the recipe and of those on the command line. It
                 returns the names of the recipe's options that are ignored with the latter.
 
@@ -155,17 +154,17 @@ class CommandLine(UserErrorParser):
         if ignored is not None:
             for name in ignored(recipe, flags):
                 recipe.pop(name, None)
-        # Flags win over the recipe, and that over the defaults.
+        # Precedence: flags, recipe, defaults.
         values = {**self.defaults(), **recipe, **flags}
         check(self._fields, values)
         return values, frozenset(recipe.keys() | flags.keys())
 
     def defaults(self) -> dict[str, Any]:
-        """Every option's value where nobody gives one."""
+        """Default value of every option."""
         return {name: default_of(field) for name, field in self._fields.items()}
 
     def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        """The options that the arguments give, without those of a recipe."""
+        """Options given on the command line, without those of a recipe."""
         # argparse sets no default where an attribute exists, so that None means "not given".
         namespace = argparse.Namespace(**dict.fromkeys(self._fields))
         _, unknown_words = self.parse_known_args(argv, namespace)
@@ -209,34 +208,34 @@ class CommandLine(UserErrorParser):
         return names
 
     def _recipe(self, path: Path) -> dict[str, Any]:
-        """The options that a recipe gives."""
-        loaded = read_options(path, f'the recipe "{path}"', "--config")
-        if not isinstance(loaded, dict):
+        """Read the options of a recipe."""
+        recipe_options = read_options(path, f'the recipe "{path}"', "--config")
+        if not isinstance(recipe_options, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
         with add_source(f'in the recipe "{path}", '):
-            return self.mapped(loaded)
+            return self.parse_mapping(recipe_options)
 
-    def mapped(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a mapping of a YAML file gives, as `explicit` returns them.
+    def parse_mapping(self, recipe_options: Mapping[str, Any]) -> dict[str, Any]:
+        """Parse a mapping from a YAML file to option values, like `explicit`.
 
         Raises:
             UserError: an unknown option, one that is given twice, a value of the wrong type.
         """
-        # A recipe has `center_crop: false` in place of a --no_ form, and names no other recipe.
+        # A recipe writes `center_crop: false`, not a --no_ flag, and cannot name another recipe.
         names: dict[str, str] = {}
         for spelling, name in self._names().items():
             if not spelling.startswith("no_") and spelling != "config":
                 names[spelling] = name
         words: dict[str, str] = {}
         lists: dict[str, list[Any] | None] = {}
-        for key, value in loaded.items():
+        for key, value in recipe_options.items():
             name = names.get(key.replace("-", "_"))
             if name is None:
                 self._refuse(key or '""', names)
             if name in words or name in lists:
                 raise UserError(f'"{key}" gives {name} a second time: keep one of the two.')
             texts = self._texts(name, value)
-            # None goes with the lists: it has no form on a command line.
+            # None cannot be written on a command line, so it is stored with the lists.
             if isinstance(texts, str):
                 words[name] = texts
             else:
@@ -254,7 +253,7 @@ class CommandLine(UserErrorParser):
         return values
 
     def _texts(self, name: str, value: Any) -> str | list[Any] | None:
-        """A value of a recipe as it is written on a command line; items may be mappings.
+        """Convert a recipe's value to command-line text; list items may be mappings.
 
         Returns:
             None for null, which means no value.
@@ -283,10 +282,11 @@ def find_recipe(name: str) -> Path:
     """The file of a recipe that ``--config`` names by its path, or as one of `RECIPES`.
 
     Raises:
-        UserError: there is neither.
+        UserError: no such file and no such recipe.
     """
     path = Path(name)
-    # A file wins over a recipe of its name. A path without a file is refused where it is read.
+    # A file takes precedence over a recipe of the same name. A path without a file is refused
+    # where it is read.
     if is_file(path) or path.is_absolute() or path.suffix:
         return path
     packaged_path = RECIPES / f"{name}.yaml"
@@ -308,11 +308,11 @@ def read_options(path: Path, label: str, flag: str) -> Any:
 
     Args:
         path: the file.
-        label: of the file in messages.
+        label: name of the file in messages.
         flag: the option that names the file.
 
     Raises:
-        UserError: no regular file, too large, no text, no YAML, or YAML with other parts.
+        UserError: not a regular file, too large, not text, or not plain YAML.
     """
     text = read_text(path, f"{label} of {flag}", MAX_BYTES)
     try:
@@ -360,7 +360,7 @@ class _Loader(yaml.BaseLoader):
 def _text(node: Any) -> str:
     text = node.value
     if not isinstance(text, str):  # the value of a list or a mapping is a list of nodes
-        raise _invalid("no text where one is expected", node)
+        raise _invalid("a list or a mapping where text is expected", node)
     return text
 
 

@@ -14,7 +14,7 @@ from ..core.lora_names import FILE_NAME, WEIGHTS
 
 # Options that name a LoRA file, and whether a strength may follow it.
 LORA_OPTIONS = {"init_from": False, "assistant_lora": True, "sampling_lora": True}
-SAMPLING_OPTION = "sampling_lora"  # its file acts when images are made only
+SAMPLING_OPTION = "sampling_lora"  # its file is active only while images are generated
 # Largest size of a strength.
 MAX_STRENGTH = 100.0
 

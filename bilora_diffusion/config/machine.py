@@ -1,4 +1,4 @@
-"""Facts about this machine: packages, the device, processes and precision of a launcher."""
+"""Properties of this machine and of the launch: packages, device, processes, precision."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def require(package: str, option: str) -> None:
     """Refuse an option whose package is missing.
 
     Args:
-        package: name of the package, which may have a lowest version, as in "peft>=0.21".
+        package: name of the package, optionally with a minimum version, as in "peft>=0.21".
         option: the option as the user gave it.
 
     Raises:
-        UserError: it has the command that installs the package.
+        UserError: the package is missing; the message has the install command.
     """
     if not is_installed(package.partition(">")[0]):
         raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
@@ -36,7 +36,7 @@ def require(package: str, option: str) -> None:
 
 def device_type() -> str:
     """The kind of device that accelerate will train on: cuda, mps, xpu, ... or cpu."""
-    # Imported late: it takes a second, for which --help does not wait.
+    # Imported lazily, since it takes a second and --help must not wait for it.
     import torch
 
     if is_on("ACCELERATE_USE_CPU"):
@@ -69,7 +69,7 @@ def refuse_separate_processes() -> None:
     starts one of them only, unless MPI starts them (``--mpirun_hostfile``).
 
     Raises:
-        UserError: the processes would train each on its own, or fewer than were asked for.
+        UserError: the processes would train each on its own, or fewer than requested.
     """
     # torchrun and accelerate set WORLD_SIZE, and each MPI another variable.
     sizes = [os.environ[name] for name in ("WORLD_SIZE", *MPI_SIZES) if name in os.environ]
@@ -88,12 +88,12 @@ def refuse_separate_processes() -> None:
 
 
 def is_on(variable: str) -> bool:
-    """Test that a variable of accelerate's launcher says yes."""
+    """Test that a variable of accelerate's launcher is set to true."""
     return os.environ.get(variable, "").lower() in TRUE
 
 
 def launch() -> dict[str, Any]:
-    """Facts for `constraints` about the launch, from the variables of accelerate's launcher."""
+    """Launch settings that `constraints` checks, from the variables of accelerate's launcher."""
     # The launcher writes "NO" where nobody chose a backend.
     is_compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper() not in ("", "NO")
     engine = "DDP"
@@ -120,7 +120,7 @@ def launch() -> dict[str, Any]:
 
 
 def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
-    """The first setting of FSDP2 that splits or moves more than frozen layers; None without one."""
+    """The first FSDP2 setting that would shard or offload more than frozen layers, or None."""
     is_set = {
         "FSDP_OFFLOAD_PARAMS": is_on("FSDP_OFFLOAD_PARAMS"),
         "FSDP_ACTIVATION_CHECKPOINTING": is_on("FSDP_ACTIVATION_CHECKPOINTING"),
@@ -147,7 +147,7 @@ def default_precision() -> str:
         return precision
     if precision != "no":
         raise UserError(
-            f'accelerate is set to mixed precision "{precision}", which training does not have:'
+            f'accelerate is set to mixed precision "{precision}", which is not supported:'
             " give --mixed_precision bf16, fp16 or no."
         )
     if device_type() != "cuda":

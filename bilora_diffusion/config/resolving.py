@@ -1,7 +1,7 @@
 """From a command line to a configuration: parse, derive, check, freeze; once for a run.
 
 parse    flags and recipe -> a typed configuration that knows which options were given
-derive   `derived.DERIVED_DEFAULTS`, then the script's defaults (`RunConfig.derived`)
+derive   `derived.DERIVED_DEFAULTS`, then the script's defaults (`RunConfig.derive_defaults`)
 check    options without effect are ignored with a note; combinations, packages and places that
          would not work are refused
 freeze   the rates of the launch (`derived.with_scaled_rates`)
@@ -66,7 +66,7 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     # Derive. The method and the optimizer come first: defaults depend on their names.
     cfg = with_optimizer_name(cfg)
     check_method(cfg)
-    cfg = derive(cfg, DERIVED_DEFAULTS).derived()
+    cfg = derive(cfg, DERIVED_DEFAULTS).derive_defaults()
 
     # Check. Ignored options get their defaults first, so that no constraint refuses one of them.
     cfg, notes = without_ignored_options(cfg, cfg.groups)

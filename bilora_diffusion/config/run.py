@@ -1,4 +1,4 @@
-"""The configuration of a run: all options of a training script, frozen. `resolving` makes it."""
+"""All options of a training script as a frozen dataclass; `config.resolving` creates it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class RunConfig(
     OptimizerOptions,
     OutputOptions,
 ):
-    """Base class of both scripts' configurations: flat frozen dataclasses of groups of options."""
+    """Base class of both scripts' configurations; combines the frozen option dataclasses."""
 
-    # Properties of the script.
     modality: ClassVar[str]  # image or text
     groups: ClassVar[tuple[type, ...]]  # the option dataclasses, in the order of ``--help``
     alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them
@@ -42,7 +41,7 @@ class RunConfig(
     # LoRA files that options name, by the option's name.
     lora_sources: dict[str, LoraSource]
 
-    # Options that only one script has, or that it declares otherwise.
+    # Options that only one script has, or redeclares with another default.
     train_text_encoder: bool = False
     text_encoder_lr: float | None = None
     compile: bool = False
@@ -61,33 +60,34 @@ class RunConfig(
         foreign_flags = constraints.table().foreign[cls.modality]
         return CommandLine(cls.groups, cls.description, cls.usage, foreign_flags)
 
-    def derived(self) -> Self:
-        """The configuration with this script's derived defaults.
+    def derive_defaults(self) -> Self:
+        """Return the configuration with this script's derived defaults.
 
         Some of them depend on the small files of the base model.
 
         Raises:
-            UserError: these files can't be read, or the model does not have what is asked for.
+            UserError: these files can't be read, or the model lacks something that an option needs.
         """
         raise NotImplementedError
 
     def check_inputs(self) -> None:
-        """Refuse files and folders that this script reads and that do not exist.
+        """Check that all input files and folders exist.
 
         Raises:
-            UserError: it has the value and the fix.
+            UserError: one is missing; the message names it and the fix.
         """
         raise NotImplementedError
 
     @property
-    def leaves_unused(self) -> bool:
-        """Whether a step may leave trained parameters without a gradient, which DDP must know."""
+    def has_unused_parameters(self) -> bool:
+        """Whether a step may leave trained parameters without a gradient, so that DDP needs
+        ``find_unused_parameters``."""
         return False
 
     @property
     def validates_at_checkpoints(self) -> bool:
-        """Whether each checkpoint gets validation samples if ``--validation_epochs`` is not given;
-        if not, only the end of training does."""
+        """Whether validation samples are generated at each checkpoint if ``--validation_epochs`` is
+        not given; else only at the end."""
         return False
 
     @property
@@ -147,7 +147,7 @@ class RunConfig(
 
     @property
     def heldout_measure(self) -> str:
-        """The measure of held-out samples that decides, by its name in the log."""
+        """Log name of the held-out metric that selects the exported weights."""
         return HELDOUT_LOSS
 
     @property
@@ -157,9 +157,9 @@ class RunConfig(
 
     @property
     def measures_samples(self) -> bool:
-        """Whether a measurement makes images or answers, which takes longer than a loss."""
+        """Whether a measurement generates images or answers, which takes longer than a loss."""
         return False
 
     def measurement_interval(self, steps: int) -> int:
-        """Steps from one measurement to the next, of twenty in a run; of five that make samples."""
+        """Steps between measurements: 20 per run, or 5 if a measurement generates samples."""
         return max(1, steps // (5 if self.measures_samples else 20))

@@ -156,12 +156,12 @@ def report_errors() -> Iterator[ExitCode]:
         other exception. The sentence then names the file that holds the trace, and
         ``BILORA_TRACEBACK=1`` prints it.
     """
-    code = ExitCode()
+    exit_code = ExitCode()
     try:
-        yield code
+        yield exit_code
     except (Exception, KeyboardInterrupt) as error:
-        code.number = _report(error)
-        if code.number != READER_LEFT:
+        exit_code.number = _report(error)
+        if exit_code.number != READER_LEFT:
             print_trace_if_asked(error)
 
 
@@ -173,9 +173,9 @@ def print_trace_if_asked(error: BaseException) -> None:
 
 def run_cli(main: Callable[[], None]) -> int:
     """Run `main` of a script and report its error (`report_errors`); returns the exit code."""
-    with report_errors() as code:
+    with report_errors() as exit_code:
         main()
-    return code.number
+    return exit_code.number
 
 
 def _report(error: BaseException) -> int:
@@ -193,11 +193,11 @@ def _report(error: BaseException) -> int:
     if disk_is_full(error):
         _print_error("the disk is full: make room and give the same command again")
         return 2
-    _print_error(f"{describe(error)}; {describe_trace(error)}")
+    _print_error(f"{describe_error(error)}; {describe_trace(error)}")
     return 1
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error as a sentence: the package's own errors have all facts in theirs."""
     if isinstance(error, UserError | TrainingError):
         return str(error)
@@ -225,7 +225,7 @@ def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
 
     Args:
         error: the exception.
-        folder: of the file; None for a new temporary one.
+        folder: folder of the file; None for a new temporary one.
 
     Returns:
         The file; None if it can't be written.

@@ -23,9 +23,9 @@ from .errors import UserError, as_user_error, did_you_mean
 
 # Maximum number of characters of a wrong text in a sentence.
 LETTERS = 80
-# Size of a table at most, since it is read into memory.
+# Maximum size of a table in bytes, since it is read into memory.
 MAX_BYTES = 2_000_000_000
-# Columns that a sentence lists at most.
+# Maximum number of columns that a sentence lists.
 COLUMNS = 20
 # The repository, or the folder into which the package is installed.
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def regular_file(path: Path) -> Path:
     """Return the path of a file that can be read whole, into memory.
 
     Raises:
-        OSError: it is no regular file, such as a pipe without an end, or too large.
+        OSError: it is not a regular file, such as a pipe without an end, or too large.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -69,12 +69,12 @@ def read_text(path: Path, name: str, max_bytes: int) -> str:
 
     Args:
         path: the file.
-        name: of the file in messages.
-        max_bytes: size of the file at most.
+        name: name of the file in messages.
+        max_bytes: maximum size of the file.
 
     Raises:
-        UserError: no regular file, too large, or no text; the message names the first line that is
-            not UTF-8.
+        UserError: not a regular file, too large, or not text; the message names the first line
+            that is not UTF-8.
     """
     if not is_file(path):
         kind = "not there"
@@ -129,7 +129,7 @@ def folder_or_id(value: str, option: str) -> Path | None:
     Raises:
         UserError: a file, a path that does not exist, or no possible id.
     """
-    # Imported late: --help has no use for it.
+    # Imported lazily: --help does not need it.
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     path = Path(value).expanduser()
@@ -162,13 +162,13 @@ def read_rows(
     Args:
         path: an object on each line (.jsonl), a list of objects (.json), a table with a header
             (.csv), all UTF-8; or Parquet (.parquet).
-        name: of the file in messages; None for its name without the folder.
+        name: name of the file in messages; None for its name without the folder.
         kind: ending that says how it is read; None for the path's.
-        max_bytes: size of a text file at most.
+        max_bytes: maximum size of a text file.
 
     Raises:
-        UserError: no such file, another kind of file, no text, or no row where one is expected; the
-            message names the line.
+        UserError: no such file, another kind of file, not text, or no row where one is expected;
+            the message names the line.
     """
     if name is None:
         name = path.name
@@ -214,7 +214,7 @@ def counted(count: int | str, noun: str) -> str:
     return f"{count} {noun}{ending}"
 
 
-def hours_for_each_second(count: float, noun: str) -> str:
+def describe_hours_per_second(count: float, noun: str) -> str:
     """How long so many things take: "0.5 hours for each second that a step takes"."""
     return f"{count / 3600:.2g} hours for each second that {noun} takes"
 

@@ -356,10 +356,10 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
                 f"{kohya_key}.lora_up.weight": torch.zeros(()),
             }
             with as_user_error(f"{name} can't be read as a layer of SDXL", _OTHER_FORMAT):
-                loaded, *_ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+                state_dict, *_ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
                     weights, unet_config=sdxl
                 )
-            down_key = next(key for key in loaded if key.endswith(".down.weight"))
+            down_key = next(key for key in state_dict if key.endswith(".down.weight"))
             down_key = down_key.removeprefix(f"{component}.")
             module = dotted_names([down_key], is_encoder=component in ENCODERS)[down_key]
         if not known_layer.fullmatch(module):

@@ -114,7 +114,7 @@ class Header(NamedTuple):
     config: dict[str, PeftConfig]  # by model
 
 
-def refused(path: Path, problem: str, fix: str = "give another file") -> UserError:
+def file_error(path: Path, problem: str, fix: str = "give another file") -> UserError:
     """The error for a file: "PATH problem; fix."."""
     return UserError(f"{path} {problem}; {fix}.")
 
@@ -144,7 +144,7 @@ def lora_files(source: Path) -> list[Path]:
     files = sorted(source.glob("*.safetensors"))
     if len(files) != 1:
         names = ", ".join(path.name for path in files) or "it has none"
-        raise refused(
+        raise file_error(
             source,
             f"is a folder without {FILE_NAME} or {WEIGHTS}",
             f"name one of its .safetensors files ({names})",
@@ -168,7 +168,7 @@ def read_header(path: Path) -> Header:
     down = [tensor for tensor in tensors if tensor.role == "A"]
     if not down:
         count = len(tensors) + len(other_keys)
-        raise refused(path, f"holds no LoRA among its {count} tensors", "name a LoRA file")
+        raise file_error(path, f"holds no LoRA among its {count} tensors", "name a LoRA file")
     keys = [tensor.key for tensor in tensors] + other_keys
     # All keys must have the prefixes of one format.
     file_format = "unknown"
@@ -215,7 +215,7 @@ def read_header(path: Path) -> Header:
 def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, str]]:
     """Read the tensors of adapters, the keys of other tensors, and the metadata."""
     if path.is_dir():
-        raise refused(path, "is a folder", "name one of its .safetensors files")
+        raise file_error(path, "is a folder", "name one of its .safetensors files")
     if not path.is_file():
         raise UserError(f"There is no file {path}; check the path.")
     matches: dict[str, re.Match[str]] = {}
@@ -266,19 +266,19 @@ def _tensor(
     if role == "alpha":
         count = math.prod(shape)
         if count != 1:
-            raise refused(path, f"has {count} values as {key}, which is one number")
+            raise file_error(path, f"has {count} values as {key}, which is one number")
         alpha = scalar.item()
         # By the exact type, since bool is a subclass of int.
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise refused(path, f"has {alpha} as {key}, which is not a finite number")
+            raise file_error(path, f"has {alpha} as {key}, which is not a finite number")
     else:
         if dtype not in _FLOATS:
             problem = f"has {key} as {dtype}, and LoRA is made of floats"
-            raise refused(path, problem, f"give a file in one of {', '.join(_FLOATS)}")
+            raise file_error(path, problem, f"give a file in one of {', '.join(_FLOATS)}")
         # A and B have at least two dimensions, a magnitude has at least one.
         dimensions = 1 if role == "magnitude" else 2
         if len(shape) < dimensions or 0 in shape:
-            raise refused(
+            raise file_error(
                 path, f"has {key} of the shape {list(shape)}, which can't be a part of a LoRA"
             )
     name = layer.removeprefix(prefix).removeprefix(_PEFT_PREFIX)
@@ -305,7 +305,7 @@ def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, P
         first_tensor = models[tensor.model][tensor.layer].setdefault(tensor.role, tensor)
         if first_tensor is not tensor:
             both = f"has both {first_tensor.key} and {tensor.key}"
-            raise refused(path, both, "leave one of them out")
+            raise file_error(path, both, "leave one of them out")
     for model, layers in models.items():
         model_config = config.get(model)
         for layer in layers.values():
@@ -313,7 +313,7 @@ def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, P
         plain_keys = [layer["A"].key for layer in layers.values() if "magnitude" not in layer]
         dora_count = len(layers) - len(plain_keys)
         if plain_keys and dora_count:
-            raise refused(
+            raise file_error(
                 path,
                 f"has DoRA's magnitudes for {dora_count} layers and none for {len(plain_keys)},"
                 f" such as {plain_keys[:1]}, which no library can load",
@@ -323,7 +323,7 @@ def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, P
             problem = "has no magnitudes of DoRA, and its configuration says DoRA"
             if dora_count:
                 problem = "has magnitudes of DoRA, and its configuration says no DoRA"
-            raise refused(path, problem, _OWN_CONFIG)
+            raise file_error(path, problem, _OWN_CONFIG)
 
 
 def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | None) -> None:
@@ -332,7 +332,7 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
     if missing:
         some_tensor = next(iter(layer.values()))
         problem = f"has {some_tensor.key} without the factor {''.join(missing)} of its layer"
-        raise refused(path, problem, _DOWNLOAD)
+        raise file_error(path, problem, _DOWNLOAD)
     A, B = layer["A"], layer["B"]
     rank = A.shape[0]
     # B is (m, r), or (m, r, 1, 1) for a convolution.
@@ -342,19 +342,19 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
             f"has {A.key} of the shape {list(A.shape)} and {B.key} of {list(B.shape)}, which do not"
             " fit"
         )
-        raise refused(path, problem, _DOWNLOAD)
+        raise file_error(path, problem, _DOWNLOAD)
     if config is not None and config.rank(A.name) != rank:
         problem = (
             f"has {A.key} of rank {rank}, for which its configuration says {config.rank(A.name)}"
         )
-        raise refused(path, problem, _OWN_CONFIG)
+        raise file_error(path, problem, _OWN_CONFIG)
     if "magnitude" in layer:
         # One number for each of the m outputs: (m,), optionally with dimensions of size 1.
         magnitude = layer["magnitude"]
         width = B.shape[0]
         is_row = len(magnitude.shape) == 2 and magnitude.shape[1] == width > 1
         if math.prod(magnitude.shape) != width or is_row:
-            raise refused(
+            raise file_error(
                 path,
                 f"has DoRA's scale {magnitude.key} along the inputs, which diffusers and PEFT can't"
                 " do",

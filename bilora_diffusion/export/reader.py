@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.errors import TrainingError
 from ..core.lora_names import COMPONENTS, ENCODERS
 from .formats import Layer, Part, dotted_names, module_names, plain_name
-from .lorafile import Header, LoraFile, LoraTensor, inspect, read_header, refused
+from .lorafile import Header, LoraFile, LoraTensor, file_error, inspect, read_header
 
 # Metadata entry with the model of a PEFT file, whose keys do not name it.
 COMPONENT = "bilora.component"
@@ -56,9 +56,9 @@ def read(path: Path) -> Contents:
     header = read_header(path)
     file = header.file
     if file.auxiliary:
-        raise refused(path, f"holds more than one adapter ({file.evidence[:1]})")
+        raise file_error(path, f"holds more than one adapter ({file.evidence[:1]})")
     if header.other_keys:
-        raise refused(
+        raise file_error(
             path,
             f"holds {len(header.other_keys)} tensors that LoRA files of the other formats have no"
             f" place for, the first is {header.other_keys[:1]}",
@@ -98,7 +98,7 @@ def _read_parts(path: Path, header: Header) -> tuple[dict[str, Part], dict[str, 
             full_name = f"{component}.{name}"
             if full_name in sources:
                 both = f"has {full_name} as {sources[full_name]} and as {source}"
-                raise refused(path, both, "leave one out")
+                raise file_error(path, both, "leave one out")
             sources[full_name] = source
             rank = len(tensors["A"])
             # An alpha in the file takes precedence over the configuration; without both it is the
@@ -132,7 +132,7 @@ def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> 
         return path.parent.name
     if file.format == "unknown":
         problem = f"has keys of no known format, such as {names[0]}"
-        raise refused(path, problem, "give a file in diffusers', kohya's or PEFT's")
+        raise file_error(path, problem, "give a file in diffusers', kohya's or PEFT's")
     return model
 
 
@@ -167,11 +167,11 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
     for tensor in layer.tensors:
         # NaN does not pass this comparison.
         if not bool(tensor.double().abs().max() <= _LARGEST):
-            raise refused(path, f"holds values for {name} that are not finite in fp32")
+            raise file_error(path, f"holds values for {name} that are not finite in fp32")
     # A bound of |B @ A|: the largest value of each rank-one term.
     terms = B.double().flatten(1).abs().amax(0) * A.double().flatten(1).abs().amax(1)
     if not bool(terms.sum() <= _LARGEST):
-        raise refused(path, f"changes {name} by more than fp32 can hold")
+        raise file_error(path, f"changes {name} by more than fp32 can hold")
     return layer
 
 

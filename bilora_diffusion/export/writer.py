@@ -341,7 +341,7 @@ def save_adapter(
     Raises:
         TrainingError: a value is not finite.
     """
-    tensors, config = adapters.pretrained(model)
+    tensors, config = adapters.pretrained_content(model)
     write_adapter(Path(folder), tensors, text_config(config, base_model, kind), metadata)
     return {
         "layers": len(adapters.layers(model, PRIMARY)),

@@ -73,7 +73,7 @@ def folder_of(name: str) -> Path | None:
     return None
 
 
-def describe(
+def read_base_model(
     name: str, revision: str | None = None, cache_dir: str | None = None, flag: str = FLAG
 ) -> BaseModel:
     """Read a model's configuration files; those of a model on the hub are downloaded.
@@ -120,7 +120,7 @@ def _read(
     """A JSON object among a model's files.
 
     Args:
-        folder: of the model; None for one on the hub.
+        folder: folder of the model; None for one on the hub.
     """
     from huggingface_hub import hf_hub_download
 

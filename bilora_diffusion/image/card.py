@@ -104,7 +104,7 @@ def write_dreambooth_card(
         meta=front_matter,
         # The table of results.
         heading="Results",
-        measured=_measured(cfg, results),
+        measured=_result_rows(cfg, results),
         loss_ranks_no_images=HELDOUT_LOSS in results,
         # What was trained.
         title=EMBEDDED_TITLES.get(base, base),
@@ -117,7 +117,7 @@ def write_dreambooth_card(
     )
 
 
-def _measured(cfg: DreamBoothConfig, results: Mapping[str, Any]) -> dict[str, Any]:
+def _result_rows(cfg: DreamBoothConfig, results: Mapping[str, Any]) -> dict[str, Any]:
     """Rows of the table of results, by title: the values that the run has measured."""
     metrics = dict(MEASURED)
     for options in cfg.concepts:

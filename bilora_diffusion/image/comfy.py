@@ -20,7 +20,7 @@ from ..core.durable import write_text
 from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow_file_name
 from ..core.values import BASE_GUIDANCE, unconditional_strength
 from ..methods import get
-from ..mini import embedded
+from ..mini import find_embedded
 from .captions import concept_words
 from .config import DreamBoothConfig
 from .families import family_of
@@ -100,7 +100,7 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     family = family_of(pipeline)
     is_unread = remark(cfg) is not None or get(cfg.method).exports_weights
     has_no_file = not (family.flow or cfg.output_kohya_format)
-    if is_unread or has_no_file or embedded(base):
+    if is_unread or has_no_file or find_embedded(base):
         return
     scheduler = build_scheduler(pipeline.scheduler, cfg.sampling_scheduler)
     if cfg.sampling_scheduler is not None:
@@ -132,7 +132,7 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What acts when images are made only."""
+    """Settings that are used only while images are generated."""
 
     scheduler: Any  # of diffusers
     lora: LoraSource | None = None  # a further file, such as Lightning's

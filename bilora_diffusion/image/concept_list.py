@@ -80,7 +80,7 @@ def with_sets_of_images(cfg: Config) -> Config:
         if is_main_process():
             for note in notes:
                 logger.warning("%s, concept %d: %s", place, number, note)
-    return joined(with_set_defaults(cfg), concepts)
+    return join_concepts(with_set_defaults(cfg), concepts)
 
 
 def has_concepts(cfg: ImageOptions) -> bool:
@@ -117,7 +117,7 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     if run_options:
         raise UserError(f"{min(run_options)} holds for all concepts: give it on the command line.")
     parser = CommandLine(CONCEPT_GROUPS, "", "")
-    explicit = parser.mapped(item)
+    explicit = parser.parse_mapping(item)
     if isinstance(explicit.get("dataset_name"), list):
         raise UserError("its dataset is a list: give a single folder or hub id.")
     check(options_of(CONCEPT_GROUPS), {**parser.defaults(), **explicit})
@@ -183,7 +183,7 @@ def require_disjoint(place: str, images: ImageSet) -> None:
     """
     concepts: dict[Path, int] = {}
     for entry in images.entries:
-        source = entry.encoded()
+        source = entry.encoded_image()
         if isinstance(source, bytes):  # an image of a set on the hub, not a file
             continue
         first_concept = concepts.setdefault(source.resolve(), entry.concept)
@@ -194,7 +194,7 @@ def require_disjoint(place: str, images: ImageSet) -> None:
             )
 
 
-def joined(run: Config, concepts: Sequence[Config]) -> Config:
+def join_concepts(run: Config, concepts: Sequence[Config]) -> Config:
     """The run's configuration with its named concepts and their validation prompts."""
     names = [Path(concept.source).name or concept.source for concept in concepts]
     # Two folders can have the same name but not the same path (`require_other_folders`).

@@ -24,7 +24,7 @@ from ..core.values import (
     unconditional_strength,
 )
 from ..methods.options import AdapterOptions, MethodFlags
-from .base_model import BaseModel, describe, folder_of
+from .base_model import BaseModel, folder_of, read_base_model
 from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults
 from .families import SDXL, family_class
@@ -60,7 +60,7 @@ GROUPS = (
     ImageOutputOptions,
 )
 
-# Options that act when images are made only, and on all images alike.
+# Options that are used only while images are generated, and for all images alike.
 SAMPLER_OPTIONS = ("sampling_lora", "sampling_scheduler", "validation_model")
 # What is recorded of the file, which may move.
 SAMPLING_LORA_FACTS = frozenset({"sampling_lora_sha256", "sampling_lora_strength"})
@@ -104,9 +104,9 @@ class DreamBoothConfig(ImageOptions):
         """Build the configuration from a command line; see `config.resolving`."""
         return resolving.resolve(cls, argv)
 
-    def derived(self) -> Self:
+    def derive_defaults(self) -> Self:
         cfg = with_sets_of_images(self)
-        model = describe(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
+        model = read_base_model(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
         cfg = with_model_defaults(cfg, model)
         sampled_model = model
         if cfg.validation_model is not None:
@@ -163,7 +163,7 @@ class DreamBoothConfig(ImageOptions):
         return self.chooses_by_samples
 
     @property
-    def leaves_unused(self) -> bool:
+    def has_unused_parameters(self) -> bool:
         # SDXL does not read the last layer of its first encoder, and transformers discard the text
         # tokens after their last block.
         return self.train_text_encoder or self.pipeline != SDXL
@@ -243,7 +243,7 @@ def describe_validation_model(cfg: ImageOptions, model: BaseModel) -> BaseModel:
         UserError: it is not a model of the base model's kind.
     """
     flag = "--validation_model"
-    sampled_model = describe(str(cfg.validation_model), None, cfg.cache_dir, flag)
+    sampled_model = read_base_model(str(cfg.validation_model), None, cfg.cache_dir, flag)
     if sampled_model.pipeline != model.pipeline:
         raise UserError(
             f"{flag} {quoted(sampled_model.name)} is a {sampled_model.pipeline}, and"
@@ -270,11 +270,11 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
     if cfg.validation_guidance_scale is not None:
         run_guidance = cfg.validation_guidance_scale
     if cfg.sampling_scheduler is not None:
-        numbers = [
+        steps_options = [
             cfg.validation_num_inference_steps,
             *(sample.steps for sample in samples_of(cfg)),
         ]
-        steps = [number or usual_steps for number in numbers]
+        steps = [count or usual_steps for count in steps_options]
         check_scheduler(cfg.sampling_scheduler, sampled_model.configs["scheduler"], steps)
     sides: set[int] = set()  # in pixels, of all training and validation images
     for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):

@@ -17,7 +17,7 @@ from ..config.derived import Rule, default_text_encoder_lr, default_validation_l
 from ..core.errors import UserError, read_or_refuse
 from ..core.files import is_file, read_text
 from ..core.values import ATTENTION, EMBEDDED
-from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, embedded, heldout_name
+from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, find_embedded, heldout_name
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL
 from .options import ImageOptions
@@ -243,7 +243,7 @@ def default_max_sequence_length(cfg: ImageOptions) -> int | None:
 
 def default_image_model(cfg: ImageOptions) -> str:
     """The embedded scorer for the miniatures, the declared default for other models."""
-    if embedded(cfg.pretrained_model_name_or_path) is not None:
+    if find_embedded(cfg.pretrained_model_name_or_path) is not None:
         return EMBEDDED
     return cfg.image_model
 

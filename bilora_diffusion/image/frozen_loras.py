@@ -18,7 +18,7 @@ from ..export.lora_checks import warn_of_other_base
 from ..export.reader import read
 from .config import DreamBoothConfig
 
-# Options whose LoRA files act beside the trained adapters, and the names of their adapters.
+# Options whose LoRA files are active with the trained adapters, and their adapters' names.
 FROZEN_OPTIONS = {"assistant_lora": ASSISTANT, "sampling_lora": SAMPLING}
 FIX = "give the base model that it was trained on"
 
@@ -36,7 +36,7 @@ def models_of(pipeline: Any) -> dict[str, Any]:
 def read_frozen_of_run(
     cfg: DreamBoothConfig, pipeline: Any, models: Mapping[str, nn.Module]
 ) -> dict[str, tuple[FrozenAdapter, ...]]:
-    """Read the LoRA files that act beside the trained adapters; by the model's name."""
+    """Read the LoRA files that are active with the trained adapters; by the model's name."""
     frozen: dict[str, tuple[FrozenAdapter, ...]] = dict.fromkeys(models, ())
     for option, adapter in FROZEN_OPTIONS.items():
         source = cfg.lora_sources.get(option)

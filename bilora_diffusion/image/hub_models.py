@@ -1,4 +1,4 @@
-"""Models of transformers beside the base model: DINOv2 and captioners, by hub id or folder.
+"""Transformers models other than the base model: DINOv2 and captioners, by hub id or folder.
 
     model = find_model("facebook/dinov2-base", label='"dinov2:facebook/dinov2-base"')
     network = load_weights(model, AutoModel, torch.float32)

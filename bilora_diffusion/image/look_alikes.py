@@ -25,7 +25,7 @@ MIN_CORRELATION = 0.95
 COPY_SIDE = 16
 # Pillow's: how much larger an image still is when it is filtered.
 REDUCING_GAP = 3.0
-# Pairs that are named at most.
+# Maximum number of pairs that are named.
 MAX_NAMED = 5
 
 

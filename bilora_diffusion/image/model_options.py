@@ -88,9 +88,9 @@ class ModelOptions:
     # Its hash and strength may not change on resume, its place may: `config.lora_sources`.
     assistant_lora: str | None = option(
         None,
-        "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that acts in training only:"
-        " a training adapter for a distilled model, or a style that is kept on what is trained. It"
-        " is not trained, not exported, and off when images are made.",
+        "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that is active in training"
+        " only: a training adapter for a distilled model, or a style that is kept on what is"
+        " trained. It is not trained, not exported, and off while images are generated.",
         is_path=True,
         may_change_on_resume=True,
     )

@@ -139,7 +139,7 @@ class Denoising(SampledLevels):
         """Weighted mean squared error of each sample, (n,) in float32.
 
         Args:
-            prediction: of the model for what `add_noise` returns, (n, c, h, w).
+            prediction: the model's output for what `add_noise` returns, (n, c, h, w).
             inputs: as of `FlowMatching.loss`.
         """
         latents, noise, level_index = inputs["latents"], inputs["noise"], inputs["level_index"]
@@ -295,7 +295,7 @@ class FlowMatching(SampledLevels):
         """Mean squared error of the velocity times w(s), (n,) in float32.
 
         Args:
-            prediction: of the model for what `add_noise` returns, (n, c, h, w).
+            prediction: the model's output for what `add_noise` returns, (n, c, h, w).
             inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); ``level_index``,
                 the number of each sample's noise level, (n,); ``is_instance``, False for class
                 images, (n,); and, with masks, ``mask_weights`` of the places, (n, 1, h, w).

@@ -112,7 +112,7 @@ def open_images(
     colors = color_map(dataset)
     if colors is not None:
         for entry in table.entries:
-            entry.source = partial(_recolored, entry.source, colors)
+            entry.source = partial(_recolor, entry.source, colors)
     _set_captions(dataset, table, listing, caption_column)
     _set_masks(table, mask_column, alpha_mask)
     return ImageSet(
@@ -200,7 +200,7 @@ def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -
 
 def _read_split(label: str, data: Any, image_column: str, mask_column: str | None) -> Table:
     """Read the images of a split, which are decoded when they are used."""
-    rows = _undecoded(label, data, image_column, "--image_column")
+    rows = _undecoded_rows(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
     image_rows: list[int] = []  # numbers of the rows that are not masks
@@ -226,20 +226,20 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
             )
     entries = []
     for number in range(len(data)):
-        entries.append(Entry(f"{label}[{number}]", partial(_stored, rows, number)))
+        entries.append(Entry(f"{label}[{number}]", partial(_stored_image, rows, number)))
     columns = {key: data[key] for key in data.column_names}  # read when they are used
     if len(files) < len(data):
         files = []
     table = Table(entries, columns, files)
     if mask_column:
         table.masks_from = f'column "{mask_column}"'
-        masks = _undecoded(label, data, mask_column, "--mask_column")
+        masks = _undecoded_rows(label, data, mask_column, "--mask_column")
         for number, entry in enumerate(entries):
-            entry.mask = partial(_read_mask, partial(_stored, masks, number))
+            entry.mask = partial(_read_mask, partial(_stored_image, masks, number))
     return table
 
 
-def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
+def _undecoded_rows(label: str, data: Any, column: str, option: str) -> Any:
     """A column of images that are not decoded: mappings with "bytes" and "path", or None."""
     import datasets
 
@@ -258,7 +258,7 @@ def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
     return data.select_columns(column).cast_column(column, datasets.Image(decode=False))[column]
 
 
-def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | bytes | None:
+def _stored_image(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | bytes | None:
     """The content or the file of an image in a table; None if the row has none."""
     stored = rows[number] or {}
     if stored.get("bytes") is not None:
@@ -268,7 +268,7 @@ def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | byt
     return None
 
 
-def _recolored(source: Source, colors: str) -> bytes | None:
+def _recolor(source: Source, colors: str) -> bytes | None:
     """Map the colors of an image file (`mini.color_map`) and return its new content."""
     encoded = source()
     if encoded is None:

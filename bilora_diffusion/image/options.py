@@ -223,7 +223,7 @@ class ValidationOptions:
         ignored=(
             IgnoredCase(
                 lambda v: v["final_validation_prompt"] not in v["validation_prompts"],
-                "beside `--validation_prompt`, whose images are made at the end too",
+                "with `--validation_prompt`, whose images are generated at the end too",
             ),
         ),
     )

@@ -33,7 +33,7 @@ from ..core.values import (
 from ..mini import PIPELINES
 from ..train.dry_run import BEFORE, NUMBER_BYTES, STEP, PhaseMemory, empty
 from ..train.soundness import require_safetensors, require_whole, require_words
-from .base_model import ANOTHER, describe, folder_of, from_hub
+from .base_model import ANOTHER, folder_of, from_hub, read_base_model
 from .config import DreamBoothConfig
 from .crops import bucket_sizes
 from .families.base import Family, autoencoder_width
@@ -92,7 +92,7 @@ def load_pipeline(
         UserError: there is no such model, it has only pickles, weights are missing, or a tokenizer
             has no words.
     """
-    model = describe(name, revision, cache_dir)
+    model = read_base_model(name, revision, cache_dir)
     family = model.family
     folder = folder_of(name)
     if folder is None:
@@ -238,8 +238,8 @@ def load_part(
         return _empty(label, kind, place, fix, **options)
     require_safetensors(label, Path(place).expanduser() / options.get("subfolder", ""))
     options |= {"use_safetensors": True, "output_loading_info": True}
-    model, loaded = read_or_refuse(label, fix, lambda: kind.from_pretrained(place, **options))
-    require_whole(label, loaded["missing_keys"])
+    model, loading_info = read_or_refuse(label, fix, lambda: kind.from_pretrained(place, **options))
+    require_whole(label, loading_info["missing_keys"])
     return model.requires_grad_(False).eval()
 
 
@@ -377,12 +377,12 @@ def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBo
     else:  # the coefficients of a UNet are for all blocks together
         blocks = 1
     width = family.width(denoiser.config)
-    # Numbers per token and unit of width.
+    # Stored values per token and unit of width.
     if cfg.gradient_checkpointing:
-        numbers = blocks * counts.checkpointed + counts.recomputed
+        values_per_width = blocks * counts.checkpointed + counts.recomputed
     else:
-        numbers = blocks * counts.block
+        values_per_width = blocks * counts.block
     # A held prediction keeps a second forward pass for its gradient.
     passes = 2 if cfg.hold_unconditional or cfg.prior_prediction_weight else 1
     tokens = passes * cfg.train_batch_size * (image_tokens + counts.prompt_tokens)
-    return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * numbers)
+    return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * values_per_width)

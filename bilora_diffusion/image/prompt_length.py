@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import read_or_refuse
 from ..core.files import counted, listed
-from .base_model import ANOTHER, FLAG, describe, folder_of
+from .base_model import ANOTHER, FLAG, folder_of, read_base_model
 from .families.base import Family
 
 CLIP_TOKENS = 77  # that CLIP reads, with start and end
@@ -51,7 +51,7 @@ class PromptLength:
         """
         from transformers import AutoTokenizer
 
-        model = describe(name)
+        model = read_base_model(name)
         family = model.family
         encoders = []
         for part in family.encoders:

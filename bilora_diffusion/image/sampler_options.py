@@ -1,4 +1,4 @@
-"""Options of how images are sampled: what acts then and not in training."""
+"""Options of sampling that have no effect on training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WITHOUT_ANY_SAMPLES = IgnoredCase(
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """What acts on sampled images alone, such as a distillation of the base model."""
+    """Options for sampled images only, such as a distillation of the base model."""
 
     section: ClassVar[str] = "validation"
     may_change_on_resume: ClassVar[bool] = True
@@ -38,8 +38,8 @@ class SamplerOptions:
     # Its hash and strength are compared on resume, not its place: `config.DreamBoothConfig`.
     sampling_lora: str | None = option(
         None,
-        "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that acts when they are"
-        " generated only, such as Lightning, Hyper, DMD or Turbo: with"
+        "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that is active only while"
+        " they are generated, such as Lightning, Hyper, DMD or Turbo: with"
         " --validation_num_inference_steps 8 --validation_guidance_scale 1 images take 8 passes in"
         " place of 50 (docs/guide.md). It is not exported.",
         is_path=True,

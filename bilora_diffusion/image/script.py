@@ -101,7 +101,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             if cfg.dry_run:
                 class_set = training  # no images are sampled
             else:
-                class_set = joined(cfg, partial(class_images, accelerator=accelerator))
+                class_set = join_sets(cfg, partial(class_images, accelerator=accelerator))
         stream = TrainingStream(cfg, training, class_set)
         task = DreamBooth(cfg, pipeline, stream, heldout, validation_model)
         if not cfg.dry_run:
@@ -171,11 +171,11 @@ def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
         logger.warning("%s", line)
     # Copies of a file are named already.
     file_hashes = {file_hash for _, file_hash in training.pictures()}
-    numbers = []
-    for number, (_, file_hash) in enumerate(heldout.pictures()):
+    indices = []
+    for index, (_, file_hash) in enumerate(heldout.pictures()):
         if file_hash not in file_hashes:
-            numbers.append(number)
-    other_images = heldout.only(numbers)
+            indices.append(index)
+    other_images = heldout.only(indices)
     pairs = find_look_alikes(training.looks(), other_images.looks())
     for phrase in describe_pairs(pairs, training.names(), other_images.names()):
         logger.warning(
@@ -235,16 +235,16 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     missing = missing_class_images(list_folder(folder).images, cfg.num_class_images)
     # All processes must have counted the images before one of them writes.
     accelerator.wait_for_everyone()
-    numbers = missing[accelerator.process_index :: accelerator.num_processes]
-    if numbers:
+    indices = missing[accelerator.process_index :: accelerator.num_processes]
+    if indices:
         device = accelerator.device
         dtype = cfg.family.precision(device)
         if cfg.prior_generation_precision is not None:
             dtype = PRECISIONS[cfg.prior_generation_precision]
         pipeline = load_base(cfg, dtype).to(device)
-        starts = range(0, len(numbers), cfg.sample_batch_size)
+        starts = range(0, len(indices), cfg.sample_batch_size)
         for start in tqdm(starts, "class images", disable=not accelerator.is_main_process):
-            batch = numbers[start : start + cfg.sample_batch_size]
+            batch = indices[start : start + cfg.sample_batch_size]
             sampled_images = generate(
                 pipeline,
                 [str(cfg.class_prompt)] * len(batch),
@@ -314,7 +314,7 @@ def open_set(
     return image_set
 
 
-def joined(
+def join_sets(
     cfg: DreamBoothConfig, open_part: Callable[[DreamBoothConfig], ImageSet | None]
 ) -> ImageSet | None:
     """Open the sets of all concepts as one set; without concepts the run's set.
@@ -328,7 +328,7 @@ def joined(
     for number, concept_cfg in enumerate(cfg.concept_configs, start=1):
         with add_source(f"{cfg.source}, concept {number}: "):
             sets[concept_cfg.concept] = open_part(concept_cfg)
-    return ImageSet.joined(cfg.source, sets)
+    return ImageSet.join(cfg.source, sets)
 
 
 def training_images(cfg: DreamBoothConfig) -> ImageSet:
@@ -347,7 +347,7 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
         Captions(concept_cfg, image_set)
         return image_set
 
-    training = cast(ImageSet, joined(cfg, open_part))  # every concept has images
+    training = cast(ImageSet, join_sets(cfg, open_part))  # every concept has images
     if cfg.concepts:
         require_disjoint(cfg.source, training)
     return training
@@ -360,7 +360,7 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
         if not concept_cfg.validation_dataset:
             return None
         image_set = open_set(concept_cfg, concept_cfg.validation_dataset)
-        numbers = choose_samples(image_set.names(), concept_cfg.max_eval_samples)
-        return image_set.only(numbers)
+        indices = choose_samples(image_set.names(), concept_cfg.max_eval_samples)
+        return image_set.only(indices)
 
-    return joined(cfg, open_part)
+    return join_sets(cfg, open_part)

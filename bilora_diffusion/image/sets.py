@@ -43,7 +43,7 @@ class Entry:
     mask_hash: bytes = b""  # hash of a mask that hides something
     look: Look | None = None  # None for an image of a large set, whose pixels are not decoded
 
-    def encoded(self) -> Path | bytes:
+    def encoded_image(self) -> Path | bytes:
         """The image's file, or the file's content."""
         source = self.source()
         if source is None:
@@ -59,7 +59,7 @@ class Entry:
         Raises:
             One of ``DECODE_ERRORS`` if it can't be read, or if its mask has another size.
         """
-        source = self.encoded()
+        source = self.encoded_image()
         if decode:
             image = read_rgb(source)
             width, height = image.size
@@ -97,7 +97,7 @@ class Entry:
     @cached_property
     def file_hash(self) -> bytes:
         """A hash of the file's content."""
-        content = self.encoded()
+        content = self.encoded_image()
         if isinstance(content, Path):
             content = content.read_bytes()
         return hashlib.blake2b(content).digest()
@@ -156,15 +156,15 @@ class ImageSet:
             " remove it, or give --skip_bad_images."
         )
 
-    def only(self, numbers: Sequence[int]) -> ImageSet:
-        """The set of the images with these numbers, in this order, without another check."""
+    def only(self, indices: Sequence[int]) -> ImageSet:
+        """The set of the images with these indices, in this order, without another check."""
         part = copy.copy(self)
-        part.entries = [self.entries[number] for number in numbers]
+        part.entries = [self.entries[index] for index in indices]
         part._fingerprint = None
         return part
 
     @classmethod
-    def joined(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
+    def join(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
         """Join the images of several concepts to one set, each named CONCEPT/NAME.
 
         Args:
@@ -205,7 +205,7 @@ class ImageSet:
         """
         entry = self.entries[number]
         try:
-            image = read_rgb(entry.encoded())
+            image = read_rgb(entry.encoded_image())
         except DECODE_ERRORS as error:
             raise self._unreadable(entry, error) from error
         if (image.height, image.width) != entry.size:

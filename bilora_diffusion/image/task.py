@@ -338,7 +338,7 @@ class DreamBooth:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Sample the validation images into ``validation/step-N``; no figures are returned."""
+        """Sample the validation images into ``validation/step-N``; returns no metrics."""
         samples = self.cfg.samples
         if not samples:
             return {}
@@ -355,7 +355,7 @@ class DreamBooth:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Context manager: what acts when images are made only; for `sample_images`."""
+        """Context manager: activates what only sampling uses; for `sample_images`."""
         with ExitStack() as stack:
             stack.enter_context(inference(self.module))
             stack.enter_context(adapters.joined_by(self.adapted_models, SAMPLING))

@@ -14,7 +14,7 @@ from .. import adapters
 from ..api import BiLoRA
 from ..config import constraints
 from ..core.errors import UserError
-from ..methods.base import unwrapped
+from ..methods.base import unwrap
 from ..methods.bilora.auxiliary import check_groups
 
 # Name that TRL's trainers give to the copy of an adapter, the reference of a preference loss
@@ -130,7 +130,7 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
         UserError: it has other parameter groups, or was not bound.
     """
     method = bilora._method
-    check_groups(unwrapped(optimizer), method.result_parameters(), method.auxiliary_parameters())
+    check_groups(unwrap(optimizer), method.result_parameters(), method.auxiliary_parameters())
     if not is_bound(optimizer, bilora):
         raise UserError(
             "The trainer uses another optimizer than the one that was bound, so the auxiliary "
@@ -141,4 +141,4 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
 
 def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
     """Test that the auxiliary is projected after the steps of this optimizer."""
-    return bilora._method.optimizer is unwrapped(optimizer)
+    return bilora._method.optimizer is unwrap(optimizer)

@@ -87,8 +87,8 @@ def load_model(name: str, kind: str) -> tuple[Any, Any]:
     source = TextSource(TextModelOptions(model_name_or_path=name))
     if source.kind != kind:
         raise UserError(f'"{name}" is a {source.kind} model, but this script trains {kind} models.')
-    loaded = source.load()
-    return loaded.model, loaded.tokenizer
+    text_model = source.load()
+    return text_model.model, text_model.tokenizer
 
 
 def load_rows(name: str) -> Any:

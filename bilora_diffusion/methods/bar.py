@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters import PRIMARY, weights
 from ..core.errors import UserError
 from . import perturb
-from .base import CountingMethod, unwrapped
+from .base import CountingMethod, unwrap
 from .options import MethodOptions, falling
 from .registry import register
 
@@ -42,7 +42,7 @@ class BAR(CountingMethod, ABC):
         Raises:
             UserError: it lacks a parameter of the adapters, or can't have hooks.
         """
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrap(optimizer)
         # Only checked here and read again in each step: accelerate's `prepare` and a resume replace
         # the groups.
         rates = _learning_rates(optimizer)

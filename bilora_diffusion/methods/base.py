@@ -31,7 +31,7 @@ class Target:
     spec: AdapterSpec  # shape of the primary
     lr: float  # of the primary
     weight_decay: float = 0.0
-    # Adapters of LoRA files that are put beside the trained ones.
+    # Adapters of LoRA files that are added to the trained ones.
     frozen: tuple[FrozenAdapter, ...] = ()
     # First values of the primary (`inits.start_from_file`); None for those of `spec.init`.
     start: Mapping[str, Tensor] | None = None
@@ -266,7 +266,7 @@ class CountingMethod(Method):
         self.steps_taken = state["taken"]
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
+def unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers, such as accelerate's or a scheduler's.
 
     Raises:

@@ -1,6 +1,6 @@
 """The embedded miniatures: a small SDXL pipeline, an SD3 pipeline made from it, and their icons.
 
-This file has only paths, so that importing the package takes no time. ``README.md`` in this folder
+This file has only paths, so that importing the package is cheap. ``README.md`` in this folder
 is the model card.
 """
 
@@ -44,7 +44,7 @@ def flow_dir() -> Path:
 PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 
-def embedded(model: str | Path) -> str | None:
+def find_embedded(model: str | Path) -> str | None:
     """The name in ``PIPELINES`` of a model's name or folder, or None."""
     if model in PIPELINES:
         return str(model)

@@ -15,8 +15,8 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..core.figures import mean_interval
 from ..core.files import duration
+from ..core.statistics import mean_interval
 from ..core.values import (
     DISTANCE_BY_PICTURE,
     HELDOUT_DISTANCE,
@@ -69,13 +69,13 @@ class Bar:
             # steps.
             self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * values["loss"]
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        figures: dict[str, str] = {}
+        postfix: dict[str, str] = {}
         if self._weight:
-            figures["loss"] = f"{self._mean / self._weight:.4f}"
-        figures["lr"] = f"{values['lr']:.1e}"
+            postfix["loss"] = f"{self._mean / self._weight:.4f}"
+        postfix["lr"] = f"{values['lr']:.1e}"
         if "auxiliary_norm" in values:
-            figures["aux"] = f"{values['auxiliary_norm']:.4f}"
-        self._bar.set_postfix(figures, refresh=False)
+            postfix["aux"] = f"{values['auxiliary_norm']:.4f}"
+        self._bar.set_postfix(postfix, refresh=False)
         self._bar.update()
 
     def show_error(self, sentence: str) -> None:

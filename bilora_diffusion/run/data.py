@@ -18,7 +18,7 @@ TRAINING = "training"
 HELDOUT = "held-out"
 # Largest number of samples that a record lists one by one, so that checkpoints stay small.
 MAX_LISTED = 1000
-# Names of samples that a sentence lists at most.
+# Maximum number of sample names in a sentence.
 MAX_NAMED = 3
 # Hexadecimal digits of a listed hash, which only explains a change that the full hash shows.
 LISTED_DIGITS = 8

@@ -29,7 +29,7 @@ from ..core.errors import UserError, reason
 from ..core.files import without_paths
 from ..methods import get
 from ..methods.registry import default_options
-from ..mini import embedded
+from ..mini import find_embedded
 from .record import CONTACT_SHEET
 
 
@@ -60,7 +60,12 @@ def write_card(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"code": code, "escaped": escaped, "python": python_block, "repr": repr}
+    environment.filters |= {
+        "code": inline_code,
+        "escape_markdown": escape_markdown,
+        "python": python_block,
+        "repr": repr,
+    }
     text = environment.get_template("card.jinja").render(
         meta=meta,
         method=method,
@@ -109,7 +114,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 def public_name(name: str) -> str:
     """The name of a model or a data set for others: a path is cut to its last name."""
-    embedded_name = embedded(name)
+    embedded_name = find_embedded(name)
     if embedded_name:
         return embedded_name
     return name if is_hub_id(name) else Path(name).name
@@ -125,14 +130,14 @@ def loaded_from(name: str) -> str:
     return name if is_hub_id(name) else f"path/to/{name}"
 
 
-def escaped(value: str | int | float) -> str:
-    """A text on one line, with the characters escaped that Markdown reads."""
+def escape_markdown(value: str | int | float) -> str:
+    """Put a text on one line and escape the characters that Markdown interprets."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     line = " ".join(text.split())
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
 
 
-def code(text: str) -> str:
+def inline_code(text: str) -> str:
     """A text on one line as inline code; it may have backticks."""
     line = " ".join(text.split())
     fence = _fence(line, 1)
@@ -197,7 +202,7 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
             ignore_patterns=NOT_UPLOADED + WITH_PATHS,
             token=token,
         )
-        added = [CommitOperationAdd(name, published(folder / name).encode()) for name in names]
+        added = [CommitOperationAdd(name, redact_paths(folder / name).encode()) for name in names]
         create_commit(repo_id, added, commit_message="Record and settings", token=token)
     except (HfHubHTTPError, OSError) as error:
         words = ["hf", "upload", repo_id, str(folder)]
@@ -209,8 +214,8 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
         ) from error
 
 
-def published(file: Path) -> str:
-    """The content of a JSON file for others: paths of this machine are cut to their last names."""
+def redact_paths(file: Path) -> str:
+    """Read a JSON file and cut paths of this machine to their last names, as for a public copy."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):

@@ -184,7 +184,8 @@ def describe_interruption(
 def resume_command(arguments: Sequence[str], overwrites: bool) -> str:
     """The arguments of a script that resume from the newest checkpoint, as a shell reads them.
 
-    Of two equal flags the last one holds, so that added flags overrule the others and the recipe.
+    If a flag is given twice, the last one is used, so added flags override the others and the
+    recipe.
     Where there is no checkpoint yet, "auto" begins; so does a control that has not begun.
 
     Args:

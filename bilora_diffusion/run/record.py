@@ -170,7 +170,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = Path(folder) / RUN
     try:
         with _explain_record_errors(path, "restore it from a copy, or give another run folder"):
-            record = _parsed(regular_file(path).read_bytes())
+            record = _parse_json(regular_file(path).read_bytes())
             version = record["schema_version"]
             # Of another version the types may differ, so only the number is read.
             if version == SCHEMA_VERSION:
@@ -200,7 +200,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
         with _explain_record_errors(f"line {number} of {path}", fix, "is not a metrics line"):
-            row = _parsed(line)
+            row = _parse_json(line)
             Line.model_validate(row)
             rows.append(row)
     return rows
@@ -225,7 +225,7 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
     return newest
 
 
-def _parsed(data: bytes) -> Any:
+def _parse_json(data: bytes) -> Any:
     """JSON in UTF-8, with NaN as null; infinities, which no run writes, are refused."""
 
     # json calls it for NaN and infinities, and takes what it returns.

@@ -89,7 +89,7 @@ class TextConfig(
         """Build the configuration from a command line; see `config.resolving`."""
         return resolving.resolve(cls, argv)
 
-    def derived(self) -> Self:
+    def derive_defaults(self) -> Self:
         from .models import TextSource  # imports torch
 
         cfg = derive(self, TEXT_DEFAULTS)

@@ -46,13 +46,13 @@ class Encoded:
     """A tokenized set, built by `encode` or `pack`.
 
     Args:
-        data: rows, each with some of `MODEL_COLUMNS`, the column "sources" (numbers of the examples
+        data: rows, each with some of `MODEL_COLUMNS`, the column "sources" (indices of the examples
             in it) and those of `SUMMED`; "truncated" counts its examples that were cut.
         kind: "seq2seq", "causal" or "classification".
         examples: the examples before tokenization.
 
     Attributes:
-        sources: numbers of the examples in each row.
+        sources: indices of the examples in each row.
         lengths: tokens of each row.
         target_tokens: tokens with a loss of each row.
         truncated: number of examples that were cut to fit.
@@ -65,11 +65,11 @@ class Encoded:
         self.examples = examples
         columns = [name for name in MODEL_COLUMNS if name in data.column_names]
         self._rows = data.select_columns(columns)
-        figures: Any = data.with_format("arrow")[:]  # much faster than row by row
-        self.sources: list[list[int]] = figures["sources"].to_pylist()
-        self.lengths: list[int] = figures["length"].to_pylist()
-        self.target_tokens: list[int] = figures["target_tokens"].to_pylist()
-        self.truncated = sum(figures["truncated"].to_pylist())
+        columns_of_rows: Any = data.with_format("arrow")[:]  # much faster than row by row
+        self.sources: list[list[int]] = columns_of_rows["sources"].to_pylist()
+        self.lengths: list[int] = columns_of_rows["length"].to_pylist()
+        self.target_tokens: list[int] = columns_of_rows["target_tokens"].to_pylist()
+        self.truncated = sum(columns_of_rows["truncated"].to_pylist())
         self.dropped = len(examples) - sum(len(row_sources) for row_sources in self.sources)
 
     def __len__(self) -> int:
@@ -89,7 +89,9 @@ class Encoded:
         return self.examples[source]
 
 
-def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name: str) -> Encoded:
+def encode(
+    examples: Sequence[Example], cfg: TextConfig, text_model: TextModel, name: str
+) -> Encoded:
     """Tokenize a set, or read it from the cache if texts, tokenizer and lengths are the same.
 
     Examples with a blank answer are skipped, long ones are truncated; both are logged.
@@ -97,20 +99,20 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     Args:
         examples: examples of the set.
         cfg: training configuration.
-        loaded: model and tokenizer.
+        text_model: model and tokenizer.
         name: name of the set in messages.
 
     Raises:
         UserError: the model does not support a length, or an example can't be tokenized.
     """
-    tokenizer = loaded.tokenizer
-    kind = loaded.kind
+    tokenizer = text_model.tokenizer
+    kind = text_model.kind
     settings: dict[str, Any] = {"max_length": cfg.max_length}
     if kind == "seq2seq":
         settings["max_target_length"] = cfg.max_target_length
     # Longer rows than the model's positions would fail in the middle of training.
     for option, length in settings.items():
-        _check_length(option, length, loaded)
+        _check_length(option, length, text_model)
     if kind == "causal":
         settings["template"] = resolve_template(cfg.template, tokenizer)
     # Everything that determines the tokens, and nothing else, so that other runs use the same
@@ -190,32 +192,32 @@ def _tokenize(
     """Convert columns of examples to columns of tokenized rows, in a process of `datasets.map`.
 
     Args:
-        batch: fields of some examples, by name, and their numbers.
+        batch: fields of some examples, by name, and their indices.
         build_rows: tokenizes examples.
         columns: fields of a row that become columns.
     """
     examples = []
-    numbers = []
+    indices = []
     # Columns to rows: `map` passes lists by column.
     for values in zip(*batch.values(), strict=True):
         fields = dict(zip(batch, values, strict=True))
-        number = fields.pop("number")
+        index = fields.pop("number")
         if fields["answer"].strip():
             examples.append(Example(**fields))
-            numbers.append(number)
+            indices.append(index)
     # A batch may have no answers.
     rows = build_rows(examples) if examples else []
     output: dict[str, list[Any]] = {name: [] for name in (*columns, "sources")}
-    for row, number in zip(rows, numbers, strict=True):
+    for row, index in zip(rows, indices, strict=True):
         if row.target_tokens:
             for name in columns:
                 output[name].append(getattr(row, name))
-            output["sources"].append([number])
+            output["sources"].append([index])
     return output
 
 
-def _check_length(option: str, length: int, loaded: TextModel) -> None:
-    limits = {"tokenizer": loaded.tokenizer.model_max_length, "model": loaded.max_tokens}
+def _check_length(option: str, length: int, text_model: TextModel) -> None:
+    limits = {"tokenizer": text_model.tokenizer.model_max_length, "model": text_model.max_tokens}
     for owner, limit in limits.items():
         if limit is not None and limit < NO_LIMIT and length > limit:
             raise UserError(
@@ -234,7 +236,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
     # For each packed row, tokens are concatenated and numbers summed.
     for members in best_fit(encoded.lengths, max_length):
         parts = [encoded.data[number] for number in members]
-        row: dict[str, Any] = joined(parts)
+        row: dict[str, Any] = join_parts(parts)
         for name in SUMMED:
             row[name] = sum(part[name] for part in parts)
         row["sources"] = []
@@ -247,7 +249,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
     return Encoded(data, encoded.kind, encoded.examples)
 
 
-def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+def join_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Tokens, labels and positions of several examples as one row."""
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for part in parts:
@@ -344,7 +346,7 @@ def _probe(model: Any) -> list[Tensor]:
                     # The vocabulary of a tiny model can be smaller than these numbers.
                     ids = [min(token, last_token) for token in part_tokens]
                     parts.append({"input_ids": ids, "labels": ids})
-            batch = collate([joined(parts)], "causal", pad_token_id=0)
+            batch = collate([join_parts(parts)], "causal", pad_token_id=0)
             inputs: Any = send_to_device(batch, next(model.parameters()).device)
             del inputs["labels"]
             row_logits = model(**inputs, use_cache=False).logits[0]  # (tokens, vocabulary)

@@ -19,7 +19,7 @@ from .config import TextConfig
 from .encode import Encoded
 from .metrics import score
 from .models import TextModel
-from .module import TextModule, collate, padded
+from .module import TextModule, collate, pad
 from .rows import TextData
 from .tokenizing import generation_prompt
 
@@ -35,7 +35,7 @@ class Evaluation:
 
     Args:
         cfg: training configuration.
-        loaded: model and tokenizer.
+        text_model: model and tokenizer.
         module: the model with its loss.
         data: tokenized rows, with a validation set.
 
@@ -44,17 +44,17 @@ class Evaluation:
     """
 
     def __init__(
-        self, cfg: TextConfig, loaded: TextModel, module: TextModule, data: TextData
+        self, cfg: TextConfig, text_model: TextModel, module: TextModule, data: TextData
     ) -> None:
         assert data.validation is not None
         self.cfg = cfg
-        self.loaded = loaded
+        self.text_model = text_model
         self.module = module
         self.data = data
         self.rows: Encoded = data.validation
         self.new_tokens = 0
-        if loaded.kind != "classification":
-            self.new_tokens = _max_new_tokens(cfg, loaded)
+        if text_model.kind != "classification":
+            self.new_tokens = _max_new_tokens(cfg, text_model)
 
     def measure(self) -> dict[str, float]:
         """Measure losses, and a classifier's metrics.
@@ -66,42 +66,42 @@ class Evaluation:
         """
         losses, classes = self._measure(self.rows, len(self.rows))
         total = sum(self.rows.target_tokens)
-        figures = {HELDOUT_LOSS: sum(losses) / total}
-        if self.loaded.kind == "classification":
+        metrics = {HELDOUT_LOSS: sum(losses) / total}
+        if self.text_model.kind == "classification":
             words = self.data.rows.label_words
-            figures |= self._scores([words[number] for number in classes])
+            metrics |= self._scores([words[number] for number in classes])
         elif self.cfg.chooses_by_score:
-            figures |= self._scores(self._generated_answers())
+            metrics |= self._scores(self._generated_answers())
         if self.cfg.eval_train_samples:
             train = self.data.train
             count = min(len(train), self.cfg.eval_train_samples)
             losses, _ = self._measure(train, count)
-            figures[TRAINING_GRID_LOSS] = sum(losses) / sum(train.target_tokens[:count])
-        return figures
+            metrics[TRAINING_GRID_LOSS] = sum(losses) / sum(train.target_tokens[:count])
+        return metrics
 
     def _measure(self, rows: Encoded, count: int) -> tuple[list[float], list[int]]:
         """Summed loss of each of the first rows, and a classifier's predicted class."""
         sums = [0.0] * count
         classes = [0] * count
-        kind, pad_token_id = self.loaded.kind, self.loaded.tokenizer.pad_token_id
+        kind, pad_token_id = self.text_model.kind, self.text_model.tokenizer.pad_token_id
         with inference(self.module):
-            for numbers in self.batches(rows.lengths[:count]):
-                batch = collate([rows.row(number) for number in numbers], kind, pad_token_id)
-                with self._explain_memory_errors("measuring the held-out loss", len(numbers)):
-                    inputs: Any = send_to_device(batch, self.loaded.model.device)
+            for indices in self.batches(rows.lengths[:count]):
+                batch = collate([rows.row(index) for index in indices], kind, pad_token_id)
+                with self._explain_memory_errors("measuring the held-out loss", len(indices)):
+                    inputs: Any = send_to_device(batch, self.text_model.model.device)
                     logits = self.module.logits(inputs)
                     losses = self.module.losses(logits, inputs["labels"]).double().tolist()
-                for number, loss in zip(numbers, losses, strict=True):
-                    sums[number] = loss
+                for index, loss in zip(indices, losses, strict=True):
+                    sums[index] = loss
                 if kind == "classification":
                     best_classes = logits.argmax(-1).tolist()  # (rows, classes) -> (rows,)
-                    for number, class_number in zip(numbers, best_classes, strict=True):
-                        classes[number] = class_number
+                    for index, class_number in zip(indices, best_classes, strict=True):
+                        classes[index] = class_number
         return sums, classes
 
     def answer(self, folder: Path) -> dict[str, float]:
         """Generate answers greedily, write ``predictions.jsonl`` and return metrics."""
-        if self.loaded.kind == "classification":
+        if self.text_model.kind == "classification":
             return {}
         answers = self._generated_answers()
         if not answers:
@@ -124,20 +124,20 @@ class Evaluation:
         prompts = [self._prompt(number) for number in range(count)]
         answers = [""] * count
         with inference(self.module):
-            for numbers in self.batches([len(prompt) for prompt in prompts]):
-                batch_prompts = [prompts[number] for number in numbers]
-                with self._explain_memory_errors("generating answers", len(numbers)):
-                    texts = generate(self.loaded, batch_prompts, self.new_tokens)
-                for number, text in zip(numbers, texts, strict=True):
-                    answers[number] = text
+            for indices in self.batches([len(prompt) for prompt in prompts]):
+                batch_prompts = [prompts[index] for index in indices]
+                with self._explain_memory_errors("generating answers", len(indices)):
+                    texts = generate(self.text_model, batch_prompts, self.new_tokens)
+                for index, text in zip(indices, texts, strict=True):
+                    answers[index] = text
         return answers
 
     def _scores(self, predictions: Sequence[str]) -> dict[str, float]:
         """Metrics of the answers to the first rows."""
         rows = self.data.rows
         references = [self.rows.example(number).answer for number in range(len(predictions))]
-        figures = score(rows.metrics, predictions, references, rows.label_words, rows.answer_marker)
-        return {HELDOUT_PREFIX + name: value for name, value in figures.items()}
+        metrics = score(rows.metrics, predictions, references, rows.label_words, rows.answer_marker)
+        return {HELDOUT_PREFIX + name: value for name, value in metrics.items()}
 
     def _explain_memory_errors(self, action: str, count: int) -> AbstractContextManager[None]:
         """Context manager: if the memory is too small for a batch, name the options that help."""
@@ -147,37 +147,37 @@ class Evaluation:
         return explain_memory_errors(f"{action} of {counted(count, 'row')}", fix)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Batches of numbers of rows with about the same length, the longest first."""
+        """Batches of row indices, of rows of about the same length, the longest first."""
         # The longest first: if memory runs out, it happens in the first batch.
-        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         for start in range(0, len(order), self.cfg.eval_batch_size):
             yield order[start : start + self.cfg.eval_batch_size]
 
     def _prompt(self, number: int) -> list[int]:
         """Tokens from which the model generates the answer of a row."""
-        if self.loaded.kind == "seq2seq":
+        if self.text_model.kind == "seq2seq":
             return self.rows.row(number)["input_ids"]
         room = None
-        if self.loaded.max_tokens is not None:
+        if self.text_model.max_tokens is not None:
             # Reserve positions for the answer.
-            room = self.loaded.max_tokens - self.new_tokens
+            room = self.text_model.max_tokens - self.new_tokens
         example = self.rows.example(number)
-        return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
+        return generation_prompt(example, self.text_model.tokenizer, self.cfg.template, room)
 
 
 def generate(
-    loaded: TextModel, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any
+    text_model: TextModel, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any
 ) -> list[str]:
     """Generate a model's answers to prompts, greedily by default.
 
     Args:
-        loaded: model and tokenizer.
-        prompts: token numbers.
+        text_model: model and tokenizer.
+        prompts: token ids.
         new_tokens: maximum number of tokens of an answer.
         sampling: arguments of Transformers' `generate`.
     """
-    tokenizer = loaded.tokenizer
-    is_causal = loaded.kind == "causal"
+    tokenizer = text_model.tokenizer
+    is_causal = text_model.kind == "causal"
     # A causal model continues at the end of the row, so the padding comes first.
     side = "left" if is_causal else "right"
     # A model can't continue an empty prompt without a start token.
@@ -188,10 +188,10 @@ def generate(
     # Padding must be masked: a padding token can be the EOS token.
     masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {
-        "input_ids": padded(prompts, tokenizer.pad_token_id, side),
-        "attention_mask": padded(masks, 0, side),
+        "input_ids": pad(prompts, tokenizer.pad_token_id, side),
+        "attention_mask": pad(masks, 0, side),
     }
-    model: Any = loaded.model
+    model: Any = text_model.model
     options = {"do_sample": False, **sampling}
     tokens = model.generate(
         **send_to_device(inputs, model.device),
@@ -207,11 +207,11 @@ def generate(
     return [text.strip() for text in texts]
 
 
-def _max_new_tokens(cfg: TextConfig, loaded: TextModel) -> int:
+def _max_new_tokens(cfg: TextConfig, text_model: TextModel) -> int:
     """Maximum number of tokens of a generated answer; the model must have more positions."""
     new_tokens = cfg.generation_max_new_tokens
-    limit = loaded.max_tokens
-    if new_tokens is None and loaded.kind == "seq2seq":
+    limit = text_model.max_tokens
+    if new_tokens is None and text_model.kind == "seq2seq":
         return cfg.max_target_length
     if new_tokens is None:
         return CAUSAL_NEW_TOKENS if limit is None else min(CAUSAL_NEW_TOKENS, limit // 2)

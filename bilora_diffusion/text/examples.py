@@ -224,11 +224,11 @@ def with_labels(examples: Sequence[Example], words: Sequence[str]) -> list[Examp
     Raises:
         UserError: an answer is not a label word; the message names its row.
     """
-    numbers = {word: number for number, word in enumerate(words)}
+    class_numbers = {word: number for number, word in enumerate(words)}
     for example in examples:
-        if example.answer.strip() and example.answer not in numbers:
+        if example.answer.strip() and example.answer not in class_numbers:
             raise UserError(
                 f"the label {quoted(example.answer)} of {example.where} is not among the label"
                 f" words ({listed(words)}){did_you_mean(example.answer, words)}: correct the row."
             )
-    return [replace(example, label=numbers.get(example.answer)) for example in examples]
+    return [replace(example, label=class_numbers.get(example.answer)) for example in examples]

@@ -3,8 +3,8 @@
     bilora export runs/answers --to merged
 
 Each adapted weight is computed in float64 and rounded once, to the base model's precision. An
-adapter that began with PiSSA or LoRA-GA is exported for the base model's original weights, so it
-is merged like any other.
+adapter that began with PiSSA or LoRA-GA is exported for the original base weights, so it is merged
+like any other.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def merge_run(
     if is_new:
         notes = _write(target, source, labels, adapter)
     else:
-        loaded, notes = _merged_model(source, labels, adapter)
-        expected = _hash_model(loaded)
-        del loaded
+        text_model, notes = _merged_model(source, labels, adapter)
+        expected = _hash_model(text_model)
+        del text_model
         if not _holds_model(target, source, expected):
             raise UserError(f"{target} exists; name another --output, or delete it.")
     if config.get("quantize", "none") != "none":
@@ -160,12 +160,12 @@ def _write(
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # of an earlier command that was killed
     try:
-        loaded, notes = _merged_model(source, labels, adapter)
-        expected = _hash_model(loaded)
+        text_model, notes = _merged_model(source, labels, adapter)
+        expected = _hash_model(text_model)
         with as_user_error("The merged model can't be written", "correct the base model's files"):
-            loaded.model.save_pretrained(aside, max_shard_size=LARGEST_SHARD)
-            loaded.tokenizer.save_pretrained(aside)
-        del loaded
+            text_model.model.save_pretrained(aside, max_shard_size=LARGEST_SHARD)
+            text_model.tokenizer.save_pretrained(aside)
+        del text_model
         _copy_vocabulary(source, aside)
         readable_as(aside / "config.json", *aside.glob("*.safetensors"))
         if not _holds_model(aside, source, expected):
@@ -189,8 +189,8 @@ def _merged_model(
     precision: Any = "auto"
     if "gguf_file" in source.arguments:
         precision = torch.float32  # which has every value of GGUF's quantized weights
-    loaded = source.load(precision, labels)
-    return loaded, merge(loaded.model, adapter)
+    text_model = source.load(precision, labels)
+    return text_model, merge(text_model.model, adapter)
 
 
 @torch.no_grad()
@@ -321,23 +321,23 @@ def _holds_model(folder: Path, source: TextSource, expected: Mapping[str, str]) 
     )
     precision: Any = "auto"
     try:
-        loaded = TextSource(options).load(precision)
+        text_model = TextSource(options).load(precision)
     except UserError:
         return False
-    return _hash_model(loaded) == expected
+    return _hash_model(text_model) == expected
 
 
-def _hash_model(loaded: TextModel) -> dict[str, str]:
+def _hash_model(text_model: TextModel) -> dict[str, str]:
     """Hash each tensor of a model, and the logits of a few tokens, which its configuration changes.
 
     Models are compared by hashes, so that only one is in memory at a time.
     """
-    model = loaded.model
+    model = text_model.model
     hashes = {name: digest(value) for name, value in model.state_dict().items()}
     last_token = model.config.get_text_config().vocab_size - 1
     tokens = torch.tensor([[min(token, last_token) for token in PROBE]])
     inputs = {"input_ids": tokens}
-    if loaded.kind == "seq2seq":
+    if text_model.kind == "seq2seq":
         inputs["decoder_input_ids"] = tokens
     with inference(model):
         hashes["logits"] = digest(model(**inputs).logits)

@@ -1,7 +1,8 @@
 """Load text models: T5 and similar models, causal language models, classifiers.
 
-    loaded = load_text_model("google-t5/t5-base")
-    loaded.model, loaded.tokenizer, loaded.kind      # kind: seq2seq, causal or classification
+    text_model = load_text_model("google-t5/t5-base")
+    text_model.model, text_model.tokenizer
+    text_model.kind                          # seq2seq, causal or classification
 
 A name can be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
 `places.PACKAGED`, the models in installed packages.

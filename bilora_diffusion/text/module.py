@@ -14,7 +14,7 @@ from ..train.task import precision
 from .tokenizing import IGNORED
 
 
-def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
     """Pad rows of numbers with a value to one tensor, (rows, length of the longest) int64."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
@@ -39,10 +39,10 @@ def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> 
         if name == "labels" and kind == "classification":
             batch[name] = torch.tensor(values)
         else:
-            batch[name] = padded(values, fill_values.get(name, 0))
+            batch[name] = pad(values, fill_values.get(name, 0))
     if "position_ids" not in batch:
         masks = [[1] * len(row["input_ids"]) for row in rows]
-        batch["attention_mask"] = padded(masks, 0)
+        batch["attention_mask"] = pad(masks, 0)
     return batch
 
 

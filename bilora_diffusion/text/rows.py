@@ -179,24 +179,24 @@ def open_task(
         UserError: the set can't be loaded, or is not the set of the task.
     """
 
-    def examples_of(rows: Any, split: str, numbers: Sequence[int]) -> list[Example]:
+    def examples_of(rows: Any, split: str, indices: Sequence[int]) -> list[Example]:
         examples = []
-        for number, row in zip(numbers, rows.select(numbers), strict=True):
-            where = f'row {number + 1} of the split "{split}" of {task.dataset}'
+        for index, row in zip(indices, rows.select(indices), strict=True):
+            where = f'row {index + 1} of the split "{split}" of {task.dataset}'
             examples.append(task.example(row, kind, where))
         return examples
 
     rows = _load(task, "train", cache_dir)
-    numbers: Sequence[int] = range(len(rows))
+    indices: Sequence[int] = range(len(rows))
     if task.validation is None:
-        heldout_numbers = held_out(task, rows)
-        validation = examples_of(rows, "train", sorted(heldout_numbers))
-        numbers = [number for number in numbers if number not in heldout_numbers]
+        heldout_indices = held_out(task, rows)
+        validation = examples_of(rows, "train", sorted(heldout_indices))
+        indices = [index for index in indices if index not in heldout_indices]
     else:
         validation_rows = _load(task, task.validation, cache_dir)
         validation = examples_of(validation_rows, task.validation, range(len(validation_rows)))
-    numbers = subset(numbers, task.max_train_samples, "train")
-    return examples_of(rows, "train", numbers), validation
+    indices = subset(indices, task.max_train_samples, "train")
+    return examples_of(rows, "train", indices), validation
 
 
 def held_out(task: CatalogTask, rows: Any) -> set[int]:
@@ -214,15 +214,15 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
             f'{task.dataset} has no column "{task.group}", only {", ".join(rows.column_names)}:'
             f" {OTHER_SET}."
         )
-    groups: dict[str, list[int]] = {}  # numbers of the rows with equal values
+    groups: dict[str, list[int]] = {}  # indices of the rows with equal values
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
-    heldout_numbers: set[int] = set()
+    heldout_indices: set[int] = set()
     # By hash: independent of the alphabetical order and of the order of rows.
     for key in sorted(groups, key=lambda key: digest_texts(["held out", key])):
-        if len(heldout_numbers) >= task.holdout:
-            return heldout_numbers
-        heldout_numbers.update(groups[key])
+        if len(heldout_indices) >= task.holdout:
+            return heldout_indices
+        heldout_indices.update(groups[key])
     raise UserError(
         f"{task.dataset} has {len(rows)} rows, and {task.name} holds {task.holdout} of them out:"
         " its download is incomplete, delete it and try again."
@@ -252,15 +252,15 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
         return datasets.load_dataset("parquet", data_files=files, **arguments)
 
 
-def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:
+def encode_rows(cfg: TextConfig, rows: Rows, text_model: TextModel) -> TextData:
     """Tokenize the rows, and pack the training rows with ``--packing``."""
-    train = encode(rows.train, cfg, loaded, rows.name)
+    train = encode(rows.train, cfg, text_model, rows.name)
     if cfg.packing:
-        require_packable(loaded.model)
+        require_packable(text_model.model)
         packed = pack(train, cfg.max_length)
         logger.info("%d rows are packed into %d", len(train), len(packed))
         train = packed
     validation = None
     if rows.validation:
-        validation = encode(rows.validation, cfg, loaded, f"the held-out rows of {rows.name}")
+        validation = encode(rows.validation, cfg, text_model, f"the held-out rows of {rows.name}")
     return TextData(rows, train, validation)

@@ -64,14 +64,17 @@ class TextScript(Script[TextConfig]):
             # Trained weights are stored in fp32: bf16 would lose small updates.
             dtype = torch.float32
         labels = rows.label_words if cfg.task_type == "classification" else None
-        loaded = source.load(dtype, labels, seed=cfg.seed, weights=not cfg.dry_run)
+        text_model = source.load(dtype, labels, seed=cfg.seed, weights=not cfg.dry_run)
         # Rows are tokenized in a dry run too, since their lengths determine the memory.
-        task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
+        task = TextTask(cfg, text_model, encode_rows(cfg, rows, text_model))
         if cfg.dry_run:
             return task
         if cfg.quantize != "none":
             count = quantize(
-                loaded.model, compute_dtype, skip=loaded.whole_modules, device=accelerator.device
+                text_model.model,
+                compute_dtype,
+                skip=text_model.whole_modules,
+                device=accelerator.device,
             )
             logger.info("the weights of %d layers are stored in NF4", count)
         task.module.to(accelerator.device)
@@ -82,12 +85,12 @@ class TextScript(Script[TextConfig]):
 
     def export(self, cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
         task: Any = trainer.task
-        model, tokenizer = task.loaded.model, task.loaded.tokenizer
+        model, tokenizer = task.text_model.model, task.text_model.tokenizer
         if trainer.method.exports_weights:
             report = writer.save_models(folder, task.models)
             tokenizer.save_pretrained(folder / NAME)
             return report
-        base, kind = cfg.model_name_or_path, task.loaded.kind
+        base, kind = cfg.model_name_or_path, task.text_model.kind
         metadata = writer.lora_metadata(cfg.to_dict())
         report = writer.save_adapter(folder, model, base_model=base, kind=kind, metadata=metadata)
         return {"labels": list(task.data.rows.label_words), **report}

@@ -48,20 +48,22 @@ LOGIT_BYTES = 12
 class TextTask:
     """Rows of text and the model that is trained on them; see `train.task.Task`."""
 
-    def __init__(self, cfg: TextConfig, loaded: TextModel, data: TextData) -> None:
+    def __init__(self, cfg: TextConfig, text_model: TextModel, data: TextData) -> None:
         self.cfg = cfg
-        self.loaded = loaded
+        self.text_model = text_model
         self.data = data
-        self.module = TextModule(loaded.model, loaded.kind)
-        self.models: dict[str, nn.Module] = {NAME: loaded.model}
+        self.module = TextModule(text_model.model, text_model.kind)
+        self.models: dict[str, nn.Module] = {NAME: text_model.model}
         if cfg.gradient_checkpointing:
             # Reentrant checkpoints need inputs that require gradients, which outputs of frozen
             # embeddings do not.
-            loaded.model.activation_checkpointing_enable(
+            text_model.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
         self.num_samples = len(data.train)
-        self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
+        self.evaluation = (
+            Evaluation(cfg, text_model, self.module, data) if data.validation else None
+        )
         self.has_heldout = self.evaluation is not None
 
     def data_summary(self) -> str:
@@ -72,11 +74,11 @@ class TextTask:
     def targets(self) -> list[Target]:
         """The model; new layers of a classifier are fully trained in addition to the adapters."""
         cfg = self.cfg
-        whole_modules = self.loaded.whole_modules
+        whole_modules = self.text_model.whole_modules
         spec = AdapterSpec.from_options(
             cfg, target_modules=cfg.targets, modules_to_save=whole_modules
         )
-        model = self.loaded.model
+        model = self.text_model.model
         start = None
         source = cfg.lora_sources.get("init_from")
         if source is not None:
@@ -94,14 +96,14 @@ class TextTask:
 
     def with_config(self, cfg: TextConfig) -> TextTask:
         """The same model and rows for a run with another configuration; see `Task`."""
-        return TextTask(cfg, self.loaded, self.data)
+        return TextTask(cfg, self.text_model, self.data)
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
         """Micro-batches in the schedule's order."""
         train = self.data.train
-        pad_token_id = self.loaded.tokenizer.pad_token_id
+        pad_token_id = self.text_model.tokenizer.pad_token_id
         if self.cfg.group_by_length:
             # Grouped over the step: all of its micro-batches have about the same length.
             order = LengthGroupedOrder(train.lengths, self.cfg.seed, step_size)
@@ -111,7 +113,7 @@ class TextTask:
             step_samples = [order.sample(step * step_size + slot) for slot in range(step_size)]
             samples = tuple(step_samples[slot] for slot in slots)
             rows = [train.row(sample) for sample in samples]
-            inputs = collate(rows, self.loaded.kind, pad_token_id)
+            inputs = collate(rows, self.text_model.kind, pad_token_id)
             # By the tokens of the step, of which this is a part (see `TextModule`).
             target_tokens = sum(train.target_tokens[sample] for sample in step_samples)
             inputs["weights"] = torch.full((len(slots),), step_size / target_tokens)
@@ -187,27 +189,27 @@ def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
     Returns:
         Bytes by part, without trained weights.
     """
-    cfg, loaded, train = task.cfg, task.loaded, task.data.train
-    config = loaded.model.config.get_text_config()
-    is_causal = loaded.kind == "causal"
+    cfg, text_model, train = task.cfg, task.text_model, task.data.train
+    config = text_model.model.config.get_text_config()
+    is_causal = text_model.kind == "causal"
     width = config.hidden_size
     layers = config.num_hidden_layers
     tokens = max(train.lengths)
     # "d_ff" is T5's name.
     inner_width = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
-    # Stored numbers per token.
-    numbers_of_layer = HIDDEN_COUNTS[loaded.kind] * width + INNER_COUNT * inner_width
+    # Stored values per token.
+    values_of_layer = HIDDEN_COUNTS[text_model.kind] * width + INNER_COUNT * inner_width
     if not is_causal:
-        numbers_of_layer += SCORE_COUNT * config.num_attention_heads * tokens
+        values_of_layer += SCORE_COUNT * config.num_attention_heads * tokens
     if cfg.gradient_checkpointing:  # one hidden state per layer, and everything of one layer
-        numbers = layers * width + numbers_of_layer
+        values_per_token = layers * width + values_of_layer
     else:
-        numbers = layers * numbers_of_layer
+        values_per_token = layers * values_of_layer
     batch_tokens = cfg.train_batch_size * tokens
-    activations = int(batch_tokens * NUMBER_BYTES[cfg.mixed_precision] * numbers)
+    activations = int(batch_tokens * NUMBER_BYTES[cfg.mixed_precision] * values_per_token)
 
     target_tokens = tokens if is_causal else max(train.target_tokens)
-    words = 0 if loaded.kind == "classification" else config.vocab_size
+    words = 0 if text_model.kind == "classification" else config.vocab_size
     logits = cfg.train_batch_size * target_tokens * words * LOGIT_BYTES
-    weights = held_bytes(loaded.model, cfg.quantize, loaded.whole_modules)
+    weights = held_bytes(text_model.model, cfg.quantize, text_model.whole_modules)
     return {STEP: {"weights: model": weights, "activations": activations, "logits": logits}}

@@ -18,7 +18,7 @@ from torch import nn
 from ..adapters import ASSISTANT, INITIAL, PRIMARY, SAMPLING
 from ..config.run import RunConfig
 from ..core.errors import UserError
-from ..core.files import bytes_for_people, counted, hours_for_each_second
+from ..core.files import bytes_for_people, counted, describe_hours_per_second
 from ..core.values import OPTIMIZERS
 from ..methods import Method, for_run
 from ..run import provenance
@@ -68,7 +68,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
         task = largest_run(task, configs, steps)
         folders = " and ".join(run_cfg.output_dir for run_cfg in configs)
         lines.append(f"two runs, into {folders}; what follows is about the larger one")
-    method, trained = attached(task, steps)
+    method, trained = attach_copy(task, steps)
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
     count = sum(parameter.numel() for parameter in method.result_parameters())
     epochs = steps * step_size / task.num_samples
@@ -77,7 +77,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {step_size}, {counted(f'{epochs:.3g}', 'epoch')}",
     ]
-    hours = hours_for_each_second(steps, "a step")
+    hours = describe_hours_per_second(steps, "a step")
     lines.append(f"time: not estimated; {hours}, and the sampling of images")
 
     process = process_bytes(device)
@@ -160,20 +160,20 @@ def largest_run(task: Any, configs: Sequence[RunConfig], steps: int) -> Any:
 
 
 def trained_bytes(task: Any, steps: int) -> int:
-    """Bytes of the trained weights and of what is stored for them, see `attached`."""
-    _, trained = attached(task, steps)
+    """Bytes of the trained weights and of what is stored for them, see `attach_copy`."""
+    _, trained = attach_copy(task, steps)
     return sum(trained.values())
 
 
 def with_config(task: Any, cfg: RunConfig) -> Any:
     """The task with another configuration, on the same empty models."""
-    # A shallow copy: the empty models are shared, and `attached` copies them.
+    # A shallow copy: the empty models are shared, and `attach_copy` copies them.
     changed = copy.copy(task)
     changed.cfg = cfg
     return changed
 
 
-def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
+def attach_copy(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     """Put a method on copies of a task's models.
 
     Args:

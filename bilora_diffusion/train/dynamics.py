@@ -53,10 +53,10 @@ class Dynamics:
 
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer = trainer
-        # Rounded up: at most SNAPSHOTS of them beside those of step 0 and of the last step.
+        # Rounded up: at most SNAPSHOTS of them in addition to those of step 0 and of the last step.
         self.interval = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
         self._layers = trainer.method.layers
-        self._figures: dict[str, Tensor] = {}
+        self._layer_values: dict[str, Tensor] = {}
         self._snapshot: snapshots.Snapshot | None = None
         # LoRA-SAM perturbs the weights within a step, so that only the method itself can call.
         trainer.method.on_perturbed = self.record_perturbation
@@ -72,13 +72,13 @@ class Dynamics:
         # The trainer counts a step at its end, so the current step is the next one.
         if self.is_due(self._trainer.step + 1):
             perturbed = self._factors(PRIMARY)
-            self._figures |= perturbation_norms(perturbed, self._gradients(PRIMARY, perturbed))
+            self._layer_values |= perturbation_norms(perturbed, self._gradients(PRIMARY, perturbed))
 
     def _before_step(self, *_: Any) -> None:
         """Record the ascent gain, as a hook of the optimizer."""
         if self.is_due(self._trainer.step + 1):
             factors = self._factors(AUXILIARY)
-            self._figures[GAIN] = ascent_gain(factors, self._gradients(AUXILIARY, factors))
+            self._layer_values[GAIN] = ascent_gain(factors, self._gradients(AUXILIARY, factors))
 
     def values(self) -> dict[str, Any]:
         """Totals over layers for the log of the last step; {} if it is not recorded."""
@@ -87,9 +87,9 @@ class Dynamics:
             return {}
         factors = {adapter: self._factors(adapter) for adapter in self._trainer.method.adapters}
         if AUXILIARY in factors:
-            self._figures |= alignment(factors[PRIMARY], factors[AUXILIARY])
-        self._snapshot = snapshots.Snapshot(step, factors, self._figures)
-        self._figures = {}
+            self._layer_values |= alignment(factors[PRIMARY], factors[AUXILIARY])
+        self._snapshot = snapshots.Snapshot(step, factors, self._layer_values)
+        self._layer_values = {}
         return {"dynamics": totals(self._snapshot.layers)}
 
     def write(self, folder: Path) -> None:
@@ -163,7 +163,7 @@ def perturbation_norms(
     B_eA = []
     eB_A = []
     for moved, e in zip(perturbed, perturbations, strict=True):
-        # The weights before the perturbation, in float64, since e is small beside A and B.
+        # The weights before the perturbation, in float64, since e is small compared with A and B.
         layer = moved._replace(A=moved.A.double() - e.A.double(), B=moved.B.double() - e.B.double())
         primary.append(layer)
         B_eA.append(layer._replace(A=e.A))
@@ -244,32 +244,34 @@ def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Figures of all layers together; None for a figure that is not finite.
+    """Totals over all layers; None for one that is not finite.
 
-    Norms, the ratio of Figure 2b and the cosine are of all layers as one vector. Gains are summed.
+    Norms, the ratio of Figure 2b and the cosine treat all layers as one vector. Gains are summed.
     Overlaps are means over the layers that have one.
     """
-    figures: dict[str, Tensor] = {}
+    totals_by_name: dict[str, Tensor] = {}
     for name, values in layers.items():
         if name in NORMS:
-            figures[name] = values.square().sum().sqrt()
+            totals_by_name[name] = values.square().sum().sqrt()
     if FIRST_ORDER in layers:
         # Figure 2b: ||B e_A + e_B A|| / ||e_B e_A||
-        figures[RATIO] = figures[FIRST_ORDER] / figures[TERMS[-1]]
+        totals_by_name[RATIO] = totals_by_name[FIRST_ORDER] / totals_by_name[TERMS[-1]]
     if GAIN in layers:
-        figures[GAIN] = layers[GAIN].sum()
+        totals_by_name[GAIN] = layers[GAIN].sum()
     if COSINE in layers:
         # The inner product of a layer is its cosine times both norms; the sum is that of all layers
         # as one vector.
         products = (layers[COSINE] * layers[PRIMARY_NORM] * layers[AUXILIARY_NORM]).nan_to_num(0)
-        figures[COSINE] = products.sum() / (figures[PRIMARY_NORM] * figures[AUXILIARY_NORM])
+        totals_by_name[COSINE] = products.sum() / (
+            totals_by_name[PRIMARY_NORM] * totals_by_name[AUXILIARY_NORM]
+        )
         # A layer with a zero auxiliary has nan, as each layer has before the first step.
         for name in (COLUMNS, ROWS):
-            figures[name] = layers[name].nanmean()
-    finite_figures: dict[str, float | None] = {}
-    for name, value in figures.items():
+            totals_by_name[name] = layers[name].nanmean()
+    finite_totals: dict[str, float | None] = {}
+    for name, value in totals_by_name.items():
         # A log is strict JSON, which has no nan.
-        finite_figures[name] = None
+        finite_totals[name] = None
         if value.isfinite():
-            finite_figures[name] = float(value)
-    return finite_figures
+            finite_totals[name] = float(value)
+    return finite_totals

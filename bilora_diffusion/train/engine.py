@@ -68,7 +68,7 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
     """
     # The loss may not depend on a text encoder's last layers. Buffers do not change.
     distributed = DistributedDataParallelKwargs(
-        find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
+        find_unused_parameters=cfg.has_unused_parameters, broadcast_buffers=False
     )
     # The other processes may wait for long while one samples images.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
@@ -315,14 +315,14 @@ class Blocks:
         from torch._inductor.exc import CppCompileError
 
         # The counters belong to the process; their differences belong to the step.
-        graphs_before, seconds_before = _compiled()
+        graphs_before, seconds_before = _count_compilations()
         try:
             yield
         except (TorchDynamoException, CppCompileError) as error:
             raise TrainingError(
                 f"--compile failed at step {number}, leave it out: {reason(error)}"
             ) from error
-        graphs, seconds = _compiled()
+        graphs, seconds = _count_compilations()
         if graphs > graphs_before:
             logger.info(
                 "step %d: compiled %d blocks in %s, to %s",
@@ -333,7 +333,7 @@ class Blocks:
             )
 
 
-def _compiled() -> tuple[int, float]:
+def _count_compilations() -> tuple[int, float]:
     """Graphs that this process has compiled so far, and the seconds that this took."""
     from torch._dynamo.utils import calculate_time_spent, counters
 

@@ -24,7 +24,7 @@ from ..core.durable import disk_is_full
 from ..core.errors import (
     TrainingError,
     UserError,
-    describe,
+    describe_error,
     describe_trace,
     keep_trace,
 )
@@ -112,9 +112,9 @@ def take_steps(
         with blocks.step(trainer.step + 1):
             values = trainer.train_step(batches)
         bar.step(values)
-        # Trackers plot numbers; the digest and the dynamics are for the run's own log.
-        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
-        trainer.accelerator.log(numbers, step=trainer.step)
+        # Trackers plot scalars; the hash and the dynamics are for the run's own log.
+        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+        trainer.accelerator.log(scalars, step=trainer.step)
         if log is not None:
             log.metric(trainer.step, **values)
         if trainer.dynamics is not None:
@@ -258,7 +258,7 @@ class Evaluations:
         except Exception as error:
             if trainer.step == 0 or trainer.accelerator.is_fsdp2 or disk_is_full(error):
                 raise
-            sentence = describe(error).rstrip(".")
+            sentence = describe_error(error).rstrip(".")
             place = ""  # of the trace, which the record does not name: it may be published
             if not isinstance(error, UserError | TrainingError):
                 place = f"; {describe_trace(error, self._folder)}"
@@ -355,7 +355,7 @@ def record_outcome(log: RunLog | None, folder: Path) -> Iterator[None]:
             )
             _close(log, "failed", sentence)
             raise TrainingError(sentence) from error
-        sentence = describe(error)
+        sentence = describe_error(error)
         if not isinstance(error, UserError | TrainingError):
             keep_trace(error, folder)
         _close(log, "failed", sentence)

@@ -134,7 +134,7 @@ class Outcome:
         return last_step if self.best_step is None else self.best_step
 
     def results(self) -> dict[str, Any]:
-        """Figures for the run's record: the early end, and the best step if the run exports it."""
+        """Values for the run's record: the early end, and the best step if the run exports it."""
         results: dict[str, Any] = {}
         if self._cfg.depends_on_heldout:
             results["chosen_by"] = self._cfg.heldout_measure

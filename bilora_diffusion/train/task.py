@@ -192,11 +192,11 @@ class SampleOrder:
     def permutation(self, epoch: int) -> Tensor:
         """The shuffled positions of one epoch, (len(self),), in passes over all samples."""
         if epoch != self._epoch:
-            self._permutation = self._shuffled(generator(self.purpose, self.seed, epoch))
+            self._permutation = self._shuffle(generator(self.purpose, self.seed, epoch))
             self._epoch = epoch
         return self._permutation
 
-    def _shuffled(self, random: torch.Generator) -> Tensor:
+    def _shuffle(self, random: torch.Generator) -> Tensor:
         """A permutation of the positions of an epoch."""
         return torch.randperm(len(self), generator=random)
 
@@ -286,7 +286,7 @@ class LengthGroupedOrder(SampleOrder):
         self.batch_size = batch_size
         self.group = group
 
-    def _shuffled(self, random: torch.Generator) -> Tensor:
+    def _shuffle(self, random: torch.Generator) -> Tensor:
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
         indices = get_length_grouped_indices(self.lengths, self.batch_size, self.group, random)

@@ -31,7 +31,7 @@ from ..run.settings import without_options
 from .resume import holds_finished_run
 from .setup import Script
 
-# Options without influence on the training, by which figures are recorded that runs compare
+# Options without influence on the training that add recorded values for comparisons
 MEASURING_OPTIONS = (*sorted(HELDOUT_OPTIONS), "validation_loss_steps")
 logger = logging.getLogger(__name__)
 

@@ -310,17 +310,17 @@ class ClipScores(OverSteps):
             print(strip_controls(sentence))
 
     def report(self, result: Result) -> str:
-        sentences = [f"**{report.escaped(text)}**" for text in reporting.answers(result)]
+        sentences = [f"**{report.escape_table_cell(text)}**" for text in reporting.answers(result)]
         return report.page(*sentences, super().report(result).rstrip())
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
         return {"training seeds": lambda group: reporting.training_seeds(result, group)}
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         figures = []
         if reporting.grid(result, folder, self.truths):
             figures.append(reporting.GRID)
-        return figures + super().figures(result, folder)
+        return figures + super().draw_figures(result, folder)
 
     def introduction(self, result: Result) -> str:
         return reporting.introduction(result)

@@ -17,8 +17,8 @@ from hashlib import sha256
 from PIL.Image import Image
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.image import captioning
-from bilora_diffusion.image.captioning import load_captioner
+from bilora_diffusion.image import caption_models
+from bilora_diffusion.image.caption_models import load_captioner
 
 from . import models
 from .models import ModelEntry, Scorer, hub_entry, in_batches
@@ -89,14 +89,14 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
 
 
 def blip(source: str, device: str = "cpu") -> Captioner:
-    """BLIP of transformers by beam search (`bilora_diffusion.image.captioning`).
+    """BLIP of transformers by beam search (`bilora_diffusion.image.caption_models`).
 
     Args:
         source: hub id, or a folder with weights in safetensors.
     """
     name = f"blip:{source}"
     captioner = load_captioner(source, label=f'"{name}"', device=device)
-    if captioner.kind != captioning.BLIP:
+    if captioner.kind != caption_models.BLIP:
         raise UserError(f'"{name}" is a model of the kind {captioner.kind}: give one of BLIP.')
-    note = f"Beam search with {captioning.BEAMS} beams."
+    note = f"Beam search with {caption_models.BEAMS} beams."
     return Captioner(hub_entry("blip", captioner.model, note), captioner.captions)

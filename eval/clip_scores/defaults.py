@@ -174,7 +174,7 @@ def _of_run(run: Subject) -> Question:
         dataset = _text(concept, "dataset_name") or _text(concept, "instance_data_dir")
         if dataset is not None:
             images = _open(run, concept, dataset, _text(concept, "dataset_config_name"))
-            captions += _captioned(images, concept, with_pictures=False)
+            captions += _caption_prompts(images, concept, with_pictures=False)
     captions = _distinct(captions)
     if not captions:
         raise UserError(
@@ -211,11 +211,11 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], in
         limit = run.record["config"].get("max_eval_samples")
         measured_images = images.only(choose_samples(names, limit))
         num_images += len(measured_images)
-        prompts += _captioned(measured_images, concept, with_pictures=True)
+        prompts += _caption_prompts(measured_images, concept, with_pictures=True)
     return _distinct(prompts), num_images - len(prompts)
 
 
-def _captioned(images: ImageSet, concept: Config, with_pictures: bool) -> list[Prompt]:
+def _caption_prompts(images: ImageSet, concept: Config, with_pictures: bool) -> list[Prompt]:
     """The captions of images, with the trigger word that the run added.
 
     Args:
@@ -229,7 +229,7 @@ def _captioned(images: ImageSet, concept: Config, with_pictures: bool) -> list[P
         text = add_trigger(entry.caption, _text(concept, "trigger_word")).strip()
         file = None
         if with_pictures:
-            file = entry.encoded()
+            file = entry.encoded_image()
             if isinstance(file, bytes):
                 continue
         prompts.append(Prompt(text, instance_of(text), file))

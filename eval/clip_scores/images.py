@@ -291,7 +291,7 @@ def generate_in_processes(
     missing = store.missing(jobs)
     if count is None:
         count = 1
-        if store.device == "cpu" and mini.embedded(store.sampling.base_model):
+        if store.device == "cpu" and mini.find_embedded(store.sampling.base_model):
             cores = int(device(store.device)["cpu_cores"] or 1)
             count = min(cores, len(missing) // WORTHWHILE)
     num_batches = math.ceil(len(missing) / batch)
@@ -323,9 +323,9 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
     filled = [*jobs, *[jobs[-1]] * num_copies]
     texts = [job.prompt.text for job in filled]
     # Each text is embedded alone, so that this batch has the same shape too.
-    embedded = {text: embed(pipeline, [text]) for text in dict.fromkeys(texts)}
+    embeddings = {text: embed(pipeline, [text]) for text in dict.fromkeys(texts)}
     negative = embed_negative(pipeline, 1, guidance_from=sampling.guidance_from)
-    positives = join_rows([embedded[text] for text in texts])
+    positives = join_rows([embeddings[text] for text in texts])
     negatives = join_rows([negative] * len(texts))
     images = generate(
         pipeline,
@@ -344,7 +344,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
 
 @contextmanager
 def _one_thread(device: str) -> Iterator[None]:
-    """Within the context a CPU uses one thread: the rounding of sums depends on their number."""
+    """Context manager: one thread on a CPU, since the rounding of sums depends on the number."""
     before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)

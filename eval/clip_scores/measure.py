@@ -106,7 +106,7 @@ class ImageJudge:
         if image_model is not None:
             self._dino_pictures = Pictures(image_model, truths, training)
         self._originals: dict[tuple[str, int], Tensor] = {}  # by prompt and seed
-        for job, image in self.embedded(originals, is_scored=False):
+        for job, image in self.embed_images(originals, is_scored=False):
             self._originals[job.prompt.text, job.seed] = image.vector
 
     def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
@@ -119,10 +119,10 @@ class ImageJudge:
                 scored.append(job)
         texts = list(dict.fromkeys(job.prompt.text for job in scored))
         prompts = dict(zip(texts, self._scorer.texts(texts), strict=True))
-        for job, image in self.embedded(scored, is_scored=True):
+        for job, image in self.embed_images(scored, is_scored=True):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
             yield from self._scores(subject, job, image, prompts[job.prompt.text])
-        for job, image in self.embedded(general, is_scored=False):
+        for job, image in self.embed_images(general, is_scored=False):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
             if subject.kind != BASE:  # which has no drift from itself
                 original = self._originals[job.prompt.text, job.seed]
@@ -173,7 +173,9 @@ class ImageJudge:
     def _row(subject: Subject, job: Job, metric: str, value: float | None, note: str = "") -> Row:
         return subject.row(metric, value, item=job.prompt.text, seed=job.seed, note=note)
 
-    def embedded(self, jobs: Sequence[Job], is_scored: bool) -> Iterator[tuple[Job, EmbeddedImage]]:
+    def embed_images(
+        self, jobs: Sequence[Job], is_scored: bool
+    ) -> Iterator[tuple[Job, EmbeddedImage]]:
         """Each job with its embedded image.
 
         Equal images are embedded once, so their scores are equal to the last bit. Images of general
@@ -326,6 +328,6 @@ def _open(subject: Subject, parts: Sequence[Mapping[str, str | None]]) -> ImageS
             ) from error
     if len(sets) == 1:
         return next(iter(sets.values()))
-    joined = ImageSet.joined(subject.label, sets)
+    joined = ImageSet.join(subject.label, sets)
     assert joined is not None  # there are several
     return joined

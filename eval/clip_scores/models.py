@@ -41,7 +41,7 @@ from .settings import SCORERS
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 # Parts of scorers' names before the colon
 SCHEMES = ("embedded", "open_clip")
-NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
+NOT_THE_PAPERS = "A small model of this package: its scores cannot be compared with the paper's."
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ T = TypeVar("T")
 class ModelEntry:
     """A scorer, a captioner or an image model, as a result names it."""
 
-    # Name that stands beside every score
+    # Name that is shown with every score
     name: str
     # "open_clip", "embedded", "blip", "retrieval" or "dinov2"
     kind: str
@@ -62,7 +62,7 @@ class ModelEntry:
     note: str = ""
 
 
-def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
+def _find_pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
     """A model of open_clip's list, and the options with which open_clip creates it."""
     import open_clip
 
@@ -84,7 +84,7 @@ def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, d
     return entry, {"pretrained": tag, "force_quick_gelu": force_quick_gelu}
 
 
-def _saved(scheme: str, source: str) -> ModelEntry:
+def _find_saved(scheme: str, source: str) -> ModelEntry:
     """A folder that open_clip saved; refused without safetensors, since it would load a pickle."""
     import open_clip
 
@@ -202,13 +202,15 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
     architecture, _, tag = source.partition("/")
     if architecture in open_clip.list_models():
         place = architecture
-        entry, options = _pretrained(scheme, architecture, tag)
+        entry, options = _find_pretrained(scheme, architecture, tag)
     else:
         place = f"local-dir:{Path(source).expanduser()}"
         options = {}
-        entry = _saved(scheme, source)
-    loaded: Any = open_clip.create_model_from_pretrained(place, device=device, **options)
-    model, preprocess = loaded
+        entry = _find_saved(scheme, source)
+    model_and_transform: Any = open_clip.create_model_from_pretrained(
+        place, device=device, **options
+    )
+    model, preprocess = model_and_transform
     model.eval()
     tokenize: Any = open_clip.get_tokenizer(place)
     if inner := getattr(tokenize, "tokenizer", None):

@@ -55,7 +55,7 @@ class Perturbation:
 
     @contextmanager
     def acting(self, pipeline: Any) -> Iterator[None]:
-        """Within the context the denoiser has the perturbed weights; afterwards exactly its own.
+        """Context manager: perturbs the denoiser's weights, then restores them exactly.
 
         Active adapters of the perturbed layers are merged in the context, which takes a copy of
         these layers' weights.

@@ -52,7 +52,7 @@ class Prompt:
     colors: str | None = None
 
 
-def shipped() -> tuple[str, ...]:
+def shipped_names() -> tuple[str, ...]:
     """The names of the sets in ``eval/prompts``."""
     names = {path.stem for path in FOLDER.glob("*.txt")} - {CONTEXTS}
     return tuple(sorted(names))
@@ -72,7 +72,7 @@ def read(source: str | Path) -> list[Prompt]:
               images are the references.
     """
     name = str(source)
-    is_shipped = name in shipped()
+    is_shipped = name in shipped_names()
     heldout_names = [folder for folder in FOLDERS if folder.endswith(HELDOUT_SUFFIX)]
     path = Path(source).expanduser()
     if is_shipped:
@@ -82,10 +82,10 @@ def read(source: str | Path) -> list[Prompt]:
     elif path.is_dir():
         prompts = _of_images(path, name)
     elif not is_file(path):
-        hint = did_you_mean(name, [*shipped(), CONTEXTS, *heldout_names])
+        hint = did_you_mean(name, [*shipped_names(), CONTEXTS, *heldout_names])
         raise UserError(
-            f'there is no prompt set and no file "{name}"{hint}: give {", ".join(shipped())}, a'
-            f" text file, a CSV, or held-out images with captions, such as {heldout_names[0]} or"
+            f'there is no prompt set and no file "{name}"{hint}: give {", ".join(shipped_names())},'
+            f" a text file, a CSV, or held-out images with captions, such as {heldout_names[0]} or"
             " a folder."
         )
     elif path.suffix.lower() == ".csv":
@@ -166,7 +166,7 @@ def _of_images(folder: Path, name: str) -> list[tuple[str, Prompt]]:
             raise UserError(f'{metadata} has no column "{PROMPT}": name that of the captions so.')
     prompts = []
     for entry in open_images(str(folder), caption_column=column).entries:
-        file = entry.encoded()
+        file = entry.encoded_image()
         if entry.caption is None or isinstance(file, bytes):  # of a set without files
             lack = "no caption" if entry.caption is None else "no file of its own"
             raise UserError(

@@ -15,7 +15,7 @@ from bilora_diffusion.core.values import ADAPTER_GUIDANCE, guidance_title
 
 from ..results import compare
 from ..results.plot import canvas
-from ..results.report import INTERVALS, escaped, number, section, table
+from ..results.report import INTERVALS, escape_table_cell, number, section, table
 from ..results.table import Metric, Result
 from ..sampler import LORA
 from .prompts import ICON_PROMPTS
@@ -80,7 +80,7 @@ def introduction(result: Result) -> str:
     if scorer["kind"] == "embedded":  # a longer sentence in place of the scorer's note
         notes.append(
             f"These are scores of {scorer['name']}, a small model that knows icons only. They carry"
-            " its name and are never set beside the paper's."
+            " its name and are never compared with the paper's."
         )
     elif scorer["note"]:
         notes.append(scorer["note"])
@@ -126,8 +126,8 @@ def legend(result: Result) -> str:
             sentences.append(f"{metric.title}: {metric.explanation}.")
     return (
         "Cosines x 100: of each prompt the mean over seeds, then the mean over prompts with"
-        f" {INTERVALS}. Difference: to {escaped(result.control)}, paired by prompt, with its"
-        " interval and the number of prompts in which it is better. " + " ".join(sentences)
+        f" {INTERVALS}. Difference: to {escape_table_cell(result.control)}, paired by prompt, with"
+        " its interval and the number of prompts in which it is better. " + " ".join(sentences)
     )
 
 
@@ -229,7 +229,7 @@ def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image]) -> boo
     size = (1.5 * len(heads) + 1.2, 1.5 * len(texts) + 0.4)
     with canvas(folder / GRID, len(texts), len(heads), figsize=size) as (_, axes):
         for line, text in zip(axes, texts, strict=True):
-            line[0].set_ylabel(_wrapped(names(result)[text]), fontsize=8)
+            line[0].set_ylabel(_wrap(names(result)[text]), fontsize=8)
             for group, axis in zip(heads, line, strict=True):
                 if (text, group) in images:
                     _show(axis, Image.open(folder / images[text, group]))
@@ -238,7 +238,7 @@ def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image]) -> boo
                 else:
                     _show(axis, None)
         for axis, head in zip(axes[0], heads, strict=True):
-            axis.set_title(_wrapped(head), fontsize=9)
+            axis.set_title(_wrap(head), fontsize=9)
     return True
 
 
@@ -254,5 +254,5 @@ def _show(axis: Any, image: Image.Image | None) -> None:
     axis.imshow(thumbnail, interpolation="lanczos")
 
 
-def _wrapped(text: str) -> str:
+def _wrap(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 18)[:3])

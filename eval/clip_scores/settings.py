@@ -26,7 +26,7 @@ from bilora_diffusion.core.values import (
     STRENGTHS,
     WORKERS,
 )
-from bilora_diffusion.image.base_model import BaseModel, describe
+from bilora_diffusion.image.base_model import BaseModel, read_base_model
 from bilora_diffusion.image.config import require_unconditional
 from bilora_diffusion.image.options import ImageOptions
 
@@ -173,7 +173,7 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
                 f'"{subject.label}" was trained on {subject.base_model}, not on {name}: drop'
                 " --base_model, or give that."
             )
-    return mini.embedded(str(name)) or str(name)
+    return mini.find_embedded(str(name)) or str(name)
 
 
 def _place(base_model: str) -> str:
@@ -230,7 +230,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
     """
     from .sampling import Sampling
 
-    model = describe(base)
+    model = read_base_model(base)
     steps, guidance = usual(model)
     if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
         guidance = model.family.unguided_scale

@@ -73,7 +73,7 @@ class Dynamics(Evaluation):
         for name, values in all_layers.values.items():
             for step, value in values.items():
                 yield subject.row(name, value, step=step)
-        for name, value in all_layers.figures().items():
+        for name, value in all_layers.layer_summary().items():
             yield subject.row(name, value)
         for layer in self.layers[subject.group]:
             layer_curves = self.curves[subject.label][layer]
@@ -85,7 +85,7 @@ class Dynamics(Evaluation):
         from . import curves, figures
 
         # Key figures are of single runs, so they are rows, and the summaries average them too.
-        rows += curves.key_figures(rows, self.settings["steps"])
+        rows += curves.summarize_curves(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:

@@ -1,5 +1,5 @@
-"""One run's dynamics as curves: recorded norms, cosines to the final weights, and key figures, such
-as the step at which weights settle.
+"""One run's dynamics as curves: recorded norms, cosines to the final weights, and summary values,
+such as the step at which weights settle.
 """
 
 from __future__ import annotations
@@ -65,30 +65,30 @@ class RunCurves:
     # layers; {} without an auxiliary
     chance: dict[str, float]
 
-    def figures(self) -> dict[str, float | None]:
-        """Figures that are computed layer by layer.
+    def layer_summary(self) -> dict[str, float | None]:
+        """Summary values that are computed layer by layer.
 
         "layer_ratio": each layer's median ratio over the steps that have one, then the median over
         layers. "layers_above": share of the layers whose median is above ``NEGLIGIBLE``. "chance
         column_overlap" and "chance row_overlap": overlap of random subspaces of these sizes.
         """
-        figures: dict[str, float | None] = {}
+        summary: dict[str, float | None] = {}
         for name, value in self.chance.items():
-            figures[f"chance {name}"] = value
+            summary[f"chance {name}"] = value
         if RATIO not in self.values:
-            return figures
+            return summary
         medians = []
         for ratios in zip(*self.layer_ratios.values(), strict=True):
             # The ratios are those of one layer at all steps.
             defined = [ratio for ratio in ratios if ratio is not None]
             if defined:
                 medians.append(median(defined))
-        figures["layer_ratio"] = figures["layers_above"] = None
+        summary["layer_ratio"] = summary["layers_above"] = None
         if medians:
-            figures["layer_ratio"] = median(medians)
+            summary["layer_ratio"] = median(medians)
             count = sum(value > NEGLIGIBLE for value in medians)
-            figures["layers_above"] = count / len(medians)
-        return figures
+            summary["layers_above"] = count / len(medians)
+        return summary
 
 
 def layer_names(run: Subject) -> list[str]:
@@ -134,13 +134,13 @@ def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
         step = snapshot.step
         for name, indices in indices_of.items():
             # Norms and cosines are of these layers as one vector.
-            layer_figures = {key: values[indices] for key, values in snapshot.layers.items()}
-            figures = totals(layer_figures) | _cosines(snapshot, final, indices)
-            for key, value in figures.items():
+            layer_values = {key: values[indices] for key, values in snapshot.layers.items()}
+            totals_by_name = totals(layer_values) | _cosines(snapshot, final, indices)
+            for key, value in totals_by_name.items():
                 curves[name].values.setdefault(key, {})[step] = value
-            if FIRST_ORDER in layer_figures:
+            if FIRST_ORDER in layer_values:
                 # Figure 2b: ||B e_A + e_B A|| / ||e_B e_A|| of each layer
-                ratios = (layer_figures[FIRST_ORDER] / layer_figures[TERMS[-1]]).tolist()
+                ratios = (layer_values[FIRST_ORDER] / layer_values[TERMS[-1]]).tolist()
                 finite_ratios = [ratio if math.isfinite(ratio) else None for ratio in ratios]
                 curves[name].layer_ratios[step] = finite_ratios
     for line in run.log():
@@ -219,8 +219,8 @@ def _chance_overlaps(final: Snapshot, indices: Sequence[int]) -> dict[str, float
     return {COLUMNS: sum(columns) / len(columns), ROWS: sum(rows) / len(rows)}
 
 
-def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
-    """Key figures of each run's curves, at the steps that all runs of its group have.
+def summarize_curves(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
+    """Summary values of each run's curves, at the steps that all runs of its group have.
 
     - Cosine to the adapter's own final weights: "settled NAME", the step from which on it is
       ``SETTLED_COSINE`` or more; "start NAME", its first value; "lag product" and "lag factors",
@@ -240,19 +240,21 @@ def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
         if row.step is not None and not row.item:
             runs = curves.setdefault((row.group, row.metric), {})
             runs.setdefault(row.subject, {})[row.step] = row
-    figures = []
+    summary_rows = []
     for (_, metric), runs in curves.items():
         common_steps = sorted(set.intersection(*map(set, runs.values())))
         for row_of_step in runs.values():
             points = [row_of_step[step] for step in common_steps]
             example = next(iter(row_of_step.values()))
-            for name, value in _figures(metric, points).items():
-                figures.append(replace(example, metric=f"{name} {metric}", step=None, value=value))
-    return figures + _lags(figures, steps)
+            for name, value in _summarize_curve(metric, points).items():
+                summary_rows.append(
+                    replace(example, metric=f"{name} {metric}", step=None, value=value)
+                )
+    return summary_rows + _lags(summary_rows, steps)
 
 
-def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
-    """The figures of one curve; {} where its metric has none."""
+def _summarize_curve(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
+    """Summary values of one curve; {} if its metric has none."""
     values = [row.value for row in points if row.value is not None]
     if metric == RATIO:
         return {
@@ -276,9 +278,9 @@ def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
 
 
 def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
-    """The figures "lag" and "share" of each auxiliary, see `key_figures`."""
+    """The values "lag" and "share" of each auxiliary, see `summarize_curves`."""
     settled = {(row.subject, row.metric): row.value for row in rows}
-    figures = []
+    summary_rows = []
     for row in rows:
         if row.metric not in ("settled auxiliary/product", "settled auxiliary/factors"):
             continue
@@ -289,9 +291,9 @@ def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
             share = row.value / steps[row.group]
             if primary is not None:
                 lag = row.value - primary
-        figures.append(replace(row, metric=f"lag {quantity}", value=lag))
-        figures.append(replace(row, metric=f"share {quantity}", value=share))
-    return figures
+        summary_rows.append(replace(row, metric=f"lag {quantity}", value=lag))
+        summary_rows.append(replace(row, metric=f"share {quantity}", value=share))
+    return summary_rows
 
 
 def settles(steps: Sequence[int], values: Sequence[float | None], threshold: float) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, RATIO, ROWS, TERMS
 
-from ..results.plot import Curve, Panel, wrapped
+from ..results.plot import Curve, Panel, wrap_name
 from ..results.report import Column
 from ..results.table import Metric, Result
 from .curves import CROSS, NEGLIGIBLE
@@ -144,7 +144,7 @@ def _layers(result: Result, group: str) -> list[list[Panel]]:
     items = [line.item for line in result.summaries if line.group == group]
     layers = [item for item in dict.fromkeys(items) if item]
     return [
-        [_terms(group, wrapped(layer), layer) for layer in layers],
+        [_terms(group, wrap_name(layer), layer) for layer in layers],
         [_ratio(group, f"{group}: ratio of Fig. 2b", layer) for layer in layers],
     ]
 

@@ -203,7 +203,7 @@ class Landscape(Evaluation):
         steps = self.settings["ascent_steps"]
         row = partial(subject.row, item=space)
 
-        def measured(name: str, *facts: Any, measure: Callable[..., Any]) -> Any:
+        def cached_measurement(name: str, *facts: Any, measure: Callable[..., Any]) -> Any:
             """The cached result of ``measure(weights, loss)``, by its name and facts."""
 
             def measure_model() -> Any:
@@ -218,7 +218,7 @@ class Landscape(Evaluation):
             sizes = [weight.tensor.numel() for weight in weights]
             return {"loss": evaluate(loss), "parameters": sum(sizes)}
 
-        start = measured("start", measure=at_weights)
+        start = cached_measurement("start", measure=at_weights)
         if start["loss"] is None:
             raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
         yield row("loss", start["loss"])
@@ -231,10 +231,10 @@ class Landscape(Evaluation):
             def on_line(weights: Sequence[Weight], loss: Loss, number: int = number) -> LossValues:
                 return line(weights, loss, Direction(weights, seed, number), positions)
 
-            lines.append(measured("line", seed, number, positions, measure=on_line))
+            lines.append(cached_measurement("line", seed, number, positions, measure=on_line))
         yield row("rise", rise(lines))
         ascent = partial(sharpness, rho=rho, steps=steps)
-        yield row("sharpness", measured("sharpness", rho, steps, measure=ascent))
+        yield row("sharpness", cached_measurement("sharpness", rho, steps, measure=ascent))
         for number, values in enumerate(lines):
             # A row for each point: the figures need them one by one, in this order.
             for position, value in zip(positions, values, strict=True):
@@ -248,7 +248,7 @@ class Landscape(Evaluation):
             directions = Direction(weights, seed, 0), Direction(weights, seed, 1)
             return plane(weights, loss, directions, grid)
 
-        losses = measured("plane", seed, grid, measure=on_plane)
+        losses = cached_measurement("plane", seed, grid, measure=on_plane)
         for first, values in zip(grid, losses, strict=True):
             for second, value in zip(grid, values, strict=True):
                 yield row("plane", value, note=f"at {first:.6g}, {second:.6g}")
@@ -260,7 +260,7 @@ class Landscape(Evaluation):
         self.notes += notes(self.settings)
         return self.result(subjects, rows, summaries, self.control)
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         return draw(result, folder)
 
     def introduction(self, result: Result) -> str:
@@ -269,8 +269,8 @@ class Landscape(Evaluation):
             f"Mean training loss of {settings['images']} images at {settings['levels']}"
             " noise levels each, with the same noise for every run. Lower is flatter. Each value"
             f" is a mean over runs with {report.INTERVALS}, and its difference to"
-            f" {report.escaped(result.control)}, paired by seed, with its interval and the number"
-            " of seeds in which it is lower."
+            f" {report.escape_table_cell(result.control)}, paired by seed, with its interval and"
+            " the number of seeds in which it is lower."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:

@@ -34,7 +34,7 @@ from ..load import put_lora, put_models
 from ..subjects import BASE, Subject
 from .surface import Weight
 
-# Options beside base model and images that decide which function of the weights the loss is
+# Options, except base model and images, that decide which function of the weights the loss is
 LOSS_OPTIONS = (
     "resolution",
     "aspect_ratio_buckets",

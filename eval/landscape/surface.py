@@ -64,7 +64,7 @@ def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, lis
 
 @contextmanager
 def differentiable(weights: Sequence[Weight]) -> Iterator[None]:
-    """Within the context the weights require gradients; afterwards as before."""
+    """Context manager: the weights require gradients, then are restored to what they were."""
     flags = [weight.tensor.requires_grad for weight in weights]
     try:
         for weight in weights:
@@ -78,7 +78,7 @@ def differentiable(weights: Sequence[Weight]) -> Iterator[None]:
 
 @contextmanager
 def displaceable(weights: Sequence[Weight]) -> Iterator[Callable[..., None]]:
-    """Within the context the weights hold copies, which the yielded function displaces.
+    """Context manager: replaces the weights by copies, which the yielded function displaces.
 
     ``move((t, d), ...)`` sets the copies to w + sum of t d, where a direction d has a tensor for
     each weight. The weights' own memory is not changed, so afterwards they are bit for bit what

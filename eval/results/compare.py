@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.core.figures import CONFIDENCE, mean_interval
+from bilora_diffusion.core.statistics import CONFIDENCE, mean_interval
 
 from .table import Entry, Row, Summary
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.core.figures import new_figure
+from bilora_diffusion.core.plotting import new_figure
 
 from .table import Result, Summary
 
@@ -246,7 +246,7 @@ def finish(
         axis.legend(fontsize=7, frameon=False)
 
 
-def wrapped(text: str) -> str:
+def wrap_name(text: str) -> str:
     """A long dotted name on two lines, split at the dot or space nearest to its middle."""
     if len(text) <= TITLE_LETTERS:
         return text

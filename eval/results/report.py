@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bilora_diffusion.core.figures import BOOTSTRAP_FROM, Interval
+from bilora_diffusion.core.statistics import BOOTSTRAP_FROM, Interval
 
 from .table import Metric, Provenance, Result, Summary
 
 NOT_AVAILABLE = "n/a"
 # Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
 MAX_FURTHER_DECIMALS = 2
-# See `core.figures.mean_interval`.
+# See `core.statistics.mean_interval`.
 INTERVALS = f"its 95 % interval (Student's t; from {BOOTSTRAP_FROM} values on a bootstrap, BCa)"
 
 
@@ -32,15 +32,15 @@ class Column:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; characters that could break a cell are escaped."""
+    """A Markdown table, with characters escaped that could break a cell."""
     lines = []
     for cells in (head, ["---"] * len(head), *rows):
-        lines.append(f"| {' | '.join(map(escaped, cells))} |")
+        lines.append(f"| {' | '.join(map(escape_table_cell, cells))} |")
     return "\n".join(lines)
 
 
-def escaped(text: str) -> str:
-    """Text of a user on one line, with the characters escaped that would end a table's cell."""
+def escape_table_cell(text: str) -> str:
+    """Put a user's text on one line and escape the characters that would end a table's cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -56,7 +56,7 @@ def page(*parts: str) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def listed(sentences: Sequence[str]) -> str:
+def bullet_list(sentences: Sequence[str]) -> str:
     """A Markdown list."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
@@ -76,7 +76,7 @@ def interval(bounds: Interval | None, metric: Metric, sign: str = "") -> str:
     return f"[{number(low, metric, sign)}, {number(high, metric, sign)}]"
 
 
-def resolved(metric: Metric, size: float) -> Metric:
+def with_decimals(metric: Metric, size: float) -> Metric:
     """The metric with enough decimals for two digits of ``size``, and no fewer than its own.
 
     Args:
@@ -102,7 +102,7 @@ def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
     if not intervals or line.interval is None:
         return number(line.mean, metric)
     low, high = line.interval
-    metric = resolved(metric, high - low)
+    metric = with_decimals(metric, high - low)
     return f"{number(line.mean, metric)} {interval(line.interval, metric)}"
 
 
@@ -111,7 +111,7 @@ def difference(line: Summary | None, metric: Metric) -> str:
     if line is None or line.difference is None:
         return NOT_AVAILABLE
     low, high = line.difference_interval or (0.0, 0.0)
-    metric = resolved(metric, high - low or line.difference)
+    metric = with_decimals(metric, high - low or line.difference)
     bounds = interval(line.difference_interval, metric, "+")
     text = f"{number(line.difference, metric, '+')} {bounds}"
     if metric.higher_is_better is None:
@@ -192,10 +192,10 @@ def sources(result: Result) -> list[str]:
 def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequence[str] = ()) -> str:
     """The end of a report: figures, notes, facts, and the origin of the result."""
     pictures = [f"![{name.removesuffix('.png')}]({name})" for name in result.figures]
-    sentences = [escaped(note) for note in result.notes]
-    sentences += [escaped(fact) for fact in facts]
+    sentences = [escape_table_cell(note) for note in result.notes]
+    sentences += [escape_table_cell(fact) for fact in facts]
     sentences += origin(result.provenance, packages)
-    return page(*pictures, listed(sentences)).rstrip()
+    return page(*pictures, bullet_list(sentences)).rstrip()
 
 
 def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:

@@ -24,8 +24,8 @@ from pydantic import TypeAdapter
 
 from bilora_diffusion.core.durable import dump_json, strict_json, write_text
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.figures import Interval
 from bilora_diffusion.core.files import regular_file, without_paths
+from bilora_diffusion.core.statistics import Interval
 
 SCHEMA_VERSION = 1
 # Makes the adapter of a type once, since that takes long.

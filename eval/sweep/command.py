@@ -70,7 +70,7 @@ from ..results import compare, plot
 from ..results.report import Column
 from ..results.table import Result, Row
 from ..sources import open_run
-from ..subjects import Subject, by_group, paired
+from ..subjects import Subject, by_group, check_pairing
 from . import losses
 from .losses import FINISHED, SECONDS, WAITING
 
@@ -159,13 +159,13 @@ class Sweep(Evaluation):
 
     def work(self) -> int | None:
         """List the runs, and unless it is a dry run train and compare them."""
-        print(self.describe())
+        print(self.describe_plan())
         if self.args.dry_run:
             return None
         open_folder(self.runner.runs_dir, "--runs_dir")
         return super().work()
 
-    def describe(self) -> str:
+    def describe_plan(self) -> str:
         """The variants; in a dry run also the command line of each run and its folder's state."""
         from .runs import describe_state
 
@@ -272,13 +272,13 @@ class Sweep(Evaluation):
         return replace(result, metrics=losses.metrics(result))
 
     def pairs(self, subjects: Sequence[Subject]) -> dict[str, bool | None]:
-        """Variant -> whether its finished runs saw the control's inputs; see `subjects.paired`."""
+        """Variant -> whether its finished runs saw the control's inputs, by `check_pairing`."""
         finished = [subject for subject in subjects if subject.finished]
         if self.plan.control not in by_group(finished):
             return {}
-        return paired(finished, self.plan.control)
+        return check_pairing(finished, self.plan.control)
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         size = (12, max(3.6, 0.34 * len(result.groups) + 1.6))
         row = losses.panels(result)
         plot.panels(result, folder / FIGURE, [row], control=result.control, figsize=size)
@@ -297,7 +297,7 @@ class Sweep(Evaluation):
         return {"": columns}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        return {"seeds": lambda group: losses.finished(result, group)}
+        return {"seeds": lambda group: losses.count_finished(result, group)}
 
 
 def shown_options(values: Mapping[str, Any]) -> dict[str, Any]:

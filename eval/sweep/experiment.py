@@ -52,7 +52,7 @@ def read_value(value: Any) -> bool | str:
 
 def read_options_of(mapping: Any) -> Any:
     """Options by their names in Python; those that the sweep sets are refused."""
-    options = _underscored(mapping)
+    options = _with_underscores(mapping)
     for name in options if isinstance(options, dict) else ():
         if name == SEED:
             raise UserError("an option sets the seed: give seeds instead.")
@@ -63,7 +63,7 @@ def read_options_of(mapping: Any) -> Any:
 
 def read_scores_options(mapping: Any) -> Any:
     """Options of eval.clip_scores; those that other keys set are refused."""
-    options = _underscored(mapping)
+    options = _with_underscores(mapping)
     for name in options if isinstance(options, dict) else ():
         if name in SCORES_OPTIONS:
             raise UserError(f"an option sets {name}, which the other keys of scores do.")
@@ -80,7 +80,7 @@ def read_condition(mapping: Any) -> Any:
     return options
 
 
-def _underscored(mapping: Any) -> Any:
+def _with_underscores(mapping: Any) -> Any:
     """A mapping with the names of options in Python; {} for None."""
     if mapping is None:
         return {}
@@ -147,7 +147,7 @@ class Condition:
     guidance: Guidance
     # "" for an experiment without named conditions
     name: str
-    # Of eval.clip_scores, beside those of all conditions
+    # Of eval.clip_scores, in addition to those of all conditions
     options: Mapping[str, Any]
 
     @property
@@ -276,7 +276,7 @@ def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        raise UserError(describe(error)) from error
+        raise UserError(describe_validation_error(error)) from error
     experiment = experiment.model_copy(update={"options": {**experiment.options, **options}})
     # An option has one value in a run.
     for name, values in experiment.axes.items():
@@ -287,7 +287,7 @@ def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
     return experiment
 
 
-def describe(error: ValidationError) -> str:
+def describe_validation_error(error: ValidationError) -> str:
     """The first problem of a file's content."""
     # A misspelt key is told first: the key that it stands for is missing only therefore.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")

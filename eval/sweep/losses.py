@@ -11,7 +11,7 @@ from ..results import report
 from ..results.plot import Curve, Forest, Panel
 from ..results.table import Entry, Metric, Result
 
-# Metric beside those of ``metrics.jsonl``
+# Metric in addition to those of ``metrics.jsonl``
 SECONDS = "seconds_per_step"
 # Statuses of a run
 FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
@@ -56,7 +56,7 @@ def _means(result: Result, name: str) -> list[float]:
     return means
 
 
-def has_key_figures(result: Result) -> bool:
+def has_final_values(result: Result) -> bool:
     """Test that the metric at the end of training is known of any run."""
     return bool(result.select(f"final {result.settings['metric']}"))
 
@@ -130,7 +130,7 @@ def notes(result: Result) -> Iterator[str]:
             yield f"Missing: {run.label}, {facts['status']}{reason}"
 
 
-def finished(result: Result, group: str) -> str:
+def count_finished(result: Result, group: str) -> str:
     """Number of finished runs of a variant, and of all its runs, such as "4/5"."""
     runs = result.members(group)
     return f"{sum(map(is_finished, runs))}/{len(runs)}"
@@ -144,6 +144,7 @@ def introduction(result: Result) -> str:
     seeds = "seeds" if count > 1 else "seed"
     return (
         f"`{settings['metric']}`{suffix(result)} of {settings['recipe']}, {direction} is better:"
-        f" mean over {count} {seeds}. Difference: to {report.escaped(result.control)}, paired by"
-        f" seed, with {report.INTERVALS} and the number of seeds in which the variant is better."
+        f" mean over {count} {seeds}. Difference: to {report.escape_table_cell(result.control)},"
+        f" paired by seed, with {report.INTERVALS} and the number of seeds in which the variant is"
+        " better."
     )

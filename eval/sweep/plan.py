@@ -43,7 +43,7 @@ class Run:
     variant: str
     # Of data, noise and initialization
     seed: int
-    # Flags of the training script, beside the recipe and the run folder
+    # Flags of the training script, except the recipe and the run folder
     flags: tuple[str, ...]
 
 

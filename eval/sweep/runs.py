@@ -218,9 +218,9 @@ class RunProcess:
         if is_finished(self.folder):
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
-        code = self.popen.returncode
+        exit_code = self.popen.returncode
         error = last_sentence(output)
-        return Outcome(run.name, run.variant, run.seed, FAILED, code, error)
+        return Outcome(run.name, run.variant, run.seed, FAILED, exit_code, error)
 
 
 def last_sentence(output: str) -> str:
@@ -267,7 +267,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Within the context SIGTERM ends the sweep as Ctrl-C does."""
+    """Context manager: SIGTERM ends the sweep as Ctrl-C does."""
     # The handler of SIGINT raises KeyboardInterrupt.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -215,8 +215,8 @@ def _draw_front(axis: Any, result: Result, label: str, legend: bool) -> None:
     for group in result.groups:
         horizontal = result.curve(group, "i2t", label)
         vertical = result.curve(group, likeness, label)
-        x, x_error = _scaled(horizontal)
-        y, y_error = _scaled(vertical)
+        x, x_error = _scale_curve(horizontal)
+        y, y_error = _scale_curve(vertical)
         style = {"color": styles[group]["color"], "marker": ".", "lw": 1, "elinewidth": 0.6}
         axis.errorbar(x, y, y_error, x_error, label=group, **style)
         if group == result.control:
@@ -226,7 +226,7 @@ def _draw_front(axis: Any, result: Result, label: str, legend: bool) -> None:
     plot.finish(axis, title, METRICS[likeness].title, legend, xlabel=METRICS["i2t"].title)
 
 
-def _scaled(curve: Sequence[Summary]) -> tuple[list[float], list[float]]:
+def _scale_curve(curve: Sequence[Summary]) -> tuple[list[float], list[float]]:
     """Means and standard errors of a curve of cosines, times 100."""
     means = [100 * (point.mean or 0.0) for point in curve]
     errors = [100 * (point.error or 0.0) for point in curve]

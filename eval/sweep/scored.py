@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.core.errors import TrainingError
-from bilora_diffusion.core.files import hours_for_each_second
+from bilora_diffusion.core.files import describe_hours_per_second
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.console import quiet
 
@@ -33,10 +33,10 @@ class ScoredSweep(Sweep):
     A row's item is the kind of guidance, with the condition's name in brackets where the experiment
     has conditions, and "" for a loss.
 
-    ``settings`` beside those of `Sweep`: ``options`` of all runs; ``scores``, with ``prompts``,
-    ``num_prompts``, ``seeds``, ``steps``, ``guidances``, ``options`` of eval.clip_scores, and
-    ``conditions`` if there are any;
-    ``sampling``, ``scorer`` and ``truth_i2t`` as in the results of eval.clip_scores.
+    ``settings`` in addition to those of `Sweep`: ``options`` of all runs; ``scores``, with
+    ``prompts``, ``num_prompts``, ``seeds``, ``steps``, ``guidances``, ``options`` of
+    eval.clip_scores, and ``conditions`` if there are any; ``sampling``, ``scorer`` and
+    ``truth_i2t`` as in the results of eval.clip_scores.
 
     Runs with rows in the output folder are neither trained nor scored again.
     """
@@ -59,28 +59,28 @@ class ScoredSweep(Sweep):
     def work(self) -> int | None:
         if not self.args.dry_run:
             return super().work()
-        print(self.describe())
+        print(self.describe_plan())
         self._print_memory()
         return None
 
-    def describe(self) -> str:
+    def describe_plan(self) -> str:
         """The runs and images of the plan, and its hours for each second of a step or image."""
         scores, num_runs = self.scoring.scores, len(self.plan.runs)
         steps = max(scores.steps)
         images = num_runs * self.scoring.num_images
         labels = ", ".join(condition.label for condition in self.scoring.conditions)
         size = (
-            f"{num_runs * steps:,} steps, {hours_for_each_second(num_runs * steps, 'a step')};"
-            f" {images:,} images with {labels}, {hours_for_each_second(images, 'an image')}."
+            f"{num_runs * steps:,} steps, {describe_hours_per_second(num_runs * steps, 'a step')};"
+            f" {images:,} images with {labels}, {describe_hours_per_second(images, 'an image')}."
         )
-        return f"{super().describe()}\n{size}"
+        return f"{super().describe_plan()}\n{size}"
 
     def _print_memory(self) -> None:
         """Print the memory of each variant's training, by the training script's ``--dry_run``."""
         gigabytes = self.scoring.scores.memory_gigabytes
         if gigabytes:
             size = f"{gigabytes:g} GB"
-            print(f"The images are made with {size} of weights, without quantization.")
+            print(f"The images are generated with {size} of weights, without quantization.")
         for planned in self.plan.runs:
             if planned.seed != self.plan.seeds[0]:
                 continue
@@ -167,15 +167,15 @@ class ScoredSweep(Sweep):
                 pairs[label] = is_paired
         return pairs
 
-    def figures(self, result: Result, folder: Path) -> list[str]:
+    def draw_figures(self, result: Result, folder: Path) -> list[str]:
         names = []
         if samples.guidance_labels(result):
             samples.draw_fronts(result, folder / samples.FRONTS)
             rows = samples.curve_panels(result)
             plot.panels(result, folder / samples.CURVES, rows, control=result.control)
             names += [samples.FRONTS, samples.CURVES]
-        if losses.has_key_figures(result):
-            names += super().figures(result, folder)
+        if losses.has_final_values(result):
+            names += super().draw_figures(result, folder)
         return names
 
     def introduction(self, result: Result) -> str:
@@ -186,7 +186,7 @@ class ScoredSweep(Sweep):
 
     def further(self, result: Result) -> list[str]:
         parts = samples.sections(result)
-        if losses.has_key_figures(result):
+        if losses.has_final_values(result):
             facts = self.facts(result)
             columns: Any = super().columns(result)[""]
             text = report.comparison(result, columns, facts, self.control_mark(result))

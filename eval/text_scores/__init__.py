@@ -1,9 +1,9 @@
-"""Score text runs by benchmarks: GSM8K, MMLU, DROP, BBH, HumanEval, MT-Bench, and recorded figures.
+"""Score text runs by benchmarks: GSM8K, MMLU, DROP, BBH, HumanEval, MT-Bench, and recorded metrics.
 
     python -m eval.text_scores runs/lora runs/bilora base --benchmarks gsm8k,mmlu
     python -m eval.text_scores runs/*-cola-* runs/*-mrpc-* --benchmarks heldout    # Tables 1 and 2
     python -m eval.text_scores runs/*-rte-* base --benchmarks heldout,heldout_loss
-    python -m eval.text_scores runs/bilora --steps all       # every checkpoint's held-out figures
+    python -m eval.text_scores runs/bilora --steps all       # every checkpoint's held-out metrics
     python -m eval.text_scores runs/bilora --benchmarks humaneval --allow_code_execution
     python -m eval.text_scores adapter base --model_name_or_path meta-llama/Llama-3.1-8B \\
         --benchmarks mmlu,drop,bbh --limit 20                                      # a trial
@@ -11,7 +11,7 @@
         --judge_base_url http://localhost:8000/v1 --judge_model judge --mtbench_questions q.jsonl
 
 A run is a run folder or a folder with a PEFT adapter; `base` is the model without one, and among
-recorded figures (heldout) what the runs measured before their first step. Runs of one method that
+recorded metrics (heldout) what the runs measured before their first step. Runs of one method that
 differ in the seed only are one row. Scores are cached: the same command goes on where it was
 interrupted. Writes report.md, rows.csv, summary.csv and result.json.
 
@@ -123,7 +123,7 @@ class PreparedBenchmark:
 
     benchmark: Benchmark
     engine: Engine
-    # All that its score depends on beside the subject
+    # All that its score depends on, except the subject
     settings: dict[str, Any]
 
     def template(self, model: BaseModel) -> str:
@@ -132,7 +132,7 @@ class PreparedBenchmark:
             return model.template
         return self.benchmark.template
 
-    def describe(self, measurement: Measurement) -> tuple[Metric, dict[str, Any]]:
+    def metric_and_settings(self, measurement: Measurement) -> tuple[Metric, dict[str, Any]]:
         """Its metric and its settings, with those that are known only after it was asked."""
         settings = self.settings | measurement.settings
         higher_is_better = bool(settings.pop("higher_is_better", True))
@@ -174,7 +174,7 @@ class TextScores(OverSteps):
         known_tasks = list(self.manager.all_tasks) if self.manager else []
         self.benchmarks = benchmarks.choose(names, known_tasks)
 
-        # Weights are needed for benchmarks, not for recorded figures.
+        # Weights are needed for benchmarks, not for recorded metrics.
         only_heldout = all(benchmark.is_recorded for benchmark in self.benchmarks)
         pairs = base_models.read_subjects(args, only_heldout)
         self.base_models = {subject.label: model for subject, model in pairs}
@@ -233,20 +233,20 @@ class TextScores(OverSteps):
         return mtbench.MTBench(questions, judge, decoding)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        """Recorded figures, then of each benchmark its score, its questions and further figures."""
+        """Recorded metrics, then each benchmark's score, questions and further metrics."""
         for column in self.recorded:
             if subject.label in column.values:
                 step, value = column.values[subject.label]
                 yield subject.row(column.name, value, note=f"step {step}")
         for name, measurement in self._measure_benchmarks(subject).items():
-            metric, settings = self.prepared[name].describe(measurement)
+            metric, settings = self.prepared[name].metric_and_settings(measurement)
             self.shown_metrics[name] = metric
             self.settings["benchmarks"][name] = settings
             yield subject.row(name, measurement.value)
             for item in measurement.items:
                 yield subject.row(name, item.score, item=item.id, note=item.answer)
-            for figure, value in measurement.all_figures().items():
-                yield subject.row(f"{name} {figure}", value)
+            for metric_name, value in measurement.all_metrics().items():
+                yield subject.row(f"{name} {metric_name}", value)
 
     def _measure_benchmarks(self, subject: Subject) -> dict[str, Measurement]:
         """Every benchmark's score of a subject; its model is loaded only if one is missing."""
@@ -271,7 +271,7 @@ class TextScores(OverSteps):
                         partial(self._cache, subject, prepared),
                     )
                     if model.effect is not None:
-                        measurement.figures[EFFECT] = model.effect
+                        measurement.metrics[EFFECT] = model.effect
                     caches[name].put(SCORE, measurement.to_json())
         return {name: Measurement.from_json(cache.get(SCORE)) for name, cache in caches.items()}
 

@@ -42,8 +42,8 @@ def read_subjects(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Su
     """The subjects of a command line, each with the model under it; the base model is the last.
 
     Args:
-        only_heldout: only recorded figures are shown. Then runs of different training sets share a
-            row, as in Table 1, and the figures of the base model are those that the runs of each
+        only_heldout: only recorded metrics are shown. Then runs of different training sets share a
+            row, as in Table 1, and the metrics of the base model are those that the runs of each
             seed measured before their first step.
     """
     if not args.runs and not args.group:
@@ -188,7 +188,7 @@ def model_of_base(
 def base_subjects(runs: Sequence[Subject], only_heldout: bool) -> list[Subject]:
     """The base model as a subject.
 
-    Of recorded figures there is one per training set and seed, as its runs met it: a new head, for
+    Recorded metrics have one subject per training set and seed, as its runs met it: a new head, for
     one, differs by the seed.
     """
     run_by_seed: dict[tuple[str, int | None], Subject] = {}
@@ -197,7 +197,7 @@ def base_subjects(runs: Sequence[Subject], only_heldout: bool) -> list[Subject]:
             run_by_seed.setdefault((training_set(run), run.seed), run)
     has_many_sets = len({name for name, _ in run_by_seed}) > 1
 
-    # Recorded figures are read from the runs, so these subjects have their folders.
+    # Recorded metrics are read from the runs, so these subjects have their folders.
     base = Subject(BASE, BASE, BASE, BASE)
     bases = []
     for (name, seed), run in run_by_seed.items():

@@ -1,5 +1,5 @@
 """Benchmarks and their settings: those of the paper's Table 3, any other task of the harness, and
-figures that training recorded on held-out data.
+metrics that training recorded on held-out data.
 
 The paper does not give the prompts of its benchmarks. For the Llama 3.1 half it
 names INSTRUCTEVAL (Chia et al. 2023, https://arxiv.org/abs/2306.04757), which asks MMLU with 5
@@ -37,7 +37,7 @@ TEMPLATE_OF_RUN = "run"
 EFFECT = "effect of adapter"
 # Items in which no answer could be read
 UNPARSED = "without an answer"
-# Letters of an answer that the result shows
+# Maximum characters of an answer in the result
 ANSWER_LETTERS = 200
 
 
@@ -49,7 +49,7 @@ class Benchmark:
     name: str
     # Title in tables
     title: str
-    # Engine that scores it: harness, mtbench, or heldout for figures that training recorded
+    # Engine that scores it: harness, mtbench, or heldout for metrics that training recorded
     engine: str = HARNESS
     # Name of the harness's task
     task: str = ""
@@ -68,7 +68,7 @@ class Benchmark:
 
     @property
     def is_recorded(self) -> bool:
-        """True for figures that training recorded."""
+        """True for metrics that training recorded."""
         return self.engine == HELDOUT
 
 
@@ -93,25 +93,25 @@ class Measurement:
     # A share, or points
     value: float
     items: list[Item]
-    # Further figures by name
-    figures: dict[str, float] = field(default_factory=dict)
+    # Further metrics by name
+    metrics: dict[str, float] = field(default_factory=dict)
     # How the benchmark was asked, as far as it is known only now
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def all_figures(self) -> dict[str, float]:
-        """Figures beside the value, with the counts of the items where there are any."""
+    def all_metrics(self) -> dict[str, float]:
+        """Values in addition to the score, with the counts of the items where there are any."""
         if not self.items:
-            return self.figures
-        # Recorded figures have no items, so they have no counts of them either.
+            return self.metrics
+        # Recorded metrics have no items, so they have no counts of them either.
         unparsed = sum(not item.parsed for item in self.items)
-        return {"items": len(self.items), UNPARSED: unparsed, **self.figures}
+        return {"items": len(self.items), UNPARSED: unparsed, **self.metrics}
 
     def to_json(self) -> dict[str, Any]:
         """The form in the cache."""
         return {
             "value": self.value,
             "items": [asdict(item) for item in self.items],
-            "others": self.figures,  # the key of earlier caches
+            "others": self.metrics,  # the key of earlier caches
             "settings": self.settings,
         }
 
@@ -126,7 +126,7 @@ class Engine(Protocol):
     """Asks a model the questions of a benchmark."""
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on beside the model."""
+        """All that a score depends on, except the model."""
         ...
 
     def measure(
@@ -244,7 +244,7 @@ def recorded_columns(
     """
     values: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
     for subject in subjects:
-        for metric, value in recorded_figures(subject).items():
+        for metric, value in recorded_metrics(subject).items():
             values.setdefault((training_set(subject), metric), {})[subject.label] = value
     has_many_sets = len({name for name, _ in values}) > 1
     # A training set without an accuracy or the like shows its loss instead.
@@ -263,7 +263,7 @@ def recorded_columns(
     return columns
 
 
-def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
+def recorded_metrics(subject: Subject) -> dict[str, tuple[int, float]]:
     """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``.
 
     The last value of a run, up to the step whose weights it left; of a checkpoint that of its step;
@@ -271,7 +271,7 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
     """
     if subject.folder is None:
         raise UserError(
-            f"{subject.source} has no recorded figures, which --benchmarks heldout shows: name run"
+            f"{subject.source} has no recorded metrics, which --benchmarks heldout shows: name run"
             " folders, and base beside no other benchmark."
         )
     checkpoint_step = subject.about.get("step")
@@ -281,17 +281,17 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
     elif checkpoint_step:
         last_step = checkpoint_step
 
-    figures = {}
+    metrics = {}
     for name, (step, value) in last_measured(subject.folder, last_step).items():
         is_chosen = name.startswith(HELDOUT_PREFIX) and checkpoint_step in (None, step)
         if is_chosen and value is not None:
-            figures[name] = (step, float(value))
-    if not figures and subject.kind != BASE and checkpoint_step is None:
+            metrics[name] = (step, float(value))
+    if not metrics and subject.kind != BASE and checkpoint_step is None:
         raise UserError(
             f"{subject.folder} recorded no held-out figure: train it with --validation_file or a"
             " task that has a validation set."
         )
-    return figures
+    return metrics
 
 
 def _recorded_column(

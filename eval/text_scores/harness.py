@@ -83,7 +83,7 @@ class Harness:
             raise refuse_code(self.benchmark.name)
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on beside the model."""
+        """All that a score depends on, except the model."""
         benchmark = self.benchmark
         return {
             "task": benchmark.task,
@@ -123,9 +123,9 @@ class Harness:
             "load it once with a connection to the hub, or give a task of your own by"
             " --include_path",
         ):
-            loaded = self.manager.load([benchmark.task])
+            tasks_by_group = self.manager.load([benchmark.task])
         # A group has several tasks, a task only itself.
-        for name, task in loaded["tasks"].items():
+        for name, task in tasks_by_group["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self.allow_code:
                 raise refuse_code(name)
             shots = benchmark.num_fewshot
@@ -138,7 +138,7 @@ class Harness:
                 task.set_config(key="generation_kwargs", value=generation, update=True)
             # The examples of the prompt are the same for every model.
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        return loaded
+        return tasks_by_group
 
 
 def refuse_code(name: str) -> UserError:
@@ -179,23 +179,23 @@ def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
 
 
 def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
-    """The score of a benchmark, its items and further figures from the harness's result."""
-    # The harness's figures are named "metric,filter". Beside them are standard errors and counts.
-    figures = {}
+    """The score of a benchmark, its items and further metrics from the harness's result."""
+    # The harness's metrics are named "metric,filter", next to standard errors and counts.
+    metrics = {}
     for name, value in result["results"][benchmark.task].items():
         if "," in name and "_stderr," not in name and isinstance(value, int | float):
-            figures[name] = float(value)
-    if not figures:
+            metrics[name] = float(value)
+    if not metrics:
         raise UserError(
             f'"{benchmark.name}" has no score of its own in the harness: name its tasks.'
         )
-    metric = benchmark.metric or next(iter(figures))
-    if metric not in figures:
+    metric = benchmark.metric or next(iter(metrics))
+    if metric not in metrics:
         raise UserError(
-            f'"{benchmark.name}" gives no {metric} ({", ".join(figures)}): another version of the'
+            f'"{benchmark.name}" gives no {metric} ({", ".join(metrics)}): another version of the'
             " harness is installed."
         )
-    value = figures.pop(metric)
+    value = metrics.pop(metric)
     metric_name, _, filter_name = metric.partition(",")
 
     # A task may have several filters of one answer; the score is that of one of them.
@@ -220,7 +220,7 @@ def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
         "versions": versions,
         "higher_is_better": False not in directions,
     }
-    return Measurement(value, items, figures, settings)
+    return Measurement(value, items, metrics, settings)
 
 
 def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
@@ -248,7 +248,7 @@ def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
 
 @contextmanager
 def _code_switch(allow_code: bool) -> Iterator[None]:
-    """Within the context the harness's metric runs programs, where they are allowed."""
+    """Context manager: lets the harness's metric run programs, if they are allowed."""
     before = os.environ.get(CODE_SWITCH)
     if allow_code:
         os.environ[CODE_SWITCH] = "1"
@@ -262,7 +262,7 @@ def _code_switch(allow_code: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within the context the harness does not warn, and ``datasets`` reports nothing.
+    """Context manager: silences the harness's warnings and the reports of ``datasets``.
 
     The harness warns of things that are intended here, such as a model that is loaded already;
     ``datasets`` tells a server of every set that it opens, local files included.

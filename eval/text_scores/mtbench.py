@@ -238,7 +238,7 @@ class MTBench:
     decoding: Decoding
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on beside the model."""
+        """All that a score depends on, except the model."""
         texts: list[str] = []
         for question in self.questions:
             texts += [question.id, question.category, question.text, question.reference]
@@ -303,8 +303,8 @@ def assess(
             "no rating could be read in what the judge said (it is asked for [[N]]): give another"
             " --judge_model."
         )
-    figures = {
+    metrics = {
         f"category {category}": mean(scores_by_category[category])
         for category in sorted(scores_by_category)
     }
-    return Measurement(mean(scores), items, figures)
+    return Measurement(mean(scores), items, metrics)

@@ -8,10 +8,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from bilora_diffusion.core.figures import CONFIDENCE
+from bilora_diffusion.core.statistics import CONFIDENCE
 
 from ..results import compare
-from ..results.report import INTERVALS, escaped, listed, table
+from ..results.report import INTERVALS, bullet_list, escape_table_cell, table
 from ..results.table import Metric, Result, Row, Summary
 from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 
@@ -133,7 +133,7 @@ def introduction(result: Result) -> str:
     legend = (
         f"Mean over seeds with {INTERVALS}; percentages, but for points, losses and perplexities."
         " Difference: to"
-        f" {escaped(result.control)}, over common seeds, or over items (the same"
+        f" {escape_table_cell(result.control)}, over common seeds, or over items (the same"
         " questions, where there are not two common seeds), and in how many of them"
         " it is better; items say how sure a difference of these runs is, not what another seed"
         " would bring. Cost: gradient steps per training iteration. Peak memory: the most that a"
@@ -188,5 +188,5 @@ def settings_of_benchmarks(result: Result) -> str:
     lines = []
     for name, settings in result.settings["benchmarks"].items():
         words = [f"{key} {value}" for key, value in settings.items() if value is not None]
-        lines.append(f"{escaped(result.metric(name).title)}: {', '.join(words)}.")
-    return listed(lines)
+        lines.append(f"{escape_table_cell(result.metric(name).title)}: {', '.join(words)}.")
+    return bullet_list(lines)

@@ -277,7 +277,7 @@ def test_both_kinds_of_guidance_are_rows_and_the_truth_is_a_column(tmp_path):
     assert table.count("<img") == 4 * 2 + 2
     assert table.count("<figcaption>ground truth") == 2, "one for each row of the caption"
     image = validation.ValidationImage("x.png", "a cat", guidance_from=0.5)
-    assert validation.describe(image) == ("", "guidance from the adapter at strength 0.5")
+    assert validation.image_labels(image) == ("", "guidance from the adapter at strength 0.5")
     # The truth of another model's runs is not known.
     make_run(tmp_path / "lora", config=config | {"pretrained_model_name_or_path": "sdxl"})
     catalog.refresh()

@@ -23,7 +23,7 @@ from app.sampling import (
     read_form,
 )
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.base_model import describe
+from bilora_diffusion.image.base_model import read_base_model
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import settings
@@ -64,10 +64,11 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
     sd3 = str(saved("StableDiffusion3Pipeline", tmp_path / "sd3"))
     turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
     saved("ZImagePipeline", turbo)
-    assert settings.usual(replace(describe(str(turbo)), name="owner/Z-Image-Turbo")) == (8, 0.0)
+    model = replace(read_base_model(str(turbo)), name="owner/Z-Image-Turbo")
+    assert settings.usual(model) == (8, 0.0)
     # The miniature has another guidance scale than SDXL.
     for base, usual_values in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
-        assert settings.usual(BaseChoice(base).describe()) == usual_values
+        assert settings.usual(BaseChoice(base).read_base_model()) == usual_values
         for flags, expected in (((None, None), usual_values), ((3, 0.0), (3, 0.0))):
             steps, guidance_scale = flags
             options = Namespace(

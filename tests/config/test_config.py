@@ -59,7 +59,7 @@ MEANINGS: list[Any] = [
     (text, "--method bilora", {"rho": 0.05}),
     (text, "--method lora-sam", {"rho": 0.01}),
     (text, "--method flat-lora", {"rho": 0.05}),
-    # the miniature, and what wins over it
+    # the miniature, and what overrides it
     (mini, "", {"pretrained_model_name_or_path": "mini", "validation_dataset": "mini-heldout"}),
     (mini, "", {"resolution": 64, "caption_column": "prompt", "report_to": "tensorboard"}),
     (mini, "--instance_prompt icon", {"instance_prompt": "icon", "caption_column": None}),

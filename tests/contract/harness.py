@@ -73,7 +73,7 @@ class Run:
         compiled: True to compile the model's repeated blocks, by `engine.BACKEND`.
         config: configuration of a script. Its method, learning rate and schedule over `steps`
             replace the other arguments.
-        frozen: adapters that act beside the trained ones.
+        frozen: adapters that are active with the trained ones.
     """
 
     def __init__(

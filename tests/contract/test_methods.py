@@ -27,7 +27,7 @@ ROTATION = rotation()
 
 
 def cases(chosen):
-    """Cases of a test; those beside the rotation run with the whole matrix only."""
+    """Cases of a test; those outside the rotation run with the whole matrix only."""
     parameters = []
     for case in chosen:
         marks = () if case in ROTATION else pytest.mark.matrix
@@ -135,10 +135,10 @@ def exports_the_primary_for_the_base_as_it_came(run, fresh, folder, adapter_form
     adapters.save_pretrained(run.model, folder)
     if adapter_form == "nf4":
         quantize(fresh, torch.float32, skip=())
-    loaded = PeftModel.from_pretrained(fresh, str(folder)).train()
-    assert list(loaded.peft_config) == [PRIMARY]
+    loaded_model = PeftModel.from_pretrained(fresh, str(folder)).train()
+    assert list(loaded_model.peft_config) == [PRIMARY]
     with torch.no_grad(), run.method.evaluating():
-        require_close(run.case.output(loaded), run.case.output(run.model))
+        require_close(run.case.output(loaded_model), run.case.output(run.model))
 
 
 def evaluates_the_primary_alone_and_leaves_no_trace(run):

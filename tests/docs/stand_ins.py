@@ -45,7 +45,7 @@ NARROW = {
 }
 # Step -> training and held-out loss of a recorded run
 LOSSES = {0: (2.0, 2.0), 1: (1.5, 1.6), 2: (1.0, 1.4)}
-# Further held-out figures of a recorded run's last step
+# Further held-out metrics of a recorded run's last step
 SCORES = {
     "heldout_accuracy": 0.5,
     "heldout_matthews_correlation": 0.25,

@@ -158,14 +158,26 @@ def test_every_link_leads_somewhere_and_the_python_compiles(page):
             compile(body, page.name, "exec")
 
 
+def test_the_files_that_contributing_names_exist():
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    files = [path.as_posix() for path in ROOT.glob("*.*")]
+    for folder in ("bilora_diffusion", "app", "eval", "docs", "examples", "tests"):
+        files += [path.as_posix() for path in (ROOT / folder).rglob("*.*")]
+    names = set(re.findall(r"`([\w./]+\.(?:py|toml|yaml))`", text))
+    assert len(names) > 60
+    # Tables have names below a folder, and some only the file's name.
+    missing = [name for name in names if not any(file.endswith(f"/{name}") for file in files)]
+    assert missing == ["bilora_diffusion/methods/NAME.py"]
+
+
 def test_the_readme_is_short_and_its_loop_trains():
     readme = README.read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 150
-    (code,) = (body for _, body in BLOCK.findall(readme) if "attach(model" in body)
+    (example,) = (body for _, body in BLOCK.findall(readme) if "attach(model" in body)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.Tanh(), torch.nn.Linear(12, 12))
     names: dict[str, Any] = {"model": model, "torch": torch}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(example, "README.md", "exec"), names)
     inputs, losses = torch.randn(4, 12), []
     for _ in range(20):
         loss = (model(inputs) - 1).square().mean()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.figures import mean_interval
+from bilora_diffusion.core.statistics import mean_interval
 from bilora_diffusion.run import checkpoint
 from eval import checkpoints, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
@@ -24,7 +24,7 @@ SUMMARIZE = partial(compare.summaries, unit=compare.ITEM)
 
 
 def make_run(folder, seed=0, steps=(5, 10, 20), interval=10):
-    """A text run with the checkpoints 10 and 20, held-out figures of ``steps``, and no weights."""
+    """A text run with the checkpoints 10 and 20, held-out metrics of ``steps``, and no weights."""
     rows = []
     for step in steps:
         accuracy = 0.5 + seed / 10 - step / 100  # falls, as the loss does

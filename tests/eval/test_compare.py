@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.figures import Interval, mean_interval
+from bilora_diffusion.core.statistics import Interval, mean_interval
 from eval.results import compare
 from eval.results.compare import at_training_loss, summaries
 from eval.results.table import Entry, Row, Summary

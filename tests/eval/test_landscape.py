@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def loaded(monkeypatch):
+def loaded_labels(monkeypatch):
     """Models with the loss 1 + c ||W - 1||^2 / 2 in W, (2, 1); the labels of those loaded.
 
     c is the method's curvature, and 0.01 more for each seed.
@@ -79,12 +79,12 @@ def measure(out, *words):
     return result_of(landscape.main, out, *words, *TINY)
 
 
-def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded):
+def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded_labels):
     names = [*NAMES, "full"]
     folders = [runs / name for name in names]
     result = measure(tmp_path, *folders, "base", "--rho", "0.1")
     assert result.groups == ["LoRA", "Bi-LoRA", "Full FT", "base"]
-    assert loaded == [entry.label for entry in result.subjects] == [*names, "base"]
+    assert loaded_labels == [entry.label for entry in result.subjects] == [*names, "base"]
     # The two filters of W have norm 1. A direction has their norms; the range of positions is 1 in
     # the space of LoRA and 0.3 in that of all weights. The mean curvature of two seeds is 0.305.
     for space, step in (("lora", 1), ("full", 0.3)):
@@ -110,7 +110,7 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
 
 
 @pytest.mark.slow
-def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkeypatch):
+def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded_labels, monkeypatch):
     measure_line = surface.line
     calls = 0
 
@@ -129,10 +129,10 @@ def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkey
     assert not (tmp_path / "result.json").exists()
     first = measure(tmp_path, *words)
     assert calls == 3  # the first direction was cached
-    loaded.clear()
+    loaded_labels.clear()
     assert measure(tmp_path, *words).rows == first.rows
-    assert (calls, loaded) == (3, [])
+    assert (calls, loaded_labels) == (3, [])
     # Another seed has other directions, and the same loss at the weights.
     second_seed = measure(tmp_path, *words, "--seed", "1")
     assert second_seed.select("loss") == first.select("loss")
-    assert (calls, loaded) == (5, ["lora-0"])
+    assert (calls, loaded_labels) == (5, ["lora-0"])

@@ -15,7 +15,7 @@ from eval import command
 from eval.cache import FOLDER, Cache
 from eval.results import report, table
 from eval.results.table import Entry, Metric, Provenance, Result, Row, Summary
-from eval.subjects import by_group, gather, paired, settings_note, single
+from eval.subjects import by_group, check_pairing, gather, settings_note, single
 from tests.run import recorded_runs
 
 RESULT = Result(
@@ -305,8 +305,8 @@ def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):
         words.append(str(recorded_runs.make(folder, method, seed, steps=(1, 2))))
     # LoRA-SAM has no seed of the control's.
     pairs = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
-    assert paired(gather(words), "LoRA") == pairs
+    assert check_pairing(gather(words), "LoRA") == pairs
     file = tmp_path / "bilora-1" / "metrics.jsonl"
     for changed_digest in ('"other"', "null"):  # of other inputs, and not recorded
         file.write_text(re.sub('"digest": [^,]*', f'"digest": {changed_digest}', file.read_text()))
-        assert paired(gather(words), "LoRA") == pairs | {"Bi-LoRA": False}
+        assert check_pairing(gather(words), "LoRA") == pairs | {"Bi-LoRA": False}

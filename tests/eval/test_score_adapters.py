@@ -280,7 +280,7 @@ def test_merged_weights_are_rounded_and_the_base_is_as_before_even_after_an_erro
             for path, weight in linear_weights(pipeline.unet).items():
                 assert torch.allclose(weight, round_rows(merged[path], 4), atol=1e-6), path
             assert not torch.equal(predicted(pipeline.unet), separate_prediction)
-        # The adapter acts beside the weights again.
+        # The adapter is active with the weights again.
         assert torch.equal(predicted(pipeline.unet), separate_prediction)
         with pytest.raises(ZeroDivisionError), perturbation.acting(pipeline):
             raise ZeroDivisionError

@@ -8,7 +8,7 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from eval.clip_scores.defaults import in_contexts, learned_icons, of_subjects
-from eval.clip_scores.prompts import CONTEXTS, Prompt, shipped
+from eval.clip_scores.prompts import CONTEXTS, Prompt, shipped_names
 from eval.subjects import Subject
 
 FILE = Subject("dog", "dog", "file")
@@ -90,7 +90,7 @@ def test_an_instance_prompt_is_asked_in_contexts_and_validation_prompts_are_not(
     assert len(question.prompts) == len(set(texts(question))) == 20
     for text in texts(question):
         assert text.startswith("a TOK icon ")
-    assert CONTEXTS not in shipped()  # the contexts alone are no prompts
+    assert CONTEXTS not in shipped_names()  # the contexts alone are no prompts
     in_snow = Prompt("a TOK icon in fresh snow, in the style of TOK", "in fresh snow")
     assert question.prompts[1] == in_snow
     assert texts(in_contexts([run(trigger_word="TOK", **VALIDATION)]))[1] == "TOK in fresh snow"

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.core.figures import mean_interval
 from bilora_diffusion.core.files import ROOT
+from bilora_diffusion.core.statistics import mean_interval
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep
 from eval.results import table
@@ -44,8 +44,8 @@ def sweep_over(tmp_path, monkeypatch):
         content = {"recipe": str(RECIPE), "variants": variants, "seeds": list(curves["lora"])}
         file = tmp_path / "two.yaml"
         file.write_text(json.dumps(content))  # YAML reads JSON
-        code = sweep.main([str(file), "--runs_dir", str(tmp_path / "runs")])
-        return code, table.read(tmp_path / "runs" / "two" / "sweep")
+        exit_code = sweep.main([str(file), "--runs_dir", str(tmp_path / "runs")])
+        return exit_code, table.read(tmp_path / "runs" / "two" / "sweep")
 
     return run_sweep
 
@@ -67,8 +67,8 @@ def record_run(runs_dir, run, curves):
 
 
 def test_variants_are_compared_seed_by_seed(sweep_over, tmp_path, capsys):
-    code, result = sweep_over(CURVES)
-    assert code == 0
+    exit_code, result = sweep_over(CURVES)
+    assert exit_code == 0
     assert result.summary("lora", "final heldout_loss").mean == pytest.approx(0.085)
     final = result.summary("bilora", "final heldout_loss")
     assert final.difference == pytest.approx(-0.015)
@@ -103,8 +103,8 @@ def test_a_missing_run_leaves_the_other_seeds(sweep_over, capsys):
         "bilora": {0: CURVES["bilora"][0], 1: []},
         "no": {0: [], 1: []},
     }
-    code, result = sweep_over(curves)
-    assert code == 1
+    exit_code, result = sweep_over(curves)
+    assert exit_code == 1
     output = capsys.readouterr()
     assert "| bilora | 1/2 | 80.00 | -10.00 [n/a], 1/1 |" in output.out
     assert "| no | 0/2 | n/a |" in output.out
@@ -116,8 +116,8 @@ def test_a_missing_run_leaves_the_other_seeds(sweep_over, capsys):
 
 
 def test_a_sweep_without_a_finished_run_has_a_result(sweep_over):
-    code, result = sweep_over({"lora": {0: []}, "bilora": {0: []}})
-    assert (code, result.provenance) == (1, None)
+    exit_code, result = sweep_over({"lora": {0: []}, "bilora": {0: []}})
+    assert (exit_code, result.provenance) == (1, None)
 
 
 def test_a_dry_run_lists_the_runs_of_each_recipe(tmp_path, capsys):

@@ -20,8 +20,8 @@ def plan(tmp_path):
         (tmp_path / "recipe.yaml").write_text(f"dataset: mini\n{recipe}")
         path = tmp_path / "experiment.yaml"
         path.write_text(f"recipe: {tmp_path / 'recipe.yaml'}\n{text}")
-        (loaded,) = load(path, settings, keys)
-        return loaded
+        (sweep_plan,) = load(path, settings, keys)
+        return sweep_plan
 
     return load_text
 

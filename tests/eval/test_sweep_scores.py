@@ -28,14 +28,14 @@ def plan(tmp_path):
         recipe = str(ROOT / "recipes" / "mini.yaml")
         path = tmp_path / "experiment.yaml"
         path.write_text(json.dumps({"recipe": recipe, "scores": scores, **content}))
-        (loaded,) = load(path, settings, scores_keys=keys)
-        return loaded
+        (sweep_plan,) = load(path, settings, scores_keys=keys)
+        return sweep_plan
 
     return load_content
 
 
-def flags_of(loaded):
-    return dict(flag.removeprefix("--").split("=") for flag in loaded.runs[0].flags)
+def flags_of(sweep_plan):
+    return dict(flag.removeprefix("--").split("=") for flag in sweep_plan.runs[0].flags)
 
 
 def test_runs_keep_the_checkpoints_that_are_sampled(plan):
@@ -208,8 +208,10 @@ def test_the_report_has_what_each_condition_changes(plan, tmp_path):
 )
 def test_a_wrong_word_is_one_sentence(words, sentence, tmp_path, capsys):
     name, *flags = words.split()
-    code = sweep.main([str(EXPERIMENTS / f"{name}.yaml"), *flags, "--output_dir", str(tmp_path)])
-    assert code == 2
+    exit_code = sweep.main(
+        [str(EXPERIMENTS / f"{name}.yaml"), *flags, "--output_dir", str(tmp_path)]
+    )
+    assert exit_code == 2
     assert sentence in capsys.readouterr().err
 
 
@@ -269,14 +271,14 @@ def test_recorded_runs_are_those_of_the_experiment(name, folder):
     """So that a seed or a variant can be added to the published result."""
     result = table.read(ROOT / "results" / folder)
     recorded = {entry.label: (entry.group, entry.seed) for entry in result.subjects}
-    (loaded,) = load(EXPERIMENTS / f"{name}.yaml")
-    planned = {run.name: (run.variant, run.seed) for run in loaded.runs}
+    (sweep_plan,) = load(EXPERIMENTS / f"{name}.yaml")
+    planned = {run.name: (run.variant, run.seed) for run in sweep_plan.runs}
     common = recorded.keys() & planned.keys()
     assert {recorded[run] for run in common} >= {("LoRA", 0)}
     assert all(recorded[run] == planned[run] for run in common)
-    scores = loaded.experiment.scores
+    scores = sweep_plan.experiment.scores
     assert scores is not None
-    settings = {"recipe": "mini.yaml", "options": loaded.experiment.options}
+    settings = {"recipe": "mini.yaml", "options": sweep_plan.experiment.options}
     settings["scores"] = scoring.Scoring(scores, ROOT).settings()
     assert common_settings(result) == settings
 

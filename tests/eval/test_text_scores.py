@@ -1,4 +1,4 @@
-"""Benchmarks, subjects, recorded figures, comparisons and the report, without a model."""
+"""Benchmarks, subjects, recorded metrics, comparisons and the report, without a model."""
 
 import json
 from dataclasses import replace
@@ -102,10 +102,14 @@ def test_a_subject_without_one_base_model_is_refused(tmp_path):
 def test_a_task_of_the_harness_is_shown_by_its_first_metric(metric, title, scale):
     engine: Any = None
     lambada = PreparedBenchmark(benchmarks.Benchmark("lambada", "lambada"), engine, {})
-    described_metric, _ = lambada.describe(benchmarks.Measurement(0.5, [], {}, {"metric": metric}))
+    described_metric, _ = lambada.metric_and_settings(
+        benchmarks.Measurement(0.5, [], {}, {"metric": metric})
+    )
     assert (described_metric.title, described_metric.scale) == (title, scale)
     mmlu = PreparedBenchmark(benchmarks.PAPER["mmlu"], engine, {})
-    described_metric, _ = mmlu.describe(benchmarks.Measurement(0.5, [], {}, {"metric": "acc,none"}))
+    described_metric, _ = mmlu.metric_and_settings(
+        benchmarks.Measurement(0.5, [], {}, {"metric": "acc,none"})
+    )
     assert (described_metric.title, described_metric.scale) == ("MMLU", 100)
 
 

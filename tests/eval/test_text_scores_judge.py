@@ -115,7 +115,7 @@ def test_answers_are_rated_and_an_unread_rating_is_asked_again_and_counted(tmp_p
     assert measurement.value == 6
     assert [item.score for item in measurement.items] == [8, 4, None]
     counts = {"items": 3, "without an answer": 1}
-    assert measurement.all_figures() == counts | {"category math": 4, "category writing": 8}
+    assert measurement.all_metrics() == counts | {"category math": 4, "category writing": 8}
     # A question without a reference answer, and one with
     haiku_request = endpoint.asked[0]["messages"][0]["content"]
     assert "Write a haiku." in haiku_request

@@ -19,13 +19,13 @@ ROWS: Rows = [(1, {"loss": 1.0}), (2, {"heldout_loss": 2.0, "heldout_accuracy": 
 def save_record(
     folder: Path, method: str = "lora", seed: int = 0, rows: Rows = ROWS, **config: Any
 ) -> Path:
-    """A run folder without weights: ``run.json``, and ``metrics.jsonl`` of (step, figures)."""
+    """A run folder without weights: ``run.json``, and ``metrics.jsonl`` of (step, metrics)."""
     log = RunLog(folder)
     options = {"model_name_or_path": "owner/base", "task_type": "causal", "task": "cola"}
     run_options = {"method": method, "seed": seed}
     log.start(options | config | run_options, method=method, seed=seed, resume_step=None)
-    for step, figures in rows:
-        log.metric(step, **figures)
+    for step, metrics in rows:
+        log.metric(step, **metrics)
     log.close("finished")
     return folder
 

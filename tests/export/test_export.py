@@ -95,7 +95,7 @@ def add_small_adapters(model, spec):
 def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     alpha, dora, tmp_path
 ):
-    trained, loaded = (load_pipeline("mini", dtype=torch.float32) for _ in range(2))
+    trained, other_pipeline = (load_pipeline("mini", dtype=torch.float32) for _ in range(2))
     spec = AdapterSpec(rank=4, alpha=alpha, use_dora=dora, target_modules="all-linear")
     places = image_pipeline.select_layers(["all"], family_of(trained), trained.unet)
     models = {
@@ -106,14 +106,14 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     small.export_all(tmp_path / "dog", models)
     with adapters.only(nn.ModuleDict(models), [PRIMARY]):
         expected = sampled_pixels(trained)
-    assert largest_difference(sampled_pixels(loaded), expected) > 12  # of 255
+    assert largest_difference(sampled_pixels(other_pipeline), expected) > 12  # of 255
     assert largest_difference(sampled_pixels(trained), expected) > 2  # the auxiliary acts too
-    loaded.load_lora_weights(tmp_path / "dog")  # of the two files, diffusers takes its own
-    assert largest_difference(sampled_pixels(loaded), expected) <= 1
+    other_pipeline.load_lora_weights(tmp_path / "dog")  # of the two files, diffusers takes its own
+    assert largest_difference(sampled_pixels(other_pipeline), expected) <= 1
     if not dora:  # diffusers drops dora_scale from kohya files
-        loaded.unload_lora_weights()
-        loaded.load_lora_weights(tmp_path / "dog", weight_name="dog.safetensors")
-        assert largest_difference(sampled_pixels(loaded), expected) <= 1
+        other_pipeline.unload_lora_weights()
+        other_pipeline.load_lora_weights(tmp_path / "dog", weight_name="dog.safetensors")
+        assert largest_difference(sampled_pixels(other_pipeline), expected) <= 1
 
     keys = list(load_file(tmp_path / "dog" / "dog.safetensors"))
     endings = "|".join(re.escape(ending) for ending in SDXL_ENDINGS)

@@ -75,8 +75,8 @@ def test_peft_loads_the_same_change(folder, tmp_path):
     products = stored_products(folder / FILE_NAME)
     peft = convert(folder / FILE_NAME, "peft", tmp_path / "peft")
     for component, model in plain_models().items():
-        loaded = PeftModel.from_pretrained(model, str(peft / component))
-        for name, A, B, scale in adapters.factors(loaded, PRIMARY):
+        loaded_model = PeftModel.from_pretrained(model, str(peft / component))
+        for name, A, B, scale in adapters.factors(loaded_model, PRIMARY):
             expected = products.pop((component, plain_name(name)))
             torch.testing.assert_close(scale * B @ A, expected)
     assert not products

@@ -13,7 +13,12 @@ import train_dreambooth_bilora
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.script import class_images, heldout_images, joined, training_images
+from bilora_diffusion.image.script import (
+    class_images,
+    heldout_images,
+    join_sets,
+    training_images,
+)
 from bilora_diffusion.image.stream import TrainingStream, centered_samples
 
 MINI = ["--pretrained_model_name_or_path", "mini", "--disk_cache", "no"]
@@ -156,7 +161,7 @@ def test_class_images_have_the_prompt_of_their_concept():
         " class_data_dir: cats, class_prompt: a cat, num_class_images: 4}\n",
         PRIOR,
     )
-    classes = joined(cfg, lambda options: class_images(options, Accelerator()))
+    classes = join_sets(cfg, lambda options: class_images(options, Accelerator()))
     stream = TrainingStream(cfg, training_images(cfg), classes)
     assert stream.num_samples == 6
     texts = Counter(stream.sample(position, 0, 1, "class").caption for position in range(6))

@@ -1,5 +1,6 @@
 """Every family of image models is in all places that CONTRIBUTING.md lists."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def excerpt(name, start, end):
+    """The part of a page from one text to the next occurrence of another."""
+    _, separator, text = read(name).partition(start)
+    assert separator, f"{name} has no {start!r}"
+    return text.partition(end)[0]
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_is_in_every_place(kind):
     family = family_class(kind, kind)
@@ -37,7 +45,20 @@ def test_a_family_is_in_every_place(kind):
         "README.md: names for --config": any(f"{name}`" in read("README.md") for name in recipes),
         "SCOPE.md": family.title in read("SCOPE.md"),
     }
-    if family.comfyui is not None:
+    if family.flow:
+        noise_levels = excerpt("docs/models.md", "| model | in training at 512", "\n\n")
+        has_place["docs/models.md: noise levels"] = f"\n| {family.title}" in noise_levels
+    if not family.reads_negative_prompt:
+        row = excerpt("docs/guide.md", "\n| `--n` |", "\n")
+        has_place["docs/guide.md: `--n`"] = family.title in row
+    scripts = json.loads(read("tests/references/diffusers_flags.json"))["scripts"]
+    if FAMILIES[kind][0] in scripts and kind != SDXL:
+        sentence = excerpt("docs/guide.md", "and most of those for", "For the same LoRA")
+        has_place["docs/guide.md: diffusers' scripts"] = family.title in sentence
+    if family.comfyui is None:
+        notes = excerpt("docs/files.md", "- **Other layers**", "no workflow is written")
+        has_place["docs/files.md: what ComfyUI does not read"] = family.title in notes
+    else:
         sizes = yaml.safe_load(read("tests/export/comfyui.yaml"))
         has_place["tests/export/comfyui.yaml"] = kind in sizes
         # The keys of SDXL are those of kohya's format.

@@ -140,7 +140,7 @@ def test_settings_that_can_have_no_effect_are_refused():
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
 def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
-    monkeypatch.setattr(config, "describe", lambda *_: model)
+    monkeypatch.setattr(config, "read_base_model", lambda *_: model)
     assert samples("a --l 9", resolution=64)
     if pipeline == "FluxPipeline":
         with pytest.raises(UserError, match=r"makes no unconditional prediction .*: drop it"):

@@ -1,4 +1,4 @@
-"""Promises of the baselines beside their references: limits, perturbations, refusals."""
+"""Promises of the baselines in addition to their references: limits, perturbations, refusals."""
 
 import copy
 from dataclasses import replace

@@ -95,8 +95,8 @@ def test_the_minimal_file_trains_and_saves_what_the_library_does(rho, tmp_path):
     inputs, _ = next(batches())
     outputs = [minimal_model.eval()(inputs)]
     for folder in ("minimal", "library"):
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / folder))
-        outputs.append(loaded(inputs))
+        loaded_model = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / folder))
+        outputs.append(loaded_model(inputs))
     for output in outputs[1:]:
         assert (output - outputs[0]).abs().max() < TOLERANCE
     assert (outputs[0] - base(inputs)).abs().max() > 0.01

@@ -59,7 +59,7 @@ def make(
     """A finished run.
 
     Args:
-        method: whose adapters and figures are written.
+        method: method whose adapters and values are written.
         seed: of the weights, and in the record.
         steps: that have a snapshot; () for a run that was not recorded.
         config: options in place of those of `CONFIG`.
@@ -89,28 +89,28 @@ def make(
                     share = step / max(steps)
                 start, end = ends[name]
                 adapters[name] = interpolate(start, end, share)
-            layers = layer_figures(adapters, method, step, ratio)
+            layers = layer_values(adapters, method, step, ratio)
             snapshots.write(folder, snapshots.Snapshot(step, adapters, layers))
     log.close("finished", steps=max(steps, default=0))
     return folder
 
 
-def layer_figures(
+def layer_values(
     adapters: Mapping[str, list[Factors]], method: str, step: int, ratio: Sequence[float]
 ) -> dict[str, Tensor]:
     """Figures of each layer, as training writes them with the factors."""
     unit = torch.ones(len(SHAPES), dtype=torch.float64)
     if method == "bilora":
-        figures = alignment(adapters[PRIMARY], adapters[AUXILIARY])
+        values = alignment(adapters[PRIMARY], adapters[AUXILIARY])
         if step:  # no step has been taken before the first snapshot
-            figures = {**figures, GAIN: unit * 0.5}
-        return figures
+            values = {**values, GAIN: unit * 0.5}
+        return values
     if method != "lora-sam" or step == 0:
         return {}
     ratios = torch.tensor(ratio, dtype=torch.float64)
-    figures = dict.fromkeys((*TERMS, FIRST_ORDER, PRODUCT), unit)
-    figures |= {TERMS[1]: ratios, FIRST_ORDER: ratios}
-    return {name: value.clone() for name, value in figures.items()}
+    values = dict.fromkeys((*TERMS, FIRST_ORDER, PRODUCT), unit)
+    values |= {TERMS[1]: ratios, FIRST_ORDER: ratios}
+    return {name: value.clone() for name, value in values.items()}
 
 
 def save(folder: Path, step: int = 1, value: float = 0.0, **parts: Any) -> Path:

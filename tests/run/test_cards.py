@@ -60,7 +60,7 @@ def blocks(text):
     return parts
 
 
-def code(text):
+def python_of(text):
     """The first Python block of a card."""
     return blocks(text)[0]
 
@@ -95,7 +95,7 @@ def test_a_full_card(tmp_path):
     assert "DoRA" not in model_card.text
     # The version of ComfyUI that reads DoRA's magnitudes.
     assert "0.3.30" in card(folder, f"{ICONS} --use_dora").text
-    snippet = code(model_card.text)
+    snippet = python_of(model_card.text)
     assert f"load_lora_weights('.', weight_name='{FILE_NAME}')" in snippet
     assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
 
@@ -131,7 +131,7 @@ def weights(tmp_path_factory, pipeline):
 
 def test_the_code_for_sdxl_runs_in_its_precision(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(weights)  # "this folder"
-    snippet = code(card(tmp_path, f"{ICONS} {VAE}").text)
+    snippet = python_of(card(tmp_path, f"{ICONS} {VAE}").text)
     assert snippet.count("dtype=torch.float16") == 2
     model = pipeline_dir()
     run(snippet, {repr(SDXL): repr(str(model)), repr(FIXED_VAE): repr(str(model / "vae"))})
@@ -171,14 +171,14 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
 ):
     monkeypatch.chdir(weights)
     text = card(tmp_path, MINI).text
-    run(code(text))
+    run(python_of(text))
     # diffusers warns of SDXL's encoders without adapters.
-    assert "diffusers warns" in code(text)
-    assert "diffusers warns" not in code(card(tmp_path, f"{MINI} --train_text_encoder").text)
+    assert "diffusers warns" in python_of(text)
+    assert "diffusers warns" not in python_of(card(tmp_path, f"{MINI} --train_text_encoder").text)
     models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
     save_models(tmp_path, models)
     monkeypatch.chdir(tmp_path)
-    run(code(card(tmp_path, f"{MINI} --method full", results={"export": models}).text))
+    run(python_of(card(tmp_path, f"{MINI} --method full", results={"export": models}).text))
 
 
 def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
@@ -186,8 +186,8 @@ def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
     plain = card(tmp_path, flow, pipeline="FluxPipeline").text
     dora = card(tmp_path, f"{flow} --use_dora", pipeline="FluxPipeline").text
     for text in (plain, dora):
-        assert code(text).count("torch.bfloat16") == 2
-        assert "float16" not in code(text).replace("bfloat16", "")
+        assert python_of(text).count("torch.bfloat16") == 2
+        assert "float16" not in python_of(text).replace("bfloat16", "")
     assert "models/loras" in plain
     assert "models/loras" not in dora
     assert "magnitudes" in dora
@@ -201,7 +201,9 @@ def test_only_what_is_given_is_said(tmp_path):
     assert "stable-diffusion-xl" not in data["tags"]
     for words in ("## Trigger", "## Results", "## Images", "models/loras", str(pipeline_dir())):
         assert words not in model_card.content
-    assert f"load_lora_weights('me/icons', weight_name='{FILE_NAME}')\n" in code(model_card.text)
+    assert f"load_lora_weights('me/icons', weight_name='{FILE_NAME}')\n" in python_of(
+        model_card.text
+    )
 
 
 def test_local_paths_stay_private(tmp_path, monkeypatch):
@@ -211,7 +213,7 @@ def test_local_paths_stay_private(tmp_path, monkeypatch):
     for place in (str(tmp_path / "secret" / "model"), "secret/model"):
         model_card = card(tmp_path / "run", ICONS, **dict.fromkeys(places, place))
         assert "secret" not in model_card.content
-        assert code(model_card.text).count("'path/to/model'") == 2
+        assert python_of(model_card.text).count("'path/to/model'") == 2
         assert not {"base_model", "datasets"} & set(model_card.data.to_dict())
 
 
@@ -225,7 +227,7 @@ def test_any_prompt_survives(tmp_path_factory, prompt):
     assert model_card.data.to_dict()["widget"][0]["text"] == prompt
     assert model_card.data.to_dict()["instance_prompt"] == prompt
     if "```" not in prompt:
-        assert f"pipeline({prompt!r})" in code(model_card.text)
+        assert f"pipeline({prompt!r})" in python_of(model_card.text)
 
 
 def text_card(folder, kind, model, method="bilora", repo=None):
@@ -258,7 +260,7 @@ def test_a_text_card(tmp_path, kind, model, tag):
         "pipeline_tag": tag,
         "tags": ["bilora-diffusion", "bilora"],
     }
-    snippet = code(adapter.text)
+    snippet = python_of(adapter.text)
     for part in (model, "me/my-model", "PeftModel.from_pretrained(base"):
         assert part in snippet
     assert ("num_labels=2" in snippet) == (kind == "classification")
@@ -268,9 +270,9 @@ def test_a_text_card(tmp_path, kind, model, tag):
     assert "checkpoints" not in adapter.text
     full = text_card(tmp_path, kind, model, method="full")
     assert full.data.to_dict()["library_name"] == "transformers"
-    assert 'subfolder="model"' in code(full.text)
+    assert 'subfolder="model"' in python_of(full.text)
     assert "| `model` | the result | no |" in full.text
-    assert "PeftModel" not in code(full.text)
+    assert "PeftModel" not in python_of(full.text)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("causal", "bilora"), ("classification", "full")])
@@ -287,7 +289,7 @@ def test_the_code_runs_on_what_a_text_run_left(tmp_path, kind, method):
     text = (run / "README.md").read_text()
     assert "rows.jsonl" in text
     assert str(tmp_path) not in text  # local folders are named without their place
-    snippet = code(text)
+    snippet = python_of(text)
     assert "path/to/this/folder" in snippet
     snippet = snippet.replace("path/to/this/folder", str(run))
     # An adapter needs its base; a fully fine-tuned model does not.

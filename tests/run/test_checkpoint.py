@@ -61,30 +61,30 @@ def test_whatever_is_saved_comes_back_exactly(tmp_path):
         scaler={"scale": 65536.0},
         extra={"best": float("nan"), "names": ["é", "$"]},
     )
-    loaded = load(path)
+    loaded_checkpoint = load(path)
     # Nothing loaded may depend on the file, as a memory map would.
     with (path / checkpoint.ADAPTERS).open("r+b") as file:
         file.write(b"\0" * 200)
-    assert loaded.tensors.keys() == tensors.keys()
+    assert loaded_checkpoint.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert has_same_bytes(loaded.tensors[name], tensor), name
-    state = loaded.optimizer["state"]
+        assert has_same_bytes(loaded_checkpoint.tensors[name], tensor), name
+    state = loaded_checkpoint.optimizer["state"]
     assert list(state) == [0, 11]
     assert list(state[0]) == list(moments)
     assert state[0]["k"] == 3
     assert has_same_bytes(state[0]["x"], moments["x"])
     assert has_same_bytes(state[0]["inner"]["qmap"], base)
     assert has_same_bytes(state[11]["step"], base[0, 0])
-    (loaded_group,) = loaded.optimizer["param_groups"]
+    (loaded_group,) = loaded_checkpoint.optimizer["param_groups"]
     assert has_same_bytes(loaded_group["betas"].pop(), group["betas"].pop())
     assert loaded_group == group
-    assert repr(loaded.scheduler) == "{'_last_lr': [0.30000000000000004, 5e-324, -0.0]}"
-    assert loaded.step == 1
-    assert loaded.scaler == {"scale": 65536.0}
-    assert repr(loaded.extra) == "{'best': nan, 'names': ['é', '$']}"
+    assert repr(loaded_checkpoint.scheduler) == "{'_last_lr': [0.30000000000000004, 5e-324, -0.0]}"
+    assert loaded_checkpoint.step == 1
+    assert loaded_checkpoint.scaler == {"scale": 65536.0}
+    assert repr(loaded_checkpoint.extra) == "{'best': nan, 'names': ['é', '$']}"
     # Tensors that shared memory are apart.
-    loaded.tensors["a"].zero_()
-    assert has_same_bytes(loaded.tensors["b"], base)
+    loaded_checkpoint.tensors["a"].zero_()
+    assert has_same_bytes(loaded_checkpoint.tensors["b"], base)
 
 
 @pytest.mark.parametrize("value", [{1}, object(), torch.float32], ids=["set", "object", "dtype"])
@@ -140,11 +140,11 @@ def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path):
                 completed = save(folder, 2, 2.0).exists()
             except Crash:
                 completed = False
-        loaded = load_latest(folder)
-        outcomes.add(loaded.extra["value"])
-        assert resolve(folder, f"step-{loaded.step}") == latest(folder)
+        loaded_checkpoint = load_latest(folder)
+        outcomes.add(loaded_checkpoint.extra["value"])
+        assert resolve(folder, f"step-{loaded_checkpoint.step}") == latest(folder)
         root = folder / checkpoint.CHECKPOINTS
-        assert not (completed and loaded.step == 1)
+        assert not (completed and loaded_checkpoint.step == 1)
         save(folder, 3, 3.0)  # cleans up
         assert {path.name for path in root.iterdir()} <= {"step-1", "step-2", "step-3"}
         assert load_latest(folder).extra["value"] == 3.0

@@ -85,8 +85,8 @@ def refused(argv, capsys):
     """The one sentence that a script refuses a command line with."""
     is_text = "--model_name_or_path" in argv
     script = train_text_bilora if is_text else train_dreambooth_bilora
-    code = script.main(argv)
-    assert code == 2
+    exit_code = script.main(argv)
+    assert exit_code == 2
     return error_sentence(capsys.readouterr().err)
 
 

@@ -251,14 +251,14 @@ def test_the_pictures_of_peft_s_comparison_are_those_of_its_experiment(tmp_path,
     script.main([])
     counts = {part.name: len(list(part.glob("*.png"))) for part in Path("peft_cat").iterdir()}
     assert counts == {"train": 14, "valid": 2, "heldout": 4}
-    (loaded,) = plan.load(ROOT / "eval" / "experiments" / "peft_cat.yaml")
-    assert [variant.label for variant in loaded.variants] == ["LoRA", "Bi-LoRA", "LoRA-SAM"]
-    scores = loaded.experiment.scores
+    (sweep_plan,) = plan.load(ROOT / "eval" / "experiments" / "peft_cat.yaml")
+    assert [variant.label for variant in sweep_plan.variants] == ["LoRA", "Bi-LoRA", "LoRA-SAM"]
+    scores = sweep_plan.experiment.scores
     assert scores is not None
     captions = [prompt.text for prompt in read(scores.prompts)]
     assert captions == [script.CAPTIONS[row] for row in script.HELDOUT]
     assert scoring.Scoring(scores, tmp_path).num_checkpoint_images == 12
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"image": pictures[:3]})
-    with pytest.raises(UserError, match="has 3 pictures and not 20"):
+    with pytest.raises(UserError, match="has 3 pictures, but 20 are expected"):
         script.main([])

@@ -50,7 +50,7 @@ def tiny_models(tmp_path_factory):
 
 
 def command_line(output, flags, steps=2):
-    """Flags for three prompts, which lie beside the output folder, added to others."""
+    """Flags for three prompts, which are next to the output folder, added to others."""
     prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
     return (

@@ -18,7 +18,7 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.pipeline import memory_by_phase
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.train import dry_run
-from bilora_diffusion.train.dry_run import STEP, attached, complete
+from bilora_diffusion.train.dry_run import STEP, attach_copy, complete
 from docs import memory
 from docs.memory import FOLDER
 from tests.image.tiny import shared
@@ -33,10 +33,10 @@ def without_weights(model, folder):
     return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def image_run(capsys, folder, code=0, **values):
+def image_run(capsys, folder, exit_code=0, **values):
     """Output of a dry run of images, which writes nothing."""
     argv = [*flags(folder, **values), "--dry_run"]
-    assert train_dreambooth_bilora.main(argv) == code
+    assert train_dreambooth_bilora.main(argv) == exit_code
     assert not folder.exists()
     return "".join(capsys.readouterr())
 
@@ -66,7 +66,7 @@ def test_memory_is_near_what_runs_took(tmp_path):
     run = memory.empty_task("Stable Diffusion XL", *" ".join(words).split())
     phases = memory_by_phase(run, torch.device("cpu"))
     # 600 MB stand for the process with its libraries, which is not measured here.
-    phases = complete(phases, attached(run, 2)[1], process=600_000_000)
+    phases = complete(phases, attach_copy(run, 2)[1], process=600_000_000)
     assert sum(phases[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
 
 

@@ -94,14 +94,14 @@ def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
     before = file_contents(folder)
     capsys.readouterr()
 
-    code = train_text_bilora.main(text_flags(folder, **settings(), **STARTS[start]))
+    exit_code = train_text_bilora.main(text_flags(folder, **settings(), **STARTS[start]))
 
     output = capsys.readouterr().err
     after = file_contents(folder)
     if outcome == DRY or outcome in TRAINS:
-        assert code == 0
+        assert exit_code == 0
     else:
-        assert code == 2
+        assert exit_code == 2
         sentence = error_sentence(output)
         assert str(folder) in sentence
         assert outcome in sentence

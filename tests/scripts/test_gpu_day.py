@@ -119,12 +119,14 @@ def test_a_day_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     assert "give the same command again" in capsys.readouterr().out
 
     # Without time for a second part only the first is measured.
-    needed = gpu_day.Day.needed
-    monkeypatch.setattr(gpu_day.Day, "needed", lambda day, _: 1e9 if day.results["parts"] else 0.0)
+    needed_seconds = gpu_day.Day.needed_seconds
+    monkeypatch.setattr(
+        gpu_day.Day, "needed_seconds", lambda day, _: 1e9 if day.results["parts"] else 0.0
+    )
     gpu_day.main(flags)
     rows = json.loads((tmp_path / "here.json").read_text())["parts"]
     assert list(rows) == [plan[0].key]
-    monkeypatch.setattr(gpu_day.Day, "needed", needed)
+    monkeypatch.setattr(gpu_day.Day, "needed_seconds", needed_seconds)
     gpu_day.main(flags)
     complete = json.loads((tmp_path / "here.json").read_text())["parts"]
     assert complete[plan[0].key] == rows[plan[0].key]

@@ -149,12 +149,12 @@ def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
     assert list(snapshots.steps(single)) == list(snapshots.steps(double))
     single_dynamics = column(single, "dynamics")
     double_dynamics = column(double, "dynamics")
-    for expected, figures in zip(single_dynamics, double_dynamics, strict=True):
-        assert figures.keys() == expected.keys()
+    for expected, values in zip(single_dynamics, double_dynamics, strict=True):
+        assert values.keys() == expected.keys()
         for key, value in expected.items():
             # None stands for a figure that is not defined.
             close = value if value is None else pytest.approx(value, rel=1e-2, abs=1e-7)
-            assert figures[key] == close, key
+            assert values[key] == close, key
 
 
 @pytest.fixture

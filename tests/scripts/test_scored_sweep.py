@@ -13,12 +13,12 @@ EXPERIMENT = "eval/experiments/pictures_duotone.yaml"
 FLAGS = f"{EXPERIMENT} --variants LoRA --steps 2 --max_prompts 2 --processes 1"
 
 
-def run(folder, flags, code=0):
+def run(folder, flags, exit_code=0):
     """Everything that the command prints."""
     places = f"--runs_dir {folder / 'runs'} --output_dir {folder / 'result'}"
     command = f"{sys.executable} -m eval.sweep {FLAGS} {places} {flags}".split()
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == code, process.stderr
+    assert process.returncode == exit_code, process.stderr
     return process.stdout + process.stderr
 
 
@@ -60,7 +60,7 @@ def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added
     assert repeated.provenance == second.provenance
 
     # Rows of other prompts can't stand beside these.
-    message = run(tmp_path, "--seeds 0 --max_prompts 1", code=2)
+    message = run(tmp_path, "--seeds 0 --max_prompts 1", exit_code=2)
     assert "has a result with scores.num_prompts 2" in message
 
 

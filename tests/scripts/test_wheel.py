@@ -73,8 +73,8 @@ def answers(installed, folder, commands):
 def test_the_demo_trains_and_draws(installed, tmp_path):
     demo = "demo --max_train_steps 4 --max_eval_samples 4 --num_validation_images 0"
     demo_answer, export_answer = answers(installed, tmp_path, [demo, "export demo/bilora"])
-    code, output = demo_answer
-    assert code == 0, output
+    exit_code, output = demo_answer
+    assert exit_code == 0, output
     assert "saw the same data and noise in all 4 steps" in output
     for row in ("base model, ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
         assert row in output
@@ -94,8 +94,10 @@ COMMANDS = {
 
 
 def test_commands_answer(installed, tmp_path):
-    for line, (code, output) in zip(COMMANDS, answers(installed, tmp_path, COMMANDS), strict=True):
+    for line, (exit_code, output) in zip(
+        COMMANDS, answers(installed, tmp_path, COMMANDS), strict=True
+    ):
         expected_code, part = COMMANDS[line]
-        assert code == expected_code, line
+        assert exit_code == expected_code, line
         assert part in output, line
     assert not list(tmp_path.iterdir())

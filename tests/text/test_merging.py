@@ -62,22 +62,22 @@ def random_adapter(base, folder, dtype=torch.float32, **options):
 def test_a_merged_model_has_the_logits_of_the_adapter(save, kind, options, tmp_path):
     base = save(tmp_path / "base")
     expected = logits(random_adapter(base, tmp_path / "adapter", **options), kind)
-    loaded = load_text_model(str(base))
-    unmerged = logits(loaded.model, kind)
-    assert merging.merge(loaded.model, merging._read_adapter(tmp_path / "adapter")) == []
+    text_model = load_text_model(str(base))
+    unmerged = logits(text_model.model, kind)
+    assert merging.merge(text_model.model, merging._read_adapter(tmp_path / "adapter")) == []
     assert (expected - unmerged).abs().max() > 1e-2  # else nothing is proven
-    torch.testing.assert_close(logits(loaded.model, kind), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(logits(text_model.model, kind), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_weights_in_half_precision_are_rounded_once(tmp_path):
     base = save_llama(tmp_path / "base")
     random_adapter(base, tmp_path / "adapter", use_dora=True)
     adapter = merging._read_adapter(tmp_path / "adapter")
-    loaded = load_text_model(str(base), dtype=torch.bfloat16)
-    weights = {name: value.double() for name, value in loaded.model.named_parameters()}
-    (note,) = merging.merge(loaded.model, adapter)
+    text_model = load_text_model(str(base), dtype=torch.bfloat16)
+    weights = {name: value.double() for name, value in text_model.model.named_parameters()}
+    (note,) = merging.merge(text_model.model, adapter)
     assert note.startswith("Rounding to bfloat16")
-    for name, value in loaded.model.named_parameters():
+    for name, value in text_model.model.named_parameters():
         layer = name.removesuffix(".weight")
         exact = weights[name]
         if f"{layer}.lora_A.weight" in adapter.tensors:
@@ -101,9 +101,9 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
         (save_gpt2(tmp_path / "gpt2"), "adapter", "no plain layer model.layers.0"),
         (tied, "head", "lm_head shares its weight with model.embed_tokens"),
     ):
-        loaded = load_text_model(str(model))
+        text_model = load_text_model(str(model))
         with pytest.raises(UserError, match=sentence):
-            merging.merge(loaded.model, merging._read_adapter(tmp_path / adapter))
+            merging.merge(text_model.model, merging._read_adapter(tmp_path / adapter))
     adapter = merging._read_adapter(tmp_path / "adapter")
     key = next(key for key in adapter.tensors if "lora_A" in key)
     adapter.tensors[key].fill_(torch.inf)
@@ -111,12 +111,12 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
         merging.merge(load_text_model(str(base)).model, adapter)
 
 
-def answers(model, tokenizer, kind, loaded):
+def answers(model, tokenizer, kind, text_model):
     if kind == "classification":
         return []
     prompts = [tokenizer(text)["input_ids"] for text in ("what is the color", "say hello to me")]
     return generate(
-        type(loaded)(model, tokenizer, kind), prompts, new_tokens=8, num_return_sequences=1
+        type(text_model)(model, tokenizer, kind), prompts, new_tokens=8, num_return_sequences=1
     )
 
 

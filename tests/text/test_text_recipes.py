@@ -74,18 +74,18 @@ def test_every_column_has_its_recipe_and_no_other():
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name):
-    figures = COLUMNS[name]
+    column = COLUMNS[name]
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     values = vars(resolve_text(["--config", str(RECIPES / f"{name}.yaml")]))
-    for row in figures.keys() - NOT_IN_THE_RECIPE - {"Evaluation Metric"}:
-        compare(row, figures[row], recipe)
-        compare(row, figures[row], values)
+    for row in column.keys() - NOT_IN_THE_RECIPE - {"Evaluation Metric"}:
+        compare(row, column[row], recipe)
+        compare(row, column[row], values)
     assert (values["max_train_steps"], values["lr_warmup_steps"]) == (None, None)
     assert recipe["model_name_or_path"] == MODELS[name.partition("/")[0]]
     assert recipe["method"] == "bilora"
-    assert recipe["auxiliary_rank"] == figures["LoRA Rank"]
+    assert recipe["auxiliary_rank"] == column["LoRA Rank"]
     assert "auxiliary_learning_rate" not in recipe  # the primary's, so that one flag moves both
-    if metric := METRICS.get(figures.get("Evaluation Metric", "")):
+    if metric := METRICS.get(column.get("Evaluation Metric", "")):
         assert catalog.get(recipe["task"]).metrics[0] == metric
     else:
         assert not name.startswith("t5_base/")

@@ -39,8 +39,8 @@ def task_of(folder, kind, base=None, **values):
     cfg = resolve_text(texts.text_flags(folder / "run", **(options | values)))
     rows = open_rows(cfg)
     labels = rows.label_words if kind == "classification" else None
-    loaded = load_text_model(str(base), kind, labels=labels)
-    return TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
+    text_model = load_text_model(str(base), kind, labels=labels)
+    return TextTask(cfg, text_model, encode_rows(cfg, rows, text_model))
 
 
 def step_losses(task, pieces):
@@ -59,9 +59,9 @@ def batch_of(rows):
 
 def transformers_loss(task, rows, count):
     """The loss of Transformers' model for the first rows as one batch."""
-    batch = collate([rows.row(index) for index in range(count)], task.loaded.kind, 0)
+    batch = collate([rows.row(index) for index in range(count)], task.text_model.kind, 0)
     with torch.no_grad():
-        return float(task.loaded.model(**batch).loss)
+        return float(task.text_model.model(**batch).loss)
 
 
 @pytest.mark.parametrize("kind", texts.KINDS)
@@ -70,7 +70,7 @@ def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kin
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
     del batch.inputs["weights"]  # of the slots, which Transformers' model does not take
     with torch.no_grad():
-        loss = task.loaded.model(**batch.inputs).loss
+        loss = task.text_model.model(**batch.inputs).loss
     uncut_losses = step_losses(task, pieces=1)
     assert float(uncut_losses.mean()) == pytest.approx(float(loss), abs=1e-6)
     for pieces in (2, 4, 8):
@@ -110,13 +110,13 @@ def test_predictions_are_those_of_single_generation(tmp_path):
     file = tmp_path / "run" / "validation" / "step-3" / "predictions.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     rows = texts.rows_for("causal", 7, first=24)
-    tokenizer = task.loaded.tokenizer
+    tokenizer = task.text_model.tokenizer
     hits = 0
     for line, row in zip(lines, rows, strict=True):
         assert (line["prompt"], line["reference"]) == (row["prompt"], row["answer"])
         hits += line["prediction"] == line["reference"]
         inputs = tokenizer([line["prompt"] + "\n"], return_tensors="pt")
-        tokens = task.loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        tokens = task.text_model.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         assert line["prediction"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
     assert values == {"heldout_exact_match": hits / 7}
@@ -127,18 +127,18 @@ def test_a_full_memory_is_one_sentence_with_the_option_that_helps(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     task = task_of(tmp_path, "causal")
-    task.loaded.model.register_forward_pre_hook(fill_memory)
+    task.text_model.model.register_forward_pre_hook(fill_memory)
     for measure in (task.evaluation.measure, lambda: task.evaluation.answer(tmp_path)):
         with pytest.raises(TrainingError, match=r"of 7 rows needs .* --eval_batch_size \(now 16\)"):
             measure()
 
 
 def test_an_empty_prompt_is_answered_and_changes_no_other_answer(tmp_path):
-    loaded = task_of(tmp_path, "causal").loaded
-    prompt = loaded.tokenizer("nine plus one\n")["input_ids"]
-    (expected_answer,) = generate(loaded, [prompt], 4)
-    generate(loaded, [[]], 4)
-    assert generate(loaded, [[], prompt], 4)[1] == expected_answer
+    text_model = task_of(tmp_path, "causal").text_model
+    prompt = text_model.tokenizer("nine plus one\n")["input_ids"]
+    (expected_answer,) = generate(text_model, [prompt], 4)
+    generate(text_model, [[]], 4)
+    assert generate(text_model, [[], prompt], 4)[1] == expected_answer
 
 
 def test_prompts_and_answers_stay_within_learned_positions(tmp_path):

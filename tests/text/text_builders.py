@@ -127,8 +127,8 @@ def encoded(
 ) -> Encoded:
     """Examples as a run with these settings tokenizes them."""
     cfg = TextConfig(**{"max_length": 512, "max_target_length": 8, **settings})
-    loaded: Any = SimpleNamespace(tokenizer=tokenizer, kind=kind, max_tokens=max_tokens)
-    return encode(examples, cfg, loaded, "the set")
+    text_model: Any = SimpleNamespace(tokenizer=tokenizer, kind=kind, max_tokens=max_tokens)
+    return encode(examples, cfg, text_model, "the set")
 
 
 def material(kind: str) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def material(kind: str) -> dict[str, Any]:
 
 
 def heldout(kind: str) -> Path:
-    """Rows beside those of `material`."""
+    """Rows in addition to those of `material`."""
     return Path(material(kind)["train_file"]).with_name("held.jsonl")
 
 
@@ -188,7 +188,7 @@ def train_text_once(kind: str, name: str = "run", /, **values: Any) -> Path:
 
 
 def heldout_of(base: Path, folder: Path) -> dict[str, float]:
-    """A run's held-out figures, measured anew on the base with its adapter as PEFT loads it, or on
+    """A run's held-out metrics, measured anew on the base with its adapter as PEFT loads it, or on
     the whole model that it left.
     """
     config = runlog.read_run(folder)["config"]
@@ -198,14 +198,16 @@ def heldout_of(base: Path, folder: Path) -> dict[str, float]:
     rows = open_rows(cfg)
     labels = rows.label_words if cfg.task_type == "classification" else None
     if cfg.method == "full":  # its weights are in fp32
-        loaded = load_text_model(str(folder / "model"), cfg.task_type, labels=labels)
+        text_model = load_text_model(str(folder / "model"), cfg.task_type, labels=labels)
     else:
         dtype = DTYPES[str(cfg.mixed_precision)]
-        loaded = load_text_model(str(base), cfg.task_type, labels=labels, dtype=dtype)
-        adapted = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
-        loaded = dataclasses.replace(loaded, model=adapted)
-    data = encode_rows(cfg, rows, loaded)
-    return Evaluation(cfg, loaded, TextModule(loaded.model, loaded.kind), data).measure()
+        text_model = load_text_model(str(base), cfg.task_type, labels=labels, dtype=dtype)
+        adapted = PeftModel.from_pretrained(text_model.model, str(folder)).eval()
+        text_model = dataclasses.replace(text_model, model=adapted)
+    data = encode_rows(cfg, rows, text_model)
+    return Evaluation(
+        cfg, text_model, TextModule(text_model.model, text_model.kind), data
+    ).measure()
 
 
 CHATML = (

@@ -11,7 +11,7 @@ from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.methods import Target
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.task import memory_by_phase
-from bilora_diffusion.train.dry_run import STEP, attached, empty
+from bilora_diffusion.train.dry_run import STEP, attach_copy, empty
 from docs.memory import FOLDER, step_memory
 from tests.scripts.runs import words
 
@@ -81,7 +81,7 @@ def text_task(case, folder):
     train = SimpleNamespace(lengths=[case["tokens"]], target_tokens=[case["targets"]])
     return SimpleNamespace(
         cfg=cfg,
-        loaded=SimpleNamespace(model=model, kind=case["kind"], whole_modules=saved),
+        text_model=SimpleNamespace(model=model, kind=case["kind"], whole_modules=saved),
         data=SimpleNamespace(train=train),
         targets=lambda: [Target("model", model, AdapterSpec(8, 16, modules_to_save=saved), 1e-4)],
     )
@@ -93,6 +93,6 @@ def text_task(case, folder):
 def test_each_text_model_is_within_15_percent(case, tmp_path):
     task = text_task(case, tmp_path)
     step_bytes = memory_by_phase(task, None)[STEP]
-    _, adapter_bytes = attached(task, 1)
+    _, adapter_bytes = attach_copy(task, 1)
     estimate = sum(step_bytes.values()) + sum(adapter_bytes.values())
     assert estimate == pytest.approx(case["lora"], rel=0.15)

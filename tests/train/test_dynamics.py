@@ -46,7 +46,7 @@ def test_figures_of_a_pair_are_those_of_full_matrices(sides):
     primary, auxiliary = sides
     inner_products = dynamics.inner_products(primary, auxiliary)
     norms = dynamics.norms(primary)
-    figures = dynamics.alignment(primary, auxiliary)
+    layer_values = dynamics.alignment(primary, auxiliary)
     all_products = []
     for number, (left, right) in enumerate(zip(primary, auxiliary, strict=True)):
         products = product(left), product(right)
@@ -59,12 +59,12 @@ def test_figures_of_a_pair_are_those_of_full_matrices(sides):
             "column_overlap": squared_cosine(left.B, right.B),
             "row_overlap": squared_cosine(left.A.T, right.A.T),
         }
-        layer_figures = {name: float(figures[name][number]) for name in expected}
-        assert layer_figures == pytest.approx(expected)
+        values_of_layer = {name: float(layer_values[name][number]) for name in expected}
+        assert values_of_layer == pytest.approx(expected)
         all_products.append(torch.stack(products).flatten(1))
     # Over the whole model all layers are one vector: (2, elements of all layers).
     vectors = torch.cat(all_products, dim=1)
-    total = dynamics.totals(figures)
+    total = dynamics.totals(layer_values)
     cosine = torch.cosine_similarity(vectors[0], vectors[1], dim=0)
     assert total["product_cosine"] == pytest.approx(float(cosine))
     assert total["norm_primary"] == pytest.approx(float(vectors[0].norm()))
@@ -77,10 +77,10 @@ def with_zero_product(factors):
 def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(sides):
     primary, auxiliary = sides
     auxiliary[1] = with_zero_product(auxiliary[1])
-    figures = dynamics.alignment(primary, auxiliary)
-    assert figures["product_cosine"].isnan().tolist() == [False, True, False]
-    overlap = dynamics.totals(figures)["column_overlap"]
-    assert overlap == pytest.approx(float(figures["column_overlap"][[0, 2]].mean()))
+    layer_values = dynamics.alignment(primary, auxiliary)
+    assert layer_values["product_cosine"].isnan().tolist() == [False, True, False]
+    overlap = dynamics.totals(layer_values)["column_overlap"]
+    assert overlap == pytest.approx(float(layer_values["column_overlap"][[0, 2]].mean()))
     all_zero = [with_zero_product(factors) for factors in auxiliary]
     total = dynamics.totals(dynamics.alignment(primary, all_zero))
     assert total["product_cosine"] is total["column_overlap"] is None

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.core.errors import UserError, run_cli
-from bilora_diffusion.image.base_model import describe
+from bilora_diffusion.image.base_model import read_base_model
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.mini import pipeline_dir
@@ -151,7 +151,7 @@ def test_a_gated_model_is_told_how_to_get_it(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", gated)
-    for load in (describe, lambda name: load_pipeline(name, dtype=torch.float32)):
+    for load in (read_base_model, lambda name: load_pipeline(name, dtype=torch.float32)):
         with pytest.raises(UserError, match=r'"org/gated".*accept its terms.*hf auth login'):
             load("org/gated")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Inputs of a model beside the noisy latents, for n rows: tensors (n, ...), or lists of n tensors
-# where rows differ in length.
+# Inputs of a model in addition to the noisy latents, for n rows: tensors (n, ...), or lists of n
+# tensors where rows differ in length.
 Conditions = dict[str, Any]
 
 
@@ -40,7 +40,7 @@ def join_rows(parts: Sequence[Conditions]) -> Conditions:
 def move(conditions: Conditions, device: torch.device, dtype: torch.dtype | None) -> Conditions:
     """Move conditions to a device, and floating-point values to a dtype unless it is None."""
 
-    def moved(value: Tensor) -> Tensor:
+    def move(value: Tensor) -> Tensor:
         if value.is_floating_point():
             return value.to(device, dtype)
         return value.to(device)
@@ -48,9 +48,9 @@ def move(conditions: Conditions, device: torch.device, dtype: torch.dtype | None
     result: Conditions = {}
     for name, values in conditions.items():
         if isinstance(values, Tensor):
-            result[name] = moved(values)
+            result[name] = move(values)
         else:
-            result[name] = [moved(value) for value in values]
+            result[name] = [move(value) for value in values]
     return result
 
 

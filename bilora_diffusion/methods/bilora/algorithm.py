@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ... import adapters
 from ...adapters import AUXILIARY, PRIMARY
 from ...core.errors import UserError
-from ..base import CountingMethod, MethodOptions, Target, TrainedBytes, unwrapped
+from ..base import CountingMethod, MethodOptions, Target, TrainedBytes, unwrap
 from ..registry import register
 from . import ball
 from .auxiliary import (
@@ -91,7 +91,7 @@ class BiLoRA(CountingMethod):
             UserError: it is bound already, its groups are not those of `param_groups`, or it can't
                 have hooks.
         """
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrap(optimizer)
         if optimizer is self.optimizer:
             raise UserError("bind got the same optimizer twice; call it once, after making it.")
         check_groups(optimizer, self.result_parameters(), self.auxiliary_parameters())

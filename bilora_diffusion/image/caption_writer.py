@@ -23,7 +23,7 @@ from ..mini import FOLDERS
 from ..run.console import quiet
 from ..train.engine import PRECISIONS
 from ..train.task import explain_memory_errors
-from .captioning import ImageCaptioner, load_captioner
+from .caption_models import ImageCaptioner, load_captioner
 from .captions import add_trigger
 from .image_files import list_folder, stem
 from .look_alikes import describe_pairs, find_look_alikes
@@ -31,9 +31,9 @@ from .opening import open_images
 from .prompt_length import PromptLength
 from .sets import ImageSet
 
-# Rows of the table at most.
+# Maximum number of rows of the table.
 MAX_ROWS = 200
-# Characters of a name in the table at most.
+# Maximum length of a name in the table.
 NAME_WIDTH = 32
 
 
@@ -64,12 +64,12 @@ def caption_folder(options: Namespace) -> None:
     for line in images.left_out():
         print(strip_controls(line))
     files = _caption_files(options.folder, images)
-    numbers = []
-    for number, file in enumerate(files):
+    indices = []
+    for index, file in enumerate(files):
         if file.text is None or options.overwrite:
-            numbers.append(number)
-    if numbers:
-        _write_captions(options, images, files, numbers)
+            indices.append(index)
+    if indices:
+        _write_captions(options, images, files, indices)
     for line in _report(options, images, files, prompt_length):
         print(strip_controls(line))
 
@@ -100,7 +100,7 @@ def _caption_files(folder: str, images: ImageSet) -> list[CaptionFile]:
     files = []
     names: dict[str, str] = {}  # of images, by path without suffix
     for entry in images.entries:
-        image_file = entry.encoded()
+        image_file = entry.encoded_image()
         if isinstance(image_file, bytes):
             raise UserError(
                 f"{quoted(folder)} holds its images in tables, not in files: captions belong into a"
@@ -122,22 +122,22 @@ def _caption_files(folder: str, images: ImageSet) -> list[CaptionFile]:
 
 
 def _write_captions(
-    options: Namespace, images: ImageSet, files: Sequence[CaptionFile], numbers: Sequence[int]
+    options: Namespace, images: ImageSet, files: Sequence[CaptionFile], indices: Sequence[int]
 ) -> None:
-    """Write the captions of the images with these numbers."""
+    """Write the captions of the images with these indices."""
     captioner = _load_captioner(options)
-    with tqdm(total=len(numbers), desc="captions", unit="image") as bar:
+    with tqdm(total=len(indices), desc="captions", unit="image") as bar:
         try:
-            for start in range(0, len(numbers), options.batch_size):
-                batch = numbers[start : start + options.batch_size]
+            for start in range(0, len(indices), options.batch_size):
+                batch = indices[start : start + options.batch_size]
                 action = f"captioning {counted(len(batch), 'image')} at a time"
                 fix = f"lower --batch_size (now {options.batch_size}), or give a smaller --model"
                 with explain_memory_errors(action, fix):
-                    texts = captioner.captions([images.image(number) for number in batch])
-                for number, text in zip(batch, texts, strict=True):
+                    texts = captioner.captions([images.image(index) for index in batch])
+                for index, text in zip(batch, texts, strict=True):
                     # Without a text there is no file: training takes a blank one for none.
                     if text:
-                        file = files[number]
+                        file = files[index]
                         file.text = add_trigger(text, options.trigger_word)
                         write_text(file.path, f"{file.text}\n")
                         file.is_new = True
@@ -146,7 +146,7 @@ def _write_captions(
             advice = "give the same command again to write the others"
             if options.overwrite:
                 advice = "with --overwrite the same command begins again"
-            sentence = f"\n{bar.n} of {counted(len(numbers), 'caption')} are written: {advice}"
+            sentence = f"\n{bar.n} of {counted(len(indices), 'caption')} are written: {advice}"
             raise Interrupted(sentence) from None
 
 

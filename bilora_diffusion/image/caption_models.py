@@ -27,10 +27,10 @@ BLIP, FLORENCE, CHAT = "blip", "florence2", "chat"
 # beams are also Florence-2's.
 BEAMS = 3
 MIN_TOKENS = 5
-# Tokens of a caption at most. BLIP's are those of its authors, 30 with the start; it was trained on
+# Maximum tokens of a caption. BLIP's are those of its authors, 30 with the start; it was trained on
 # single sentences and repeats itself after them.
 MAX_TOKENS = {BLIP: 29, FLORENCE: 256, CHAT: 256}
-# What a model is asked for. Florence-2 has fixed words for its tasks, BLIP begins with the prompt.
+# Prompts of the models. Florence-2 has fixed words for its tasks, BLIP begins with the prompt.
 PROMPTS = {
     FLORENCE: "<DETAILED_CAPTION>",
     CHAT: "Describe this image in one or two sentences: the subject, what it does, what is around"
@@ -81,7 +81,7 @@ def load_captioner(
         label: name in messages; by default the source in quotes.
         prompt: what to ask for, see `PROMPTS`; the default is that of the model's kind.
         max_new_tokens: length of a caption at most, see `MAX_TOKENS`.
-        device: of the model.
+        device: device of the model.
         dtype: of the weights and the computation.
 
     Raises:

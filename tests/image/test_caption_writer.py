@@ -12,8 +12,8 @@ import transformers as hf
 from PIL import Image
 
 from bilora_diffusion.caption import main
-from bilora_diffusion.image import caption_files
-from bilora_diffusion.image.captioning import load_captioner
+from bilora_diffusion.image import caption_writer
+from bilora_diffusion.image.caption_models import load_captioner
 from bilora_diffusion.image.captions import Captions
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import family_of
@@ -47,7 +47,7 @@ def texts(folder: Path) -> dict[str, str]:
 def write_captions_by(monkeypatch, caption) -> None:
     """Put a function of an image in the captioner's place."""
     captioner = SimpleNamespace(captions=lambda images: [caption(image) for image in images])
-    monkeypatch.setattr(caption_files, "_load_captioner", lambda options: captioner)
+    monkeypatch.setattr(caption_writer, "_load_captioner", lambda options: captioner)
 
 
 @torch.inference_mode()

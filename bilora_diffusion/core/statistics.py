@@ -1,15 +1,11 @@
-"""Figures of reports: confidence intervals of means, and pictures as files, without a screen."""
+"""Confidence intervals of means."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-
-from .durable import replacing
 
 CONFIDENCE = 0.95
 # From so many values on, the interval is a bootstrap.
@@ -43,7 +39,7 @@ def mean_interval(
     Returns:
         None for fewer than two values, or values that are not finite.
     """
-    # Imported late: --help does not wait for it.
+    # Imported lazily: --help must not wait for it.
     from scipy import stats
 
     array = np.sort(np.asarray(values, dtype=np.float64))
@@ -74,25 +70,3 @@ def mean_interval(
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(center + spread * float(low), center + spread * float(high))
-
-
-DPI = 120
-
-
-@contextmanager
-def new_figure(path: Path, dpi: int = DPI, **options: Any) -> Iterator[Any]:
-    """Context manager: yields a matplotlib figure and writes it at the end, whole or not at all.
-
-    Args:
-        path: a PNG file.
-        dpi: dots per inch.
-        options: those of `matplotlib.figure.Figure`, such as ``figsize`` and ``layout``.
-    """
-    # Imported late, as it takes a while. Not pyplot, which keeps figures in memory and asks for a
-    # screen.
-    from matplotlib.figure import Figure
-
-    figure = Figure(**options)
-    yield figure
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=dpi)
