@@ -56,14 +56,16 @@ def flatness() -> Iterable[str]:
     for adapter in ("primary", "auxiliary"):
         cells = [no_value, no_value]
         if adapter == "primary":
-            cells = [_settled(dynamics, group, adapter) for group in (CONTROL, "LoRA-SAM")]
-        cells += [_settled(dynamics, group, adapter) for group in DYNAMICS.values()]
+            cells = [
+                _read_settled_step(dynamics, group, adapter) for group in (CONTROL, "LoRA-SAM")
+            ]
+        cells += [_read_settled_step(dynamics, group, adapter) for group in DYNAMICS.values()]
         title = f"Fig. A2: step from which the {adapter}'s cosine to its final product is 0.9"
         rows.append((title, *cells))
     yield report.table(("figure of the paper", CONTROL, "LoRA-SAM", PAPER, RHO_1), rows)
 
 
-def _settled(dynamics: Result, group: str, adapter: str) -> str:
+def _read_settled_step(dynamics: Result, group: str, adapter: str) -> str:
     """Step of 200 from which an adapter's product stays near its last value."""
     return _with_interval(dynamics.summary(group, f"settled {adapter}/product"))
 
