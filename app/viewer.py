@@ -128,11 +128,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse texts that are no host names, because they would match no request."""
+    """Refuse texts that are not host names, because they would match no request."""
     for name in names:
         if not HOST_NAME.fullmatch(name):
             raise UserError(
-                f"--allow_host {name} is no host name: give the name alone, without http:// and"
+                f"--allow_host {name} is not a host name: give the name alone, without http:// and"
                 " port, such as lab.example"
             )
 

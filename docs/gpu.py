@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "results" / "gpu"
 
 @functools.cache
 def results() -> tuple[dict[str, Any], ...]:
-    """The files of GPUs, by name; those of CPUs are no measurements of models."""
+    """The files of GPUs, by name; those of CPUs are not measurements of models."""
     files = [gpu_result.read_results(file) for file in sorted(FOLDER.glob("*.json"))]
     return tuple(content for content in files if content.get("device", {}).get("gpu"))
 

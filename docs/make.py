@@ -78,7 +78,7 @@ def diffusers_flags() -> Iterable[str]:
     rows = []
     for name, (reason, instead) in constraints.table().foreign["image"].items():
         rows.append((f"`--{name}`", reason, instead))
-    yield table(("flag", "why it is no option here", "instead"), rows)
+    yield table(("flag", "why it is not an option here", "instead"), rows)
 
 
 def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Refuse names that are no nouns (pronouns, prepositions, participles), and functions without verb.
+"""Refuse names that are not nouns (pronouns, prepositions, participles), or not verbs.
 
     python -m docs.name_lint                  # all of the code; part of `make lint`
     python -m docs.name_lint bilora_diffusion # any files or folders
@@ -46,7 +46,7 @@ PATHS = (
 
 
 def main(paths: Sequence[str]) -> int:
-    """Print each name that is no noun, with file and line; the exit code is 1 if there is one."""
+    """Print each refused name, with file and line; the exit code is 1 if there is one."""
     count = 0
     for path in tracked_files(paths or PATHS):
         tree = ast.parse(path.read_text(encoding="utf-8"))

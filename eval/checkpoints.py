@@ -75,7 +75,7 @@ class OverSteps(Evaluation):
         return [draw(self.curves, folder)]
 
     def best_steps(self, result: Result) -> str:
-        """The report's section on the best steps; "" if the subjects are no checkpoints."""
+        """The report's section on the best steps; "" if the subjects are not checkpoints."""
         steps = result.settings.get("best_steps")
         if not steps:
             return ""

@@ -151,7 +151,7 @@ def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
     """The folder that holds all of some runs: results are put there, and the viewer finds them."""
     parents: list[Path] = []
     for word in runs:
-        # A run may be LABEL=RUN. Words that are no path, such as base, have no folder.
+        # A run may be LABEL=RUN. Words that are not a path, such as base, have no folder.
         for name in (word, word.partition("=")[2]):
             if name and Path(name).exists():
                 path = Path(os.path.normpath(name))
@@ -185,7 +185,7 @@ def _without_results(words: Sequence[str]) -> list[str]:
         else:
             left_out.append(word)
     if left_out:
-        print(f"left out, since they are no runs: {', '.join(left_out)}", file=sys.stderr)
+        print(f"left out, since they are not runs: {', '.join(left_out)}", file=sys.stderr)
     return runs
 
 

@@ -91,7 +91,7 @@ class Evaluation:
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        """Add the arguments that are no options: run folders, ``--group``, ``--output_dir``."""
+        """Add the arguments that are not options: run folders, ``--group``, ``--output_dir``."""
         parser.add_runs(cls.runs)
         parser.add_output(cls.name)
 

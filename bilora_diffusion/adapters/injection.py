@@ -79,8 +79,8 @@ class AdapterSpec:
                 re.compile(self.target_modules)
             except re.error as error:
                 raise UserError(
-                    f"target_modules {self.target_modules!r} is no regular expression ({error}); "
-                    'use "all-linear", an expression, or a tuple of names.'
+                    f"target_modules {self.target_modules!r} is not a regular expression ({error});"
+                    ' use "all-linear", an expression, or a tuple of names.'
                 ) from error
         if not self.target_modules:
             raise UserError(
@@ -170,7 +170,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _modules_of_model(root: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by path, without those inside LoRA layers.
 
-    A LoRA layer counts as the layer that it wraps; its A and B are no targets.
+    A LoRA layer counts as the layer that it wraps; its A and B are not targets.
     """
     lora_prefixes: tuple[str, ...] = ()
     modules: dict[str, nn.Module] = {}

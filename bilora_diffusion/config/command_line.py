@@ -190,7 +190,7 @@ class CommandLine(UserErrorParser):
         removed.refuse_option(name, f"{dashes}{name}")
         if name in self._foreign:
             reason, instead = self._foreign[name]
-            sentence = f"{dashes}{name} is no option here, since {reason}: {instead}."
+            sentence = f"{dashes}{name} is not an option here, since {reason}: {instead}."
             # Backquotes are for the table in docs/options.md.
             raise UserError(sentence.replace("`", ""))
         hint = did_you_mean(f"{dashes}{name}", [f"{dashes}{option}" for option in names])

@@ -120,7 +120,7 @@ class Constraint:
 class Table:
     """Content of `constraints.toml`."""
 
-    facts: dict[str, str]  # facts that are no options, and a format for them in sentences
+    facts: dict[str, str]  # facts that are not options, and a format for them in sentences
     constraints: tuple[Constraint, ...]  # in the order in which they are checked
     # Flags of other scripts by modality and name: the reason, and what to do instead.
     foreign: dict[str, dict[str, tuple[str, str]]]

@@ -40,7 +40,7 @@ def read_lora_sources(options: Mapping[str, Any]) -> dict[str, LoraSource]:
     """The LoRA files that are among a run's options, by the option's name.
 
     Raises:
-        UserError: a file does not exist, or a strength is no usable number.
+        UserError: a file does not exist, or a strength is not a usable number.
     """
     sources: dict[str, LoraSource] = {}
     for option in LORA_OPTIONS:
@@ -54,7 +54,7 @@ def parse_lora_source(option: str, value: str) -> LoraSource:
     """Find the file of an option's value, FILE or FILE:STRENGTH, and hash it.
 
     Raises:
-        UserError: there is no such file, or the strength is no usable number.
+        UserError: there is no such file, or the strength is not a usable number.
     """
     place, strength = value, 1.0
     if LORA_OPTIONS[option]:
@@ -80,7 +80,9 @@ def find_lora_source(option: str, place: str, strength: float = 1.0) -> LoraSour
             )
         path = files[0]
     if not is_file(path):
-        raise UserError(f"--{option} {quoted(place)} is no file: correct the path, or download it.")
+        raise UserError(
+            f"--{option} {quoted(place)} is not a file: correct the path, or download it."
+        )
     sha256 = read_or_refuse(
         f"--{option} {quoted(str(path))}", "check its rights", lambda: hash_of_file(path)
     )

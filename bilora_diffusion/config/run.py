@@ -108,7 +108,7 @@ class RunConfig(
         """All options as JSON values, without the hub token, and the hashes of LoRA files."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         options: dict[str, Any] = {}
-        # In the order of --help, without fields that are no options.
+        # In the order of --help, without fields that are not options.
         for name in fields.options_of(self.groups):
             if name != "hub_token":
                 options[name] = values[name]

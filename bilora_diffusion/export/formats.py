@@ -364,7 +364,7 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
             module = dotted_names([down_key], is_encoder=component in ENCODERS)[down_key]
         if not known_layer.fullmatch(module):
             raise UserError(
-                f"{name} is no layer of {model}, for which alone kohya's names are known;"
+                f"{name} is not a layer of {model}, for which alone kohya's names are known;"
                 f" {_OTHER_FORMAT}."
             )
         names[name] = module

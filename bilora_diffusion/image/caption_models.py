@@ -178,7 +178,7 @@ def _florence(
 
     if prompt not in FLORENCE_TASKS:
         raise UserError(
-            f"the prompt {quoted(prompt)} is no task of Florence-2: give"
+            f"the prompt {quoted(prompt)} is not a task of Florence-2: give"
             f" {', '.join(FLORENCE_TASKS[:-1])} or {FLORENCE_TASKS[-1]}, or a chat model, which"
             " reads any prompt."
         )

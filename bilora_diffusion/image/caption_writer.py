@@ -77,7 +77,7 @@ def caption_folder(options: Namespace) -> None:
 def _open_images(folder: str, skip_bad_images: bool) -> ImageSet:
     """Open a folder of images whose captions are text files."""
     if not is_folder(Path(folder).expanduser()):
-        raise UserError(f"{quoted(folder)} is no folder: give the folder of your images.")
+        raise UserError(f"{quoted(folder)} is not a folder: give the folder of your images.")
     if folder in FOLDERS:
         raise UserError(
             f'"{folder}" is the name of an embedded set: give "./{folder}" for the folder here.'

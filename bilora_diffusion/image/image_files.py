@@ -270,7 +270,7 @@ def folder_of_set(name: str, option: str) -> Path | None:
         folders_here, _ = _names_in(Path())
         hint = did_you_mean(name, [*folders_here, *FOLDERS])
         raise UserError(
-            f"{option} {quoted(name)} is no folder here{hint}: give the path of a folder, or"
+            f"{option} {quoted(name)} is not a folder here{hint}: give the path of a folder, or"
             " OWNER/NAME of a set on the hub."
         )
     return folder

@@ -79,7 +79,7 @@ class Denoising(SampledLevels):
                 low, high = level_range
                 raise UserError(
                     f"--timestep_range {low:g} {high:g} can't be used on a model with an"
-                    f" {class_name}, whose noise levels are no shares of a full noise: drop it."
+                    f" {class_name}, whose noise levels are not shares of a full noise: drop it."
                 )
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
         standard: Any = DDPMScheduler.from_config(config)

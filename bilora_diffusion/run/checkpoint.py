@@ -136,7 +136,7 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint.
 
     Raises:
-        UserError: it is no checkpoint, a file is missing, truncated or altered, or the schema
+        UserError: it is not a checkpoint, a file is missing, truncated or altered, or the schema
             version is unknown.
     """
     if not any((path / name).exists() for name in (DIGESTS, *FILES)):

@@ -121,7 +121,7 @@ def public_name(name: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Test that a name can be an id on the hub and is no folder here."""
+    """Test that a name can be an id on the hub and is not a folder here."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 

@@ -106,7 +106,7 @@ def read(path: Path) -> Snapshot:
         safe_open(path, framework="pt") as file,
     ):
         header = json.loads((file.metadata() or {})["snapshot"])
-        # The file is no dictionary: it can't be iterated without `keys`.
+        # The file is not a dictionary: it can't be iterated without `keys`.
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if header["schema_version"] != SCHEMA_VERSION:
             raise UserError(

@@ -54,7 +54,7 @@ class Best:
         """Count a measurement; True for a new best one, whose weights the caller stores."""
         if step == 0:
             return False
-        # An equal one is no new best: otherwise a constant loss would never end a run.
+        # An equal one is not a new best: otherwise a constant loss would never end a run.
         is_new_best = self.measurement is None or is_better(
             self.measure, measurement, self.measurement
         )

@@ -219,7 +219,7 @@ def _caption_prompts(images: ImageSet, concept: Config, with_pictures: bool) -> 
     """The captions of images, with the trigger word that the run added.
 
     Args:
-        with_pictures: each prompt gets its picture; images of a hub's set, which are no files, are
+        with_pictures: each prompt gets its picture; images of a hub's set, which are not files, are
             left out.
     """
     prompts = []

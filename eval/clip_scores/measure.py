@@ -131,7 +131,7 @@ class ImageJudge:
     def truth_i2t(self) -> float | None:
         """Mean score "i2t" of the held-out pictures with their own prompts; None without pictures.
 
-        A sample that is its held-out picture has this score, so that higher ones are no better.
+        A sample that is its held-out picture has this score, so that higher ones are not better.
         """
         truths = self._pictures.truths
         if not truths:
@@ -233,7 +233,7 @@ def embed_set(images: ImageSet, embedder: ImageEmbedder) -> EmbeddedSet:
 def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
     """The held-out picture of each scored prompt that has one, by the prompt's text.
 
-    The miniature's own icons are no ground truth for another model.
+    The miniature's own icons are not ground truth for another model.
     """
     pictures = {}
     for prompt in prompts:

@@ -132,7 +132,7 @@ def legend(result: Result) -> str:
 
 
 def answers(result: Result) -> list[str]:
-    """A sentence for each run on its best step; [] if the subjects are no checkpoints."""
+    """A sentence for each run on its best step; [] if the subjects are not checkpoints."""
     return [answer["sentence"] for answer in result.settings.get("answers", ())]
 
 

@@ -76,7 +76,7 @@ def read_condition(mapping: Any) -> Any:
     names = [field.name for field in fields(SamplingOptions)]
     for name in options if isinstance(options, dict) else ():
         if name not in names:
-            raise UserError(f"{name} is no option of the images{did_you_mean(name, names)}.")
+            raise UserError(f"{name} is not an option of the images{did_you_mean(name, names)}.")
     return options
 
 
@@ -92,7 +92,7 @@ def _with_underscores(mapping: Any) -> Any:
 def read_numbers(value: Any) -> tuple[int, ...]:
     """The numbers of ``0..4`` (4 included), of ``0,1,5``, or of a list."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return tuple(read_integers(text, f'"{text}" is no list of numbers'))
+    return tuple(read_integers(text, f'"{text}" is not a list of numbers'))
 
 
 def require_different(values: list[Any]) -> list[Any]:
@@ -132,7 +132,7 @@ def read_guidances(value: Any) -> tuple[Guidance, ...]:
     guidances = []
     for word in words:
         source, _, scale = str(word).strip().partition(":")
-        sentence = f'"{word}" is no kind of guidance: write adapter:4, base:2 or 0.5:4.'
+        sentence = f'"{word}" is not a kind of guidance: write adapter:4, base:2 or 0.5:4.'
         try:
             guidances.append(Guidance(read_guidance_source(source), float(scale)))
         except ValueError:

@@ -93,7 +93,7 @@ class Judge:
             if len(reply.choices) == 0:
                 return ""
             return reply.choices[0].message.content or ""
-        # The package returns a reply that is no chat completion as it is.
+        # The package returns a reply that is not a chat completion as it is.
         except (AttributeError, TypeError):
             reason = "its reply is not a chat completion"
         except (OpenAIError, ValueError) as error:

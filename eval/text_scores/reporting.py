@@ -70,7 +70,7 @@ def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
         if row.value is not None:
             values.setdefault(row.subject, []).append(row.value)
 
-    # Some scores of the harness are no mean of their items.
+    # Some scores of the harness are not a mean of their items.
     excluded_groups = set()
     for row in scores:
         item_values = values.get(row.subject)
@@ -100,8 +100,8 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
     sentences = []
     if limit is not None and any(row.item for row in rows):
         sentences.append(
-            f"Only the first {limit} items of each task were asked (--limit): these are no results,"
-            " only a trial."
+            f"Only the first {limit} items of each task were asked (--limit): this is a trial,"
+            " not a result."
         )
     for name, metric in metrics.items():
         items = []
@@ -112,7 +112,7 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
             elif row.metric == name and row.item:
                 items.append(row)
         if unparsed:
-            # A judge's missing rating is no score; a harness's missing answer is a wrong one.
+            # A judge's missing rating is not a score; a harness's missing answer is a wrong one.
             are_left_out = any(row.value is None for row in items)
             consequence = "are left out" if are_left_out else "count as wrong"
             sentences.append(

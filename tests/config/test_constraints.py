@@ -65,7 +65,7 @@ BAD_COMMAND_LINES = [
         ["--class_data_dir", "folder of their own"],
     ),
     # Text.
-    (f"{TEXT} --compile", ["--compile is no option here", "drop it"]),
+    (f"{TEXT} --compile", ["--compile is not an option here", "drop it"]),
     (f"{TEXT}-2", ["sst2-2", "sst2"]),
     (f"{ROWS} {{tmp}}/none.jsonl", ["none.jsonl", "does not exist"]),
     (f"{ROWS} {{tmp}}/pipe.jsonl", ["pipe.jsonl", "not a file of rows"]),

@@ -92,7 +92,7 @@ REFUSED = {
     "variants: {a: [1]}": '"variants.a" can\'t be',
     "options: {seed: 1}": "options: an option sets the seed: give seeds",
     "variants: {a: {output_dir: x}}": "output_dir, which the sweep does",
-    "seeds: 4..1": '"4..1" is no list of numbers: write a..b with a <= b',
+    "seeds: 4..1": '"4..1" is not a list of numbers: write a..b with a <= b',
     "seeds: 0..99999": "at most 10000",
     "seeds: [1, 1]": "with 1 twice",
     "axes: {rank: [2, 2]}": "stands twice",

@@ -77,7 +77,10 @@ def test_guidances_are_named_by_their_sources_and_scales(plan):
 
 REFUSED = {
     "steps": ([0], '"scores.steps.0" can\'t be 0'),
-    "guidances": (["best:4"], '"best:4" is no kind of guidance: write adapter:4, base:2 or 0.5:4'),
+    "guidances": (
+        ["best:4"],
+        '"best:4" is not a kind of guidance: write adapter:4, base:2 or 0.5:4',
+    ),
     "max_prompts": ("none", '"scores.max_prompts" can\'t be'),
     "options": ({"seeds": 1}, "scores.options: an option sets seeds, which the other keys"),
     "conditions": ({"a": {"prompts": "x"}}, "conditions.a: an option sets prompts, which the"),
@@ -93,7 +96,10 @@ def test_bad_scores_are_refused(key, plan):
 
 
 BAD_CONDITIONS = {
-    "option": ({"a": {"scorer": "embedded"}}, "conditions.a: scorer is no option of the images"),
+    "option": (
+        {"a": {"scorer": "embedded"}},
+        "conditions.a: scorer is not an option of the images",
+    ),
     "name": ({"a/b": {}}, '"scores.conditions.a/b" can\'t be'),
 }
 
@@ -197,10 +203,10 @@ def test_the_report_has_what_each_condition_changes(plan, tmp_path):
             "pictures_duotone --variants LoRA;Lora",
             '--variants has "Lora": choose from LoRA; Bi-LoRA; LoRA-SAM.',
         ),
-        ("pictures_duotone --guidances best:4", '"best:4" is no kind of guidance'),
-        ("pictures_duotone --guidances 2:4", '"2:4" is no kind of guidance'),
+        ("pictures_duotone --guidances best:4", '"best:4" is not a kind of guidance'),
+        ("pictures_duotone --guidances 2:4", '"2:4" is not a kind of guidance'),
         ("pictures_duotone --guidances base:2,0:2", "stands twice in a list"),
-        ("pictures_duotone --steps a", "is no list of numbers: write whole numbers"),
+        ("pictures_duotone --steps a", "is not a list of numbers: write whole numbers"),
         ("lora_bilora --steps 4", "it has no scores, to which --steps belongs"),
         ("lora_bilora --processes 1", "--processes is for samples"),
         ("lora_bilora --variants X", '--variants has "X"'),

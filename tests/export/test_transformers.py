@@ -154,7 +154,7 @@ def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
     }
     save_file(tensors, foreign)
     assert main([str(foreign)]) == 0  # inspecting it needs no names
-    with pytest.raises(UserError, match="double_blocks_0_img_attn_proj is no layer of SDXL"):
+    with pytest.raises(UserError, match="double_blocks_0_img_attn_proj is not a layer of SDXL"):
         convert(foreign, "diffusers")
 
 

@@ -262,14 +262,14 @@ def test_a_broken_image_is_skipped_where_training_would(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["absent"], '"absent" is no folder'),
-        (["mini"], '"mini" is no folder'),
+        (["absent"], '"absent" is not a folder'),
+        (["mini"], '"mini" is not a folder'),
         (["empty"], "holds no images"),
         (["tables"], "in tables"),
         (["photos", "--model", "tests/absent"], "--model tests/absent can't be loaded"),
         (["photos", "--model", "dino"], "of the kind dinov2, which writes no captions"),
         (["photos", "--model", "microsoft/Florence-2-base"], "florence-community/Florence-2-base"),
-        (["photos", "--model", "florence", "--prompt", "a dog"], "no task of Florence-2"),
+        (["photos", "--model", "florence", "--prompt", "a dog"], "not a task of Florence-2"),
         (["photos", "--model", "florence", "--max_new_tokens", "600"], "fewer than 512"),
         (["photos", "--model", "mute"], "no chat template"),
         (["photos", "--pretrained_model_name_or_path", "absent"], "absent"),

@@ -269,7 +269,7 @@ def test_a_range_without_samples_is_refused():
 def test_a_range_on_a_model_with_native_edm_is_refused():
     pipeline = SimpleNamespace(scheduler=EDMEulerScheduler(num_train_timesteps=LEVELS))
     cfg = configuration("mini", "--timestep_range 0.2 0.8")
-    with pytest.raises(UserError, match="an EDMEulerScheduler, whose noise levels are no shares"):
+    with pytest.raises(UserError, match="an EDMEulerScheduler, whose noise levels are not shares"):
         noise_schedule(cfg, StableDiffusionXL(), pipeline)
 
 
