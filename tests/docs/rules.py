@@ -77,7 +77,7 @@ RULES = (
     Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
     Rule(
-        "benchmarks/picture|eval/experiments/(pictures|guid|hold|sdxl|flux2|peft)",
+        "benchmarks/picture|eval/experiments/(pictures|guid|hold|flat|two|sdxl|flux2|peft)",
         reason="samples, which take hours: tests/scripts/test_scored_sweep.py",
     ),
     Rule("benchmarks.gpu_day", reason="needs a GPU: tests/scripts/test_gpu_day.py"),
