@@ -70,6 +70,7 @@ def answers(installed, folder, commands):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.matrix  # over a minute; the walk of README runs the same demo from the checkout
 def test_the_demo_trains_and_draws(installed, tmp_path):
     demo = "demo --max_train_steps 4 --max_eval_samples 4 --num_validation_images 0"
     demo_answer, export_answer = answers(installed, tmp_path, [demo, "export demo/bilora"])
