@@ -224,15 +224,14 @@ class Tab:
             has_guidance = bool(targets) and min(targets) > 1
             # What the suggestion depends on
             suggested_for = f"{base.name}, guided" if has_guidance else base.name
-            if sampler is not None:
+            if sampler.text:
                 suggested_for += f", {sampler.text}"
             if suggested_for != last_base:
                 model = base.read_base_model()
                 steps, guidance = usual(model)
                 if has_guidance:
                     guidance = model.family.unguided_scale
-                if sampler is not None:
-                    steps, guidance = sampler.usual(steps, guidance)
+                steps, guidance = sampler.usual(steps, guidance)
                 return [prompt, steps, guidance, suggested_for]
         return [prompt, gr.skip(), gr.skip(), gr.skip()]
 
@@ -277,7 +276,7 @@ class Tab:
                     )
             slider = parts.slider_html(labels, images)
             text = "Done."
-            if comparison.sampler is not None:
+            if comparison.sampler.text:
                 text = f"Done, sampled as the run's validation images: {comparison.sampler.text}."
             yield message(text), cards_html(labels, images), slider
         except Stopped:

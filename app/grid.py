@@ -131,10 +131,8 @@ class Grid:
                 run, rows = self._chosen(path, steps)
                 base = BaseChoice.from_config(run.record["config"])
                 model = base.read_base_model()
-                sampler_steps, guidance = usual(model)
                 sampler = sampler_of_runs([run.record["config"]])
-                if sampler is not None:
-                    sampler_steps, guidance = sampler.usual(sampler_steps, guidance)
+                sampler_steps, guidance = sampler.usual(*usual(model))
                 is_guided = model.family.is_guided(guidance, model.index, model.configs)
                 kinds = read_sources(sources)
                 # A run of full weights has no adapter to scale in the unconditional prediction.

@@ -37,7 +37,7 @@ from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
 from bilora_diffusion.run.console import quiet
 from eval.command import open_device
 from eval.load import applied, require_adapter, set_strengths
-from eval.sampler import RunSampler, sampler_of_runs
+from eval.sampler import USUAL_SAMPLER, RunSampler, sampler_of_runs
 from eval.sources import find
 
 from .catalog import Catalog
@@ -89,8 +89,8 @@ class Request:
     size: int | None = None
     # Model that makes the unconditional prediction; see `values.read_guidance_source`
     guidance_from: float | str = ADAPTER_GUIDANCE
-    # LoRA file and scheduler of the runs' validation images; None for the model's usual sampler
-    sampler: RunSampler | None = None
+    # LoRA file and scheduler of the runs' validation images
+    sampler: RunSampler = USUAL_SAMPLER
 
 
 class Sampler:
@@ -129,7 +129,7 @@ class Sampler:
             if request.guidance_from != ADAPTER_GUIDANCE:
                 require_adapter(subject, guidance_title(request.guidance_from))
         images: list[Image] = []
-        sampler = requests[0].sampler or RunSampler()
+        sampler = requests[0].sampler
         with applied(pipeline, subject, requests[0].scale, sampler.lora):
             for number, request in enumerate(requests):
                 set_strengths(pipeline, request.scale, sampler.lora)
@@ -212,8 +212,8 @@ class Comparison:
     sides: list[tuple[str, Path | None]]
     # Side of the images that the runs were trained on, in pixels; None if unknown
     size: int | None
-    # Sampler that the chosen runs have in common; None for the model's usual one
-    sampler: RunSampler | None = None
+    # Sampler that the chosen runs have in common
+    sampler: RunSampler = USUAL_SAMPLER
 
 
 def find_comparison(catalog: Catalog, a: str, b: str) -> Comparison:

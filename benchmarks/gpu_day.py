@@ -69,6 +69,9 @@ class Command:
     reason: str = ""
     # JSON file or report that the command writes
     result: Path | None = None
+    # A model that it reads, and the words after ``python`` of the command that makes it
+    model: Path | None = None
+    model_words: tuple[str, ...] = ()
 
 
 def plan(models: Sequence[str], device: str) -> list[Part]:
@@ -105,14 +108,23 @@ def commands(args: argparse.Namespace, file: Path) -> list[Command]:
     else:
         words = f"{ROOT / 'benchmarks' / 'against_diffusers.py'} --script {args.script}"
         words += " --device cuda --preset sdxl-1024 --rounds 1 --steps 20 --variants lora bilora"
-        # The models are written by the command that comes first.
         model = file.with_suffix(".random_sdxl")
         words += f" --model {model} --json {peer_result}"
-        parts.append(Command(PEER, tuple(words.split()), result=peer_result))
+        model_words = (str(ROOT / "benchmarks" / "random_models.py"), str(model))
+        parts.append(
+            Command(
+                PEER,
+                tuple(words.split()),
+                result=peer_result,
+                model=model,
+                model_words=model_words,
+            )
+        )
     if args.real is None:
         parts.append(Command(REAL, reason="give --real MODEL and --images FOLDER"))
     else:
         experiment = file.with_suffix(".yaml")
+        write_text(experiment, yaml.safe_dump(experiment_of(args)))
         folder = file.with_suffix(".photographs")
         words = ("-m", "eval.sweep", str(experiment), "--output_dir", str(folder))
         parts.append(Command(REAL, words, result=folder / "report.md"))
@@ -193,8 +205,9 @@ class Day:
         self.facts = {key: facts[key] for key in ("versions", "commit", "commit_differs")}
         self.results: dict[str, Any] = {"device": facts["device"], "parts": {}, **self.facts}
         if self.file.exists():
-            self.results |= {"parts": gpu_result.read_results(self.file)["parts"]}
-            before = gpu_result.read_results(self.file)["device"]["name"]
+            recorded = gpu_result.read_results(self.file)
+            self.results["parts"] = recorded["parts"]
+            before = recorded["device"]["name"]
             if before != facts["device"]["name"]:
                 raise UserError(
                     f"{self.file} has measurements of {before}, and this is"
@@ -264,15 +277,10 @@ class Day:
             reason = f"{SKIPPED}: {command.reason}"
             self.write(command.key, row | {"outcome": SKIPPED, "text": reason})
             return True
-        if command.key == REAL:
-            experiment = yaml.safe_dump(experiment_of(self.args))
-            write_text(self.file.with_suffix(".yaml"), experiment)
         log = self.file.with_suffix(".log")
         limit = min(LIMIT_SECONDS, self.left())
-        model = self.file.with_suffix(".random_sdxl")
-        if command.key == PEER and not model.exists():
-            words = [str(ROOT / "benchmarks" / "random_models.py"), str(model)]
-            run_limited(words, self.environment, log, limit)
+        if command.model is not None and not command.model.exists():
+            run_limited(command.model_words, self.environment, log, limit)
         exit_code = run_limited(command.words, self.environment, log, limit)
         if exit_code is None:
             return False

@@ -10,17 +10,24 @@ from eval.results.table import Metric, Result, Summary
 from .tables import CONTROL, COSINE, LOSS, PAPER, cell, read, seeds
 
 RHO_1 = "Bi-LoRA, rho 1"
-# Results of experiments with conditions -> title of their data
-FLAT_SETS = {"duotone": "icons in two colors", "animals": "12 animals"}
 # Condition of eval/experiments/flat_minima.yaml -> its title
 CONDITIONS = {
-    "plain": "as trained",
-    "int8": "base weights in 8 bits",
-    "int4": "4 bits",
-    "int3": "3 bits",
-    "nf4": "NF4",
-    "noise 0.2": "noise on all weights",
-    "5 steps": "5 sampler steps",
+    "guidance 4 (plain)": "as trained",
+    "guidance 4 (int8)": "base weights in 8 bits",
+    "guidance 4 (int4)": "4 bits",
+    "guidance 4 (int3)": "3 bits",
+    "guidance 4 (nf4)": "NF4",
+    "guidance 4 (noise 0.2)": "noise on all weights",
+    "guidance 4 (5 steps)": "5 sampler steps",
+}
+# Result -> title of its data, and titles of its items
+FLAT_RESULTS = {
+    "flat_minima_duotone": ("icons in two colors", CONDITIONS),
+    "flat_minima_animals": ("12 animals", CONDITIONS),
+    "two_files": (
+        "animals beside a second file",
+        {"guidance 4": "scale 4", "base's guidance 2": "base's guidance 2"},
+    ),
 }
 VARIANTS = (PAPER, RHO_1, "LoRA-SAM")
 # Labels of the groups in results/generalization and results/dynamics
@@ -80,16 +87,11 @@ def _with_interval(line: Summary | None) -> str:
 def flat_minima() -> Iterable[str]:
     """Scores of samples where a flat minimum could pay, and the other methods' differences."""
     rows = []
-    for name, data in FLAT_SETS.items():
-        result = read(f"flat_minima_{name}")
-        for condition, title in CONDITIONS.items():
-            item = f"guidance 4 ({condition})"
+    for name, (data, items) in FLAT_RESULTS.items():
+        result = read(name)
+        first_cell = f"{data}, {seeds(result)}"
+        for item, title in items.items():
             lines = [result.summary(group, "truth", item, 300) for group in (CONTROL, *VARIANTS)]
-            first_cell = f"{data}, {seeds(result)}" if condition == "plain" else ""
             rows.append((first_cell, title, *[cell(result, line, COSINE) for line in lines]))
-    result = read("two_files")
-    for item, title in {"guidance 4": "scale 4", "base's guidance 2": "base's guidance 2"}.items():
-        lines = [result.summary(group, "truth", item, 300) for group in (CONTROL, *VARIANTS)]
-        first_cell = f"animals beside a second file, {seeds(result)}" if title == "scale 4" else ""
-        rows.append((first_cell, title, *[cell(result, line, COSINE) for line in lines]))
+            first_cell = ""
     yield report.table(("data, seeds", "sampled", CONTROL, *VARIANTS), rows)

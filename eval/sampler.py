@@ -10,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bilora_diffusion.config.lora_sources import LoraSource, parse_lora_source
+from bilora_diffusion.config.lora_sources import SAMPLING_OPTION, LoraSource, parse_lora_source
 from bilora_diffusion.core.errors import UserError, add_source
 
-LORA, SCHEDULER = "sampling_lora", "sampling_scheduler"
 # Options of a run that say how its validation images are sampled. The file is known by its hash.
 RECORDED_OPTIONS = (
-    f"{LORA}_sha256",
-    f"{LORA}_strength",
-    SCHEDULER,
+    f"{SAMPLING_OPTION}_sha256",
+    f"{SAMPLING_OPTION}_strength",
+    "sampling_scheduler",
     "validation_num_inference_steps",
     "validation_guidance_scale",
 )
@@ -35,7 +34,7 @@ class RunSampler:
 
     @property
     def text(self) -> str:
-        """LoRA file and scheduler in words."""
+        """LoRA file and scheduler in words; "" for the model's usual sampler."""
         parts: list[str] = []
         if self.lora is not None:
             parts.append(f"the LoRA file {self.lora.path.name} at {self.lora.strength:g}")
@@ -50,8 +49,11 @@ class RunSampler:
         return self.steps or steps, guidance_scale
 
 
-def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler | None:
-    """The sampler that all runs have in common; None where they differ, or have the model's.
+USUAL_SAMPLER = RunSampler()  # the model's own
+
+
+def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler:
+    """The sampler that all runs have in common; the model's where they differ or have no other.
 
     Args:
         configs: recorded options of the runs; {} for an adapter that is not a run.
@@ -61,23 +63,23 @@ def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler | None:
     """
     recorded = [[config.get(name) for name in RECORDED_OPTIONS] for config in configs]
     if not recorded or any(values != recorded[0] for values in recorded):
-        return None
+        return USUAL_SAMPLER
     sha256, _, scheduler, steps, guidance_scale = recorded[0]
     lora = None
     if sha256 is not None:
-        lora = _recorded_lora(str(configs[0][LORA]), str(sha256))
+        lora = _recorded_lora(str(configs[0][SAMPLING_OPTION]), str(sha256))
     if lora is None and scheduler is None:
-        return None
+        return USUAL_SAMPLER
     return RunSampler(lora, scheduler, steps, guidance_scale)
 
 
 def _recorded_lora(value: str, sha256: str) -> LoraSource:
     """The LoRA file that a run records, with the recorded content."""
     with add_source("the runs' images are sampled with a LoRA file (give another one, or none): "):
-        source = parse_lora_source(LORA, value)
+        source = parse_lora_source(SAMPLING_OPTION, value)
     if source.sha256 != sha256:
         raise UserError(
             f"{source.path} is another file than the one that the run's images were sampled with:"
-            f" give that one by --{LORA}, or give none."
+            f" give that one by --{SAMPLING_OPTION}, or give none."
         )
     return source

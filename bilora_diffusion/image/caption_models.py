@@ -89,6 +89,8 @@ def load_captioner(
             tasks.
         Exception: any error of a library that can't load it.
     """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     label = label or quoted(source)
     if source.lower().startswith("microsoft/florence-2"):
         raise UserError(
@@ -105,8 +107,13 @@ def load_captioner(
         raise UserError(
             f"{label} has no place for {max_new_tokens} new tokens: give fewer than {positions}."
         )
+    processor = load_processor(model, AutoProcessor)
+    fix = "put its files beside the weights"
+    require_words(f"the tokenizer of {label}", processor.tokenizer, None, fix)
+    _check_prompt(kind, label, prompt, processor)
+    network = load_weights(model, AutoModelForImageTextToText, dtype).to(device)
     builders = {BLIP: _blip, FLORENCE: _florence, CHAT: _chat}
-    generate = builders[kind](model, prompt, max_new_tokens, device, dtype)
+    generate = builders[kind](network, processor, prompt, max_new_tokens)
     return ImageCaptioner(model, kind, generate)
 
 
@@ -129,26 +136,28 @@ def _kind_of(model: HubModel) -> str:
     )
 
 
-def _load_tokenizing_processor(model: HubModel, kind: Any) -> Any:
-    """Load a processor with a tokenizer."""
-    processor = load_processor(model, kind)
-    fix = "put its files beside the weights"
-    require_words(f"the tokenizer of {model.label}", processor.tokenizer, None, fix)
-    return processor
+def _check_prompt(kind: str, label: str, prompt: str | None, processor: Any) -> None:
+    """Refuse a prompt that the model does not understand.
+
+    Raises:
+        UserError: it is not a task of Florence-2, or the chat model has no template for it.
+    """
+    if kind == FLORENCE and prompt not in FLORENCE_TASKS:
+        raise UserError(
+            f"the prompt {quoted(str(prompt))} is not a task of Florence-2: give"
+            f" {', '.join(FLORENCE_TASKS[:-1])} or {FLORENCE_TASKS[-1]}, or a chat model, which"
+            " reads any prompt."
+        )
+    if kind == CHAT and not processor.chat_template:
+        raise UserError(
+            f"{label} has no chat template, so it can't be asked for a caption: {SUGGESTION}."
+        )
 
 
-def _blip(
-    model: HubModel,
-    prompt: str | None,
-    max_new_tokens: int,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> Generate:
+def _blip(network: Any, processor: Any, prompt: str | None, max_new_tokens: int) -> Generate:
     """BLIP by beam search; a prompt is the beginning of every caption."""
-    from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
+    from transformers import GenerationConfig
 
-    network = load_weights(model, BlipForConditionalGeneration, dtype).to(device)
-    processor = _load_tokenizing_processor(model, BlipProcessor)
     # These replace the checkpoint's settings, since captions of two models must be comparable.
     network.text_decoder.generation_config = GenerationConfig(
         do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_new_tokens=max_new_tokens
@@ -159,37 +168,21 @@ def _blip(
         if prompt:
             inputs.update(processor.tokenizer([prompt] * len(images), return_tensors="pt"))
             inputs.pop("token_type_ids", None)
-        tokens = network.generate(**inputs.to(device, dtype))  # (n, length)
+        tokens = network.generate(**inputs.to(network.device, network.dtype))  # (n, length)
         # Without the first token, the start: some BLIP tokenizers don't know it as a special one.
         return processor.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
 
     return generate
 
 
-def _florence(
-    model: HubModel,
-    prompt: str | None,
-    max_new_tokens: int,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> Generate:
+def _florence(network: Any, processor: Any, prompt: str | None, max_new_tokens: int) -> Generate:
     """Florence-2 by beam search; the prompt is one of its tasks."""
-    from transformers import AutoProcessor, Florence2ForConditionalGeneration
-
-    if prompt not in FLORENCE_TASKS:
-        raise UserError(
-            f"the prompt {quoted(prompt)} is not a task of Florence-2: give"
-            f" {', '.join(FLORENCE_TASKS[:-1])} or {FLORENCE_TASKS[-1]}, or a chat model, which"
-            " reads any prompt."
-        )
-    network = load_weights(model, Florence2ForConditionalGeneration, dtype).to(device)
-    processor = _load_tokenizing_processor(model, AutoProcessor)
 
     def generate(images: Sequence[Image]) -> list[str]:
         texts = [prompt] * len(images)
         inputs = processor(images=list(images), text=texts, return_tensors="pt", padding=True)
         tokens = network.generate(
-            **inputs.to(device, dtype),
+            **inputs.to(network.device, network.dtype),
             do_sample=False,
             num_beams=BEAMS,
             max_new_tokens=max_new_tokens,
@@ -199,26 +192,12 @@ def _florence(
     return generate
 
 
-def _chat(
-    model: HubModel,
-    prompt: str | None,
-    max_new_tokens: int,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> Generate:
+def _chat(network: Any, processor: Any, prompt: str | None, max_new_tokens: int) -> Generate:
     """A chat model that sees images, with its own template; the prompt is the user's message."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    processor = _load_tokenizing_processor(model, AutoProcessor)
-    if not processor.chat_template:
-        raise UserError(
-            f"{model.label} has no chat template, so it can't be asked for a caption: {SUGGESTION}."
-        )
     # The answers of a batch begin in one column.
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    network = load_weights(model, AutoModelForImageTextToText, dtype).to(device)
     # Settings of sampling, of which transformers would warn.
     for name in ("temperature", "top_p", "top_k"):
         setattr(network.generation_config, name, None)
@@ -240,7 +219,9 @@ def _chat(
             processor_kwargs={"padding": True},
         )
         tokens = network.generate(
-            **inputs.to(device, dtype), do_sample=False, max_new_tokens=max_new_tokens
+            **inputs.to(network.device, network.dtype),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
         )  # (n, prompt and answer)
         answers = tokens[:, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -61,7 +61,7 @@ GROUPS = (
 )
 
 # Options that are used only while images are generated, and for all images alike.
-SAMPLER_OPTIONS = ("sampling_lora", "sampling_scheduler", "validation_model")
+SAMPLER_OPTIONS = tuple(field.name for field in fields(SamplerOptions))
 # What is recorded of the file, which may move.
 SAMPLING_LORA_FACTS = frozenset({"sampling_lora_sha256", "sampling_lora_strength"})
 # Options that change the distance of samples.

@@ -60,8 +60,7 @@ PRESETS = {
     ),
 }
 # The same in other colors, with the same captions.
-for _name in COLORED:
-    _original = ANIMALS if _name.startswith(ANIMALS) else MINI
+for _name, (_original, _) in COLORED.items():
     PRESETS[_name] = replace(PRESETS[_original], validation_dataset=heldout_name(_name))
 
 

@@ -252,7 +252,7 @@ class ValidationOptions:
     )
     validation_num_inference_steps: int | None = option(
         None,
-        "Steps of the sampler in which they are generated. Default: 25; of models that are"
+        "Sampler steps of validation images. Default: 25; of models that are"
         " distilled to a few steps as many as these take.",
         range=SAMPLER_STEPS,
         ignored=(WITHOUT_SAMPLES,),
@@ -260,7 +260,7 @@ class ValidationOptions:
     # Derived, as the number of steps: `families.base.Family.usual_sampling`.
     validation_guidance_scale: float | None = option(
         None,
-        "Guidance with which they are generated. Default: what is usual for the model, and none for"
+        "Guidance scale of validation images. Default: what is usual for the model, and none for"
         " distilled ones that take none (docs/models.md).",
         range=GUIDANCES,
         ignored=(WITHOUT_SAMPLES,),

@@ -39,7 +39,7 @@ class SamplerOptions:
     sampling_lora: str | None = option(
         None,
         "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that is active only while"
-        " they are generated, such as Lightning, Hyper, DMD or Turbo: with"
+        " validation images are generated, such as Lightning, Hyper, DMD or Turbo: with"
         " --validation_num_inference_steps 8 --validation_guidance_scale 1 images take 8 passes in"
         " place of 50 (docs/guide.md). It is not exported.",
         is_path=True,
@@ -47,16 +47,17 @@ class SamplerOptions:
     )
     validation_model: str | None = option(
         None,
-        "Another model of the same shape that they are generated from, with its scheduler and usual"
-        " steps, such as Tongyi-MAI/Z-Image-Turbo where Z-Image is trained: hub id or local folder"
-        " of a pipeline. The adapters act on it. It is on the CPU between images.",
+        "Another model of the same shape that validation images are generated from, with its"
+        " scheduler and usual steps, such as Tongyi-MAI/Z-Image-Turbo where Z-Image is trained: hub"
+        " id or local folder of a pipeline. The adapters act on it. It is on the CPU between"
+        " images.",
         is_path=True,
         ignored=(WITHOUT_SAMPLES,),
     )
     sampling_scheduler: str | None = option(
         None,
-        "Scheduler with which they are generated, by its name in diffusers, and its settings after"
-        " a colon, with commas between, such as LCMScheduler,"
+        "Scheduler with which validation images are generated, by its name in diffusers, and its"
+        " settings after a colon, with commas between, such as LCMScheduler,"
         " EulerDiscreteScheduler:timestep_spacing=trailing or"
         " FlowMatchEulerDiscreteScheduler:shift=3 (docs/guide.md). Default: the model's.",
         ignored=(WITHOUT_SAMPLES,),

@@ -13,12 +13,12 @@ from ..core.errors import UserError
 MINI = "mini"  # a model and a set of images
 FLOW = "mini-flow"  # the flow-matching model
 ANIMALS = "mini-animals"  # a second set, so small that adapters soon memorize it
-# Sets in other colors: the set's name and its map in `colors.MAPS`.
+# Sets in other colors: the set's name -> the original set, and the map in `colors.MAPS`.
 COLORED = {
-    f"{MINI}-duotone": "duotone",
-    f"{MINI}-gray": "gray",
-    f"{MINI}-pastel": "pastel",
-    f"{ANIMALS}-duotone": "duotone",  # a subject of one file in the style of another
+    f"{MINI}-duotone": (MINI, "duotone"),
+    f"{MINI}-gray": (MINI, "gray"),
+    f"{MINI}-pastel": (MINI, "pastel"),
+    f"{ANIMALS}-duotone": (ANIMALS, "duotone"),  # a subject of one file in the style of another
 }
 HELDOUT_SUFFIX = "-heldout"  # suffix of the name of a set's held-out images
 _FOLDER = Path(__file__).resolve().parent
@@ -72,7 +72,8 @@ def heldout_name(name: str) -> str:
 
 def color_map(name: str) -> str | None:
     """The name in `colors.MAPS` of a set's color map, or None for original colors."""
-    return COLORED.get(name.removesuffix(HELDOUT_SUFFIX))
+    _, colors = COLORED.get(name.removesuffix(HELDOUT_SUFFIX), (None, None))
+    return colors
 
 
 # Folders of icons by set name. The 12 animals of Noto Emoji and the 64 held-out animals have the
@@ -83,7 +84,6 @@ FOLDERS = {
     ANIMALS: _FOLDER / "animals" / "train",
     heldout_name(ANIMALS): _FOLDER / "animals" / "heldout",
 }
-for _name in COLORED:
-    _original = ANIMALS if _name.startswith(ANIMALS) else MINI
+for _name, (_original, _) in COLORED.items():
     FOLDERS[_name] = FOLDERS[_original]
     FOLDERS[heldout_name(_name)] = FOLDERS[heldout_name(_original)]

@@ -37,6 +37,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bilora_diffusion.config.lora_sources import SAMPLING_OPTION
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import UserError, as_user_error, strip_controls
 from bilora_diffusion.core.files import counted
@@ -49,7 +50,6 @@ from ..command import Parser, open_device
 from ..results import compare, report
 from ..results.report import Column
 from ..results.table import Result, Row, provenance_of_this_process
-from ..sampler import LORA
 from ..subjects import BASE, Subject, settings_note, single
 from . import reporting, settings
 from .best_step import best_steps
@@ -256,7 +256,7 @@ class ClipScores(OverSteps):
             prompts.append({**asdict(prompt), "reference": reference, "truncated": is_cut})
         sampling = self.sampling.to_dict()
         if self.sampling.lora is not None:
-            sampling[LORA] = self.sampling.lora.path.name
+            sampling[SAMPLING_OPTION] = self.sampling.lora.path.name
         self.settings = {
             "prompts": prompts,
             "prompt_set": self.prompt_set,

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from bilora_diffusion.config.lora_sources import SAMPLING_OPTION
 from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE, guidance_title
 
@@ -17,7 +18,6 @@ from ..results import compare
 from ..results.plot import canvas
 from ..results.report import INTERVALS, escape_table_cell, number, section, table
 from ..results.table import Metric, Result
-from ..sampler import LORA
 from .prompts import ICON_PROMPTS
 
 # The paper's Table 4 and Figure A1 show six prompts; the table also has the average over all.
@@ -94,9 +94,11 @@ def introduction(result: Result) -> str:
     if sampling["guidance_from"] != ADAPTER_GUIDANCE:
         title = guidance_title(sampling["guidance_from"])
         source = f" from the unconditional prediction of {title}"
-    if LORA in sampling:
-        strength = sampling[f"{LORA}_strength"]
-        source += f", the LoRA file {sampling[LORA]} at strength {strength:g} in all images"
+    if SAMPLING_OPTION in sampling:
+        strength = sampling[f"{SAMPLING_OPTION}_strength"]
+        source += (
+            f", the LoRA file {sampling[SAMPLING_OPTION]} at strength {strength:g} in all images"
+        )
     if "scheduler" in sampling:
         source += f", scheduler {sampling['scheduler']}"
     weights = ""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bilora_diffusion.config.lora_sources import LoraSource, lora_facts
+from bilora_diffusion.config.lora_sources import SAMPLING_OPTION, LoraSource, lora_facts
 from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE
-
-from ..sampler import LORA
 
 # Images in each call of the denoiser by default; see `Sampling.lanes`
 LANES = 4
@@ -51,7 +49,7 @@ class Sampling:
         values["base_model"] = without_paths(self.base_model)
         del values["lora"]
         if self.lora is not None:
-            values |= lora_facts({LORA: self.lora})
+            values |= lora_facts({SAMPLING_OPTION: self.lora})
         # They are newer than others: without them, images of earlier versions stay valid.
         for name in ("scheduler", "base_precision", "weight_noise"):
             if not values[name]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilora_diffusion import mini
-from bilora_diffusion.config.lora_sources import parse_lora_source
+from bilora_diffusion.config.lora_sources import SAMPLING_OPTION, parse_lora_source
 from bilora_diffusion.config.machine import default_precision, require
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import like, option
@@ -32,7 +32,7 @@ from bilora_diffusion.image.options import ImageOptions
 
 from ..checkpoints import HELP
 from ..command import COUNTS, read_integers
-from ..sampler import LORA, SCHEDULER, RunSampler, sampler_of_runs
+from ..sampler import RunSampler, sampler_of_runs
 from ..sources import BASE
 from ..subjects import Subject
 from .prompts import CONTEXTS, GENERAL, read
@@ -277,17 +277,14 @@ def check_perturbation(args: Namespace) -> None:
 
 def run_sampler(args: Namespace, subjects: Sequence[Subject]) -> RunSampler:
     """LoRA file and scheduler of the flags; without these flags, the sampler of the runs."""
-    flags: dict[str, str | None] = {LORA: args.sampling_lora, SCHEDULER: args.sampling_scheduler}
-    if not any(flags.values()):
+    if args.sampling_lora is None and args.sampling_scheduler is None:
         adapters = [subject for subject in subjects if subject.kind != BASE]
-        configs = [subject.record.get("config", {}) for subject in adapters]
-        return sampler_of_runs(configs) or RunSampler()
-    for name, value in flags.items():
-        if value == NONE:
-            flags[name] = None
-    file = flags[LORA]
-    lora = parse_lora_source(LORA, file) if file else None
-    return RunSampler(lora, flags[SCHEDULER])
+        return sampler_of_runs([subject.record.get("config", {}) for subject in adapters])
+    lora = None
+    if args.sampling_lora not in (None, NONE):
+        lora = parse_lora_source(SAMPLING_OPTION, args.sampling_lora)
+    scheduler = None if args.sampling_scheduler == NONE else args.sampling_scheduler
+    return RunSampler(lora, scheduler)
 
 
 def needs_no_guidance(subjects: Sequence[Subject]) -> bool:

@@ -87,7 +87,7 @@ COLOR_MAPS = {
 
 @pytest.mark.parametrize("name", mini.COLORED)
 def test_colored_sets_are_the_images_in_other_colors(name):
-    original = name.rpartition("-")[0]
+    original, _ = mini.COLORED[name]
     plain = open_images(f"{original}-heldout")
     cfg = resolve(["--dataset", name])
     assert (cfg.pretrained_model_name_or_path, cfg.caption_column) == ("mini", "prompt")
