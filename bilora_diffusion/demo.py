@@ -23,7 +23,7 @@ from PIL.Image import Image
 
 from .config.command_line import UserErrorParser
 from .core.durable import dump_json, write_text
-from .core.errors import Interrupted, UserError, run_cli
+from .core.errors import UserError, run_cli
 from .core.plotting import new_figure
 from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
@@ -34,6 +34,7 @@ from .image.script import DreamBoothScript
 from .mini.colors import color_difference
 from .run import checkpoint, runlog
 from .run.console import describe_comparison, quiet, scoring_command
+from .run.interruption import ends_in
 from .train.command import show_messages, train_configs
 from .train.variants import Variant, require_paired
 
@@ -103,9 +104,8 @@ def demo(folder: Path, words: Sequence[str]) -> None:
         raise UserError("the demo compares held-out images: leave out --validation_dataset none.")
     # Runs that are trained together share their task, and so the target.
     for configs_of_target in (configs[:2], configs[2:]):
-        stopped = train_configs(script, configs_of_target)
-        if stopped is not None:
-            raise Interrupted("interrupted: the same command resumes", stopped.interruption.number)
+        with ends_in("interrupted: the same command resumes"):
+            train_configs(script, configs_of_target)
     steps = require_paired(list(runs.values()))
     losses: dict[str, Curve] = {}
     for label in ("LoRA", "Bi-LoRA"):  # that of a guided target says nothing about its samples

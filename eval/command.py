@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.config import command_line
-from bilora_diffusion.core.errors import (
-    Interrupted,
-    UserError,
-    run_cli,
-    strip_controls,
-)
+from bilora_diffusion.core.errors import UserError, run_cli, strip_controls
 from bilora_diffusion.core.fields import add_flags, check, options_of
 from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.core.values import Range
+from bilora_diffusion.run.interruption import ends_in
 from bilora_diffusion.run.record import RUN
 from bilora_diffusion.train.soundness import PICKLES
 
@@ -220,11 +216,8 @@ def run(work: Callable[[], int | None]) -> int:
 
     def resumable() -> None:
         nonlocal exit_code
-        try:
+        with ends_in("interrupted: the same command goes on where this one stopped."):
             exit_code = work()
-        except KeyboardInterrupt:
-            sentence = "interrupted: the same command goes on where this one stopped."
-            raise Interrupted(sentence) from None
 
     return run_cli(resumable) or exit_code or 0
 

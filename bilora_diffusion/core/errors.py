@@ -45,11 +45,15 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         number: number of the signal.
+        run_folder: folder of the training run that it ended; None where no run had begun.
     """
 
-    def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
+    def __init__(
+        self, message: str = "", number: int = signal.SIGINT, run_folder: Path | None = None
+    ) -> None:
         super().__init__(message)
         self.number = number
+        self.run_folder = run_folder
 
 
 # What libraries raise on purpose for bad input; PyTorch's own errors are RuntimeErrors.

@@ -135,7 +135,6 @@ def find_launch(arguments: Sequence[str]) -> str | None:
 
 
 def describe_interruption(
-    folder: Path,
     stop: Interrupted,
     arguments: Sequence[str] | None,
     launch: str | None,
@@ -145,13 +144,15 @@ def describe_interruption(
     """The message of an interrupted command, and the command that resumes from what is saved.
 
     Args:
-        folder: folder of the run that was interrupted.
-        stop: its interruption (`train.setup.run`).
+        stop: interruption of a run (`train.setup.run`).
         arguments: the script's arguments, as they were typed; None for a call from Python.
         launch: the command line in front of the arguments (`find_launch`).
         overwrites: whether the run was to replace an earlier one.
         control_folder: folder of the control run of ``--compare``, which comes last.
     """
+    folder = stop.run_folder
+    if folder is None:
+        return stop
     has_finished = runlog.is_finished(folder)
     if has_finished and control_folder in (None, folder):
         return stop

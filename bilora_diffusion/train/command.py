@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..run import console, hub, interruption
 from ..run.folder import refuse_unusable
 from ..run.lock import locked
 from . import dry_run, setup
-from .engine import build_accelerator, free_memory
+from .engine import build_accelerator, close_engine
 from .setup import Config, Script, explain_setup_errors
 from .variants import PlannedRun, control_config, plan
 
@@ -62,28 +61,20 @@ def train(
     if cfg.dry_run:
         dry_run.run(script, configs)
         return
-    stopped = train_configs(script, configs, closing)
-    if stopped is not None:
+    try:
+        train_configs(script, configs, closing)
+    except Interrupted as stop:
         raise interruption.describe_interruption(
-            stopped.folder,
-            stopped.interruption,
+            stop,
             # The command that resumes is shown only if the user has typed this one.
             arguments if argv is None else None,
             launch,
             cfg.overwrite_output_dir,
             control_folder=Path(configs[1].output_dir) if len(configs) > 1 else None,
-        )
+        ) from None
 
 
-@dataclass(frozen=True)
-class Stopped:
-    """The run that an interruption stopped."""
-
-    folder: Path
-    interruption: Interrupted
-
-
-def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = "") -> Stopped | None:
+def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = "") -> None:
     """Train runs on the same data one after another; they share the models and the encoded data.
 
     Args:
@@ -91,12 +82,10 @@ def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = ""
         configs: configuration of each run, which differ in the method and in the output folder.
         closing: message at the end of all runs.
 
-    Returns:
-        The run that was interrupted, after which none began; None if all are finished.
-
     Raises:
         UserError: bad input; nothing was written.
         TrainingError: training could not go on; checkpoints and metrics stay.
+        Interrupted: a signal ended a run, after which none began.
     """
     # The folders are checked before anything is loaded, and locked until the end, so that no second
     # command writes into them.
@@ -117,7 +106,6 @@ def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = ""
         for run in runs:
             run.require_same_data(task)
 
-        stopped: Stopped | None = None
         trained_folders = []
         for number, planned_run in enumerate(runs):
             run = planned_run
@@ -135,31 +123,29 @@ def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = ""
                 if has_next:  # the next run starts from the same models
                     for target in task.targets():
                         restoring.enter_context(adapters.restored(target.model, target.spec))
-                stop = setup.run(
-                    script,
-                    task,
-                    accelerator,
-                    run.folder,
-                    run.checkpoint_folder,
-                    repo_ids.get(run.folder),
-                )
-                if has_next and stop is None:
+                try:
+                    setup.run(
+                        script,
+                        task,
+                        accelerator,
+                        run.folder,
+                        run.checkpoint_folder,
+                        repo_ids.get(run.folder),
+                    )
+                except Interrupted:
+                    close_engine(accelerator)
+                    raise
+                if has_next:
                     setup.close_run(accelerator)
-            if stop is not None:
-                stopped = Stopped(run.folder, stop)
-                break
             trained_folders.append(run.folder)
 
-        if stopped is None and accelerator.is_main_process and closing:
+        if accelerator.is_main_process and closing:
             logger.info(closing)
-        # In this order, since the end of training closes the process group (see `free_memory`).
-        free_memory(accelerator)
-        accelerator.end_training()
+        close_engine(accelerator)
         # Raised last: a control is trained whether or not the run's last images could be made.
-        if stopped is None and accelerator.is_main_process:
+        if accelerator.is_main_process:
             for folder in trained_folders:
                 setup.require_evaluated(folder)
-    return stopped
 
 
 def show_messages() -> None:

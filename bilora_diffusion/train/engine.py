@@ -117,6 +117,12 @@ def free_memory(accelerator: Accelerator) -> None:
     gc.collect()
 
 
+def close_engine(accelerator: Accelerator) -> None:
+    """End the engine after the last run: its trackers and its process group."""
+    free_memory(accelerator)
+    accelerator.end_training()
+
+
 def read_in_every_process(accelerator: Accelerator) -> None:
     """Let every process read the model's file.
 

@@ -84,7 +84,7 @@ def run(
     folder: Path,
     checkpoint_folder: Path | None,
     repo_id: str | None = None,
-) -> Interrupted | None:
+) -> None:
     """Train a task in a folder that is locked, and export the result.
 
     Args:
@@ -95,9 +95,8 @@ def run(
         checkpoint_folder: checkpoint to resume from; None for a new run.
         repo_id: hub repository that the folder is pushed to.
 
-    Returns:
-        The interruption that ended the run, or came too late to end it, for the caller to raise
-        when the engine is closed; None without one.
+    Raises:
+        Interrupted: a signal ended the run, or came too late to end it.
     """
     cfg = task.cfg
     with explain_setup_errors(cfg.base_model):
@@ -144,7 +143,8 @@ def run(
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.stop_signal() or trainer.interruption.number or signal.SIGINT
-        return Interrupted(f"interrupted at step {trainer.step} of {trainer.num_steps}", number)
+        message = f"interrupted at step {trainer.step} of {trainer.num_steps}"
+        raise Interrupted(message, number, folder) from None
     if log is not None:
         log.close("finished", **results)
         warn_of_zero_auxiliary(folder)
@@ -154,9 +154,9 @@ def run(
             hub.push(folder, repo_id, cfg.hub_token)
     # A signal during the export comes too late for this run, but stops those after it.
     number = trainer.interruption.number
-    if number is None:
-        return None
-    return Interrupted(f"interrupted when the run in {folder} had already finished", number)
+    if number is not None:
+        message = f"interrupted when the run in {folder} had already finished"
+        raise Interrupted(message, number, folder)
 
 
 def close_run(accelerator: Accelerator) -> None:

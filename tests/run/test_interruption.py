@@ -66,9 +66,9 @@ if "auto" in arguments:
 from pathlib import Path
 from bilora_diffusion.core.errors import Interrupted
 from bilora_diffusion.run.interruption import describe_interruption, find_launch
-stop = Interrupted("interrupted at step 2 of 8", signal.SIGINT)
+stop = Interrupted("interrupted at step 2 of 8", signal.SIGINT, Path("none"))
 launch = find_launch(arguments)
-print(describe_interruption(Path("none"), stop, arguments, launch, overwrites=False))
+print(describe_interruption(stop, arguments, launch, overwrites=False))
 """
 SECRET = "hf_typed"
 
@@ -133,8 +133,8 @@ def test_a_shell_puts_the_token_into_the_printed_command(tmp_path, monkeypatch):
     arguments = ["--instance_prompt", "a $HOME", f"--hub_token={SECRET}", "--hub-token", SECRET]
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, str(script), *arguments])
     launch = find_launch(arguments)
-    stop = Interrupted("interrupted at step 2 of 8")
-    message = str(describe_interruption(tmp_path, stop, arguments, launch, overwrites=True))
+    stop = Interrupted("interrupted at step 2 of 8", run_folder=tmp_path)
+    message = str(describe_interruption(stop, arguments, launch, overwrites=True))
     assert SECRET not in message
     (line,) = [line.strip() for line in message.splitlines() if "auto" in line]
     words, _, _ = json.loads(by_shell(line, tmp_path))
@@ -165,8 +165,8 @@ def test_without_the_launcher_and_the_token_the_sentence_asks_for_both(tmp_path,
     arguments = ["--hub_token", SECRET]
     launch = find_launch(arguments)
     assert launch is None
-    stop = Interrupted("interrupted at step 2 of 8")
-    message = str(describe_interruption(tmp_path, stop, arguments, launch, overwrites=False))
+    stop = Interrupted("interrupted at step 2 of 8", run_folder=tmp_path)
+    message = str(describe_interruption(stop, arguments, launch, overwrites=False))
     assert "set HF_TOKEN to the token" in message
     assert "the same launcher and script" in message
     assert SECRET not in message
