@@ -19,6 +19,7 @@ from PIL import Image
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.mini import MINI
 from eval.clip_scores.settings import usual
+from eval.sampler import has_sampler
 
 from . import parts
 from .catalog import Catalog
@@ -176,16 +177,24 @@ class Tab:
                 scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
                 )
+                run_sampler = gr.Checkbox(
+                    True,
+                    label="Sampler of the runs",
+                    info="The LoRA file and the scheduler of the runs' validation images.",
+                    visible=False,
+                    elem_id="generate-run-sampler",
+                )
             # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
                 outputs[0].value = placeholder("Press Generate: the images of A and B appear here.")
         widgets = [self.a, self.b, self.absent, self.empty]
         changed(self.fill, [self.a, self.b], widgets, **QUIET)
-        choice_events = [self.a.change, self.b.change]
-        inputs = [self.a, self.b, base, prompt]
-        gr.on(choice_events, self.suggest, inputs, [prompt, steps, guidance, base], **QUIET)
-        inputs = [prompt, self.a, self.b, seed, steps, guidance, source, scale]
+        choice_events = [self.a.change, self.b.change, run_sampler.input]
+        inputs = [self.a, self.b, base, prompt, run_sampler]
+        suggested = [prompt, steps, guidance, base, run_sampler]
+        gr.on(choice_events, self.suggest, inputs, suggested, **QUIET)
+        inputs = [prompt, self.a, self.b, seed, steps, guidance, source, scale, run_sampler]
         with form:
             work.events("generate", self.generate, prompt, inputs, outputs)
 
@@ -205,20 +214,24 @@ class Tab:
         lists = [gr.update(choices=choices, value=value) for value in (a, b)]
         return [*lists, parts.notice(runs_without_weights(self.catalog)), parts.notice(text)]
 
-    def suggest(self, a: str, b: str, last_base: str, prompt: str) -> list[Any]:
+    def suggest(
+        self, a: str, b: str, last_base: str, prompt: str, uses_run_sampler: bool
+    ) -> list[Any]:
         """Suggest a prompt, steps and a guidance scale for a choice.
 
         The prompt is that of the first chosen run, unless the user has written one. Steps and
         guidance are those of the base model, and change only with it; there is no guidance where
         all chosen runs were trained towards it (``--guided_target``). Where all of them have a
-        sampler (``--sampling_lora``), they are those of the runs.
+        sampler (``--sampling_lora``), they are those of the runs, and its checkbox is shown.
         """
         runs = {run.path: run for run in self.catalog.scan.runs if can_sample(run)}
         chosen_runs = [runs[path] for path in (a, b) if path in runs]
         if chosen_runs:
             prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
+        has_samplers = [has_sampler(run.record["config"]) for run in chosen_runs]
+        checkbox = gr.update(visible=any(has_samplers))
         with suppress(UserError):  # the button Generate shows the error
-            comparison = find_comparison(self.catalog, a, b)
+            comparison = find_comparison(self.catalog, a, b, uses_run_sampler)
             base, sampler = comparison.base, comparison.sampler
             targets = [run.guided_target for run in chosen_runs]
             has_guidance = bool(targets) and min(targets) > 1
@@ -232,8 +245,8 @@ class Tab:
                 if has_guidance:
                     guidance = model.family.unguided_scale
                 steps, guidance = sampler.usual(steps, guidance)
-                return [prompt, steps, guidance, suggested_for]
-        return [prompt, gr.skip(), gr.skip(), gr.skip()]
+                return [prompt, steps, guidance, suggested_for, checkbox]
+        return [prompt, gr.skip(), gr.skip(), gr.skip(), checkbox]
 
     def generate(
         self,
@@ -246,6 +259,7 @@ class Tab:
         guidance: float,
         source: float,
         scale: float,
+        uses_run_sampler: bool,
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
@@ -258,7 +272,7 @@ class Tab:
         try:
             with self.work.errors_on_page():
                 image_request = read_form(prompt, seed, steps, guidance, scale, source)
-                comparison = find_comparison(self.catalog, a, b)
+                comparison = find_comparison(self.catalog, a, b, uses_run_sampler)
                 image_request = replace(
                     image_request, size=comparison.size, sampler=comparison.sampler
                 )

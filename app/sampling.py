@@ -216,16 +216,19 @@ class Comparison:
     sampler: RunSampler = USUAL_SAMPLER
 
 
-def find_comparison(catalog: Catalog, a: str, b: str) -> Comparison:
+def find_comparison(catalog: Catalog, a: str, b: str, uses_run_sampler: bool = True) -> Comparison:
     """Look up the two sides of a comparison.
 
     Args:
         catalog: folders of the viewer.
         a: path of the first side's run, or `BASE`.
         b: path of the second side's run, or `BASE`.
+        uses_run_sampler: whether the images have the LoRA file and the scheduler of the runs'
+            validation images.
 
     Raises:
-        UserError: a run no longer exists, or the runs have different base models.
+        UserError: a run no longer exists, the runs have different base models, or the LoRA file is
+            missing.
     """
     runs = {run.path: run for run in catalog.scan.runs if can_sample(run)}
     chosen_runs = []
@@ -250,7 +253,9 @@ def find_comparison(catalog: Catalog, a: str, b: str) -> Comparison:
         catalog.resolve(run.weights or run.path)  # a link out of the root is refused
         side_of_path[run.path] = (run.name, catalog.resolve(run.path))
         size = size or training_size(run)
-    sampler = sampler_of_runs([run.record["config"] for run in chosen_runs])
+    sampler = USUAL_SAMPLER
+    if uses_run_sampler:
+        sampler = sampler_of_runs([run.record["config"] for run in chosen_runs])
     return Comparison(bases[0], [side_of_path[a], side_of_path[b]], size, sampler)
 
 

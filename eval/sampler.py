@@ -52,6 +52,11 @@ class RunSampler:
 USUAL_SAMPLER = RunSampler()  # the model's own
 
 
+def has_sampler(config: Mapping[str, Any]) -> bool:
+    """Test that a run gives a LoRA file or a scheduler for its images."""
+    return any(config.get(name) is not None for name in (SAMPLING_OPTION, "sampling_scheduler"))
+
+
 def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler:
     """The sampler that all runs have in common; the model's where they differ or have no other.
 

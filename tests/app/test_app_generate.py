@@ -27,6 +27,7 @@ from bilora_diffusion.image.base_model import read_base_model
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import settings
+from eval.sampler import USUAL_SAMPLER
 from tests.app.folders import WEIGHTS, make_run
 from tests.image.tiny import saved
 
@@ -102,7 +103,8 @@ def test_images_appear_one_by_one_and_work_can_be_cancelled(tmp_path, monkeypatc
     def begin(b=BASE):
         """Updates of the tab, (status, cards, slider), for two images of two steps."""
         number = work.begin(request)
-        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 0.5, 1.0, request, show_progress)
+        form = [PROMPT, BASE, b, 3, 2, 4.0, 0.5, 1.0, True]
+        return tab.generate(number, *form, request, show_progress)
 
     updates = list(begin())
     card_updates = [cards for _, cards, _ in updates if isinstance(cards, str)]
@@ -131,7 +133,7 @@ def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path
         tab = Tab(Work(Catalog(tmp_path), page, "cpu"), page.load)
 
     def suggested(a, b, prompt):
-        return tab.suggest(a, b, "mini", prompt)[0]
+        return tab.suggest(a, b, "mini", prompt, True)[0]
 
     assert suggested("cat", "dog", PROMPT) == "a cat"
     assert suggested("dog", "cat", "a cat") == "a photo of TOK"
@@ -148,13 +150,42 @@ def test_no_guidance_is_suggested_where_all_chosen_runs_have_it_in_them(tmp_path
         tab = Tab(Work(Catalog(tmp_path), page, "cpu"), page.load)
 
     def suggested(a, b, last):
-        return tab.suggest(a, b, last, PROMPT)[2:]
+        return tab.suggest(a, b, last, PROMPT, True)[2:4]
 
     assert suggested(BASE, "guided", "mini") == [1.0, "mini, guided"]
     assert suggested("plain", "guided", "mini, guided") == [4.0, "mini"]
     # What the user has set stays while the choice asks for the same.
     assert suggested(BASE, "guided", "mini, guided") == [gr.skip(), gr.skip()]
     assert suggested(BASE, "plain", "mini") == [gr.skip(), gr.skip()]
+
+
+def test_the_sampler_of_the_runs_can_be_left_out(tmp_path):
+    four_steps = {"validation_num_inference_steps": 4, "validation_guidance_scale": 1.0}
+    configs = {
+        "plain": {},
+        "few": four_steps | {"sampling_scheduler": "LCMScheduler"},
+        "lost": four_steps | {"sampling_lora": "gone", "sampling_lora_sha256": "0" * 64},
+    }
+    for name, config in configs.items():
+        make_run(tmp_path / name, config=config | {"pretrained_model_name_or_path": "mini"})
+    with gr.Blocks() as page:
+        catalog = Catalog(tmp_path)
+        tab = Tab(Work(catalog, page, "cpu"), page.load)
+
+    def suggested(a, uses_run_sampler, last="other"):
+        _, *values, _, checkbox = tab.suggest(a, BASE, last, PROMPT, uses_run_sampler)
+        return values, checkbox["visible"]
+
+    assert suggested("plain", True) == ([25, 4.0], False)
+    assert suggested("few", True) == ([4, 1.0], True)
+    assert suggested("few", False) == ([25, 4.0], True)
+    assert find_comparison(catalog, "few", BASE).sampler.scheduler == "LCMScheduler"
+    # A run whose file is gone can be sampled without it.
+    with pytest.raises(UserError, match="gone"):
+        find_comparison(catalog, "lost", BASE)
+    assert suggested("lost", True) == ([gr.skip(), gr.skip()], True)
+    assert suggested("lost", False) == ([25, 4.0], True)
+    assert find_comparison(catalog, "lost", BASE, uses_run_sampler=False).sampler == USUAL_SAMPLER
 
 
 def test_the_first_choice_is_a_run_and_its_control_and_runs_without_weights_are_listed(tmp_path):

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,7 +13,9 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.crops import nearest_bucket, read_sizes, sizes_around
 from bilora_diffusion.image.opening import open_images
+from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.stream import TrainingStream, centered_samples
+from tests.export.export_models import write_lora
 from tests.scripts.runs import column, flags, train
 
 SHAPES = {"a": (64, 64), "b": (80, 53), "c": (53, 80), "d": (200, 100), "e": (100, 190)}
@@ -82,8 +85,11 @@ def test_each_step_is_of_one_size_and_told_what_it_sees(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_five_shapes_train_however_a_step_is_divided(photos, tmp_path):
+def test_five_shapes_train_beside_an_assistant_however_a_step_is_divided(photos, tmp_path):
+    pipeline = load_pipeline("mini", dtype=torch.float32)
+    assistant = write_lora(tmp_path / "style", pipeline, size=0.5)
     shared = settings(photos, max_train_steps=3, validation_dataset=photos)
+    shared["assistant_lora"] = f"{assistant}:-0.5"
     shared |= {"validation_loss_steps": 3, "trigger_word": "TOK"}
     run = train(tmp_path / "run", **shared, train_batch_size=4)
     divided_run = train(
