@@ -275,7 +275,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if Path(args.model).is_dir():
         flags["model"] = Path(args.model).name
     return {
-        "arms": rows,
+        "variants": rows,
         "images": len(list(images.iterdir())),
         "rounds": args.rounds,
         "flags": flags,
@@ -297,7 +297,7 @@ def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, A
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    rows = result["arms"]
+    rows = result["variants"]
     heads = [""]
     cells_by_label = {label: [label] for label in rows}
     for name, (title, factor) in FIGURES.items():

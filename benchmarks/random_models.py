@@ -13,7 +13,7 @@ final precision and is filled. Matrices and kernels get normal values of standar
 transformer blocks. Normalization weights are 1, biases 0, embeddings have a deviation of 0.02.
 Sizes are those of the published ``config.json`` files.
 
-`SHAPES` are the workloads of step_cost.py: a model, its inputs, its loss and its adapters.
+`WORKLOADS` is what step_cost.py measures: models with their inputs, losses and adapters.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Shape:
+class Workload:
     """A workload of step_cost.py."""
 
     # Sentence for the report; "{batch}" stands for the number of samples, "{length}" for tokens
@@ -262,7 +262,7 @@ def _text_inputs(
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-MINI = Shape(
+MINI = Workload(
     note="UNet of the miniature, rank 4 on attention, batch {batch} of 64 px",
     build=lambda: UNet.from_config(UNet.load_config(pipeline_dir(), subfolder="unet")),
     inputs=partial(_unet_inputs, 64, 32),
@@ -274,7 +274,7 @@ MINI = Shape(
     steps=200,
     warmup=5,
 )
-T5 = Shape(
+T5 = Workload(
     note="T5-base, rank 8 on every linear layer, batch {batch} of {length} + 8 tokens",
     build=t5_base,
     inputs=partial(_text_inputs, 8),
@@ -308,7 +308,7 @@ SDXL_UNET = replace(
     steps=10,
     warmup=1,
 )
-SHAPES = {"mini": MINI, "t5-base": T5, "llama-7b-layer": LLAMA, "sdxl-unet": SDXL_UNET}
+WORKLOADS = {"mini": MINI, "t5-base": T5, "llama-7b-layer": LLAMA, "sdxl-unet": SDXL_UNET}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,9 +1,9 @@
 """Cost of a training step: the methods side by side, as in the paper's Table 7.
 
-    python benchmarks/step_cost.py --shapes mini                     # a minute or two on a CPU
-    python benchmarks/step_cost.py --shapes t5-base --methods all --json t5.json
-    python benchmarks/step_cost.py --shapes t5-base --methods all,full --batch 32   # Table A9
-    python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
+    python benchmarks/step_cost.py --model mini                     # a minute or two on a CPU
+    python benchmarks/step_cost.py --model t5-base --methods all --json t5.json
+    python benchmarks/step_cost.py --model t5-base --methods all,full --batch 32   # Table A9
+    python benchmarks/step_cost.py --model sdxl-unet                # 2.57 B parameters, 6 GB
 
 All variants are in one process on the same base weights and take turns, one step each, in rotating
 order. The ratio to LoRA is the median over rounds, with a 95 % bootstrap interval. A step is
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measure import check, circumstances, finish, interleave, paired_ratio, seconds
-from random_models import DTYPES, SHAPES, materialize
+from random_models import DTYPES, WORKLOADS, materialize
 from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
@@ -83,7 +83,7 @@ class Variant:
         self, kind: str, args: argparse.Namespace, base: nn.Module, inputs: dict[str, Any]
     ) -> None:
         self.kind = kind
-        self.shape = SHAPES[args.shapes]
+        self.workload = WORKLOADS[args.model]
         self.inputs = inputs
         self.batch = args.batch
         self.dtype = DTYPES[args.dtype]
@@ -95,7 +95,7 @@ class Variant:
                 shared[id(tensor)] = tensor
         self.model = copy.deepcopy(base, shared)
         torch.manual_seed(SEED)  # every variant starts from the same primary
-        target = Target("model", self.model, self.shape.spec, self.shape.lr, 1e-2)
+        target = Target("model", self.model, self.workload.spec, self.workload.lr, 1e-2)
         groups = self.method.setup([target])
         if not KINDS[kind].fused:
             unfuse(self.model)
@@ -127,7 +127,7 @@ class Variant:
         """Loss and gradients of the batch, under autocast unless in fp32; called by the method."""
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.shape.loss(self.model, self.inputs)
+            loss = self.workload.loss(self.model, self.inputs)
         loss.backward()
         return loss.detach()
 
@@ -135,23 +135,23 @@ class Variant:
 def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Variant]:
     """Create the variants on one base model and one batch."""
     keep_freed_memory(device)  # as training does
-    shape = SHAPES[args.shapes]
+    workload = WORKLOADS[args.model]
     dtype = DTYPES[args.dtype]
-    base = materialize(shape.build, dtype=dtype, device=device, seed=SEED)
+    base = materialize(workload.build, dtype=dtype, device=device, seed=SEED)
     base.train().requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)
-    inputs = shape.inputs(base, args.batch, args.length, dtype, device, generator)
+    inputs = workload.inputs(base, args.batch, args.length, dtype, device, generator)
     return [Variant(kind, args, base, inputs) for kind in kinds]
 
 
 def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure all variants of the command line; returns the result that is printed and written."""
-    memory = {kind: memory_of(kind, args) for kind in args.arms}
-    variants = make(args.arms, args, device)
-    shape = SHAPES[args.shapes]
+    memory = {kind: memory_of(kind, args) for kind in args.variants}
+    variants = make(args.variants, args, device)
+    workload = WORKLOADS[args.model]
 
     def work(variant: Variant, number: int) -> float:
-        torch.manual_seed(shape.warmup + number)  # the same dropout for all variants of a round
+        torch.manual_seed(workload.warmup + number)  # the same dropout for all variants of a round
         losses: list[torch.Tensor] = []
         duration = seconds(lambda: losses.append(variant.train_step()), device)
         # Not timed, since it waits for the GPU.
@@ -159,10 +159,10 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         return duration
 
     steps = [partial(work, variant) for variant in variants]
-    times = interleave(steps, rounds=args.steps, warmup=shape.warmup)
+    times = interleave(steps, rounds=args.steps, warmup=workload.warmup)
     rows = {}
     # Ratios are paired by round, so that a slow phase of the machine counts for both.
-    baseline = times[args.arms.index(BASELINE)]
+    baseline = times[args.variants.index(BASELINE)]
     for variant, variant_times in zip(variants, times, strict=True):
         ratio, interval = paired_ratio(variant_times, baseline)
         rows[variant.kind] = {
@@ -177,22 +177,22 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "seconds": variant_times,
         }
     return {
-        "shapes": args.shapes,
+        "model": args.model,
         "batch": args.batch,
         "length": args.length,
         "dtype": args.dtype,
         "steps": args.steps,
-        "note": shape.note.format(batch=args.batch, length=args.length),
+        "note": workload.note.format(batch=args.batch, length=args.length),
         "layers": variants[0].layers,
-        "arms": rows,
+        "variants": rows,
         **circumstances(device),
     }
 
 
 def memory_of(kind: str, args: argparse.Namespace) -> int:
     """Peak memory of a variant in its own process, which starts before this one holds a model."""
-    command = [sys.executable, __file__, "--arm", kind]
-    for name in ("shapes", "dtype", "batch", "length"):
+    command = [sys.executable, __file__, "--variant", kind]
+    for name in ("model", "dtype", "batch", "length"):
         if getattr(args, name) is not None:
             command += [f"--{name}", str(getattr(args, name))]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -205,12 +205,12 @@ def memory_of(kind: str, args: argparse.Namespace) -> int:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
-        f"{result['shapes']}: {result['note']}; {result['dtype']}, {result['layers']} layers",
+        f"{result['model']}: {result['note']}; {result['dtype']}, {result['layers']} layers",
         "",
         "| method | memory (GB) | time (s) | relative to LoRA (95 % interval) |",
         "|---|---|---|---|",
     ]
-    for row in result["arms"].values():
+    for row in result["variants"].values():
         spread = ""
         if row["ratio_interval_95"] is not None:
             low, high = row["ratio_interval_95"]
@@ -232,7 +232,7 @@ def table(result: dict[str, Any]) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; options that are not given default to the model's."""
     parser = UserErrorParser(description="Time and memory of a step, method by method.")
-    parser.add_argument("--shapes", required=True, choices=SHAPES)
+    parser.add_argument("--model", required=True, choices=WORKLOADS, help="with random weights")
     parser.add_argument("--steps", type=int, help="measured rounds")
     parser.add_argument("--batch", type=int, help="samples per step; default: that of the model")
     parser.add_argument("--length", type=int, help="tokens per text; default: that of the model")
@@ -240,34 +240,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", choices=DTYPES, help="dtype of the base weights; bf16 trains under autocast"
     )
     usual = "lora,bilora,bilora-peft"
-    parser.add_argument("--arms", default=usual, help=f"some of {','.join(KINDS)}")
+    parser.add_argument("--variants", default=usual, help=f"some of {','.join(KINDS)}")
     parser.add_argument(
         "--methods",
-        help=f"instead of --arms: all ({','.join(METHODS)}), some of them, or all,full",
+        help=f"instead of --variants: all ({','.join(METHODS)}), some of them, or all,full",
     )
     parser.add_argument(
         "--json", type=Path, help="also write the result with all step times to this file"
     )
     parser.add_argument(
-        "--arm", choices=KINDS, help="run this variant alone and print its peak memory"
+        "--variant", choices=KINDS, help="run this variant alone and print its peak memory"
     )
     args = parser.parse_args(argv)
-    args.arms = args.arms.split(",")
+    args.variants = args.variants.split(",")
     if args.methods:
         names = []
         for word in args.methods.split(","):
             names += METHODS if word == "all" else [word]
-        args.arms = [BASELINE]
-        args.arms += [name for name in names if name != BASELINE]
-    if args.length is not None and SHAPES[args.shapes].length is None:
-        raise UserError(f"--length is {args.length}, and {args.shapes} has images: leave it out.")
+        args.variants = [BASELINE]
+        args.variants += [name for name in names if name != BASELINE]
+    if args.length is not None and WORKLOADS[args.model].length is None:
+        raise UserError(f"--length is {args.length}, and {args.model} has images: leave it out.")
     for name in ("dtype", "steps", "batch", "length"):
         if getattr(args, name) is None:
-            setattr(args, name, getattr(SHAPES[args.shapes], name))
-    if BASELINE not in args.arms or len(set(args.arms) & KINDS.keys()) < len(args.arms):
+            setattr(args, name, getattr(WORKLOADS[args.model], name))
+    if BASELINE not in args.variants or len(set(args.variants) & KINDS.keys()) < len(args.variants):
         raise UserError(
-            f"--arms is {','.join(args.arms)}: it must contain {BASELINE}, and each name once, from"
-            f" {', '.join(KINDS)}."
+            f"--variants is {','.join(args.variants)}: it must contain {BASELINE}, and each name"
+            f" once, from {', '.join(KINDS)}."
         )
     counts = ["steps", "batch"]
     if args.length is not None:
@@ -277,11 +277,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a Markdown table, or for `--arm` the peak memory in bytes."""
+    """Measure and print a Markdown table, or for `--variant` the peak memory in bytes."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.arm:
-        (variant,) = make([args.arm], args, device)
+    if args.variant:
+        (variant,) = make([args.variant], args, device)
         for _ in range(2):
             variant.train_step()
         return print(provenance.peak_memory(device))

@@ -23,7 +23,7 @@ from PIL.Image import Image
 
 from .config.command_line import UserErrorParser
 from .core.durable import dump_json, write_text
-from .core.errors import UserError, run_cli
+from .core.errors import UserError, ends_in, run_cli
 from .core.plotting import new_figure
 from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
@@ -34,7 +34,6 @@ from .image.script import DreamBoothScript
 from .mini.colors import color_difference
 from .run import checkpoint, runlog
 from .run.console import describe_comparison, quiet, scoring_command
-from .run.interruption import ends_in
 from .train.command import show_messages, train_configs
 from .train.variants import Variant, require_paired
 

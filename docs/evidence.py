@@ -90,7 +90,7 @@ def figure(check: Check) -> Figure:
     """
     path = ROOT / check.result
     if path.suffix == ".json":  # of a benchmark, which has no rows
-        return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["arms"])
+        return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["variants"])
     result = read(path)
     unit = ITEM if check.item == "each" else SEED
 

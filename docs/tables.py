@@ -229,7 +229,7 @@ def texts() -> Iterable[str]:
 def step_cost() -> Iterable[str]:
     """Time and memory of a step over LoRA's."""
     rows = []
-    variants = {name: _benchmark(f"step_cost/{name}")["arms"] for name in BENCHMARKS}
+    variants = {name: _benchmark(f"step_cost/{name}")["variants"] for name in BENCHMARKS}
     cells = []
     for name in BENCHMARKS:
         plain = variants[name]["lora"]
@@ -256,7 +256,7 @@ def against_diffusers() -> Iterable[str]:
     rows = []
     for name, title in models.items():
         content = _benchmark(f"against_diffusers/{name}")
-        for variant, values in content["arms"].items():
+        for variant, values in content["variants"].items():
             if variant.startswith("diffusers"):
                 continue
             cells = []

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.config import command_line
-from bilora_diffusion.core.errors import UserError, run_cli, strip_controls
+from bilora_diffusion.core.errors import UserError, ends_in, run_cli, strip_controls
 from bilora_diffusion.core.fields import add_flags, check, options_of
 from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.core.values import Range
-from bilora_diffusion.run.interruption import ends_in
 from bilora_diffusion.run.record import RUN
 from bilora_diffusion.train.soundness import PICKLES
 

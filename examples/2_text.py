@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.core.errors import run_cli
+from bilora_diffusion.core.errors import ends_in, run_cli
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.interruption import ends_in
 from bilora_diffusion.text import script as train_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "trec.yaml"

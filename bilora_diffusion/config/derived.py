@@ -40,8 +40,8 @@ Rule = tuple[str, Callable[[Config], object]]
 
 
 def default_rho(cfg: RunConfig) -> float | None:
-    """The method's default radius; None for a method without one."""
-    return methods.default_rho(cfg.method, cfg.modality)
+    """The method's own radius; None for a method without one."""
+    return methods.get(cfg.method).usual_rho(cfg.modality)
 
 
 def default_learning_rate(cfg: RunConfig) -> float:

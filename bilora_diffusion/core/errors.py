@@ -56,6 +56,15 @@ class Interrupted(KeyboardInterrupt):
         self.run_folder = run_folder
 
 
+@contextmanager
+def ends_in(sentence: str) -> Iterator[None]:
+    """Replace the message of an interruption within the context by ``sentence``."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(sentence, getattr(stop, "number", signal.SIGINT)) from None
+
+
 # What libraries raise on purpose for bad input; PyTorch's own errors are RuntimeErrors.
 LIBRARY_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 

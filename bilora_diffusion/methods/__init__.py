@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .base import Method, StepOptimizer, Target  # noqa: F401
     from .registry import (  # noqa: F401
         create,
-        default_rho,
         for_run,
         get,
         names,
@@ -32,7 +31,6 @@ MODULE_OF_NAME = {
     "StepOptimizer": "base",
     "Target": "base",
     "create": "registry",
-    "default_rho": "registry",
     "for_run": "registry",
     "get": "registry",
     "names": "registry",

@@ -101,6 +101,15 @@ class Method:
         self.depends_on_length = False
         self.on_perturbed: Callable[[], None] | None = None
 
+    @classmethod
+    def usual_rho(cls, modality: str) -> float | None:
+        """The radius where none is given, for "image" or "text"; None for a method without one."""
+        if "rho" not in cls.reads:
+            return None
+        if modality == "text" and cls.default_text_rho is not None:
+            return cls.default_text_rho
+        return cls.default_rho
+
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """Inject the adapters into every target, activate them, and fuse their forward.
 

@@ -97,7 +97,7 @@ class MethodFlags:
 
     section: ClassVar[str] = SECTION
 
-    # Derived: `registry.default_rho`, the method's own radius.
+    # Derived: `Method.usual_rho`, the method's own radius.
     rho: float | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"

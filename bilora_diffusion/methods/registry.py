@@ -69,16 +69,6 @@ def reads(name: str) -> frozenset[str]:
     return _METHODS[name].reads
 
 
-def default_rho(name: str, modality: str = "image") -> float | None:
-    """A method's default radius; None for a method without a radius, or an unknown one."""
-    method = _METHODS.get(name)
-    if method is None or "rho" not in method.reads:
-        return None
-    if modality == "text" and method.default_text_rho is not None:
-        return method.default_text_rho
-    return method.default_rho
-
-
 def default_options(method: type[Method]) -> dict[str, Any]:
     """Defaults of the options that a method reads, by their names in alphabetical order."""
     defaults = {field.name: field.default for field in fields(MethodOptions)}

@@ -7,7 +7,6 @@ stops at once too; several processes stop together after a step.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import shutil
@@ -15,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -86,15 +85,6 @@ class Interruption:
             end = "stopping after this step and its measurements, with a checkpoint"
             line = f"\n{end}; Ctrl-C again stops at once\n"
             os.write(2, line.encode())  # `print` may itself have been interrupted
-
-
-@contextlib.contextmanager
-def ends_in(sentence: str) -> Iterator[None]:
-    """Replace the message of an interruption within the context by ``sentence``."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        raise Interrupted(sentence, getattr(stop, "number", signal.SIGINT)) from None
 
 
 def find_launch(arguments: Sequence[str]) -> str | None:

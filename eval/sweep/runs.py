@@ -28,7 +28,7 @@ from bilora_diffusion.run import checkpoint, runlog
 from .losses import FAILED, FINISHED, WAITING
 from .plan import Run
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
 # From SIGTERM to SIGKILL: a run writes a checkpoint when it is asked to end.
@@ -165,13 +165,8 @@ class Runner:
         return environment
 
     def _record(self) -> None:
-        outcomes = []
-        for outcome in self.outcomes.values():
-            fields = asdict(outcome)
-            # The keys of the file are older than the words run and variant.
-            names = {"cell": fields.pop("run"), "arm": fields.pop("variant")}
-            outcomes.append(names | fields)
-        record = {"schema_version": SCHEMA_VERSION, "cells": outcomes}
+        outcomes = [asdict(outcome) for outcome in self.outcomes.values()]
+        record = {"schema_version": SCHEMA_VERSION, "runs": outcomes}
         write_text(self.runs_dir / RECORD, dump_json(record))
 
 

@@ -103,8 +103,9 @@ def test_images_appear_one_by_one_and_work_can_be_cancelled(tmp_path, monkeypatc
     def begin(b=BASE):
         """Updates of the tab, (status, cards, slider), for two images of two steps."""
         number = work.begin(request)
-        form = [PROMPT, BASE, b, 3, 2, 4.0, 0.5, 1.0, True]
-        return tab.generate(number, *form, request, show_progress)
+        return tab.generate(
+            number, PROMPT, BASE, b, 3, 2, 4.0, 0.5, 1.0, True, request, show_progress
+        )
 
     updates = list(begin())
     card_updates = [cards for _, cards, _ in updates if isinstance(cards, str)]

@@ -121,9 +121,9 @@ def stand_ins(folder: Path) -> Iterator[dict[str, str]]:
         patch.setattr(harness.Harness, "measure", measure_two_items)
         step_cost = load_program("benchmarks/step_cost.py")
         narrow = partial(importlib.import_module("random_models").llama_7b, **NARROW)
-        shape = replace(step_cost.SHAPES["llama-7b-layer"], build=narrow, steps=1)
-        for name in step_cost.SHAPES:
-            patch.setitem(step_cost.SHAPES, name, shape)
+        workload = replace(step_cost.WORKLOADS["llama-7b-layer"], build=narrow, steps=1)
+        for name in step_cost.WORKLOADS:
+            patch.setitem(step_cost.WORKLOADS, name, workload)
         patch.setattr(step_cost, "memory_of", lambda *_: 0)
 
         question = {"question_id": 1, "category": "math", "turns": ["What is 2 + 3?"]}

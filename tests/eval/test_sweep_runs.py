@@ -63,7 +63,7 @@ def test_a_failing_run_leaves_the_others_and_only_it_is_repeated(runner):
     assert statuses == ["finished", "failed", "finished"]
     assert (outcomes[1].exit_code, outcomes[1].error) == (1, "no such thing: x.png")
     record = json.loads((runner.runs_dir / "sweep.json").read_text())
-    assert [entry["status"] for entry in record["cells"]] == statuses
+    assert [entry["status"] for entry in record["runs"]] == statuses
     # A finished run is not repeated, and a failed one is, with a log of its own.
     run_record, log = runner.runs_dir / "a" / "run.json", runner.runs_dir / "a.log"
     before = run_record.stat().st_mtime_ns, log.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""The benchmarks as a user runs them, on their smallest shapes, and the sizes they rest on."""
+"""The benchmarks as a user runs them, on their smallest models, and the sizes they rest on."""
 
 import importlib
 import json
@@ -70,17 +70,17 @@ def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
 ):
     file = tmp_path / "result.json"
     step_cost = load("step_cost")
-    flags = f"--shapes mini --steps 1 --json {file}"
-    step_cost.main(f"{flags} --arms lora".split())
-    (row,) = json.loads(file.read_text())["arms"].values()
+    flags = f"--model mini --steps 1 --json {file}"
+    step_cost.main(f"{flags} --variants lora".split())
+    (row,) = json.loads(file.read_text())["variants"].values()
     assert row["peak_memory_bytes"] > 2**27
     assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in capsys.readouterr().out
     # Memory is measured in a process of its own for each method, which takes long.
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
     step_cost.main(f"{flags} --methods all".split())
-    arms = json.loads(file.read_text())["arms"]
-    assert next(iter(arms)) == "lora"
-    assert set(arms) == set(names()) - {"full"}
+    variants = json.loads(file.read_text())["variants"]
+    assert next(iter(variants)) == "lora"
+    assert set(variants) == set(names()) - {"full"}
 
 
 def test_step_cost_measures_full_fine_tuning_too_at_the_batch_and_length_asked_for(
@@ -89,7 +89,7 @@ def test_step_cost_measures_full_fine_tuning_too_at_the_batch_and_length_asked_f
     file = tmp_path / "result.json"
     step_cost = load("step_cost")
     narrow = narrow_llama(load, step_cost)
-    monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow)
+    monkeypatch.setitem(step_cost.WORKLOADS, "llama-7b-layer", narrow)
     commands = []
 
     def peak_memory(command, **_):
@@ -97,40 +97,40 @@ def test_step_cost_measures_full_fine_tuning_too_at_the_batch_and_length_asked_f
         return subprocess.CompletedProcess(command, 0, stdout="1\n", stderr="")
 
     monkeypatch.setattr(step_cost, "subprocess", SimpleNamespace(run=peak_memory))
-    flags = f"--shapes llama-7b-layer --steps 1 --batch 3 --length 5 --json {file}"
+    flags = f"--model llama-7b-layer --steps 1 --batch 3 --length 5 --json {file}"
     step_cost.main(f"{flags} --methods all,full".split())
     result = json.loads(file.read_text())
-    assert set(result["arms"]) == set(names())
+    assert set(result["variants"]) == set(names())
     assert (result["batch"], result["length"]) == (3, 5)
     assert "batch 3 of 5 tokens" in capsys.readouterr().out
     assert len(commands) == len(names())
     assert all(command[-4:] == ["--batch", "3", "--length", "5"] for command in commands)
-    arms = result["arms"]
-    assert arms["full"]["trained_parameters"] > arms["lora"]["trained_parameters"]
+    variants = result["variants"]
+    assert variants["full"]["trained_parameters"] > variants["lora"]["trained_parameters"]
 
 
 def narrow_llama(load, step_cost):
-    """The shape of Llama's layers with a model of a few parameters."""
-    llama = step_cost.SHAPES["llama-7b-layer"]
+    """The workload of Llama's layers with a model of a few parameters."""
+    llama = step_cost.WORKLOADS["llama-7b-layer"]
     return replace(llama, build=partial(load("random_models").llama_7b, **LLAMA))
 
 
 @pytest.mark.parametrize(
-    ("shapes", "layers"), [pytest.param("mini", 56, marks=pytest.mark.slow), ("llama-7b-layer", 14)]
+    ("model", "layers"), [pytest.param("mini", 56, marks=pytest.mark.slow), ("llama-7b-layer", 14)]
 )
-def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp_path, monkeypatch):
+def test_both_forwards_of_bilora_are_the_same_training(model, layers, load, tmp_path, monkeypatch):
     step_cost = load("step_cost")
     file = tmp_path / "result.json"
-    monkeypatch.setitem(step_cost.SHAPES, "llama-7b-layer", narrow_llama(load, step_cost))
+    monkeypatch.setitem(step_cost.WORKLOADS, "llama-7b-layer", narrow_llama(load, step_cost))
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
-    step_cost.main(f"--shapes {shapes} --steps 5 --json {file}".split())
+    step_cost.main(f"--model {model} --steps 5 --json {file}".split())
     result = json.loads(file.read_text())
     assert result["layers"] == layers  # of Llama two layers of seven; the output head has none
-    assert list(result["arms"]) == ["lora", "bilora", "bilora-peft"]
-    for row in result["arms"].values():
+    assert list(result["variants"]) == ["lora", "bilora", "bilora-peft"]
+    for row in result["variants"].values():
         low, high = row["ratio_interval_95"]
         assert low <= row["ratio_to_lora"] <= high
-    lora, fused, peft = result["arms"].values()
+    lora, fused, peft = result["variants"].values()
     assert lora["ratio_to_lora"] == 1.0
     assert fused["trained_parameters"] == peft["trained_parameters"]
     assert fused["trained_parameters"] == 2 * lora["trained_parameters"]
@@ -144,10 +144,10 @@ AGAINST = f"against_diffusers --script {TEXT_SCRIPT}"
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ("step_cost --shapes mini --arms bilora", "--arms"),
-        ("step_cost --shapes mini --length 256", "--length"),
-        ("step_cost --shapes t5-base --length 0", "--length"),
-        ("step_cost --shapes mini --json no/such/a.json", "no/such/a.json"),
+        ("step_cost --model mini --variants bilora", "--variants"),
+        ("step_cost --model mini --length 256", "--length"),
+        ("step_cost --model t5-base --length 0", "--length"),
+        ("step_cost --model mini --json no/such/a.json", "no/such/a.json"),
         ("against_diffusers --script no.py", "no.py"),
         (f"{AGAINST} --device cuda", "--device"),
         (f"{AGAINST} --preset sdxl", "--preset"),
@@ -170,16 +170,16 @@ def test_rounds_are_fair_and_the_ratio_is_paired(load):
     measure = load("measure")
     order = []
 
-    def arm(name):
+    def variant(name):
         def seconds(number):
             order.append(name)
             return float(number)
 
         return seconds
 
-    times = measure.interleave([arm("A"), arm("B"), arm("C")], rounds=3, warmup=1)
+    times = measure.interleave([variant("A"), variant("B"), variant("C")], rounds=3, warmup=1)
     assert times == [[0.0, 1.0, 2.0]] * 3  # warming up does not count
-    assert "".join(order) == "CABABCBCACAB"  # CAB warms up; then each arm is first once
+    assert "".join(order) == "CABABCBCACAB"  # CAB warms up; then each variant is first once
     baseline = [1.0, 2.0, 1.0, 4.0, 1.0, 1.0]  # a machine that is slow now and then
     ratio, interval = measure.paired_ratio([1.1 * value for value in baseline], baseline)
     assert ratio == pytest.approx(1.1)
@@ -232,7 +232,7 @@ def test_a_script_is_timed_against_another_of_the_same_flags(load, tmp_path, cap
     load("against_diffusers").main([*flags.split(), peer_flags])
     result = json.loads(file.read_text())
     assert result["images"] == 23
-    peer, lora = result["arms"].values()
+    peer, lora = result["variants"].values()
     for row in (peer, lora):
         assert row["start"]["median"] + 3 * row["step"]["median"] < row["seconds"]["median"]
         assert row["memory"]["median"] > 2**28
