@@ -241,6 +241,7 @@ def test_curves_follow_a_run(tmp_path, start, visit):
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
 
 
+@pytest.mark.matrix
 def test_a_page_reloads_when_its_server_was_restarted(tmp_path, visit):
     port, page = free_port(), visit()
     with serving(tmp_path, tmp_path / "first.log", port) as viewer:

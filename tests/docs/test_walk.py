@@ -46,7 +46,14 @@ def test_the_commands_of_the_readme_run_in_their_order_and_leave_the_files_that_
             assert (tmp_path / "runs" / "dog" / name).exists(), name
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
+def pages():
+    """All pages but README; those of recorded results are long, and no user's first steps."""
+    for page in DOCS:
+        marks = [pytest.mark.matrix] if page.parent.name == "results" else []
+        yield pytest.param(page, marks=marks, id=str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", list(pages()))
 def test_the_commands_of_a_page_run_in_their_order(page, reader, tmp_path):
     for _ in reader(page):
         pass

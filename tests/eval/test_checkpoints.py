@@ -72,6 +72,7 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
     assert str(tmp_path) not in (out / table.FILE).read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_an_interruption_saved_is_left_out_unless_it_is_named_or_the_last(
     tmp_path, capsys
 ):

@@ -79,6 +79,7 @@ def measure(out, *words):
     return result_of(landscape.main, out, *words, *TINY)
 
 
+@pytest.mark.slow
 def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded_labels):
     names = [*NAMES, "full"]
     folders = [runs / name for name in names]

@@ -267,6 +267,7 @@ def linear_weights(unet):
     return weights
 
 
+@pytest.mark.slow
 def test_merged_weights_are_rounded_and_the_base_is_as_before_even_after_an_error(
     pipeline, files, locon
 ):

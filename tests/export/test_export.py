@@ -39,6 +39,7 @@ def plain_unet():
     return small.make_unet()
 
 
+@pytest.mark.slow
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rank=st.integers(1, 12),
@@ -91,6 +92,7 @@ def add_small_adapters(model, spec):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "dora"), [(6, False), (8, True)])
 def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     alpha, dora, tmp_path

@@ -200,6 +200,7 @@ def test_the_weights_are_refused_on_another_kind_of_model():
             pass
 
 
+@pytest.mark.slow
 def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path):
     (tmp_path / "transformer").mkdir()
     with pytest.raises(UserError, match="no run of full fine-tuning wrote it"):

@@ -173,6 +173,7 @@ def test_dora_acts_at_the_strength_of_diffusers(kind):
     assert difference(half_images, images_of(pipeline, "adapter")) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [SDXL, "StableDiffusion3Pipeline"])
 def test_trained_text_encoders_act_at_the_strength_too(kind):
     pipeline = adapted(kind)

@@ -46,6 +46,7 @@ def test_embeddings_of_dinov2_are_those_of_its_class_token(tmp_path):
             resolve(["--dataset", "mini", "--keep_best", "--image_model", name])
 
 
+@pytest.mark.slow
 def test_an_image_model_that_is_not_here_is_named_before_anything_is_written(tmp_path):
     options = {"keep_best": True, "validation_dataset": "mini-heldout"}
     for dry_run in (True, False):

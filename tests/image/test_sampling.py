@@ -119,6 +119,7 @@ def test_so_many_images_are_sampled_at_a_time(size, pipeline, batch_sizes, tmp_p
     assert set(batch_sizes) == {2 * size}
 
 
+@pytest.mark.slow
 def test_a_full_memory_is_one_sentence_with_the_options_that_help(pipeline, tmp_path):
     def fill_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,9 +61,11 @@ CLASS = {"class_prompt": "an icon", "class_data_dir": "class"}
     "options",
     [
         {},
-        {"prior_prediction_weight": 2, "class_prompt": "an icon"},
-        {"with_prior_preservation": True, **CLASS},
-        {"train_text_encoder": True},
+        pytest.param(
+            {"prior_prediction_weight": 2, "class_prompt": "an icon"}, marks=pytest.mark.slow
+        ),
+        pytest.param({"with_prior_preservation": True, **CLASS}, marks=pytest.mark.slow),
+        pytest.param({"train_text_encoder": True}, marks=pytest.mark.slow),
     ],
     ids=["alone", "class kept", "class images", "encoders"],
 )
@@ -114,17 +117,23 @@ def predict(pipeline, inputs, embedded):
     return pipeline.unet(noisy, inputs["level_index"], sequence, added_cond_kwargs=added).sample
 
 
+GUIDED_RUNS: dict[str, tuple[dict[str, Any], tuple[bool, ...]]] = {
+    "alone": ({}, (True, True)),
+    "class images": ({"with_prior_preservation": True, **CLASS}, (True, True, False, False)),
+    "encoders": ({"train_text_encoder": True}, (True, True)),
+    "dropped caption": ({"caption_dropout": 0.5}, (False, True)),
+    "held": ({"hold_unconditional": 4, "hold_unconditional_every": 1}, (True, True)),
+    "checkpointing": ({"gradient_checkpointing": True, "method": "bilora", "rho": 3}, (True, True)),
+}
+"""Options of a run, and which rows of a step have a guided target."""
+
+
 @pytest.mark.parametrize(
     ("options", "guided_rows"),
     [
-        ({}, (True, True)),
-        ({"with_prior_preservation": True, **CLASS}, (True, True, False, False)),
-        ({"train_text_encoder": True}, (True, True)),
-        ({"caption_dropout": 0.5}, (False, True)),
-        ({"hold_unconditional": 4, "hold_unconditional_every": 1}, (True, True)),
-        ({"gradient_checkpointing": True, "method": "bilora", "rho": 3}, (True, True)),
+        pytest.param(*run, marks=() if name == "alone" else pytest.mark.slow, id=name)
+        for name, run in GUIDED_RUNS.items()
     ],
-    ids=["alone", "class images", "encoders", "dropped caption", "held", "checkpointing"],
 )
 def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
     options, guided_rows, make_task
@@ -195,6 +204,7 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
     torch.testing.assert_close(torch.cat(cut), losses)
 
 
+@pytest.mark.slow
 def test_processes_that_read_ahead_hand_over_pixels_alone(make_task, monkeypatch):
     """The same data to the bit, without the set of images and its hashes with each sample."""
     handed_over = []

@@ -63,7 +63,7 @@ AUXILIARY_OPTIONS = {"init": "pissa", "auxiliary_rank": 2, "auxiliary_learning_r
     ("kind", "changes", "values"),
     [
         pytest.param("trainer", AUXILIARY_OPTIONS, {}, marks=pytest.mark.slow),
-        ("sft", {}, {"bf16": True}),
+        pytest.param("sft", {}, {"bf16": True}, marks=pytest.mark.slow),
         pytest.param("dpo", {}, {}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -275,7 +275,13 @@ def test_a_text_card(tmp_path, kind, model, tag):
     assert "PeftModel" not in python_of(full.text)
 
 
-@pytest.mark.parametrize(("kind", "method"), [("causal", "bilora"), ("classification", "full")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("causal", "bilora"),
+        pytest.param("classification", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_the_code_runs_on_what_a_text_run_left(tmp_path, kind, method):
     base = SAVERS[kind](tmp_path / "my-base")
     run = train_text(

@@ -94,17 +94,18 @@ def by_shell(line, folder):
     ("launch", "precision", "world_size"),
     [
         ("python 'my script.py'", None, None),
-        ("python -u -m stand_in", None, None),
+        pytest.param("python -u -m stand_in", None, None, marks=pytest.mark.matrix),
         ("stand-in train", None, None),
         (
             "accelerate launch --cpu --num_processes 1 --mixed_precision bf16 stand_in.py",
             "bf16",
             None,
         ),
-        (
+        pytest.param(
             "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 1 -m stand_in",
             None,
             "1",
+            marks=pytest.mark.matrix,
         ),
     ],
 )

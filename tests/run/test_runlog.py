@@ -336,6 +336,7 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     assert read_run(tmp_path)["config"] == config, "the folder itself keeps them"
 
 
+@pytest.mark.slow
 def test_the_peak_memory_is_that_of_the_process_alone():
     array = np.ones(50_000_000)  # 400 MB, which a child's ru_maxrss would include
     code = "from bilora_diffusion.run.provenance import peak_memory; print(peak_memory('cpu'))"

@@ -107,6 +107,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_only_the_same_run_goes_on(tmp_path, capsys):
     run = copied(train_once(checkpointing_steps=1), tmp_path / "run")
     before = file_contents(run)

@@ -64,6 +64,7 @@ def load(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
     load, monkeypatch, tmp_path, capsys

@@ -108,6 +108,7 @@ def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_class_images_are_made_for_each_concept(concepts, tmp_path):
     rows = json.loads(concepts.read_text())

@@ -146,6 +146,7 @@ def test_without_a_gpu_an_example_trains_in_fp32(monkeypatch):
     assert not args.bf16
 
 
+@pytest.mark.matrix
 def test_two_processes_take_the_steps_of_one(tmp_path):
     common = {
         **model_and_data(tmp_path, tiny_llm(), TEXT),

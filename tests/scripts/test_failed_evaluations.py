@@ -76,7 +76,7 @@ def failed_steps(folder):
     [
         pytest.param(1, ERRORS[0], marks=pytest.mark.slow),
         pytest.param(2, ERRORS[1], marks=pytest.mark.slow),
-        (3, ERRORS[2]),
+        pytest.param(3, ERRORS[2], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_call, error):

@@ -98,6 +98,7 @@ def test_masks_and_a_kept_class(tmp_path):
     assert hidden[0] == pytest.approx(plain[0], rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monkeypatch):
     levels = []
     sample_level_index = FlowMatching.sample_level_index
@@ -116,6 +117,7 @@ def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monke
         assert column(run, f"noise_level_{name}") == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     """ComfyUI leaves out DoRA's magnitudes; SD3, which has no embedding of guidance, guidance."""
     values = on(SD3, use_dora=True, guidance_scale=2.0, max_train_steps=1)

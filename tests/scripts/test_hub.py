@@ -43,6 +43,7 @@ def stub_hub(monkeypatch):
     return Hub(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_to_the_repository_of_its_name(tmp_path, stub_hub):
     run = train_text(tmp_path / "icons", **material("classification"), **PUSH)
     (created, repository), (uploaded, upload), (committed, commit) = stub_hub.calls

@@ -129,6 +129,7 @@ def test_runs_start_where_a_file_ends_also_beside_itself(file, tmp_path, caplog)
     assert "effect these weights include" in (tmp_path / "started" / "README.md").read_text()
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_both_runs_of_a_comparison_start_at_the_file_beside_the_assistant(file, tmp_path):
     options = {

@@ -171,6 +171,7 @@ def test_evaluation_does_not_disturb_training(flags_by_kind, tmp_path, kind, cap
     assert "Map" not in capfd.readouterr().err  # progress of the tokenization
 
 
+@pytest.mark.slow
 def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(flags_by_kind, tmp_path):
     flags = {**flags_by_kind["causal"], "max_train_steps": None, "num_train_epochs": 2}
     flags["train_batch_size"] = 8

