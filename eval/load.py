@@ -81,7 +81,7 @@ def require_adapter(subject: Subject, source: str) -> None:
     Args:
         source: title of the model that makes the unconditional prediction.
     """
-    if subject.weights is not None and subject.weights.is_dir():
+    if subject.is_whole_model:
         raise UserError(
             f"guidance from {source} is refused for {subject.label}, which was trained whole and"
             " has no adapter to leave out: drop one of the two."

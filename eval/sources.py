@@ -59,6 +59,11 @@ class Subject(Entry):
         return self.record.get("results", {}).get("best_step")
 
     @property
+    def is_whole_model(self) -> bool:
+        """True for a model that was trained whole, which has no adapter to scale."""
+        return self.weights is not None and self.weights.is_dir()
+
+    @property
     def is_text(self) -> bool:
         """True for a run of train_text_bilora.py."""
         return "model_name_or_path" in self.record.get("config", {})

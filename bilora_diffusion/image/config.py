@@ -26,7 +26,7 @@ from ..core.values import (
 from ..methods.options import AdapterOptions, MethodFlags
 from .base_model import BaseModel, folder_of, read_base_model
 from .concept_list import check_images, check_settings, with_sets_of_images
-from .derived import with_model_defaults
+from .derived import with_choice_guidance, with_model_defaults
 from .families import SDXL, family_class
 from .model_options import DiffusionOptions, FlowOptions, ModelOptions, PriorOptions
 from .options import (
@@ -70,7 +70,7 @@ SAMPLING_OPTIONS = frozenset(
         "image_model",
         "validation_num_inference_steps",
         "validation_guidance_scale",
-        "validation_guidance_from",
+        "choice_guidance_from",
         "sampling_scheduler",
         "validation_model",
         *SAMPLING_LORA_FACTS,
@@ -111,6 +111,8 @@ class DreamBoothConfig(ImageOptions):
         sampled_model = model
         if cfg.validation_model is not None:
             sampled_model = describe_validation_model(cfg, model)
+        if cfg.chooses_by_samples:
+            cfg = with_choice_guidance(cfg, sampled_model)
         check_base_model(cfg, model, sampled_model)
         return cfg
 
@@ -298,9 +300,11 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
                 f"{prompt} has a negative prompt, and {family.title} reads none at a guidance of"
                 f" {guidance:g}: drop it."
             )
-    if unconditional_strength(cfg.validation_guidance_from) < 1:
-        request = f"--validation_guidance_from {cfg.validation_guidance_from}"
-        require_unconditional(family, run_guidance, *guided_by, request)
+    for option in ("validation_guidance_from", "choice_guidance_from"):
+        guidance_from = getattr(cfg, option)
+        if unconditional_strength(guidance_from) < 1:
+            request = f"--{option} {guidance_from}"
+            require_unconditional(family, run_guidance, *guided_by, request)
     for side in sides:
         family.require_resolution(side, model.configs)
 

@@ -16,7 +16,7 @@ from ..config import machine
 from ..config.derived import Rule, default_text_encoder_lr, default_validation_loss_steps, derive
 from ..core.errors import UserError, read_or_refuse
 from ..core.files import is_file, read_text
-from ..core.values import ATTENTION, EMBEDDED
+from ..core.values import ATTENTION, EMBEDDED, EVALUATED_STRENGTH
 from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, find_embedded, heldout_name
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL
@@ -160,6 +160,25 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         resolution=cfg.resolution or model.side,
     )
     return derive(cfg, MODEL_DEFAULTS)
+
+
+def with_choice_guidance(cfg: Config, sampled_model: BaseModel) -> Config:
+    """Set the unconditional prediction of the samples that ``--choose_by samples`` compares.
+
+    Args:
+        sampled_model: model of the validation images.
+    """
+    if "choice_guidance_from" in cfg.given_options:
+        return cfg
+    guidance_from = cfg.validation_guidance_from
+    _, guidance = sampled_model.usual_sampling
+    if cfg.validation_guidance_scale is not None:
+        guidance = cfg.validation_guidance_scale
+    is_guided = sampled_model.family.is_guided(guidance, sampled_model.index, sampled_model.configs)
+    is_in_adapter = cfg.method != "full" and cfg.init_lora_weights not in ("pissa", "lora-ga")
+    if "validation_guidance_from" not in cfg.given_options and is_guided and is_in_adapter:
+        guidance_from = EVALUATED_STRENGTH
+    return replace(cfg, choice_guidance_from=guidance_from)
 
 
 def quantization_of(path: str) -> str:

@@ -140,7 +140,13 @@ class SampledDistance:
             height, width = sample.size
             prompt_sample = usual_sample(task.cfg, sample.caption)
             # Not with the run's seed, so that all runs use the same noise.
-            prompt_sample = replace(prompt_sample, seed=number, height=height, width=width)
+            prompt_sample = replace(
+                prompt_sample,
+                seed=number,
+                height=height,
+                width=width,
+                guidance_from=task.cfg.choice_guidance_from,
+            )
             self.samples.append(prompt_sample)
             pictures.append(validation.image(sample.index))
         self.picture_embeddings = self.embeddings(pictures)  # (n, d)

@@ -200,6 +200,19 @@ class ImageStoppingOptions(StoppingOptions):
         " held-out loss, which is cheaper and is lowest long before images are best.",
         choices=(BY_SAMPLES, BY_LOSS),
     )
+    # Derived: `derived.with_choice_guidance`.
+    choice_guidance_from: float | str = option(
+        ADAPTER_GUIDANCE,
+        "As --validation_guidance_from, for the samples of --choose_by samples. Default: that"
+        " option where it is given, else 0.5; adapter where the model makes no unconditional"
+        " prediction, or where what is trained is not in the adapter alone.",
+        read=read_guidance_source,
+        ignored=(
+            WITHOUT_CHOICE,
+            IgnoredCase(lambda v: v["choose_by"] == BY_LOSS, "with `--choose_by loss`"),
+        ),
+        may_change_on_resume=True,
+    )
 
 
 @dataclass(frozen=True)

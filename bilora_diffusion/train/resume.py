@@ -146,6 +146,9 @@ def recorded_options(options: Mapping[str, Any], cfg: RunConfig) -> dict[str, An
     for name, value in options.items():
         if name not in removed.OPTIONS:
             known_options[name] = value
+    # Before this option was there, the samples that choose a step were made as validation images.
+    if "choice_guidance_from" not in options and "validation_guidance_from" in options:
+        known_options["choice_guidance_from"] = options["validation_guidance_from"]
     return cfg.fixed_options(known_options)
 
 

@@ -149,6 +149,8 @@ class ClipScores(OverSteps):
         if args.steps is not None:
             self.notes += checkpoints.left_out(subjects, args.steps)
         self.sampling = settings.sampling(args, base, subjects)
+        if note := settings.strength_note(args, self.sampling):
+            self.notes.append(note)
         if self.sampling.guidance_from != ADAPTER_GUIDANCE:
             for subject in subjects:
                 require_adapter(subject, guidance_title(self.sampling.guidance_from))

@@ -18,6 +18,7 @@ from bilora_diffusion.core.fields import like, option
 from bilora_diffusion.core.values import (
     ADAPTER_GUIDANCE,
     BASE_PRECISIONS,
+    EVALUATED_STRENGTH,
     GUIDANCES,
     NF4,
     NOISES,
@@ -98,7 +99,16 @@ class SamplingOptions:
     guidance_scale: float | None = option(
         None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
     )
-    guidance_from: float | str = like(ImageOptions, "validation_guidance_from", ignored=())
+    # `usual_guidance_from`
+    guidance_from: float | str | None = like(
+        ImageOptions,
+        "validation_guidance_from",
+        default=None,
+        help="Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
+        " programs; base, the base model; or a number between 0 and 1, the adapter's strength in"
+        " that prediction. Default: 0.5, and adapter where it can't be scaled.",
+        ignored=(),
+    )
     sampling_lora: str | None = option(
         None,
         "LoRA file, FILE or FILE:STRENGTH, that acts on all images, the base model's too, such as"
@@ -232,7 +242,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
 
     model = read_base_model(base)
     steps, guidance = usual(model)
-    if args.guidance_from == ADAPTER_GUIDANCE and needs_no_guidance(subjects):
+    if args.guidance_from in (None, ADAPTER_GUIDANCE) and needs_no_guidance(subjects):
         guidance = model.family.unguided_scale
     sampler = run_sampler(args, subjects)
     steps, guidance = sampler.usual(steps, guidance)
@@ -240,8 +250,12 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
     check_perturbation(args)
-    if args.guidance_from != ADAPTER_GUIDANCE:
-        request = f"--guidance_from {args.guidance_from}"
+    guidance_from = args.guidance_from
+    if guidance_from is None:
+        is_guided = model.family.is_guided(guidance, model.index, model.configs)
+        guidance_from = usual_guidance_from(args, subjects) if is_guided else ADAPTER_GUIDANCE
+    elif guidance_from != ADAPTER_GUIDANCE:
+        request = f"--guidance_from {guidance_from}"
         require_unconditional(model.family, guidance, model.index, model.configs, request)
     if sampler.scheduler is not None:
         from bilora_diffusion.image.schedulers import check_scheduler
@@ -254,7 +268,7 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
         guidance_scale=guidance,
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
-        guidance_from=args.guidance_from,
+        guidance_from=guidance_from,
         base_precision=args.base_precision,
         weight_noise=args.weight_noise,
         lora=sampler.lora,
@@ -267,12 +281,26 @@ def check_perturbation(args: Namespace) -> None:
     if args.base_precision == NF4:
         require("bitsandbytes>=0.50", "--base_precision nf4")  # older ones are for CUDA only
     flag = "--base_precision" if args.base_precision else "--weight_noise"
-    is_perturbed = args.base_precision is not None or args.weight_noise > 0
-    if is_perturbed and args.guidance_from != ADAPTER_GUIDANCE:
+    if is_perturbed(args) and args.guidance_from not in (None, ADAPTER_GUIDANCE):
         raise UserError(
             f"{flag} merges the adapter into the base weights, and --guidance_from"
             f" {args.guidance_from} weakens it in a part of the predictions: drop one of the two."
         )
+
+
+def is_perturbed(args: Namespace) -> bool:
+    """Test that the adapters are merged into rounded or noisy weights."""
+    return args.base_precision is not None or args.weight_noise > 0
+
+
+def usual_guidance_from(args: Namespace, subjects: Sequence[Subject]) -> float | str:
+    """The strength where none is given, of subjects that are sampled with guidance.
+
+    It is the same for all of them, and 1 where one has no adapter that can be scaled.
+    """
+    if is_perturbed(args) or any(subject.is_whole_model for subject in subjects):
+        return ADAPTER_GUIDANCE
+    return EVALUATED_STRENGTH
 
 
 def run_sampler(args: Namespace, subjects: Sequence[Subject]) -> RunSampler:
@@ -291,6 +319,17 @@ def needs_no_guidance(subjects: Sequence[Subject]) -> bool:
     """Test that all adapters were trained towards guidance (``--guided_target``)."""
     adapters = [subject for subject in subjects if subject.kind != BASE]
     return bool(adapters) and all(subject.guided_target > 1 for subject in adapters)
+
+
+def strength_note(args: Namespace, sampling: Sampling) -> str:
+    """A sentence for a strength that nobody gave; "" otherwise."""
+    if args.guidance_from is not None or sampling.guidance_from == ADAPTER_GUIDANCE:
+        return ""
+    return (
+        "In guidance's unconditional prediction adapters have a strength of"
+        f" {EVALUATED_STRENGTH:g}, which keeps more of a style; with --guidance_from adapter they"
+        " are sampled as in other programs."
+    )
 
 
 def guidance_note(args: Namespace, subjects: Sequence[Subject]) -> str:

@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
+from eval.clip_scores import ClipScores, settings
 from eval.clip_scores.defaults import in_contexts, learned_icons, of_subjects
 from eval.clip_scores.prompts import CONTEXTS, Prompt, shipped_names
 from eval.subjects import Subject
 
 FILE = Subject("dog", "dog", "file")
+BASE = Subject("base", "base model", "base", "base")
 VALIDATION: dict[str, Any] = {
     "validation_prompts": ["TOK dog asleep", "TOK dog asleep", "TOK dog in a tree"],
 }
@@ -123,3 +125,27 @@ def test_runs_on_other_images_are_named_and_files_say_nothing():
     assert of_subjects([FILE], "mini").name == "3d_icon"
     with pytest.raises(UserError, match="give --prompts"):
         of_subjects([FILE], "some/model")
+
+
+@pytest.mark.parametrize(
+    ("flags", "source"),
+    [
+        ("", 0.5),
+        ("--guidance_from adapter", "adapter"),
+        ("--guidance_from base", "base"),
+        ("--guidance_scale 1", "adapter"),  # there is one prediction
+        ("--base_precision int8", "adapter"),  # the adapter is merged
+        ("--weight_noise 0.1", "adapter"),
+    ],
+)
+def test_adapters_have_half_their_strength_in_the_unconditional_prediction(flags, source):
+    args = ClipScores.parser().read(["--prompts", "3d_icon", *flags.split()])
+    sampling = settings.sampling(args, "mini", [FILE, BASE])
+    assert sampling.guidance_from == source
+    assert bool(settings.strength_note(args, sampling)) == (source == 0.5)
+
+
+def test_all_are_sampled_as_a_model_that_was_trained_whole(tmp_path):
+    args = ClipScores.parser().read(["--prompts", "3d_icon"])
+    whole = Subject("full", "Full FT", weights=tmp_path)
+    assert settings.sampling(args, "mini", [FILE, whole]).guidance_from == "adapter"

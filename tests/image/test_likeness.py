@@ -81,7 +81,8 @@ def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
         with Image.open(file) as picture:
             pictures.append(picture.convert("RGB"))
     prompts = [icons["instance_prompt"]] * 2
-    images = generate(pipeline, prompts, [0, 1], size=64, steps=SAMPLER_STEPS)
+    settings: dict[str, Any] = {"size": 64, "steps": SAMPLER_STEPS, "guidance_from": 0.5}
+    images = generate(pipeline, prompts, [0, 1], **settings)
     embed = image_embedder("embedded", torch.device("cpu"))
     with torch.inference_mode():
         cosines = (normalize(embed(images)) * normalize(embed(pictures))).sum(dim=1)
@@ -97,5 +98,6 @@ def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
     assert runlog.read_run(by_loss)["results"]["best_step"] == best_by_loss
 
     resume = {"keep_best": True, "resume_from_checkpoint": "latest"}
-    with pytest.raises(UserError, match="validation_guidance_scale was"):
-        train(run, **icons, **resume, validation_guidance_scale=2)
+    for option, value in (("validation_guidance_scale", 2), ("choice_guidance_from", "adapter")):
+        with pytest.raises(UserError, match=f"{option} was"):
+            train(run, **icons, **resume, **{option: value})

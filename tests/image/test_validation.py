@@ -137,11 +137,51 @@ def test_settings_that_can_have_no_effect_are_refused():
     assert samples("a", validation_guidance_from="1", init_lora_weights="pissa")
 
 
+@pytest.mark.parametrize(
+    ("flags", "source"),
+    [
+        ("", "adapter"),  # nothing is chosen
+        ("--keep_best", 0.5),
+        ("--keep_best --choose_by loss", "adapter"),
+        ("--keep_best --choice_guidance_from 1", "adapter"),
+        ("--keep_best --validation_guidance_from base", "base"),
+        ("--keep_best --validation_guidance_from base --choice_guidance_from 0.25", 0.25),
+        ("--keep_best --validation_guidance_scale 1", "adapter"),
+        ("--keep_best --guided_target 2", "adapter"),
+        ("--keep_best --method full", "adapter"),
+        ("--keep_best --init_lora_weights lora-ga", "adapter"),
+    ],
+)
+def test_samples_that_choose_a_step_have_half_the_adapter_unless_something_else_is_asked_for(
+    flags, source
+):
+    cfg = resolve([*DATA, *flags.split()])
+    assert cfg.choice_guidance_from == source
+    is_given = "--validation_guidance_from" in flags
+    assert cfg.samples[0].guidance_from == ("base" if is_given else "adapter")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--keep_best --choice_guidance_from 0.5 --method full", "--method full is refused"),
+        ("--keep_best --choice_guidance_from 0.5 --init_lora_weights pissa", "guidance_from base"),
+        ("--keep_best --choice_guidance_from base --guided_target 2", "a guidance above 1"),
+    ],
+)
+def test_a_strength_for_these_samples_is_refused_where_it_can_not_act(flags, words):
+    with pytest.raises(UserError, match=words):
+        resolve([*DATA, *flags.split()])
+
+
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
 def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
     monkeypatch.setattr(config, "read_base_model", lambda *_: model)
     assert samples("a --l 9", resolution=64)
+    assert resolve([*DATA, "--keep_best", "--resolution=64"]).choice_guidance_from == (
+        "adapter" if pipeline == "FluxPipeline" else 0.5
+    )
     if pipeline == "FluxPipeline":
         with pytest.raises(UserError, match=r"makes no unconditional prediction .*: drop it"):
             samples("a", validation_guidance_from="0.5", resolution=64)
