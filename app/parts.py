@@ -36,9 +36,9 @@ MIN_SIDE, MAX_SIDE = 256, 768
 MIN_SLIDER_SIDE = 384
 # Largest longer side of a result's figure, in pixels
 MAX_FIGURE_SIDE = 1600
-# Formats of pictures. For some others Pillow starts programs, such as an interpreter of PostScript.
+# Formats of pictures. For some others Pillow runs external programs, such as Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Pixels of the largest picture. A small file may have any number of equal pixels, which must fit
+# Pixels of the largest picture. A small file can decompress to a very large image, which must fit
 # into memory.
 MAX_PIXELS = 2**26
 # Widget -> its new value or properties
@@ -253,7 +253,7 @@ def evaluation_command(catalog: Catalog, name: str) -> str:
 
 
 def heldout_set_of_miniature(runs: Sequence[RunItem]) -> str | None:
-    """Name of the held-out icons that all runs of a miniature share, as in the demo, or None."""
+    """Name of the held-out set that all runs share if they train the miniature; None otherwise."""
     heldout_sets = [name for name in mini.FOLDERS if name.endswith(mini.HELDOUT_SUFFIX)]
     names = set()
     for run in runs:

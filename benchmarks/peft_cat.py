@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# The repository, so that it also runs as `python -m benchmarks.peft_cat`
+# Makes the repository importable when this file is run as a script.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion.config.command_line import UserErrorParser

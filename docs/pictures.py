@@ -20,8 +20,10 @@ import torch
 from PIL import Image, ImageDraw
 from playwright.sync_api import expect
 
+from bilora_diffusion import mini
 from bilora_diffusion.core.plotting import new_figure
 from bilora_diffusion.image import crops, latents
+from bilora_diffusion.image.derived import SUBJECTS
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -35,6 +37,11 @@ CLASS_PROMPT = "a flat icon of a lion"
 CLASS_RUN = (
     "--dataset mini --validation_dataset none --method lora --learning_rate 3e-3"
     " --max_train_steps 200 --train_batch_size 4 --num_validation_images 0 --report_to none"
+)
+# A run on the icons
+ICON_RUN = (
+    "--dataset mini --validation_dataset none --method lora --learning_rate 1e-3"
+    " --max_train_steps 300 --train_batch_size 4 --num_validation_images 0 --report_to none"
 )
 # Tab of the viewer -> a part that is there when the tab is filled
 TABS = {
@@ -146,6 +153,35 @@ def draw_class(path: Path) -> None:
             axes[number, 0].set_ylabel(title, fontsize=9)
 
 
+def draw_four_steps(path: Path) -> None:
+    """Draw samples of held-out captions: with guidance, and in four steps without and with a
+    distillation of the base model.
+    """
+    folder = RUNS / "four-steps"
+    if not folder.exists():
+        run("bilora_diffusion", "train", *ICON_RUN.split(), "--output_dir", str(folder))
+    pipeline: Any = load_pipeline("mini", dtype=torch.float32)
+    pipeline.load_lora_weights(str(folder), adapter_name="trained")
+    pipeline.load_lora_weights(str(mini.four_steps_file()), adapter_name="distilled")
+    few: dict[str, Any] = {"steps": 4, "guidance_scale": 1.0}
+    few["scheduler"] = "EulerDiscreteScheduler:timestep_spacing=trailing"
+    # Row of the picture -> its adapters and sampler
+    rows: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "25 steps,\nguidance": (["trained"], {"steps": 25, "guidance_scale": 4.0}),
+        "4 steps": (["trained"], few),
+        "4 steps,\ndistilled": (["trained", "distilled"], few),
+    }
+    prompts = [f"a TOK icon of a {subject}, in the style of TOK" for subject in SUBJECTS]
+    with new_figure(path, dpi=100, figsize=(7.4, 3.9), layout="tight") as figure:
+        axes = figure.subplots(len(rows), len(prompts))
+        for number, (title, (adapters, sampler)) in enumerate(rows.items()):
+            pipeline.set_adapters(adapters)
+            images = generate(pipeline, prompts, range(len(prompts)), size=64, **sampler)
+            for axis, image in zip(axes[number], images, strict=True):
+                show(axis, image)
+            axes[number, 0].set_ylabel(title, fontsize=9)
+
+
 def take_screenshots(folder: Path) -> None:
     """Take pictures of the viewer's tabs; the viewer shows the demo and the scores of its runs."""
     demo = run_demo()
@@ -177,6 +213,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "buckets.png": draw_buckets,
     "mask.png": draw_mask,
     "class.png": draw_class,
+    "four_steps.png": draw_four_steps,
     "viewer": take_screenshots,
 }
 

@@ -285,8 +285,8 @@ def find_recipe(name: str) -> Path:
         UserError: no such file and no such recipe.
     """
     path = Path(name)
-    # A file takes precedence over a recipe of the same name. A path without a file is refused
-    # where it is read.
+    # A file takes precedence over a recipe of the same name. `read_options` raises an error if the
+    # path does not exist.
     if is_file(path) or path.is_absolute() or path.suffix:
         return path
     packaged_path = RECIPES / f"{name}.yaml"
@@ -324,7 +324,7 @@ def read_options(path: Path, label: str, flag: str) -> Any:
         if error.problem_mark:
             problem = f"line {error.problem_mark.line + 1}: {problem}"
         raise UserError(f"{label} can't be read ({problem}): correct it.") from error
-    # An escape of a letter that does not exist raises ValueError or OverflowError.
+    # An escape sequence for an invalid code point raises ValueError or OverflowError.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{label} is not valid YAML ({reason(error)}): correct it.") from error
 
@@ -340,7 +340,7 @@ class _Loader(yaml.BaseLoader):
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> Any:
-        # A style is a kind of quotes, in which a word is text.
+        # A scalar with a style is quoted, so that "true" and "null" stay text.
         if node.style is None and node.value in _WORDS:
             return _WORDS[node.value]
         return _text(node)

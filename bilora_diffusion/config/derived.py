@@ -6,11 +6,16 @@ is next to the option's declaration where it needs only the options there.
 
 Every learning rate of a run, from its default to what the optimizer gets, is here:
 
-    --learning_rate            -> the primaries of all models, the text encoders' excepted
-    --auxiliary_learning_rate  -> the auxiliary
-    --text_encoder_lr          -> the primaries of trained text encoders
+    --learning_rate            -> the primaries of all models, the text encoders' excepted.
+                                  Default: declared by the script; with Prodigy 1
+    --auxiliary_learning_rate  -> the auxiliary of the first model; those of others keep the ratio
+                                  of the primaries. Default: the rate of the model's primary
+    --text_encoder_lr          -> the primaries of trained text encoders.
+                                  Default: 5e-6; with Prodigy --learning_rate
+    --scale_lr                 -> multiplies the first two by the samples of a step
 
-Prodigy (arXiv 2306.06101) estimates one step size for all parameters and takes the learning rate
+`Method.param_groups` makes the optimizer's groups of them, and the schedule multiplies all of them
+alike. Prodigy (arXiv 2306.06101) estimates one step size for all parameters and takes the learning rate
 as a factor on it, so that under it all rates are ``--learning_rate``. The rates are with the
 options and not with the optimizers, since a run records the rates that it trains with.
 """
@@ -72,7 +77,7 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
     """The configuration with the rates of ``--scale_lr``, times the samples of a step.
 
     The auxiliary's rate keeps its ratio to the primary's. That of text encoders is not scaled, as
-    in diffusers' scripts.
+    in diffusers' scripts, except for Prodigy, under which all rates are the same.
     """
     if not cfg.scale_lr:
         return cfg
@@ -82,6 +87,8 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
     if cfg.auxiliary_learning_rate is not None:
         # None is the primary's rate, which is scaled already.
         cfg = replace(cfg, auxiliary_learning_rate=cfg.auxiliary_learning_rate * samples)
+    if cfg.optimizer == "prodigy" and cfg.text_encoder_lr is not None:
+        cfg = replace(cfg, text_encoder_lr=cfg.learning_rate)
     return cfg
 
 

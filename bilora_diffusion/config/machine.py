@@ -11,7 +11,7 @@ from ..core.fields import TRUE
 
 # Variables in which implementations of MPI set the number of processes.
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# Engines of accelerate, by the ends of the variables that select them.
+# Engines of accelerate: suffixes of the ACCELERATE_USE_* variables that select them.
 OTHER_ENGINES = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 
 
@@ -62,14 +62,14 @@ def processes() -> int:
 
 
 def refuse_separate_processes() -> None:
-    """Refuse several processes on CPUs that accelerate does not join to one run.
+    """Refuse to start several CPU processes that accelerate would not join into one run.
 
     accelerate 1.15 joins processes on CPUs only where its variable ACCELERATE_USE_CPU says so.
-    ``accelerate launch --cpu --num_processes N`` sets it, and a meeting point for N processes, but
-    starts one of them only, unless MPI starts them (``--mpirun_hostfile``).
+    ``accelerate launch --cpu --num_processes N`` sets it, and the address at which N processes
+    meet, but starts only one of them unless MPI starts the others (``--mpirun_hostfile``).
 
     Raises:
-        UserError: the processes would train each on its own, or fewer than requested.
+        UserError: each process would train on its own, or fewer than requested would start.
     """
     # torchrun and accelerate set WORLD_SIZE, and each MPI another variable.
     sizes = [os.environ[name] for name in ("WORLD_SIZE", *MPI_SIZES) if name in os.environ]
@@ -94,7 +94,7 @@ def is_on(variable: str) -> bool:
 
 def launch() -> dict[str, Any]:
     """Launch settings that `constraints` checks, from the variables of accelerate's launcher."""
-    # The launcher writes "NO" where nobody chose a backend.
+    # The launcher writes "NO" if no backend was chosen.
     is_compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper() not in ("", "NO")
     engine = "DDP"
     fsdp_setting = None
@@ -108,7 +108,7 @@ def launch() -> dict[str, Any]:
     for name in OTHER_ENGINES:
         if is_on(f"ACCELERATE_USE_{name}"):
             engine = name
-    # accelerate takes XLA wherever the package is installed.
+    # accelerate uses XLA whenever torch_xla is installed.
     if importlib.util.find_spec("torch_xla"):
         engine = "XLA"
     return {
@@ -137,7 +137,7 @@ def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
 def default_precision() -> str:
     """The precision given to accelerate launch, else the best that the device has.
 
-    ``accelerate launch`` sets "no" where nobody chose, so "no" counts as not given.
+    ``accelerate launch`` sets "no" by default, so "no" is treated as not given.
 
     Raises:
         UserError: the launcher is set to another precision.

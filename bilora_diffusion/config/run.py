@@ -101,7 +101,7 @@ class RunConfig(
         return []
 
     def warmup_steps(self, num_steps: int) -> int:
-        """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""
+        """Number of warm-up steps in a run of ``num_steps`` steps."""
         return self.lr_warmup_steps or 0
 
     def to_dict(self) -> dict[str, Any]:

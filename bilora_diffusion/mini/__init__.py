@@ -41,6 +41,14 @@ def flow_dir() -> Path:
     return _FLOW
 
 
+def four_steps_file() -> Path:
+    """LoRA file that distills the pipeline to four steps without guidance; see ``README.md``.
+
+    It is for Euler's scheduler with ``timestep_spacing`` "trailing". A wheel does not have it.
+    """
+    return _FOLDER / "four_steps.safetensors"
+
+
 PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 

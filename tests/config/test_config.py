@@ -133,6 +133,14 @@ ON_MACHINES: list[Any] = [
         f"{SCALED} --{ETA_2} 1e-4",
         {ETA_2: 12e-4, "text_encoder_lr": 5e-6},
     ),
+    # Prodigy has one rate for all
+    (
+        CUDA,
+        THREE_PROCESSES,
+        mini,
+        f"{SCALED} --optimizer prodigy",
+        {"learning_rate": 12.0, "text_encoder_lr": 12.0},
+    ),
     (CUDA, THREE_PROCESSES, text, "--scale_lr", {"learning_rate": 5e-4 * 8 * 3}),
     ({**CPU, "missing": {"tensorboard"}}, {}, mini, "", {"report_to": "none"}),
 ]

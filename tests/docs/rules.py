@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bilora_diffusion import mini
 from tests.docs.pages import IMAGE_SCRIPT, TEXT_SCRIPT
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -59,6 +60,7 @@ STAND_INS = (
     ("--assistant_lora zimage_turbo_training_adapter_v2.safetensors", "--assistant_lora FILE"),
     ("--sampling_lora sdxl_lightning_8step_lora.safetensors", "--sampling_lora FILE"),
     ("FILE", f"runs/dog/{LORA}"),
+    ("bilora_diffusion/mini/four_steps.safetensors", str(mini.four_steps_file())),
 )
 
 SHORT = (

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.image.validation_model import base_tensors, load_validation_model
 from bilora_diffusion.methods import Target, create
+from bilora_diffusion.mini import four_steps_file
 from tests.image.image_folders import difference
 from tests.image.test_frozen_loras import KINDS, STRENGTH, pipeline_of, random_file
 
@@ -137,3 +139,25 @@ def test_a_validation_model_of_another_shape_or_kind_is_refused(turbo, tmp_path)
     pipeline.unet.conv_in = torch.nn.Conv2d(4, 8, 3)
     with pytest.raises(UserError, match=r"another shape than the base model at conv_in"):
         load_validation_model(config_of("--validation_model", turbo), pipeline, torch.float32)
+
+
+def test_four_steps_of_the_distilled_miniature_are_near_those_of_many_with_guidance():
+    """As the guide uses the file; a distillation by name only would leave the images where they
+    are without it.
+    """
+    pipeline: Any = load_pipeline("mini", dtype=torch.float32)
+    prompts = [f"a flat icon of a {label}" for label in ("rabbit", "lion", "sun")]
+    seeds = range(len(prompts))
+    guided = generate(pipeline, prompts, seeds, size=64, steps=24, guidance_scale=4.0)
+    few: Any = {"size": 64, "steps": 4, "guidance_scale": 1.0}
+    few["scheduler"] = "EulerDiscreteScheduler:timestep_spacing=trailing"
+    plain = generate(pipeline, prompts, seeds, **few)
+    pipeline.load_lora_weights(str(four_steps_file()))
+    distilled = generate(pipeline, prompts, seeds, **few)
+
+    def distance(images):
+        pairs = zip(images, guided, strict=True)
+        pixels = [np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in pairs]
+        return np.abs(np.stack(pixels)).mean()
+
+    assert distance(distilled) < 0.6 * distance(plain)
