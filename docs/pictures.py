@@ -40,8 +40,8 @@ CLASS_RUN = (
 )
 # A run on the icons
 ICON_RUN = (
-    "--dataset mini --validation_dataset none --method lora --learning_rate 1e-3"
-    " --max_train_steps 300 --train_batch_size 4 --num_validation_images 0 --report_to none"
+    "--config mini --method lora --max_train_steps 300 --validation_dataset none"
+    " --num_validation_images 0 --report_to none"
 )
 # Tab of the viewer -> a part that is there when the tab is filled
 TABS = {
@@ -156,6 +156,8 @@ def draw_class(path: Path) -> None:
 def draw_four_steps(path: Path) -> None:
     """Draw samples of held-out captions: with guidance, and in four steps without and with a
     distillation of the base model.
+
+    A row's number is the mean difference of its pixels from the first row's, of 255.
     """
     folder = RUNS / "four-steps"
     if not folder.exists():
@@ -171,12 +173,18 @@ def draw_four_steps(path: Path) -> None:
         "4 steps": (["trained"], few),
         "4 steps,\ndistilled": (["trained", "distilled"], few),
     }
+    guided_pixels = None
     prompts = [f"a TOK icon of a {subject}, in the style of TOK" for subject in SUBJECTS]
     with new_figure(path, dpi=100, figsize=(7.4, 3.9), layout="tight") as figure:
         axes = figure.subplots(len(rows), len(prompts))
         for number, (title, (adapters, sampler)) in enumerate(rows.items()):
             pipeline.set_adapters(adapters)
             images = generate(pipeline, prompts, range(len(prompts)), size=64, **sampler)
+            pixels = np.stack([np.asarray(image, dtype=float) for image in images])
+            if guided_pixels is None:
+                guided_pixels = pixels
+            else:
+                title += f"\n{np.abs(pixels - guided_pixels).mean():.1f}"
             for axis, image in zip(axes[number], images, strict=True):
                 show(axis, image)
             axes[number, 0].set_ylabel(title, fontsize=9)

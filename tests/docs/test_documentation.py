@@ -95,8 +95,8 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
         (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n')
     for lora in ("zimage_turbo_training_adapter_v2", "sdxl_lightning_8step_lora"):
         (tmp_path / f"{lora}.safetensors").touch()
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "eval").symlink_to(ROOT / "eval")
+    for name in ("recipes", "eval", "bilora_diffusion"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     page_commands = []
     for script in scripts(page):
