@@ -38,7 +38,7 @@ GUIDED_SETS = {**SETS, "pastel": ONE_SEED_SETS["pastel"]}
 GUIDED = "LoRA, guided target 1.5"
 SCALES = (1, 2, 4)
 # Sets with results/guidance_strength_SET
-STRENGTH_SETS = ("icons", "animals", "duotone")
+STRENGTH_SETS = {**SETS, **ONE_SEED_SETS}
 # Strengths of the adapter in the unconditional prediction -> item of the result, by scale
 STRENGTHS = {
     4: {
@@ -154,12 +154,12 @@ def strength_table(scale: int, items: Mapping[str, str]) -> str:
     first, *other_strengths = items
     rows = []
     lowest = dict.fromkeys(other_strengths, float("inf"))
-    for name in STRENGTH_SETS:
+    for name, title in STRENGTH_SETS.items():
         folder = f"guidance_strength_{name}"
         result = read(folder)
         for step in (100, 300):
             line = result.summary(CONTROL, "truth", items[first], step)
-            cells = [f"{SETS[name]}, {seeds(result)}" if step == 100 else "", f"{step}"]
+            cells = [f"{title}, {seeds(result)}" if step == 100 else "", f"{step}"]
             cells.append(mean(line, COSINE))
             for strength in other_strengths:
                 check = Check(
