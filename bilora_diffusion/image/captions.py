@@ -1,8 +1,13 @@
 """The text that each image is trained on and measured with, and the embeddings of texts.
 
-An image has its caption, else the instance prompt of its concept, with the trigger word; in
-training its tags can be shuffled, or the text can be dropped. A class image has the class prompt.
-Frozen text encoders embed each text once.
+An image has its caption, else the instance prompt of its concept; without both it is an error. A
+caption is the text of ``--caption_column`` in the metadata file or table, or, in a folder without
+metadata, of the ``.txt`` file beside the image; a blank one counts as none (`opening` reads them).
+The trigger word comes in front. In training the tags can be shuffled, or the text can be dropped,
+for which the family's negative stands. A class image has the class prompt.
+
+Frozen text encoders embed each text once (`PromptCache`, by the family's `embed`), trained ones at
+each step (`loss`).
 """
 
 from __future__ import annotations
