@@ -1,18 +1,20 @@
 """Defaults and rates that depend on other options, on the method or on the machine.
 
-A rule is a function from the configuration, as far as it is derived, to the option's value. It
-is next to the option's declaration where it needs only the options there.
-`image.derived` and `text.config` have the rules of their own options.
+A rule is a function from the configuration, as far as it is derived, to the option's value. Some
+are next to the option's declaration. `image.derived` and `text.config` have the rules of most of
+their own options.
 
 Every learning rate of a run, from its default to what the optimizer gets, is here:
 
-    --learning_rate            -> the primaries of all models, the text encoders' excepted.
-                                  Default: declared by the script; with Prodigy 1
-    --auxiliary_learning_rate  -> the auxiliary of the first model; those of others keep the ratio
-                                  of the primaries. Default: the rate of the model's primary
-    --text_encoder_lr          -> the primaries of trained text encoders.
-                                  Default: 5e-6; with Prodigy --learning_rate
-    --scale_lr                 -> multiplies the first two by the samples of a step
+    --learning_rate            -> the primary of the denoiser or language model. Default: 2e-4 for
+                                  images, 5e-4 for text, 1 with Prodigy
+    --text_encoder_lr          -> the primaries of trained text encoders. Default: 5e-6; with
+                                  Prodigy always --learning_rate
+    --auxiliary_learning_rate  -> the auxiliary of the denoiser or language model. Those of text
+                                  encoders keep the ratio of the primaries. Default: of each
+                                  model the primary's; another value is refused with Prodigy
+    --scale_lr                 -> multiplies the rates by the samples of a step, those of text
+                                  encoders with Prodigy only
 
 `Method.param_groups` makes the optimizer's groups of them, and the schedule multiplies all of them
 alike. Prodigy (arXiv 2306.06101) estimates one step size for all parameters and takes the learning

@@ -182,7 +182,7 @@ class OptimizerOptions:
     scale_lr: bool = option(
         False,
         "Multiply --learning_rate and --auxiliary_learning_rate by batch size, accumulation and"
-        " processes; --text_encoder_lr stays.",
+        " processes; --text_encoder_lr stays, except with Prodigy.",
     )
     # The schedule of all rates: constant, without a warm-up (Table A8).
     lr_scheduler: str = option("constant", "Schedule of the learning rate.", choices=LR_SCHEDULERS)

@@ -3,8 +3,9 @@
 An image has its caption, else the instance prompt of its concept; without both it is an error. A
 caption is the text of ``--caption_column`` in the metadata file or table, or, in a folder without
 metadata, of the ``.txt`` file beside the image; a blank one counts as none (`opening` reads them).
-The trigger word comes in front. In training the tags can be shuffled, or the text can be dropped,
-for which the family's negative stands. A class image has the class prompt.
+The trigger word comes in front if the text does not have it. In training the tags can be shuffled,
+or the text can be dropped, for which the family's negative stands. A class image has the class
+prompt.
 
 Frozen text encoders embed each text once (`PromptCache`, by the family's `embed`), trained ones at
 each step (`loss`).

@@ -155,9 +155,9 @@ class Failure(NamedTuple):
 class Evaluations:
     """Measures held-out losses and makes validation samples between the steps of a run.
 
-    A loss is measured at step 0, every ``validation_loss_steps`` (0 for never) and at the end. Its
-    default is 0, or where the held-out samples decide what is exported, a twentieth of the run, or
-    a fifth if each measurement generates samples.
+    A loss is measured at step 0 of a new run, every ``validation_loss_steps`` (0 for never) and at
+    the end. Where the held-out samples decide what is exported, the default is a twentieth of
+    ``max_train_steps``, or a fifth if each measurement generates samples.
 
     After the first step a failure must not lose what was trained: it is reported in one sentence,
     and the run goes on. It ends the run at step 0, where nothing is lost; on a full disk, where no

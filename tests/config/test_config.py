@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from bilora_diffusion.adapters import ALL_LINEAR
+from bilora_diffusion.config import derived
 from bilora_diffusion.config.machine import device_type
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.fields import options_of
+from bilora_diffusion.core.fields import default_of, options_of
 from bilora_diffusion.image.base_model import SDXL_BASE
-from bilora_diffusion.image.config import resolve
+from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.derived import FP16_FIX
 from bilora_diffusion.text.config import TextConfig
 
@@ -228,3 +229,14 @@ def test_accelerate_on_the_cpu_is_the_cpu(monkeypatch):
     assert device_type() == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert device_type() == "cpu"
+
+
+def test_the_rates_that_the_docstring_of_the_rules_names_are_the_defaults():
+    image, text = (
+        default_of(options.__dataclass_fields__["learning_rate"])
+        for options in (DreamBoothConfig, TextConfig)
+    )
+    table = " ".join((derived.__doc__ or "").split())
+    for words in (f"{image:.0e} for images", f"{text:.0e} for text"):
+        assert words.replace("e-0", "e-") in table
+    assert f"Default: {derived.TEXT_ENCODER_RATE:.0e}".replace("e-0", "e-") in table

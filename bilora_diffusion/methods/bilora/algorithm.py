@@ -18,7 +18,6 @@ from ..registry import register
 from . import ball
 from .auxiliary import (
     auxiliary_factors,
-    auxiliary_rate,
     auxiliary_spec,
     check_groups,
     turn_gradients,
@@ -135,3 +134,30 @@ class BiLoRA(CountingMethod):
             optimized=trained.optimized + auxiliary_bytes,
             result=trained.result,
         )
+
+
+def auxiliary_rate(options: MethodOptions, rate: float, first_rate: float) -> float:
+    """eta_2 of Eq. 9 for one of the models that are trained together.
+
+    A rate that is given is that of the first model. The others' keep the ratio that the primaries
+    have: text encoders are trained more slowly than the denoiser.
+
+    Args:
+        options: the method's, with ``auxiliary_learning_rate``.
+        rate: learning rate of the model's primary.
+        first_rate: learning rate of the first model's primary.
+
+    Raises:
+        UserError: the first model's rate is 0, so there is no ratio.
+    """
+    given_rate = options.auxiliary_learning_rate
+    if given_rate is None:
+        return rate  # eta_2 = eta_1, as in the paper's experiments (Appendix G)
+    if rate == first_rate:
+        return given_rate
+    if first_rate == 0:
+        raise UserError(
+            "The learning rate of the first model is 0, so auxiliary_learning_rate"
+            f" {given_rate} has no ratio to keep for the others; leave it out."
+        )
+    return given_rate * rate / first_rate
