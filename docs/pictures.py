@@ -165,13 +165,13 @@ def draw_four_steps(path: Path) -> None:
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     pipeline.load_lora_weights(str(folder), adapter_name="trained")
     pipeline.load_lora_weights(str(mini.four_steps_file()), adapter_name="distilled")
-    few: dict[str, Any] = {"steps": 4, "guidance_scale": 1.0}
-    few["scheduler"] = "EulerDiscreteScheduler:timestep_spacing=trailing"
+    four_steps: dict[str, Any] = {"steps": 4, "guidance_scale": 1.0}
+    four_steps["scheduler"] = "EulerDiscreteScheduler:timestep_spacing=trailing"
     # Row of the picture -> its adapters and sampler
     rows: dict[str, tuple[list[str], dict[str, Any]]] = {
         "25 steps,\nguidance": (["trained"], {"steps": 25, "guidance_scale": 4.0}),
-        "4 steps": (["trained"], few),
-        "4 steps,\ndistilled": (["trained", "distilled"], few),
+        "4 steps": (["trained"], four_steps),
+        "4 steps,\ndistilled": (["trained", "distilled"], four_steps),
     }
     guided_pixels = None
     prompts = [f"a TOK icon of a {subject}, in the style of TOK" for subject in SUBJECTS]

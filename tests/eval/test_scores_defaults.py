@@ -147,5 +147,5 @@ def test_adapters_have_half_their_strength_in_the_unconditional_prediction(flags
 
 def test_all_are_sampled_as_a_model_that_was_trained_whole(tmp_path):
     args = ClipScores.parser().read(["--prompts", "3d_icon"])
-    whole = Subject("full", "Full FT", weights=tmp_path)
-    assert settings.sampling(args, "mini", [FILE, whole]).guidance_from == "adapter"
+    full_model = Subject("full", "Full FT", weights=tmp_path)
+    assert settings.sampling(args, "mini", [FILE, full_model]).guidance_from == "adapter"

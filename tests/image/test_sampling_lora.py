@@ -149,11 +149,11 @@ def test_four_steps_of_the_distilled_miniature_are_near_those_of_many_with_guida
     prompts = [f"a flat icon of a {label}" for label in ("rabbit", "lion", "sun")]
     seeds = range(len(prompts))
     guided = generate(pipeline, prompts, seeds, size=64, steps=24, guidance_scale=4.0)
-    few: Any = {"size": 64, "steps": 4, "guidance_scale": 1.0}
-    few["scheduler"] = "EulerDiscreteScheduler:timestep_spacing=trailing"
-    plain = generate(pipeline, prompts, seeds, **few)
+    four_steps: Any = {"size": 64, "steps": 4, "guidance_scale": 1.0}
+    four_steps["scheduler"] = "EulerDiscreteScheduler:timestep_spacing=trailing"
+    plain = generate(pipeline, prompts, seeds, **four_steps)
     pipeline.load_lora_weights(str(four_steps_file()))
-    distilled = generate(pipeline, prompts, seeds, **few)
+    distilled = generate(pipeline, prompts, seeds, **four_steps)
 
     def distance(images):
         pairs = zip(images, guided, strict=True)
