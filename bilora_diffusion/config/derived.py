@@ -16,10 +16,11 @@ Every learning rate of a run, from its default to what the optimizer gets, is he
     --scale_lr                 -> multiplies the rates by the samples of a step, those of text
                                   encoders with Prodigy only
 
-`Method.param_groups` makes the optimizer's groups of them, and the schedule multiplies all of them
-alike. Prodigy (arXiv 2306.06101) estimates one step size for all parameters and takes the learning
-rate as a factor on it, so that under it all rates are ``--learning_rate``. The rates are with the
-options and not with the optimizers, since a run records the rates that it trains with.
+`Method.param_groups` makes the optimizer's groups of them (`auxiliary_rate` in
+methods/bilora/algorithm.py keeps the ratio), and the schedule multiplies all of them alike. Prodigy
+(arXiv 2306.06101) estimates one step size for all parameters and takes the learning rate as a
+factor on it, so that under it all rates are ``--learning_rate``. The rates are with the options and
+not with the optimizers, since a run records the rates that it trains with.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from docs.make import EXAMPLES
 from docs.memory import MODELS, recipe_models
 from tests.export.comfy_names import NAMES
 from tests.image.test_layers import FEED_FORWARD
-from tests.image.test_noise_levels import SOURCES
+from tests.image.test_noise_levels import PUBLISHED, SOURCES
 from tests.image.tiny import FILES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +40,7 @@ def test_a_family_is_in_every_place(kind):
         "tests/image/tiny/models.yaml": kind in FILES or kind == SDXL,
         "tests/image/test_layers.py: FEED_FORWARD": kind in FEED_FORWARD,
         "tests/image/test_noise_levels.py: SOURCES": kind in SOURCES or not family.flow,
+        "tests/image/test_noise_levels.py: PUBLISHED": kind in PUBLISHED or not family.flow,
         "results/dry_run_memory/models.json": set(family.examples) <= set(MODELS),
         "recipes/": bool(recipes),
         "README.md: names for --config": any(f"{name}`" in read("README.md") for name in recipes),
