@@ -37,6 +37,7 @@ import yaml
 
 from benchmarks import gpu_result
 from benchmarks.gpu_part import Part
+from benchmarks.gpu_photographs import experiment_of, split_photographs
 from benchmarks.gpu_result import FAILED, FINAL, MEASURED, OUT_OF_MEMORY, SKIPPED, TIMED_OUT
 from benchmarks.measure import circumstances
 from benchmarks.random_pipelines import SHAPES
@@ -123,37 +124,14 @@ def commands(args: argparse.Namespace, file: Path) -> list[Command]:
     if args.real is None:
         parts.append(Command(REAL, reason="give --real MODEL and --images FOLDER"))
     else:
+        photographs = file.with_suffix(".images")
+        split_photographs(args.images, photographs, args.prompt)
         experiment = file.with_suffix(".yaml")
-        write_text(experiment, yaml.safe_dump(experiment_of(args)))
+        write_text(experiment, yaml.safe_dump(experiment_of(args.real, photographs)))
         folder = file.with_suffix(".photographs")
         words = ("-m", "eval.sweep", str(experiment), "--output_dir", str(folder))
         parts.append(Command(REAL, words, result=folder / "report.md"))
     return parts
-
-
-def experiment_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The experiment of ``--real``: LoRA and Bi-LoRA on the photographs, scored by samples."""
-    options = {
-        "pretrained_model_name_or_path": args.real,
-        "dataset": str(args.images),
-        "resolution": 1024,
-        "train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "max_train_steps": 400,
-        "checkpointing_steps": 200,
-        "mixed_precision": "bf16",
-        "gradient_checkpointing": True,
-        "report_to": "none",
-    }
-    if args.prompt:
-        options["instance_prompt"] = args.prompt
-    return {
-        "recipe": str(ROOT / "recipes" / "sdxl.yaml"),
-        "options": options,
-        "variants": {"LoRA": {"method": "lora"}, "Bi-LoRA": {"method": "bilora"}},
-        "seeds": "0",
-        "scores": {"prompts": "heldout", "steps": [200, 400]},
-    }
 
 
 def run_limited(

@@ -90,6 +90,10 @@ def generate(
         request = f"guidance from {guidance_title(guidance_from)}"
         require_unconditional(family, guidance, pipeline.config, family.configs(pipeline), request)
     sampler = bare_sampler(family, pipeline, scheduler)
+    # Pipelines convert latents to the dtype of the first floating-point weight. With base weights
+    # in 4 bits that can be an adapter's, in fp32.
+    is_mixed = getattr(denoiser, "is_loaded_in_4bit", False) and dtype != torch.float32
+    computation = torch.autocast(denoiser.device.type, dtype, enabled=is_mixed)
 
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
@@ -111,7 +115,7 @@ def generate(
         action = f"sampling {names[0]}"
         if len(names) > 1:
             action += f" together with {counted(len(names) - 1, 'other image')}"
-        with explain_memory_errors(action, memory_fix), source_of_guidance:
+        with explain_memory_errors(action, memory_fix), source_of_guidance, computation:
             output: Any = sampler(
                 **arguments,
                 generator=generators,

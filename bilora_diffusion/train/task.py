@@ -24,6 +24,8 @@ from ..run.data import SampleContent
 
 # Number of times that a sample appears in one pass over the data: one number, or one per sample.
 Repeats = int | Sequence[int]
+# Part of the names of all weights of PEFT's adapters
+ADAPTER_MARK = "lora_"
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,14 @@ def explain_memory_errors(action: str, fix: str) -> Iterator[None]:
 def precision(model: nn.Module) -> torch.dtype:
     """The dtype that a model computes in: that of its first floating-point weight.
 
-    4-bit weights are stored as integers.
+    4-bit weights are stored as integers, and adapters may have another dtype than the model.
     """
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtypes = (
+        weight.dtype
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and ADAPTER_MARK not in name
+    )
+    return next(dtypes)
 
 
 class SampleOrder:

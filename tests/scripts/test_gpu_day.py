@@ -143,15 +143,16 @@ def test_a_day_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "kind"),
+    ("model", "kind", "quantize"),
     [
-        ("flux1", "FluxPipeline"),
-        pytest.param("flux2_klein_4b", "Flux2KleinPipeline", marks=pytest.mark.matrix),
-        pytest.param("z_image", "ZImagePipeline", marks=pytest.mark.matrix),
-        ("qwen_image", "QwenImagePipeline"),
+        pytest.param("flux1", "FluxPipeline", "none", marks=pytest.mark.matrix),
+        # In 4 bits the first floating-point weights are the adapters'.
+        ("flux2_klein_4b", "Flux2KleinPipeline", "nf4"),
+        pytest.param("z_image", "ZImagePipeline", "none", marks=pytest.mark.matrix),
+        pytest.param("qwen_image", "QwenImagePipeline", "none", marks=pytest.mark.matrix),
     ],
 )
-def test_every_flow_model_is_measured(model, kind, monkeypatch):
+def test_every_flow_model_is_measured(model, kind, quantize, monkeypatch):
     """On tiny sizes of the same classes."""
     from dataclasses import replace
 
@@ -165,6 +166,6 @@ def test_every_flow_model_is_measured(model, kind, monkeypatch):
     tiny = replace(shape, changes=sizes["transformer"], vae=sizes["vae"], prompt_tokens=16)
     monkeypatch.setitem(random_pipelines.SHAPES, model, tiny)
     reports = []
-    gpu_part.measure(Part(model, 64), torch.device("cpu"), reports.append)
+    gpu_part.measure(Part(model, 64, quantize=quantize), torch.device("cpu"), reports.append)
     assert reports[-1]["sampling"]["outcome"] == "measured"
     assert reports[-1]["operations"] > 0
