@@ -1,4 +1,4 @@
-"""The photographs of ``gpu_day --real``: split into training and held-out ones, and the experiment."""
+"""The photographs of ``gpu_day --real``: training and held-out ones, and the experiment."""
 
 from __future__ import annotations
 

@@ -39,6 +39,8 @@ GUIDED = "LoRA, guided target 1.5"
 SCALES = (1, 2, 4)
 # Sets with results/guidance_strength_SET
 STRENGTH_SETS = {**SETS, **ONE_SEED_SETS}
+# Step -> end of the name of the result that has it
+STRENGTH_STEPS = {100: "", 300: "", 1000: "_1000"}
 # Strengths of the adapter in the unconditional prediction -> item of the result, by scale
 STRENGTHS = {
     4: {
@@ -155,9 +157,9 @@ def strength_table(scale: int, items: Mapping[str, str]) -> str:
     rows = []
     lowest = dict.fromkeys(other_strengths, float("inf"))
     for name, title in STRENGTH_SETS.items():
-        folder = f"guidance_strength_{name}"
-        result = read(folder)
-        for step in (100, 300):
+        for step, ending in STRENGTH_STEPS.items():
+            folder = f"guidance_strength_{name}{ending}"
+            result = read(folder)
             line = result.summary(CONTROL, "truth", items[first], step)
             cells = [f"{title}, {seeds(result)}" if step == 100 else "", f"{step}"]
             cells.append(mean(line, COSINE))
