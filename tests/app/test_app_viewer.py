@@ -41,26 +41,18 @@ def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, 
 
 
 @pytest.mark.slow
-def test_it_serves_if_the_configured_proxy_does_not_answer(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("signal_number", "is_ignored"),
+    [(signal.SIGTERM, False), pytest.param(signal.SIGHUP, True, marks=pytest.mark.matrix)],
+)
+def test_it_serves_without_its_proxy_and_a_signal_ends_it_as_ctrl_c_does(
+    tmp_path, monkeypatch, signal_number, is_ignored
+):
+    # A proxy that does not answer
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    port = free_port()
-    process = started("-m", "app.viewer", tmp_path, "--port", port, stdout=subprocess.PIPE)
-    try:
-        assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
-        assert Visitor(port).ask("/config").status == 200
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signal_number", "is_ignored"), [(signal.SIGTERM, False), (signal.SIGHUP, True)]
-)
-def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, is_ignored):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -72,7 +64,8 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
     process = started("-m", "app.viewer", tmp_path, "--port", port, **pipes)
     signal.signal(signal_number, before)
     try:
-        assert str(port) in process.stdout.readline()
+        assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
+        assert Visitor(port).ask("/config").status == 200
         # An event that fails: Gradio prints a traceback with the values that were sent.
         Visitor(port).send(1, [["x" * 9_000] * 10])
         process.send_signal(signal_number)

@@ -109,7 +109,9 @@ def test_latents_are_stored_for_one_autoencoder_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mini", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize(
+    "kind", ["mini", pytest.param("StableDiffusion3Pipeline", marks=pytest.mark.matrix)]
+)
 def test_a_second_run_encodes_nothing_and_ends_bit_exact(kind, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     for name, size in {"a": (64, 64), "b": (90, 90)}.items():

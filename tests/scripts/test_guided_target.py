@@ -102,6 +102,7 @@ def test_the_weights_of_a_plain_target_are_those_of_a_run_without_the_option(tmp
     assert_same_run(plain, train(tmp_path / "one", **icons, guided_target=1.0))
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
     """Each process predicts with the base model for its rows."""

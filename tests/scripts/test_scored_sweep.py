@@ -1,8 +1,5 @@
 """eval.sweep with scores on the miniature: trained, sampled, scored, and seeds added later."""
 
-import subprocess
-import sys
-
 import pytest
 
 from eval import sweep
@@ -13,18 +10,22 @@ EXPERIMENT = "eval/experiments/pictures_duotone.yaml"
 FLAGS = f"{EXPERIMENT} --variants LoRA --steps 2 --max_prompts 2 --processes 1"
 
 
-def run(folder, flags, exit_code=0):
-    """Everything that the command prints."""
-    places = f"--runs_dir {folder / 'runs'} --output_dir {folder / 'result'}"
-    command = f"{sys.executable} -m eval.sweep {FLAGS} {places} {flags}".split()
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == exit_code, process.stderr
-    return process.stdout + process.stderr
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """``run(flags)``: everything that the command prints."""
+    monkeypatch.chdir(ROOT)
+
+    def call(flags, exit_code=0):
+        places = f"--runs_dir {tmp_path / 'runs'} --output_dir {tmp_path / 'result'}"
+        assert sweep.main(f"{FLAGS} {places} {flags}".split()) == exit_code
+        return "".join(capfd.readouterr())
+
+    return call
 
 
 @pytest.mark.slow
-def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added(tmp_path):
-    assert "pictures_duotone: 1 variant x 1 seed = 1 run" in run(tmp_path, "--seeds 0")
+def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added(tmp_path, run):
+    assert "pictures_duotone: 1 variant x 1 seed = 1 run" in run("--seeds 0")
     first = table.read(tmp_path / "result")
     points = {(row.group, row.item, row.step) for row in first.select("truth")}
     assert points == {("LoRA", "guidance 4", 2), ("LoRA", "base's guidance 2", 2)}
@@ -42,7 +43,7 @@ def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added
 
     # The second seed needs neither runs nor images of the first, and the first one stays.
     (tmp_path / "runs").rename(tmp_path / "moved")
-    run(tmp_path, "--seeds 1")
+    run("--seeds 1")
     second = table.read(tmp_path / "result")
     first_rows = [row for row in first.rows if not row.metric.startswith("equal_training")]
     assert [row for row in second.rows if row in first_rows] == first_rows
@@ -54,19 +55,19 @@ def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added
             assert file.suffix == ".png" or str(folder) not in file.read_text()
 
     # Nothing is left to do, and the result is the same, with its provenance.
-    run(tmp_path, "--seeds 0,1")
+    run("--seeds 0,1")
     repeated = table.read(tmp_path / "result")
     assert sorted(repeated.rows, key=str) == sorted(second.rows, key=str)
     assert repeated.provenance == second.provenance
 
     # Rows of other prompts can't stand beside these.
-    message = run(tmp_path, "--seeds 0 --max_prompts 1", exit_code=2)
+    message = run("--seeds 0 --max_prompts 1", exit_code=2)
     assert "has a result with scores.num_prompts 2" in message
 
 
 @pytest.mark.slow
-def test_a_dry_run_has_the_hours_and_the_memory_of_each_variant(tmp_path):
-    printed = run(tmp_path, "--seeds 0..4 --steps 900,1800 --dry_run --variants LoRA;LoRA-SAM")
+def test_a_dry_run_has_the_hours_and_the_memory_of_each_variant(tmp_path, run):
+    printed = run("--seeds 0..4 --steps 900,1800 --dry_run --variants LoRA;LoRA-SAM")
     assert "18,000 steps, 5 hours for each second that a step takes" in printed
     assert "80 images with guidance 4, base's guidance 2" in printed
     assert printed.count("--output_dir") == 10
