@@ -218,7 +218,7 @@ class EventGuard:
             if isinstance(value, list):
                 values += value
             elif isinstance(value, dict):
-                return "The values of an event must be texts and numbers, not files."
+                return "The values of an event must be strings and numbers, not files."
             elif isinstance(value, str) and len(value) > MAX_TEXT_LENGTH:
                 return f"A text has {len(value):,} characters: give at most {MAX_TEXT_LENGTH:,}."
         return None

@@ -217,7 +217,9 @@ def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float
         bars[-1].setdefault(step, elapsed)  # a bar may show a step several times
     bars = [bar for bar in bars if bar.get(steps)]
     if not bars:
-        raise TrainingError(f"no bar of {steps} steps is shown: give diffusers' own as --script.")
+        raise TrainingError(
+            f"no progress bar of {steps} steps was shown: give diffusers' own script as --script."
+        )
     longest = max(bars, key=lambda bar: bar[steps] - min(bar.values()))
     return [longest[step] for step in sorted(longest) if step > 0]
 
@@ -336,9 +338,11 @@ def _cell(figure: dict[str, Any] | None, factor: float, label: str) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; refuse a script, device or file that could not be used."""
-    parser = UserErrorParser(description="diffusers' script and this one, side by side.")
+    parser = UserErrorParser(description="diffusers' script and this project's, side by side.")
     parser.add_argument("--script", type=Path, required=True, help="copy of diffusers' script")
-    parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="mini", help="defaults of the options below"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", help="folder or hub id")
     for name in ("resolution", "batch", "steps", "rounds"):

@@ -34,6 +34,6 @@ def tested_on(model: str, usual: str) -> str:
 def measured_tables() -> Iterable[str]:
     """The table of each GPU; a sentence where there is none."""
     if not results():
-        yield "No GPU has measured them yet."
+        yield "There are no measurements on GPUs yet."
     for content in results():
         yield gpu_result.table(content).strip()

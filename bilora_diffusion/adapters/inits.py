@@ -1,10 +1,10 @@
-"""First values of the primary that PEFT lacks or makes otherwise: a file's, PiSSA and LoRA-GA.
+"""Initial values of the primary that PEFT does not have: those of a file, PiSSA and LoRA-GA.
 
 `start_from_file` gives the primary the values of a file. The others start from factors A0, B0 that
-are not zero, and take them out of the base weight, which is then W - s B0 A0, so that the model
-starts as it came. A0 and B0 stay on the model as the adapter `INITIAL`, which never acts and is
-never trained. Checkpoints hold it, so that a resumed run makes the same base weights;
-`portable_state_dict` needs it to say what the primary adds to W.
+are not zero, and take them out of the base weight, which is then W - s B0 A0, so that the model's
+output is unchanged at the start. A0 and B0 stay on the model as the adapter `INITIAL`, which is
+never active and never trained. Checkpoints hold it, so that a resumed run makes the same base
+weights; `portable_state_dict` needs it to say what the primary adds to W.
 
 `prepare` is called before training; then a new run calls `compute` and `start_from_initial`, and a
 resumed one `subtract_initial` with the factors of its checkpoint.
@@ -47,15 +47,15 @@ from .saving import load_values, peft_parameters
 COMPONENTS = {"pissa": 1, "lora-ga": 2}
 # Shorter side of a weight up to which PiSSA computes the whole decomposition.
 #
-# On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048; at
-# 4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
+# On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048. The
+# time grows with the third power of the side, and a 7 B model has some 200 layers of side 4096.
 EXACT_UP_TO = 2048
 # Of the randomized decompositions: the components that they compute, and subspace iterations.
 PISSA_OVERSAMPLING = 16  # components in addition to the r that are used
 PISSA_ITERATIONS = 16
 LORA_GA_OVERSAMPLING = 4  # components, in units of the rank
 LORA_GA_ITERATIONS = 4
-# LoRA-GA's gamma, which divides the size of its first values (Section 3.3).
+# LoRA-GA's gamma, which divides the product B0 A0 (Section 3.3).
 GAMMA = 16.0
 
 
@@ -94,7 +94,7 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
                 f"{min_side} on each side; lower the rank or take the layer out of target_modules."
             )
     plain = replace(spec, init="default", dropout=0.0, use_dora=False)
-    # Its own random A is replaced by `compute`: torch's global generator is left alone.
+    # Its own random A is replaced by `compute`: torch's global generator is not changed.
     with torch.random.fork_rng(devices=[]):
         inject(model, plain, INITIAL)
 
@@ -186,10 +186,11 @@ def start_from_initial(model: nn.Module) -> None:
 def subtract_initial(model: nn.Module) -> None:
     """Take A0, B0 out of the base weights: W <- W - s B0 A0; once, in place.
 
-    The product is formed in fp64 (TF32, which a matrix product in fp32 may use, would move W by
-    1e-3 of it) and the difference rounded once to the weight's dtype. In bf16 that moves a weight
-    by up to 0.4 %: those of the miniature's UNet by 0.15 % of their norm and its output by 0.03 %,
-    where bf16 arithmetic moves the output by 0.4 %. An exported file does not make up for it.
+    The product is formed in `exact_dtype` (TF32, which a matrix product in fp32 may use, would move
+    W by 1e-3 of it) and the difference rounded once to the weight's dtype. In bf16 that moves a
+    weight by up to 0.4 %: those of the miniature's UNet by 0.15 % of their norm and its output by
+    0.03 %, where bf16 arithmetic moves the output by 0.4 %. An exported file does not make up for
+    it.
     """
     for _, layer in layers(model, INITIAL):
         weight = base_weight(layer)
@@ -210,7 +211,7 @@ def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tenso
         weight: w, (m, n), fp32 or fp64.
         rank: r <= min(m, n).
         scale: s = alpha / r of the adapter.
-        seed: seed of the randomized decomposition; torch's global generator is left alone.
+        seed: seed of the randomized decomposition; torch's global generator is not changed.
 
     Returns:
         A0 (r, n) and B0 (m, r).

@@ -108,7 +108,8 @@ def part_of(
         layer = Layer(plain_name(name), _for_file(A), scaled_B, magnitude)
         if not all(tensor.isfinite().all() for tensor in layer.tensors):
             raise TrainingError(
-                f"The adapter of {component}.{layer.name} is not finite; export a good checkpoint."
+                f"The adapter of {component}.{layer.name} has values that are not finite; export an"
+                " earlier checkpoint."
             )
         layers.append(layer)
     # The remaining tensors are biases and modules without an adapter.
@@ -131,7 +132,7 @@ def require_effect(component: str, tensors: Mapping[str, Tensor]) -> None:
     """
     if not any(bool(tensors[key].any()) for key in tensors if ".lora_B." in key):
         raise TrainingError(
-            f"The adapter of {component} is not exported, since each of its B is zero and it would"
+            f"The adapter of {component} is not exported, since all of its B are zero and it would"
             " change nothing: take more steps, or look at --learning_rate and its schedule."
         )
 
@@ -364,7 +365,7 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
             module = dotted_names([down_key], is_encoder=component in ENCODERS)[down_key]
         if not known_layer.fullmatch(module):
             raise UserError(
-                f"{name} is not a layer of {model}, for which alone kohya's names are known;"
+                f"{name} is not a layer of {model}, and kohya's names are known only for those;"
                 f" {_OTHER_FORMAT}."
             )
         names[name] = module

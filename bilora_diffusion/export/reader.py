@@ -1,8 +1,8 @@
 """Read a LoRA file of any format as layers, and compare it with expected layers.
 
-The scale alpha / rank is multiplied into B. Tensors keep the file's precision if that is exact, as
-for a power of two; otherwise they are fp32. `compare` checks all files that are written or
-converted.
+The scale, alpha / rank or for rsLoRA alpha / sqrt(rank), is multiplied into B. B keeps the file's
+dtype if that is exact, as for a power of two; otherwise it is fp32. `compare` checks all files that
+are written or converted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Contents:
     parts: dict[str, Part]
     metadata: dict[str, str]
     base_model: str  # hub id or folder of the adapter's base model; "" if it is not known
-    # By model, the distinct scales alpha / rank of its layers, which are multiplied into B.
+    # By model, the distinct scales of its layers, which are multiplied into B.
     scales: Mapping[str, frozenset[float]] = field(default_factory=dict)
 
 
@@ -132,7 +132,7 @@ def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> 
         return path.parent.name
     if file.format == "unknown":
         problem = f"has keys of no known format, such as {names[0]}"
-        raise file_error(path, problem, "give a file in diffusers', kohya's or PEFT's")
+        raise file_error(path, problem, "give a file in the format of diffusers, kohya or PEFT")
     return model
 
 
@@ -187,7 +187,9 @@ def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[st
         )
     for key, value in expected.items():
         if not value.isfinite().all():
-            raise TrainingError(f"{key} is not finite, so nothing is exported: take a checkpoint.")
+            raise TrainingError(
+                f"{key} is not finite, so nothing is exported: export an earlier checkpoint."
+            )
         if not stored[key].equal(value.detach().cpu()):
             raise TrainingError(f"{key} of {path} differs from the model: export it again.")
 

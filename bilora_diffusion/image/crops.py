@@ -67,8 +67,8 @@ def read_sizes(text: str) -> list[Size]:
 def sizes_around(side: int) -> list[Size]:
     """The square with this side, and sizes up to 1:2 and 2:1 with at most as many pixels.
 
-    Their sides are multiples of a sixteenth of the square's side, as in Stable Diffusion XL
-    (Appendix I of https://arxiv.org/abs/2307.01952).
+    Their sides are multiples of a sixteenth of the square's side, rounded down to a multiple of
+    `MULTIPLE`, as in Stable Diffusion XL (Appendix I of https://arxiv.org/abs/2307.01952).
     """
     step = max(MULTIPLE, side // 16 // MULTIPLE * MULTIPLE)
     buckets = {(side, side)}

@@ -33,7 +33,7 @@ from .sets import ImageSet
 MicroBatchPlace = tuple[int, tuple[int, ...]]
 # Pixels, (3, H, W) in [-1, 1], and mask, (1, H, W) in [0, 1] or None.
 PixelsAndMask = tuple[Tensor, Tensor | None]
-# Limit of the images whose latents ``--cache_latents auto`` caches in memory.
+# ``--cache_latents auto`` caches the latents of at most this many images in memory.
 MAX_CACHED_LATENTS = 2000
 # Limit of resized images in the caches of a training process and its data loader processes.
 MAX_RESIZED_BYTES = 10**9

@@ -33,7 +33,7 @@ class FlatLoRA(CountingMethod):
     """
 
     title = "Flat-LoRA"
-    summary = "Trained as LoRA on base weights that random noise of strength rho disturbs."
+    summary = "Trained as LoRA on base weights with random noise of strength rho."
 
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})

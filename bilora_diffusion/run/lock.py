@@ -1,7 +1,7 @@
 """The lock of a run folder: one command at a time writes into it.
 
-`filelock` takes ``flock`` on a hidden file. The system releases it however the process ends, so a
-crash does not keep a lock.
+`filelock` takes ``flock`` on a hidden file. The operating system releases it whichever way the
+process ends, so a crash does not keep a lock.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         ) from error
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be locked ({error.strerror}): check its rights and the room on its"
-            " disk, or give another folder"
+            f"{folder} cannot be locked ({error.strerror}): check its permissions and the free"
+            " disk space, or give another folder"
         ) from error
 
 

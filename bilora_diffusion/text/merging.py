@@ -53,9 +53,9 @@ LARGEST_SHARD = "5GB"  # as on the hub
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 # Types of encoder-decoder models that llama.cpp converts.
 LLAMA_CPP_SEQ2SEQ = ("t5", "mt5", "umt5")
-# Numbers of the tokens by which a written model is compared with the merged one.
+# Ids of the tokens with which a written model is compared with the merged one.
 PROBE = (5, 3, 4, 2, 7)
-RESTORE = "restore the base model that it was trained on"
+RESTORE = "restore the base model that the adapter was trained on"
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def merge(model: nn.Module, adapter: Adapter) -> list[str]:
         return []
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in precisions))
     share = 100 * (squared_error / squared_change) ** 0.5
-    return [f"Rounding to {names} moves the weights by {share:.2g} % of what the adapter does."]
+    return [f"Rounding to {names} moves the weights by {share:.2g} % of the adapter's change."]
 
 
 def merged_weight(
@@ -250,7 +250,7 @@ def merged_weight(
     Args:
         weight: W of the base model, (m, n), in float64.
         A, B: factors, (rank, n) and (m, rank).
-        scale: s, alpha / rank.
+        scale: s, as in `PeftConfig.scale`.
         magnitude: of DoRA, (m,); None without it.
     """
     merged = weight + scale * (B.double() @ A.double())  # W + s B A
@@ -287,7 +287,7 @@ def _llama_cpp_lines(source: TextSource, target: Path) -> list[str]:
         return []
     folder = shlex.quote(str(target))
     return [
-        "A GGUF file of it, by llama.cpp:",
+        "To convert it to GGUF with llama.cpp:",
         f"  python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf",
         "  llama-quantize model.gguf model-Q4_K_M.gguf Q4_K_M",
     ]
@@ -297,7 +297,7 @@ def _copy_vocabulary(source: TextSource, folder: Path) -> None:
     """Copy the SentencePiece file of the tokenizer, if it has one."""
     options = source.options
     tokenizer_name = options.tokenizer_name or source.location
-    # The revision is the model's.
+    # The revision is that of the model, not of another tokenizer.
     revision = None if options.tokenizer_name else options.revision
     for name in SENTENCEPIECE_FILES:
         path = cached_file(
@@ -313,7 +313,7 @@ def _copy_vocabulary(source: TextSource, folder: Path) -> None:
 
 
 def _holds_model(folder: Path, source: TextSource, expected: Mapping[str, str]) -> bool:
-    """Test that Transformers loads a model from a folder that equals the merged one to the bit."""
+    """Test that the model that Transformers loads from a folder is bitwise the merged one."""
     options = TextModelOptions(
         model_name_or_path=str(folder),
         task_type=source.kind,

@@ -197,7 +197,7 @@ def test_refusals_of_save(models, tmp_path):
         ("new", {"text_encodr": models["unet"]}, "text_encodr.*text_encoder"),
         ("new", {"unet": small.make_unet()}, 'no adapter "default"'),
         ("new", {"unet": broken}, "not finite"),
-        ("new", untrained, "adapter of unet .* each of its B is zero"),
+        ("new", untrained, "adapter of unet .* all of its B are zero"),
         ("file", models, "is a file"),
     ):
         with pytest.raises((UserError, TrainingError), match=sentence):
