@@ -72,7 +72,7 @@ class TrainingSample:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Key of the sample's pixels; equal for equal pixels, also in other runs and sets."""
+        """Key of the sample's pixels; equal for the same file, crop and size, in any run."""
         entry = self.images.entries[self.index]
         place = repr((tuple(self.crop), tuple(self.size)))
         return (entry.file_hash + entry.mask_hash).hex(), place
@@ -111,7 +111,7 @@ class TrainingSample:
 
 
 class TrainingStream:
-    """The order of instance and class images, which depends only on the seed.
+    """The order of instance and class images: a function of the seed and the data.
 
     Raises:
         UserError: an image without a prompt, or latents that can't be cached.
