@@ -5,7 +5,7 @@
     python -m benchmarks.gpu_day --device cpu --models mini,sdxl --minutes 5 --output_dir runs/gpu
     python -m benchmarks.gpu_day --script train_dreambooth_lora_sdxl.py    # and diffusers' script
     python -m benchmarks.gpu_day --real stabilityai/stable-diffusion-xl-base-1.0 \\
-        --images my_photos --prompt "a photo of TOK dog"           # needs the hub
+        --images my_photos                                         # needs the hub, and captions
 
 Each model has a basic part, which is LoRA in bf16 with a batch of 1, and parts that differ in one
 thing each: method, 4-bit weights, size, batch, compiled blocks. A part is a process (gpu_part.py)
@@ -125,7 +125,7 @@ def commands(args: argparse.Namespace, file: Path) -> list[Command]:
         parts.append(Command(REAL, reason="give --real MODEL and --images FOLDER"))
     else:
         photographs = file.with_suffix(".images")
-        split_photographs(args.images, photographs, args.prompt)
+        split_photographs(args.images, photographs)
         experiment = file.with_suffix(".yaml")
         write_text(experiment, yaml.safe_dump(experiment_of(args.real, photographs)))
         folder = file.with_suffix(".photographs")
@@ -291,8 +291,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("results/gpu"))
     parser.add_argument("--script", type=Path, help="copy of diffusers' SDXL DreamBooth script")
     parser.add_argument("--real", metavar="MODEL", help="a model with weights: folder or hub id")
-    parser.add_argument("--images", type=Path, help="folder of photographs for --real")
-    parser.add_argument("--prompt", help="of photographs without captions")
+    parser.add_argument("--images", type=Path, help="photographs with captions, for --real")
     args = parser.parse_args(argv)
     args.models = args.models.split(",")
     for name in args.models:
@@ -316,13 +315,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     day = Day(args)
+    # First, so that photographs or a model that can't be used are told before hours of work.
+    other_parts = commands(args, day.file.resolve())
     remaining = [part for part in plan(args.models, args.device) if not day.is_done(part.key)]
     is_complete = True
     for part in remaining:
         if day.left() < day.needed_seconds(part.model) or not day.measure(part):
             is_complete = False
             break
-    for command in commands(args, day.file.resolve()):
+    for command in other_parts:
         if is_complete and not day.is_done(command.key):
             # What is skipped takes no time.
             has_time = not command.words or day.left() > FIRST_PART_SECONDS[args.device]

@@ -7,41 +7,46 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.core.durable import write_text
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.base_model import read_base_model
 from bilora_diffusion.image.image_files import list_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-# Captions of the held-out photographs, each a line
-PROMPTS = "prompts.txt"
 
 
-def split_photographs(images: Path, folder: Path, prompt: str | None) -> None:
+def split_photographs(images: Path, folder: Path) -> None:
     """Copy photographs and captions: every fifth into ``heldout``, the others into ``train``.
 
     A folder that exists stays as it is, since an earlier call has trained on it.
 
     Args:
-        images: folder of photographs, with or without captions in .txt files.
+        images: folder of photographs, each with its caption in a .txt file.
         folder: where they are copied to.
-        prompt: caption of photographs without one.
+
+    Raises:
+        UserError: there are fewer than 5 photographs, or one has no caption.
     """
     if folder.exists():
         return
-    prompts = []
-    for number, image in enumerate(list_folder(images).images):
+    listing = list_folder(images)
+    photographs = listing.images
+    if len(photographs) < 5:
+        raise UserError(
+            f"{images} has {len(photographs)} photographs, of which none is held out:"
+            " give at least 5."
+        )
+    captions = listing.captions(photographs)
+    for image, caption in zip(photographs, captions, strict=True):
+        if not caption:
+            raise UserError(
+                f"{image.name} in {images} has no caption, so no sample can be compared with it:"
+                f" write {image.stem}.txt, or call `bilora caption {images}`."
+            )
+    for number, (image, caption) in enumerate(zip(photographs, captions, strict=True)):
         part = folder / ("heldout" if number % 5 == 4 else "train")
         part.mkdir(parents=True, exist_ok=True)
         shutil.copy(image, part)
-        caption = image.with_suffix(".txt")
-        if caption.exists():
-            shutil.copy(caption, part)
-        elif prompt:
-            write_text(part / caption.name, f"{prompt}\n")
-        copy = part / caption.name
-        if part.name == "heldout" and copy.exists():
-            prompts.append(" ".join(copy.read_text(encoding="utf-8").split()))
-    # Each once: photographs may share a caption.
-    write_text(folder / PROMPTS, "\n".join(dict.fromkeys(prompts)) + "\n")
+        write_text(part / f"{image.stem}.txt", f"{caption}\n")
 
 
 def experiment_of(model: str, photographs: Path) -> dict[str, Any]:
@@ -57,8 +62,6 @@ def experiment_of(model: str, photographs: Path) -> dict[str, Any]:
         "dataset": str(photographs / "train"),
         "validation_dataset": str(photographs / "heldout"),
         "gradient_accumulation_steps": 1,
-        "max_train_steps": 400,
-        "checkpointing_steps": 200,
         "report_to": "none",
     }
     return {
@@ -67,7 +70,7 @@ def experiment_of(model: str, photographs: Path) -> dict[str, Any]:
         "variants": {"LoRA": {"method": "lora"}, "Bi-LoRA": {"method": "bilora"}},
         "seeds": [0],
         "scores": {
-            "prompts": str(photographs / PROMPTS),
+            "prompts": "heldout",
             "steps": [200, 400],
             "guidances": [f"adapter:{guidance:g}"],
         },

@@ -24,6 +24,7 @@ from .access import (
     gradients_of,
     group_equal,
     head_parameters,
+    is_adapter_weight,
     is_quantized,
     joined_by,
     layers,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -139,6 +139,11 @@ def is_within(path: str, modules: Collection[str]) -> bool:
 def parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     """The values of `named_parameters`."""
     return list(named_parameters(model, adapter).values())
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Test that a name of a parameter or buffer is that of an adapter's."""
+    return f".{LoraModel.prefix}" in name
 
 
 def is_quantized(layer: Any) -> bool:

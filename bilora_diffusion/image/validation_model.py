@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import is_adapter_weight
 from ..core.errors import UserError, read_or_refuse
 from .base_model import folder_of
 from .config import DreamBoothConfig
@@ -69,7 +70,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a model without its adapters, by their names without adapters."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if ".lora_" not in name:
+        if not is_adapter_weight(name):
             tensors[name.replace(".base_layer", "").replace("_orig_mod.", "")] = tensor
     return tensors
 

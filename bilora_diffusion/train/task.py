@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
+from ..adapters import is_adapter_weight
 from ..config.run import RunConfig
 from ..core.errors import TrainingError
 from ..core.seeds import generator
@@ -24,8 +25,6 @@ from ..run.data import SampleContent
 
 # Number of times that a sample appears in one pass over the data: one number, or one per sample.
 Repeats = int | Sequence[int]
-# Part of the names of all weights of PEFT's adapters
-ADAPTER_MARK = "lora_"
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def precision(model: nn.Module) -> torch.dtype:
     dtypes = (
         weight.dtype
         for name, weight in model.named_parameters()
-        if weight.is_floating_point() and ADAPTER_MARK not in name
+        if weight.is_floating_point() and not is_adapter_weight(name)
     )
     return next(dtypes)
 

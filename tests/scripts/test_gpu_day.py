@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import yaml
+from PIL import Image
 
-from benchmarks import gpu_day, gpu_result
+from benchmarks import gpu_day, gpu_photographs, gpu_result
 from benchmarks.gpu_part import Part, failure
 from bilora_diffusion.core.errors import TrainingError, UserError
+from eval.clip_scores.prompts import read as read_prompts
+from eval.sweep import plan as sweep_plan
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -105,6 +109,32 @@ def test_a_full_memory_is_told_from_other_errors():
 def test_bad_input_is_refused(words, value, tmp_path):
     with pytest.raises(UserError, match=value):
         gpu_day.main([*words.split(), "--output_dir", str(tmp_path)])
+
+
+def test_every_fifth_photograph_is_held_out_and_their_captions_are_sampled(tmp_path):
+    photographs, folder = tmp_path / "photographs", tmp_path / "split"
+    photographs.mkdir()
+    for number in range(10):
+        place = photographs / f"{number}.png"
+        Image.new("RGB", (64, 64), (25 * number, 0, 0)).save(place)
+        place.with_suffix(".txt").write_text(f"caption {number}")
+    gpu_photographs.split_photographs(photographs, folder)
+    assert len(list((folder / "train").glob("*.png"))) == 8
+    file = tmp_path / "experiment.yaml"
+    experiment = gpu_photographs.experiment_of("mini", folder)
+    file.write_text(yaml.safe_dump(experiment))
+    [plan] = sweep_plan.load(file)
+    assert plan.experiment.scores.steps == (200, 400)
+    prompts = read_prompts(plan.experiment.scores.prompts)
+    assert [prompt.text for prompt in prompts] == ["caption 4", "caption 9"]
+    assert all(prompt.reference for prompt in prompts)
+
+    (photographs / "2.txt").unlink()
+    gpu_photographs.split_photographs(photographs, folder)  # stays as it is
+    for source, sentence in ((photographs, r"2\.png in .* has no caption"), (folder, "at least 5")):
+        with pytest.raises(UserError, match=sentence):
+            gpu_photographs.split_photographs(source, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.matrix
