@@ -5,7 +5,7 @@
         --instance_prompt "a photo of a TOK dog"
     python train_dreambooth_bilora.py --config recipes/mini.yaml --max_train_steps 20
 
-The last one runs on a CPU in a minute. ``--help`` explains every flag.
+The last command takes a minute on a CPU. ``--help`` explains every flag.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
         --train_file answers.jsonl --mixed_precision bf16 --gradient_checkpointing
     python train_text_bilora.py --config recipes/rotten_tomatoes.yaml --max_train_steps 20
 
-The last one runs on a CPU in a minute. ``--help`` explains every flag.
+The last command takes a minute on a CPU. ``--help`` explains every flag.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
 """The viewer: ``python -m app.viewer [ROOT]`` shows run and result folders in a browser.
 
-``catalog`` finds and reads the folders, and has no widgets. Each tab is a module.
+``catalog`` finds and reads the folders; it has no widgets. Each tab has one or more modules.
 """

@@ -1,12 +1,12 @@
-"""Run folders, results and figures under the viewer's root. No widgets here.
+"""Run folders, results and figures below the viewer's root, without widgets.
 
     catalog = Catalog(Path("demo"))
     catalog.scan.runs, catalog.scan.scores, catalog.scan.results, catalog.scan.broken
     catalog.resolve("lora/metrics.jsonl")        # refuses paths that lead out of the root
 
-All paths in the items are POSIX paths relative to the root ("." is the root). Open a file only by
-the path that `Catalog.resolve` returns for it: the folders may come from somebody else, and a link
-in them must not lead a visitor of the viewer to other files of this machine.
+All paths in the items are POSIX paths relative to the root ("." is the root). Always open a file by
+the path that `Catalog.resolve` returns: the folders may come from somebody else, and a link in them
+must not give visitors of the viewer access to other files on this machine.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ from eval.results.table import FILE
 from .runs import RunItem, run_name
 from .scores import Scores, read_scores
 
-# Kind of the results that have scored images
+# Kind of the results with scored images
 SCORES = "clip_scores"
 # Pattern of the first validation image of each step
 IMAGES = f"{VALIDATION}/step-*/000.png"
-# Pattern of a file that each checkpoint has
+# Pattern of a file in each checkpoint
 CHECKPOINTS = "checkpoints/step-*/digests.json"
 # Exports of a run: a diffusers LoRA, full models, or a PEFT adapter of a text model
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 
-# Hash of a step's samples and noise in a line of the log
+# Pattern of the hash of a step's samples and noise, in a line of the log
 DATA_HASH = re.compile(rb'"digest": "([0-9a-f]{1,128})"')
-# Bytes at the beginning of a log that include its first step
+# Number of bytes at the beginning of a log that contain its first step
 HEAD_BYTES = 8_192
 
-# Levels of folders below the root that are searched
+# Maximum depth of the searched folders below the root
 DEPTH = 6
-# Folders without runs and results; hidden folders are skipped too.
+# Names of folders that contain no runs or results; hidden folders are also skipped.
 SKIPPED = frozenset(
     {"checkpoints", "images", VALIDATION, "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
 )
 
 LINK = "it is a link out of the root: copy it, or give the link's target as the root"
-# Most digits of a step; JavaScript has no larger integers.
+# Maximum number of digits of a step; JavaScript rounds larger integers.
 MAX_STEP_DIGITS = 15
-RENAME = "its name is not UTF-8: give it another"
-BACKSLASH = "its name has a backslash, which separates folders on Windows: give it another"
-# Time for which all visitors share one scan of the root
+RENAME = "its name is not UTF-8: rename it"
+BACKSLASH = "its name has a backslash, which separates folders on Windows: rename it"
+# Time in which all visitors share one scan of the root
 FRESH_SECONDS = 2.0
 
 
@@ -76,19 +76,19 @@ class ResultItem:
     name: str
     # Name of the command that wrote it
     kind: str
-    # `Scores` for scored images, else the head of ``result.json``
+    # `Scores` for scored images, otherwise the head of ``result.json``
     result: Any
-    # Paths of PNG files relative to the root
+    # Paths of the PNG files, relative to the root
     figures: list[str]
 
     def file(self, name: str) -> str:
-        """Path of a file of this folder, relative to the root, for `Catalog.resolve`."""
+        """Return the path of a file in this folder, relative to the root."""
         return join(self.path, name)
 
 
 @dataclass(frozen=True)
 class BrokenFolder:
-    """A folder that can't be shown, with the reason in one sentence."""
+    """A folder that can't be shown, and the reason in one sentence."""
 
     path: str
     reason: str
@@ -96,7 +96,7 @@ class BrokenFolder:
 
 @dataclass
 class Scan:
-    """Folders found by one scan of the root, sorted by path; `results` includes `scores`."""
+    """The folders found by one scan of the root, sorted by path; `results` includes `scores`."""
 
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ResultItem] = field(default_factory=list)
@@ -109,14 +109,14 @@ class Catalog:
 
     Args:
         root: an existing folder.
-        public: whether people other than this machine's user may see the page.
+        public: whether other people than the machine's user may see the page.
 
     Attributes:
         root: path of the root with all links resolved.
         scan: folders found by the last `refresh`.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: the root does not exist or is a file.
     """
 
     def __init__(self, root: Path, public: bool = False) -> None:
@@ -139,9 +139,10 @@ class Catalog:
         return self.root.name or "/"
 
     def command_path(self, path: str = ".") -> str:
-        """A path below the root, as an argument of a command that is run in the working folder.
+        """Return a path below the root as a command's argument, relative to the working folder.
 
-        A public page names a root outside of the working folder without its parent folders.
+        If the root is outside of the working folder, the path is absolute; on a public page, it
+        then begins with the root's name, without the parent folders.
         """
         folder = self.root
         working_folder = Path.cwd()
@@ -152,28 +153,28 @@ class Catalog:
         return str(PurePosixPath(folder.as_posix()) / path)
 
     def without_root(self, error: Exception, folder: str = ".") -> str:
-        """Message of an error in one line, without the absolute path of the root and a folder."""
+        """Return an error's message in one line, without the absolute paths of root and folder."""
         text = " ".join(str(error).split())
         return text.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
 
     def content_hash(self, kind: str) -> str:
-        """Hash of the "runs", "scores" or "results", which tells a page whether they changed.
+        """Return a hash of the "runs", "scores" or "results", which a page uses to find changes.
 
-        It includes only the status of a run's record, so that it stays the same while a run trains,
-        until the run's status, weights, images or checkpoints change.
+        Of a run's record, it includes only the status. So the hash of a training run changes only
+        with the run's status, weights, images, checkpoints or first logged step.
         """
         if kind == "runs":
             items = [replace(run, record={"status": run.status}) for run in self.scan.runs]
         else:
-            # A changed file is read again and gives a new object.
+            # A changed file is read again and becomes a new object with another id.
             items = [(item.path, id(item.result)) for item in getattr(self.scan, kind)]
         return hashlib.sha256(repr(items).encode()).hexdigest()[:16]
 
     def resolve(self, relative: str) -> Path:
-        """Find a file or folder below the root.
+        """Return the absolute path of a file or folder below the root, with links resolved.
 
         Args:
-            relative: POSIX path below the root, of a file that may be missing.
+            relative: POSIX path relative to the root; the file may be missing.
 
         Raises:
             UserError: the path leads out of the root.
@@ -191,7 +192,7 @@ class Catalog:
         return path
 
     def read_cached(self, file: Path, read: Callable[[], Any]) -> Any:
-        """Return what `read` returns for a file, and call it again only if the file has changed.
+        """Call `read` for a file and cache the result until the file changes.
 
         Raises:
             OSError: the file is missing.
@@ -243,20 +244,20 @@ class Catalog:
                 elif "\\" in entry.name and is_folder(Path(entry.path)):
                     scan.broken.append(BrokenFolder(path, BACKSLASH))
                 elif entry.is_symlink() and Path(entry.path).is_dir():
-                    # A link within the root is not followed, since it could lead in a circle; the
+                    # A link within the root is not followed, because it could form a cycle; the
                     # scan finds its target anyway.
                     if not Path(entry.path).resolve().is_relative_to(self.root):
                         scan.broken.append(BrokenFolder(path, LINK))
                 elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
                     subfolders.append((path, depth + 1))
             if "pyvenv.cfg" not in names:
-                # The first subfolder is taken from the stack first.
+                # Reversed, so that the first subfolder is taken from the stack first.
                 waiting_folders += reversed(subfolders)
                 yield folder, names
 
     def _read_folder(self, folder: str, names: set[str], scan: Scan) -> None:
-        """Add the run and the result of a folder to a scan, if the folder has them."""
-        title = self.name if folder == "." else folder  # in lists
+        """Add the run and the result in a folder to a scan, if there are any."""
+        title = self.name if folder == "." else folder  # shown in lists
         if RUN in names:
             record = self._read_file(folder, RUN, read_run, scan)
             if record is not None:
@@ -304,12 +305,12 @@ class Catalog:
             else:
                 missing_files.append(file)
         if missing_files:
-            reason = f"{FILE} names {missing_files[0]}, which is not there: make the result again"
+            reason = f"{FILE} names {missing_files[0]}, which is missing: run its command again"
             scan.broken.append(BrokenFolder(folder, reason))
         return ResultItem(folder, title, head["kind"], result, figures)
 
     def _read_file(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
-        """Read a folder's file by `read`; if that fails, the folder is broken: returns None."""
+        """Read a folder's file with `read`; if it fails, add a broken folder and return None."""
         try:
             path = self.resolve(join(folder, file))
             # The reader gets the folder's path below the root even if the file is a link, because
@@ -320,19 +321,19 @@ class Catalog:
         except OSError as error:
             reason = f"{file} can't be read ({error.strerror})"
         except Exception as error:
-            # One damaged folder of any kind must not hide the others.
+            # Catch any exception, because a damaged folder must not hide the others.
             reason = f"{file} is damaged ({type(error).__name__})"
         scan.broken.append(BrokenFolder(folder, reason))
         return None
 
 
 def join(folder: str, name: str) -> str:
-    """Path of an entry of a folder, relative to the root; "." is the root."""
+    """Return the path of a folder's entry, relative to the root."""
     return str(PurePosixPath(folder) / name)
 
 
 def read_steps(folder: Path, pattern: str) -> tuple[int, ...]:
-    """Steps of a run for which a file matches a pattern, in order."""
+    """Return the steps of a run that have a file matching the pattern, in order."""
     steps = []
     for path in folder.glob(pattern):
         digits = path.parent.name.removeprefix("step-")
@@ -342,7 +343,7 @@ def read_steps(folder: Path, pattern: str) -> tuple[int, ...]:
 
 
 def read_data_hash(file: Path) -> str | None:
-    """Read the hash of the data in a log's first step; None if the log has no step."""
+    """Read the data hash of a log's first step; None if there is no log, step or hash."""
     if not is_file(file):
         return None
     with file.open("rb") as log:
@@ -360,7 +361,7 @@ def read_result(folder: Path) -> Scores | dict[str, Any]:
     """
     record = table.head(folder)
     figures = record.get("figures")
-    # Only plain file names, so that each figure is in the folder
+    # Accept only plain file names, so that each figure is inside the folder.
     if not isinstance(figures, list) or not all(
         isinstance(name, str) and name == Path(name).name for name in figures
     ):

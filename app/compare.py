@@ -1,4 +1,4 @@
-"""Scored images in the tab Compare: side by side, and two of them under a slider.
+"""The scored images in the tab Compare: side by side, and two of them under a slider.
 
 The module `scores` computes the data.
 """
@@ -25,7 +25,7 @@ from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 from .scores import PromptRow, ScoredImage, Scores, View, times_100
 
-# Properties of events that run one after another, so that the page ends with the last choice
+# Properties of events that run one at a time, so that the page ends up with the last choice
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
 
 
@@ -74,7 +74,8 @@ class Tab:
                             self.slider = parts.html("compare-slider")
                         with gr.Column(min_width=300):
                             self.legend = parts.html("compare-legend")
-                            # The server writes the query of a view; the browser makes it a link.
+                            # The server writes the query of a view; the browser turns it into a
+                            # link.
                             self.query = gr.Textbox(visible=False)
                             link = gr.Textbox(
                                 label="Link to this view",
@@ -84,19 +85,19 @@ class Tab:
                                 max_lines=1,
                             )
 
-        # In the order of the fields of `View`, which takes their values
+        # In the order of the fields of `View`, which is made from their values
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]
         view = [self.prompt, self.title, self.place, self.list, self.cards]
         view += [self.slider, self.legend, self.query]
         widgets = list(dict.fromkeys([self.empty, self.body, self.answer, *choice, *view]))
         changed(self.open, [], widgets, **ORDERED)
-        # Other scores have other adapters, prompts and seeds: all widgets are filled again.
+        # Other scores have other adapters, prompts and seeds, so all widgets are filled again.
         self.scores.input(
             lambda path: self._fill({"scores": path}), self.scores, widgets, **ORDERED
         )
         events = [self.words.change]
-        # Only the user causes the event `input`; filling the widgets would cause `change` too.
+        # Only the user triggers the event `input`; filling the widgets also triggers `change`.
         for widget in (self.a, self.b, self.also, self.seed, self.metric, self.order):
             events.append(widget.input)
         gr.on(events, self.show, choice, view, trigger_mode="always_last", **ORDERED)
@@ -107,11 +108,11 @@ class Tab:
         self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
-        """Fill the tab by the query of the page's address, which a link or the last view set."""
+        """Fill the tab from the query in the page's address, set by a link or the last view."""
         return self._fill(dict(request.query_params))
 
     def _fill(self, query: dict[str, str]) -> Update:
-        """Fill all widgets by a query, of which each field may be missing or wrong."""
+        """Fill all widgets from a query, whose fields may be missing or wrong."""
         paths = {item.path for item in self.catalog.scan.scores}
         items = {}  # scores with images
         for item in self.catalog.scan.scores:
@@ -126,7 +127,7 @@ class Tab:
         item = items.get(path or "") or next(iter(items.values()))
         if path and path not in items:
             fault = "have no images" if path in paths else "do not exist"
-            parts.warn(f'The link names the scores "{path}", which {fault}.')
+            parts.warn(f'The link refers to the scores "{path}", which {fault}.')
             query = {}
         view, faults = data.read_query(query, item.path, item.result)
         for sentence in faults:
@@ -134,7 +135,7 @@ class Tab:
         labels = item.result.labels
         metrics = [(METRICS[name].title, name) for name in data.measured_metrics(item.result)]
         if not metrics:
-            # Gradio refuses every choice from an empty list.
+            # Gradio rejects any value of an empty list of choices.
             metrics = [("no image has a score", view.metric)]
         seeds = [(str(seed), seed) for seed in item.result.settings.seeds]
         folders = [(scores.name, scores.path) for scores in items.values()]
@@ -154,14 +155,14 @@ class Tab:
         }
 
     def show(self, *values: Any) -> Update:
-        """Show the view that the user chose; nothing before the widgets are filled."""
+        """Show the view that the user chose; do nothing before the widgets are filled."""
         if not values[0]:  # the path of the scores
             return {self.query: gr.skip()}
         view, item = self._view(*values)
         return self._update(view, item)
 
     def pick(self, event: gr.EventData, *values: Any) -> Update:
-        """Show the prompt on which the user clicked in the list."""
+        """Show the prompt that the user clicked in the list."""
         view, item = self._view(*values)
         texts = item.result.texts
         number = event._data["prompt"]  # from the browser, which may send anything
@@ -176,10 +177,10 @@ class Tab:
         return self._update(replace(view, prompt=prompt), item)
 
     def _view(self, *values: Any) -> tuple[View, ResultItem]:
-        """Make a view of the widgets' values, and find its scores.
+        """Make a view from the widgets' values, and find its scores.
 
         Raises:
-            gr.Error: the scores no longer exist or lack a value.
+            gr.Error: the scores no longer exist, or lack the prompt or an adapter.
         """
         view = View(*values)
         for item in self.catalog.scan.scores:
@@ -191,7 +192,7 @@ class Tab:
         raise gr.Error("These scores were changed or deleted: load the page again.")
 
     def _update(self, view: View, item: ResultItem) -> Update:
-        """Fill the widgets that show a view."""
+        """Return the updates of the widgets that show a view."""
         rows = data.list_prompts(view, item.result)
         pictures: dict[str, Image.Image | None] = {}  # those of the pair first
         for label in (view.a, view.b, *view.also):
@@ -213,7 +214,7 @@ class Tab:
         }
 
     def _picture(self, item: ResultItem, view: View, label: str) -> Image.Image | None:
-        """Read the picture of an adapter in a view; None if there is none."""
+        """Read an adapter's picture in a view; None if it is missing or unreadable."""
         image = item.result.images.get((label, view.prompt, view.seed))
         if image is None:
             return None
@@ -226,7 +227,7 @@ class Tab:
     def _cards_html(
         self, item: ResultItem, view: View, pictures: dict[str, Image.Image | None]
     ) -> str:
-        """Cards of a view's adapters and of the ground truth, as HTML."""
+        """Return the cards of a view's adapters and of the ground truth, as HTML."""
         cards = ""
         for label, picture in pictures.items():
             image = item.result.images.get((label, view.prompt, view.seed))
@@ -242,14 +243,14 @@ class Tab:
         if reference is not None:
             truth = parts.file_uri_below_root(self.catalog, item.file(str(reference)))
         if truth:
-            line = '<p class="quiet">the held-out picture that the prompt describes</p>'
+            line = '<p class="quiet">the held-out picture of this prompt</p>'
             cards += parts.card_html("ground truth", truth, facts=line)
         return f'<div class="cards">{cards}</div>'
 
     def _nearest_uri(self, item: ResultItem, name: str | None) -> str | None:
-        """URI of the training picture that is most similar to an image; None if it is not known.
+        """Return the URI of the training picture nearest to an image; None if it is unavailable.
 
-        It is a file of the result's folder. A name without folders may also be a training icon.
+        It must be a file in the result's folder, or one of the miniature's training icons.
         """
         if not name:
             return None
@@ -265,7 +266,7 @@ def _list(name: str, label: str, min_width: int = 160, **options: Any) -> gr.Dro
 
 
 def prompts_html(prompt_rows: Sequence[PromptRow], prompt: str, a: str, b: str) -> str:
-    """The prompts with their scores, as HTML; each row is a button.
+    """Return the prompts with their scores, as HTML; each row is a button.
 
     Args:
         prompt_rows: rows of the list.
@@ -292,12 +293,12 @@ def prompts_html(prompt_rows: Sequence[PromptRow], prompt: str, a: str, b: str) 
 
 
 def facts_html(scores: Scores, image: ScoredImage, nearest: str | None) -> str:
-    """Scores and caption of an image, as HTML.
+    """Return the scores and the caption of an image, as HTML.
 
     Args:
         scores: scores that include the image.
         image: an image of the scores.
-        nearest: URI of the most similar training picture.
+        nearest: URI of the nearest training picture; None if it is unavailable.
     """
     rows = ""
     for name, value in image.scores.items():
@@ -318,24 +319,24 @@ def facts_html(scores: Scores, image: ScoredImage, nearest: str | None) -> str:
 
 
 def answers_html(scores: Scores) -> str:
-    """The sentences on the best step of each run whose checkpoints were scored, as HTML."""
+    """Return the sentences on the best steps as HTML; "" unless checkpoints were scored."""
     sentences = [answer.sentence for answer in scores.settings.answers]
     return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
 
 
 def legend_html(scores: Scores) -> str:
-    """The models that gave the scores, as HTML."""
+    """Return an explanation of the scores and their models, as HTML."""
     scorer = scores.settings.scorer
     captioner = scores.settings.captioner
     captions = ""
     notes = scorer.note
     if captioner is not None:
         captions = f" Captions by {escape(captioner.name)}."
-        # The scorer of a miniature captions too; its note is a part of the captioner's note.
+        # The miniature's captioner uses the scorer, so its note includes the scorer's note.
         is_included = scorer.note in captioner.note
         notes = captioner.note if is_included else f"{scorer.note} {captioner.note}"
     return (
         f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}.{captions}'
         " A difference is green or red if its 95 % interval over the seeds excludes zero."
-        f" Means over the prompts are in the tab Results. {escape(notes)}</p>"
+        f" The tab Results shows the means over the prompts. {escape(notes)}</p>"
     )

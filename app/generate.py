@@ -1,7 +1,7 @@
-"""The tab Generate, which samples one prompt with two adapters, and the work of each browser.
+"""The tab Generate, which samples one prompt with two adapters, and the jobs of all browsers.
 
-Both adapters start from the same noise. The viewer samples for one browser at a time. A browser
-sees the progress of its own work and can cancel it.
+Both adapters start from the same noise. The viewer samples for one browser at a time. Each browser
+sees the progress of its own job and can cancel it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from .runs import (
 )
 from .sampling import BASE, Sampler, can_sample, find_comparison, read_form
 
-# Largest number of runs without weights whose names are shown; the others are counted.
+# Maximum number of runs without weights that are named; any others are only counted.
 MAX_NAMES = 4
 
 
 class Stopped(Exception):
-    """The work of a browser was cancelled, or the browser has left the page."""
+    """Raised to end a job: it was cancelled or replaced, or the browser has left the page."""
 
 
 class Work:
-    """The sampler that all parts of the page share, and the current work of each browser.
+    """The sampler that all parts of the page share, and the current job of each browser.
 
     Args:
         catalog: folders of the viewer.
-        page: page; when a browser leaves it, the browser's work ends.
+        page: the page; when a browser leaves it, the browser's job ends.
         device: name of a device, such as "cuda:1"; None for the best one.
     """
 
@@ -56,7 +56,7 @@ class Work:
         self.catalog = catalog
         self.sampler = Sampler(device)
         self._numbers = itertools.count(1)
-        self._current: dict[str | None, int] = {}  # session of a browser -> number of its work
+        self._current: dict[str | None, int] = {}  # session of a browser -> number of its job
         page.unload(self.stop)
 
     def events(
@@ -67,12 +67,12 @@ class Work:
         inputs: Sequence[Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Add the buttons Generate and Cancel with their events, and that of the Enter key.
+        """Add the buttons Generate and Cancel with their events, and the event of the Enter key.
 
         Args:
             name: beginning of the buttons' ids.
-            sample: called with the number of the work and the values of `inputs`.
-            prompt: widget in which the Enter key starts the work too.
+            sample: called with the job's number and the values of `inputs`.
+            prompt: widget in which the Enter key also starts a job.
             inputs: widgets of the form.
             outputs: HTML widgets for the values that `sample` yields. They are cleared first; the
                 first one shows the progress.
@@ -86,7 +86,7 @@ class Work:
             go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
             cancel = gr.Button("Cancel", elem_id=f"{name}-cancel")
         number = gr.Number(0, visible=False)
-        # Gradio's `cancels` is not used: after it the next event sometimes fails.
+        # Gradio's `cancels` is not used, because the next event sometimes fails after it.
         pressed = [go.click, prompt.submit]
         started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
         started.then(
@@ -103,23 +103,23 @@ class Work:
         cancel.click(self.stop, [], [], queue=False, **QUIET)
 
     def begin(self, request: gr.Request) -> int:
-        """Return a number for new work, and end this browser's earlier work."""
+        """Return a number for a new job, and end this browser's earlier job."""
         number = next(self._numbers)
         self._current[request.session_hash] = number
         return number
 
     def stop(self, request: gr.Request) -> None:
-        """End this browser's work before its next sampler step."""
+        """End this browser's job before its next sampler step."""
         self._current.pop(request.session_hash, None)
 
     def check(self, number: int, request: gr.Request) -> None:
-        """Raise `Stopped` unless this number is the browser's current work."""
+        """Raise `Stopped` unless this is the number of the browser's current job."""
         if self._current.get(request.session_hash) != number:
             raise Stopped
 
     @contextmanager
     def errors_on_page(self) -> Iterator[None]:
-        """Context manager: shows an error on the page as one sentence."""
+        """Show errors within the context on the page, as one sentence."""
         try:
             yield
         except (UserError, TrainingError) as error:
@@ -128,12 +128,12 @@ class Work:
 
 
 def message(text: str) -> str:
-    """A line below the form as HTML."""
+    """Return a line of text as HTML."""
     return f'<p class="quiet">{escape(text)}</p>'
 
 
 def placeholder(text: str) -> str:
-    """A sentence in the place of images that are not made yet, as HTML."""
+    """Return a sentence that is shown until there are images, as HTML."""
     return f'<p class="quiet placeholder">{escape(text)}</p>'
 
 
@@ -141,7 +141,7 @@ class Tab:
     """The tab Generate: its widgets and their events.
 
     Args:
-        work: the browsers' work.
+        work: the sampler and the browsers' jobs.
         changed: event after which the list of runs is filled.
     """
 
@@ -150,7 +150,7 @@ class Tab:
         self.catalog = work.catalog
         self.empty = parts.html("generate-empty", visible=False)
         with gr.Row(equal_height=False):
-            # Left: the form.
+            # Left: the form
             with gr.Column(scale=2, min_width=300) as form:
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
                 self.a = gr.Dropdown(label="A", elem_id="generate-a")
@@ -169,22 +169,22 @@ class Tab:
                     1,
                     step=0.05,
                     label="Guidance from",
-                    info="Strength of the adapter in the unconditional prediction. 1 is what other"
-                    " programs do, and 0 is the base model.",
+                    info="Strength of the adapter in the unconditional prediction. Other programs"
+                    " use 1; with 0, the base model makes this prediction.",
                     elem_id="generate-guidance-from",
                 )
-                base = gr.State(MINI)  # name of the base model of the suggested steps and guidance
+                base = gr.State(MINI)  # basis of the suggested steps and guidance
                 scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
                 )
                 run_sampler = gr.Checkbox(
                     True,
                     label="Sampler of the runs",
-                    info="The LoRA file and the scheduler of the runs' validation images.",
+                    info="Use the LoRA file and the scheduler of the runs' validation images.",
                     visible=False,
                     elem_id="generate-run-sampler",
                 )
-            # Right: the images.
+            # Right: the images
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
                 outputs[0].value = placeholder("Press Generate: the images of A and B appear here.")
@@ -199,7 +199,7 @@ class Tab:
             work.events("generate", self.generate, prompt, inputs, outputs)
 
     def fill(self, a: str | None, b: str | None) -> list[Any]:
-        """Fill the two lists, and keep the choice; the first choice is that of `first_choice`."""
+        """Fill the two lists, and keep a valid choice; otherwise, use `first_choice`."""
         runs = sort_runs([run for run in self.catalog.scan.runs if can_sample(run)])
         choices = [("base model", BASE)]
         for run in runs:
@@ -217,12 +217,15 @@ class Tab:
     def suggest(
         self, a: str, b: str, last_base: str, prompt: str, uses_run_sampler: bool
     ) -> list[Any]:
-        """Suggest a prompt, steps and a guidance scale for a choice.
+        """Suggest a prompt, steps and a guidance scale for the chosen pair.
 
-        The prompt is that of the first chosen run, unless the user has written one. Steps and
-        guidance are those of the base model, and change only with it; there is no guidance where
-        all chosen runs were trained towards it (``--guided_target``). Where all of them have a
-        sampler (``--sampling_lora``), they are those of the runs, and its checkbox is shown.
+        The prompt comes from the first chosen run, unless the user has written one. Steps and
+        guidance are the usual ones of the base model, without guidance if all chosen runs were
+        trained towards it (``--guided_target``). If all chosen runs have the same sampler (LoRA
+        file or scheduler) and the checkbox is on, they come from the runs. They are suggested again
+        only if this basis has changed.
+
+        The checkbox is shown if a chosen run has a sampler.
         """
         runs = {run.path: run for run in self.catalog.scan.runs if can_sample(run)}
         chosen_runs = [runs[path] for path in (a, b) if path in runs]
@@ -235,7 +238,7 @@ class Tab:
             base, sampler = comparison.base, comparison.sampler
             targets = [run.guided_target for run in chosen_runs]
             has_guidance = bool(targets) and min(targets) > 1
-            # What the suggestion depends on
+            # Basis of the suggested steps and guidance
             suggested_for = f"{base.name}, guided" if has_guidance else base.name
             if sampler.text:
                 suggested_for += f", {sampler.text}"
@@ -298,9 +301,10 @@ class Tab:
 
 
 def first_choice(runs: Sequence[RunItem]) -> tuple[str, str]:
-    """Paths of the first pair: the newest run that has a LoRA control, and this control.
+    """Return the paths of the first pair: the newest run that has a LoRA control, and this control.
 
-    Without a control it is the newest run and the base model; without runs, the base model twice.
+    If no run has a control, they are the newest run and the base model. Without runs, both are the
+    base model.
     """
     newest_runs = sort_newest_first(runs)
     for run in newest_runs:
@@ -311,7 +315,7 @@ def first_choice(runs: Sequence[RunItem]) -> tuple[str, str]:
 
 
 def runs_without_weights(catalog: Catalog) -> str:
-    """The image runs that the lists lack, and the reason, as HTML; "" if there is none."""
+    """Return a note on the image runs without weights, as HTML; "" if there are none."""
     names = []
     for run in catalog.scan.runs:
         if run.weights is None and not run.is_text:
@@ -321,11 +325,11 @@ def runs_without_weights(catalog: Catalog) -> str:
     listing = "; ".join(names[:MAX_NAMES])
     if len(names) > MAX_NAMES:
         listing += f"; and {len(names) - MAX_NAMES} more"
-    return message(f"Not in the lists, because they have no exported file yet: {listing}.")
+    return message(f"Not listed, because they have no exported file yet: {listing}.")
 
 
 def cards_html(labels: Sequence[str], images: Sequence[Image.Image]) -> str:
-    """Cards of both sides as HTML; a side without an image is empty."""
+    """Return the cards of both sides as HTML; a side without an image is empty."""
     cards = ""
     for number, label in enumerate(labels):
         uri = None

@@ -1,7 +1,7 @@
 """The grid of checkpoints against strengths in the tab Compare, sampled on demand.
 
-All images have the same prompt and seed. The rows are checkpoints of a run, with one row for each
-kind of guidance; the columns are strengths of the adapter.
+All images have the same prompt and seed. Each row is a checkpoint of a run with one kind of
+guidance; each column is a strength of the adapter.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from .sampling import (
     training_size,
 )
 
-# Number of images in a grid
+# Allowed numbers of images in a grid
 IMAGE_COUNTS = Range(64, "each takes as long as an image in the tab Generate", at_least=1)
-# Step of the checkpoint, model of the unconditional prediction, strength of the adapter
+# Step of the checkpoint, model of the unconditional prediction, and strength of the adapter
 Cell = tuple[int, float | str, float]
-# Number of checkpoints that are chosen at first
+# Number of checkpoints chosen by default
 FIRST_CHECKPOINTS = 4
 
 
@@ -44,7 +44,7 @@ class Grid:
     """The grid in the tab Compare: its widgets and their events.
 
     Args:
-        work: the browsers' work.
+        work: the sampler and the browsers' jobs.
         changed: event after which the list of runs is filled.
     """
 
@@ -56,7 +56,7 @@ class Grid:
             gr.Accordion(title, open=False, visible=False, elem_id="grid") as self.body,
             gr.Row(equal_height=False),
         ):
-            # Left: the form.
+            # Left: the form
             with gr.Column(scale=2, min_width=300) as form:
                 self.run = gr.Dropdown([], label="Run", elem_id="grid-run")
                 self.steps = gr.Dropdown(
@@ -70,15 +70,15 @@ class Grid:
                 sources = gr.Textbox(
                     "adapter, base",
                     label="Guidance from",
-                    info="A row for each: adapter, base, or the strength of the adapter in the"
-                    " unconditional prediction, such as 0.5.",
+                    info="Each value adds a row per checkpoint: adapter, base, or the adapter's"
+                    " strength in the unconditional prediction, such as 0.5.",
                     elem_id="grid-guidance-from",
                 )
-            # Right: the images.
+            # Right: the images
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html("grid-status"), parts.html("grid-images")]
                 outputs[0].value = placeholder(
-                    "Press Generate: a table appears here, with a row of images for each checkpoint"
+                    "Press Generate to see a table here, with a row of images for each checkpoint"
                     " and a column for each strength."
                 )
         choice = [self.run, self.steps, self.prompt]
@@ -88,7 +88,7 @@ class Grid:
             work.events("grid", self.sample, self.prompt, inputs, outputs)
 
     def fill(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
-        """Fill the form, and keep the choices that the run still has."""
+        """Fill the form, and keep the choices that still exist."""
         runs = sort_runs(runs_with_checkpoints(self.catalog.scan.runs))
         if not runs:
             return {self.body: gr.update(visible=False)}
@@ -135,7 +135,7 @@ class Grid:
                 sampler_steps, guidance = sampler.usual(*usual(model))
                 is_guided = model.family.is_guided(guidance, model.index, model.configs)
                 kinds = read_sources(sources)
-                # A run of full weights has no adapter to scale in the unconditional prediction.
+                # A run that trained all weights has no adapter to scale.
                 has_adapter = not methods.get(run.method).exports_weights
                 if not (has_adapter and is_guided):
                     kinds = [ADAPTER_GUIDANCE]
@@ -162,33 +162,39 @@ class Grid:
                     for item, image in zip(requests, images, strict=True):
                         cell = (step, item.guidance_from, item.scale)
                         uris[cell] = parts.data_uri(image)
-            text = f"Done: {first_request.prompt}, seed {first_request.seed}, by {run.name}."
+            text = (
+                f"Done: {first_request.prompt}, seed {first_request.seed}, sampled with {run.name}."
+            )
             yield message(text), grid_html(rows, kinds, columns, uris)
         except Stopped:
             yield message("Cancelled."), gr.skip()
 
     def _chosen(self, path: str, steps: Sequence[int]) -> tuple[RunItem, list[int]]:
-        """The chosen run and the steps of its chosen checkpoints, in order."""
+        """Return the chosen run and the steps of its chosen checkpoints, in order.
+
+        Raises:
+            UserError: the run or a checkpoint no longer exists, or no checkpoint is chosen.
+        """
         runs = {run.path: run for run in runs_with_checkpoints(self.catalog.scan.runs)}
         if path not in runs:
             raise UserError(f"the run {quoted(path)} no longer exists: choose another")
         if not steps:
-            raise UserError("no checkpoint is chosen: choose one or more")
+            raise UserError("no checkpoint is chosen: choose at least one")
         chosen_steps = sorted(set(steps))
         for step in chosen_steps:
             if step not in runs[path].checkpoints:
-                raise UserError(f"the checkpoint of step {step} no longer exists: choose others")
+                raise UserError(f"the checkpoint at step {step} no longer exists: choose another")
         return runs[path], chosen_steps
 
 
 def runs_with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
-    """Runs of image models that have checkpoints."""
+    """Return the runs of image models that have checkpoints."""
     return [run for run in runs if run.checkpoints and not run.is_text]
 
 
 def evenly_spaced(steps: Sequence[int], count: int) -> list[int]:
-    """Choose at most `count` steps at equal distances, with the last step."""
-    # Every ceil(n / count)th of n steps, backwards from the last one
+    """Choose at most `count` evenly spaced steps, including the last one."""
+    # Every ceil(n / count)-th of n steps, backwards from the last one
     stride = -(-len(steps) // count)
     return sorted(steps[::-stride])
 
@@ -204,17 +210,17 @@ def read_strengths(text: str) -> list[float]:
         try:
             strengths.append(float(word))
         except ValueError:
-            fix = "write numbers with commas, such as 0.5, 1"
+            fix = "write numbers separated by commas, such as 0.5, 1"
             raise UserError(f"the strength {quoted(word)} is not a number: {fix}") from None
         STRENGTHS.check("a strength", strengths[-1])
     return list(dict.fromkeys(strengths))
 
 
 def read_sources(text: str) -> list[float | str]:
-    """Read models of the unconditional prediction separated by commas, without duplicates.
+    """Read models of the unconditional prediction, separated by commas, without duplicates.
 
     Raises:
-        UserError: a word is none.
+        UserError: a word is not adapter, base, or a strength in the allowed range.
     """
     sources = [read_source(word.strip()) for word in text.split(",")]
     return list(dict.fromkeys(sources))
@@ -226,11 +232,11 @@ def grid_html(
     columns: Sequence[float],
     uris: Mapping[Cell, str],
 ) -> str:
-    """The grid as HTML, with a row for each step and kind of guidance.
+    """Return the grid as HTML, with a row for each step and kind of guidance.
 
     Args:
         rows: steps of the checkpoints.
-        kinds: models of the unconditional prediction. If there is only one, rows do not name it.
+        kinds: models of the unconditional prediction. A single one is not named in the rows.
         columns: strengths of the adapter.
         uris: URIs of the images sampled so far.
     """

@@ -1,10 +1,11 @@
-"""The guard around Gradio's app: it limits senders, paths and values of requests.
+"""The guard around Gradio's app: it restricts the senders, paths and values of requests.
 
-There are two attackers. A web site that the user visits can send requests to the viewer from the
-user's browser. And everybody in the network can send requests to a viewer that is started with
---host 0.0.0.0. Gradio's server alone accepts uploads, fetches URLs that it is sent, and on hosts
-other than "localhost" lets every web site read its responses. The viewer only answers requests to
-its own host names, from its own page, for the paths of this page, and with texts and numbers.
+There are two kinds of attackers. A website that the user visits can send requests to the viewer
+from the user's browser. And everybody on the network can send requests to a viewer started with
+--host 0.0.0.0. Gradio's server alone accepts uploads, fetches URLs from requests, and, on hosts
+other than "localhost", lets every website read its responses. The viewer only answers requests that
+are sent to its own host names by its own page, use the paths of this page, and contain only texts
+and numbers.
 
 Libraries do the rest: Starlette limits the size of a request, and the browser enforces `POLICY`.
 """
@@ -37,22 +38,22 @@ OPEN_ROUTES = re.compile(
 )
 # The paths to which the page sends events
 EVENT_ROUTES = ("/gradio_api/queue/join", "/gradio_api/run/predict")
-# A Host header: a name, or an IPv6 address in brackets, with or without a port
+# Pattern of a Host header: a name or an IPv6 address in brackets, with or without a port
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^][:/@?#]+)(:\d+)?")
-# Largest body of a request; the page only sends choices and prompts.
+# Maximum size of a request's body; the page only sends choices and prompts.
 MAX_BODY_BYTES = 100_000
-# Longest text of an event, such as a prompt
+# Maximum number of characters of a text in an event, such as a prompt
 MAX_TEXT_LENGTH = 10_000
-# Longest line in the terminal, in characters
+# Maximum number of characters of a line in the terminal
 MAX_LINE_LENGTH = 400
-# With this policy the browser loads nothing from other servers, and shows the page inside no other
-# page. Gradio's page needs inline scripts and styles.
+# With this policy, the browser loads nothing from other servers and does not show the page inside
+# another page. Gradio's page needs inline scripts and styles.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
     " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none';"
     " frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
-# Headers of every answered request
+# Headers of every response to an accepted request
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -75,7 +76,7 @@ def add_guards(
         events: numbers of the page's events.
         host: address that the server listens on.
         public: whether other machines may connect.
-        allowed_hosts: more host names of this server, such as the name of a proxy.
+        allowed_hosts: additional host names of this server, such as the name of a proxy.
     """
     names = {"localhost", "127.0.0.1", "::1", host.lower()}
     names |= {name.lower() for name in allowed_hosts}
@@ -86,20 +87,21 @@ def add_guards(
 
 
 class PageGuard:
-    """ASGI middleware that refuses other host names, other web sites and other paths.
+    """ASGI middleware that refuses other host names, websites and paths.
 
-    A request must name a host name of this server, come from its own page, and be for a path that
-    the page needs. `POLICY` is added to each response.
+    The Host header of a request must be a name of this server, the request must come from the
+    server's own page, and the page must need the path. `HEADERS` are added to each response of the
+    application.
 
-    Starlette's TrustedHostMiddleware can't replace the check of the host name: it accepts no set of
-    all IP addresses, and its response does not say that --allow_host adds a name. Gradio's CORS
-    check applies to "localhost" only.
+    Starlette's TrustedHostMiddleware can't replace the check of the host name: it has no option for
+    all IP addresses, and its response does not mention --allow_host. Gradio's CORS check applies
+    only to "localhost".
 
     Args:
         app: the application.
         names: host names of this server, in lower case.
-        accepts_addresses: whether every IP address is a name of this server. A server in a
-            container does not know its address outside of it.
+        accepts_addresses: whether every IP address is accepted as a name of this server. A server
+            in a container does not know its outside address.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str], accepts_addresses: bool) -> None:
@@ -127,22 +129,22 @@ class PageGuard:
         await PlainTextResponse(refusal, 403)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request to the application, and print an error in one line.
+        """Pass a request to the application; if it fails, print the error in one line.
 
-        The error comes after the browser has got its response or has left. The server would print
-        a traceback, and the message may contain everything that the browser sent.
+        Errors occur after the browser has received its response or has left. Without this method,
+        the server would print a traceback, whose message may contain anything the browser sent.
         """
         try:
             await self._app(scope, receive, _with_policy(send))
-        except Exception as error:  # of any kind, because the next request must be answered
+        except Exception as error:  # any exception, because the server must keep running
             line = f"a request failed: {type(error).__name__}: {reason(error)}"
             print(strip_controls(line), file=sys.stderr, flush=True)
             print_trace_if_asked(error)
 
     def _is_own_name(self, host: str) -> bool:
-        """Test whether a Host header has a name of this server.
+        """Return whether a Host header contains a name of this server.
 
-        A web site can point its own host name at this machine (DNS rebinding), but it can't do this
+        A website can point its own host name at this machine (DNS rebinding), but it can't do so
         with an IP address or a name of this server.
         """
         match = HOST.fullmatch(host)
@@ -157,7 +159,7 @@ class PageGuard:
 
 
 def _is_open(method: str, path: str) -> bool:
-    """Test whether the page requests a path by this method."""
+    """Return whether the page requests a path with this method."""
     if method == "POST":
         return path in EVENT_ROUTES
     return method in ("GET", "HEAD") and OPEN_ROUTES.fullmatch(path) is not None
@@ -166,9 +168,9 @@ def _is_open(method: str, path: str) -> bool:
 class EventGuard:
     """ASGI middleware that refuses events that the page does not send.
 
-    The page sends texts, numbers, and lists of them. Gradio may take an object for a file of the
-    server or a URL, and reads these before the function of the event gets the values. Gradio
-    refuses other files of the server itself, but has no setting that refuses URLs.
+    The page sends texts, numbers, and lists of them. Gradio may interpret an object as a file on
+    the server or as a URL, and reads it before the event's function gets the values. Gradio itself
+    refuses files that the page does not serve, but it has no setting to refuse URLs.
 
     Args:
         app: the application.
@@ -198,7 +200,7 @@ class EventGuard:
         await self._app(scope, receive_again, send)
 
     def _refusal(self, body: bytes) -> str | None:
-        """The sentence that refuses an event by its body; None for an event of the page."""
+        """Return the reason to refuse an event, given its body; None to accept it."""
         try:
             event = json.loads(body)  # as in FastAPI
         except (ValueError, RecursionError):
@@ -208,7 +210,7 @@ class EventGuard:
         number = event.get("fn_index")
         if not isinstance(number, int) or number not in self._events:
             return "The page has no such event: load the page again."
-        # Only the data of a click is an object, such as {"prompt": 3}.
+        # Only the data of a click may be an object, such as {"prompt": 3}.
         event_data = event.get("event_data")
         if isinstance(event_data, dict) and all(map(_is_number, event_data.values())):
             del event["event_data"]
@@ -220,7 +222,7 @@ class EventGuard:
             elif isinstance(value, dict):
                 return "The values of an event must be strings and numbers, not files."
             elif isinstance(value, str) and len(value) > MAX_TEXT_LENGTH:
-                return f"A text has {len(value):,} characters: give at most {MAX_TEXT_LENGTH:,}."
+                return f"A text has {len(value):,} characters: use at most {MAX_TEXT_LENGTH:,}."
         return None
 
 
@@ -229,7 +231,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _with_policy(send: Send) -> Send:
-    """An ASGI `send` that adds `HEADERS` to the response."""
+    """Wrap an ASGI `send` so that it adds `HEADERS` to the response."""
 
     async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -242,15 +244,16 @@ def _with_policy(send: Send) -> Send:
 class ShortLines(io.TextIOBase):
     """A stream for the terminal that shortens lines and removes control characters.
 
-    When an event fails, Gradio prints a traceback with the values that a visitor sent. They may be
-    long, and control characters could change what the terminal shows. Gradio has no setting for it.
+    When an event fails, Gradio prints a traceback with the values that a visitor sent. These may be
+    long, and control characters in them could manipulate the terminal's display. Gradio has no
+    setting to prevent this.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write a text, with at most `MAX_LINE_LENGTH` characters of each line."""
+        """Write a text; each line is cut to `MAX_LINE_LENGTH` characters."""
         lines = [strip_controls(line[:MAX_LINE_LENGTH]) for line in text.split("\n")]
         self._stream.write("\n".join(lines))
         return len(text)

@@ -1,8 +1,8 @@
-// What the page does in the browser: the tab in the address, keys, enlarged pictures, sliders, copying.
+// The page's behavior in the browser: the tab in the address, keys, enlarged pictures, sliders, and copying.
 
 // Functions that HTML widgets and events of the page call
 const bilora = {
-  // The list of prompts: reports a click on a row, and keeps the chosen row visible.
+  // For the list of prompts: report a click on a row, and keep the chosen row visible.
   pick(element, trigger, watch) {
     element.addEventListener("click", (event) => {
       const row = event.target.closest("[data-prompt]");
@@ -21,7 +21,7 @@ const bilora = {
         list.scrollTop = above - list.clientHeight / 2 + row.offsetHeight / 2;
     });
   },
-  // Writes a view into the browser's address, and keeps other parameters such as `__theme`.
+  // Write a view into the browser's address, keep other parameters such as `__theme`, and return the link.
   address(query) {
     if (!query) return "";
     const parameters = new URLSearchParams(window.location.search), view = new URLSearchParams(query);
@@ -42,7 +42,7 @@ const bilora = {
   const tabName = (tab) => tab.textContent.trim().toLowerCase();
   const tabs = () => [...document.querySelectorAll("#frame-tabs [role=tab]")];
   const tabInAddress = () => new URLSearchParams(window.location.search).get("tab") || "compare";
-  let isFollowing = false;  // while the address changes and the tab follows
+  let isFollowing = false;  // true while the tab follows a change of the address
   const followAddress = () => {
     isFollowing = true;
     const tab = tabs().find((tab) => tabName(tab) === tabInAddress());
@@ -61,7 +61,7 @@ const bilora = {
       query.set("tab", tabName(tab));
       window.history.pushState(null, "", `${window.location.pathname}?${query}`);
     }
-    // A message belongs to the form that it came from.
+    // Close old messages when the user changes the tab or starts a new job.
     if (tab || event.target.closest("#generate-go, #grid-go"))
       for (const close of document.querySelectorAll(".toast-close")) close.click();
     const button = event.target.closest("[data-copy]");
@@ -74,21 +74,21 @@ const bilora = {
     try {
       await navigator.clipboard.writeText(code.textContent);
       button.textContent = "Copied";
-    } catch {  // the clipboard needs https
+    } catch {  // browsers allow clipboard access only over https or on localhost
       window.getSelection().selectAllChildren(code);
       button.textContent = "Press Ctrl-C";
     }
     setTimeout(() => { button.textContent = "Copy"; }, 2000);
   };
 
-  // A label for screen readers, which Gradio does not set
+  // Set a label for screen readers, because Gradio sets none.
   const addLabel = () => {
     for (const field of document.querySelectorAll("#compare-link input:not([aria-label])"))
       field.setAttribute("aria-label", "Link to this view");
   };
   new MutationObserver(addLabel).observe(document.documentElement, { childList: true, subtree: true });
 
-  // Enlarged pictures: Escape closes, the arrow keys show the previous and the next picture of the page.
+  // Enlarged pictures: Escape closes the picture, and the arrow keys show the previous or next one on the page.
   let enlargedPicture = null;
   const zoomDialog = () => {
     const existing = document.getElementById("zoom");
@@ -112,14 +112,14 @@ const bilora = {
   };
   const enlargeNext = (offset) => {
     const pictures = [...document.querySelectorAll(PICTURE)].filter((picture) => picture.offsetParent !== null);
-    // After an update of the page the same picture is in another element.
+    // After an update of the page, the same picture may be in another element.
     const isSame = (picture) => picture === enlargedPicture
       || (!enlargedPicture.isConnected && picture.src === enlargedPicture.src);
     const index = pictures.findIndex(isSame);
     if (index >= 0 && pictures[index + offset]) enlarge(pictures[index + offset]);
   };
 
-  // A slider over two pictures: the part of the first picture that is visible.
+  // A slider over two pictures: set the visible part of the first picture.
   document.addEventListener("input", (event) => {
     if (event.target instanceof Element && event.target.matches(".pair input"))
       event.target.parentElement.style.setProperty("--at", `${event.target.value}%`);
@@ -139,7 +139,7 @@ const bilora = {
       enlarge(event.target);
       return;
     }
-    // Arrow keys and j/k step through the prompts of the tab Compare, unless a widget uses these keys.
+    // The arrow keys and j/k step through the prompts of the tab Compare, unless a widget uses these keys.
     if (!offset || event.target.closest(WIDGETS)) return;
     const button = document.getElementById(offset > 0 ? "compare-next" : "compare-previous");
     if (!button || button.offsetParent === null) return;

@@ -1,9 +1,9 @@
 """The page with the tabs, and its server.
 
-Each tab is a module that builds its widgets inside its ``gr.Tab``, by a class or by `build`. The
-layout is built once, when the viewer starts. A page scans the root when it is loaded and every few
-seconds. A tab fills its lists at the event ``changed``, which happens after the page is loaded and
-whenever the scan finds a change.
+Each part of a tab is a module with a class or a function `build` that builds its widgets inside the
+``gr.Tab``. The layout is built once, when the viewer starts. A page scans the root when it is
+loaded and then every few seconds. The event ``changed`` fills the lists of a tab; it occurs after
+the page is loaded and whenever a scan finds a change.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .parts import QUIET, html
 
 FOLDER = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
-# Time between two scans of the root
+# Interval between two scans of the root
 RESCAN_SECONDS = 5.0
-# Largest number of broken folders that the notice names; the others are counted.
+# Maximum number of broken folders that the notice names; any others are only counted.
 MAX_LISTED = 8
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
@@ -46,7 +46,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         heading = html("frame-title")
         notice = html("frame-notice", visible=False)
-        # Hidden texts with the hashes of the last scan; tabs use the event of their change.
+        # Hidden texts with the hashes of the last scan; tabs listen to their `change` events.
         hashes: dict[str, gr.Textbox] = {}
         for kind in ("runs", "scores", "results"):
             hashes[kind] = gr.Textbox("", visible=False, elem_id=f"frame-{kind}")
@@ -76,14 +76,14 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 
 def heading_html(catalog: Catalog) -> str:
-    """The heading of the page: name of the root, and numbers of runs and results, as HTML."""
+    """Return the heading with the root's name and the numbers of runs and results, as HTML."""
     scan = catalog.scan
     counts = f"{counted(len(scan.runs), 'run')}, {counted(len(scan.results), 'result')}"
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {counts}</p>"
 
 
 def broken_html(catalog: Catalog) -> str:
-    """List of broken folders, as HTML; "" if there is none."""
+    """Return the list of broken folders, as HTML; "" if there are none."""
     broken = catalog.scan.broken
     if not broken:
         return ""
@@ -97,10 +97,10 @@ def broken_html(catalog: Catalog) -> str:
 
 
 class Server(uvicorn.Server):
-    """A server that prints no traceback for the streams of open pages when it ends."""
+    """A server that prints no tracebacks for the streams of open pages when it stops."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close all connections; after a second, also those in use."""
+        """Close all connections; those still in use are closed after a second."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
@@ -108,8 +108,8 @@ class Server(uvicorn.Server):
 def build_app(page: gr.Blocks) -> FastAPI:
     """Build the web application of a page.
 
-    Gradio's `launch` does not fit: it requests the page from the new server, and gives up if this
-    fails because of a proxy. Mounting Gradio's app in another app does not request anything.
+    Gradio's `launch` is not used, because it requests the page from the new server and gives up if
+    a proxy makes this request fail. Mounting Gradio's app in another app sends no request.
     """
     style = (FOLDER / "style.css").read_text("utf-8")
     script = (FOLDER / "page.js").read_text("utf-8")
@@ -126,11 +126,11 @@ def build_app(page: gr.Blocks) -> FastAPI:
         mcp_server=False,
         max_file_size="1kb",
         theme=gr.themes.Default(**hues, font=FONT, font_mono=MONO),
-        # Gradio would change the specificity of the rules in its argument `css`.
+        # In the argument `css`, Gradio would change the specificity of the rules.
         head=f"<style>{style}</style><script>{script}</script>",
     )
-    # As in `launch`. Otherwise Gradio trusts every path in an event, and copies any file that this
-    # process can read into its cache.
+    # As in `launch`. Otherwise, Gradio would trust every path in an event, and copy any file that
+    # this process can read into its cache.
     page.has_launched = True
     page.is_running = True
     return app
@@ -144,23 +144,23 @@ def build_server(
     device: str | None,
     allowed_hosts: Sequence[str] = (),
 ) -> Server:
-    """Build the server of the page; its method `run` serves.
+    """Build the server of the page; call its method `run` to serve.
 
     Args:
         catalog: folders of the viewer.
         host: address that the server listens on.
         public: whether other machines may connect.
         device: device that samples images; None for the best one.
-        allowed_hosts: host names to answer to, in addition to those of this machine.
+        allowed_hosts: additional host names to accept, besides those of this machine.
     """
     page = build(catalog, device)
     app = build_app(page)
-    events = []  # without those that run in the browser
+    events = []  # events that run on the server, not only in the browser
     for number, event in page.fns.items():
         if event.fn is not None:
             events.append(number)
-    # The guard is around the full app, because Gradio's CORS middleware would be around any
-    # middleware of the app.
+    # The guard wraps the whole app, because Gradio's CORS middleware would wrap any middleware that
+    # is added to the app.
     guarded_app = add_guards(app, events, host, public, allowed_hosts)
-    # Without a timeout the streams of an open page would keep the server running.
+    # Without a timeout, the streams of an open page would keep the server running.
     return Server(uvicorn.Config(guarded_app, log_level="warning", timeout_graceful_shutdown=1))

@@ -1,6 +1,6 @@
-"""Parts of all tabs: pictures and cards as HTML, the notice of an empty tab, quiet events.
+"""Parts that several tabs use: pictures and cards as HTML, notices, and background events.
 
-Pictures are data in the page's HTML, so that the server has to serve no files.
+Pictures are embedded in the page's HTML, so that the server does not have to serve files.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .runs import CONTROL, OURS, RunItem, choose_pair
 
 # Properties of events that fill the page in the background
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-# Bounds of the longer side of a picture on the page, in pixels
+# Minimum and maximum of the longer side of a picture on the page, in pixels
 MIN_SIDE, MAX_SIDE = 256, 768
-# Smallest longer side of the pictures of a slider, in pixels
+# Minimum of the longer side of a slider's pictures, in pixels
 MIN_SLIDER_SIDE = 384
-# Largest longer side of a result's figure, in pixels
+# Maximum of the longer side of a result's figure, in pixels
 MAX_FIGURE_SIDE = 1600
-# Formats of pictures. For some others Pillow runs external programs, such as Ghostscript.
+# Accepted formats of pictures. For some others, Pillow runs external programs such as Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-# Pixels of the largest picture. A small file can decompress to a very large image, which must fit
+# Maximum number of pixels of a picture. A small file can decompress to an image that does not fit
 # into memory.
 MAX_PIXELS = 2**26
 # Widget -> its new value or properties
@@ -51,13 +51,13 @@ def html(elem_id: str | None = None, **options: Any) -> gr.HTML:
 
 
 def notice(text: str) -> Any:
-    """An update of an HTML widget that is hidden while it is empty."""
+    """Return an update that shows an HTML widget with this text, or hides it if the text is ""."""
     return gr.update(value=text, visible=bool(text))
 
 
 def warn(text: str) -> None:
-    """Show a warning over the page."""
-    gr.Warning(escape(text))  # Gradio reads it as HTML
+    """Show a warning as a pop-up message on the page."""
+    gr.Warning(escape(text))  # Gradio interprets the text as HTML
 
 
 # pictures
@@ -77,7 +77,7 @@ def read_picture(path: Path) -> Image.Image | None:
 
 
 def resize_to_fit(picture: Image.Image, min_side: int, max_side: int) -> Image.Image:
-    """Resize a picture by Lanczos so that its longer side is between two bounds."""
+    """Resize a picture with a Lanczos filter, so that its longer side is between two bounds."""
     side = max(picture.size)
     new_side = min(max(side, min_side), max_side)
     width = max(1, round(picture.width * new_side / side))
@@ -86,14 +86,14 @@ def resize_to_fit(picture: Image.Image, min_side: int, max_side: int) -> Image.I
 
 
 def data_uri(picture: Image.Image, min_side: int = MIN_SIDE, max_side: int = MAX_SIDE) -> str:
-    """A picture as a ``data:`` URI, resized so that its longer side is between two bounds."""
+    """Encode a picture as a ``data:`` URI, resized as by `resize_to_fit`."""
     buffer = io.BytesIO()
     resize_to_fit(picture, min_side, max_side).save(buffer, "WEBP", quality=92, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def file_uri(path: Path, max_side: int = MAX_SIDE) -> str | None:
-    """A picture's file as a ``data:`` URI; None if it is missing or unreadable."""
+    """Encode a picture file as a ``data:`` URI; None if it is missing or unreadable."""
     try:
         status = path.stat()
     except OSError:
@@ -103,7 +103,7 @@ def file_uri(path: Path, max_side: int = MAX_SIDE) -> str | None:
 
 @lru_cache(maxsize=512)
 def _cached_file_uri(path: Path, max_side: int, changed_at: int, size: int) -> str | None:
-    """Cached `file_uri`; time and size are part of the key, so a changed file is read again."""
+    """Cache `file_uri`; the key includes time and size, so a changed file is read again."""
     picture = read_picture(path)
     if picture is None:
         return None
@@ -111,13 +111,13 @@ def _cached_file_uri(path: Path, max_side: int, changed_at: int, size: int) -> s
 
 
 def file_uri_below_root(catalog: Catalog, path: str, max_side: int = MAX_SIDE) -> str | None:
-    """`file_uri` of a path relative to the root; None if the path leads out of the root."""
+    """Return `file_uri` of a path relative to the root; None if the path leads out of the root."""
     with contextlib.suppress(UserError):
         return file_uri(catalog.resolve(path), max_side)
 
 
 def image_html(uri: str | None, label: str, missing: str = "") -> str:
-    """A picture as HTML. A click or the Enter key enlarges it.
+    """Return a picture as HTML; a click, the Enter key or the space bar enlarges it.
 
     Args:
         uri: URI of the picture; None if there is no picture.
@@ -133,7 +133,7 @@ def image_html(uri: str | None, label: str, missing: str = "") -> str:
 def card_html(
     title: str, uri: str | None, role: str = "", missing: str = "", facts: str = ""
 ) -> str:
-    """A picture under its name, as HTML.
+    """Return a picture below its name, as HTML.
 
     Args:
         title: name of the picture.
@@ -150,10 +150,10 @@ def card_html(
 
 
 def slider_html(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str:
-    """Two pictures on top of each other with a movable line between left and right, as HTML.
+    """Return two overlaid pictures with a movable dividing line, as HTML.
 
-    The first picture is visible on the left of the line, the second one on the right. The line is
-    the browser's range input, so that mouse, finger and arrow keys move it.
+    The first picture is visible to the left of the line, and the second one to the right. The line
+    is a range input of the browser, so mouse, touch and arrow keys move it.
 
     Args:
         labels: names of both pictures.
@@ -178,7 +178,7 @@ def slider_html(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -
     )
 
 
-# commands to copy, with the paths of existing runs
+# commands to copy
 
 TRAIN = (
     "python train_dreambooth_bilora.py --method {method}"
@@ -186,30 +186,30 @@ TRAIN = (
     " --validation_prompt 'a photo of TOK on a beach' --output_dir {root}/{method}"
 )
 TRAIN_BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL, OURS))
-# Key -> (explanation, command with {root}) for an empty viewer.
+# Key -> (explanation, command with {root}), for a viewer without runs
 COMMANDS = {
     "demo": (
-        "Train LoRA and Bi-LoRA on the miniature (make demo writes them into demo):",
+        "Train LoRA and Bi-LoRA on the miniature (make demo trains them in the folder demo):",
         "python -m bilora_diffusion.demo --output_dir {root}",
     ),
     "train": ("Or train both on your own pictures:", TRAIN_BOTH),
     "images": ("Train both with validation images:", TRAIN_BOTH),
 }
-# Purposes of the commands of ``eval``, which take runs
+# Command of ``eval`` -> explanation; the paths of runs are added to these commands.
 EVALUATIONS = {
     "clip_scores": (
-        "Sample images with each run and score them (for a quick try add --max_prompts 6 --seeds"
+        "Sample images with each run and score them (for a quick try, add --max_prompts 6 --seeds"
         " 0):"
     ),
     "landscape": "Measure how flat the loss is around the weights of runs:",
-    "dynamics": "Plot how the adapters moved in runs with --log_dynamics:",
-    "generalization": "Plot training and held-out loss of runs that measured both:",
-    "text_scores": "Score text runs by the metrics in their logs:",
+    "dynamics": "Plot how the adapters changed in runs with --log_dynamics:",
+    "generalization": "Plot the training and held-out loss of runs that measured both:",
+    "text_scores": "Compare text runs by the metrics in their logs:",
 }
 
 
 def empty_notice(catalog: Catalog, title: str, *names: str) -> str:
-    """A notice that a tab has nothing to show yet, with commands to copy, as HTML.
+    """Return a notice that a tab has nothing to show yet, with commands to copy, as HTML.
 
     Args:
         catalog: folders of the viewer.
@@ -233,12 +233,12 @@ def empty_notice(catalog: Catalog, title: str, *names: str) -> str:
         )
     return (
         f'<section class="empty"><h2>{escape(title)}</h2><ol>{rows}</ol>'
-        "<p>Their output appears here without a reload.</p></section>"
+        "<p>Their output appears here automatically.</p></section>"
     )
 
 
 def evaluation_command(catalog: Catalog, name: str) -> str:
-    """A command of ``eval`` with two example runs."""
+    """Return a command of ``eval`` with the paths of up to two example runs."""
     runs = example_runs(catalog, name)
     paths = [catalog.command_path(run.path) for run in runs]
     if not paths:
@@ -253,7 +253,7 @@ def evaluation_command(catalog: Catalog, name: str) -> str:
 
 
 def heldout_set_of_miniature(runs: Sequence[RunItem]) -> str | None:
-    """Name of the held-out set that all runs share if they train the miniature; None otherwise."""
+    """Return the held-out set that all runs share if they train a miniature; None otherwise."""
     heldout_sets = [name for name in mini.FOLDERS if name.endswith(mini.HELDOUT_SUFFIX)]
     names = set()
     for run in runs:
@@ -265,10 +265,10 @@ def heldout_set_of_miniature(runs: Sequence[RunItem]) -> str | None:
 
 
 def example_runs(catalog: Catalog, name: str) -> Sequence[RunItem]:
-    """Two example runs for a command of ``eval``.
+    """Choose up to two example runs for a command of ``eval``.
 
-    text_scores takes text runs, generalization takes all runs, and the others take image runs;
-    dynamics needs runs with --log_dynamics.
+    "text_scores" takes text runs, "dynamics" runs with --log_dynamics, and "generalization" all
+    runs; the other commands take image runs.
     """
     runs = catalog.scan.runs
     if name == "dynamics":

@@ -1,4 +1,4 @@
-"""A metric over the steps of a run, smoothed and thinned out for a plot."""
+"""Functions that read, smooth and thin out a metric over the steps of a run, for a plot."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pandas as pd
 Row = Mapping[str, Any]
 # (step, value) pairs, sorted by step
 Points = list[tuple[int, float]]
-# Approximate number of points of a line
+# Approximate maximum number of points of a line
 MAX_POINTS = 400
 
 
 def series(rows: Sequence[Row], key: str) -> Points:
-    """Values of a metric over the steps, without rows in which it is missing or not finite."""
+    """Return a metric over the steps, without rows in which it is missing or null (not finite)."""
     points = []
     for row in rows:
         if type(row.get(key)) in (int, float):  # bool is a subclass of int
@@ -25,16 +25,17 @@ def series(rows: Sequence[Row], key: str) -> Points:
 
 
 def smooth(points: Points, window: int) -> Points:
-    """The running mean: each value is averaged with up to `window - 1` values before it."""
+    """Return the running mean, which averages each value with up to `window - 1` before it."""
     values = pd.Series([value for _, value in points], dtype=float)
     means = values.rolling(max(1, window), min_periods=1).mean()
     return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """Reduce a curve to about `limit` points, and keep its ends and peaks.
+    """Reduce a curve to about `limit` points without losing its ends and peaks.
 
-    It keeps the first and the last point, and the lowest and the highest point of equal sections.
+    The result has the first and the last point, and the lowest and the highest point of each of
+    `limit // 2` equal sections.
     """
     if len(points) <= limit:
         return points

@@ -1,4 +1,4 @@
-"""The tab "Results": figures and reports of all results."""
+"""The tab Results: figures and reports of all results."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from . import parts
 from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 
-# Commands that the notice of an empty tab shows
+# Commands that the notice of an empty tab may show
 COMMANDS = ("landscape", "generalization", "text_scores", "dynamics")
-# Largest part of a report that is shown
+# Maximum number of characters of a report that are shown
 REPORT_BYTES = 1_000_000
-# Marks that Gradio's page would render as HTML, requests or diagrams -> entities, which it renders
+# Markup that Gradio's page would render as HTML, requests or diagrams -> entities, which it renders
 # as text. A report may come from somebody else.
 ENTITIES = {"<": "&lt;", "![": "&#33;[", "```": "&#96;&#96;&#96;", "~~~": "&#126;&#126;&#126;"}
-# Most levels of quotes and lists in a line; some thousand would exhaust the browser's stack.
+# Maximum levels of quotes and lists in a line; a few thousand would exhaust the browser's stack.
 MAX_NESTING = 50
 _MARK = r"[ \t]*(?:>|(?:[-+*]|\d{1,9}[.)])(?=\s))"
 NESTED = re.compile(rf"^((?:{_MARK}){{{MAX_NESTING}}})(?:{_MARK})+", re.MULTILINE)
-# A picture in Markdown. It has no bracket inside, so that a megabyte of "![" takes linear time.
+# Pattern of a picture in Markdown. No brackets are allowed inside, so that matching takes linear
+# time even in a megabyte of "![".
 PICTURE = re.compile(r"!\[[^\[\]]*\]\([^()]*\)")
 
 
@@ -78,33 +79,33 @@ def build(catalog: Catalog, changed: Any) -> None:
 
 
 def figures_html(catalog: Catalog, item: ResultItem) -> str:
-    """The figures of a result as HTML, with a sentence in place of each unreadable one."""
+    """Return the figures of a result as HTML; a sentence replaces each unreadable figure."""
     figures = ""
     for path in item.figures:
         name = PurePosixPath(path).stem
         uri = parts.file_uri_below_root(catalog, path, parts.MAX_FIGURE_SIDE)
         label = name.replace("_", " ").replace("-", " ")
-        missing = f"The figure {name}.png can't be read: make the result again."
+        missing = f"The figure {name}.png can't be read: run the result's command again."
         figures += parts.image_html(uri, label, missing)
     return figures
 
 
 def read_report(catalog: Catalog, item: ResultItem) -> str:
-    """Read the report of a result as harmless Markdown, without its figures."""
+    """Read the report of a result, without its figures, as safe Markdown."""
     try:
         path = regular_file(catalog.resolve(f"{item.path}/{REPORT}"))
         # `regular_file` refuses a pipe, which would block the reader.
         with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):
-        return f"The report {REPORT} can't be read: make the result again."
+        return f"The report {REPORT} can't be read: run the result's command again."
     return escape_markdown(PICTURE.sub("", report))
 
 
 def escape_markdown(markdown: str) -> str:
-    """Make Markdown harmless, so that Gradio's page renders no HTML, request or diagram from it.
+    """Escape Markdown, so that Gradio's page renders no HTML, requests or diagrams from it.
 
-    Marks of nesting beyond `MAX_NESTING` are removed.
+    Quotes and lists nested deeper than `MAX_NESTING` are flattened.
     """
     markdown = NESTED.sub(r"\1", markdown)
     for mark, entities in ENTITIES.items():

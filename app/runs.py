@@ -1,4 +1,4 @@
-"""A run in the viewer: its name, prompts and progress, and the pair to compare first."""
+"""Runs in the viewer: their names, prompts and progress, and the pair that is compared first."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from bilora_diffusion.run.record import HEARTBEAT_SECONDS, TRAINING_ACTIVITY
 
 # Methods of the pair that is shown before the user chooses
 CONTROL, OURS = "lora", "bilora"
-# Time without a new line after which a training run counts as stalled
+# Time without output after which a run in training counts as stalled
 STALE_SECONDS = 12 * HEARTBEAT_SECONDS
-# The same while a run does something other than steps, such as validation images
+# The same time during another activity, such as validation images
 BUSY_SECONDS = 3600.0
-# Number of last steps whose median time predicts the remaining time
+# Number of the last steps whose median duration predicts the remaining time
 RECENT_STEPS = 50
-# Prompt for runs without one
+# Prompt for runs that have none
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 
 
@@ -38,13 +38,13 @@ class RunItem:
     name: str
     # Content of ``run.json``
     record: dict[str, Any]
-    # File of the exported LoRA, or folder of full models; None before the export
+    # Path of the exported adapter file or full model's folder; None before the export
     weights: str | None
     # Steps with validation images, in order
     steps: tuple[int, ...] = ()
     # Steps with a checkpoint, in order
     checkpoints: tuple[int, ...] = ()
-    # Hash of the samples and noise of the first step; None before it
+    # Hash of the first step's samples and noise; None before the first step
     data_hash: str | None = None
 
     @property
@@ -59,7 +59,7 @@ class RunItem:
 
     @property
     def started_at(self) -> str:
-        """Time of the start in ISO 8601, which sorts as text; "" if the record has none."""
+        """Start time in ISO 8601, which can be sorted as text; "" if the record has none."""
         return str(self.record.get("started_at") or "")
 
     @property
@@ -69,12 +69,12 @@ class RunItem:
 
     @property
     def guided_target(self) -> float:
-        """Guidance that the run was trained towards; 1 for none."""
+        """Guidance scale that the run was trained towards; 1 for none."""
         return guided_target(self.record)
 
     @property
     def is_text(self) -> bool:
-        """Test whether the run trains a language model."""
+        """Whether the run trains a language model."""
         return "model_name_or_path" in self.record["config"]
 
     @cached_property
@@ -95,13 +95,16 @@ class RunItem:
 
 
 def guided_target(record: Mapping[str, Any]) -> float:
-    """Guidance that a run was trained towards; 1 for none, also in records of earlier versions."""
+    """Return the guidance scale that a run was trained towards.
+
+    It is 1 for none, and for records of earlier versions, which lack the option.
+    """
     value = record["config"].get("guided_target")
     return float(value) if type(value) in (int, float) else 1.0
 
 
 def method_title(method: str) -> str:
-    """Title of a method; its name if this version does not have the method."""
+    """Return the title of a method; its name if this version does not have the method."""
     try:
         return methods.get(method).title
     except UserError:
@@ -109,7 +112,7 @@ def method_title(method: str) -> str:
 
 
 def run_name(folder: str, record: dict[str, Any]) -> str:
-    """Name of a run. It begins with the folder, so that a user finds it in a list by typing."""
+    """Return the name of a run; it begins with the folder, so that typing finds it in a list."""
     description = method_title(record["method"])
     target = guided_target(record)
     if target > 1:
@@ -120,9 +123,9 @@ def run_name(folder: str, record: dict[str, Any]) -> str:
 
 
 def sort_runs(runs: Sequence[RunItem]) -> list[RunItem]:
-    """Sort runs for a list: plain LoRA first, as the control, then by method and seed.
+    """Sort runs for a list: LoRA first, because it is the control, then by method and seed.
 
-    Runs with a guided target are last.
+    Runs with a guided target come last.
     """
 
     def rank(run: RunItem) -> tuple[Any, ...]:
@@ -132,7 +135,10 @@ def sort_runs(runs: Sequence[RunItem]) -> list[RunItem]:
 
 
 def find_control(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
-    """The first LoRA run with the same seed, data and target; None if that is the run itself."""
+    """Find the first LoRA run with the same seed, data and guided target.
+
+    It is None if there is none, or if that run is `run` itself.
+    """
 
     def key(run: RunItem) -> tuple[Any, ...]:
         return run.seed, run.is_text, run.data_hash, run.guided_target
@@ -144,25 +150,25 @@ def find_control(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
 
 
 def sort_newest_first(runs: Sequence[RunItem]) -> list[RunItem]:
-    """Sort runs by the time of their start, the newest first."""
+    """Sort runs by their start time, newest first."""
     return sorted(runs, key=lambda run: run.started_at, reverse=True)
 
 
 def choose_pair(runs: Sequence[RunItem]) -> list[RunItem]:
-    """Choose the two runs to compare first; all runs if there are fewer than two.
+    """Choose the two runs that are compared first; all runs if there are fewer than two.
 
-    The best pair is the newest one of LoRA and Bi-LoRA on the same data, then two runs with images
-    of the same prompts.
+    The best pair is the newest pair of LoRA and Bi-LoRA on the same data with a common prompt. See
+    `comparability` for the order of all other pairs.
     """
     pairs = itertools.combinations(sort_runs(runs), 2)
     return list(max(pairs, key=comparability, default=runs))
 
 
 def comparability(pair: tuple[RunItem, RunItem]) -> tuple[Any, ...]:
-    """How well two runs can be compared, as a sort key: the most important property first."""
+    """Rate how well two runs can be compared, as a sort key with the most important part first."""
     a, b = pair
     shared_prompts = len(set(a.prompts) & set(b.prompts))
-    # The same samples with the same noise
+    # Both runs get the same samples with the same noise.
     has_same_data = a.data_hash is not None and a.data_hash == b.data_hash
     start_times = sorted((a.started_at, b.started_at))
     return (
@@ -178,7 +184,7 @@ def comparability(pair: tuple[RunItem, RunItem]) -> tuple[Any, ...]:
 
 
 def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) -> str:
-    """The first prompt of a run, unless the user has written a prompt of their own."""
+    """Return the first prompt of a run, unless the user has written another prompt."""
     suggestions = {PROMPT, *(run.first_prompt for run in runs)}
     if prompt and prompt.strip() not in suggestions:
         return prompt
@@ -187,15 +193,17 @@ def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) ->
 
 @dataclass(frozen=True)
 class Progress:
-    """Status of a run, and how far it is."""
+    """Status and progress of a run."""
 
-    # "running", "finished", "interrupted", "failed" or "stalled"; while a run does something other
-    # than steps, the name of that activity, such as "validation images"
+    # "running", "finished", "interrupted", "failed" or "stalled". During another activity than
+    # training steps, it is the name of the activity, such as "validation images".
     status: str
-    # Sentence about a failed or a stalled run; "" otherwise
+    # Explanation of the status: an error, the silence of a stalled run, or the time since the
+    # activity began; "" for none
     reason: str
-    # Completed steps, and steps of the full run, None if unknown
+    # Number of completed steps
     steps: int
+    # Number of steps of the full run; None if unknown
     total: int | None
     # Training time, summed over all resumes
     wall_seconds: float
@@ -211,13 +219,13 @@ def find_progress(
     last_written: float,
     current_time: float | None = None,
 ) -> Progress:
-    """Find the progress of a run from its record and log.
+    """Determine the progress of a run from its record and log.
 
     Args:
         record: content of ``run.json``.
         rows: rows of ``metrics.jsonl``.
         last_written: time of the last write to these files, in seconds since the epoch.
-        current_time: the time now, in seconds since the epoch; None for the clock's time.
+        current_time: current time in seconds since the epoch; None to read the clock.
     """
     if current_time is None:
         current_time = time.time()
@@ -231,13 +239,14 @@ def find_progress(
     status = record["status"]
     reason = record.get("error") or ""
     activity = record.get("doing") or TRAINING_ACTIVITY
-    # A run writes a line at every step, but may write nothing for long while it samples images.
+    # A run writes a line at every step, but may write nothing for a long time during other
+    # activities, such as sampling images.
     patience = STALE_SECONDS if activity == TRAINING_ACTIVITY else BUSY_SECONDS
     is_running = status == "running"
     if is_running and silent_seconds > max(patience, 10 * step_seconds):
         is_running = False
         status = "stalled"
-        reason = f"it has written nothing for {duration(silent_seconds)}: it was probably killed"
+        reason = f"it wrote nothing for {duration(silent_seconds)} and was probably killed"
     elif is_running and activity != TRAINING_ACTIVITY:
         status = activity
         started_at = datetime.fromisoformat(record["doing_since"]).timestamp()

@@ -1,4 +1,4 @@
-"""Requests for images, and the pipeline that samples them; one pipeline is in memory at a time."""
+"""Requests for images, and the sampler, which keeps one pipeline in memory."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from eval.sources import find
 from .catalog import Catalog
 from .runs import RunItem
 
-# Represents the base model among the paths of runs
+# Represents the base model where a run's path is expected
 BASE = ""
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """A base model, as the configuration of a run names it."""
+    """A base model with its loading options, from the configuration of a run."""
 
     name: str
     revision: str | None = None
@@ -60,7 +60,7 @@ class BaseChoice:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BaseChoice:
-        """Read the base model from the configuration of a run."""
+        """Make the base model from the configuration of a run."""
         return cls(
             name=config.get("pretrained_model_name_or_path") or MINI,
             revision=config.get("revision"),
@@ -70,7 +70,7 @@ class BaseChoice:
         )
 
     def read_base_model(self) -> BaseModel:
-        """Read the configuration files; the usual steps and guidance depend on the name too."""
+        """Read the model's configuration, and keep its name, which the usual settings depend on."""
         return replace(read_base_model(find_folder(self)), name=self.name)
 
 
@@ -81,13 +81,13 @@ class Request:
     prompt: str
     seed: int
     steps: int
-    # As in diffusers
+    # Guidance scale, as in diffusers
     guidance_scale: float
     # Strength of the adapter
     scale: float
     # Side of the image in pixels; None for the model's native size
     size: int | None = None
-    # Model that makes the unconditional prediction; see `values.read_guidance_source`
+    # Model of the unconditional prediction; see `values.read_guidance_source`
     guidance_from: float | str = ADAPTER_GUIDANCE
     # LoRA file and scheduler of the runs' validation images
     sampler: RunSampler = USUAL_SAMPLER
@@ -112,19 +112,23 @@ class Sampler:
         requests: Sequence[Request],
         on_step: Callable[[int], None],
     ) -> list[Image]:
-        """Sample an image for each request. Two threads must not call it at the same time.
+        """Sample an image for each request; this method is not thread-safe.
 
         Args:
             base: base model, which is loaded if it differs from the last one.
             adapter: run folder or LoRA file; None for the base model alone.
-            requests: one request, or several that differ only in scale and kind of guidance; on the
-                base model too their LoRA file acts.
+            requests: one request, or several that differ only in `scale` and `guidance_from`. The
+                LoRA file of their sampler is applied even to the base model.
             on_step: called after each sampler step with the number of steps so far, counted over
-                all images; an exception in it ends the work.
+                all images; an exception that it raises ends the sampling.
+
+        Raises:
+            UserError: the base model can't be loaded, or a request needs an adapter that can be
+                scaled and there is none.
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
-        # Another unconditional prediction needs an adapter that can be scaled.
+        # Guidance from another model needs an adapter that can be scaled.
         for request in requests:
             if request.guidance_from != ADAPTER_GUIDANCE:
                 require_adapter(subject, guidance_title(request.guidance_from))
@@ -152,16 +156,16 @@ class Sampler:
         return images
 
     def _load(self, base: BaseChoice) -> Any:
-        """Return the pipeline of a base model, and load it if it is not in memory."""
+        """Return the pipeline of a base model; it is loaded if it is not in memory."""
         if self._base == base:
             return self._pipeline
-        self._base = self._pipeline = None  # frees the memory before the next pipeline needs it
+        self._base = self._pipeline = None  # frees the memory for the next pipeline
         quiet()
         try:
             pipeline = self._read(base)
         except (UserError, OSError) as error:
-            # The reason says whether a folder outside of the root exists and what is in it. It is
-            # printed for the person who started the viewer; visitors must not read it.
+            # The reason can reveal the existence and the content of folders outside of the root, so
+            # it is shown only in the terminal and not to visitors.
             print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
             raise UserError(
                 f"the base model {base.name} can't be loaded (the terminal has the reason):"
@@ -172,7 +176,7 @@ class Sampler:
         return self._pipeline
 
     def _read(self, base: BaseChoice) -> Any:
-        """Read the pipeline of a base model from its folder."""
+        """Load the pipeline of a base model from its folder."""
         folder = find_folder(base)
         dtype = base.read_base_model().family.precision(self.device)
         if base.name in PIPELINES:  # a miniature fits every device in fp32
@@ -186,10 +190,13 @@ class Sampler:
 def find_folder(base: BaseChoice) -> str:
     """Find the folder of a base model on this machine; the viewer never downloads a model.
 
+    Returns:
+        The path of the folder, or the name of a miniature.
+
     Raises:
         UserError: the model is not on this machine.
     """
-    # Path.exists would raise an error if its parent folder may not be entered.
+    # If the parent folder can't be entered, `Path.exists` raises an error.
     if base.name in PIPELINES or os.path.exists(base.name):
         return base.name
     try:
@@ -210,9 +217,9 @@ class Comparison:
     base: BaseChoice
     # Name and run folder of each side; None for the base model alone
     sides: list[tuple[str, Path | None]]
-    # Side of the images that the runs were trained on, in pixels; None if unknown
+    # Side of the training images in pixels; None if unknown
     size: int | None
-    # Sampler that the chosen runs have in common
+    # Common sampler of the chosen runs
     sampler: RunSampler = USUAL_SAMPLER
 
 
@@ -223,12 +230,12 @@ def find_comparison(catalog: Catalog, a: str, b: str, uses_run_sampler: bool = T
         catalog: folders of the viewer.
         a: path of the first side's run, or `BASE`.
         b: path of the second side's run, or `BASE`.
-        uses_run_sampler: whether the images have the LoRA file and the scheduler of the runs'
-            validation images.
+        uses_run_sampler: whether to use the LoRA file and the scheduler of the runs' validation
+            images.
 
     Raises:
         UserError: a run no longer exists, the runs have different base models, or the LoRA file is
-            missing.
+            missing or has changed.
     """
     runs = {run.path: run for run in catalog.scan.runs if can_sample(run)}
     chosen_runs = []
@@ -244,13 +251,13 @@ def find_comparison(catalog: Catalog, a: str, b: str, uses_run_sampler: bool = T
             " choose two with the same"
         )
     if not bases:
-        # Both sides are the base model: use that of the first run, or the miniature.
+        # Both sides are the base model: use the base model of the first run, or the miniature.
         bases = [BaseChoice.from_config(run.record["config"]) for run in runs.values()]
         bases.append(BaseChoice(MINI))
     side_of_path: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}
     size = None
     for run in chosen_runs:
-        catalog.resolve(run.weights or run.path)  # a link out of the root is refused
+        catalog.resolve(run.weights or run.path)  # refuses a link out of the root
         side_of_path[run.path] = (run.name, catalog.resolve(run.path))
         size = size or training_size(run)
     sampler = USUAL_SAMPLER
@@ -260,27 +267,27 @@ def find_comparison(catalog: Catalog, a: str, b: str, uses_run_sampler: bool = T
 
 
 def training_size(run: RunItem) -> int | None:
-    """Side of the images that a run was trained on, in pixels; None if its record lacks it."""
+    """Return the side of a run's training images in pixels; None if it is not recorded."""
     size = run.record["config"].get("resolution")
     return size if isinstance(size, int) else None
 
 
 def can_sample(run: RunItem) -> bool:
-    """Test whether a run has weights of an image model; a text model has a PEFT adapter."""
+    """Return whether a run has weights of an image model; text models have a PEFT adapter."""
     return run.weights is not None and not run.weights.endswith(WEIGHTS)
 
 
 @contextmanager
 def temporary_export(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
-    """Context manager: exports the adapter of a run's checkpoint to a temporary file.
+    """Export a checkpoint's weights to a temporary file or folder, deleted after the context.
 
     Raises:
-        UserError: the checkpoint lacks a file.
+        UserError: the checkpoint lacks a file, or a link leads out of the root.
     """
-    # A link out of the root is refused, and so is a pipe, which would block the reader.
+    # Links out of the root are refused, and so are pipes, which would block the reader.
     for name in (DIGESTS, *FILES):
         if not is_file(catalog.resolve(f"{run.path}/{CHECKPOINTS}/step-{step}/{name}")):
-            raise UserError(f"the checkpoint of step {step} has no {name}: choose another")
+            raise UserError(f"the checkpoint at step {step} has no {name}: choose another")
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         (file,) = export_checkpoint(catalog.resolve(run.path), step, "diffusers", folder)
         yield file
@@ -294,13 +301,13 @@ def read_form(
     scale: float,
     guidance_from: float | str = ADAPTER_GUIDANCE,
 ) -> Request:
-    """Check the values of a form and make a request of them.
+    """Check the values of a form, and make a request from them.
 
     Raises:
         UserError: a value is missing or out of range.
     """
     if not prompt or not prompt.strip():
-        raise UserError("the prompt is empty: write what the image shows")
+        raise UserError("the prompt is empty: describe the image")
     if seed is None or not 0 <= seed <= MAX_SEED:
         raise UserError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
     SAMPLER_STEPS.check("the number of steps", steps)
@@ -320,7 +327,7 @@ def read_source(value: float | str) -> float | str:
     """Read the model of the unconditional prediction from a form.
 
     Raises:
-        UserError: it is none.
+        UserError: the value is not "adapter", "base" or a strength in the allowed range.
     """
     try:
         return read_guidance_source(value)

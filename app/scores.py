@@ -1,9 +1,9 @@
 """Scores of single images from a result of ``eval.clip_scores``, for the tab Compare.
 
-`Scores` are the images with their scores, `PromptRow` compares two adapters on one prompt, and
-`View` is the comparison on the screen with its link. Nothing here uses files or widgets. A link
-names adapters by their labels and prompts by their texts, so that it stays valid when the images
-are scored again.
+`Scores` contains the images with their scores, `PromptRow` compares two adapters on one prompt, and
+`View` is the comparison on the screen, which a link can reproduce. This module uses neither files
+nor widgets. A link refers to adapters by label and to prompts by text, so it stays valid when the
+images are scored again.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from eval.clip_scores.reporting import METRICS
 from eval.results import compare
 from eval.results.table import FILE, Result, Summary
 
-# Metric -> field of `ScoredImage` that has the note of the metric's rows
+# Metric -> field of `ScoredImage` for the note of the metric's rows
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
-# JavaScript has no larger integers.
+# Maximum seed; JavaScript rounds larger integers.
 MAX_SEED = 2**53
 
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image: its file, relative to the result's folder, and its scores by metric."""
+    """An image with its scores."""
 
+    # Path relative to the result's folder
     file: str
+    # Metric -> score
     scores: Mapping[str, float]
     caption: str | None = None
+    # Name of the nearest training picture
     nearest_image: str | None = None
 
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """The model that gave the scores, or the model that captioned the images."""
+    """A model that scored or captioned the images."""
 
     name: str
     note: str = ""
@@ -49,7 +52,7 @@ class ScoringModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a result that the viewer shows."""
+    """The part of a result's settings that the viewer uses."""
 
     prompts: list[Prompt]
     seeds: list[int]
@@ -67,7 +70,7 @@ Key = tuple[str, str, int]
 class Scores:
     """A result of ``eval.clip_scores`` with its settings.
 
-    It is compared by identity, because it is the key of a cache.
+    Objects are compared by identity, because they are keys of a cache.
     """
 
     result: Result
@@ -91,7 +94,7 @@ class Scores:
     def images(self) -> dict[Key, ScoredImage]:
         """Images by adapter, prompt and seed, each with all of its scores."""
         fields_of_image: dict[Key, dict[str, Any]] = {}
-        # A row of the metric "image" names the file in its note; the other rows have the scores.
+        # The note of an "image" row is the path of the file; the other rows contain the scores.
         for row in self.result.select("image"):
             key = (row.subject, row.item, row.seed or 0)
             fields_of_image[key] = {"file": row.note, "scores": {}}
@@ -109,7 +112,8 @@ def read_scores(result: Result) -> Scores:
     """Check a result of ``eval.clip_scores`` and read its settings.
 
     Raises:
-        UserError: the settings are damaged, or lack the adapter, prompt or seed of an image.
+        UserError: the settings are damaged, lack the adapter or prompt of an image, or contain a
+            seed that is too large.
     """
     damaged = f"{FILE} is damaged: run python -m eval.{result.kind} again"
     try:
@@ -127,7 +131,7 @@ def read_scores(result: Result) -> Scores:
     return scores
 
 
-# Orders of the prompts. A gain is a change for the better from the first adapter to the second.
+# Orders of the prompts. A gain is an improvement from the first adapter to the second.
 ORDERS = {
     "gain": "Largest gain first",
     "loss": "Largest loss first",
@@ -138,11 +142,11 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class View:
-    """A comparison on the screen; its link has the same fields in the same order."""
+    """A comparison on the screen; the query of its link has the same fields in the same order."""
 
     # Path of the score folder
     scores: str
-    # Labels of the pair; the change is b minus a
+    # Labels of the pair; changes are b minus a
     a: str
     b: str
     # Labels of the other adapters on the screen
@@ -153,23 +157,24 @@ class View:
     metric: str
     # Order of this list, one of `ORDERS`
     order: str = "gain"
-    # Words that a listed prompt must contain
+    # Words that every listed prompt contains
     words: str = ""
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt in the list; its scores are means over the seeds that both adapters have."""
+    """A prompt in the list, with the mean scores of two adapters."""
 
     # Position in the prompt set
     position: int
-    # Instance of the prompt, if the prompt set has one, else its text
+    # Instance of the prompt, or the text if the prompt has no instance
     name: str
     text: str
-    # Mean scores of the two adapters; None without images
+    # Mean scores of the two adapters over their common seeds, or over each adapter's own seeds if
+    # there are no common ones; None without a score
     a: float | None
     b: float | None
-    # Return value of `classify` for the change
+    # Classification of the change by `classify`
     tone: str = "even"
 
     @property
@@ -181,7 +186,7 @@ class PromptRow:
 
 
 def measured_metrics(scores: Scores) -> list[str]:
-    """Names of the metrics that at least one image has, in the order of `METRICS`."""
+    """Return the names of the metrics that at least one image has, in the order of `METRICS`."""
     names: set[str] = set()
     for image in scores.images.values():
         names |= image.scores.keys()
@@ -189,7 +194,7 @@ def measured_metrics(scores: Scores) -> list[str]:
 
 
 def times_100(value: float | None) -> str:
-    """Format a cosine times 100; a dash for None."""
+    """Format a cosine times 100; None becomes a dash."""
     return "–" if value is None else f"{100 * value:.2f}"
 
 
@@ -210,8 +215,8 @@ def compare_prompts(scores: Scores, a: str, b: str, metric: str) -> list[PromptR
     def is_paired(item: str, seed: int | None) -> bool:
         return (a, item, seed) in measured and (b, item, seed) in measured
 
-    # A difference uses only the seeds that both adapters have: images of different seeds differ by
-    # their noise as well. A prompt without a common seed still has the mean of each adapter.
+    # A difference uses only the common seeds of both adapters, because images of different seeds
+    # also differ in their noise. Without a common seed, a prompt still gets each adapter's mean.
     paired_items = {row.item for row in measured_rows if is_paired(row.item, row.seed)}
     pair_rows = []
     for row in measured_rows:
@@ -242,9 +247,9 @@ def compare_prompts(scores: Scores, a: str, b: str, metric: str) -> list[PromptR
 
 
 def list_prompts(view: View, scores: Scores) -> list[PromptRow]:
-    """Filter and sort the prompts of a view; those without a score come last.
+    """Filter and sort the prompts of a view; if sorted by gain or loss, unscored ones come last.
 
-    A gain is a change for the better: a decrease if lower is better, as for memorization.
+    A gain is an improvement: a decrease if lower is better, as for memorization.
     """
     words = view.words.casefold().split()
     matching_rows = []
@@ -259,7 +264,7 @@ def list_prompts(view: View, scores: Scores) -> list[PromptRow]:
 
     metric = METRICS.get(view.metric)
     lower_is_better = metric is not None and metric.higher_is_better is False
-    # Rows are sorted in ascending order, so that the largest gain is the lowest product.
+    # The sign makes ascending order put the requested rows first.
     sign = -1 if lower_is_better else 1
     if view.order == "gain":
         sign = -sign
@@ -271,9 +276,9 @@ def list_prompts(view: View, scores: Scores) -> list[PromptRow]:
 
 
 def find_neighbor(prompt_rows: Sequence[PromptRow], prompt: str, offset: int) -> str:
-    """The prompt `offset` rows below a prompt, or the end of the list.
+    """Return the prompt `offset` rows below a prompt, or the one at the end of the list.
 
-    For a prompt that is not in the list, it is the first one of the list.
+    If the prompt is not in the list, return the list's first prompt.
     """
     texts = [row.text for row in prompt_rows]
     if prompt not in texts:
@@ -283,11 +288,11 @@ def find_neighbor(prompt_rows: Sequence[PromptRow], prompt: str, offset: int) ->
 
 
 def first_view(path: str, scores: Scores) -> View:
-    """The view before the user chooses: a pair of adapters, and the prompt of the largest gain.
+    """Return the view that is shown before the user chooses, with the prompt of the largest gain.
 
-    For checkpoints of a run, the pair is the last step and the best step, by the metric that
-    decides, and the other checkpoints are on the screen too. Otherwise it is the first two
-    adapters.
+    For checkpoints of a run, the pair is the last and the best step by the deciding metric, and all
+    other checkpoints are also shown. Otherwise, the pair is the first two adapters, and the next
+    two are also shown.
 
     Args:
         path: path of the score folder.
@@ -319,7 +324,7 @@ def first_view(path: str, scores: Scores) -> View:
 
 
 def last_and_best_step(scores: Scores) -> list[str] | None:
-    """Labels of the first run's last and best step; None unless checkpoints were scored."""
+    """Return the labels of the first run's last and best step; None unless they were scored."""
     if not scores.settings.answers:
         return None
     answer = scores.settings.answers[0]
@@ -327,7 +332,7 @@ def last_and_best_step(scores: Scores) -> list[str] | None:
     for step in (answer.last, answer.candidate):
         for entry in scores.result.subjects:
             is_of_run = entry.about.get("run") == answer.run
-            # If a group has several runs, the first run's checkpoint
+            # If a group has several runs, take the first run's checkpoint.
             if is_of_run and entry.about.get("step") == step:
                 pair.append(entry.label)
                 break
@@ -339,7 +344,7 @@ def write_query(view: View) -> str:
     words = {}
     for name, value in vars(view).items():
         word = str(value)
-        if name == "also":  # labels may have commas in them
+        if name == "also":  # labels may contain commas
             word = ",".join(quote(label, safe=" ") for label in view.also)
         if word:
             words[name] = word
@@ -347,15 +352,15 @@ def write_query(view: View) -> str:
 
 
 def read_query(query: Mapping[str, str], path: str, scores: Scores) -> tuple[View, list[str]]:
-    """Read the view of a link; fields that the link lacks are those of `first_view`.
+    """Read the view of a link; missing fields are taken from `first_view`.
 
     Args:
-        query: fields of the query of `write_query`.
+        query: fields of the link's query, as written by `write_query`.
         path: path of the score folder.
         scores: its scores.
 
     Returns:
-        The view, and a sentence for each value in the query that the scores do not have.
+        The view, and a sentence for each value in the query that the scores do not contain.
     """
     first = first_view(path, scores)
     also = first.also
@@ -378,7 +383,7 @@ def read_query(query: Mapping[str, str], path: str, scores: Scores) -> tuple[Vie
         if query[key] in choice:
             values[key] = query[key]
         else:
-            faults.append(f'The link names "{query[key]}" as {key}, which is not there.')
+            faults.append(f'The link has the {key} "{query[key]}", which does not exist.')
     if "seed" in values:
         values["seed"] = int(values["seed"])
     view = replace(first, **values, words=query.get("words", ""))

@@ -1,4 +1,4 @@
-"""The tab "Training": curves and state of the chosen runs, also while they train."""
+"""The tab Training: curves and status of the chosen runs, updated while they train."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from .training_data import (
     table,
 )
 
-# Time between two updates of the curves
+# Interval between two updates of the curves
 TICK_SECONDS = 3.0
-# Number of runs that are chosen at first
+# Number of runs chosen by default
 FIRST_RUNS = 4
-# Steps of the running mean at first
+# Default window of the running mean, in steps
 WINDOW = 25
-# Settings that always differ between two runs
+# Settings that always differ between runs, so the table of settings leaves them out
 FOLDER_SETTINGS = ("output_dir", "logging_dir")
-# Most characters of a setting's value
+# Maximum number of characters of a setting's value
 SETTING_WIDTH = 60
 
 
 def cards_html(runs: Sequence[TrainingRun]) -> str:
-    """A card with the state of each run, as HTML."""
+    """Return a card with the status of each run, as HTML."""
     items = ""
     for run in runs:
         status = escape(run.state.status)
@@ -70,7 +70,7 @@ def cards_html(runs: Sequence[TrainingRun]) -> str:
 
 
 def runs_legend_html(runs: Sequence[TrainingRun]) -> str:
-    """The names of the runs in their colors, as HTML."""
+    """Return the names of the runs in their colors, as HTML."""
     names = ""
     for run in runs:
         names += f'<span style="--line: {COLORS[run.color]}">{escape(run.run.name)}</span>'
@@ -78,7 +78,7 @@ def runs_legend_html(runs: Sequence[TrainingRun]) -> str:
 
 
 def card_lines(run: TrainingRun) -> list[str]:
-    """Lines of a run's card: radius and learning rate, progress, and the reason of an error."""
+    """Return the lines of a run's card: radius and learning rate, progress, and the reason."""
     state = run.state
     if not run.is_readable:
         return [state.reason]
@@ -106,7 +106,7 @@ def card_lines(run: TrainingRun) -> list[str]:
 
 
 def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
-    """Settings that differ between runs -> the value of each run as text."""
+    """Return the settings that differ between runs: name -> each run's value as text."""
     configs = [run.run.record["config"] for run in runs]
     texts_by_name = {}
     for name, values in differing_options(configs).items():
@@ -121,7 +121,7 @@ def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
 
 
 def settings_html(runs: Sequence[TrainingRun]) -> str:
-    """Table of the settings that differ between runs, as HTML; "" if there are none."""
+    """Return a table of the settings that differ between runs, as HTML; "" if there are none."""
     rows = ""
     for name, values in differing_settings(runs).items():
         rows += f'<tr><th scope="row">{escape(name)}</th>'
@@ -142,12 +142,12 @@ def settings_html(runs: Sequence[TrainingRun]) -> str:
 def plot_properties(
     lines: Sequence[Line], values: Sequence[float], from_zero: bool = False
 ) -> dict[str, Any]:
-    """Colors and limits of a plot; a plot without values is hidden.
+    """Return the colors and axis limits of a plot; a plot without values is hidden.
 
     Args:
         lines: lines of the plot.
         values: values of all points.
-        from_zero: whether the vertical axis begins at 0.
+        from_zero: whether the vertical axis starts at 0.
     """
     if not values:
         return {"visible": False}
@@ -159,7 +159,7 @@ def plot_properties(
 
 
 def legend_html(lines: Sequence[Line]) -> str:
-    """The legend of a plot as HTML; ``style.css`` draws its dashes by the rules for lines."""
+    """Return the legend of a plot as HTML; ``style.css`` draws its dashes as in the plot."""
     entries = ""
     for name, color in legend(lines):
         sample = f'<svg width="28" height="8"><path d="M0 4h28" stroke="{color}"/></svg>'
@@ -168,20 +168,20 @@ def legend_html(lines: Sequence[Line]) -> str:
 
 
 def first_choice(runs: Sequence[RunItem]) -> list[RunItem]:
-    """The runs to show first: those that are training, the newest pair, and the newest others.
+    """Choose the runs to show first: running ones, then the pair of `choose_pair`, then the newest.
 
     Args:
-        runs: all runs, the newest first.
+        runs: all runs, newest first.
     """
     running = [run for run in runs if run.status == "running"]
     candidates = [*running, *choose_pair(runs), *runs]
-    paths = dict.fromkeys(run.path for run in candidates)  # a set in this order
+    paths = dict.fromkeys(run.path for run in candidates)  # an ordered set
     first_paths = list(paths)[:FIRST_RUNS]
     return sort_runs([run for run in runs if run.path in first_paths])
 
 
 def _plot(name: str) -> gr.LinePlot:
-    """Create the widget of a plot, which is hidden at first."""
+    """Create the widget of a plot, which is initially hidden."""
     title, caption = TITLES[name]
     return gr.LinePlot(
         x="step",
@@ -227,7 +227,7 @@ class Tab:
                     label="Running mean over steps",
                     min_width=200,
                 )
-            # States, settings and colors of the runs
+            # Status, settings and colors of the runs
             self.cards = parts.html("training-cards")
             self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
@@ -249,8 +249,8 @@ class Tab:
         outputs += [*self.plots.values(), *self.legends.values()]
         changed(self._fill, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, window.release], self._draw, inputs, outputs, **QUIET)
-        # Set by another event than the values: a plot that gets both at once would show the old
-        # values in the new colors.
+        # Properties and values are set by different events: a plot that gets both in one update
+        # would show the old values in the new colors.
         plots = list(self.plots.values())
         self.properties.change(
             lambda properties: [gr.update(**plot) for plot in properties],
@@ -261,7 +261,7 @@ class Tab:
         gr.Timer(TICK_SECONDS).tick(self._draw, [*inputs, self.last_state], outputs, **QUIET)
 
     def _fill(self, chosen: Sequence[str] | None) -> Update:
-        """Fill the list of runs, and add new runs that are training to the chosen ones."""
+        """Fill the list of runs, and add running ones to the user's choice."""
         runs = sort_newest_first(self.catalog.scan.runs)
         if not runs:
             text = parts.empty_notice(self.catalog, "No runs yet", "demo", "train")
@@ -269,7 +269,7 @@ class Tab:
         paths = {run.path for run in runs}
         selection = [path for path in chosen or [] if path in paths]
         if selection:
-            # Runs that started after the choice
+            # Add runs that have started since the choice.
             for run in runs:
                 has_room = len(selection) < len(COLORS)
                 if has_room and run.status == "running" and run.path not in selection:
@@ -277,7 +277,7 @@ class Tab:
         else:
             selection = [run.path for run in first_choice(runs)]
         properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}
-        # An unchanged selection is not sent, because the user may be choosing at this moment.
+        # An unchanged selection is not sent, because the user may be changing it at this moment.
         if selection != chosen:
             properties["value"] = selection
         return {
@@ -287,7 +287,7 @@ class Tab:
         }
 
     def _draw(self, paths: Sequence[str] | None, window: int, last_state: Any = None) -> Update:
-        """Update cards and plots, unless the state of the runs is the last state."""
+        """Update the cards and plots if the state of the runs has changed."""
         runs = []
         for color, path in enumerate((paths or [])[: len(COLORS)]):
             runs.append(self._read(path, color))
@@ -338,11 +338,11 @@ class Tab:
                     log_error = f"log unreadable: {self.catalog.without_root(error)}"
             state = find_progress(record, rows, last_written)
             if log_error:
-                # The run itself may be undamaged: its status is that of its record.
+                # The run itself may be undamaged, so the status from its record is kept.
                 state = replace(state, reason=log_error)
                 return TrainingRun(replace(run, record=record), color, [], state, is_readable=False)
             return TrainingRun(replace(run, record=record), color, rows, state)
-        except Exception as error:  # of any kind, because the other runs must be shown
+        except Exception as error:  # any exception, because the other runs must be shown
             reason = self.catalog.without_root(error)
             state = Progress("unreadable", reason, 0, None, 0.0, None, 0)
             return TrainingRun(run, color, [], state, is_readable=False)

@@ -1,11 +1,11 @@
-"""Curves of the chosen runs, as tables for Gradio's plots. No widgets.
+"""Curves of the chosen runs, as tables for Gradio's plots, without widgets.
 
     for name, lines in charts(runs, window=25).items():
         TITLES[name], table(lines)
 
-A run has the same color in all plots. Lines in the background (the loss of each step, the training
-set) are faint, and lines that belong to no run are grey. In the plots of `WITH_LEGEND` the concepts
-have colors, and runs differ by their dashes.
+A run has the same color in all plots. Lines in the background (such as the loss of each step) are
+faint, and lines that belong to no run are gray. In the plots of `WITH_LEGEND`, each concept has a
+color, and runs differ in their dashes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from bilora_diffusion.text.metrics import METRICS
 from .points import Points, Row, series, smooth, thin
 from .runs import CONTROL, Progress, RunItem, find_control
 
-# Colors of runs; each has a contrast of at least 3 to a light and to a dark page.
+# Colors of runs; each has a contrast ratio of at least 3 with a light page and with a dark page.
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
 # Color of lines that belong to no run
 GREY = "#808890"
-# Colors of concepts, with the same contrast
+# Colors of concepts, with the same minimum contrast
 CONCEPT_COLORS = (
     "#3b82f6",
     "#ef4444",
@@ -46,21 +46,21 @@ CONCEPT_COLORS = (
     "#0891b2",
 )
 # The last two digits of a color are its opacity. ``style.css`` uses them to select kinds of lines,
-# because a plot of Gradio has no other property for each line.
-# Lines in the background are thin and faint.
+# because Gradio's plots have no other property for single lines.
+# Opacity of lines in the background, which are thin and faint
 FAINT = "80"
-# The line of the control is wide, because other lines are often on top of it.
+# Opacity of the control's line, which is wide, because other lines often cover it
 WIDE = "c0"
-# Dashes of the first run, the second run, ...: solid, dashed, dotted, dashed and dotted
+# Opacities of the first run, the second run, ...: solid, dashed, dotted, dashed and dotted
 DASHES = ("", "fe", "fd", "fc")
-# The radius has short dashes with wide gaps, so that a norm of the same size is visible below it.
+# Opacity of the radius: short dashes with wide gaps, so that an equal norm stays visible below it
 RADIUS = "f7"
-# Plots in which concepts have colors, and not runs
+# Plots in which each concept has a color, and runs do not
 WITH_LEGEND = ("concepts",)
-# Plots whose vertical axis begins at 0. The norm is often the radius at all steps; it would be a
-# line on the edge of the plot.
+# Plots whose vertical axis starts at 0. The norm often equals the radius at all steps; otherwise,
+# it would be a line at the edge of the plot.
 FROM_ZERO = ("norm",)
-# Name of the held-out loss at one noise level
+# Pattern of the held-out loss at one noise level, in the log
 LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 
 
@@ -73,7 +73,7 @@ class TrainingRun:
     color: int
     # Rows of its log
     rows: list[dict[str, Any]]
-    # Its progress, or the reason why it is unreadable
+    # Progress, or the reason why the run is unreadable
     state: Progress
     # False if its record or log could not be read
     is_readable: bool = True
@@ -92,16 +92,19 @@ class Line:
     # Name in the tooltip
     name: str
     points: Points
-    # Color, with the opacity of its kind
+    # Color with the opacity of its kind of line
     color: str = GREY
-    # In plots of concepts: the concept, which has a color
+    # Name of the concept, in plots of `WITH_LEGEND` only
     concept: str = ""
-    # In plots of concepts: the name of the run, which has dashes
+    # Name of the run, in plots of `WITH_LEGEND` only
     run: str = ""
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
-    """Points of lines as rows with "step", "value" (five digits) and "run" (the line's name)."""
+    """Return a table of all points with columns "step", "value" and "run" (the line's name).
+
+    Values have five significant digits.
+    """
     rows = []
     for line in lines:
         for step, value in thin(line.points):
@@ -110,10 +113,10 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def ceiling(values: Sequence[float]) -> float | None:
-    """Upper end of the vertical axis that cuts off rare peaks; None if there are none."""
+    """Return an upper end of the vertical axis that cuts off rare peaks; None if there are none."""
     low, usual_high, high = np.quantile(values, [0, 0.99, 1])
     usual_range = usual_high - low
-    # One value of a hundred is above `usual_high`; for fewer than 50 values this says nothing.
+    # One value in a hundred is above `usual_high`; with 50 or fewer values, peaks are not rare.
     has_peaks = len(values) > 50 and high - low > 3 * usual_range > 0
     if not has_peaks:
         return None
@@ -126,13 +129,13 @@ def curves(
     window: int = 1,
     background: tuple[str, str] | None = None,
 ) -> list[Line]:
-    """The running mean of a metric, for each run.
+    """Return a line with the running mean of a metric for each run.
 
     Args:
-        runs: runs with the metric in their logs.
+        runs: runs; those without the metric get empty lines.
         key: name of the metric.
-        window: steps of the mean.
-        background: name of a metric whose faint lines are in the background, and its title.
+        window: window of the running mean, in logged values.
+        background: name and title of a metric that is drawn in the background as faint lines.
     """
     lines = []
     if background is not None:
@@ -148,14 +151,14 @@ def curves(
 def differences(
     runs: Sequence[TrainingRun], key: str, window: int = 1, in_percent: bool = False
 ) -> list[Line]:
-    """Each run minus plain LoRA of the same seed on the same data, step by step.
+    """Return a line for each run minus LoRA with the same seed and data, step by step.
 
-    Such runs see the same samples with the same noise in each step.
+    Such runs get the same samples and the same noise in each step.
 
     Args:
-        runs: runs, including those of LoRA.
+        runs: runs, including the LoRA runs.
         key: name of the metric.
-        window: steps of the running mean.
+        window: window of the running mean, in logged values.
         in_percent: whether the difference is in percent of LoRA's value.
     """
     items = [run.run for run in runs]
@@ -173,11 +176,11 @@ def differences(
             unit = control_value / 100 if in_percent else 1.0
             points.append((step, (value - control_value) / unit))
         lines.append(run.line(smooth(points, window)))
-    return add_zero_line(lines, "LoRA of the same seed")
+    return add_zero_line(lines, "LoRA with the same seed")
 
 
 def add_zero_line(lines: list[Line], name: str) -> list[Line]:
-    """Add a line at 0 in the background, as long as the other lines."""
+    """Add a line at 0 in the background that is as long as the other lines."""
     steps = []
     for line in lines:
         steps += [step for step, _ in line.points]
@@ -188,7 +191,10 @@ def add_zero_line(lines: list[Line], name: str) -> list[Line]:
 
 
 def changes_by_level(rows: Sequence[Row]) -> Points:
-    """Change of the held-out loss at each noise level, from the first measurement to the last."""
+    """Return the change of the held-out loss from the first to the last measurement.
+
+    Points are (timestep of the noise level, change).
+    """
     measured_rows = [row for row in rows if HELDOUT_LOSS in row]
     if not measured_rows:
         return []
@@ -204,10 +210,10 @@ def changes_by_level(rows: Sequence[Row]) -> Points:
 
 
 def concept_curves(runs: Sequence[TrainingRun]) -> list[Line]:
-    """The held-out loss of each concept, for each run."""
+    """Return a line with the held-out loss for each run and concept."""
     lines = []
     for run in runs:
-        keys: dict[str, None] = {}  # a set in the order of the log
+        keys: dict[str, None] = {}  # an ordered set
         for row in run.rows:
             keys |= dict.fromkeys(row)
         for key in keys:
@@ -232,7 +238,7 @@ def add_colors(lines: Sequence[Line]) -> list[Line]:
 
 
 def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Names and colors in a legend: of each concept, and of each run if there are several."""
+    """Return the names and colors for a legend: each concept, and each run if there are several."""
     entries = list({line.concept: line.color[: len(GREY)] for line in lines}.items())
     runs = list(dict.fromkeys(line.run for line in lines))
     if len(runs) > 1:
@@ -242,7 +248,7 @@ def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def radius_lines(runs: Sequence[TrainingRun]) -> list[Line]:
-    """The radius rho of Bi-LoRA's runs: one line for each value."""
+    """Return a line for each value of the radius rho in the Bi-LoRA runs."""
     points_by_name: dict[str, Points] = {}
     for run in runs:
         rho = run.run.record["config"].get("rho")
@@ -253,18 +259,18 @@ def radius_lines(runs: Sequence[TrainingRun]) -> list[Line]:
         if not points:
             continue
         name = f"ρ = {rho:g}"
-        # A line for several runs is as long as the longest run.
+        # A line shared by several runs is as long as the longest run.
         if name not in points_by_name or points_by_name[name][-1][0] < points[-1][0]:
             points_by_name[name] = points
     return [Line(name, points, GREY + RADIUS) for name, points in points_by_name.items()]
 
 
 def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
-    """Lines of each plot, by the names of `TITLES`; lines in the background come first.
+    """Return the lines of each plot, by the names in `TITLES`; background lines come first.
 
     Args:
         runs: readable runs.
-        window: steps of the running mean.
+        window: window of the running mean of the training loss, in steps.
     """
     levels = [run.line(changes_by_level(run.rows)) for run in runs]
     plots = {
@@ -278,7 +284,7 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
-    # The last lines are on top.
+    # The last lines are drawn on top.
     plots["norm"] = curves(runs, "auxiliary_norm", background=UNPROJECTED) + radius_lines(runs)
     plots["rate"] = []
     if any(len(learning_rates(run)) > 1 for run in runs):
@@ -287,37 +293,40 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
 
 
 def learning_rates(run: TrainingRun) -> set[float]:
-    """The different learning rates of a run: one if it is constant, none before the first step."""
+    """Return the distinct learning rates of a run: one if constant, none before the first step."""
     return {rate for _, rate in series(run.rows, "lr")}
 
 
 UNPROJECTED = ("auxiliary_norm_before", "before the projection")
-BELOW_ZERO = "Below zero: lower than LoRA of the same seed. A lower loss is not better samples."
+BELOW_ZERO = (
+    "Below zero: lower than LoRA with the same seed. A lower loss does not imply better samples."
+)
 # Plot -> title and caption
 TITLES = {
-    "loss": ("Training loss", "Running mean; faint: each step."),
-    "heldout": ("Held-out loss", "Faint: on the training set."),
+    "loss": ("Training loss", "Running mean; faint lines: each step."),
+    "heldout": ("Held-out loss", "Faint lines: loss on the training set."),
     "distance": (
-        "Distance of samples to held-out images",
-        "Lower is better. Measured for --choose_by samples.",
+        "Distance of samples from held-out images",
+        "Lower is better. Measured with --choose_by samples.",
     ),
     "loss-difference": (
-        "Training loss, difference to LoRA",
-        "Below zero: fits the training data better; says nothing about other data.",
+        "Training loss, difference from LoRA",
+        "Below zero: the run fits the training data better than LoRA, but not necessarily other"
+        " data.",
     ),
-    "heldout-difference": ("Held-out loss, difference to LoRA in %", BELOW_ZERO),
+    "heldout-difference": ("Held-out loss, difference from LoRA in %", BELOW_ZERO),
     "concepts": (
         "Held-out loss of each concept",
-        "The colors are those of concepts here.",
+        "In this plot, each concept has a color.",
     ),
     "levels": (
         "Held-out loss at each noise level",
-        "Last measurement minus that of the base model; horizontal axis: the timestep.",
+        "Last measurement minus the first one (base model); horizontal axis: timestep.",
     ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (
         "Norm of the auxiliary, ‖B₂A₂‖",
-        "After the projection; faint: before it; dashed: the radius ρ.",
+        "After the projection; faint lines: before it; dashed: the radius ρ.",
     ),
     "rate": ("Learning rate", "Of the primary adapter."),
 }

@@ -1,8 +1,8 @@
-"""Validation images in the tab Compare: runs side by side, at each step.
+"""Validation images in the tab Compare: runs side by side, at a chosen step.
 
-Training writes these images, so that no scores are needed. The column of the base model has the
-images that a run sampled at step 0. Prompts that are captions of held-out icons have a column with
-these icons.
+Training writes these images, so no scores are needed. The column of the base model shows the images
+that a run sampled at step 0. If prompts are captions of the miniature's held-out icons, another
+column shows these icons.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .catalog import Catalog
 from .parts import QUIET, Update
 from .runs import RunItem, choose_pair, sort_runs
 
-# Largest number of runs side by side
+# Maximum number of runs side by side
 COLUMNS = 6
-# Largest number of runs without images whose names are shown; the others are counted.
+# Maximum number of runs without images that are named; any others are only counted.
 MAX_NAMES = 6
-# Prompt, and number among the prompt's images
+# Prompt, and number of the image among those of the prompt
 Key = tuple[str, int]
 
 
@@ -109,15 +109,15 @@ def build(catalog: Catalog, changed: Any) -> None:
 
 
 def runs_with_images(catalog: Catalog) -> list[RunItem]:
-    """Runs that have validation images."""
+    """Return the runs that have validation images."""
     return [run for run in catalog.scan.runs if run.steps]
 
 
 def runs_without_images(catalog: Catalog) -> str:
-    """The image runs without validation images, and a fix, as HTML; "" if there is none."""
+    """Return a note on image runs without validation images, as HTML; "" if there are none."""
     names = []
     for run in catalog.scan.runs:
-        # A run with prompts will have images.
+        # A run with prompts will still get its images.
         if not run.steps and not run.prompts and not run.is_text:
             names.append(run.name)
     if not names:
@@ -126,20 +126,20 @@ def runs_without_images(catalog: Catalog) -> str:
     if len(names) > MAX_NAMES:
         listing += f" and {len(names) - MAX_NAMES} more"
     return (
-        f'<p class="quiet">Without validation images: {listing}.'
-        " Train with <code>--validation_prompt</code> to see a run here.</p>"
+        f'<p class="quiet">Runs without validation images: {listing}.'
+        " To see a run here, train it with <code>--validation_prompt</code>.</p>"
     )
 
 
 def first_step(runs: Sequence[RunItem]) -> int:
-    """The step to show first: the last step of which all runs have images, else the last step."""
+    """Return the step to show first: the last one with images of all runs, or else the last one."""
     steps = all_steps(runs)
     common_steps = [step for step in steps if all(step in run.steps for run in runs)]
     return max(common_steps or steps, default=0)
 
 
 def all_steps(runs: Sequence[RunItem]) -> list[int]:
-    """Steps of which at least one run has images; step 0 only if there are no others."""
+    """Return the steps with images of any run; step 0 is included only if it is the only one."""
     steps: set[int] = set()
     for run in runs:
         steps |= set(run.steps)
@@ -149,7 +149,7 @@ def all_steps(runs: Sequence[RunItem]) -> list[int]:
 
 
 def images_html(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
-    """A section for each prompt, as HTML: the base model, each run, and the ground truth."""
+    """Return a section for each prompt, as HTML: the base model, each run, and the ground truth."""
     columns = [read_column(catalog, run, step, run.name) for run in runs]
     numbers_by_prompt: dict[str, set[int]] = {}  # in the order of the prompts
     for column in columns:
@@ -170,7 +170,7 @@ def images_html(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
 
 
 def shared_facts(columns: Sequence[Column]) -> list[str]:
-    """The seed and the kind of guidance, if they are the same for all images."""
+    """Return the seed and the kind of guidance, each only if it is the same for all images."""
     facts_of_images = []
     for column in columns:
         facts_of_images += [image_labels(image) for image in column.images.values()]
@@ -188,10 +188,10 @@ def rows_html(
     numbers: Sequence[int],
     truth_uri: str | None,
 ) -> str:
-    """A row for each image of a prompt, as HTML.
+    """Return a row for each image of a prompt, as HTML.
 
-    If a prompt has several rows, their labels are what tells the rows apart: the seed, or the
-    guidance. If the images of a row differ in it, each image is labeled with its own.
+    If a prompt has several rows, they are labeled with the seed or guidance in which they differ.
+    If the images within a row differ in the seed or guidance, each image is labeled instead.
     """
     facts_of_rows = [row_facts(columns, (prompt, number)) for number in numbers]
     rows = ""
@@ -231,14 +231,14 @@ def rows_html(
 
 
 def row_facts(columns: Sequence[Column], key: Key) -> list[list[str]]:
-    """The different seeds, and the different kinds of guidance, of one image of all columns."""
+    """Return the distinct seeds and the distinct kinds of guidance of an image in all columns."""
     images = [column.images[key] for column in columns if key in column.images]
     facts_of_images = [image_labels(image) for image in images]
     return [list(dict.fromkeys(values)) for values in zip(*facts_of_images, strict=True)]
 
 
 def image_labels(image: ValidationImage) -> tuple[str, str]:
-    """Seed and guidance of an image as texts; "" for one that is not known."""
+    """Return the seed and the guidance of an image as texts; "" if unknown."""
     seed = "" if image.seed is None else f"seed {image.seed}"
     guidance = ""
     if image.guidance_from is not None:
@@ -250,7 +250,7 @@ def image_labels(image: ValidationImage) -> tuple[str, str]:
 
 @lru_cache
 def read_truths(heldout_set: str | None) -> dict[str, str]:
-    """URIs of the held-out icons of a miniature's set, by their captions; {} without a set."""
+    """Return the held-out icons of a miniature's set: caption -> URI; {} without a set."""
     if heldout_set is None:
         return {}
     pictures = truth_pictures(prompts.read(heldout_set), MINI)
@@ -260,15 +260,15 @@ def read_truths(heldout_set: str | None) -> dict[str, str]:
 def read_base_column(
     catalog: Catalog, runs: Sequence[RunItem], prompts_of_page: Collection[str]
 ) -> Column | None:
-    """Images of the base model: those that a run sampled before training, first a chosen one.
+    """Read the base model's images, which a run sampled before training; chosen runs come first.
 
     Args:
         catalog: folders of the viewer.
         runs: chosen runs.
-        prompts_of_page: prompts of their images.
+        prompts_of_page: prompts of the chosen runs' images.
 
     Returns:
-        The column; None if no run of the same base model has images of one of the prompts.
+        The column; None if no run of the same base model has such images of any of the prompts.
     """
     bases = [run.record["config"].get("pretrained_model_name_or_path") for run in runs]
     for run in [*runs, *runs_with_images(catalog)]:

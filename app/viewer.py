@@ -2,11 +2,11 @@
 
     python -m app.viewer                       # finds run and result folders below this folder
     python -m app.viewer demo --port 7861
-    python -m app.viewer demo --host 0.0.0.0   # other machines may look and generate too
+    python -m app.viewer demo --host 0.0.0.0   # other machines may also view and generate images
     python -m app.viewer demo --allow_host lab.example   # behind a proxy with this name
 
-The viewer only reads files below ROOT and the base models of the runs. It sends no telemetry and
-loads nothing from the network.
+The viewer changes nothing below ROOT. It reads only files below ROOT, and the base models and LoRA
+files that the runs name. It sends no telemetry and downloads nothing.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ HOST_NAME = re.compile(r"[a-z0-9._-]+", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C, SIGTERM or SIGHUP.
+    """Serve the page until Ctrl-C, SIGTERM or SIGHUP.
 
     Returns:
-        The exit code: 0, or 2 after a sentence that says what to correct.
+        The exit code: 0, or 2 after an error message that names a fix.
     """
     parser = Parser("app.viewer", __doc__)
     parser.add_argument(
-        "root", nargs="?", type=Path, default=Path("."), metavar="ROOT", help="default: this folder"
+        "root",
+        nargs="?",
+        type=Path,
+        default=Path("."),
+        metavar="ROOT",
+        help="folder that contains the runs; default: this folder",
     )
     parser.add_argument("--host", default=LOCAL, help=f"address to listen on; default: {LOCAL}")
     parser.add_argument(
@@ -47,16 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="another host name to answer to, such as that of a proxy; can be given several times",
+        help="additional host name to accept, such as a proxy's; can be given several times",
     )
-    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
-    parser.add_argument("--device", help="device for Generate, such as cuda:1; default: the best")
+    parser.add_argument(
+        "--port", type=int, default=PORT, help=f"port to listen on; default: {PORT}"
+    )
+    parser.add_argument(
+        "--device", help="device for sampling images, such as cuda:1; default: the best one"
+    )
 
     def work() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):  # the normal end of a server
+        with contextlib.suppress(KeyboardInterrupt):  # the normal way to stop the server
             serve(parser.read(argv))
 
     return run_cli(work)
@@ -80,7 +89,7 @@ def serve(args: argparse.Namespace) -> None:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
-        # Redirected before the server is built, because the server's log keeps the stream.
+        # Redirect stderr before the server is built, because the server's log keeps the stream.
         with contextlib.redirect_stderr(guard.ShortLines(sys.stderr)):
             server = page.build_server(
                 catalog,
@@ -91,7 +100,7 @@ def serve(args: argparse.Namespace) -> None:
             )
             address = f"[{args.host}]" if ":" in args.host else args.host
             url = f"http://{address}:{args.port}"
-            print(f"{page.TITLE}: {url} shows {catalog.name}; Ctrl-C ends it.", flush=True)
+            print(f"{page.TITLE}: {url} shows {catalog.name}; stop it with Ctrl-C.", flush=True)
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
                 signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the other two
             server.run(sockets=[listener])
@@ -100,10 +109,10 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def set_variables(folder: str) -> None:
-    """Set the variables that Gradio reads when it is imported.
+    """Set the environment variables that Gradio reads when it is imported.
 
-    They turn off telemetry and set Gradio's temporary folder, which it always creates: the default
-    folder may belong to another user of the machine.
+    They turn off telemetry and set Gradio's temporary folder. Gradio always creates this folder,
+    and the default one may belong to another user of the machine.
     """
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=folder
@@ -118,7 +127,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Port 0 means any free port, so -1 is passed, which is refused.
+        # Port 0 would mean any free port; -1 is passed instead and raises an error.
         return socket.create_server((host, port or -1), family=family)
     except (OSError, OverflowError) as error:
         raise UserError(
@@ -128,11 +137,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse texts that are not host names, because they would match no request."""
+    """Raise UserError for a text that is not a host name, because it would match no request."""
     for name in names:
         if not HOST_NAME.fullmatch(name):
             raise UserError(
-                f"--allow_host {name} is not a host name: give the name alone, without http:// and"
+                f"--allow_host {name} is not a host name: give only the name, without http:// or a"
                 " port, such as lab.example"
             )
 

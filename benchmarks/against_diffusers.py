@@ -1,4 +1,4 @@
-"""Whole commands side by side: diffusers' own SDXL DreamBooth script and this one.
+"""Compare whole commands: diffusers' SDXL DreamBooth script and this project's.
 
     python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py
     python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py \\
@@ -7,15 +7,16 @@
     python benchmarks/against_diffusers.py --script train_dreambooth_lora_sdxl.py \\
         --device cuda --preset sdxl-1024 --json result.json
 
-``--script`` is a copy of diffusers' ``examples/dreambooth/train_dreambooth_lora_sdxl.py`` of the
-version that is installed. Both scripts train on the same folder of images with the same batch,
-rank, alpha, rate, start and layers, and write one LoRA file. Whole processes take turns in rotating
-order: LoRA by diffusers' script, and by this one the ``--variants``; each round has its own seed.
+``--script`` is a copy of ``examples/dreambooth/train_dreambooth_lora_sdxl.py`` from the installed
+version of diffusers. Both scripts train on the same folder of images with the same batch size,
+rank, alpha, learning rate, initialization and layers, and write one LoRA file. In each round, every
+process runs once, in rotating order: LoRA with diffusers' script, then the ``--variants`` of this
+project. Each round has its own seed.
 
-Steps are timed by the progress bars. Memory is the highest resident memory. With a GPU, which
-nobody else may use meanwhile, its memory is measured and compared with the estimate of
-``--dry_run``. On the miniature the held-out loss is measured too. ``lora-again`` finds the files
-that its first round cached. The JSON file holds no paths, so it can be posted.
+Steps are timed by their progress bars. Memory is the peak resident memory. On a GPU, which no other
+process may use, the GPU's memory is measured too and compared with the estimate of ``--dry_run``.
+On the miniature the held-out loss is also measured. ``lora-again`` reads the latents that its first
+round cached. The JSON file holds no paths of this machine except those in ``--peer_flags``.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ from bilora_diffusion.train.engine import build_accelerator
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 # Label of diffusers' script
 PEER = "diffusers, LoRA"
-# Runs of this project: name -> flags, in addition to those that all runs share
+# Run of this project -> its flags, in addition to those that all runs share
 VARIANTS = {
     "lora": "--method lora",
     "lora-again": "--method lora --disk_cache auto",
@@ -92,9 +93,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PROMPT = "a TOK icon, in the style of TOK"
 RANK = 4
-# A progress bar of tqdm: steps done, and of how many
+# State of a tqdm progress bar: steps done, total steps
 STEP = re.compile(rb"(\d+)/(\d+) \[")
-# Figure of a round -> its column, and its factor there
+# Measurement of a round -> head of its column, and factor of its values there
 FIGURES = {
     "seconds": ("whole command (s)", 1),
     "start": ("to the first step (s)", 1),
@@ -103,19 +104,19 @@ FIGURES = {
     "memory": ("memory (GB)", 1e-9),
     "gpu_memory": ("GPU memory (GB)", 1e-9),
     "estimate": ("by --dry_run (GB)", 1e-9),
-    "skipped": ("steps left out by fp16's scaler", 1),
+    "skipped": ("steps skipped by fp16's scaler", 1),
     HELDOUT_LOSS: ("held-out loss x 1000", 1e3),
 }
-# Units in that sentence of ``--dry_run``
-BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-# Sentence of ``--dry_run``
+# Sentence that ``--dry_run`` prints: amount and unit
 NEEDED = re.compile(r"the run needs about ([0-9.]+) (\w+)")
+# Unit in that sentence -> bytes
+BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 def command(
     label: str, folder: Path, seed: int, images: Path, args: argparse.Namespace
 ) -> list[str]:
-    """Words after ``python`` of a variant's command line, or of diffusers' script (``PEER``)."""
+    """Return the words after ``python`` for a variant, or for diffusers' script (`PEER`)."""
     shared = (
         f"--instance_data_dir {images} --rank {RANK}"
         f" --resolution {args.resolution} --train_batch_size {args.batch}"
@@ -129,17 +130,17 @@ def command(
     words += ["--instance_prompt", PROMPT, "--pretrained_model_name_or_path", args.model]
     if label == PEER:
         return words + args.peer_flags
-    # As diffusers' script: alpha as the rank, gaussian A, one file, no cache from round to round
+    # Like diffusers' script: alpha equals the rank, A is normal, one file is written, no cache.
     flags = f"--lora_alpha {RANK} --init_lora_weights gaussian --no_output_kohya_format"
     flags += f" --validation_dataset none --disk_cache no {VARIANTS[label]}"
     return words + flags.split()
 
 
 def estimate(words: Sequence[str], environment: dict[str, str]) -> float:
-    """Bytes that a command of this project takes by its ``--dry_run``.
+    """Return the bytes that ``--dry_run`` estimates for a command of this project.
 
     Raises:
-        TrainingError: the dry run failed.
+        TrainingError: The dry run failed.
     """
     dry_run = [sys.executable, *words, "--dry_run"]
     process = subprocess.run(dry_run, capture_output=True, text=True, env=environment, check=False)
@@ -152,16 +153,16 @@ def estimate(words: Sequence[str], environment: dict[str, str]) -> float:
 def run(
     words: Sequence[str], steps: int, log: Path, environment: dict[str, str]
 ) -> dict[str, float]:
-    """Run a command of ``steps`` steps to its end, with its output in ``log``.
+    """Run a command that trains ``steps`` steps, and write its output to ``log``.
 
     Returns:
-        "seconds" of the whole process, until its first step began ("start") and of a later step
-        ("step", the median); bytes of "memory", and of "gpu_memory" if the command may use a GPU.
+        Seconds: "seconds" of the whole process, "start" until the first step began, and "step", the
+        median of the later steps. Bytes: "memory", and "gpu_memory" if the command may use a GPU.
 
     Raises:
-        TrainingError: it failed, or showed no progress bar.
+        TrainingError: The command failed, or showed no progress bar of ``steps`` steps.
     """
-    # The bar is to show every step, however fast it is.
+    # The bar must show every step, however short.
     variables = {**environment, "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
     ticks = []
     gpu = None if environment.get("CUDA_VISIBLE_DEVICES") == "" else GPUMemory()
@@ -171,7 +172,7 @@ def run(
             watch_command(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables
         )
         while block := os.read(process.stderr.fileno(), 2**16):
-            # A block may hold several states of a bar, which end in a carriage return.
+            # A block may hold several states of a bar.
             elapsed = time.perf_counter() - began
             output.write(block)
             for step, total in STEP.findall(block):
@@ -187,7 +188,7 @@ def run(
     step_seconds = ends[0]
     if len(ends) > 1:
         step_seconds = statistics.median(later - end for end, later in itertools.pairwise(ends))
-    # Before the first step ended it also compiled and warmed up, which counts for the start.
+    # Compiling and warming up happen within the first step, and count as the start.
     measurements = {
         "seconds": total_seconds,
         "start": max(0.0, ends[0] - step_seconds),
@@ -200,13 +201,14 @@ def run(
 
 
 def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]:
-    """Seconds until each step of the training ended, from the states of all progress bars.
+    """Return the seconds until each training step ended, from the states of all progress bars.
 
-    Loading shows bars too. The training's bar is the one that took longest of those with as many
-    steps.
+    Loading shows bars too. Among the bars with ``steps`` steps, the training's bar is the one that
+    took longest.
 
     Args:
-        ticks: (steps done, of how many, seconds) of each state.
+        ticks: (steps done, total steps, seconds since the start) of each state.
+        steps: Number of training steps.
     """
     bars: list[dict[int, float]] = [{}]
     for step, total, elapsed in ticks:
@@ -225,7 +227,7 @@ def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float
 
 
 def heldout_loss(lora: Path) -> float:
-    """Loss of a LoRA of the miniature on held-out icons, as this project's runs measure it."""
+    """Measure a LoRA's loss on held-out icons with the miniature, as this project's runs do."""
     words = "--dataset mini --mixed_precision no --report_to none --disk_cache no"
     words += " --num_validation_images 0 --output_dir"
     cfg = parse_run([*words.split(), str(lora / "grid")])
@@ -236,17 +238,17 @@ def heldout_loss(lora: Path) -> float:
 
 
 def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure everything; logs and runs are put under ``folder``."""
+    """Measure all rounds and return the result; logs and runs are written below ``folder``."""
     images = folder / "images"
     shutil.copytree(mini.train_dir(), images, ignore=shutil.ignore_patterns("*.jsonl"))
     environment = dict(os.environ)
-    # A model on this machine needs no hub, and then none of the processes waits for one.
+    # A model on this machine needs no hub. Offline, no process waits for the hub.
     if Path(args.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     measured: dict[str, list[dict[str, float]]] = {label: [] for label in (PEER, *args.variants)}
-    # Before anything is measured, so that a variant that can't run is known early.
+    # The dry runs come first, so that a variant that can't run is reported early.
     estimates = {}
     for name in args.variants:
         words = command(name, folder / "dry", 0, images, args)
@@ -270,7 +272,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     works = [partial(work, label) for label in measured]
     interleave(works, rounds=args.rounds, warmup=0)
     rows = {label: summary(rounds, measured[PEER]) for label, rounds in measured.items()}
-    # The result holds no paths of this machine.
+    # Paths of this machine are left out, except those in --peer_flags.
     flags = dict(vars(args))
     del flags["json"]
     flags["script"] = args.script.name
@@ -286,7 +288,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Medians of a variant's measurements, and paired ratios to the peer's with 95 % intervals."""
+    """Compute a variant's medians, and paired ratios to the peer's with 95 % intervals."""
     row: dict[str, dict[str, Any]] = {}
     for name in rounds[0]:
         values = [measurements[name] for measurements in rounds]
@@ -298,7 +300,7 @@ def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the result as Markdown."""
     rows = result["variants"]
     heads = [""]
     cells_by_label = {label: [label] for label in rows}
@@ -323,7 +325,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cell(figure: dict[str, Any] | None, factor: float, label: str) -> str:
-    """A cell of the table: the median, and for all but the peer its ratio with the interval."""
+    """Format a cell: the median, and for this project's runs the ratio to diffusers' script."""
     if figure is None:
         return ""
     text = f"{figure['median'] * factor:.2f}"
@@ -337,8 +339,12 @@ def _cell(figure: dict[str, Any] | None, factor: float, label: str) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; refuse a script, device or file that could not be used."""
-    parser = UserErrorParser(description="diffusers' script and this project's, side by side.")
+    """Read the command line.
+
+    Raises:
+        UserError: The script, device, file or a count can't be used.
+    """
+    parser = UserErrorParser(description="Compare diffusers' script with this project's.")
     parser.add_argument("--script", type=Path, required=True, help="copy of diffusers' script")
     parser.add_argument(
         "--preset", choices=PRESETS, default="mini", help="defaults of the options below"
@@ -355,13 +361,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="some of " + ", ".join(VARIANTS),
     )
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
-    parser.add_argument("--peer_flags", type=shlex.split, default=[], help="for diffusers' script")
+    parser.add_argument(
+        "--peer_flags", type=shlex.split, default=[], help="further flags for diffusers' script"
+    )
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    # Read twice: the preset has the defaults of the other options.
+    # The command line is read twice: the preset sets the defaults of the other options.
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
     if not args.script.is_file():
-        raise UserError(f"--script is {args.script}, which is not a file; give your copy of it.")
+        raise UserError(
+            f"--script is {args.script}, which is not a file; give a copy of diffusers' script."
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch finds no GPU; give --device cpu.")
     check(args, "batch", "steps", "rounds")
@@ -369,7 +379,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a table."""
+    """Measure, print a table, and write the result to ``--json``."""
     args = parse(argv)
     with TemporaryDirectory() as folder:
         finish(benchmark(args, Path(folder)), table, args.json)

@@ -1,17 +1,17 @@
-"""What a GPU can do with every image model, in one command that can be stopped and continued.
+"""Measure every image model on a GPU, in one command that can be stopped and continued.
 
     python -m benchmarks.gpu_day                                   # all models, on the GPU
     python -m benchmarks.gpu_day --models sdxl,z_image --minutes 30
     python -m benchmarks.gpu_day --device cpu --models mini,sdxl --minutes 5 --output_dir runs/gpu
-    python -m benchmarks.gpu_day --script train_dreambooth_lora_sdxl.py    # and diffusers' script
+    python -m benchmarks.gpu_day --script train_dreambooth_lora_sdxl.py    # also diffusers' script
     python -m benchmarks.gpu_day --real stabilityai/stable-diffusion-xl-base-1.0 \\
         --images my_photos                                         # needs the hub, and captions
 
-Each model has a basic part, which is LoRA in bf16 with a batch of 1, and parts that differ in one
-thing each: method, 4-bit weights, size, batch, compiled blocks. A part is a process (gpu_part.py)
-of at most ten minutes, so that a full memory ends it alone. Its row is written at once into
-``OUTPUT_DIR/NAME.json``, and the table into ``NAME.md``. The same command goes on where an earlier
-one stopped. Weights are random: only ``--real`` needs the hub.
+Each model has a basic part, LoRA in bf16 with a batch size of 1, and further parts with another
+method, 4-bit weights, another image size or batch size, or compiled blocks. A part runs for at most
+ten minutes in its own process (gpu_part.py), so running out of memory ends only this part. After
+each part its row is written to ``OUTPUT_DIR/NAME.json`` and the table to ``NAME.md``. The same
+command continues where an earlier one stopped. Weights are random: only ``--real`` needs the hub.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.core.files import without_paths
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS = 600.0  # of a part
-# A part is started with less time only if an earlier part of its model has taken less.
+# Longest time of a part
+LIMIT_SECONDS = 600.0
+# Device -> time that must be left to start a model's first part or another command
 FIRST_PART_SECONDS = {"cuda": 180.0, "cpu": 60.0}
-# After SIGTERM, in which a training saves a checkpoint
+# Time after SIGTERM, in which a training run saves a checkpoint
 PATIENCE_SECONDS = 60.0
-# Sides of images: of the basic part, and of the part with small images
+# Device -> side of the images in pixels: usual parts, and parts with small images
 SIDES = {"cuda": (1024, 512), "cpu": (256, 128)}
 MINI_SIDES = (64, 32)
-# Parts of other commands
+# Parts that other commands measure
 PEER, REAL = "diffusers' script", "photographs"
 
 
@@ -70,13 +71,13 @@ class Command:
     reason: str = ""
     # JSON file or report that the command writes
     result: Path | None = None
-    # A model that it reads, and the words after ``python`` of the command that makes it
+    # Model folder that the command reads, and the words after ``python`` that create it
     model: Path | None = None
     model_words: tuple[str, ...] = ()
 
 
 def plan(models: Sequence[str], device: str) -> list[Part]:
-    """The parts of some models, the most useful first: each kind of part for all models in turn."""
+    """Return the parts of some models, kind by kind: the most useful kind of all models first."""
     kinds: list[dict[str, Any]] = [
         {},
         {"method": "bilora"},
@@ -99,7 +100,11 @@ def plan(models: Sequence[str], device: str) -> list[Part]:
 
 
 def commands(args: argparse.Namespace, file: Path) -> list[Command]:
-    """The parts that are measured by other commands: diffusers' script, and photographs."""
+    """Return the parts that other commands measure: diffusers' script, and photographs.
+
+    Raises:
+        UserError: The photographs or the model of ``--real`` can't be used.
+    """
     parts = []
     peer_result = file.with_suffix(".diffusers.json")
     if args.script is None:
@@ -137,13 +142,13 @@ def commands(args: argparse.Namespace, file: Path) -> list[Command]:
 def run_limited(
     words: Sequence[str], environment: Mapping[str, str], log: Path, limit: float
 ) -> int | None:
-    """Run ``python WORDS`` in a process group of its own, with its output in ``log``.
+    """Run ``python WORDS`` in its own process group, and write its output to ``log``.
 
     Args:
-        limit: seconds, after which the group is ended.
+        limit: Seconds after which the process group is ended.
 
     Returns:
-        The exit code; None if the limit was reached.
+        The exit code, or None if the limit was reached.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -153,7 +158,7 @@ def run_limited(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # a group that can be ended as a whole
+            start_new_session=True,  # its own group, which can be ended as a whole
         )
         try:
             return process.wait(limit)
@@ -168,10 +173,13 @@ def run_limited(
 
 
 class Day:
-    """The parts of a command line, and the file that their rows are written to.
+    """The measurements of one device: it runs parts and writes their rows to a file.
 
     Args:
-        args: the command line's arguments.
+        args: Arguments of the command line.
+
+    Raises:
+        UserError: The file has measurements of another device.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -188,7 +196,7 @@ class Day:
             before = recorded["device"]["name"]
             if before != facts["device"]["name"]:
                 raise UserError(
-                    f"{self.file} has measurements of {before}, and this is"
+                    f"{self.file} has measurements of {before}, but this device is"
                     f" {facts['device']['name']}: give another --name."
                 )
         self.environment = dict(os.environ)
@@ -196,11 +204,11 @@ class Day:
             self.environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
 
     def left(self) -> float:
-        """Seconds that are left of ``--minutes``."""
+        """Return the seconds that are left of ``--minutes``."""
         return 60 * self.args.minutes - (time.monotonic() - self.started)
 
     def needed_seconds(self, model: str) -> float:
-        """Seconds that a part of a model may take: twice the longest before, else a guess."""
+        """Estimate the seconds of a model's next part from its longest part so far."""
         seconds_of_parts = []
         for row in self.results["parts"].values():
             if row.get("part", {}).get("model") == model:
@@ -210,11 +218,11 @@ class Day:
         return min(LIMIT_SECONDS, 2 * max(seconds_of_parts))
 
     def is_done(self, key: str) -> bool:
-        """Test that a part need not be measured."""
+        """Return whether a part has a final outcome and is not measured again."""
         return self.results["parts"].get(key, {}).get("outcome") in FINAL
 
     def write(self, key: str, row: Mapping[str, Any]) -> None:
-        """Write a row, and the table of all rows."""
+        """Write the row of a part to the file, and all rows to the table."""
         origin = {name: self.facts[name] for name in ("commit", "commit_differs")}
         self.results["parts"][key] = {**row, **origin}
         write_text(self.file, json.dumps(self.results, indent=1) + "\n")
@@ -222,7 +230,7 @@ class Day:
         print(f"{key}: {row['outcome']}", flush=True)
 
     def measure(self, part: Part) -> bool:
-        """Measure a part; False if the time ended before it did, so that it has no row."""
+        """Measure a part and write its row; return False if ``--minutes`` ended first."""
         row: dict[str, Any] = {"title": SHAPES[part.model].title, "part": asdict(part)}
         if part.quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
             self.write(part.key, row | {"outcome": SKIPPED, "reason": "no bitsandbytes"})
@@ -235,7 +243,7 @@ class Day:
             began = time.monotonic()
             exit_code = run_limited(words, self.environment, log, limit)
             row["wall_seconds"] = time.monotonic() - began
-            if file.exists():  # also where the process was ended while it sampled
+            if file.exists():  # also if the process was ended while sampling
                 row |= gpu_result.read_results(file)
             elif exit_code is None:
                 if limit < LIMIT_SECONDS:
@@ -249,7 +257,7 @@ class Day:
         return True
 
     def run_command(self, command: Command) -> bool:
-        """Run another command; False if it has not ended in time, and will be continued."""
+        """Run another command and write its row; return False if the time limit ended it."""
         row: dict[str, Any] = {"title": command.key}
         if not command.words:
             reason = f"{SKIPPED}: {command.reason}"
@@ -274,23 +282,25 @@ class Day:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a process's output, without paths of this machine."""
+    """Return the last line of a process's output, without paths of this machine."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return without_paths(lines[-1]) if lines else "no output"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; raise UserError if a value can't be used."""
     parser = UserErrorParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     default_models = ",".join(name for name in SHAPES if name != "mini")
     parser.add_argument("--device", choices=sorted(SIDES), default="cuda")
     parser.add_argument("--models", default=default_models, help=f"some of {','.join(SHAPES)}")
-    parser.add_argument("--minutes", type=float, default=24 * 60.0, help="no part starts later")
-    parser.add_argument("--name", help="of the file; default: the device's name")
+    parser.add_argument(
+        "--minutes", type=float, default=24 * 60.0, help="time limit of the whole command"
+    )
+    parser.add_argument("--name", help="name of the result file; default: the device's name")
     parser.add_argument("--output_dir", type=Path, default=Path("results/gpu"))
     parser.add_argument("--script", type=Path, help="copy of diffusers' SDXL DreamBooth script")
-    parser.add_argument("--real", metavar="MODEL", help="a model with weights: folder or hub id")
+    parser.add_argument("--real", metavar="MODEL", help="folder or hub id of a pretrained model")
     parser.add_argument("--images", type=Path, help="photographs with captions, for --real")
     args = parser.parse_args(argv)
     args.models = args.models.split(",")
@@ -311,11 +321,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing, print the table, and how to go on if the time has ended."""
+    """Measure the missing parts, print the table, and report if parts are still missing."""
     args = parse(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     day = Day(args)
-    # First, so that photographs or a model that can't be used are told before hours of work.
+    # This comes first, to refuse unusable photographs or models before hours of work.
     other_parts = commands(args, day.file.resolve())
     remaining = [part for part in plan(args.models, args.device) if not day.is_done(part.key)]
     is_complete = True
@@ -325,14 +335,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             break
     for command in other_parts:
         if is_complete and not day.is_done(command.key):
-            # What is skipped takes no time.
+            # A skipped command takes no time.
             has_time = not command.words or day.left() > FIRST_PART_SECONDS[args.device]
             is_complete = has_time and day.run_command(command)
     if day.file.exists():
         print(gpu_result.table(day.results))
-    print(f"written: {day.file}" if day.file.exists() else "no part fits: give more --minutes")
+    print(
+        f"written: {day.file}" if day.file.exists() else "nothing was measured: give more --minutes"
+    )
     if not is_complete:
-        print("Parts are missing: give the same command again to go on.")
+        print("Parts are missing: give the same command again to continue.")
 
 
 if __name__ == "__main__":

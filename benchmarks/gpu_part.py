@@ -1,7 +1,7 @@
-"""One part of gpu_day.py in a process of its own: training steps, then an image.
+"""One part of gpu_day.py, in its own process: training steps, then a sampled image.
 
-The step is that of a run (`Trainer.train_step`), on a model of full size with random weights and on
-the miniature's icons at the part's size. ``--dry_run``'s estimate is made for the same run. The
+A step is a run's `Trainer.train_step`, with a model of full size and random weights, on the
+miniature's icons at the part's image size. ``--dry_run`` estimates the memory of the same run. The
 results are written after the steps, and again after the image.
 """
 
@@ -48,13 +48,22 @@ from bilora_diffusion.train.trainer import Trainer
 
 RANK = 4
 SAMPLING = "encoding or sampling"  # phase of `memory_by_phase`
-# Words of errors of a full memory that are no `torch.OutOfMemoryError`
+# Words in the messages of errors that mean a full memory but are not `torch.OutOfMemoryError`
 MEMORY_ERRORS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part measures."""
+    """The settings of a part.
+
+    Attributes:
+        model: Key of `SHAPES`.
+        pixels: Side of the images in pixels.
+        batch: Images per step.
+        method: Value of ``--method``.
+        quantize: Value of ``--quantize``.
+        compile: Whether the denoiser's blocks are compiled.
+    """
 
     model: str
     pixels: int
@@ -76,13 +85,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Numbers of steps, by the device."""
+    """Numbers of steps on a kind of device."""
 
-    # Unmeasured steps, of which the first counts the operations
+    # Steps before the measured ones. The operations are counted in the first.
     warmup: int
+    # Largest number of measured steps
     steps: int
-    # After so many seconds no further step is measured.
+    # Total seconds of measured steps, after which no further step is measured
     seconds: float
+    # Sampler steps of the image
     sampler_steps: int
 
 
@@ -93,7 +104,7 @@ LENGTHS = {
 
 
 def configuration(part: Part, device: torch.device, folder: Path) -> DreamBoothConfig:
-    """The configuration of a part's run."""
+    """Return the configuration of a part's run."""
     outline = folder / "model"
     write_outline(build_pipeline(part.model), outline)
     lengths = LENGTHS[device.type]
@@ -113,9 +124,9 @@ def configuration(part: Part, device: torch.device, folder: Path) -> DreamBoothC
 
 
 def estimate(cfg: DreamBoothConfig, name: str, device: torch.device) -> dict[str, int]:
-    """Bytes that ``--dry_run`` expects of a training step and of sampling.
+    """Estimate the bytes of a training step and of sampling, as ``--dry_run`` does.
 
-    On a GPU CUDA's own memory is left out, as PyTorch's statistics leave it out.
+    On a GPU, CUDA's own memory is left out, since PyTorch's statistics do not include it.
     """
     task = DreamBooth(cfg, build_pipeline(name), TrainingStream(cfg, training_images(cfg)))
     _, trained = attach_copy(task, cfg.max_train_steps or 1)
@@ -128,9 +139,9 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
     """Measure a part.
 
     Args:
-        part: what is measured.
-        device: device of the run.
-        report: gets the results so far, after the steps and after the image.
+        part: Settings of the part.
+        device: Device of the run.
+        report: Function that gets the results so far, after the steps and after the image.
     """
     with TemporaryDirectory() as temporary_folder:
         folder = Path(temporary_folder)
@@ -139,7 +150,7 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
         device = accelerator.device
         estimates = estimate(cfg, part.model, device)
         started = time.perf_counter()
-        # 4-bit weights are quantized layer by layer on their way to the device, as in a run.
+        # As in a run, weights are quantized layer by layer while they are moved to the device.
         first_device = device if part.quantize == "none" else torch.device("cpu")
         pipeline = build_pipeline(part.model, with_weights(first_device))
         task = DreamBooth(cfg, pipeline, TrainingStream(cfg, training_images(cfg)))
@@ -171,10 +182,11 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
 
 
 def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
-    """Take the steps of a part.
+    """Train the steps of a part.
 
     Returns:
-        Seconds of each measured step, their median, the operations of a step and its peak memory.
+        Seconds of each measured step and their median, seconds of the warm-up steps, operations of
+        a step, peak memory in bytes and losses.
     """
     device = trainer.accelerator.device
     compiled_models = []
@@ -193,7 +205,7 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
             reset_peak(device)
             continue
         with blocks.step(trainer.step + 1):
-            values = trainer.train_step(batches)  # which waits for the device
+            values = trainer.train_step(batches)  # waits for the device
         losses.append(values["loss"])
         if trainer.step <= lengths.warmup:
             warmup_times.append(values["seconds"])
@@ -216,9 +228,9 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
 
 @contextmanager
 def counted_operations() -> Iterator[FlopCounterMode]:
-    """Context manager: counts the floating-point operations of products and of attention.
+    """Count the floating-point operations of matrix products and attention within a context.
 
-    Compiled blocks run uncompiled here, since the counter does not see into their kernels.
+    Compiled blocks run uncompiled, since the counter can't see into their kernels.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -226,13 +238,13 @@ def counted_operations() -> Iterator[FlopCounterMode]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak of a GPU's memory so far; that of a process on a CPU stays."""
+    """Reset the peak of a GPU's memory. The peak of a CPU process can't be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def failure(error: BaseException) -> dict[str, str]:
-    """Outcome and reason of a part, or of its image, that ended with an error."""
+    """Return the outcome and reason of a part or image that ended with an error."""
     cause: BaseException | None = error
     while cause is not None:
         is_full = isinstance(cause, torch.OutOfMemoryError | MemoryError)
@@ -243,11 +255,11 @@ def failure(error: BaseException) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the part of the command line, and write its results."""
+    """Measure the part that the command line describes, and write its results."""
     parser = argparse.ArgumentParser(description="Measure one part; gpu_day.py calls it.")
     parser.add_argument("part", type=json.loads, help="fields of `Part`, as JSON")
     parser.add_argument("--device", choices=LENGTHS, required=True)
-    parser.add_argument("--json", type=Path, required=True, help="file of the results")
+    parser.add_argument("--json", type=Path, required=True, help="result file")
     args = parser.parse_args(argv)
     part = Part(**args.part)
     if part.model not in SHAPES:

@@ -1,4 +1,4 @@
-"""The photographs of ``gpu_day --real``: training and held-out ones, and the experiment."""
+"""Photographs for ``gpu_day --real``: the training and held-out folders, and the experiment."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def split_photographs(images: Path, folder: Path) -> None:
     """Copy photographs and captions: every fifth into ``heldout``, the others into ``train``.
 
-    A folder that exists stays as it is, since an earlier call has trained on it.
+    An existing folder is kept unchanged, since an earlier call has trained on it.
 
     Args:
-        images: folder of photographs, each with its caption in a .txt file.
-        folder: where they are copied to.
+        images: Folder of photographs, each with its caption in a .txt file.
+        folder: Folder that gets ``train`` and ``heldout``.
 
     Raises:
-        UserError: there are fewer than 5 photographs, or one has no caption.
+        UserError: There are fewer than 5 photographs, or one has no caption.
     """
     if folder.exists():
         return
@@ -32,7 +32,7 @@ def split_photographs(images: Path, folder: Path) -> None:
     photographs = listing.images
     if len(photographs) < 5:
         raise UserError(
-            f"{images} has {len(photographs)} photographs, of which none is held out:"
+            f"{images} has {len(photographs)} photographs, too few to hold one out:"
             " give at least 5."
         )
     captions = listing.captions(photographs)
@@ -50,11 +50,11 @@ def split_photographs(images: Path, folder: Path) -> None:
 
 
 def experiment_of(model: str, photographs: Path) -> dict[str, Any]:
-    """The experiment of ``--real``: LoRA and Bi-LoRA on photographs, scored by samples.
+    """Return the experiment of ``--real``: LoRA and Bi-LoRA on photographs, scored by samples.
 
     Args:
-        model: folder or hub id.
-        photographs: folder of `split_photographs`.
+        model: Folder or hub id of the base model.
+        photographs: Folder that `split_photographs` wrote.
     """
     _, guidance = read_base_model(model).usual_sampling
     options = {

@@ -1,6 +1,6 @@
-"""The file of results of gpu_day.py, its table, and the peaks of GPUs.
+"""The result file of gpu_day.py, its table, and the peak speeds of GPUs.
 
-This needs no torch, so that the pages can be made from the files.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from bilora_diffusion.core.files import bytes_for_people
 from eval.results import report
 
-# What becomes of a part
+# Outcomes of a part
 MEASURED, OUT_OF_MEMORY, TIMED_OUT = "measured", "out of memory", "time limit"
 SKIPPED, FAILED = "skipped", "failed"
-# Parts with one of these are not measured again.
+# A part with one of these outcomes is not measured again.
 FINAL = (MEASURED, OUT_OF_MEMORY, TIMED_OUT)
-# Dense products of bf16 with sums in fp32, in 10^12 operations a second, by a word of the GPU's
-# name; from NVIDIA's data sheets and white papers. The first that fits counts.
+# Word in a GPU's name -> peak speed in 10^12 operations per second, for dense bf16 matrix products
+# with fp32 accumulation, from NVIDIA's data sheets and white papers. The first match counts.
 PEAKS = {
     "B200": 2250,
     "GH200": 989,
@@ -42,7 +42,7 @@ PEAKS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71,
 }
-# Names of GPUs whose peak is lower than that of the card they are named after
+# Words in the names of GPUs that are slower than the card whose name they contain
 REDUCED = re.compile(r"Laptop|MIG|Max-Q|\b4090 D\b")
 HEADS = (
     "model",
@@ -61,20 +61,20 @@ HEADS = (
 
 
 def peak_of(gpu: str | None) -> float | None:
-    """Peak of a GPU in operations a second; None where it is not known."""
+    """Return a GPU's peak speed in operations per second, or None if it is not known."""
     if gpu is None or REDUCED.search(gpu):
         return None
     for name, tera_operations in PEAKS.items():
-        # A name may go on in letters that belong to another part: "A100-SXM4", but not "L40S".
+        # A suffix may follow after a hyphen, as in "A100-SXM4"; "L40" must not match "L40S".
         if re.search(rf"\b{name}\b", gpu):
             return 1e12 * tera_operations
     return None
 
 
 def share_of_peak(row: Mapping[str, Any], gpu: str | None) -> float | None:
-    """Operations of a step over those that the GPU could have done in the same time.
+    """Compute a step's operations as a share of what the GPU's peak speed allows in its time.
 
-    What gradient checkpointing computes again counts.
+    Operations that gradient checkpointing repeats are counted.
     """
     peak = peak_of(gpu)
     if peak is None or not row.get("operations"):
@@ -83,12 +83,12 @@ def share_of_peak(row: Mapping[str, Any], gpu: str | None) -> float | None:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """The results of a file."""
+    """Read a result file."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """All parts of a file as Markdown, with what was not measured and why."""
+    """Format all parts of a file as Markdown, unmeasured ones with the reason."""
     gpu = results["device"]["gpu"]
     rows = []
     for row in results["parts"].values():
@@ -97,16 +97,16 @@ def table(results: Mapping[str, Any]) -> str:
     device, versions = results["device"], results["versions"]
     lines.append(
         f"{device['name']}, torch {versions['torch']}, diffusers {versions['diffusers']}. Random"
-        " weights, bf16, rank 4, gradient checkpointing; the text encoders are left out. A step is"
-        " the median, with the lowest and the highest. The share counts the operations of matrix"
-        " products and attention, with those that checkpointing repeats."
+        " weights, bf16, rank 4, gradient checkpointing, no text encoders. The time of a step is"
+        " the median, with the lowest and highest value. The share of the peak counts operations of"
+        " matrix products and attention, including those that checkpointing repeats."
     )
     return "\n\n".join(lines) + "\n"
 
 
 def table_row(row: Mapping[str, Any], gpu: str | None) -> Sequence[str]:
-    """Cells of a part."""
-    if row.get("text"):  # of a command that has its own table
+    """Return the cells of a part's row."""
+    if row.get("text"):  # another command, with its own table or report
         return (row["title"], *[""] * 4, row["text"], *[""] * (len(HEADS) - 6))
     part = row["part"]
     weights = part["quantize"].replace("none", "bf16").replace("nf4", "NF4")

@@ -1,4 +1,4 @@
-"""Fair timing: each round runs every candidate once, in rotating order; ratios are paired."""
+"""Paired timing: each round runs every candidate once, in rotating order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from bilora_diffusion.run import provenance
 
 KIBI = 1024  # Linux reports resident memory in kibibytes
 
-# A process that is started has at first the memory of its parent, which Linux counts as its own
-# peak. So a small process starts the run and prints the peak of its largest child.
+# A child's peak on Linux includes its parent's memory at the time of the fork. So a small process
+# starts the run and prints the peak of its largest child, in kibibytes.
 _PEAK_MEMORY = """
 import resource, subprocess, sys
 ended = subprocess.call(sys.argv[1:], stdout=sys.stderr)
@@ -34,7 +34,7 @@ sys.exit(ended)
 
 
 def watch_command(words: Sequence[str]) -> list[str]:
-    """A command that runs ``python WORDS`` and prints its peak resident memory in `KIBI` bytes.
+    """Return a command that runs ``python WORDS`` and prints its peak resident memory (KiB).
 
     The output of ``python WORDS`` goes to stderr.
     """
@@ -42,12 +42,12 @@ def watch_command(words: Sequence[str]) -> list[str]:
 
 
 class GPUMemory:
-    """Context that measures the peak of a GPU's memory beyond that at its start.
+    """Context manager that measures how far a GPU's used memory rises above its level at entry.
 
-    The memory of all processes counts, so nobody else may use the GPU.
+    The memory of all processes counts, so no other process may use the GPU.
 
     Attributes:
-        highest: in bytes.
+        highest: Largest rise so far, in bytes.
     """
 
     highest = 0
@@ -70,7 +70,7 @@ class GPUMemory:
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, with the work that it leaves in the GPU's queue."""
+    """Measure the wall time of one call in seconds, including work that it queues on the GPU."""
     is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.synchronize()
@@ -84,19 +84,20 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def interleave(
     work: Sequence[Callable[[int], float]], *, rounds: int, warmup: int
 ) -> list[list[float]]:
-    """Times of each candidate in each round, (candidates, rounds).
+    """Run every candidate once per round and return their times, (candidates, rounds).
 
-    Every round runs each candidate once, so that a slow phase of the machine meets all of them; the
-    order rotates, so that none is always first. Garbage is collected between rounds, never within
-    a call.
+    A slow phase of the machine thus affects all candidates, and the rotating order means that none
+    is always first. Garbage is collected between rounds, never within a call.
 
     Args:
-        work: one function for each candidate. It gets the number of the round, which is negative
-            while warming up, and returns its time.
+        work: One function per candidate. It gets the number of the round, which is negative during
+            warm-up, and returns its time.
+        rounds: Number of rounds that are returned.
+        warmup: Number of rounds before them whose times are discarded.
     """
     times: list[list[float]] = [[] for _ in work]
     gc.collect()
-    gc.freeze()  # models need not be walked again
+    gc.freeze()  # later collections skip the models
     gc.disable()
     try:
         for number in range(-warmup, rounds):
@@ -115,9 +116,9 @@ def interleave(
 def paired_ratio(
     times: Sequence[float], baseline: Sequence[float]
 ) -> tuple[float, tuple[float, float] | None]:
-    """Median of time / baseline over rounds, and its 95 % bootstrap interval.
+    """Compute the median of time / baseline over rounds, and its 95 % bootstrap interval.
 
-    The interval is None below five rounds.
+    The interval is None for fewer than five rounds.
     """
     ratios = np.asarray(times) / np.asarray(baseline)  # (rounds,)
     # A bootstrap of fewer values gives intervals that are far too narrow.
@@ -130,7 +131,7 @@ def paired_ratio(
 
 
 def check(args: argparse.Namespace, *counts: str) -> None:
-    """Refuse counts out of their range, and a ``--json`` that could not be written in the end."""
+    """Raise UserError if a count is out of range or ``--json`` could not be written at the end."""
     for name in counts:
         STEPS.check(f"--{name}", getattr(args, name))
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
@@ -138,14 +139,14 @@ def check(args: argparse.Namespace, *counts: str) -> None:
 
 
 def finish(result: Any, table: Callable[[Any], str], file: Path | None) -> None:
-    """Print the table of a result, and write the result to the file where there is one."""
+    """Print the table of a result, and write the result to ``file`` if one is given."""
     print(table(result))
     if file is not None:
         write_text(file, json.dumps(result, indent=2) + "\n")
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit of a measurement."""
+    """Return the device, package versions and commit of a measurement."""
     commit, changed = provenance.commit()
     return {
         "device": provenance.device(device),

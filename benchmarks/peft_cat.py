@@ -2,9 +2,10 @@
 
     python benchmarks/peft_cat.py        # downloads 20 pictures of a cat into peft_cat/
 
-Writes ``train`` (14 pictures), ``valid`` (2, which no experiment reads) and ``heldout`` (4, whose
-captions are sampled), each picture with its caption in a .txt file. The split and the captions are
-those of method_comparison/image-gen in https://github.com/huggingface/peft (Apache-2.0).
+This writes the folders ``train`` (14 pictures), ``valid`` (2, not used by any experiment) and
+``heldout`` (4, whose captions are sampled). Each picture has its caption in a .txt file. The split
+and the captions come from method_comparison/image-gen in https://github.com/huggingface/peft
+(Apache-2.0).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bilora_diffusion.config.command_line import UserErrorParser
 from bilora_diffusion.core.errors import UserError, as_user_error, run_cli
 
 DATASET = "peft-internal-testing/cat-image-dataset"
-# Captions of the data set's rows, in its order
+# Captions of the data set's rows, in their order
 CAPTIONS = (
     "sks cat sitting on a chair in front of a box of chocolates",
     "sks cat playing on the Steam Deck",
@@ -44,7 +45,7 @@ CAPTIONS = (
     'sks cat in front of a monitor showing the video game "RimWorld"',
     "sks cat reads a newspaper about cannabis",
 )
-# Rows of the validation and of the test set; all others are trained on
+# Rows of the validation set and of the held-out set; the other rows are for training
 VALID, HELDOUT = (11, 16), (0, 3, 12, 15)
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output_dir", type=Path, default=Path("peft_cat"))
     folder: Path = parser.parse_args(argv).output_dir
-    from datasets import load_dataset  # here, so that --help does not wait for it
+    from datasets import load_dataset  # a slow import, which --help does not need
 
     with as_user_error(f"{DATASET} can't be downloaded", "check the connection to the hub"):
         pictures = load_dataset(DATASET, split="train")["image"]

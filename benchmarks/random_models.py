@@ -1,19 +1,19 @@
-"""Real architectures with random weights, made in seconds; and a whole SDXL pipeline of them.
+"""Published architectures with random weights, created in seconds, and an SDXL pipeline of them.
 
     python benchmarks/random_models.py random_sdxl               # 6.9 GB, half a minute
     python train_dreambooth_bilora.py --pretrained_model_name_or_path random_sdxl --dataset mini \\
         --resolution 128 --max_train_steps 2 --output_dir out
 
-The pipeline makes noise, not pictures: it is for shapes, memory and time. Its models are written in
-bf16 one after the other, so no more than the UNet is ever in memory.
+The pipeline generates noise, not pictures: it serves to test shapes, memory and time. Its models
+are created and written in bf16 one at a time, so at most the UNet is in memory.
 
-A model is built without memory on PyTorch's ``meta`` device; then each weight gets memory in its
-final precision and is filled. Matrices and kernels get normal values of standard deviation
-1/sqrt(fan-in), so that activations stay of order one and finite in bfloat16 through all 70
-transformer blocks. Normalization weights are 1, biases 0, embeddings have a deviation of 0.02.
-Sizes are those of the published ``config.json`` files.
+A model is built without memory on PyTorch's ``meta`` device. Then each weight gets memory in its
+final precision and is filled. Matrices and kernels get normal values with a standard deviation of
+1/sqrt(fan-in), so that activations stay finite and near 1 in bfloat16 through all 70 transformer
+blocks. Normalization weights are 1, biases are 0, and embeddings have a standard deviation of 0.02.
+Sizes come from the published ``config.json`` files.
 
-`WORKLOADS` is what step_cost.py measures: models with their inputs, losses and adapters.
+`WORKLOADS` has the models that step_cost.py measures, with their inputs, losses and adapters.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from bilora_diffusion.mini import pipeline_dir
 
 Model = TypeVar("Model", bound=nn.Module)
 ROOT = Path(__file__).resolve().parents[1]
-# Published sizes of denoisers and of text encoders, by the models' names
+# Model -> published configurations of its denoiser and text encoders
 MODELS: dict[str, Any] = json.loads(
     (ROOT / "results" / "dry_run_memory" / "models.json").read_text(encoding="utf-8")
 )
 SDXL = MODELS["Stable Diffusion XL"]
-# Number of random values, which are made once and repeated. It is a prime, so that the rows of a
-# matrix differ.
+# Number of random values, which are generated once and repeated. It is a prime, so that the rows of
+# a matrix differ.
 BLOCK = 1_000_003
-# Tokens of a prompt of CLIP, with start and end
+# Tokens of a CLIP prompt, including the start and end tokens
 TEXT_LENGTH = 77
-# Models of the pipeline
+# Models of the SDXL pipeline
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# Sizes of SDXL's autoencoder
+# Configuration of SDXL's autoencoder
 VAE: dict[str, Any] = {
     "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -69,7 +69,12 @@ VAE: dict[str, Any] = {
 
 
 def sdxl(part: str, **changes: Any) -> Any:
-    """A model of SDXL base 1.0, by its name in the pipeline."""
+    """Build a model of SDXL base 1.0.
+
+    Args:
+        part: Name of the model in the pipeline, one of `PARTS`.
+        changes: Changes to its configuration.
+    """
     if part == "vae":
         return diffusers.AutoencoderKL(**{**VAE, **changes})
     if part == "unet":
@@ -80,7 +85,7 @@ def sdxl(part: str, **changes: Any) -> Any:
 
 
 def t5_base() -> Any:
-    """T5-base as published: 12 + 12 layers, width 768, 12 heads, tied embeddings (223 M)."""
+    """Build T5-base as published: 12 + 12 layers, width 768, 12 heads, tied embeddings (223 M)."""
     sizes: Any = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
     config = transformers.T5Config(**sizes)
     config.decoder_start_token_id = 0
@@ -88,12 +93,12 @@ def t5_base() -> Any:
 
 
 def llama_7b(**changes: Any) -> Any:
-    """Llama 2 7B (6.74 B parameters)."""
+    """Build Llama 2 7B (6.74 B parameters), with changes to its configuration."""
     config = transformers.LlamaConfig(
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        use_cache=False,  # as in training: nothing is generated
+        use_cache=False,  # as in training, which generates no text
         **changes,
     )
     return transformers.LlamaForCausalLM(config)
@@ -106,9 +111,10 @@ def materialize(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Model:
-    """``build()`` with random weights, never held in another precision than ``dtype``.
+    """Build a model and fill it with random weights.
 
-    Buffers keep the values and the precision that the model gives them.
+    Weights are never held in a precision other than ``dtype``. Buffers keep the values and the
+    precision that the model gives them.
     """
     with init_empty_weights(include_buffers=False):
         model = build()
@@ -120,16 +126,16 @@ def materialize(
             _fill(module, name, values, block)
             setattr(module, name, nn.Parameter(values))
     if tie := getattr(model, "tie_weights", None):
-        tie()  # each use of a shared matrix has got its own memory
+        tie()  # the loop gave each use of a shared matrix its own memory
     return model.to(device)
 
 
 def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
-    """Set one parameter in place; the scales are explained at the top of the file."""
+    """Fill one parameter in place; the module's docstring explains the scales."""
     if values.dim() < 2:
         values.fill_(0.0 if name == "bias" else 1.0)
         return
-    # 1 / sqrt(fan-in): the entries of one output are values[0], of a matrix or of a kernel.
+    # 1 / sqrt(fan-in): values[0] has the weights of one output, in a matrix and in a kernel.
     scale = 0.02 if isinstance(module, nn.Embedding) else values[0].numel() ** -0.5
     # The block is repeated, since billions of random numbers would take minutes.
     for part in values.view(-1).split(BLOCK):
@@ -137,15 +143,19 @@ def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
 
 
 def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, int]:
-    """Write the pipeline into ``folder``; returns the number of parameters of each model.
+    """Write the SDXL pipeline into ``folder``.
 
-    All its files but the models are the miniature's, whose tokenizer takes any text byte by byte.
+    All files except the models come from the miniature, whose tokenizer reads any text as bytes.
 
     Args:
-        changes: of the models' configurations, by the models' names.
+        folder: New or empty folder.
+        changes: Model (one of `PARTS`) -> changes to its configuration.
+
+    Returns:
+        Number of parameters of each model.
 
     Raises:
-        UserError: the folder is in use.
+        UserError: The folder exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -163,44 +173,45 @@ def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> di
         model = materialize(build, dtype=torch.bfloat16, seed=seed)
         model.save_pretrained(folder / name, max_shard_size="2GB")
         counts[name] = sum(parameter.numel() for parameter in model.parameters())
-        del model  # so that one model is in memory at a time
+        del model  # at most one model is in memory at a time
     return counts
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNet: Any = UNet2DConditionModel
-# Layers of a UNet that get adapters
+# Name endings of the UNet's layers that get adapters
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A workload of step_cost.py."""
+    """A model that step_cost.py measures, with its batch, loss and defaults of the command line."""
 
-    # Sentence for the report; "{batch}" stands for the number of samples, "{length}" for tokens
+    # Description for the report; "{batch}" and "{length}" are replaced by the samples and tokens.
     note: str
-    # Makes the model; called under any default device
+    # Builds the model; `materialize` calls it on the meta device
     build: Callable[[], nn.Module]
-    # (model, samples, tokens, dtype, device, generator) -> tensors of one batch
+    # (model, samples, tokens, dtype, device, generator) -> tensors of a batch
     inputs: Callable[..., Inputs]
-    # (model, inputs) -> scalar
+    # (model, inputs) -> scalar loss
     loss: Callable[[Any, Inputs], Tensor]
     spec: AdapterSpec
-    # Learning rate, so that the adapters grow as they do in training
+    # Learning rate, as in training
     lr: float
-    # Samples of a step, precision of the base and rounds by default
+    # Defaults: samples per step, precision of the base weights (key of `DTYPES`), measured rounds
     batch: int
     dtype: str
     steps: int
+    # Rounds before the measured ones
     warmup: int
-    # Tokens of a text by default; None for images
+    # Default number of tokens per text; None for images
     length: int | None = None
 
 
 def pooled_width(config: Any) -> int:
-    """Width of the pooled prompt embedding of an SDXL UNet, from its configuration."""
-    # The UNet embeds six numbers of sizes and crops in addition.
+    """Compute the width of an SDXL UNet's pooled prompt embedding from its configuration."""
+    # The rest of the input are embeddings of six numbers, for sizes and crops.
     return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
 
@@ -214,14 +225,14 @@ def _unet_inputs(
     device: Any,
     generator: Any,
 ) -> Inputs:
-    """Latents, prompt embeddings and size conditioning for images of ``pixels`` x ``pixels``."""
+    """Return random inputs of the UNet for square images with a side of ``pixels``."""
     config = model.config
     pooled = pooled_width(config)
 
     def normal(size: tuple[int, ...]) -> Tensor:
         return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
 
-    latents = (batch, config.in_channels, pixels // 8, pixels // 8)  # the autoencoder takes 8 x 8
+    latents = (batch, config.in_channels, pixels // 8, pixels // 8)  # a latent per 8 x 8 pixels
     sizes = torch.tensor([pixels, pixels, 0, 0, pixels, pixels]).expand(batch, 6)
     return {
         "sample": normal(latents),
@@ -236,7 +247,7 @@ def _unet_inputs(
 
 
 def _unet_loss(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Mean squared error of the predicted noise."""
+    """Compute the mean squared error of the predicted noise."""
     arguments = {name: value for name, value in inputs.items() if name != "noise"}
     predicted = model(**arguments, return_dict=False)[0]
     return functional.mse_loss(predicted.float(), inputs["noise"].float())
@@ -251,7 +262,16 @@ def _text_inputs(
     device: Any,
     generator: Any,
 ) -> Inputs:
-    """Sequences without padding, all of them targets unless these have a length of their own."""
+    """Return random token sequences without padding.
+
+    Args:
+        target: Tokens of the labels; None to use the inputs as labels.
+        model: The text model.
+        batch: Number of sequences.
+        source: Tokens of the inputs.
+        device: Device of the tensors.
+        generator: Generator of the tokens.
+    """
 
     def tokens(length: int) -> Tensor:
         size = (batch, length)
@@ -290,7 +310,7 @@ T5 = Workload(
 LLAMA = replace(
     T5,
     note="2 layers of Llama 2 7B, rank 8 on every linear layer, batch {batch} of {length} tokens",
-    # A small vocabulary, so that the time is that of the layers
+    # A small vocabulary, so that the layers take most of the time
     build=lambda: llama_7b(num_hidden_layers=2, vocab_size=2048),
     inputs=partial(_text_inputs, None),
     batch=2,
@@ -312,7 +332,7 @@ WORKLOADS = {"mini": MINI, "t5-base": T5, "llama-7b-layer": LLAMA, "sdxl-unet": 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the folder that the command line names, and print its models."""
+    """Write the pipeline and print the number of parameters of each model."""
     parser = argparse.ArgumentParser(description="Write an SDXL pipeline with random weights.")
     parser.add_argument("folder", type=Path, help="new folder for the pipeline")
     args = parser.parse_args(argv)

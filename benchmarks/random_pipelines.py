@@ -1,8 +1,8 @@
-"""Pipelines of full size with random weights, in memory: denoiser, autoencoder and scheduler.
+"""Full-size pipelines with random weights, in memory: denoiser, autoencoder and scheduler.
 
-They need neither the hub nor a disk. Text encoders are left out: a prompt is embedded once, before
-the training, and here its embedding is random values of the right shape (`RandomPrompts`).
-Denoisers have their published sizes (results/dry_run_memory/models.json).
+They need neither the hub nor a disk. They have no text encoders: training embeds each prompt once,
+beforehand, and `RandomPrompts` returns random embeddings of the right shape instead. Denoisers have
+their published sizes (results/dry_run_memory/models.json).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from bilora_diffusion.image.families import family_class
 from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.train.dry_run import empty
 
-# Entries of a denoiser's configuration with the width of a prompt's tokens
+# Keys of a denoiser's configuration that hold the width of a prompt's embedding
 PROMPT_WIDTHS = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim")
-# The autoencoder of FLUX.1, which is Z-Image's too
+# Configuration of the autoencoder of FLUX.1 and Z-Image
 FLUX_VAE: dict[str, Any] = {
     **VAE,
     "latent_channels": 16,
@@ -38,25 +38,25 @@ FLUX_VAE: dict[str, Any] = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-# Makes a model from its builder, with weights or without, in a dtype
+# (function that builds a model, dtype) -> model, with or without weights
 Maker = Callable[[Callable[[], Any], torch.dtype], Any]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model that is measured."""
+    """Sizes of a model that gpu_day.py measures."""
 
     title: str
-    # Its name in models.json; "" for the miniature
+    # Name in models.json of the model whose denoiser it has; "" for the miniature
     reference_model: str
-    # What differs from that model's denoiser
+    # Changes to that denoiser's configuration
     changes: Mapping[str, Any] = field(default_factory=dict)
-    # Configuration of the autoencoder, and of the scheduler of a flow model
+    # Configurations of the autoencoder, and of a flow-matching model's scheduler
     vae: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
-    # Tokens of a prompt
+    # Tokens per prompt
     prompt_tokens: int = 512
-    # The denoiser takes prompts as a list, whose lengths may differ
+    # Whether the denoiser takes a list of prompt embeddings, whose lengths may differ
     has_lists: bool = False
 
 
@@ -71,8 +71,8 @@ SHAPES = {
         vae=FLUX_VAE,
         scheduler={"shift": 3.0, "use_dynamic_shifting": True},
     ),
-    # FLUX.2-klein-base-4B has 5 double and 20 single blocks of width 3,072, which read three states
-    # of width 2,560 of Qwen3 4B.
+    # FLUX.2-klein-base-4B has 5 double and 20 single blocks of width 3,072. They read three hidden
+    # states of Qwen3 4B, each of width 2,560.
     "flux2_klein_4b": ModelShape(
         "FLUX.2 klein 4B",
         "FLUX.2 klein 9B",
@@ -108,7 +108,7 @@ SHAPES = {
 
 
 def family_of_shape(name: str) -> Family:
-    """The family of a model of `SHAPES`."""
+    """Return the family of a model in `SHAPES`."""
     reference_model = SHAPES[name].reference_model
     pipeline = (
         MODELS[reference_model]["pipeline"] if reference_model else "StableDiffusionXLPipeline"
@@ -117,7 +117,7 @@ def family_of_shape(name: str) -> Family:
 
 
 def with_weights(device: torch.device, seed: int = 0) -> Maker:
-    """A maker of models with random weights on a device."""
+    """Return a function that creates models with random weights on a device."""
 
     def make(build: Callable[[], Any], dtype: torch.dtype) -> Any:
         model = materialize(build, dtype=dtype, device=device, seed=seed)
@@ -127,12 +127,14 @@ def with_weights(device: torch.device, seed: int = 0) -> Maker:
 
 
 def build_pipeline(name: str, make: Maker = empty, **changes: Any) -> Any:
-    """A pipeline of diffusers without text encoders, its autoencoder in float32.
+    """Build a diffusers pipeline without text encoders.
+
+    The denoiser is in bfloat16, the autoencoder in float32.
 
     Args:
-        name: of a model in `SHAPES`.
-        make: makes denoiser and autoencoder; by default without weights.
-        changes: of the denoiser's configuration.
+        name: Key of `SHAPES`.
+        make: Function that creates denoiser and autoencoder; by default without weights.
+        changes: Changes to the denoiser's configuration.
     """
     shape = SHAPES[name]
     family = family_of_shape(name)
@@ -166,14 +168,14 @@ def build_pipeline(name: str, make: Maker = empty, **changes: Any) -> Any:
 
 
 def _mini_config(model_class: Any, part: str) -> dict[str, Any]:
-    """The configuration of a model of the miniature, as arguments of its class."""
+    """Return the configuration of one of the miniature's models, as arguments of its class."""
     config = dict(model_class.load_config(mini.pipeline_dir(), subfolder=part))
     arguments = inspect.signature(model_class.__init__).parameters
     return {key: value for key, value in config.items() if key in arguments}
 
 
 def write_outline(pipeline: Any, folder: Path) -> None:
-    """Write the files of a pipeline from which a run's options are checked, without weights."""
+    """Write the files of a pipeline that are read to check a run's options, without weights."""
     name = type(pipeline).__name__
     family = family_class(name, name)()
     index: dict[str, Any] = {"_class_name": name}
@@ -193,9 +195,9 @@ class RandomPrompts(PromptCache):
     """Random embeddings of prompts, in the shapes that a denoiser reads.
 
     Args:
-        name: of a model in `SHAPES`.
-        pipeline: its pipeline.
-        device: device of the run.
+        name: Key of `SHAPES`.
+        pipeline: Pipeline of this model.
+        device: Device of the run.
     """
 
     def __init__(self, name: str, pipeline: Any, device: torch.device) -> None:

@@ -1,15 +1,16 @@
-"""Cost of a training step: the methods side by side, as in the paper's Table 7.
+"""Measure the cost of a training step for each method, as in the paper's Table 7.
 
     python benchmarks/step_cost.py --model mini                     # a minute or two on a CPU
     python benchmarks/step_cost.py --model t5-base --methods all --json t5.json
     python benchmarks/step_cost.py --model t5-base --methods all,full --batch 32   # Table A9
     python benchmarks/step_cost.py --model sdxl-unet                # 2.57 B parameters, 6 GB
 
-All variants are in one process on the same base weights and take turns, one step each, in rotating
-order. The ratio to LoRA is the median over rounds, with a 95 % bootstrap interval. A step is
-forward, backward, clipping, optimizer step with the projection onto the ball (Eq. 10), and clearing
-the gradients. Weights are random, since time does not depend on them. Peak memory of variants in
-one process cannot be separated, so each variant also runs two steps in a process of its own.
+All variants run in one process on the same base weights. In each round, every variant takes one
+step, in rotating order. The ratio to LoRA is the median over rounds, with a 95 % bootstrap
+interval. A step is forward, backward, clipping, the optimizer step with the projection onto the
+ball (Eq. 10), and clearing the gradients. Weights are random, since time does not depend on them.
+The peak memory of one variant can't be measured in a shared process, so each variant also runs two
+steps in its own process.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from bilora_diffusion.run import provenance
 from bilora_diffusion.train.engine import Blocks, keep_freed_memory
 
 SEED = 0
-# Default of --max_grad_norm.
+# Default of --max_grad_norm
 MAX_GRAD_NORM = 1.0
-# Length of the run for the methods' schedules, longer than any benchmark.
+# Number of steps for the methods' schedules, more than any benchmark takes
 SCHEDULED_STEPS = 10_000
 
 
@@ -50,13 +51,13 @@ class VariantKind(NamedTuple):
 
     label: str
     method: str
-    # False for PEFT's own forward pass
+    # Whether the fused product replaces PEFT's own forward pass
     fused: bool = True
-    # True for ``--compile``
+    # Whether blocks are compiled, as with ``--compile``
     compiled: bool = False
 
 
-# The methods of `--methods all`, which train adapters; `full` must be named.
+# The methods of `--methods all`: those that train adapters. `full` must be named.
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
 KINDS = {name: VariantKind(methods.get(name).title, name) for name in methods.names()} | {
     "bilora-peft": VariantKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
@@ -68,15 +69,15 @@ BASELINE = "lora"
 
 
 class Variant:
-    """One method on a copy of ``base``'s modules.
+    """A method on its own copy of the base model's modules.
 
-    All variants share the base weights, except full fine-tuning, which copies them.
+    The copies share the base weights, except that full fine-tuning copies them too.
 
     Args:
-        kind: a key of ``KINDS``.
-        args: the command line's arguments.
-        base: the frozen model without adapters.
-        inputs: the batch of every step.
+        kind: Key of `KINDS`.
+        args: Arguments of the command line.
+        base: Frozen model without adapters.
+        inputs: Batch that every step uses.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Variant:
         self.dtype = DTYPES[args.dtype]
         options = MethodOptions(num_steps=SCHEDULED_STEPS)
         self.method = methods.create(KINDS[kind].method, options)
-        shared: dict[int, Any] = {}  # tensors that the copy shares, so that they take no memory
+        shared: dict[int, Any] = {}  # tensors that the copy shares to save memory
         if not self.method.exports_weights:
             for tensor in itertools.chain(base.parameters(), base.buffers()):
                 shared[id(tensor)] = tensor
@@ -109,22 +110,25 @@ class Variant:
             self.trainable += sum(parameter.numel() for parameter in group["params"])
 
     def train_step(self) -> Tensor:
-        """One step: forward, backward, clipping, update with projection, clearing the gradients."""
+        """Take one step and clear the gradients; return the loss."""
         loss = self.method.step(self.forward_backward, self)
         self.zero_grad()
         return loss
 
     def step(self) -> None:
-        """Clip the gradients of the method's weights, then update; called by the method."""
+        """Clip the gradients of the method's weights, then update. The method calls this."""
         torch.nn.utils.clip_grad_norm_(self.method.weights, MAX_GRAD_NORM)
         self.optimizer.step()
 
     def zero_grad(self) -> None:
-        """Clear the gradients; called by the method too."""
+        """Clear the gradients. The method calls this too."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def forward_backward(self) -> Tensor:
-        """Loss and gradients of the batch, under autocast unless in fp32; called by the method."""
+        """Compute the batch's loss and gradients, under autocast unless in fp32.
+
+        The method calls this.
+        """
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.workload.loss(self.model, self.inputs)
@@ -133,7 +137,7 @@ class Variant:
 
 
 def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Variant]:
-    """Create the variants on one base model and one batch."""
+    """Create the variants, which share one base model and one batch."""
     keep_freed_memory(device)  # as training does
     workload = WORKLOADS[args.model]
     dtype = DTYPES[args.dtype]
@@ -145,23 +149,23 @@ def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -
 
 
 def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure all variants of the command line; returns the result that is printed and written."""
+    """Measure all variants of the command line and return the result."""
     memory = {kind: memory_of(kind, args) for kind in args.variants}
     variants = make(args.variants, args, device)
     workload = WORKLOADS[args.model]
 
     def work(variant: Variant, number: int) -> float:
-        torch.manual_seed(workload.warmup + number)  # the same dropout for all variants of a round
+        torch.manual_seed(workload.warmup + number)  # all variants of a round have the same dropout
         losses: list[torch.Tensor] = []
         duration = seconds(lambda: losses.append(variant.train_step()), device)
-        # Not timed, since it waits for the GPU.
+        # This waits for the GPU, so it is not timed.
         variant.losses.append(float(losses[0]))
         return duration
 
     steps = [partial(work, variant) for variant in variants]
     times = interleave(steps, rounds=args.steps, warmup=workload.warmup)
     rows = {}
-    # Ratios are paired by round, so that a slow phase of the machine counts for both.
+    # Ratios are paired by round, so a slow phase of the machine affects both times.
     baseline = times[args.variants.index(BASELINE)]
     for variant, variant_times in zip(variants, times, strict=True):
         ratio, interval = paired_ratio(variant_times, baseline)
@@ -190,7 +194,10 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def memory_of(kind: str, args: argparse.Namespace) -> int:
-    """Peak memory of a variant in its own process, which starts before this one holds a model."""
+    """Measure a variant's peak memory in bytes, in its own process.
+
+    Call this before the current process holds a model: a child's peak includes its parent's memory.
+    """
     command = [sys.executable, __file__, "--variant", kind]
     for name in ("model", "dtype", "batch", "length"):
         if getattr(args, name) is not None:
@@ -203,7 +210,7 @@ def memory_of(kind: str, args: argparse.Namespace) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Format the result as Markdown."""
     lines = [
         f"{result['model']}: {result['note']}; {result['dtype']}, {result['layers']} layers",
         "",
@@ -230,10 +237,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; options that are not given default to the model's."""
-    parser = UserErrorParser(description="Time and memory of a step, method by method.")
-    parser.add_argument("--model", required=True, choices=WORKLOADS, help="with random weights")
-    parser.add_argument("--steps", type=int, help="measured rounds")
+    """Read the command line; options that are not given get the defaults of ``--model``."""
+    parser = UserErrorParser(description="Measure time and memory of a step for each method.")
+    parser.add_argument(
+        "--model", required=True, choices=WORKLOADS, help="model, with random weights"
+    )
+    parser.add_argument("--steps", type=int, help="measured rounds; default: that of the model")
     parser.add_argument("--batch", type=int, help="samples per step; default: that of the model")
     parser.add_argument("--length", type=int, help="tokens per text; default: that of the model")
     parser.add_argument(
@@ -260,14 +269,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.variants = [BASELINE]
         args.variants += [name for name in names if name != BASELINE]
     if args.length is not None and WORKLOADS[args.model].length is None:
-        raise UserError(f"--length is {args.length}, and {args.model} has images: leave it out.")
+        raise UserError(
+            f"--length is {args.length}, but {args.model} is an image model: leave it out."
+        )
     for name in ("dtype", "steps", "batch", "length"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(WORKLOADS[args.model], name))
     if BASELINE not in args.variants or len(set(args.variants) & KINDS.keys()) < len(args.variants):
         raise UserError(
-            f"--variants is {','.join(args.variants)}: it must contain {BASELINE}, and each name"
-            f" once, from {', '.join(KINDS)}."
+            f"--variants is {','.join(args.variants)}: it must contain {BASELINE}, and each"
+            f" name at most once, out of {', '.join(KINDS)}."
         )
     counts = ["steps", "batch"]
     if args.length is not None:
@@ -277,7 +288,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a Markdown table, or for `--variant` the peak memory in bytes."""
+    """Measure and print a Markdown table, or with ``--variant`` the peak memory in bytes."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.variant:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import BiLoRAConfig, attach
 
-# PEFT imports bitsandbytes where it is installed. On CPUs with bf16 units this prints advice to
-# install a package that only makes 4-bit inference faster, before every message of this package.
+# PEFT imports bitsandbytes if it is installed. On CPUs with bf16 units, bitsandbytes then prints
+# advice to install a package that only speeds up 4-bit inference, before any other message.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m bilora_diffusion` is the command `bilora`."""
+"""Entry point of `python -m bilora_diffusion`, which is the command `bilora`."""
 
 from __future__ import annotations
 

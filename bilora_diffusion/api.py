@@ -33,7 +33,7 @@ class BiLoRAConfig:
         rho: radius of the ball that bounds the auxiliary (Eq. 8).
         rho_norm: what the ball bounds: "scaled" is the change of the weights, s * B2 @ A2;
             "unscaled" is B2 @ A2, as in Eq. 10.
-        auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
+        auxiliary_learning_rate: learning rate of the auxiliary; None uses the one given to
             `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
             name endings.
@@ -43,7 +43,7 @@ class BiLoRAConfig:
         init: initialization of the primary: "default", "gaussian", "pissa", or "lora-ga", which
             needs `BiLoRA.initialise`. The last two change the base weights in memory; saved files
             apply to the original base weights.
-        use_dora: use DoRA for the primary.
+        use_dora: whether to use DoRA for the primary.
 
     Raises:
         UserError: a value is outside its range.
@@ -64,7 +64,7 @@ class BiLoRAConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):
-            # The class is frozen; a list may be given where the field is a tuple.
+            # The class is frozen. A list is accepted in place of a tuple.
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         check(options_of([type(self)]), vars(self), dashes="")
@@ -94,7 +94,7 @@ class BiLoRA:
         self._target = Target("model", model, config.spec(), lr=0.0)
         self._method = _Method(config.options())
         self._method.setup([self._target])
-        # PiSSA needs only the weights, LoRA-GA also a gradient (`initialise`).
+        # PiSSA needs only the weights; LoRA-GA also needs a gradient (`initialise`).
         self._initialised = not config.spec().changes_base
         if not self._initialised and not inits.needs_gradient(config.init):
             self._start(None)
@@ -111,16 +111,16 @@ class BiLoRA:
                 does not depend on the scale of the loss.
 
         Raises:
-            UserError: `init` is not "lora-ga", the primary is initialized already, or there is no
-                gradient.
+            UserError: `init` is not "lora-ga", the primary has already been initialized, or there
+                is no gradient.
             TrainingError: the gradient is not finite.
         """
         if not inits.needs_gradient(self.config.init):
             raise UserError(
-                f'init "{self.config.init}" needs no gradient; remove the call of initialise.'
+                f'init "{self.config.init}" needs no gradient; remove the call to initialise.'
             )
         if self._initialised:
-            raise UserError("initialise was called already; attach to a new model instead.")
+            raise UserError("initialise has already been called; attach to a new model instead.")
         with collecting(self.model) as gradients:
             forward_backward()
         self._start(gradients)
@@ -149,7 +149,7 @@ class BiLoRA:
         self._method.bind(optimizer)
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Context manager that disables the auxiliary, for evaluation without backward passes."""
+        """Return a context without the auxiliary, for evaluation without backward passes."""
         return self._method.evaluating()
 
     def auxiliary_norm(self) -> float:
@@ -161,9 +161,9 @@ class BiLoRA:
         return self._method.result_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
-        """Return the primary under PEFT's keys, which applies to the original base weights.
+        """Return the primary's tensors under PEFT's keys; they apply to the original base weights.
 
-        If `init` changes the base weights, it has twice the rank and alpha
+        If `init` changes the base weights, these tensors have twice the rank and alpha
         (`adapters.portable_state_dict`).
         """
         return adapters.portable_state_dict(self.model)
@@ -171,7 +171,7 @@ class BiLoRA:
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the primary as a LoRA adapter that `PeftModel.from_pretrained` loads.
 
-        It applies to the original base weights, even if `init` changed them in memory.
+        The adapter applies to the original base weights, even if `init` changed them in memory.
         """
         adapters.save_pretrained(self.model, folder)
 
@@ -186,7 +186,7 @@ def attach(model: nn.Module, config: BiLoRAConfig | None = None) -> BiLoRA:
         config: configuration; None uses the defaults.
 
     Returns:
-        The object with `param_groups`, `bind`, `evaluating` and `save_pretrained`.
+        An object with the methods `param_groups`, `bind`, `evaluating` and `save_pretrained`.
 
     Raises:
         UserError: no layer matches, or the model's adapter has another shape.

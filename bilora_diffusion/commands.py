@@ -1,4 +1,4 @@
-"""The command of the installed package; the scripts of the repository are the same functions.
+"""The command of the installed package; the repository's scripts call the same functions.
 
     bilora demo
     bilora caption my_photos --trigger_word TOK
@@ -7,7 +7,7 @@
     bilora export runs/dog --to kohya
     accelerate launch -m bilora_diffusion train --dataset linoyts/3d_icon
 
-Each has ``--help``.
+Each command has ``--help``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .core.errors import report_errors, run_cli
 from .core.values import check_choice
 
 COMMANDS = ("caption", "train", "text", "export", "demo")
-# torch's switch: if it is "1", `torch.compile` returns its argument.
+# Environment variable of torch: if it is "1", `torch.compile` returns its argument unchanged.
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
 
 
@@ -43,7 +43,7 @@ def run_script(modality: str, argv: Sequence[str] | None = None) -> int:
     with report_errors() as exit_code:
         machine.refuse_separate_processes()
         with importing():
-            # The configuration comes first, so that a typo is reported at once.
+            # The configuration comes first, so that a typo is reported immediately.
             config = import_module(f".{modality}.config", __package__).resolve(argv)
             script = import_module(f".{modality}.script", __package__)
         script.train(argv, config)  # `train.command.train` with the script
@@ -57,12 +57,13 @@ text = functools.partial(run_script, "text")
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Make the imports of libraries within the context faster.
+    """Speed up the imports of libraries inside the context.
 
-    Garbage collection is off, and later skips the objects of these imports. torch and the libraries
-    that use it make hundreds of thousands of objects that stay, and to visit them takes a third of
-    a short run. Nothing is compiled at import, which bitsandbytes asks for, since torch would load
-    its compiler. If torch is imported already, as in a notebook, nothing is changed.
+    Garbage collection is off during the imports, and later skips their objects: torch and the
+    libraries that use it create hundreds of thousands of permanent objects, and visiting them would
+    take a third of a short run's time. `torch.compile`, which bitsandbytes calls when it is
+    imported, does nothing, since torch would load its compiler. If torch has already been imported,
+    as in a notebook, nothing is changed.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -82,19 +83,19 @@ def importing() -> Iterator[None]:
 
 
 def main() -> int:
-    """Run the command that ``sys.argv`` names; returns the exit code."""
+    """Run the command that ``sys.argv`` names; return the exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         print(f"usage: bilora {{{','.join(COMMANDS)}}} ...\n\n{inspect.cleandoc(__doc__ or '')}")
         return 0
     if name not in COMMANDS:
         return run_cli(lambda: check_choice("the command of bilora", name, COMMANDS))
-    # The command's messages have its name, as if it were a script.
+    # Messages show the command's name, as they show a script's name.
     sys.argv = [f"bilora {name}", *sys.argv[2:]]
     if name == "train":
         return train()
     if name == "text":
         return text()
-    # Imported late: they take seconds, and the other commands do not need them.
+    # Imported lazily: these modules take seconds, and the other commands do not need them.
     module = ".export.__main__" if name == "export" else f".{name}"
     return import_module(module, __package__).main()

@@ -3,9 +3,9 @@
     bilora demo --output_dir demo
     bilora demo --config mini_flow --rho 0.5 --output_dir demo-flow     # options of bilora train
 
-All runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. A finished
-run is not repeated. Samples are compared with held-out icons in the same colors, which is what a
-model that learned the colors makes.
+All runs see the same data and noise, as the hashes in their ``metrics.jsonl`` prove. A finished
+run is not repeated. Samples are compared with held-out icons in the same colors, which a model that
+has learned the colors reproduces.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from .run.console import describe_comparison, quiet, scoring_command
 from .train.command import show_messages, train_configs
 from .train.variants import Variant, require_paired
 
-# Run folder -> what is trained
+# Name of the run folder -> the variant that is trained.
 VARIANTS = {
-    "lora": Variant("LoRA", {"method": "lora", "eval_on_start": True}),  # the base's images, once
+    # This run also generates the base model's images, once for all runs.
+    "lora": Variant("LoRA", {"method": "lora", "eval_on_start": True}),
     "bilora": Variant("Bi-LoRA", {"method": "bilora"}),
     "guided": Variant(
         "guided target",
-        # The weights contain the guidance, so that their images are sampled without it.
+        # The weights contain the guidance, so their images are generated without it.
         {
             "method": "lora",
             "guided_target": 1.5,
@@ -52,15 +53,16 @@ VARIANTS = {
         },
     ),
 }
-# The loss of 32 icons takes a few seconds; validation images are made at the end, for the viewer.
+# Measuring the loss of 32 icons takes a few seconds. Validation images, for the viewer, are
+# generated only at the end.
 FLAGS = ("--config=mini_duotone", "--max_eval_samples=32", "--validation_epochs=1000")
-# Held-out icons in the figure, the subjects of the paper's Table 4 first, and those after them
-# whose samples are compared with the truth at each step
+# Number of held-out icons in the figure, which start with the subjects of the paper's Table 4, and
+# number of the icons after them, whose samples are compared with the ground truth at each step.
 ICON_COUNT, COMPARED_COUNT = 6, 16
-# Enough to compare colors: with 25 steps no difference changes by more than 0.2.
+# Enough to compare colors: with 25 steps no color difference changes by more than 0.2.
 SAMPLER_STEPS = 12
-# Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
-# too, so the difference that guidance multiplies points away from the style.
+# Ordinary guidance removes much of a new style: training also changes the unconditional prediction,
+# so the difference that guidance multiplies points away from the style.
 ORDINARY = {"guidance_scale": 4.0}
 FROM_BASE = {"guidance_scale": 2.0, "guidance_from": BASE_GUIDANCE}
 Curve = dict[int, float]  # value by step
@@ -68,17 +70,17 @@ Curve = dict[int, float]  # value by step
 
 @dataclass
 class Series:
-    """A model that is sampled in one way: a row of icons in the figure, and a curve."""
+    """Samples of a model with one kind of guidance: a row of icons and a curve in the figure."""
 
     label: str  # the model and its guidance
     guidance: dict[str, Any]  # options of `generate`
-    style: str  # color and line of matplotlib
-    images: list[Image] = field(default_factory=list)  # of the last step
+    style: str  # the curve's color and line style, as a matplotlib format
+    images: list[Image] = field(default_factory=list)  # samples at the last step
     differences: Curve = field(default_factory=dict)  # from the truth, in % of the full range
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
+    """Run the demo; return the exit code."""
     parser = UserErrorParser(description=__doc__, epilog="All flags of bilora train work, too.")
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
 
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, words: Sequence[str]) -> None:
-    """Train the runs by a command line, and compare their samples in a figure."""
+    """Train the runs with the options in ``words``, and compare their samples in a figure."""
     show_messages()
     quiet()
     script, runs, configs = DreamBoothScript(), {}, []
@@ -101,13 +103,13 @@ def demo(folder: Path, words: Sequence[str]) -> None:
         configs.append(script.resolve([*words, *variant.flags, f"--output_dir={folder / name}"]))
     if configs[0].validation_dataset is None:
         raise UserError("the demo compares held-out images: leave out --validation_dataset none.")
-    # Runs that are trained together share their task, and so the target.
+    # Runs that are trained together share one task, so they have the same target.
     for configs_of_target in (configs[:2], configs[2:]):
         with ends_in("interrupted: the same command resumes"):
             train_configs(script, configs_of_target)
     steps = require_paired(list(runs.values()))
     losses: dict[str, Curve] = {}
-    for label in ("LoRA", "Bi-LoRA"):  # that of a guided target says nothing about its samples
+    for label in ("LoRA", "Bi-LoRA"):  # the loss of a guided target does not rate its samples
         rows = [row for row in runlog.read_metrics(runs[label]) if HELDOUT_LOSS in row]
         losses[label] = {row["step"]: 1000 * row[HELDOUT_LOSS] for row in rows}
     print("\nSamples of held-out captions", flush=True)
@@ -121,21 +123,21 @@ def demo(folder: Path, words: Sequence[str]) -> None:
         *_, last = series.differences.values()
         lines.append(f"color difference of samples in %, {series.label}: {last:.1f}")
     write_result(folder / "grid.png", lines)
-    print("\n".join(["", *lines, "", f"The picture of samples and curves: {folder / 'grid.png'}"]))
-    pair = list(runs.values())[:2]  # the guided target is meant for another guidance
+    print("\n".join(["", *lines, "", f"Figure of samples and curves: {folder / 'grid.png'}"]))
+    pair = list(runs.values())[:2]  # the guided target needs another guidance
     command = scoring_command(list(map(str, pair)), str(configs[0].validation_dataset))
     print(describe_comparison(pair, command))
 
 
 def write_result(picture: Path, lines: Sequence[str]) -> None:
-    """Write ``result.json`` and ``report.md`` for the viewer, which keeps indented lines."""
+    """Write ``result.json`` and ``report.md``; the viewer does not wrap indented lines."""
     write_text(picture.parent / "report.md", "# Demo\n\n    " + "\n    ".join(lines) + "\n")
     record = {"schema_version": 1, "kind": "demo", "figures": [picture.name]}
     write_text(picture.parent / "result.json", dump_json(record))
 
 
 def sample(runs: dict[str, Path], steps: int) -> tuple[list[Image], list[Series]]:
-    """Held-out icons, and samples of their captions by each checkpoint, from the same noise."""
+    """Return held-out icons, and each checkpoint's samples of their captions, from equal noise."""
     config = runlog.read_run(next(iter(runs.values())))["config"]
     heldout = open_images(config["validation_dataset"], caption_column=config["caption_column"])
     count = min(ICON_COUNT + COMPARED_COUNT, len(heldout))
@@ -172,7 +174,7 @@ def sample(runs: dict[str, Path], steps: int) -> tuple[list[Image], list[Series]
 
 
 def draw(truth: list[Image], samples: list[Series], losses: dict[str, Curve], path: Path) -> None:
-    """One PNG: rows of icons left, the truth last; curves of losses and differences right."""
+    """Draw a PNG file: left, rows of icons with the truth last; right, losses and differences."""
     rows = {series.label.replace(", ", "\n"): series.images for series in samples}
     rows["truth\nnot in the training set"] = truth
     with new_figure(path, dpi=110, figsize=(13, 7.1), layout="constrained") as figure:
@@ -188,16 +190,16 @@ def draw(truth: list[Image], samples: list[Series], losses: dict[str, Curve], pa
             # The base model is step 0 of each run.
             plot(lower, samples[0].differences | series.differences, series.style, series.label)
         for (label, curve), style in zip(losses.items(), ("k", "C1"), strict=True):
-            # Without step 0, whose loss would flatten the rest
+            # Step 0 is left out, since its loss would flatten the rest of the curve.
             plot(upper, {step: curve[step] for step in curve if step > 0}, style, label)
         upper.set_title("loss on unseen icons x 1000", loc="left")
         lower.set_title("color difference between samples and truth, %", loc="left")
-        # Room for the legend above the base model
+        # Space for the legend above the base model.
         lower.set(xlabel="training steps", ylim=(0, 1.7 * max(samples[0].differences.values())))
 
 
 def plot(axis: Any, curve: Curve, style: str, label: str) -> None:
-    """A curve with its last value in the legend."""
+    """Plot a curve with its last value in the legend."""
     steps, values = list(curve), list(curve.values())
     axis.plot(steps, values, style, marker=".", label=f"{label}: {values[-1]:.1f}")
     axis.legend(frameon=False)

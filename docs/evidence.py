@@ -1,7 +1,7 @@
-"""results/README.md: each claim of the paper, its measured figures and the verdict.
+"""The tables of results/README.md: each claim, its measured figures and the verdict.
 
-`claims.yaml` names the claims and their results; figures and verdicts are computed from
-``results/``: none is written by hand.
+`claims.yaml` names the claims and their results. Figures and verdicts are computed from
+``results/``.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from eval.results.table import read
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
-# All differences are exactly 0, so that the figure says nothing about the claim.
+# All differences are exactly 0, so the figure says nothing about the claim.
 NO_DIFFERENCE = "no difference at all"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure that speaks for or against a claim."""
+    """A figure that supports or contradicts a claim, and the bounds that the claim sets for it."""
 
     title: str
-    # A folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``
+    # Result folder of an `eval` command, or JSON file of ``benchmarks/step_cost.py``
     result: str
-    # Group of the result, or variant of the benchmark
+    # Group in the result, or variant in the benchmark
     group: str
-    # Metric of the result, or field of the benchmark
+    # Metric in the result, or field of the variant
     metric: str
-    # Item of the metric; "each" for differences paired by item
+    # Item of the metric; "each" takes values by item instead of by seed
     item: str = ""
-    # Group whose value is subtracted, pair by pair; "" for the value itself
+    # Group whose values are subtracted, pair by pair; "" to use the values themselves
     control: str = ""
     # Item of the control; "" for the same item
     control_item: str = ""
-    # Metric of the same group whose value is subtracted instead
+    # Metric of the same group whose values are subtracted instead of a control's
     minus: str = ""
-    # Item of the same group and metric whose value is subtracted instead
+    # Item of the same group whose values are subtracted instead of a control's
     minus_item: str = ""
     # Step of a metric over training; None for a metric of the whole run
     step: int | None = None
-    # Bounds of the figure by the claim
+    # Bounds that the claim sets for the figure, both exclusive
     upper: float = inf
     lower: float = -inf
-    # Largest size of the figure by the claim, as a share of the control's mean
+    # Bound of the figure's absolute value, as a share of the control's absolute mean
     tolerance: float | None = None
 
 
@@ -62,9 +62,9 @@ class Claim:
     """A claim of the paper (C1 to C13), or a finding of our own (F1 and so on)."""
 
     name: str
-    # The claim in a sentence
+    # The claim as a sentence
     says: str
-    # Place in the paper; for a finding the measurement
+    # Place in the paper; for a finding, how it was measured
     where: str
     command: str
     checks: Sequence[Check]
@@ -78,7 +78,7 @@ class Figure:
     low: float
     high: float
     count: int
-    # Size that a tolerance is a share of
+    # Absolute mean of the subtracted values (1 without them); tolerances are shares of it
     size: float
 
 
@@ -86,16 +86,16 @@ def figure(check: Check) -> Figure:
     """Compute the figure of a check.
 
     Raises:
-        ValueError: the result has no such group or metric, or no interval.
+        ValueError: The result has no such group or metric, or no interval.
     """
     path = ROOT / check.result
-    if path.suffix == ".json":  # of a benchmark, which has no rows
+    if path.suffix == ".json":  # a benchmark, which has no rows
         return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["variants"])
     result = read(path)
     unit = ITEM if check.item == "each" else SEED
 
     def values_of(metric: str, group: str, item: str) -> dict[Any, float]:
-        """Values of a group by item or by seed."""
+        """Return a group's values by item or by seed."""
         rows = result.select(metric, item=None if item == "each" else item)
         if check.step is not None:
             rows = [row for row in rows if row.step == check.step]
@@ -103,7 +103,7 @@ def figure(check: Check) -> Figure:
         return {key: value for key, value in values.items() if value is not None}
 
     values = values_of(check.metric, check.group, check.item)
-    # Values to subtract: another metric or item of the same group, or the metric of the control.
+    # Subtract another metric or item of the same group, or the control's metric.
     if check.minus or check.minus_item:
         metric, item = check.minus or check.metric, check.minus_item or check.item
         control_values = values_of(metric, check.group, item)
@@ -126,18 +126,18 @@ def figure(check: Check) -> Figure:
 
 
 def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
-    """The figure of a variant of a benchmark, as a ratio to plain LoRA."""
+    """Return the figure of a benchmark's variant, as a ratio to plain LoRA."""
     variant = variants[check.group]
     if check.metric == "ratio_to_lora":
         low, high = variant["ratio_interval_95"]
         return Figure(variant[check.metric], low, high, len(variant["seconds"]), size=1.0)
-    # A figure without rounds, such as memory, has no interval.
+    # A figure that is measured once, such as memory, has no interval.
     ratio = variant[check.metric] / variants["lora"][check.metric]
     return Figure(ratio, ratio, ratio, count=1, size=1.0)
 
 
 def verdict(check: Check, figure: Figure) -> str:
-    """The verdict on a check: it holds or fails if the whole interval says so."""
+    """Return the verdict on a check: decided only if the whole interval is on one side."""
     lower, upper = check.lower, check.upper
     if check.tolerance is not None:
         # A tolerance is the same in both directions.
@@ -153,7 +153,7 @@ def verdict(check: Check, figure: Figure) -> str:
 
 
 def overall(verdicts: Sequence[str]) -> str:
-    """The verdict on a claim: that of all its checks, or how many have which."""
+    """Return the common verdict of a claim's checks, or the number of checks with each verdict."""
     different_verdicts = list(dict.fromkeys(verdicts))
     if len(different_verdicts) == 1:
         return different_verdicts[0]
@@ -170,8 +170,8 @@ def claims() -> list[Claim]:
 
 
 def page() -> Iterable[str]:
-    """The parts of the page after its head: tables of verdicts, then each claim's figures."""
-    # Claims of the paper and findings of our own, by the first letter of their names.
+    """Generate the page below its introduction: tables of verdicts, then each claim's figures."""
+    # Rows of the paper's claims ("C") and of our findings ("F")
     rows: dict[str, list[tuple[str, ...]]] = {"C": [], "F": []}
     sections = []
     for claim in claims():
@@ -198,7 +198,7 @@ def page() -> Iterable[str]:
 
 
 def _line(check: Check, figure: Figure, result: str) -> tuple[str, ...]:
-    """Row of a check in the table of its claim."""
+    """Return the row of a check in its claim's table."""
     number = f"{figure.mean:.4g} ({figure.low:.4g} to {figure.high:.4g})"
     if check.tolerance is not None:
         bound = f"at most {check.tolerance:.0%} of the control's"

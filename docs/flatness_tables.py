@@ -1,4 +1,4 @@
-"""Tables of docs/results.md about flat minima: figures of the paper, and where they could pay."""
+"""Tables of docs/results.md about flat minima."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eval.results.table import Metric, Result, Summary
 from .tables import CONTROL, COSINE, LOSS, PAPER, cell, read, seeds
 
 RHO_1 = "Bi-LoRA, rho 1"
-# Condition of eval/experiments/flat_minima.yaml -> its title
+# Condition in eval/experiments/flat_minima.yaml -> its title
 CONDITIONS = {
     "guidance 4 (plain)": "as trained",
     "guidance 4 (int8)": "base weights in 8 bits",
@@ -20,12 +20,12 @@ CONDITIONS = {
     "guidance 4 (noise 0.2)": "noise on all weights",
     "guidance 4 (5 steps)": "5 sampler steps",
 }
-# Result -> title of its data, and titles of its items
+# Result -> title of its data, and item -> title
 FLAT_RESULTS = {
     "flat_minima_duotone": ("icons in two colors", CONDITIONS),
     "flat_minima_animals": ("12 animals", CONDITIONS),
     "two_files": (
-        "animals beside a second file",
+        "animals with a second file",
         {"guidance 4": "scale 4", "base's guidance 2": "base's guidance 2"},
     ),
 }
@@ -40,7 +40,7 @@ PLAIN = Metric("a number", form=".0f")
 
 
 def flatness() -> Iterable[str]:
-    """The paper's figures of flatness and of the dynamics of training, on the miniature."""
+    """Generate the table of the paper's figures on flatness and training dynamics."""
     landscape, gaps, dynamics = read("landscape"), read("generalization"), read("dynamics")
     no_value = report.NOT_AVAILABLE
     rows = []
@@ -73,19 +73,19 @@ def flatness() -> Iterable[str]:
 
 
 def _read_settled_step(dynamics: Result, group: str, adapter: str) -> str:
-    """Step of 200 from which an adapter's product stays near its last value."""
+    """Format the step (of 200) from which an adapter's product stays near its final value."""
     return _with_interval(dynamics.summary(group, f"settled {adapter}/product"))
 
 
 def _with_interval(line: Summary | None) -> str:
-    """A group's own mean with its interval over seeds."""
+    """Format a group's mean with its interval over seeds."""
     if line is None or line.interval is None:
         return report.NOT_AVAILABLE
     return f"{report.number(line.mean, PLAIN)} {report.interval(line.interval, PLAIN)}"
 
 
 def flat_minima() -> Iterable[str]:
-    """Scores of samples where a flat minimum could pay, and the other methods' differences."""
+    """Generate the table of LoRA's sample scores and the other methods' differences from them."""
     rows = []
     for name, (data, items) in FLAT_RESULTS.items():
         result = read(name)

@@ -1,4 +1,4 @@
-"""What GPUs measured: the table of docs/models.md, from the files of benchmarks/gpu_day.py."""
+"""Tables of measurements on GPUs in docs/models.md, from the files of benchmarks/gpu_day.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FOLDER = Path(__file__).resolve().parents[1] / "results" / "gpu"
 
 @functools.cache
 def results() -> tuple[dict[str, Any], ...]:
-    """The files of GPUs, by name; those of CPUs are not measurements of models."""
+    """Read the files that were measured on GPUs, in order of their names; skip those of CPUs."""
     files = [gpu_result.read_results(file) for file in sorted(FOLDER.glob("*.json"))]
     return tuple(content for content in files if content.get("device", {}).get("gpu"))
 
 
 def tested_on(model: str, usual: str) -> str:
-    """What a model was tested on: the GPUs that measured it at full size, else ``usual``."""
+    """Return the GPUs on which a model was measured at full size, or ``usual`` if there is none."""
     gpus = []
     for content in results():
         for row in content["parts"].values():
@@ -32,7 +32,7 @@ def tested_on(model: str, usual: str) -> str:
 
 
 def measured_tables() -> Iterable[str]:
-    """The table of each GPU; a sentence where there is none."""
+    """Generate one table per GPU, or a sentence if there are no measurements."""
     if not results():
         yield "There are no measurements on GPUs yet."
     for content in results():

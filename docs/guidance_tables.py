@@ -1,6 +1,4 @@
-"""Tables of docs/results.md about guidance: the guided target, and models of the unconditional
-prediction.
-"""
+"""Tables of docs/results.md about guidance: the guided target, and the unconditional prediction."""
 
 from __future__ import annotations
 
@@ -26,22 +24,22 @@ from .tables import (
     step_heads,
 )
 
-# How strongly and how often the unconditional prediction is held
+# Variant that holds the unconditional prediction -> its column head
 HOLD_VARIANTS = {
     "LoRA, held weakly": "weight 1, every 16th step",
     "LoRA, held": "weight 4, every 16th",
     "LoRA, held strongly": "weight 16, every 16th",
     "LoRA, held often": "weight 1, every 4th",
 }
-# Sets with results/guided_target_SET
+# Image sets whose results are in results/guided_target_SET
 GUIDED_SETS = {**SETS, "pastel": ONE_SEED_SETS["pastel"]}
 GUIDED = "LoRA, guided target 1.5"
 SCALES = (1, 2, 4)
-# Sets with results/guidance_strength_SET
+# Image sets whose results are in results/guidance_strength_SET
 STRENGTH_SETS = {**SETS, **ONE_SEED_SETS}
-# Step -> end of the name of the result that has it
+# Step -> suffix of the result folder that has it
 STRENGTH_STEPS = {100: "", 300: "", 1000: "_1000"}
-# Strengths of the adapter in the unconditional prediction -> item of the result, by scale
+# Scale -> strength of the adapter in the unconditional prediction -> item of the result
 STRENGTHS = {
     4: {
         "1": GUIDANCE,
@@ -55,7 +53,7 @@ STRENGTHS = {
 
 
 def guided_target() -> Iterable[str]:
-    """LoRA's scores by step and scale of guidance, and what the guided target adds to each."""
+    """Generate the table of LoRA's scores and the guided target's differences by step and scale."""
     rows = []
     for name, title in GUIDED_SETS.items():
         result = read(f"guided_target_{name}")
@@ -73,8 +71,9 @@ def guided_target() -> Iterable[str]:
 
 
 def guided_target_without_guidance() -> Iterable[str]:
-    """A guided target sampled at 1, against LoRA at its best of the scales, with the agreement
-    with the prompt and the likeness to the nearest training image.
+    """Generate the table that compares a guided target at scale 1 with LoRA at its best scale.
+
+    It has the score, the agreement with the prompt and the likeness to the nearest training image.
     """
     rows = []
     for name, title in GUIDED_SETS.items():
@@ -104,7 +103,7 @@ def guided_target_without_guidance() -> Iterable[str]:
 
 
 def best_scale(result: Result, step: int) -> int:
-    """The scale of guidance at which LoRA's samples come closest to the held-out images."""
+    """Return the scale of guidance at which LoRA's samples are closest to the held-out images."""
 
     def score(scale: int) -> float:
         line = result.summary(CONTROL, "truth", f"guidance {scale}", step)
@@ -114,7 +113,7 @@ def best_scale(result: Result, step: int) -> int:
 
 
 def guidance() -> Iterable[str]:
-    """LoRA's score with ordinary guidance, and with guidance from the base model."""
+    """Generate the table of LoRA's score with ordinary guidance and with the base model's."""
     rows = []
     for name, title in SETS.items():
         cells = []
@@ -129,7 +128,7 @@ def guidance() -> Iterable[str]:
 
 
 def hold_weights() -> Iterable[str]:
-    """What holding the unconditional prediction changes at step 300, by weight and period."""
+    """Generate the table of scores with a held unconditional prediction, at step 300."""
     rows = []
     for name, title in SETS.items():
         result = read(f"pictures_{name}_hold_weights")
@@ -141,17 +140,17 @@ def hold_weights() -> Iterable[str]:
 
 
 def strengths() -> Iterable[str]:
-    """LoRA's score by the strength of the adapter in the unconditional prediction."""
+    """Generate one table per scale: LoRA's score by strength in the unconditional prediction."""
     for scale, items in STRENGTHS.items():
         yield strength_table(scale, items)
 
 
 def strength_table(scale: int, items: Mapping[str, str]) -> str:
-    """The table of one scale of guidance; its last row has the lowest difference of each strength.
+    """Return the table of one scale; its last row has the lowest difference of each strength.
 
     Args:
-        scale: of guidance.
-        items: item of the result by strength; the first is compared with.
+        scale: Scale of guidance.
+        items: Item of the result by strength. Differences are from the first item.
     """
     first, *other_strengths = items
     rows = []

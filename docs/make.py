@@ -1,7 +1,7 @@
-"""Generate the pages, and the tables in pages, that come from the code and from results.
+"""Generate the pages and tables that are made from the code and from recorded results.
 
-python -m docs.make                     # writes all; run it after any change
-python -m docs.make --only options.md   # after a change of an option; the other pages take longer
+python -m docs.make                     # writes all of them; run it after any change
+python -m docs.make --only options.md   # enough after a change of an option, and faster
 """
 
 from __future__ import annotations
@@ -35,37 +35,40 @@ from eval.results.report import table
 from . import evidence, flatness_tables, gpu, guidance_tables, memory, tables
 
 FOLDER = Path(__file__).parent
-# Marks around a generated section of a page; the last section may have no end.
+# Marks around a generated section of a page. The last section of a page may have no end mark.
 START = "<!-- {section}: made by python -m docs.make -->"
 END = "<!-- end -->"
 KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
-# Model -> its id on the hub.
+# Model -> its id on the Hugging Face Hub
 EXAMPLES = {model: hub_id for family in KINDS for model, hub_id in family.examples.items()}
-# Models in the README's table; models.md has all.
+# Models in the README's table; models.md lists all of them.
 README_MODELS = ("Stable Diffusion XL", "FLUX.1-dev", "FLUX.2 klein 9B", "Z-Image")
 
 
 def options() -> Iterable[str]:
-    """Every option of both training scripts, refused combinations, and options without effect."""
+    """Generate options.md: all options, refused combinations, and options without effect."""
     yield from _script("train_dreambooth_bilora.py", DreamBoothConfig)
     yield from _script("train_text_bilora.py", TextConfig)
     yield "## Combinations that are refused"
     yield (
-        "An option that the chosen method does not read is accepted, so that runs that differ only"
+        "An option that the chosen method does not read is accepted, so runs that differ only"
         " in `--method` can share a recipe."
     )
     rows = []
     for constraint in constraints.table().constraints:
         rows.append((constraint.markdown(), constraint.reason, constraint.instead))
-    yield table(("together", "why they are refused", "instead"), rows)
+    yield table(("options", "why they are refused", "instead"), rows)
     yield "## Options without effect"
-    yield ("They are named in one line and ignored: the run is the same as without them.")
+    yield (
+        "A run prints one line about each of these options and ignores it: the result is the same"
+        " as without the option."
+    )
     yield table(("option", "has no effect", "instead"), _ignored_cases())
     yield from diffusers_flags()
 
 
 def diffusers_flags() -> Iterable[str]:
-    """Every flag of diffusers' scripts, and what differs."""
+    """Generate the tables of diffusers' flags: their defaults, ours, and the differences."""
     document = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
     yield "## Flags of diffusers' scripts"
     yield document["intro"]
@@ -82,7 +85,7 @@ def diffusers_flags() -> Iterable[str]:
 
 
 def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of flags that both have."""
+    """Return a table of the flags that diffusers' scripts and this project share."""
     our_options = options_of(DreamBoothConfig.groups)
     rows = []
     for name, flag in flags.items():
@@ -93,7 +96,7 @@ def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def readme() -> Iterable[str]:
-    """The table of the models that are asked for most."""
+    """Generate the README's table of models (`README_MODELS`)."""
     recipes = {model: path.stem for path, model in memory.recipe_models(EXAMPLES).items()}
     rows = []
     for family in KINDS:
@@ -103,7 +106,8 @@ def readme() -> Iterable[str]:
             sizes = []
             for weights in ("bf16", "nf4"):
                 memory_parts = memory_of(model, weights)
-                # SDXL's encoders leave the device before the step; those of the others are deleted.
+                # The text encoders and the training step never share the device: SDXL's encoders
+                # are moved to the CPU before training, those of other models are deleted.
                 needed_bytes = max(memory_parts["bilora"], memory_parts["encoders"])
                 sizes.append(f"{needed_bytes / 1e9:.0f} GB")
             tested_on = gpu.tested_on(model, family.tested_on)
@@ -113,7 +117,7 @@ def readme() -> Iterable[str]:
 
 
 def image_models() -> Iterable[str]:
-    """The table of image models, with what is adapted by default."""
+    """Generate the table of image models, with the layers that are adapted by default."""
     recipes = {model: path.stem for path, model in memory.recipe_models(EXAMPLES).items()}
     rows = []
     for family in KINDS:
@@ -150,7 +154,7 @@ def image_models() -> Iterable[str]:
 
 
 def readers() -> Iterable[str]:
-    """The programs that read the files of flow-matching models."""
+    """Generate the table of programs that read the LoRA files of flow-matching models."""
     rows = []
     for family in KINDS:
         if family.flow:
@@ -165,7 +169,7 @@ def _yes_or_no(value: bool) -> str:
 
 
 def models() -> Iterable[str]:
-    """The table of memory."""
+    """Generate the memory table of the image models."""
     rows = []
     for model in EXAMPLES:
         for weights in ("bf16", "nf4"):
@@ -180,24 +184,24 @@ def models() -> Iterable[str]:
 
 @functools.cache
 def memory_of(model: str, weights: str) -> dict[str, int]:
-    """Memory of a model in the tables, which are of runs with gradient checkpointing."""
+    """Compute a model's memory for the tables, in bytes, with gradient checkpointing."""
     return memory.step_memory(model, weights, "--gradient_checkpointing")
 
 
 def python() -> Iterable[str]:
-    """The table of `BiLoRAConfig`, from its docstring."""
+    """Generate the table of fields of `BiLoRAConfig` from its docstring."""
     doc = inspect.cleandoc(BiLoRAConfig.__doc__ or "")
     args = doc.partition("Args:\n")[2].partition("\n\n")[0]
-    # Text before the first name, then names and descriptions in turn.
+    # The list is: text before the first name, then names and descriptions in turn.
     words = re.split(r"^ {4}(\w+): ", args, flags=re.MULTILINE)
     defaults = {field.name: field.default for field in dataclasses.fields(BiLoRAConfig)}
     rows = []
     for name, text in zip(words[1::2], words[2::2], strict=True):
         rows.append((f"`{name}`", f"`{defaults[name]!r}`", " ".join(text.split())))
-    yield table(("field", "default", "what it is"), rows)
+    yield table(("field", "default", "description"), rows)
 
 
-# Page -> its generated sections: name -> parts of the text
+# Page -> section name -> function that yields the paragraphs of this section
 PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "python.md": {"fields": python},
     "../README.md": {"models": readme},
@@ -226,10 +230,10 @@ PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
 
 
 def page(name: str) -> str:
-    """A page with new content in each of its generated sections.
+    """Return the text of a page with each generated section replaced by new content.
 
     Raises:
-        ValueError: the page lacks the mark of a section.
+        ValueError: The page lacks the start mark of a section.
     """
     text = (FOLDER / name).read_text(encoding="utf-8")
     for section, make in PAGES[name].items():
@@ -237,7 +241,7 @@ def page(name: str) -> str:
         before, mark, tail = text.partition(start)
         if not mark:
             raise ValueError(f"{name} has no section {section}")
-        # The marks stay; what is between them is replaced.
+        # The marks stay; the text between them is replaced.
         _, end, after = tail.partition(END)
         content = "\n\n".join(make())
         text = f"{before}{start}\n\n{content}\n"
@@ -247,16 +251,16 @@ def page(name: str) -> str:
 
 
 def _script(name: str, config: type[RunConfig]) -> Iterable[str]:
-    """The options of a script, a table for each section."""
+    """Generate the options of a script, one table per section."""
     yield f"## {name}"
     for title, groups in sections(config.groups).items():
         yield f"### {title.capitalize()}"
         rows = [_option(field) for field in options_of(groups).values()]
-        yield table(("option", "default", "what it does"), rows)
+        yield table(("option", "default", "description"), rows)
 
 
 def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
-    """Names, default and help of an option."""
+    """Return an option's row: names, default and help text."""
     option = option_of(field)
     default = default_of(field)
     flags = [f"--{field.name}", *option.aliases]
@@ -270,8 +274,8 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
 
 
 def _ignored_cases() -> Iterable[tuple[str, str, str]]:
-    """Options without effect, the condition, and the fix; options of one condition in one row."""
-    # (condition, fix) -> names of the options, each once and in order
+    """Return rows of (options without effect, condition, fix), one row per condition and fix."""
+    # (condition, fix) -> option names; a dict keeps each name once, in order
     names_by_case: dict[tuple[str, str], dict[str, None]] = {}
     for config in (DreamBoothConfig, TextConfig):
         for name, field in options_of(config.groups).items():
@@ -285,14 +289,14 @@ def _ignored_cases() -> Iterable[tuple[str, str, str]]:
 
 
 def _value(value: Any) -> str:
-    """A default; "" for an option that is off or not given."""
+    """Return a default as Markdown; "" for an option that is off or has no default."""
     if value is None or value is False or value == []:
         return ""
     return "on" if value is True else f"`{value}`"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the pages and the heads of recipes."""
+    """Write the generated pages, and the memory figures in the head comments of recipes."""
     pages = [*PAGES, "recipes"]
     parser = argparse.ArgumentParser("docs.make")
     parser.add_argument("--only", action="append", choices=pages, help="can be given several times")

@@ -1,6 +1,6 @@
-"""Memory of the image models by ``--dry_run``, from their published configurations.
+"""Memory of the image models, as ``--dry_run`` computes it from their published configurations.
 
-It stands in the tables of the pages and in the heads of the recipes.
+The pages show it in tables, the recipes in their head comments.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from bilora_diffusion.train.dry_run import (
 )
 
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "dry_run_memory"
-# Denoisers and text encoders at full size, by the models' names.
+# Model -> configurations of its denoiser and text encoders at full size
 MODELS = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
-RANK = 4  # of the adapter in the table of image models
-# Configurations of autoencoders whose default is not full size.
+# Rank of the adapter in the table of image models
+RANK = 4
+# Class of an autoencoder -> configuration at full size, where the class's default is smaller
 VAE = {
     "AutoencoderKL": {
         "block_out_channels": (128, 256, 512, 512),
@@ -47,21 +48,21 @@ VAE = {
         "up_block_types": 4 * ("UpDecoderBlock2D",),
     }
 }
-# Line in the head of a recipe: a GPU's memory, and options to add to the recipe for this GPU.
+# Line in a recipe's head comment: a GPU's memory, and options to add to the recipe for that GPU
 LINE = re.compile(r"^# (\d+) GB (?:as it stands|with `(.+)`): .*$", re.MULTILINE)
 
 
 def step_memory(name: str, weights: str, *words: str) -> dict[str, int]:
-    """Memory of a step on one image of 1024 pixels, without that of CUDA itself.
+    """Compute the memory of a step on one image of 1024 pixels, without CUDA's own memory.
 
     Args:
-        name: name of the model.
+        name: Name of the model.
         weights: "bf16", or a value of ``--quantize``.
-        words: further words of the command line.
+        words: Further words of the command line.
 
     Returns:
-        Bytes of a step of "lora" and of "bilora", of its "activations", and of the text "encoders",
-        which are on the GPU before the first step.
+        Bytes: "lora" and "bilora" are the whole step of each method, "activations" the step's
+        activations, and "encoders" the text encoders, which are on the GPU before the first step.
     """
     quantize = "none" if weights == "bf16" else weights
     task = _task_without_images(name, "--quantize", quantize, *words)
@@ -72,26 +73,28 @@ def step_memory(name: str, weights: str, *words: str) -> dict[str, int]:
         "activations": phases[STEP]["activations"],
         "encoders": sum(phases[BEFORE].values()),
         "lora": step_bytes + trained,
-        # The auxiliary is as large as the primary, with its gradients and moments.
+        # The auxiliary takes as much memory as the primary, gradients and moments included.
         "bilora": step_bytes + 2 * trained,
     }
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters of a model with LoRA on its default layers."""
+    """Parameter counts of a model with LoRA on its default layers.
+
+    Attributes:
+        denoiser: Parameters of the denoiser, without adapters.
+        layers: Number of adapted layers.
+        trained: Parameters of the adapter at rank `RANK`.
+    """
 
     denoiser: int
-    layers: int  # that are adapted
-    trained: int  # at rank `RANK`
+    layers: int
+    trained: int
 
 
 def parameter_counts(name: str) -> ParameterCounts:
-    """Count the parameters of a model's denoiser and of its adapter.
-
-    Args:
-        name: name of the model.
-    """
+    """Count the parameters of a model's denoiser and of its adapter."""
     (target,) = _task_without_images(name).targets()
     layers = target_layers(target.model, target.spec)
     trained = 0
@@ -104,13 +107,13 @@ def parameter_counts(name: str) -> ParameterCounts:
 
 @functools.cache
 def _trained_bytes(name: str) -> int:
-    """Bytes of LoRA's adapter with its gradients and moments."""
+    """Compute the bytes of LoRA's adapter with its gradients and moments."""
     _, trained = attach_copy(_task_without_images(name), 1)
     return sum(trained.values())
 
 
 def _task_without_images(name: str, *words: str) -> Any:
-    """A task without validation images, and without the weights of the autoencoder."""
+    """Return a task without validation images and without the autoencoder's weights."""
     argv = ["--resolution", "1024", "--mixed_precision", "bf16", "--train_batch_size", "1"]
     argv += ["--num_validation_images", "0", "--method", "lora", *words]
     task = empty_task(name, *argv)
@@ -119,11 +122,11 @@ def _task_without_images(name: str, *words: str) -> Any:
 
 
 def empty_task(name: str, *words: str) -> Any:
-    """The parts of a task that a dry run reads, with empty models of full size."""
+    """Return the parts of a task that a dry run reads, with empty models of full size."""
     with TemporaryDirectory() as folder:
         argv = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
         argv += ["--output_dir", folder, *words]
-        # The miniature stands for the model, whose configuration would come from the hub.
+        # Options are resolved for the miniature: the model's own files would need the hub.
         cfg = resolve([*argv, "--pretrained_model_name_or_path", "mini"])
     model = MODELS[name]
     family: Any = family_class(model["pipeline"], name)()
@@ -148,7 +151,7 @@ def empty_task(name: str, *words: str) -> Any:
 
 @functools.cache
 def _empty_encoders(name: str) -> list[Any]:
-    """The text encoders of a model, in its family's order."""
+    """Build the text encoders of a model without weights, in its family's order."""
     encoders = []
     for class_name, config_class, values in MODELS[name]["encoders"]:
         config = getattr(transformers, config_class)(**values)
@@ -161,10 +164,10 @@ def _empty_model(library: Any, class_name: str, *args: Any, **config: Any) -> An
 
 
 def recipe_models(examples: Mapping[str, str]) -> dict[Path, str]:
-    """Recipes with lines of memory, and the names of their models.
+    """Return the recipes that have memory lines, each with the name of its model.
 
     Args:
-        examples: names of models, and their ids on the hub.
+        examples: Model -> its id on the Hugging Face Hub.
     """
     names = {hub_id: name for name, hub_id in examples.items()}
     models = {}
@@ -176,7 +179,7 @@ def recipe_models(examples: Mapping[str, str]) -> dict[Path, str]:
 
 
 def updated_recipe(path: Path, model: str) -> str:
-    """The text of a recipe with the memory that its model takes now."""
+    """Return the text of a recipe with newly computed memory figures."""
 
     def update(match: re.Match[str]) -> str:
         further_options = (match[2] or "").split()
@@ -188,7 +191,7 @@ def updated_recipe(path: Path, model: str) -> str:
 
 
 def peak_memory(model: str, *words: str) -> int:
-    """Peak memory of a run on a GPU in bytes, with validation images."""
+    """Compute the peak memory of a run on a GPU with validation images, in bytes."""
     task = empty_task(model, "--validation_prompt", "a photo of TOK", *words)
     _, trained = attach_copy(task, 1)
     phases = memory_by_phase(task, torch.device("cuda"))

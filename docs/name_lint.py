@@ -1,11 +1,11 @@
-"""Refuse names that are not nouns (pronouns, prepositions, participles), or not verbs.
+"""Refuse names that are pronouns, prepositions or participles instead of nouns and verbs.
 
-    python -m docs.name_lint                  # all of the code; part of `make lint`
+    python -m docs.name_lint                  # all code; part of `make lint`
     python -m docs.name_lint bilora_diffusion # any files or folders
 
-A value is named by a noun of the field: `candidate`, not `one`; `layer_factors`, not `own`. A
-function is named by a verb: `escape_markdown`, not `escaped`. Properties, context managers
-(`with restored(weights):`) and helpers of tests may be participles.
+The name of a value is a noun: `candidate`, not `one`; `layer_factors`, not `own`. The name of a
+function has a verb: `escape_markdown`, not `escaped`. Properties, context managers
+(`with restored(weights):`) and test helpers may be participles.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ WORDS_THAT_NAME_NOTHING = frozenset(
     odd wrong untold unseen unsaid unknown idle alive
     """.split()  # noqa: SIM905
 )
-# Words in -ed that are not participles.
+# Verbs that end in -ed and are not participles
 VERBS_IN_ED = frozenset(["embed", "feed", "need", "seed", "speed"])
-# Texts made from other texts, in f-strings everywhere.
+# Functions that format text within f-strings; their participles are accepted.
 TEXT_FUNCTIONS = frozenset(["counted", "listed", "quoted"])
 PATHS = (
     "app",
@@ -46,24 +46,24 @@ PATHS = (
 
 
 def main(paths: Sequence[str]) -> int:
-    """Print each refused name, with file and line; the exit code is 1 if there is one."""
+    """Print each refused name with file and line; return 1 if there is any, else 0."""
     count = 0
     for path in tracked_files(paths or PATHS):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if "tests" not in path.relative_to(ROOT).parts:
             for line, name in participle_functions(tree):
-                print(f"{path.relative_to(ROOT)}:{line}: the function {name!r} has no verb")
+                print(f"{path.relative_to(ROOT)}:{line}: the function name {name!r} is not a verb")
                 count += 1
         for line, name in sorted(set(new_names(tree))):
             is_dunder = name.startswith("__") and name.endswith("__")  # `__all__`
             if not is_dunder and name.strip("_").lower() in WORDS_THAT_NAME_NOTHING:
-                print(f"{path.relative_to(ROOT)}:{line}: the name {name!r} names nothing")
+                print(f"{path.relative_to(ROOT)}:{line}: the name {name!r} is not a noun")
                 count += 1
     return int(count > 0)
 
 
 def tracked_files(paths: Sequence[str]) -> list[Path]:
-    """The Python files in git that lie in these files and folders."""
+    """Return the tracked Python files among these files and below these folders."""
     command = ["git", "ls-files", "--", *paths]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     files = [ROOT / name for name in listing.stdout.splitlines() if name.endswith(".py")]
@@ -71,7 +71,7 @@ def tracked_files(paths: Sequence[str]) -> list[Path]:
 
 
 def new_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of every variable, argument, attribute, function and class that is defined."""
+    """Yield (line, name) of every variable, argument, attribute, function and class definition."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id
@@ -84,7 +84,7 @@ def new_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def participle_functions(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of every function that is named by a regular participle alone."""
+    """Yield (line, name) of every function whose name is a single regular participle."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue

@@ -1,9 +1,9 @@
-"""Make the pictures of README and docs; look at them before you commit them.
+"""Create the pictures of the README and the pages. Look at them before you commit them.
 
-    python -m docs.pictures                     # all of them; half an hour on two cores
+    python -m docs.pictures                     # all of them: half an hour on two cores
     python -m docs.pictures viewer mask.png     # the viewer's tabs and one figure
 
-Runs are in build/pictures and are reused: delete a folder there to train its runs again.
+Runs are kept in build/pictures and reused. To train a run again, delete its folder there.
 """
 
 import itertools
@@ -33,48 +33,48 @@ from tests.scripts.runs import free_port
 FOLDER = Path(__file__).parent
 RUNS = FOLDER.parent / "build" / "pictures"
 CLASS_PROMPT = "a flat icon of a lion"
-# A run that learns another style than the class has
+# Flags of a run that learns a style other than the class's
 CLASS_RUN = (
     "--dataset mini --validation_dataset none --method lora --learning_rate 3e-3"
     " --max_train_steps 200 --train_batch_size 4 --num_validation_images 0 --report_to none"
 )
-# A run on the icons
+# Flags of a run on the icons
 ICON_RUN = (
     "--config mini --method lora --max_train_steps 300 --validation_dataset none"
     " --num_validation_images 0 --report_to none"
 )
-# Tab of the viewer -> a part that is there when the tab is filled
+# Tab of the viewer -> selector of an element that is visible once the tab is filled
 TABS = {
     "Compare": "#validation-images img",
     "Generate": "#generate-a input",
     "Training": "#training-loss svg.marks",
     "Results": "#results-figures img",
 }
-# End of a screenshot's name -> width and height of the window in pixels
+# Suffix of a screenshot's name -> width and height of the window in pixels
 WINDOWS = {"": (1400, 900), "-phone": (390, 1400)}
-# Height of the wide window for tabs that need more than that
+# Tab -> height of the wide window in pixels, where the tab needs more than 900
 HEIGHTS = {"Compare": 1200, "Training": 1280}
 
 
 def run(*words: str) -> None:
-    """Run a module of this repository in another process."""
+    """Run ``python -m WORDS`` in another process, from the repository root."""
     subprocess.run([sys.executable, "-m", *words], cwd=FOLDER.parent, check=True)
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture with 128 colors, which keeps the file small."""
+    """Write a picture with 128 colors to keep the file small."""
     picture.convert("RGB").quantize(128, kmeans=3).save(path, optimize=True)
 
 
 def show(axis: Any, image: Any, title: str = "", **options: Any) -> None:
-    """Draw an image without ticks under its title."""
+    """Draw an image below its title, without ticks."""
     axis.imshow(image, **options)
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)
 
 
 def run_demo() -> Path:
-    """Run the demo, unless its folder is there; returns the folder."""
+    """Run the demo if its picture does not exist; return its folder."""
     folder = RUNS / "demo"
     if not (folder / "grid.png").exists():
         run("bilora_diffusion.demo", "--output_dir", str(folder))
@@ -82,7 +82,7 @@ def run_demo() -> Path:
 
 
 def draw_demo(path: Path) -> None:
-    """Copy the picture of the demo."""
+    """Copy the demo's picture."""
     shutil.copy(run_demo() / "grid.png", path)
 
 
@@ -114,7 +114,7 @@ def draw_buckets(path: Path) -> None:
 
 
 def draw_mask(path: Path) -> None:
-    """Draw an icon, its mask, and the latents' weights without and with a weight outside."""
+    """Draw an icon, its mask, and the latents' weights without and with ``--unmasked_weight``."""
     icon = open_images("mini-heldout", caption_column="label").image(4)
     is_icon = np.asarray(icon.convert("L")) < 250  # the background is white
     mask = torch.from_numpy(is_icon)[None].float()  # (1, height, width)
@@ -131,7 +131,7 @@ def draw_mask(path: Path) -> None:
 
 
 def draw_class(path: Path) -> None:
-    """Draw samples of a class: before training, and after it without and with it preserved."""
+    """Draw samples of a class: by the base model, and by LoRA with and without preservation."""
     # Row of the picture -> value of --prior_prediction_weight
     rows = {"base model": None, "LoRA": "0", "LoRA,\nclass preserved": "3"}
     with new_figure(path, dpi=100, figsize=(7.4, 3.9), layout="tight") as figure:
@@ -154,10 +154,10 @@ def draw_class(path: Path) -> None:
 
 
 def draw_four_steps(path: Path) -> None:
-    """Draw samples of held-out captions: with guidance, and in four steps without and with a
-    distillation of the base model.
+    """Draw samples of held-out captions in 25 steps, and in 4 steps with and without distillation.
 
-    A row's number is the mean difference of its pixels from the first row's, of 255.
+    The number in a row's title is the mean absolute difference of its pixels from the first row's,
+    on a scale of 0 to 255.
     """
     folder = RUNS / "four-steps"
     if not folder.exists():
@@ -191,7 +191,7 @@ def draw_four_steps(path: Path) -> None:
 
 
 def take_screenshots(folder: Path) -> None:
-    """Take pictures of the viewer's tabs; the viewer shows the demo and the scores of its runs."""
+    """Take screenshots of the viewer's tabs, with the demo's runs and their scores."""
     demo = run_demo()
     if not (demo / "scores").exists():
         runs = [str(demo / "lora"), str(demo / "bilora"), "base", "--output_dir", f"{demo}/scores"]
@@ -210,12 +210,12 @@ def take_screenshots(folder: Path) -> None:
                 page.locator("#generate-go").click()
                 status = page.locator("#generate-status")
                 expect(status).to_contain_text("Done.", timeout=GENERATED_MS)
-            page.wait_for_timeout(1500)  # milliseconds; until animations have ended
+            page.wait_for_timeout(1500)  # milliseconds, until animations end
             save(Image.open(BytesIO(page.screenshot())), folder / f"{tab.lower()}{ending}.png")
             page.close()
 
 
-# Name of a picture or of a folder of pictures below docs/ -> function that makes it
+# Picture, or folder of pictures, below docs/ -> function that creates it
 PICTURES: dict[str, Callable[[Path], None]] = {
     "grid.png": draw_demo,
     "buckets.png": draw_buckets,

@@ -1,7 +1,4 @@
-"""Tables of README.md and docs/results.md.
-
-All figures are computed from ``results/``; none is written by hand.
-"""
+"""Tables of docs/results.md, computed from the recorded results in ``results/``."""
 
 from __future__ import annotations
 
@@ -23,12 +20,12 @@ CONTROL = "LoRA"
 PAPER = "Bi-LoRA"
 GUIDANCE, BASE_GUIDANCE = "guidance 4", "base's guidance 2"
 STEPS = (100, 300, 1000)
-# Metrics of the tables: cosines x 100, losses x 1000, and values as they are
+# How the tables print a value: its factor and its number format
 COSINE = Metric("cosine", scale=100, form=".1f")
 LOSS = Metric("loss", scale=1000, form=".2f")
 TEXT_LOSS = Metric("loss of text", form=".4f")
 PERCENT = Metric("percent", scale=100, form=".2f")
-# Set of images -> its name in the tables; the results are in results/pictures_SET
+# Image set -> its name in the tables. Its results are in results/pictures_SET.
 SETS = {
     "icons": "23 icons",
     "animals": "12 animals",
@@ -56,12 +53,12 @@ BENCHMARK_METHODS = {"bilora": "Bi-LoRA", "lora-sam": "LoRA-SAM", "flat-lora": "
 
 @functools.cache
 def read(name: str) -> Result:
-    """The result in a folder of ``results/``."""
+    """Read the result in a folder of ``results/``."""
     return table.read(ROOT / "results" / name)
 
 
 def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool = True) -> str:
-    """The mean of the control, or another group's difference to it with its interval."""
+    """Format the control's mean, or another group's difference from the control."""
     if line is None:
         return report.NOT_AVAILABLE
     if line.group == result.control:
@@ -72,7 +69,7 @@ def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool =
 
 
 def _format_difference(value: float | None, bounds: Interval | None, metric: Metric) -> str:
-    """A difference with its interval, if there is one."""
+    """Format a difference, with its interval if there is one."""
     text = report.number(value, metric, "+")
     if bounds is not None:
         text += f" {report.interval(bounds, metric, '+')}"
@@ -80,28 +77,28 @@ def _format_difference(value: float | None, bounds: Interval | None, metric: Met
 
 
 def without_signs_of_zeros(text: str) -> str:
-    """The text without the sign of each number that is rounded to zero."""
+    """Remove the sign of each number that is rounded to zero, such as "-0.0"."""
     return re.sub(r"[+-](0\.0+)\b", r"\1", text)
 
 
 def difference(check: Check, metric: Metric) -> str:
-    """The figure of a check with its interval."""
+    """Compute a check's figure and format it with its interval."""
     value = figure(check)
     return _format_difference(value.mean, Interval(value.low, value.high), metric)
 
 
 def mean(line: Summary | None, metric: Metric) -> str:
-    """The mean of a group, whatever the control is."""
+    """Format a group's mean, also for a group that is not the control."""
     return report.number(line.mean if line else None, metric)
 
 
 def seeds(result: Result) -> int:
-    """Number of training seeds."""
+    """Return the number of training seeds of a result."""
     return len(result.members(result.control))
 
 
 def samples() -> Iterable[str]:
-    """Samples of LoRA and of Bi-LoRA at the paper's settings, at three steps."""
+    """Generate the table of sample scores of LoRA and Bi-LoRA at `STEPS`."""
     rows = []
     for name, title in {**SETS, **ONE_SEED_SETS}.items():
         result = read(f"pictures_{name}")
@@ -113,7 +110,7 @@ def samples() -> Iterable[str]:
 
 
 def rules() -> Iterable[str]:
-    """Regrets of the rules that choose a step."""
+    """Generate the table of regrets of the rules that choose a step."""
     titles = {
         step_rules.BY_LOSS: "lowest held-out loss",
         step_rules.LAST: "last step",
@@ -134,7 +131,7 @@ def rules() -> Iterable[str]:
 
 
 def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | None]:
-    """Mean regret over variants, guidances and seeds, with its interval over seeds."""
+    """Compute the mean regret over variants, guidances and seeds, with its interval over seeds."""
     regrets_by_seed: dict[int | None, list[float]] = {}
     for row in result.select(rule):
         if row.value is not None:
@@ -146,7 +143,7 @@ def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | Non
 
 
 def methods() -> Iterable[str]:
-    """Held-out losses of the methods on the miniature, lowest and at the end."""
+    """Generate the table of the methods' held-out losses: the lowest, and that of the last step."""
     result = read("methods")
     rows = []
     for group, title in {CONTROL: CONTROL, **METHODS}.items():
@@ -156,7 +153,7 @@ def methods() -> Iterable[str]:
 
 
 def radii() -> Iterable[str]:
-    """Lowest held-out losses by radius and by the auxiliary's rank and learning rate."""
+    """Generate the table of lowest held-out losses by radius, rank and rate of the auxiliary."""
     rows = []
     changes = {
         "`rho` 0.01, against 0.1": ("radius_small", "rho=0.01", "rho=0.1"),
@@ -193,7 +190,7 @@ def radii() -> Iterable[str]:
 
 
 def together() -> Iterable[str]:
-    """Lowest held-out losses of other forms without and with Bi-LoRA."""
+    """Generate the table of lowest held-out losses of PiSSA, DoRA and others with Bi-LoRA."""
     rows = []
     for form in ("PiSSA", "LoRA-GA", "DoRA", "NF4"):
         lora_line = read("together").summary(form, f"best {HELDOUT_LOSS}")
@@ -204,7 +201,7 @@ def together() -> Iterable[str]:
 
 
 def _lowest(name: str, group: str, control: str) -> Check:
-    """A group's lowest held-out loss minus its control's."""
+    """Return the check of a group's lowest held-out loss minus its control's."""
     return Check("", f"results/{name}", group, f"best {HELDOUT_LOSS}", control=control)
 
 
@@ -227,7 +224,7 @@ def texts() -> Iterable[str]:
 
 
 def step_cost() -> Iterable[str]:
-    """Time and memory of a step over LoRA's."""
+    """Generate the table of a step's time, as a ratio to LoRA's, and peak memory."""
     rows = []
     variants = {name: _benchmark(f"step_cost/{name}")["variants"] for name in BENCHMARKS}
     cells = []
@@ -251,7 +248,7 @@ def _gigabytes(variant: Mapping[str, Any]) -> str:
 
 
 def against_diffusers() -> Iterable[str]:
-    """Whole commands over diffusers' script."""
+    """Generate the table of ratios of whole commands to diffusers' script."""
     models = {"random_sdxl": "SDXL, random weights, 256 px, bf16", "mini": "miniature"}
     rows = []
     for name, title in models.items():
@@ -273,7 +270,7 @@ def against_diffusers() -> Iterable[str]:
 
 
 def _benchmark(name: str) -> dict[str, Any]:
-    """The result of a benchmark."""
+    """Read the JSON file of a benchmark in ``results/``."""
     return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 

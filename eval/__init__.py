@@ -1,9 +1,9 @@
-"""Evaluation: ``python -m eval.NAME`` measures runs and writes its result as one long table.
+"""Evaluation commands: ``python -m eval.NAME`` measures runs and writes the result as one table.
 
     python -m eval.sweep eval/experiments/lora_bilora.yaml
 
-A command says what the rows of a subject are, and which figures show them (``evaluation.py``). The
-package is run from a clone and is not installed. Nothing happens at import. Whatever can't be
-measured raises a ``UserError``, which ends the command in one sentence, where possible before
-anything is written.
+A command defines the rows of a subject and the figures that show them (``evaluation.py``). The
+package is run from a clone of the repository and is not installed. Importing it has no side
+effects. If something can't be measured, a ``UserError`` ends the command with one sentence, where
+possible before anything is written.
 """

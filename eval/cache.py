@@ -1,8 +1,9 @@
-"""Cache of measurements beside the result, so that the same command goes on where it stopped; and
-hashes of the weights and files that the measurements depend on, whatever their names.
+"""Cache of measurements, and hashes of the weights and files that the measurements depend on.
+
+The cache is stored next to the result, so the same command resumes after an interruption.
 
 cache = Cache(folder, {"digest": subject.digest, "images": fingerprint})
-value = cache.item(["sharpness", 0.05], measure)       # measured once
+value = cache.item(["sharpness", 0.05], measure)       # calls `measure` only the first time
 """
 
 from __future__ import annotations
@@ -25,30 +26,30 @@ from bilora_diffusion.core.lora_names import WEIGHTS as PEFT_FILE
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.peft_config import read_config
 
-# Beside the files of the result
+# Folder of the cache files, in the result's folder
 FOLDER = "kept"
-# PEFT's options that change how the tensors act
+# PEFT options that change the effect of the tensors
 ACTING_OPTIONS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
 class Cache:
-    """Values by key, each on the disk before the next one is made.
+    """Values by key; each value is on the disk before the next one is computed.
 
-    Measurements that depend on the same circumstances share one file of JSON lines in ``FOLDER``,
-    so commands that measure different subjects into one folder do not mix their values. A line
-    that is damaged, or torn off by a kill, is measured again.
+    Measurements with the same circumstances share one file of JSON lines in ``FOLDER``, so commands
+    that measure different subjects into one folder do not mix their values. If a line is damaged,
+    or incomplete because the process was killed, its value is measured again.
 
     Args:
-        folder: of the result.
-        circumstances: all that the values depend on, except their keys, as JSON can hold it:
-            weights, base model, data, settings.
+        folder: folder of the result.
+        circumstances: everything that the values depend on except their keys, such as weights, base
+            model, data and settings; JSON-serializable.
     """
 
     def __init__(self, folder: Path, circumstances: Any) -> None:
         self._path = folder / FOLDER / f"{_hash_of(circumstances)}.jsonl"
         self._values: dict[str, Any] = {}
         content = self._path.read_bytes() if self._path.exists() else b""
-        # A whole line ends with a newline: the text after the last newline was torn off by a kill.
+        # A complete line ends with a newline: text after the last newline is an incomplete line.
         valid_lines = []
         for line in content.split(b"\n")[:-1]:
             if self._add(line):
@@ -61,11 +62,11 @@ class Cache:
         return _hash_of(key) in self._values
 
     def get(self, key: Any) -> Any:
-        """Value that :meth:`put` was given; None without one."""
+        """Return the value stored under a key; None if there is none."""
         return self._values.get(_hash_of(key))
 
     def put(self, key: Any, value: Any) -> Any:
-        """Store a value that JSON can hold; returns it as it will be read back.
+        """Store a JSON-serializable value, and return it as it will be read back.
 
         A number that is not finite becomes None.
         """
@@ -79,13 +80,13 @@ class Cache:
         return entry["value"]
 
     def item(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Value that is cached under a key, or that ``make`` returns now."""
+        """Return the value cached under a key; if there is none, call ``make`` and cache it."""
         if key in self:
             return self.get(key)
         return self.put(key, make())
 
     def _add(self, line: bytes) -> bool:
-        """Read a line of the file; False if it is damaged."""
+        """Read a line of the file; return whether the line is undamaged."""
         try:
             entry = json.loads(line)
             self._values[_hash_of(entry["key"])] = entry["value"]
@@ -100,7 +101,7 @@ def _hash_of(value: Any) -> str:
 
 
 def hash_of_lora(path: Path) -> str:
-    """Hash of a LoRA file, and of the options in its metadata that change how the tensors act."""
+    """Return a hash of a LoRA file's tensors and of the options that change their effect."""
     options = json.loads(inspect(path).metadata.get(ADAPTER_METADATA, "{}"))
     acting = {}
     for name, value in options.items():  # such as "unet.lora_alpha"
@@ -110,14 +111,19 @@ def hash_of_lora(path: Path) -> str:
 
 
 def hash_of_peft(folder: Path) -> str:
-    """Hash of a folder with a PEFT adapter; see :func:`hash_of_lora`."""
+    """Return the hash of the PEFT adapter in a folder; see :func:`hash_of_lora`."""
     options = peft_config(folder)
     acting = {name: options[name] for name in options if name in ACTING_OPTIONS}
     return _hash_of_tensors([("", folder / PEFT_FILE)], acting)
 
 
 def hash_of_models(folder: Path, names: Sequence[str]) -> str:
-    """Hash of whole models in a folder."""
+    """Return a hash of the whole models in a folder.
+
+    Args:
+        folder: folder that contains the models.
+        names: names of the models, which are subfolders.
+    """
     files = []
     for name in names:
         parts = sorted((folder / name).glob("*.safetensors"))
@@ -130,13 +136,13 @@ def hash_of_models(folder: Path, names: Sequence[str]) -> str:
 def _hash_of_tensors(
     files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None
 ) -> str:
-    """Hash of name, dtype, shape and bytes of each tensor, and of the options that act.
+    """Return a hash of each tensor's name, dtype, shape and bytes, and of the options.
 
-    The files' other metadata is left out: it has dates and titles.
+    Other metadata, such as dates and titles, is not hashed.
 
     Args:
-        files: (prefix of its tensors' names, file) each.
-        acting: the options, or None where a file has none.
+        files: pairs of a prefix, which is added to the tensors' names, and a file.
+        acting: options that change the effect of the tensors; None for whole models.
     """
     import torch
 
@@ -152,13 +158,18 @@ def _hash_of_tensors(
                 tensor = content.get_tensor(key).contiguous()
                 shape = tuple(tensor.shape)
                 state.update(f"{prefix}/{key} {tensor.dtype} {shape}\n".encode())
-                # As bytes, since NumPy has no bfloat16.
+                # Viewed as bytes, because NumPy has no bfloat16.
                 state.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
 
 
 def hash_of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
-    """Hash of names and bytes of all files in folders, or of those with one of the suffixes."""
+    """Return a hash of the names and contents of the files in some folders.
+
+    Args:
+        folders: folders, searched recursively.
+        suffixes: suffixes of the files that are hashed; () for all files.
+    """
     state = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*")):
@@ -171,16 +182,16 @@ def hash_of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
 
 
 def hash_of_files(*files: Path) -> str:
-    """First 12 hex digits of the SHA-256 of a file, or of the hashes of several."""
+    """Return the first 12 hex digits of a file's SHA-256, or of the SHA-256 of several hashes."""
     hashes = [hash_of_file(path) for path in files]
-    # One file has its own hash, which others can check with sha256sum.
+    # The hash of a single file can be checked with sha256sum.
     if len(hashes) == 1:
         return hashes[0][:12]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 
 
 def peft_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a folder with a PEFT adapter."""
+    """Return the content of the ``adapter_config.json`` of a PEFT adapter's folder."""
     path = folder / PEFT_CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not a PEFT adapter (it has no {PEFT_CONFIG}): give another.")

@@ -1,4 +1,4 @@
-"""Checkpoints of runs as subjects (``--steps``): scores over steps, and the best steps.
+"""Checkpoints of runs as subjects (``--steps``): scores over training steps, and the best steps.
 
 python -m eval.clip_scores runs/dog --steps all
 python -m eval.text_scores runs/reviews --steps 40,80,200
@@ -27,44 +27,44 @@ from .results.table import Entry, Metric, Result, Row, Summary
 from .subjects import Subject
 
 HELP = (
-    "Score these checkpoints of each run: steps such as 40,80, or all, which are those of"
+    "Score checkpoints of each run: steps such as 40,80, or all for the checkpoints of"
     " --checkpointing_steps and the last one."
 )
-# A value of ``--steps``, and the picture that it adds
+# Value of ``--steps`` for all regular checkpoints, and the picture of the scores over steps
 ALL_STEPS = "all"
 FIGURE = "steps.png"
 LOSS = Metric(
-    "held-out loss", "that of the run at this step, in metrics.jsonl, one number", form=".4f"
+    "held-out loss", "the run's loss at this step, from metrics.jsonl; a single value", form=".4f"
 )
-# Rows, the group that is the ``control``, and the ``confidence`` of intervals -> summaries
+# Computes summaries from rows, given the ``control`` group and the intervals' ``confidence``
 Summarize = Callable[..., Sequence[Summary]]
 BEST_STEPS_NOTE = (
-    "The best step by each score, and its difference to the last step. The same measurements choose"
-    " the step and give its score, so this score is too favourable. Differences are paired; the"
-    " figure's bands are not. The intervals here are wider than those of the scores, since they"
-    " hold for all steps together (95 % after Bonferroni's correction)."
+    "The best step by each score, and its difference from the last step. The same measurements"
+    " choose the step and give its score, so this score is too favorable. Differences are paired;"
+    " the figure's bands are not. The intervals here are wider than the intervals of the scores,"
+    " because they hold for all steps at the same time (95 % after Bonferroni's correction)."
 )
-# Fields of a `Summary` in the unit of its metric
+# Fields of a `Summary` that have the unit of its metric
 SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
 
 
 class OverSteps(Evaluation):
     """A command that can also score checkpoints.
 
-    Its settings then have "best_steps", a list of sentences.
+    With ``--steps``, its settings have "best_steps", a list of sentences.
     """
 
     curves: Result | None = None
 
     def over_steps(self, result: Result, summarize: Summarize) -> Result:
-        """The result, with the sentences on its best steps if its subjects are checkpoints."""
+        """Return the result; with ``--steps``, first add the sentences on the best steps."""
         if self.args.steps is not None:
             self.curves = curves(result, summarize)
             self.settings["best_steps"] = best(self.curves)
         return result
 
     def control_mark(self, result: Result) -> str:
-        """ "last" where all differences are to the last step of one run."""
+        """Return "last" if the control is the last step of the only run, else "control"."""
         runs = {subject.about.get("run") for subject in result.subjects}
         is_last = result.control == last_group(result.subjects)
         return "last" if is_last and len(runs) == 1 else "control"
@@ -75,7 +75,7 @@ class OverSteps(Evaluation):
         return [draw(self.curves, folder)]
 
     def best_steps(self, result: Result) -> str:
-        """The report's section on the best steps; "" if the subjects are not checkpoints."""
+        """Return the report's section on the best steps; "" without ``--steps``."""
         steps = result.settings.get("best_steps")
         if not steps:
             return ""
@@ -83,20 +83,24 @@ class OverSteps(Evaluation):
 
 
 def read_steps(text: str) -> list[int] | None:
-    """``40,80`` as numbers in order; None for ``all``."""
+    """Return the steps of a text such as ``40,80`` in ascending order; None for ``all``."""
     words = [word.strip() for word in text.split(",")]
     if words == [ALL_STEPS]:
         return None
     if not all(word.isdecimal() and len(word) < 10 for word in words):  # below 10^9
-        raise UserError(f'--steps is "{text}": write all, or steps with commas, such as 40,80.')
+        raise UserError(f'--steps is "{text}": write all, or a list of steps, such as 40,80.')
     return sorted(set(map(int, words)))
 
 
 def scheduled_steps(steps: Sequence[int], interval: int | None) -> list[int]:
-    """The checkpoints of ``--checkpointing_steps`` among a run's, and the last one.
+    """Return the steps of a run's regular checkpoints and its last step.
 
-    An interruption saves a checkpoint at any step, which says nothing about the run's progress
-    beside its neighbours.
+    An interruption can save a further checkpoint at any step, which is not needed to follow the
+    run's progress.
+
+    Args:
+        steps: steps of all checkpoints of the run, in ascending order.
+        interval: ``--checkpointing_steps`` of the run; without one, all steps are returned.
     """
     chosen_steps = []
     for step in steps:
@@ -106,15 +110,15 @@ def scheduled_steps(steps: Sequence[int], interval: int | None) -> list[int]:
 
 
 def left_out(subjects: Sequence[Subject], text: str) -> list[str]:
-    """A sentence for each run with checkpoints that ``--steps all`` leaves out.
+    """Return a sentence for each run with checkpoints that ``--steps all`` does not score.
 
     Args:
         subjects: checkpoints that are scored.
-        text: of ``--steps``.
+        text: value of ``--steps``.
     """
     from bilora_diffusion.run import checkpoint
 
-    if read_steps(text) is not None:  # the user has named them
+    if read_steps(text) is not None:  # the user has chosen the steps
         return []
     scored_steps: dict[Path, list[int]] = {}
     for subject in subjects:
@@ -127,20 +131,22 @@ def left_out(subjects: Sequence[Subject], text: str) -> list[str]:
         if missing_steps:
             sentences.append(
                 f"Left out of {folder.name}: {counted(len(missing_steps), 'checkpoint')}"
-                f" ({', '.join(map(str, missing_steps))}) that an interruption saved between two of"
+                f" ({', '.join(map(str, missing_steps))}) that an interruption saved outside of"
                 f" --checkpointing_steps; --steps {','.join(map(str, all_steps))} scores all."
             )
     return sentences
 
 
 def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
-    """Checkpoints of runs as subjects, each with its primary as the run would have exported it.
+    """Export checkpoints of runs, and return them as subjects.
 
-    A group holds the runs of a group at one step; "run" and "step" of ``about`` name the runs'
-    group and the step. The exported files are removed when this process ends.
+    Each subject has the weights that the run would have exported at this step. Checkpoints of one
+    group of runs at the same step form a group. In ``about``, "run" is the label of the runs' group
+    and "step" the step. The exported files are removed when this process ends.
 
     Args:
-        text: of ``--steps``.
+        runs: subjects that are runs.
+        text: value of ``--steps``.
     """
     from bilora_diffusion.export.conversion import export_checkpoint
     from bilora_diffusion.run import checkpoint
@@ -149,7 +155,7 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
         raise UserError("--steps is given without runs: name run folders.")
     chosen_steps = read_steps(text)
     has_groups = len({run.group for run in runs}) > 1
-    # No context manager: the files are needed until all images or answers are made.
+    # No context manager: the files are needed until all images or answers are generated.
     folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     subjects: list[Subject] = []
@@ -179,20 +185,23 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
 
 
 def without_checkpoints(folder: Path) -> str:
-    """A sentence that says why a run has no checkpoints, and what to do."""
+    """Return a sentence that says why a run has no checkpoints and how to fix this."""
     record = read_run(folder)
     last_step = record["results"].get("steps")
     interval = record["config"].get("checkpointing_steps")
     if last_step is None or interval is None or last_step >= interval:
         return f"{folder} has no checkpoints: train with --checkpointing_steps."
     return (
-        f"{folder} has no checkpoints, since it ended at step {last_step}, before the first one at"
-        f" --checkpointing_steps {interval}: train with a smaller interval, or leave out --steps."
+        f"{folder} has no checkpoints, because it ended at step {last_step}, before the first one"
+        f" (--checkpointing_steps {interval}): train with a smaller interval, or leave out --steps."
     )
 
 
 def last_group(subjects: Sequence[Entry]) -> str | None:
-    """Group of the first run's last step, the default control; None without checkpoints."""
+    """Return the group of the first run's last checkpoint, the default control.
+
+    The result is None if the subjects are not checkpoints.
+    """
     run = subjects[0].about.get("run")
     if run is None:
         return None
@@ -201,7 +210,7 @@ def last_group(subjects: Sequence[Entry]) -> str | None:
 
 
 def heldout_loss(subject: Subject) -> list[Row]:
-    """A row with the run's held-out loss at the checkpoint's step, if it was measured there."""
+    """Return a row with the run's held-out loss at the checkpoint's step; [] if not measured."""
     assert subject.folder is not None
     checkpoint_step = subject.about["step"]
     measured = last_measured(subject.folder, checkpoint_step)
@@ -212,11 +221,12 @@ def heldout_loss(subject: Subject) -> list[Row]:
 
 
 def curves(result: Result, summarize: Summarize) -> Result:
-    """The result as curves over steps: a group for each run, and differences to its last step.
+    """Return the result as curves over steps, with a group for each group of runs.
 
-    Intervals of differences hold for all steps of a run together: each has the level
-    1 - 0.05 / n for n differences (Bonferroni). So a step may be chosen by them. Values are
-    multiplied by their metrics' scales, since a figure shows them so.
+    Differences are taken from the last step. Their intervals hold for all steps of a curve at the
+    same time, so they can be used to choose a step: with n differences, each interval has the level
+    1 - 0.05 / n (Bonferroni's correction). Values are multiplied by the scale of their metric, as
+    figures show them.
     """
     runs: dict[str, dict[str, int]] = {}  # run -> group -> step
     for subject in result.subjects:
@@ -239,7 +249,7 @@ def curves(result: Result, summarize: Summarize) -> Result:
             lines.append(replace(line, group=run, step=steps[line.group], **scaled))
     measured = {line.metric for line in lines}
     if not measured:
-        raise UserError("the runs recorded no held-out figure at these steps: give --benchmarks.")
+        raise UserError("the runs recorded no held-out metric at these steps: give --benchmarks.")
     metrics = {}
     for name in sorted(result.metrics, key=lambda name: name.endswith("loss")):  # losses last
         if name in measured:
@@ -249,14 +259,14 @@ def curves(result: Result, summarize: Summarize) -> Result:
 
 
 def draw(curves: Result, folder: Path) -> str:
-    """Draw a panel for each metric, with the intervals of the means; returns the picture's name."""
+    """Draw a panel for each metric, with intervals of the means, and return the picture's name."""
     panels = []
     for name, metric in curves.metrics.items():
         direction = "higher" if metric.higher_is_better else "lower"
         has_bands = any(line.interval for line in curves.summaries if line.metric == name)
         label = "mean and 95 % interval" if has_bands else ""
         lines = [Curve(run, name, label=run, interval=True) for run in curves.groups]
-        # The legend in the first panel is that of all panels.
+        # All panels have the same legend, so only the first one shows it.
         has_legend = len(lines) > 1 and not panels
         title = f"{metric.title}, {direction} is better"
         panels.append(Panel(title, label, lines, legend=has_legend))
@@ -266,7 +276,7 @@ def draw(curves: Result, folder: Path) -> str:
 
 
 def best(curves: Result) -> list[str]:
-    """A sentence for each run and metric: the best step, and its difference to the last step."""
+    """Return a sentence for each run and metric: the best step, compared with the last step."""
     sentences = []
     for run in curves.groups:
         for name, metric in curves.metrics.items():
@@ -275,13 +285,13 @@ def best(curves: Result) -> list[str]:
                 continue
             choose = max if metric.higher_is_better else min
             best_point = choose(points, key=lambda point: point.mean or 0.0)  # the first of equals
-            change = "the last"
+            change = "the last step"
             if best_point.control:
                 difference = report.difference(best_point, metric)
-                change = f"to the last step {difference} {best_point.over}s better"
+                change = f"difference from the last step {difference} {best_point.over}s better"
             if interval := best_point.difference_interval:
                 verb = "includes" if interval[0] <= 0 <= interval[1] else "excludes"
-                change += f": the interval {verb} zero"
+                change += f"; the interval {verb} zero"
             head = f"{run}: {metric.title}" if len(curves.groups) > 1 else metric.title
             mean = report.number(best_point.mean, metric)
             sentences.append(f"{head}: best at step {best_point.step} ({mean}), {change}.")

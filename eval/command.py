@@ -1,4 +1,4 @@
-"""Parser, exit codes, output folder and device of all commands."""
+"""Command-line parser, exit codes, output folder and device of all commands."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
     import torch
 
 
-# Endings of files that count as adapters; pickles are refused when they are opened
+# Suffixes of files that count as adapters; pickles are refused when they are opened
 ADAPTER_FILES = (".safetensors", *PICKLES)
-# Numbers of ``a..b``
+# Maximum number of integers in ``a..b``
 MAX_RANGE = 10_000
-# Runs that the name of a folder of results has; of more it has a hash
+# Maximum number of runs in the name of an output folder; the others are replaced by a hash
 MAX_NAMED = 4
-COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
-POSITIVE = Range(1e9, "nothing is measured that far out", greater_than=0)
+COUNTS = Range(10**9, "a larger number would take forever", at_least=1)
+POSITIVE = Range(1e9, "larger values have no use here", greater_than=0)
 
 
 class CommandHelp(command_line.Help, argparse.RawDescriptionHelpFormatter):
-    """Shows options as the training scripts do, and keeps the line breaks of the text below."""
+    """Help formatter: shows options as the training scripts do, and keeps the epilog's lines."""
 
 
 class Parser(command_line.UserErrorParser):
-    """The command line of a command.
+    """The command-line parser of one command.
 
     Args:
-        module: as in ``python -m MODULE``.
-        described: text of ``--help``; its first paragraph stands above the flags, the rest below.
+        module: the command's module, as in ``python -m MODULE``.
+        described: text of ``--help``; the first paragraph is shown above the flags, the rest below.
         groups: dataclasses of options; see `bilora_diffusion.core.fields`.
     """
 
@@ -72,15 +72,16 @@ class Parser(command_line.UserErrorParser):
             action="append",
             default=[],
             metavar="LABEL=RUN,RUN",
-            help="runs that stand together under a name; can be given several times",
+            help="a label for several runs that form a group; can be given several times",
         )
 
     def add_output(self, name: str, otherwise: Path = Path(), of_runs: bool = False) -> None:
-        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs.
+        """Add ``--output_dir``; its default is ``name`` in the folder that holds the runs.
 
         Args:
-            otherwise: the folder that gets ``name`` if no runs are given.
-            of_runs: the default name also has the runs and prompts, see `question_of`.
+            name: name of the default folder.
+            otherwise: parent of the default folder if no runs are given.
+            of_runs: add the runs and the prompts to the default name; see `question_of`.
         """
         self._output = (name, otherwise)
         self._is_of_runs = of_runs
@@ -92,7 +93,7 @@ class Parser(command_line.UserErrorParser):
         )
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments; results and logs that ``runs/*`` matches beside the runs are left out."""
+        """Parse the arguments; skip results and logs that ``runs/*`` matches besides the runs."""
         args = self.parse_args(argv)
         check(self._fields, vars(args))
         if getattr(args, "runs", None):
@@ -102,7 +103,7 @@ class Parser(command_line.UserErrorParser):
             if self._is_of_runs:
                 name = "-".join([name, *question_of(args)])
             elif getattr(args, "steps", None) is not None:
-                name = f"{name}-steps"  # not over the scores of the runs' ends
+                name = f"{name}-steps"  # does not overwrite the scores of the final weights
             runs = list(args.runs)
             for _, members in read_groups(getattr(args, "group", [])):
                 runs += members
@@ -111,22 +112,23 @@ class Parser(command_line.UserErrorParser):
 
 
 def question_of(args: argparse.Namespace) -> list[str]:
-    """Parts of the name of the output folder, so that each comparison has its own folder.
+    """Return the parts of an output folder's name that distinguish comparisons.
 
-    The names or labels of the runs; "steps" for their checkpoints, whichever steps these are, since
-    equal checkpoints share their images; the name of the prompts, if they are given.
+    The parts are the names or labels of the runs, "steps" if their checkpoints are scored, and the
+    name of the prompts if they are given. The chosen steps are not part of the name, because
+    comparisons of the same runs' checkpoints share images.
     """
     names = []
     for word in args.runs:
         label, equals, _ = word.partition("=")
         path = Path(os.path.abspath(word))
-        if path.name == FILE_NAME:  # which all exported files have
+        if path.name == FILE_NAME:  # all exported files have this name
             path = path.parent
         is_labelled = equals and not path.exists()
         names.append(_safe_name(label if is_labelled else path.name))
     parts = names[:MAX_NAMED]
     if len(names) > MAX_NAMED:
-        # The hash is of all names, so that other sets of as many runs get another folder.
+        # The hash covers all names, so another set of the same number of runs gets another folder.
         digest = blake2b("\n".join(names).encode(), digest_size=3).hexdigest()
         parts.append(f"and-{len(names) - MAX_NAMED}-more-{digest}")
     if args.steps is not None:
@@ -137,16 +139,16 @@ def question_of(args: argparse.Namespace) -> list[str]:
 
 
 def _safe_name(name: str) -> str:
-    """A name without the characters that have a meaning in paths and shells."""
+    """Return a name without the characters that have a meaning in paths and shells."""
     words = re.sub(r"[^\w.]+", "_", name.removesuffix(".safetensors"))
     return words.strip("._")[:40] or "x"
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
-    """The folder that holds all of some runs: results are put there, and the viewer finds them."""
+    """Return the folder that holds all runs: results are written there for the viewer to find."""
     parents: list[Path] = []
     for word in runs:
-        # A run may be LABEL=RUN. Words that are not a path, such as base, have no folder.
+        # A run may be LABEL=RUN. A word that is not a path, such as base, has no folder.
         for name in (word, word.partition("=")[2]):
             if name and Path(name).exists():
                 path = Path(os.path.normpath(name))
@@ -163,9 +165,9 @@ def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
 
 
 def _without_results(words: Sequence[str]) -> list[str]:
-    """The words without results, logs and records, which are named in one printed line.
+    """Return the words without results, logs and records, and print the words that are skipped.
 
-    A file is left out only beside a folder, so that a single wrong word is refused by its name.
+    Files are skipped only if a folder is given too, so a single wrong word is refused by name.
     """
     has_folders = any(Path(word).is_dir() for word in words)
     runs, left_out = [], []
@@ -180,15 +182,16 @@ def _without_results(words: Sequence[str]) -> list[str]:
         else:
             left_out.append(word)
     if left_out:
-        print(f"left out, since they are not runs: {', '.join(left_out)}", file=sys.stderr)
+        print(f"skipped, because they are not runs: {', '.join(left_out)}", file=sys.stderr)
     return runs
 
 
 def read_integers(text: str, place: str) -> list[int]:
-    """The whole numbers of ``0,1,5`` or ``0..4``, 4 included.
+    """Return the whole numbers of a text such as ``0,1,5`` or ``0..4``, which includes 4.
 
     Args:
-        place: start of the error's sentence, which says where the text stands.
+        text: numbers and ranges, separated by commas.
+        place: start of the error message, which names the source of the text.
     """
     integers: list[int] = []
     for word in text.split(","):
@@ -201,42 +204,43 @@ def read_integers(text: str, place: str) -> list[int]:
         integers += range(low, high + 1)
     for integer, count in Counter(integers).items():
         if count > 1:
-            raise UserError(f"{place}, with {integer} twice: keep one.")
+            raise UserError(f"{place}: give {integer} only once.")
     return integers
 
 
 def run(work: Callable[[], int | None]) -> int:
-    """Do the work of a command that can be interrupted and given again.
+    """Run the work of a command that can be interrupted and run again.
 
     Returns:
-        The work's exit code; 2 after an error's sentence; 130 after an interruption.
+        The work's exit code, or 0 for None; 2 after a UserError; 128 plus the number of the signal
+        after an interruption, such as 130 for Ctrl-C.
     """
     exit_code: int | None = None
 
     def resumable() -> None:
         nonlocal exit_code
-        with ends_in("interrupted: the same command goes on where this one stopped."):
+        with ends_in("interrupted: run the same command again to resume."):
             exit_code = work()
 
     return run_cli(resumable) or exit_code or 0
 
 
 def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
-    """Make the output folder, and test before anything is computed that it can be written to."""
+    """Create the output folder, and check that it is writable, before anything is computed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process may make the same folder now
+        probe.unlink(missing_ok=True)  # another process may check the same folder now
     except OSError as error:
         raise UserError(
-            f"{folder} is not a folder that can be written ({error.strerror}): give another {flag}."
+            f"{folder} is not a writable folder ({error.strerror}): give another {flag}."
         ) from error
     return folder
 
 
 def require_free(folder: Path, kind: str) -> None:
-    """Refuse a folder that holds the result of another command, which would be lost."""
+    """Raise UserError if the folder holds another command's result, which would be lost."""
     if not (folder / table.FILE).exists():
         return
     found_kind = table.head(folder)["kind"]
@@ -245,9 +249,9 @@ def require_free(folder: Path, kind: str) -> None:
 
 
 def remove_last_figures(folder: Path, command: str, figures: Sequence[str]) -> None:
-    """Remove the last result's figures that the new one does not have.
+    """Remove the previous result's figures that the new result does not have.
 
-    If the last result is of another command, print that it is replaced.
+    If another command line wrote the previous result, print that it is replaced.
     """
     if not (folder / table.FILE).exists():
         return
@@ -256,17 +260,17 @@ def remove_last_figures(folder: Path, command: str, figures: Sequence[str]) -> N
     last_figures = last.get("figures")
     if isinstance(provenance, dict) and provenance.get("command") != command:
         last_command = strip_controls(str(provenance.get("command")))
-        print(f"{folder} held the result of `{last_command}`, which this one replaces")
+        print(f"{folder}: this result replaces the result of `{last_command}`")
     if not isinstance(last_figures, list):
         return
-    # Only pictures in the folder are removed: anyone may have written the names in the file.
+    # Only pictures in this folder are removed: the file's names of figures can't be trusted.
     for path in folder.glob("*.png"):
         if path.name in last_figures and path.name not in figures:
             path.unlink(missing_ok=True)
 
 
 def open_device(name: str | None) -> torch.device:
-    """The ``--device``; by default a GPU where there is one."""
+    """Return the device named by ``--device``; by default a GPU if there is one, else the CPU."""
     import torch  # here, so that --help does not wait for it
 
     if name is None:
@@ -275,5 +279,5 @@ def open_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f'--device "{name}" is not there: use cpu, or leave it out.') from error
+        raise UserError(f'--device "{name}" is not available: use cpu, or omit it.') from error
     return device

@@ -1,6 +1,6 @@
-"""The order of work that all commands share: subjects, rows, a result, its figures and report.
+"""Base class of the commands: it gathers subjects, measures rows, and writes figures and a report.
 
-A command says what the rows of a subject are, and which figures show them:
+A command defines the rows of a subject and the figures that show them:
 
     class Flips(Evaluation):
         name = "flips"
@@ -10,9 +10,9 @@ A command says what the rows of a subject are, and which figures show them:
 
     main = Flips.main
 
-The report's content is data too: tables of columns, and figures of panels.
+Tables are described by columns, and figures by panels.
 
-Hooks import torch and scipy themselves, so that ``--help`` does not wait for them.
+Hooks import torch and scipy inside their bodies, so that ``--help`` does not wait for the imports.
 """
 
 from __future__ import annotations
@@ -35,25 +35,27 @@ from .subjects import Subject, gather
 
 
 class Evaluation:
-    """One command: subclass it, and override the hooks in which it differs.
+    """Base class of a command; a subclass overrides the hooks that differ.
 
     The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``produce``,
-    ``rows`` for each subject, ``complete``, ``draw_figures``, ``report``. Up to ``prepare`` nothing
-    is written.
+    ``rows`` for each subject, ``complete``, ``draw_figures``, ``report``. Nothing is written before
+    ``prepare`` has returned.
 
     Attributes:
-        name: the result's kind.
+        name: kind of the result.
         module: module of the command, as in ``python -m MODULE``; by default ``eval.NAME``.
-        described: text of ``--help``, by default the module's docstring. Its first paragraph stands
-            above the flags.
-        options: dataclasses of its flags; see `bilora_diffusion.core.fields`.
-        runs: help of the argument that names the runs.
-        title: of the report; by default the name.
-        metrics: titles and formats of its metrics, by name.
-        unit: what is averaged and paired: "seed" or "item".
-        args, command, folder: the command line; the command has no machine paths.
-        settings, notes: for the result; hooks add to them.
-        exit_code: exit code of the command if it is not 0 although the result is written.
+        described: text of ``--help``; by default the docstring of the subclass's module. Its first
+            paragraph is shown above the flags.
+        options: dataclasses of the flags; see `bilora_diffusion.core.fields`.
+        runs: help text of the argument that names the runs.
+        title: title of the report; by default the name.
+        metrics: titles and formats of the metrics, by name.
+        unit: unit that is averaged and paired: "seed" or "item".
+        args: the parsed command line.
+        command: the command line as text, without machine paths.
+        folder: output folder.
+        settings, notes: settings and notes of the result; hooks add to them.
+        exit_code: exit code if the result is written but the command has failed in part; else None.
     """
 
     name: ClassVar[str]
@@ -75,14 +77,14 @@ class Evaluation:
 
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> int:
-        """Run the command."""
+        """Run the command, and return its exit code."""
         words = sys.argv[1:] if argv is None else list(argv)
         command = command_line(cls.module or f"eval.{cls.name}", words)
         return run(lambda: cls(cls.parser().read(words), command).work())
 
     @classmethod
     def parser(cls) -> Parser:
-        """The command line."""
+        """Return the command-line parser."""
         # By default the docstring of the module in which the subclass is defined
         described = cls.described or sys.modules[cls.__module__].__doc__
         parser = Parser(cls.module or f"eval.{cls.name}", described, cls.options)
@@ -96,26 +98,26 @@ class Evaluation:
         parser.add_output(cls.name)
 
     def subjects(self) -> Sequence[Subject]:
-        """Subjects to measure."""
+        """Return the subjects to measure."""
         return gather(self.args.runs, self.args.group)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Check arguments and subjects, before anything is measured or written."""
+        """Check the arguments and the subjects before anything is measured or written."""
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
-        """Make the runs or images that are measured, in every process of the command.
+        """Train the runs or generate the images to measure; every process of the command calls it.
 
         Returns:
-            The subjects to measure; None in a process that only produces and does not measure.
+            The subjects to measure; None in a process that does not measure.
         """
         return subjects
 
     def rows(self, subject: Subject) -> Iterable[Row]:
-        """Measurements of one subject."""
+        """Return the measurements of one subject."""
         raise NotImplementedError
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        """The result, still without figures."""
+        """Return the result, without its figures."""
         return self.result(subjects, rows, compare.summaries(rows, unit=self.unit))
 
     def result(
@@ -126,9 +128,11 @@ class Evaluation:
         control: str = "",
         **fields: Any,
     ) -> Result:
-        """A result with the command's settings and notes; ``fields`` are its further fields.
+        """Return a result with the command's settings and notes.
 
-        By default its metrics are the command's, and its provenance is that of the runs.
+        Args:
+            fields: further fields of the result. By default, ``metrics`` are the command's metrics,
+                and ``provenance`` is the provenance of the runs.
         """
         records = [subject.record for subject in subjects if subject.record]
         fields.setdefault("metrics", dict(self.metrics))
@@ -145,39 +149,42 @@ class Evaluation:
         )
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        """Name of a picture -> its rows of panels."""
+        """Return the rows of panels of each picture, by the picture's name."""
         return {}
 
     def draw_figures(self, result: Result, folder: Path) -> list[str]:
-        """Draw into the folder; returns the pictures' names."""
+        """Draw the pictures into the folder, and return their names."""
         pictures = self.panels(result)
         for name, rows in pictures.items():
             plot.panels(result, folder / name, rows)
         return list(pictures)
 
     def introduction(self, result: Result) -> str:
-        """Sentences above the tables."""
+        """Return the sentences above the tables."""
         return f"Mean with {report.INTERVALS}."
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        """Heading of each table, or "" for none, -> its columns; by default all metrics in one."""
+        """Return the columns of each table by its heading, which is "" for a table without one.
+
+        By default, a single table has all metrics.
+        """
         columns: dict[tuple[str, str], Column] = {}
         for line in result.summaries:
-            # Summaries with a step belong to curves.
+            # Summaries at a step belong to curves.
             if line.step is None:
                 columns[line.metric, line.item] = Column(line.metric, line.item)
         return {"": list(columns.values())}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]] | None:
-        """Head of a column -> its cell for a group; see :func:`~eval.results.report.comparison`."""
+        """Return the ``facts`` for :func:`~eval.results.report.comparison`."""
         return None
 
     def control_mark(self, result: Result) -> str:
-        """Word after the name of the group that the others are compared with."""
+        """Return the word that marks the control in tables, after its name."""
         return "control"
 
     def report(self, result: Result) -> str:
-        """The text of ``report.md``."""
+        """Return the text of ``report.md``."""
         title = self.title or self.name.replace("_", " ").capitalize()
         parts = [f"# {title}", self.introduction(result)]
         for heading, columns in self.columns(result).items():
@@ -189,14 +196,14 @@ class Evaluation:
         return report.page(*parts)
 
     def further(self, result: Result) -> list[str]:
-        """Parts below the tables: by default figures, notes and origin."""
+        """Return the parts below the tables: by default figures, notes and origin."""
         return [report.closing(result)]
 
     def work(self) -> int | None:
-        """Measure the subjects and write the result; returns an exit code, or None for 0."""
+        """Measure the subjects and write the result; return the exit code, or None for 0."""
         subjects = self.subjects()
         self.prepare(subjects)
-        # Before anything takes long: the result can be written, and overwrites no other command's.
+        # Check before the long work that the result can be written and replaces no other command's.
         open_folder(self.folder)
         require_free(self.folder, self.name)
         subjects_to_measure = self.produce(subjects)
@@ -209,19 +216,24 @@ class Evaluation:
         return self.exit_code
 
     def write(self, result: Result) -> None:
-        """Draw the figures, write all files, and print the report and the files' names."""
+        """Draw the figures, write all files, and print the report and the names of the files."""
         result = replace(result, figures=self.draw_figures(result, self.folder))
         remove_last_figures(self.folder, self.command, result.figures)
         report_text = self.report(result)
         table.write(result, self.folder, report_text)
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
         lines = [*report_text.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
-        # A run's name or a prompt could otherwise control the terminal.
+        # Otherwise, control characters in a run's name or a prompt would act on the terminal.
         print("\n".join(map(strip_controls, lines)))
 
 
 def require_common_steps(group: str, steps: Sequence[set[int]]) -> None:
-    """Refuse runs of a group that were not measured at any common step."""
+    """Raise UserError if the runs of a group have no step in common.
+
+    Args:
+        group: label of the group.
+        steps: recorded steps of each run.
+    """
     if not set.intersection(*steps):
         raise UserError(
             f'the runs of "{group}" have no recorded step in common: group runs that were recorded'

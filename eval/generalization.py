@@ -5,12 +5,12 @@
         --output_dir results/generalization
     python -m eval.generalization --group "LoRA=runs/a,runs/b" --group "rho 1=runs/c,runs/d"
 
-Runs that make images have to be trained with --validation_dataset and --validation_loss_steps
-(recipes/mini.yaml does both), runs on text with --validation_loss_steps and --eval_train_samples.
-Metrics of runs on text, such as accuracy, are drawn where --validation_epochs has recorded them
-over training. They are measured on held-out rows only, so that they have no gap.
-Runs of one method and setting that differ in the seed are repeats; differences to the control are
-paired by seed.
+Image runs must be trained with --validation_dataset and --validation_loss_steps (recipes/mini.yaml
+sets both), text runs with --validation_loss_steps and --eval_train_samples. Metrics of text runs,
+such as accuracy, are drawn if --validation_epochs has recorded them over training. They are
+measured on held-out rows only, so they have no gap.
+Runs with the same method and settings but different seeds are repeats; differences from the control
+are paired by seed.
 Writes rows.csv, summary.csv, result.json, report.md and generalization.png.
 """
 
@@ -34,22 +34,23 @@ from .text_scores.benchmarks import TITLES
 
 GAP = "gap"
 LOWEST_AT = f"step of best {HELDOUT_LOSS}"
-# Of images only; its item is the noise level.
+# Recorded for image runs only; the item is the noise level.
 LEVEL_LOSS = f"final {HELDOUT_LOSS} by level"
 
 
 def metrics(
     common_loss: float | None = None, heldout_metrics: Iterable[str] = ()
 ) -> dict[str, Metric]:
-    """Titles and forms of the metrics; losses are shown times 1000.
+    """Return titles and formats of the metrics; losses are shown times 1000.
 
     Args:
-        common_loss: the training loss at which runs are compared, for the title of that column.
-        heldout_metrics: names of further metrics, such as "heldout_accuracy"; shown in percent.
+        common_loss: training loss at which runs are compared, shown in the title of this column;
+            None if there is none.
+        heldout_metrics: names of further metrics, such as "heldout_accuracy", shown in percent.
     """
     loss_text = "" if common_loss is None else f" ({1000 * common_loss:.2f})"
     titles = {
-        TRAINING_GRID_LOSS: "loss on what is trained on",
+        TRAINING_GRID_LOSS: "loss on training data",
         HELDOUT_LOSS: "loss on held-out data",
         GAP: "gap: held-out minus training loss",
         f"final {TRAINING_GRID_LOSS}": "train",
@@ -60,7 +61,7 @@ def metrics(
         LEVEL_LOSS: "held-out loss at one noise level",
     }
     metrics = {name: Metric(title, scale=1000, form=".2f") for name, title in titles.items()}
-    metrics[LOWEST_AT] = Metric("step of the lowest", higher_is_better=None)
+    metrics[LOWEST_AT] = Metric("step of the lowest held-out loss", higher_is_better=None)
     for name in heldout_metrics:
         word = name.removeprefix(HELDOUT_PREFIX)
         title = f"held-out {TITLES.get(word, word)}"
@@ -78,11 +79,14 @@ class GeneralizationOptions:
 
 
 class Generalization(Evaluation):
-    """Both losses of each run at each step that has both, their gap, metrics, and key figures.
+    """Training and held-out loss of each run over training, their gap, metrics, and key figures.
 
-    ``settings``: ``paired``, group -> whether its runs saw the control's inputs;
-    ``equal_training``, the training loss at which runs are compared and the group that sets it;
-    ``heldout_metrics``, names of the metrics of held-out rows.
+    ``settings``:
+
+    - ``paired``: group -> whether its runs saw the same inputs as the control's runs, or None;
+    - ``equal_training``: the training loss at which runs are compared and the group that sets it,
+      or None;
+    - ``heldout_metrics``: names of the metrics on held-out rows.
     """
 
     name = "generalization"
@@ -112,16 +116,16 @@ class Generalization(Evaluation):
                     yield subject.row(LEVEL_LOSS, loss, item=name.removeprefix(BY_LEVEL))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        # None means that the group has no seed in common with the control: pairing is unknown.
+        # None means that the group has no seed in common with the control: pairing is not known.
         unpaired = [group for group, pair in self.settings["paired"].items() if pair is False]
-        # Runs on other data reach other losses, and do not set the common loss.
+        # Runs on different data reach different losses, so they do not set the common loss.
         common_loss, equal_rows = compare.equal_training(
             rows, HELDOUT_LOSS, TRAINING_GRID_LOSS, unpaired
         )
         best_rows = compare.best(rows, HELDOUT_LOSS)
         step_of: dict[tuple[str, float | None], int | None] = {}
         for row in rows:
-            if row.metric == HELDOUT_LOSS:  # a loss at two steps is lowest at the first of them
+            if row.metric == HELDOUT_LOSS:  # of several steps with the same loss, keep the first
                 step_of.setdefault((row.subject, row.value), row.step)
         measured_names = dict.fromkeys(row.metric for row in rows)
         further_metrics = [name for name in measured_names if _is_heldout_metric(name)]
@@ -141,30 +145,33 @@ class Generalization(Evaluation):
         return self.result(subjects, rows, summaries, self.control, metrics=titles)
 
     def _note(self, subjects: Sequence[Subject], unpaired: Sequence[str]) -> None:
-        manner, data = "on one grid of noise levels", "images"
+        manner, data = "on the same grid of noise levels", "images"
         if all(subject.is_text for subject in subjects):
             manner, data = "in the same way", "rows"
         self.notes.append(
             f"Both losses are measured {manner}: `{HELDOUT_LOSS}` on held-out {data},"
-            f" `{TRAINING_GRID_LOSS}` on those that were trained on."
+            f" `{TRAINING_GRID_LOSS}` on training data."
         )
         common_loss = self.settings["equal_training"]
         if common_loss:
             self.notes.append(
-                "Equal training loss is the lowest that all paired runs reach; it is set by"
-                f" {common_loss['set_by']}. There the gap differs as the held-out loss does."
+                "Equal training loss is the lowest training loss that all paired runs reach; the"
+                f" group {common_loss['set_by']} sets it. At this loss, the gaps differ by as much"
+                " as the held-out losses."
             )
         for label, runs in by_group(subjects).items():
             if label in unpaired:
-                self.notes.append(f"{label} saw other data or noise than the control: not paired.")
+                self.notes.append(
+                    f"{label} saw different data or noise than the control, so it is not paired."
+                )
             running = [run.label for run in runs if not run.finished]
             if running:
                 self.notes.append(f"{label}: not finished ({', '.join(running)}).")
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        """Figure A3: both losses, their gap and metrics, and the differences to the control below.
+        """Return Figure A3: losses, gap and metrics, with differences from the control below.
 
-        A metric that was measured at the end alone is in the table only.
+        A metric that was measured only at the end of training is shown in the table only.
         """
         upper_row, lower_row = [], []
         lower_title = f"minus {result.control}: mean and 95 % interval"
@@ -191,9 +198,9 @@ class Generalization(Evaluation):
         if result.settings.get("heldout_metrics"):
             units += " and metrics in percent"
         return (
-            f"{units}, mean over seeds, and the difference to"
-            f" {report.escape_table_cell(result.control)} paired by seed, with"
-            f" {report.INTERVALS} and the number of seeds in which it is better."
+            f"{units}: means over seeds. A difference from"
+            f" {report.escape_table_cell(result.control)} is paired by seed, with"
+            f" {report.INTERVALS} and the number of seeds in which the group is better."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -209,7 +216,10 @@ class Generalization(Evaluation):
 
 
 def _by_level(result: Result) -> str:
-    """A table of the held-out loss at the end: a row for each noise level, a column per group."""
+    """Return a section on the final held-out loss by noise level, with a column for each group.
+
+    The result is "" if the loss was not measured by noise level.
+    """
     levels = {row.item for row in result.select(LEVEL_LOSS)}
     rows = []
     for level in sorted(levels, key=int):
@@ -224,11 +234,11 @@ def _by_level(result: Result) -> str:
     for group in result.groups:
         is_control = group == result.control
         heads.append(group if is_control else f"{group} minus {result.control}")
-    return report.section("Held-out loss at the end by noise level", report.table(heads, rows))
+    return report.section("Final held-out loss by noise level", report.table(heads, rows))
 
 
 def losses(subject: Subject) -> list[tuple[int, float, float]]:
-    """(step, training loss, held-out loss) at the steps at which a run measured both."""
+    """Return (step, training loss, held-out loss) for the steps at which a run measured both."""
     points = []
     for line in subject.log():
         training, heldout = line.get(TRAINING_GRID_LOSS), line.get(HELDOUT_LOSS)
@@ -237,19 +247,19 @@ def losses(subject: Subject) -> list[tuple[int, float, float]]:
     if len(points) < 2:
         raise UserError(
             f"{subject.folder} has {len(points)} measurements of {HELDOUT_LOSS} and"
-            f" {TRAINING_GRID_LOSS}, too few for a curve: train with --validation_dataset and"
-            " --validation_loss_steps."
+            f" {TRAINING_GRID_LOSS}, too few for a curve: train with --validation_loss_steps, and"
+            " with --validation_dataset (images) or --eval_train_samples (text)."
         )
     return points
 
 
 def _is_heldout_metric(name: str) -> bool:
-    """True for a metric of held-out rows, such as "heldout_accuracy"; not for a loss."""
+    """Return whether this is a metric on held-out rows, such as "heldout_accuracy", not a loss."""
     return name.startswith(HELDOUT_PREFIX) and not name.startswith(HELDOUT_LOSS)
 
 
 def heldout_metrics(subject: Subject) -> list[tuple[int, str, float]]:
-    """(step, name, value) of each recorded metric of held-out rows; none of runs on images."""
+    """Return (step, name, value) of each recorded metric on held-out rows; [] for image runs."""
     if not subject.is_text:
         return []
     values: dict[tuple[int, str], float] = {}

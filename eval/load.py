@@ -1,5 +1,5 @@
-"""Put a subject's weights on the base model: a LoRA file or whole models into a pipeline, a PEFT
-adapter on a language model.
+"""Load a subject's weights into the base model: a LoRA file or whole models into a pipeline, a PEFT
+adapter into a language model.
 
 with applied(pipeline, subject): ...
 """
@@ -33,11 +33,13 @@ from .subjects import Subject
 def applied(
     pipeline: Any, subject: Subject, scale: float = 1.0, sampling_lora: LoraSource | None = None
 ) -> Iterator[None]:
-    """Context manager: puts the subject's weights into the pipeline, then restores its own exactly.
+    """Load the subject's weights into the pipeline, and restore the pipeline exactly on exit.
 
     Args:
-        scale: factor of an adapter's change of the weights.
-        sampling_lora: a file that is active with the subject's weights and on the base model.
+        pipeline: pipeline of the base model, without adapters.
+        subject: subject with weights, or the base model, which has none.
+        scale: factor of the change that the adapter makes to the weights.
+        sampling_lora: LoRA file that is active too, also for the base model.
     """
     file = subject.weights
     has_models = file is not None and file.is_dir()
@@ -64,7 +66,7 @@ def applied(
 
 
 def set_strengths(pipeline: Any, scale: float, sampling_lora: LoraSource | None = None) -> None:
-    """Let the adapters of a pipeline act (`applied`): the subject's at ``scale``."""
+    """Activate the adapters of a pipeline (`applied`), the subject's with strength ``scale``."""
     strengths = {PRIMARY: scale}
     if sampling_lora is not None:
         strengths[SAMPLING] = sampling_lora.strength
@@ -76,30 +78,31 @@ def set_strengths(pipeline: Any, scale: float, sampling_lora: LoraSource | None 
 
 
 def require_adapter(subject: Subject, source: str) -> None:
-    """Refuse guidance from another model for whole models, which have no adapter to leave out.
+    """Raise UserError for a whole model: guidance from another model needs an adapter to leave out.
 
     Args:
-        source: title of the model that makes the unconditional prediction.
+        subject: subject whose samples would get this guidance.
+        source: name of the model that makes the unconditional prediction.
     """
     if subject.is_whole_model:
         raise UserError(
             f"guidance from {source} is refused for {subject.label}, which was trained whole and"
-            " has no adapter to leave out: drop one of the two."
+            " has no adapter to leave out: use the model's own guidance, or another run."
         )
 
 
 def put_lora(pipeline: Any, file: Path, adapter: str = PRIMARY) -> None:
-    """Put a LoRA file on a pipeline's models, as an adapter of this name."""
+    """Load a LoRA file into a pipeline, as an adapter with this name."""
     parts = read(file).parts
     models = models_of(pipeline)
-    # diffusers only warns of keys that name no layer, and loads the others.
+    # diffusers only warns about keys without a layer, and loads the others.
     require_fit(file, parts, models)
-    # diffusers can't read the file itself in full: of a kohya file it takes one alpha for all
-    # layers, and no magnitudes.
+    # diffusers does not read all of a kohya file: it uses one alpha for all layers and ignores
+    # DoRA's magnitudes.
     tensors = diffusers_tensors(parts)
     verbosity = diffusers_logging.get_verbosity()
     try:
-        # diffusers warns of each model for which the file has no adapter.
+        # diffusers warns about each model that has no adapter in the file.
         diffusers_logging.set_verbosity_error()
         with as_user_error(f"{file} can't be loaded into the base model", FIX):
             pipeline.load_lora_weights(tensors, adapter_name=adapter)
@@ -109,7 +112,7 @@ def put_lora(pipeline: Any, file: Path, adapter: str = PRIMARY) -> None:
 
 
 def _freeze(pipeline: Any) -> None:
-    """Put the models into evaluation mode, in which dropout is off, and freeze all parameters.
+    """Set the models to evaluation mode, which turns off dropout, and freeze all parameters.
 
     diffusers adds and activates adapters in training mode.
     """
@@ -118,13 +121,13 @@ def _freeze(pipeline: Any) -> None:
 
 
 def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Replace models of a pipeline by the whole models of a folder.
+    """Replace models of a pipeline with the whole models in a folder.
 
     Returns:
-        Name -> the model that was replaced, now on the CPU, and the device that it was on.
+        Name -> the replaced model, which is now on the CPU, and its previous device.
     """
     models = models_of(pipeline)
-    # All are loaded before the first is replaced, so that an error leaves the pipeline as it was.
+    # All models are loaded before the first one is replaced: an error leaves the pipeline intact.
     trained_models = {}
     for name in COMPONENTS:
         if not (folder / name).is_dir():
@@ -139,13 +142,17 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
         model = models[name]
         replaced[name] = (model, model.device)
         device = model.device
-        model.to("cpu")  # a device need not hold two UNets of SDXL
+        model.to("cpu")  # a device may be too small for two SDXL UNets
         setattr(pipeline, name, trained_model.to(device))
     return replaced
 
 
 def _load_model(base: Any, folder: Path) -> Any:
-    """The trained model of a folder; refused if its tensors differ from the base model's."""
+    """Load a trained model from a folder.
+
+    Raises:
+        UserError: the names or shapes of its tensors differ from those of the base model.
+    """
     with as_user_error(f"{folder} can't be loaded", "train again"):
         model = type(base).from_pretrained(folder, dtype=precision(base), use_safetensors=True)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
@@ -155,7 +162,11 @@ def _load_model(base: Any, folder: Path) -> Any:
 
 
 def put_peft(base: TextModel, folder: Path) -> Any:
-    """The base model with a PEFT adapter; refused if a tensor of the file is not in the model."""
+    """Return the base model with the PEFT adapter in a folder.
+
+    Raises:
+        UserError: the tensors of the file and of the adapted model do not match.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     fix = f"{FIX} by --model_name_or_path"
@@ -164,16 +175,16 @@ def put_peft(base: TextModel, folder: Path) -> Any:
         adapted = PeftModel.from_pretrained(base.model, str(folder))
     model_tensors = get_peft_model_state_dict(adapted)
     missing_names = []
-    # PEFT loads the tensors that fit, and says nothing of the others.
+    # PEFT loads the tensors that fit, and silently ignores the others.
     for name, tensor in file_tensors.items():
         if name not in model_tensors or not torch.equal(
             model_tensors[name].cpu().to(tensor.dtype), tensor
         ):
             missing_names.append(name)
     if missing_names or len(model_tensors) != len(file_tensors):
-        examples = ", ".join(missing_names[:2]) or "and others are missing"
+        examples = ", ".join(missing_names[:2]) or "but the model has further tensors"
         raise UserError(
             f"the adapter in {folder} does not fit the model: {len(missing_names)} of its"
-            f" {len(file_tensors)} tensors found no place ({examples}): {fix}."
+            f" {len(file_tensors)} tensors are not in the model ({examples}): {fix}."
         )
     return adapted.eval()

@@ -1,7 +1,7 @@
-"""The sampler of a run's validation images, which is the default where the run is sampled again.
+"""The sampler of a run's validation images, which is the default for further images of the run.
 
-A LoRA file such as Lightning's, the scheduler, the number of steps and the guidance scale belong
-together: with some of them alone images are spoiled.
+A LoRA file such as Lightning's requires a certain scheduler, number of steps and guidance scale:
+with only some of these settings, the images are spoiled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from bilora_diffusion.config.lora_sources import SAMPLING_OPTION, LoraSource, parse_lora_source
 from bilora_diffusion.core.errors import UserError, add_source
 
-# Options of a run that say how its validation images are sampled. The file is known by its hash.
+# Options of a run that define the sampler of its validation images. The hash identifies the file.
 RECORDED_OPTIONS = (
     f"{SAMPLING_OPTION}_sha256",
     f"{SAMPLING_OPTION}_strength",
@@ -25,7 +25,7 @@ RECORDED_OPTIONS = (
 
 @dataclass(frozen=True)
 class RunSampler:
-    """What a run gives for its images; None for the model's usual value."""
+    """Settings that a run gives for its images; None for the model's usual value."""
 
     lora: LoraSource | None = None
     scheduler: str | None = None
@@ -34,7 +34,7 @@ class RunSampler:
 
     @property
     def text(self) -> str:
-        """LoRA file and scheduler in words; "" for the model's usual sampler."""
+        """The LoRA file and the scheduler in words; "" for the model's usual sampler."""
         parts: list[str] = []
         if self.lora is not None:
             parts.append(f"the LoRA file {self.lora.path.name} at {self.lora.strength:g}")
@@ -43,28 +43,33 @@ class RunSampler:
         return ", ".join(parts)
 
     def usual(self, steps: int, guidance_scale: float) -> tuple[int, float]:
-        """Number of steps and guidance scale, of the model's where the run gives none."""
+        """Return the number of steps and the guidance scale.
+
+        Args:
+            steps: the model's usual number of steps, used if the run gives none.
+            guidance_scale: the model's usual scale, used if the run gives none.
+        """
         if self.guidance_scale is not None:
             guidance_scale = self.guidance_scale
         return self.steps or steps, guidance_scale
 
 
-USUAL_SAMPLER = RunSampler()  # the model's own
+USUAL_SAMPLER = RunSampler()  # the model's usual sampler
 
 
 def has_sampler(config: Mapping[str, Any]) -> bool:
-    """Test that a run gives a LoRA file or a scheduler for its images."""
+    """Return whether a run gives a LoRA file or a scheduler for its images."""
     return any(config.get(name) is not None for name in (SAMPLING_OPTION, "sampling_scheduler"))
 
 
 def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler:
-    """The sampler that all runs have in common; the model's where they differ or have no other.
+    """Return the common sampler of all runs; the model's usual sampler if the runs differ.
 
     Args:
         configs: recorded options of the runs; {} for an adapter that is not a run.
 
     Raises:
-        UserError: the LoRA file of the runs is missing, or has other content by now.
+        UserError: the LoRA file of the runs is missing, or its content has changed.
     """
     recorded = [[config.get(name) for name in RECORDED_OPTIONS] for config in configs]
     if not recorded or any(values != recorded[0] for values in recorded):
@@ -79,12 +84,12 @@ def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler:
 
 
 def _recorded_lora(value: str, sha256: str) -> LoraSource:
-    """The LoRA file that a run records, with the recorded content."""
+    """Return the LoRA file that a run has recorded, and check that its content is unchanged."""
     with add_source("the runs' images are sampled with a LoRA file (give another one, or none): "):
         source = parse_lora_source(SAMPLING_OPTION, value)
     if source.sha256 != sha256:
         raise UserError(
-            f"{source.path} is another file than the one that the run's images were sampled with:"
-            f" give that one by --{SAMPLING_OPTION}, or give none."
+            f"{source.path} is not the file that the run's images were sampled with: give that file"
+            f" by --{SAMPLING_OPTION}, or give none."
         )
     return source

@@ -1,4 +1,4 @@
-"""A subject, which is measured, opened by its name: a run folder, a file, or "base"."""
+"""A subject of a measurement: a run folder, a file of an adapter, or the base model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .cache import PEFT_CONFIG, PEFT_FILE, hash_of_lora, hash_of_models, hash_of
 from .results.table import Entry, Row
 
 BASE = "base"
-# Option -> the option whose value it has where it is not given
+# Option -> the option that provides its default value
 STANDS_FOR = {
     "auxiliary_learning_rate": "learning_rate",
     "auxiliary_rank": "rank",
@@ -36,40 +36,40 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject(Entry):
-    """An :class:`~eval.results.table.Entry` with its files, which are not written into a result."""
+    """An :class:`~eval.results.table.Entry` with fields that are not written into a result."""
 
     # Folder of the run; None if it is not a run
     folder: Path | None = None
-    # A LoRA file, or the folder of a PEFT adapter or of whole models; None for the base model, and
-    # where a command does not need them
+    # A LoRA file, or the folder of a PEFT adapter or of whole models; None for the base model, or
+    # if the command does not need the weights
     weights: Path | None = None
     # Content of ``run.json``; {} if it is not a run
     record: Mapping[str, Any] = field(default_factory=dict)
-    # Scale of the guidance that the weights were trained towards (``--guided_target``); 1 for none
+    # Guidance scale of the training target (``--guided_target``); 1 for an unguided target
     guided_target: float = 1.0
 
     @property
     def finished(self) -> bool:
-        """True for a finished run."""
+        """Whether this is a finished run."""
         return self.record.get("status") == "finished"
 
     @property
     def best_step(self) -> int | None:
-        """Step whose weights a run with ``--keep_best`` left; None for the last one."""
+        """Step of the weights that ``--keep_best`` has kept; None for the last step."""
         return self.record.get("results", {}).get("best_step")
 
     @property
     def is_whole_model(self) -> bool:
-        """True for a model that was trained whole, which has no adapter to scale."""
+        """Whether an image subject was trained whole, so it has no adapter to scale."""
         return self.weights is not None and self.weights.is_dir()
 
     @property
     def is_text(self) -> bool:
-        """True for a run of train_text_bilora.py."""
+        """Whether this is a run of train_text_bilora.py."""
         return "model_name_or_path" in self.record.get("config", {})
 
     def option(self, name: str) -> Any:
-        """An option of the run; None where the record does not have it."""
+        """Return the value of an option of the run; None if the record does not have it."""
         config = self.record.get("config", {})
         value = config.get(name)
         if value is None and name in STANDS_FOR:
@@ -77,7 +77,7 @@ class Subject(Entry):
         return value
 
     def settings(self) -> dict[str, Any]:
-        """The options of the run that influence what it learns, without seed and method."""
+        """Return the options that influence the training result, except seed and method."""
         script = TextConfig if self.is_text else DreamBoothConfig
         method_ignores = methods.option_names() - methods.get(str(self.method)).reads
         names = set(self.record["config"]) - script.changeable_options() - method_ignores
@@ -87,20 +87,20 @@ class Subject(Entry):
         )
         settings: dict[str, Any] = {}
         for name in sorted(names):
-            # An option that this version does not have, and that had no effect, says nothing.
+            # A removed option is left out if its value had no effect on the training.
             option = removed.OPTIONS.get(name)
             if option is None or not option.is_neutral(self.option(name), depends_on_heldout):
                 settings[name] = self.option(name)
         return settings
 
     def log(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; [] if it is not a run."""
+        """Return the lines of ``metrics.jsonl``; [] if the subject is not a run."""
         if self.folder is None:
             return []
         return read_metrics(self.folder)
 
     def row(self, metric: str, value: float | None, **fields: Any) -> Row:
-        """A row of this subject; a value that is not finite is None."""
+        """Return a row of this subject; a value that is not finite becomes None."""
         number = None
         if value is not None and math.isfinite(value):
             number = float(value)
@@ -111,7 +111,8 @@ class Subject(Entry):
 def find(word: str) -> Subject:
     """Open the subject that a word of the command line names, with its weights and their hash.
 
-    Its label is the name of its folder or file, its group the title of its method.
+    Its label is the name of its folder or file. Its group is the title of its method, or its label
+    if the method is not known.
     """
     if word == BASE:
         return Subject(BASE, "base model", BASE, BASE)
@@ -120,7 +121,7 @@ def find(word: str) -> Subject:
         return _folder(path, word)
     if path.is_file():
         name = path.stem
-        if path.name == FILE_NAME:  # which all exported files have
+        if path.name == FILE_NAME:  # all exported files have this name
             name = path.resolve().parent.name
         return _file(path, name, word)
     names = [BASE]
@@ -128,12 +129,17 @@ def find(word: str) -> Subject:
         names += [str(path.parent / neighbor.name) for neighbor in path.parent.iterdir()]
     raise UserError(
         f'there is no run folder and no file "{word}"{did_you_mean(word, names)}: correct the path;'
-        " load an adapter of the hub by hf download first."
+        " download an adapter of the Hub with hf download first."
     )
 
 
 def open_run(folder: Path, word: str) -> Subject:
-    """A run folder as a subject, without its weights."""
+    """Open a run folder as a subject, without its weights.
+
+    Args:
+        folder: the run folder.
+        word: the folder as the command line names it.
+    """
     record = read_run(folder)
     config = record["config"]
     method = methods.get(record["method"])
@@ -152,7 +158,10 @@ def open_run(folder: Path, word: str) -> Subject:
 
 
 def _folder(folder: Path, word: str) -> Subject:
-    """The run, the LoRA file or the PEFT adapter in a folder; a run has one of these files too."""
+    """Open the run, LoRA file or PEFT adapter in a folder.
+
+    A run folder may contain a LoRA file or a PEFT adapter too; it is opened as a run.
+    """
     name = folder.resolve().name
     if (folder / RUN).is_file():
         return _with_weights(open_run(folder, word))
@@ -167,7 +176,7 @@ def _folder(folder: Path, word: str) -> Subject:
 
 
 def _with_weights(subject: Subject) -> Subject:
-    """A run with its weights and their hash."""
+    """Return the run with its weights and their hash."""
     assert subject.folder is not None
     folder = subject.folder
     status = subject.record.get("status")
@@ -175,13 +184,13 @@ def _with_weights(subject: Subject) -> Subject:
     for name in needed:
         if not (folder / name).exists():
             raise UserError(
-                f'{folder} is a run without {name} (its status is "{status}"): let it finish, or go'
-                " on with --resume_from_checkpoint auto."
+                f'{folder} is a run without {name} (its status is "{status}"): let it finish, or'
+                " resume it with --resume_from_checkpoint auto."
             )
-    # A run that was resumed, or is still running, has the files of its last end.
+    # A run that was resumed and is not finished has the weights of its previous end.
     if not subject.finished:
         logger.warning(
-            '%s has the status "%s": its weights are those of an earlier end.', folder, status
+            '%s has the status "%s": its weights are from an earlier export.', folder, status
         )
     if needed == (FILE_NAME,):
         file = folder / FILE_NAME
@@ -192,7 +201,7 @@ def _with_weights(subject: Subject) -> Subject:
 
 
 def _weight_files(subject: Subject) -> tuple[str, ...]:
-    """Names of the files and folders of weights that a run of this kind leaves."""
+    """Return the names of the files or folders of weights that a finished run has."""
     has_whole_models = methods.get(str(subject.method)).exports_weights
     if subject.is_text:
         return ("model",) if has_whole_models else (PEFT_FILE, PEFT_CONFIG)
@@ -204,26 +213,32 @@ def _weight_files(subject: Subject) -> tuple[str, ...]:
 
 
 def _denoiser(subject: Subject) -> str:
-    """Name of the model that an image run trains: the one in its folder, else by its base model."""
+    """Return the name of the denoiser of an image run, from its folder or its base model."""
     assert subject.folder is not None
     for name in DENOISERS:
         if (subject.folder / name).is_dir():
             return name
-    # Nothing is saved yet. A base model that is not on this machine counts as one with a UNet.
+    # No weights are saved so far. A base model that is not on this machine is taken for a UNet.
     base = str(subject.base_model)
     is_flow = folder_of(base) is not None and read_base_model(base).family.flow
     return DENOISERS[is_flow]  # (UNet, transformer)
 
 
 def _file(path: Path, name: str, word: str) -> Subject:
-    """A LoRA file as a subject called ``name``."""
+    """Return a LoRA file as a subject.
+
+    Args:
+        path: the file.
+        name: label of the subject.
+        word: the file or its folder as the command line names it.
+    """
     if path.suffix.lower() in PICKLES:
         raise UserError(f"{path.name} may run code when it is read: give a .safetensors file.")
     metadata = inspect(path).metadata
     method = metadata.get("bilora.method")
     base_model = None
     if method is not None:
-        # Other programs write the name of a checkpoint file here, which can't be loaded.
+        # In files of other programs, this entry names a checkpoint file, which can't be loaded.
         base_model = metadata.get("ss_sd_model_name")
     group = method or name
     if method in methods.names():
@@ -242,7 +257,7 @@ def _file(path: Path, name: str, word: str) -> Subject:
 
 
 def _peft(folder: Path, name: str, word: str) -> Subject:
-    """A folder with a PEFT adapter as a subject called ``name``."""
+    """Return a folder with a PEFT adapter as a subject; see `_file` for the arguments."""
     config = peft_config(folder)
     base = config.get("base_model_name_or_path")
     return Subject(

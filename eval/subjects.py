@@ -1,7 +1,7 @@
 """Subjects of a command line: run folders, files of adapters and the base model, in groups.
 
 gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # runs of a group differ in the seed
-single(["LoRA=runs/a", "file.safetensors", "base"])      # each is a group of its own
+single(["LoRA=runs/a", "file.safetensors", "base"])      # each subject is a separate group
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bilora_diffusion.core.errors import UserError
 
 from .sources import BASE, Subject, find, open_run
 
-# Option -> its name in a sentence; the other options have their own names.
+# Option -> its name in sentences; other options are called by the option's name
 PLAIN_NAMES = {
     "dataset_name": "data",
     "instance_data_dir": "data folder",
@@ -31,7 +31,7 @@ SETTING_WIDTH = 40
 
 
 def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Label and runs of each ``--group``."""
+    """Return the label and the runs of each ``--group``."""
     groups = []
     for word in words:
         label, equals, members = word.partition("=")
@@ -45,14 +45,14 @@ def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 def gather(
     words: Sequence[str], groups: Sequence[str] = (), weights: bool = False
 ) -> list[Subject]:
-    """The subjects of a command line, group by group, in the order of their seeds.
+    """Return the subjects of a command line by group, and sorted by seed within a group.
 
     Args:
-        words: run folders. Runs of one method and settings form a group. Its label is the method's
-            title, and the options in which it differs from other groups of the method.
-        groups: "LABEL=RUN,RUN" each, for runs that form a group under this label.
-        weights: open the weights too, and hash them; then files of adapters and "base" may be named
-            too.
+        words: run folders. Runs with the same method and settings form a group. Its label is the
+            method's title and the options that differ from other groups of the method.
+        groups: strings "LABEL=RUN,RUN"; each defines a group with this label.
+        weights: open and hash the weights too. In this case, ``words`` and ``groups`` may also name
+            files of adapters and "base".
     """
     labelled_groups = read_groups(groups)
     if not words and not labelled_groups:
@@ -62,7 +62,7 @@ def gather(
         all_words += runs
     _refuse_repeated(all_words)
 
-    # Runs without a label are grouped by themselves, whatever the labelled ones are.
+    # The runs with a label have no influence on the groups of the other runs.
     subjects = _grouped_by_settings([_open(word, weights) for word in words])
     group_labels = list(by_group(subjects))
     for label, runs in labelled_groups:
@@ -71,7 +71,7 @@ def gather(
     members = by_group(subjects)
     for label in group_labels:
         if group_labels.count(label) > 1:
-            raise UserError(f'two groups are called "{label}": give one another name by --group.')
+            raise UserError(f'two groups are called "{label}": rename one of them by --group.')
         _check_group(label, members[label])
 
     ordered = []
@@ -83,16 +83,18 @@ def gather(
 
 
 def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
-    """Subjects, each a group of its own; a word may be LABEL=WORD.
+    """Return subjects that each form a separate group.
 
-    A subject without a label is called by its method's title, followed by its folder's name if
-    another one has the same title.
+    Args:
+        words: the subjects; a word may be LABEL=SUBJECT. Without a label, a subject is named by its
+            method's title, followed by its folder's name if another subject has the same title.
+        weights: open and hash the weights too.
     """
     pairs = [_split_label(word) for word in words]
     user_labels = [label for label, _ in pairs if label is not None]
     for label in user_labels:
         if user_labels.count(label) > 1:
-            raise UserError(f'the label "{label}" is given twice: give each adapter its own.')
+            raise UserError(f'the label "{label}" is given twice: use different labels.')
     _refuse_repeated([word for _, word in pairs])
 
     subjects = []
@@ -104,7 +106,7 @@ def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
     labelled: list[Subject] = []
     for (label, _), subject in zip(pairs, subjects, strict=True):
         name = subject.group
-        # The user's labels stay as they are; the others are changed until all are different.
+        # The user's labels are not changed; other names are extended until all names differ.
         if label is None:
             if titles.count(name) > 1 and name != subject.label:
                 name = f"{name} ({subject.label})"
@@ -115,7 +117,7 @@ def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
 
 
 def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
-    """The subjects of each group, in order."""
+    """Return the subjects of each group, in the given order."""
     groups: dict[str, list[Subject]] = {}
     for subject in subjects:
         groups.setdefault(subject.group, []).append(subject)
@@ -123,10 +125,13 @@ def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def check_pairing(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
-    """Group -> True if its runs saw the same inputs as the control's runs of the same seeds.
+    """Check which groups saw the same inputs as the control, by the logged hashes of the inputs.
 
-    The logs' hashes of the inputs are compared at all steps that both runs took; a run without
-    hashes is not paired. None for the control, and for a group without a seed of the control's.
+    Runs with the same seed are compared, at all steps that both runs have.
+
+    Returns:
+        Group -> True if all hashes are equal; False if hashes differ or are missing; None for the
+        control, and for a group without a seed of the control's runs.
     """
     groups = by_group(subjects)
     control_hashes = {subject.seed: _input_hashes(subject) for subject in groups[control]}
@@ -147,19 +152,19 @@ def check_pairing(subjects: Sequence[Subject], control: str) -> dict[str, bool |
 
 
 def _input_hashes(subject: Subject) -> dict[int, str]:
-    """Step -> hash of the batch and noise that the run saw."""
+    """Return the hash of the run's batch and noise for each step."""
     return {line["step"]: line["digest"] for line in subject.log() if line.get("digest")}
 
 
 def _open(word: str, weights: bool) -> Subject:
-    """A subject whose label is its folder's name and whose group is its method's title."""
+    """Open a subject; without ``weights``, the word must name a run folder."""
     if weights:
         return find(word)
     return open_run(Path(word), word)
 
 
 def _refuse_repeated(words: Sequence[str]) -> None:
-    """Refuse a folder or file that is named twice, also by two spellings of its path."""
+    """Raise UserError if a folder or file is named twice, even by different paths."""
     paths = [Path(word).resolve() for word in words]
     for word, path in zip(words, paths, strict=True):
         if paths.count(path) > 1:
@@ -167,7 +172,7 @@ def _refuse_repeated(words: Sequence[str]) -> None:
 
 
 def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Option whose value is not the same in all configurations -> its value in each.
+    """Return the options that differ between configurations, with their value in each.
 
     The value is None in a configuration without the option.
     """
@@ -180,9 +185,10 @@ def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 
 
 def settings_note(subjects: Sequence[Subject]) -> str:
-    """A sentence on the settings in which runs differ, of those that all of their methods read.
+    """Return a sentence on the settings that differ between runs.
 
-    Such as "LoRA, Bi-LoRA differ in: steps 40 / 500, rank 8 / 4."; "" where they do not differ.
+    Only settings that all of the runs' methods read are compared. An example is "LoRA, Bi-LoRA
+    differ in: steps 40 / 500, rank 8 / 4."; without a difference, the sentence is "".
     """
     runs: dict[Path, Subject] = {}
     for subject in subjects:
@@ -197,15 +203,15 @@ def settings_note(subjects: Sequence[Subject]) -> str:
             differences.append(f"{PLAIN_NAMES.get(name, name)} {' / '.join(texts)}")
     if not differences:
         return ""
-    # Checkpoints of a run are called by the run.
+    # Checkpoints are named by their run.
     labels = [str(run.about.get("run", run.label)) for run in runs.values()]
     return f"{', '.join(labels)} differ in: {', '.join(differences)}."
 
 
 def _grouped_by_settings(subjects: Sequence[Subject]) -> list[Subject]:
-    """The subjects, their groups labelled by title and the options in which a method's runs differ.
+    """Return the subjects with groups that are labeled by method and by differing options.
 
-    Such as "Bi-LoRA (rho=0.05)" where there is a run of Bi-LoRA with another rho.
+    A label is "Bi-LoRA (rho=0.05)", for example, if there is a Bi-LoRA run with another rho.
     """
     settings_by_method: dict[str | None, list[dict[str, Any]]] = {}
     for subject in subjects:
@@ -227,7 +233,7 @@ def _grouped_by_settings(subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def _as_text(value: Any) -> str:
-    """An option's value in a sentence; of a path its last part."""
+    """Return an option's value as text; only the last part of a path."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str) and "/" in value:
@@ -236,11 +242,11 @@ def _as_text(value: Any) -> str:
 
 
 def _check_group(label: str, members: Sequence[Subject]) -> None:
-    """Refuse a group with several methods, or with two runs of a seed."""
+    """Raise UserError if a group has several methods, or two runs with the same seed."""
     methods = sorted({subject.method for subject in members if subject.method})
     if len(methods) > 1:
         raise UserError(
-            f'the group "{label}" mixes {" and ".join(methods)}: give each method a group.'
+            f'the group "{label}" mixes {" and ".join(methods)}: use one group for each method.'
         )
     seeds: dict[int, Subject] = {}
     for subject in members:
@@ -250,12 +256,12 @@ def _check_group(label: str, members: Sequence[Subject]) -> None:
         if earlier is not subject:
             raise UserError(
                 f"{earlier.folder} and {subject.folder} are both seed {subject.seed} of"
-                f' "{label}": leave one out, or give it a name of its own by --group LABEL=RUN.'
+                f' "{label}": leave one out, or put it into another group by --group LABEL=RUN.'
             )
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """The names; one that occurs before gets a number."""
+    """Return the names; a repeated name gets a number."""
     unique: list[str] = []
     for name in names:
         unique.append(_make_unique(name, unique, separator="-"))
@@ -263,7 +269,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _make_unique(name: str, used_names: Collection[str], separator: str) -> str:
-    """The name, with a number from 2 on if it is used already."""
+    """Return the name; if it is already used, with the first free number from 2 on."""
     number = 1
     candidate = name
     while candidate in used_names:
@@ -273,7 +279,7 @@ def _make_unique(name: str, used_names: Collection[str], separator: str) -> str:
 
 
 def _split_label(word: str) -> tuple[str | None, str]:
-    """Label and adapter of LABEL=ADAPTER; None and the word without a label."""
+    """Return the label and the adapter of LABEL=ADAPTER; the label is None if there is none."""
     label, equals, adapter = word.partition("=")
     # A path may have an equals sign in its name.
     if not equals or "/" in label or Path(word).expanduser().exists():

@@ -1,14 +1,14 @@
-"""20 photographs: train a LoRA file with Bi-LoRA, then generate images with diffusers alone.
+"""Train a LoRA file on photographs with Bi-LoRA, then generate images with diffusers alone.
 
-    python examples/1_photographs.py        # the small model and its 23 icons: minutes on a CPU
+    python examples/1_photographs.py        # a tiny model and its 23 icons: minutes on a CPU
 
     python examples/1_photographs.py --photographs my_photos --output_dir runs/dog \\
         --caption "a photo of TOK dog" --prompt "a photo of TOK dog in a bucket"      # on a GPU
 
-The second command trains Stable Diffusion XL on a folder of photographs. TOK is a word without a
-meaning; it names what they show. Further flags are those of `train_dreambooth_bilora.py`, such as
-`--max_train_steps 300`. The picture `before_and_after.png` in the output folder has images without
-the trained adapter (top) and with it (bottom).
+The second command trains Stable Diffusion XL on a folder of, for example, 20 photographs. TOK is a
+meaningless word that becomes the name of the subject. The script also accepts the flags of
+`train_dreambooth_bilora.py`, such as `--max_train_steps 300`. `before_and_after.png` in the output
+folder shows generated images without the trained adapter (top) and with it (bottom).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ICON_PROMPTS = [f"a TOK icon of a {name}, in the style of TOK" for name in ("rab
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, then generate images; returns the exit code."""
+    """Train, then generate images; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--photographs", help="folder of images; without it the icons")
+    parser.add_argument("--photographs", help="folder of images; default: the 23 icons")
     parser.add_argument("--caption", default="a photo of TOK", help="caption of all photographs")
     parser.add_argument("--prompt", help="prompt of the generated images; default: the caption")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/photographs"))
@@ -47,24 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         prompts = [args.prompt] * 2 if args.prompt else ICON_PROMPTS
         data_flags = ["--config", "mini"]  # the recipe names the model and the icons
-    # The same as the command `bilora train`; docs/options.md has all of its options.
+    # The same as the command `bilora train`; docs/options.md lists all of its options.
     exit_code = commands.train([*data_flags, "--output_dir", str(args.output_dir), *flags])
     if exit_code == 0:
         picture = args.output_dir / "before_and_after.png"
         generate(args.output_dir, prompts).save(picture)
-        print(f"Images without the adapter and with it: {picture}")
+        print(f"Images without and with the adapter: {picture}")
     return exit_code
 
 
 def generate(run: Path, prompts: Sequence[str]) -> Image.Image:
-    """Generate an image of each prompt before and after the trained adapter is loaded.
+    """Generate an image for each prompt before and after the trained adapter is loaded.
 
     Args:
-        run: output folder of the training, which names the base model and has the adapter.
+        run: run folder, with the adapter and the name of the base model.
         prompts: prompts; each has its own initial noise.
 
     Returns:
-        One picture with two rows: before, after.
+        One image with two rows: before and after.
     """
     model = read_run(run)["config"]["pretrained_model_name_or_path"]
     device = "cuda" if torch.cuda.is_available() else "cpu"

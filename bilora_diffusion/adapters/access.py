@@ -1,4 +1,4 @@
-"""What adapters a model holds (names, layers, factors, parameters), and which of them act."""
+"""Access to a model's adapters: names, layers, factors, parameters, and which ones are active."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Factors(NamedTuple):
     """The two matrices of one adapter on one layer, as views of the parameters."""
 
     name: str  # path of the layer
-    A: Tensor  # (r, n); a convolution's n is in_channels * kernel area
+    A: Tensor  # (r, n); for a convolution, n is in_channels * kernel area
     B: Tensor  # (m, r)
     scale: float  # s = alpha / r
 
 
 def names(model: nn.Module) -> tuple[str, ...]:
-    """Every adapter in `model` (or several), in order of first appearance."""
+    """Return the names of the adapters in `model` (or several), in order of first appearance."""
     adapters: dict[str, None] = {}  # an ordered set
     for _, layer in layers(model):
         adapters |= dict.fromkeys(layer.lora_A)
@@ -33,27 +33,27 @@ def names(model: nn.Module) -> tuple[str, ...]:
 
 
 def layers(model: nn.Module, adapter: str | None = None) -> list[tuple[str, LoraLayer]]:
-    """(module path, PEFT layer) of each layer of `model` (or several) with an adapter.
+    """Return (module path, PEFT layer) for each layer of `model` (or several) with an adapter.
 
     Args:
-        model: the model.
-        adapter: the adapter that the layers must have; None for any.
+        model: model or models to search.
+        adapter: name of the adapter that the layers must have; None for any adapter.
     """
     named_layers: list[tuple[str, LoraLayer]] = []
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and (adapter is None or adapter in module.lora_A):
-            # torch.compile puts a module of this name around another one.
+            # torch.compile wraps a module and adds this part to its path.
             named_layers.append((path.replace("_orig_mod.", ""), module))
     return named_layers
 
 
 def factors(model: nn.Module, adapter: str) -> list[Factors]:
-    """A and B of every layer of `model` (or several), in the order of the modules."""
+    """Return A and B of every layer of `model` (or several), in module order."""
     return factors_of(layers(model, adapter), adapter)
 
 
 def factors_of(named_layers: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors]:
-    """A and B of these layers, as `factors`, but without a walk through the whole model."""
+    """Return A and B of these layers, like `factors`, but without walking through the model."""
     layer_factors: list[Factors] = []
     for path, layer in named_layers:
         A, B = weights(layer, adapter)
@@ -63,7 +63,7 @@ def factors_of(named_layers: Sequence[tuple[str, LoraLayer]], adapter: str) -> l
 
 
 def group_equal(keys: Iterable[Hashable]) -> list[list[int]]:
-    """Group the positions of equal keys. Layers of one shape, for example, are computed at once."""
+    """Group the positions of equal keys, for example to stack layers of the same shape."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
@@ -73,12 +73,12 @@ def group_equal(keys: Iterable[Hashable]) -> list[list[int]]:
 def gradients_of(
     named_layers: Sequence[tuple[str, LoraLayer]], adapter: str
 ) -> list[Factors | None]:
-    """The gradients of A and B of these layers, as `factors_of`; None for a layer that has none."""
+    """Return the gradients of A and B of these layers; None for a layer without gradients."""
     gradients: list[Factors | None] = []
     for path, layer in named_layers:
         A, B = weights(layer, adapter)
         gradient = None
-        if A.grad is not None and B.grad is not None:  # else the loss does not reach the layer
+        if A.grad is not None and B.grad is not None:  # otherwise the loss does not use the layer
             scale = float(layer.scaling[adapter])
             gradient = Factors(path, _as_matrix(A.grad), _as_matrix(B.grad), scale)
         gradients.append(gradient)
@@ -86,10 +86,10 @@ def gradients_of(
 
 
 def weights(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """The parameters A and B of one layer.
+    """Return the parameters A and B of one layer.
 
-    They are looked up in the dictionaries that modules keep them in: `nn.Module.__getattr__` takes
-    as long as a small kernel, and every step does this for every layer.
+    This function reads the modules' dictionaries directly: `nn.Module.__getattr__` takes as long as
+    a small kernel, and every step calls this function for every layer.
     """
     modules: dict[str, Any] = cast(Any, layer)._modules
     A = modules["lora_A"]._modules[adapter]._parameters["weight"]
@@ -98,9 +98,9 @@ def weights(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]
 
 
 def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters (A, B, DoRA's magnitude) of `model` (or several).
+    """Return the adapter's parameters (A, B, DoRA's magnitude) in `model` (or several) by name.
 
-    A key is the path of the layer and ".lora_A.weight" or the like, without the adapter's name.
+    A name is the layer's path with a suffix such as ".lora_A.weight", without the adapter's name.
     """
     by_path: dict[str, nn.Parameter] = {}
     for path, layer in layers(model, adapter):
@@ -113,41 +113,41 @@ def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def head_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """Parameters of `model` (or several) that are trained whole with the adapter, by path.
+    """Return parameters of `model` (or several) that are trained in full with the adapter, by path.
 
-    They are those of `AdapterSpec.modules_to_save`, such as a classifier's new head.
+    They belong to the modules in `AdapterSpec.modules_to_save`, such as a classifier's new head.
     """
     by_id: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in model.named_modules():
-        # PEFT stores an adapter's configuration on the model that it was injected into.
+        # PEFT stores an adapter's configuration on the model that has the adapter.
         configs = module.__dict__.get("peft_config")
         if not isinstance(configs, dict) or adapter not in configs:
             continue
         whole_modules = configs[adapter].modules_to_save or ()
         for key, parameter in module.named_parameters(path):
             if is_within(key, whole_modules):
-                # A PeftModel and the model in it both have the configuration.
+                # A PeftModel and the model inside it both have the configuration.
                 by_id.setdefault(id(parameter), (key, parameter))
     return dict(by_id.values())
 
 
 def is_within(path: str, modules: Collection[str]) -> bool:
-    """Test that a module on a path, or its end, has one of these names."""
+    """Return whether a path leads to or through a module with one of these names."""
     return any(f".{name}." in f".{path}." for name in modules)
 
 
 def parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """The values of `named_parameters`."""
+    """Return the adapter's parameters in `model` (or several), in `named_parameters` order."""
     return list(named_parameters(model, adapter).values())
 
 
 def is_adapter_weight(name: str) -> bool:
-    """Test that a name of a parameter or buffer is that of an adapter's."""
+    """Return whether a parameter or buffer with this name belongs to an adapter."""
     return f".{LoraModel.prefix}" in name
 
 
 def is_quantized(layer: Any) -> bool:
-    """Test that a layer, or the layer under its adapters, holds its weight in 4 bits."""
+    """Return whether a layer, or the base layer under its adapters, has a 4-bit weight."""
     if isinstance(layer, LoraLayer):
         layer = cast(Any, layer).get_base_layer()
     weight = getattr(layer, "weight", None)
@@ -156,51 +156,54 @@ def is_quantized(layer: Any) -> bool:
 
 
 def base_weight(layer: LoraLayer) -> nn.Parameter:
-    """The frozen weight under the adapters of one layer."""
+    """Return the frozen weight under one layer's adapters."""
     return cast(Any, layer).get_base_layer().weight
 
 
 def rows(layer: LoraLayer, values: Tensor) -> Tensor:
-    """Values in the shape of the weight as a matrix (m outputs, n inputs).
+    """Reshape values from the weight's shape to a matrix (m outputs, n inputs).
 
-    n is in the order of `A.flatten(1)`.
+    The inputs are in the order of `A.flatten(1)`.
     """
-    if getattr(layer, "fan_in_fan_out", False):  # Transformers' Conv1D has (n, m)
+    if getattr(layer, "fan_in_fan_out", False):  # Transformers' Conv1D stores (n, m)
         return values.T
     return values.flatten(1)
 
 
 def from_rows(layer: LoraLayer, values: Tensor) -> Tensor:
-    """The reverse of `rows`: (m outputs, n inputs) in the shape of the weight."""
+    """Reshape a matrix (m outputs, n inputs) to the weight's shape; the inverse of `rows`."""
     if getattr(layer, "fan_in_fan_out", False):
         values = values.T
     return values.reshape(base_weight(layer).shape)
 
 
 def base_rows(layer: LoraLayer) -> Tensor:
-    """The base weight, not quantized, as `rows`, in fp32 or wider; a copy where it is narrower."""
+    """Return the base weight as a matrix (m outputs, n inputs) in fp32 or wider.
+
+    The weight must not be quantized. A narrower weight is copied.
+    """
     weight = base_weight(layer).detach()
     return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
 def _as_matrix(weight: Any) -> Tensor:
-    """A view of a weight (out, ...) as a matrix (out, in)."""
+    """Return a view of a weight (out, ...) as a matrix (out, in)."""
     if weight.dim() == 2:
         return weight.detach()
-    # By their strides, since only dimensions that follow each other in memory can be joined in a
-    # view: those of channels_last have another order.
+    # Sorted by stride, since a view can only merge dimensions that are adjacent in memory, and
+    # channels_last stores them in another order.
     dimensions = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
     return weight.detach().permute(0, *dimensions).view(weight.shape[0], -1)
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Make exactly these adapters of `model` (or several) act, in this order.
+    """Make exactly these adapters of `model` (or several) active, in this order.
 
-    They become trainable but for those of `FROZEN`, with the modules that are trained whole with
-    the primary, and all else is frozen.
+    They become trainable, except those in `FROZEN`. If the primary is among them, the modules that
+    are trained in full with it become trainable too. All other parameters are frozen.
 
     Raises:
-        UserError: an adapter that no layer has, or that never acts.
+        UserError: no layer has one of the adapters, or `INITIAL` is among them.
     """
     _check_names(model, names)
     for parameter in model.parameters():
@@ -219,7 +222,7 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
-    """The adapters that act, in order; empty where adapters are switched off."""
+    """Return the names of the active adapters, in order; () if adapters are disabled."""
     named_layers = layers(model)
     if not named_layers:
         return ()
@@ -230,13 +233,13 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Make exactly these adapters of `model` (or several) act within the context.
+    """Make exactly these adapters of `model` (or several) active within the context.
 
-    It is for forward passes alone. Afterwards the order of the adapters and what is trainable are
-    as before.
+    Use it for forward passes only. On exit, the previous adapters are active again, and the same
+    parameters are trainable as before.
 
     Raises:
-        UserError: an adapter that no layer has, or that never acts.
+        UserError: no layer has one of the adapters, or `INITIAL` is among them.
     """
     _check_names(model, names)
     lora_layers = [layer for _, layer in layers(model)]
@@ -261,15 +264,15 @@ def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def assisting(model: nn.Module) -> tuple[str, ...]:
-    """The frozen adapter of `model` (or several) that acts in training; () without one."""
+    """Return the frozen adapter of `model` (or several) that is active in training; () if none."""
     return (ASSISTANT,) if ASSISTANT in names(model) else ()
 
 
 @contextmanager
 def joined_by(model: nn.Module, frozen: str) -> Iterator[None]:
-    """Let a frozen adapter act too within the context, if `model` has it.
+    """Make a frozen adapter active too within the context, if `model` has this adapter.
 
-    It is for forward passes alone, as `only` is.
+    Use it for forward passes only, like `only`.
     """
     if frozen not in names(model):
         yield
@@ -280,14 +283,14 @@ def joined_by(model: nn.Module, frozen: str) -> Iterator[None]:
 
 @contextmanager
 def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Let no trained adapter of these layers act within the context.
+    """Disable the trained adapters of these layers within the context.
 
-    Frozen adapters that act go on acting: they belong to the base model. It is for forward passes
-    without gradients. What is trainable stays as it is.
+    Active frozen adapters stay active, since they belong to the base model. Use it for forward
+    passes without gradients. It does not change which parameters are trainable.
     """
     enabled_layers = [layer for layer in lora_layers if not layer.disable_adapters]
     orders = [layer.active_adapters for layer in enabled_layers]
-    # Not by `enable_adapters` and `set_adapter`, which change what is trainable too.
+    # `enable_adapters` and `set_adapter` would also change which parameters are trainable.
     for layer, order in zip(enabled_layers, orders, strict=True):
         layer._active_adapter = [name for name in order if name in FROZEN]
         layer._disable_adapters = not layer._active_adapter
@@ -301,14 +304,14 @@ def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
 
 @contextmanager
 def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
-    """Multiply the change of all trained adapters of these layers by a strength within the context.
+    """Scale the weight changes of these layers' trained adapters by `strength` within the context.
 
-    Frozen adapters that act go on acting, as in `off`. At strength 0 the trained ones do not act at
-    all, which for DoRA is not the limit of small strengths: its magnitudes act at any other
+    Active frozen adapters are not scaled. At strength 0 the trained adapters are disabled. For DoRA
+    this is not the limit of small strengths, since its magnitudes have an effect at any other
     strength.
 
     Raises:
-        UserError: adapters that are merged into the base weights, where a strength has no effect.
+        UserError: adapters are merged into the base weights, so a strength would have no effect.
     """
     if strength == 0:
         with off(lora_layers):
@@ -317,8 +320,8 @@ def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
     before = [dict(layer.scaling) for layer in lora_layers]
     if any(layer.merged for layer in lora_layers):
         raise UserError(
-            f"adapters that are merged into the base weights can't act at strength {strength:g}:"
-            " unmerge them first (`pipeline.unfuse_lora()`)."
+            f"merged adapters can't be used at strength {strength:g}: unmerge them first"
+            " (`pipeline.unfuse_lora()`)."
         )
     try:
         for layer, scaling in zip(lora_layers, before, strict=True):
@@ -332,7 +335,7 @@ def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
 
 
 def _check_names(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Refuse an adapter that no layer of the model has, or that never acts."""
+    """Check that the model has these adapters and that `INITIAL` is not among them."""
     model_adapters = names(model)
     for name in adapters:
         if name not in model_adapters:
@@ -340,6 +343,6 @@ def _check_names(model: nn.Module, adapters: Sequence[str]) -> None:
             raise UserError(f'There is no adapter "{name}"; the model has: {listing}.')
     if INITIAL in adapters:
         raise UserError(
-            f'The adapter "{INITIAL}" is what was taken out of the base weights, and would be '
-            "counted twice if it acted; leave it out."
+            f'The adapter "{INITIAL}" was subtracted from the base weights and would be counted '
+            "twice if it were active; leave it out."
         )

@@ -1,4 +1,4 @@
-"""Frozen adapters of LoRA files, active with the trained ones and never exported."""
+"""Frozen adapters from LoRA files, which are used with the trained ones but never exported."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from .saving import load_values, peft_parameters
 
 @dataclass(frozen=True)
 class FrozenAdapter:
-    """The layers of a LoRA file on one model.
+    """A LoRA file's layers for one model.
 
     Attributes:
-        name: its name on the model, one of `lora_names.FROZEN`.
-        tensors: A, B and DoRA's magnitudes by PEFT's keys.
+        name: name of the adapter on the model, one of `lora_names.FROZEN`.
+        tensors: A, B and DoRA's magnitudes by PEFT key.
         config: fields of PEFT's `LoraConfig` for these layers.
-        strength: factor of the adapter's change of the weights, as in diffusers' `set_adapters`.
+        strength: factor for the adapter's weight change, like the weights in diffusers'
+            `set_adapters`.
     """
 
     name: str
@@ -33,16 +34,16 @@ class FrozenAdapter:
 
 
 def inject_frozen(model: nn.Module, adapter: FrozenAdapter) -> None:
-    """Put a frozen adapter on a model, in place; torch's global generator is left alone.
+    """Add a frozen adapter to a model in place, without changing torch's global generator.
 
-    The first adapter of a model becomes active; later ones become so by `access.activate`. Weights
-    on the device "meta" stay there.
+    If the model has no active adapter, the new one becomes active; use `access.activate` to
+    activate it later. Weights on the "meta" device stay there.
 
     Raises:
-        UserError: the model does not have exactly the layers of the adapter, in their shapes.
+        UserError: the adapter's layers or their shapes do not match the model.
     """
     acting = active(model) or (adapter.name,)
-    # The random first values are replaced.
+    # The random initial values are overwritten below.
     with torch.random.fork_rng(devices=[]):
         put_adapter(model, LoraConfig(**adapter.config), adapter.name)
     parameters = peft_parameters(model, adapter.name)

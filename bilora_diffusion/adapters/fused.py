@@ -1,11 +1,12 @@
-"""One low-rank product for all adapters, W0 x + [s1 B1, s2 B2] [A1; A2] x, where PEFT has several.
+"""A fused forward for PEFT's LoRA layers, with one low-rank product for all adapters.
 
-The parameters stay separate, and each forward joins them. The product runs in the precision of the
-base's output (autocast's where it is on), so x is not copied to fp32 as PEFT does. Forward and
-backward are written out (`products`): autograd would add the product to the base's output through a
-view, which takes six more operations on all activations. The A of a convolution's adapters become
-one convolution with as many channels as all ranks. A layer in a state that one product can't
-express keeps PEFT's own forward.
+PEFT computes one product per adapter; the fused forward computes W0 x + [s1 B1, s2 B2] [A1; A2] x.
+The parameters stay separate and are joined in each forward pass. The product runs in the precision
+of the base layer's output (under autocast, in autocast's precision), so x is not copied to fp32 as
+in PEFT. `products` has hand-written forward and backward functions: autograd would add the product
+to the base layer's output through a view, which takes six more operations on all activations. For a
+convolution, the A of all adapters become one convolution whose number of channels is the sum of the
+ranks. A layer in a state that one product can't express uses PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from .products import AdapterConvolution, AdapterProduct
 
 
 class FusedLayer:
-    """Base class that is put before the class of a PEFT layer; the layer's state stays as it is."""
+    """Mixin that replaces the forward of a PEFT layer class and leaves the layer's state alone."""
 
-    quantized: ClassVar[bool] = False  # whether the weight is in 4 bits
+    quantized: ClassVar[bool] = False  # whether the base weight is stored in 4 bits
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active: list[str] | None = None
-        # Further arguments are PEFT's own, such as adapter_names, an adapter for each row.
+        # Other arguments are for PEFT, such as adapter_names, which selects an adapter per row.
         if not args and not kwargs:
             active = _active_plain_adapters(self, x)
         if active is not None:
@@ -41,25 +42,25 @@ class FusedLayer:
 
 
 def _peft_precision(layer: Any, x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which PEFT's own forward of a layer computes."""
+    """Return the context in which a layer runs PEFT's own forward."""
     if layer.quantized and layer.lora_variant and torch.is_autocast_enabled(x.device.type):
-        # Under CUDA's autocast PEFT's 4-bit layer computes DoRA's norms in half precision, which is
-        # up to 0.4 % off; its float layer computes them in fp32.
+        # Under CUDA autocast, PEFT's 4-bit layer computes DoRA's norms in half precision, with an
+        # error of up to 0.4 %. PEFT's float layer computes them in fp32.
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
 
 def _fused_forward(layer: Any, x: Tensor, active: Sequence[str]) -> Tensor:
-    """The base's output plus one product for the active adapters of a fused layer."""
+    """Return the base layer's output plus one product for all active adapters."""
     base = layer.base_layer
     is_plain_base = layer.quantized or type(base) in (nn.Linear, nn.Conv2d)
     is_autocast = torch.is_autocast_enabled(x.device.type)
     if is_plain_base and is_autocast and x.dtype == torch.float32:
-        # Autocast would convert x once for the base and once for the adapters.
+        # Convert x here, since autocast would convert it twice: for the base and for the adapters.
         x = x.to(torch.get_autocast_dtype(x.device.type))
     output = weight = bias = None
     if _is_frozen_linear(base):
-        # `AdapterProduct` computes the base's product too, and adds to it in place.
+        # `AdapterProduct` also computes the base layer's output, to which it adds in place.
         dtype = _output_dtype(x, base.weight)
         x = x.to(dtype)
         weight = base.weight.to(dtype)
@@ -70,11 +71,11 @@ def _fused_forward(layer: Any, x: Tensor, active: Sequence[str]) -> Tensor:
         x = x.to(output.dtype)
     # Not `list[Tensor]()`, which torch.compile can't trace.
     factors: list[Tensor] = []  # A and B of each adapter
-    scales: list[float] = []  # alpha / rank of each
+    scales: list[float] = []  # alpha / rank of each adapter
     for name in active:
         factors += weights(layer, name)
         scales.append(layer.scaling[name])
-    if factors[0].dim() > 2:  # A has the kernel of a convolution
+    if factors[0].dim() > 2:  # A is the kernel of a convolution
         return AdapterConvolution.apply(x, output, base.stride, base.padding, scales, *factors)  # type: ignore[no-any-return]
     return AdapterProduct.apply(x, output, weight, bias, scales, *factors)  # type: ignore[no-any-return]
 
@@ -88,9 +89,9 @@ class FusedConv2d(FusedLayer, lora.Conv2d):
 
 
 def fuse(model: nn.Module) -> int:
-    """Give LoRA layers over linear layers and Conv2d the fused forward; returns their number."""
+    """Switch LoRA layers on linear layers and Conv2d to the fused forward; return their number."""
     count = 0
-    # A list first: a module's class must not change while the modules are walked.
+    # The list is complete before the first module's class changes.
     for module in list(model.modules()):
         if not isinstance(module, LoraLayer):
             continue
@@ -102,16 +103,16 @@ def fuse(model: nn.Module) -> int:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every LoRA layer PEFT's own forward back."""
+    """Restore PEFT's own forward on every LoRA layer."""
     for module in model.modules():
         if isinstance(module, FusedLayer):
-            # The order is (FusedLinear, FusedLayer, PEFT's class, ...).
+            # The method resolution order is (FusedLinear, FusedLayer, PEFT's class, ...).
             module.__class__ = type(module).__mro__[2]
 
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Run PEFT's own forward within the context; afterwards the same layers are fused again."""
+    """Use PEFT's own forward within the context, then fuse the same layers again."""
     fused_layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
     unfuse(model)
     try:
@@ -123,14 +124,14 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 @cache
 def _fused_class(peft_class: type) -> type | None:
-    """The subclass of a class of PEFT with the fused forward; None where there is none."""
+    """Return the fused version of a PEFT layer class; None if there is none."""
     if issubclass(peft_class, FusedLayer):
         return peft_class
     if peft_class is lora.Linear:
         return FusedLinear
     if peft_class is lora.Conv2d:
         return FusedConv2d
-    # By name: PEFT imports its 4-bit layer only where bitsandbytes is installed.
+    # Compared by name, since PEFT defines its 4-bit layer only if bitsandbytes is installed.
     if peft_class.__module__.startswith("peft.") and peft_class.__name__ == "Linear4bit":
         members = {"__module__": __name__, "quantized": True}
         return type(f"Fused{peft_class.__name__}", (FusedLayer, peft_class), members)
@@ -138,15 +139,15 @@ def _fused_class(peft_class: type) -> type | None:
 
 
 def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
-    """The adapters that one product can express; None where PEFT's forward must run.
+    """Return the active adapters if one product can express them; None if PEFT's forward must run.
 
     Args:
-        layer: a LoRA layer of PEFT.
-        x: its input.
+        layer: PEFT LoRA layer.
+        x: the layer's input.
     """
     if layer._disable_adapters or layer.merged_adapters:
         return None
-    # Looked up in the dictionaries of the modules, as in `access.weights`.
+    # Read the modules' dictionaries directly, as in `access.weights`.
     modules = layer._modules
     A = modules["lora_A"]._modules
     B = modules["lora_B"]._modules
@@ -154,14 +155,14 @@ def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
     active = [name for name in layer.active_adapters if name in A]
     if not active:
         return None
-    # An evaluation of the primary gives, to the bit, what PEFT gives with the exported file.
+    # An evaluation of the primary must be bit-identical to PEFT with the exported file.
     if len(active) == 1 and not layer.training:
         return None
-    # fp16 without autocast would lose small B; PEFT computes in fp32.
+    # fp16 without autocast would lose small values of B; PEFT computes in fp32.
     if x.dtype == torch.float16 and not torch.is_autocast_enabled(x.device.type):
         return None
     for name in active:
-        # DoRA and the like are no plain product.
+        # DoRA and other variants are not a plain product.
         if name in layer.lora_variant or layer.lora_bias[name]:
             return None
         if layer.training and type(dropout[name]) is not nn.Identity:
@@ -172,9 +173,9 @@ def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Test that A or B computes with its weight alone, and pads by numbers.
+    """Return whether A or B is a plain layer with numeric padding, no hooks and its own forward.
 
-    Offloading and tensor parallelism put hooks or another forward on a module.
+    Offloading and tensor parallelism add hooks to a module or replace its forward.
     """
     return (
         type(module) in (nn.Linear, nn.Conv2d)
@@ -186,7 +187,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_frozen_linear(base: nn.Module) -> bool:
-    """Test that a base layer computes x W^T + b without hooks, and W and b have no gradient."""
+    """Return whether a base layer computes x W^T + b without hooks and has frozen W and b."""
     if type(base) is not nn.Linear or base._forward_hooks:
         return False
     for parameter in base._parameters.values():
@@ -196,7 +197,7 @@ def _is_frozen_linear(base: nn.Module) -> bool:
 
 
 def _output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The precision of a linear layer's output."""
+    """Return the dtype of a linear layer's output."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype

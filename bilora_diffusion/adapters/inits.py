@@ -1,18 +1,18 @@
-"""Initial values of the primary that PEFT does not have: those of a file, PiSSA and LoRA-GA.
+"""Initial values of the primary from a file, by PiSSA or by LoRA-GA.
 
-`start_from_file` gives the primary the values of a file. The others start from factors A0, B0 that
-are not zero, and take them out of the base weight, which is then W - s B0 A0, so that the model's
-output is unchanged at the start. A0 and B0 stay on the model as the adapter `INITIAL`, which is
-never active and never trained. Checkpoints hold it, so that a resumed run makes the same base
-weights; `portable_state_dict` needs it to say what the primary adds to W.
+`start_from_file` copies the values of a file. PiSSA and LoRA-GA start from nonzero factors A0, B0
+and subtract them from the base weight, which becomes W - s B0 A0, so the model's output is
+unchanged at the start. A0 and B0 stay on the model as the adapter `INITIAL`, which is never active
+and never trained. Checkpoints contain it, so a resumed run can restore the same base weights.
+`portable_state_dict` uses it to compute the primary's change relative to W.
 
-`prepare` is called before training; then a new run calls `compute` and `start_from_initial`, and a
-resumed one `subtract_initial` with the factors of its checkpoint.
+Call `prepare` before training. A new run then calls `compute` and `start_from_initial`. A resumed
+run loads the factors from its checkpoint and calls `subtract_initial`.
 
 Sources: Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
 Language Models (https://arxiv.org/abs/2404.02948), Equations 2-4. Wang et al. 2024, LoRA-GA:
 Low-Rank Adaptation with Gradient Approximation (https://arxiv.org/abs/2407.05000), Theorem 3.1,
-Section 3.3 and Algorithm 1, as its authors run it.
+Section 3.3 and Algorithm 1, as in its authors' code.
 """
 
 from __future__ import annotations
@@ -42,37 +42,38 @@ from .injection import AdapterSpec, inject
 from .precision import exact_dtype
 from .saving import load_values, peft_parameters
 
-# Singular components that an init takes, in units of the rank: the shorter side of a weight must
-# have as many.
+# Number of singular components that each init uses, as a multiple of the rank. No side of a weight
+# may be shorter than this number.
 COMPONENTS = {"pissa": 1, "lora-ga": 2}
-# Shorter side of a weight up to which PiSSA computes the whole decomposition.
+# Length of a weight's shorter side up to which PiSSA computes the full decomposition.
 #
-# On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048. The
-# time grows with the third power of the side, and a 7 B model has some 200 layers of side 4096.
+# On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048 x
+# 2048. The time grows with the third power of the side, and a 7B model has about 200 layers with a
+# side of 4096.
 EXACT_UP_TO = 2048
-# Of the randomized decompositions: the components that they compute, and subspace iterations.
+# Settings of the randomized decompositions: number of components and of subspace iterations.
 PISSA_OVERSAMPLING = 16  # components in addition to the r that are used
 PISSA_ITERATIONS = 16
-LORA_GA_OVERSAMPLING = 4  # components, in units of the rank
+LORA_GA_OVERSAMPLING = 4  # components, as a multiple of the rank
 LORA_GA_ITERATIONS = 4
 # LoRA-GA's gamma, which divides the product B0 A0 (Section 3.3).
 GAMMA = 16.0
 
 
 def needs_gradient(name: str) -> bool:
-    """Test that `compute` needs gradients for the init of this name."""
+    """Return whether `compute` needs gradients for the init of this name."""
     return name == "lora-ga"
 
 
 def prepare(model: nn.Module, spec: AdapterSpec) -> None:
-    """Add the adapter `INITIAL` to the primary's layers, if `spec.init` changes the base weights.
+    """Add the adapter `INITIAL` to the primary's layers if `spec.init` changes the base weights.
 
     Raises:
-        UserError: a layer is too small, quantized or tied.
+        UserError: a layer is too small or quantized, or shares its weight with another layer.
     """
     if not spec.changes_base:
         return
-    # A weight of several layers comes once for each of them.
+    # A weight that several layers share is listed once for each of them.
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     min_side = COMPONENTS[spec.init] * spec.rank
     for path, layer in layers(model, PRIMARY):
@@ -84,17 +85,19 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
             problem = "is shared with another layer"
         if problem:
             raise UserError(
-                f'The weight of {path} {problem}, so init "{spec.init}" can\'t change it alone; '
-                'use init "default" or take the layer out of target_modules.'
+                f'The weight of {path} {problem}, so init "{spec.init}" can\'t change it; use init '
+                '"default" or remove the layer from target_modules.'
             )
         m, n = rows(layer, weight).shape
         if min(m, n) < min_side:
             raise UserError(
-                f'The layer {path} is {m} x {n}, and init "{spec.init}" at rank {spec.rank} needs '
-                f"{min_side} on each side; lower the rank or take the layer out of target_modules."
+                f'The layer {path} is {m} x {n}, but init "{spec.init}" at rank {spec.rank} needs '
+                f"at least {min_side} on each side; lower the rank or remove the layer from "
+                "target_modules."
             )
     plain = replace(spec, init="default", dropout=0.0, use_dora=False)
-    # Its own random A is replaced by `compute`: torch's global generator is not changed.
+    # The random A of `INITIAL` is always overwritten, by `compute`, by `start_from_initial` or from
+    # a checkpoint, so creating it must not advance torch's global generator.
     with torch.random.fork_rng(devices=[]):
         inject(model, plain, INITIAL)
 
@@ -106,18 +109,18 @@ def compute(
     gradients: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> None:
-    """Fill the adapter `INITIAL` of a model that `prepare` was called with; change nothing else.
+    """Fill the adapter `INITIAL`, which `prepare` has added, and change nothing else.
 
     Args:
-        model: the model, with its base weights as they came.
+        model: model with its original base weights.
         spec: the primary's shape, with the init to use.
-        gradients: gradients of the base weights, in their shapes, by module path
-            (`train.initialisation.collecting`). A layer that the loss does not reach may be missing
-            and keeps the default init.
+        gradients: for LoRA-GA, gradients of the base weights by module path, in the weights' shapes
+            (`train.initialisation.collecting`). A layer that the loss does not depend on may be
+            missing and keeps the default init.
         seed: seed of the randomized decompositions.
 
     Raises:
-        UserError: the loss reaches no layer.
+        UserError: the loss depends on no layer.
         TrainingError: a weight or a gradient is not finite.
     """
     filled_layers = 0
@@ -129,14 +132,13 @@ def compute(
         for quantity, values in (("weight", weight), ("gradient", gradient)):
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise TrainingError(
-                    f'The {quantity} of {path} is not finite; init "{spec.init}" can\'t start from '
-                    "it."
+                    f'The {quantity} of {path} is not finite, so init "{spec.init}" can\'t use it.'
                 )
         layer_seed = seed_of(seed, "init", path)
         if not needs_gradient(spec.init):
             A, B = pissa(weight, spec.rank, float(layer.scaling[INITIAL]), layer_seed)
         elif gradient is None or not gradient.any():
-            continue  # the loss does not reach the layer, so no direction is better than another
+            continue  # the loss does not use the layer, so no direction is better than another
         else:
             A, B = lora_ga(gradient, spec.rank, layer_seed)
         for parameter, value in zip(weights(layer, INITIAL), (A, B), strict=True):
@@ -145,20 +147,20 @@ def compute(
         filled_layers += 1
     if not filled_layers:
         raise UserError(
-            f'init "{spec.init}" needs the gradient of a loss, and no layer got one; run backward '
+            f'init "{spec.init}" needs the gradient of a loss, but no layer got one; run backward '
             "passes through the adapted layers."
         )
 
 
 def start_from_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Start the primary, and modules that are trained whole with it, from the values of a file.
+    """Set the primary, and modules that are trained in full with it, to the values of a file.
 
     Args:
-        tensors: A, B (without the scale alpha / rank), DoRA's magnitudes and whole modules, by
-            PEFT's keys.
+        tensors: A, B (without the scale alpha / rank), DoRA's magnitudes and fully trained modules,
+            by PEFT key.
 
     Raises:
-        UserError: the primary has other layers or shapes.
+        UserError: the file's layers or shapes differ from the primary's.
     """
     parameters = {**peft_parameters(model, PRIMARY), **head_parameters(model, PRIMARY)}
     load_values(parameters, tensors, "the LoRA file to start from")
@@ -166,9 +168,9 @@ def start_from_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def start_from_initial(model: nn.Module) -> None:
-    """Start the primary from A0, B0, and take these out of the base weights; once, in place.
+    """Set the primary to A0, B0 and subtract them from the base weights, in place. Call it once.
 
-    A layer whose B0 is zero keeps the primary that it has, which then becomes its A0, B0.
+    A layer whose B0 is zero keeps its primary, whose values become its A0 and B0.
     """
     for _, layer in layers(model, INITIAL):
         A, B = weights(layer, PRIMARY)
@@ -184,13 +186,13 @@ def start_from_initial(model: nn.Module) -> None:
 
 @torch.no_grad()
 def subtract_initial(model: nn.Module) -> None:
-    """Take A0, B0 out of the base weights: W <- W - s B0 A0; once, in place.
+    """Subtract A0, B0 from the base weights in place, W <- W - s B0 A0. Call it once.
 
-    The product is formed in `exact_dtype` (TF32, which a matrix product in fp32 may use, would move
-    W by 1e-3 of it) and the difference rounded once to the weight's dtype. In bf16 that moves a
-    weight by up to 0.4 %: those of the miniature's UNet by 0.15 % of their norm and its output by
-    0.03 %, where bf16 arithmetic moves the output by 0.4 %. An exported file does not make up for
-    it.
+    The product is computed in `exact_dtype`, since an fp32 matrix product may use TF32, whose
+    relative error of 1e-3 would change W. The difference is rounded once, to the weight's dtype. In
+    bf16 this rounding changes a weight by up to 0.4 %. It changes the weights of the miniature's
+    UNet by 0.15 % of their norm and the UNet's output by 0.03 %, while bf16 arithmetic changes the
+    output by 0.4 %. An exported file does not correct this rounding.
     """
     for _, layer in layers(model, INITIAL):
         weight = base_weight(layer)
@@ -201,14 +203,15 @@ def subtract_initial(model: nn.Module) -> None:
 
 
 def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """PiSSA's A0 = sqrt(S_r / s) V_r^T and B0 = U_r sqrt(S_r / s), W = U S V^T (Eqs. 2 and 3).
+    """Compute PiSSA's A0 = sqrt(S_r / s) V_r^T and B0 = U_r sqrt(S_r / s) (Eqs. 2 and 3).
 
-    So s B0 A0 is the best rank-r approximation of W. Beyond `EXACT_UP_TO` the r components come
-    from randomized subspace iteration (Halko et al. 2011), as in the paper's fast SVD. The model's
-    function is the same either way, since W loses exactly what A0 and B0 hold.
+    With W = U S V^T, s B0 A0 is the best rank-r approximation of W. If the shorter side exceeds
+    `EXACT_UP_TO`, the r components come from randomized subspace iteration (Halko et al. 2011), as
+    in the paper's fast SVD. The model computes the same function in both cases, since exactly
+    s B0 A0 is subtracted from W.
 
     Args:
-        weight: w, (m, n), fp32 or fp64.
+        weight: W, (m, n), fp32 or fp64.
         rank: r <= min(m, n).
         scale: s = alpha / r of the adapter.
         seed: seed of the randomized decomposition; torch's global generator is not changed.
@@ -229,10 +232,10 @@ def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tenso
 
 
 def signs(columns: Tensor) -> Tensor:
-    """Signs that make the largest entry of each column positive, (r,).
+    """Return the signs, (r,), that make the largest entry of each column positive.
 
-    A decomposition does not define the signs of singular vectors. They depend on the last bit of
-    its input, and those of a gradient on how the batch was split.
+    A decomposition does not define the signs of singular vectors. They depend on the last bits of
+    its input and, for a gradient, on how the batch was split.
     """
     largest = columns.abs().argmax(0, keepdim=True)
     return columns.gather(0, largest)[0].sign()
@@ -241,7 +244,7 @@ def signs(columns: Tensor) -> Tensor:
 def seeded_svd(
     matrix: Tensor, size: int, iterations: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.svd_lowrank`, which takes no generator, as a function of its arguments alone.
+    """Compute `torch.svd_lowrank` with a seed, since it takes no generator.
 
     Returns:
         U (m, size), S (size,) and V (n, size).
@@ -257,15 +260,15 @@ def seeded_svd(
 
 
 def lora_ga(gradient: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """LoRA-GA's A0 = c V[1..r]^T and B0 = c U[r+1..2r], c = m^(1/4) / sqrt(GAMMA), G = U S V^T.
+    """Compute LoRA-GA's A0 = c V[1..r]^T and B0 = c U[r+1..2r] for the gradient G = U S V^T.
 
-    A0 and B0 come from different components. So the first step of the adapter is the best
-    approximation of rank 2r of the full gradient's step (Theorem 3.1). c makes the size of the
-    output independent of the layer's (Section 3.3). The largest entry of each component is
-    positive.
+    A0 and B0 come from different components, so the adapter's first step is the best rank-2r
+    approximation of the full gradient's step (Theorem 3.1). c = m^(1/4) / sqrt(GAMMA) makes the
+    scale of the output independent of the layer's size (Section 3.3). The largest entry of each
+    component is positive.
 
     Args:
-        gradient: G = dL/dW, the mean over some samples, (m, n), of any scale.
+        gradient: G = dL/dW, the mean over some samples, (m, n); its scale has no effect.
         rank: r <= min(m, n) / 2.
         seed: seed of the randomized decomposition.
 

@@ -1,4 +1,4 @@
-"""The shape of an adapter, its target layers, and putting it on a model."""
+"""Specifications of adapters, their target layers, and their injection into a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..core.values import ALL_LINEAR
 from .access import activate, active, head_parameters, is_within, layers, names
 from .saving import PEFT_PREFIX
 
-# Inits that take the adapter's first values out of the base weights (`inits`).
+# Inits that subtract the adapter's initial values from the base weights (`inits`).
 CHANGE_BASE = ("pissa", "lora-ga")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -36,16 +36,17 @@ class AdapterSpec:
         rank: inner size r of A (r, n) and B (m, r).
         alpha: numerator of the scale s = alpha / rank.
         dropout: probability of dropping an input of A, in training mode.
-        init: "default" (A kaiming-uniform, B zero), "gaussian" (A normal with deviation 1 / rank, B
-            zero), or an init that replaces the default's values (`inits`): "pissa", "lora-ga".
-        use_dora: learn the magnitude of each output separately.
-        target_modules: "all-linear" (every linear layer but the output head), a regular expression
-            for full module names, or a tuple of names or name endings such as ("to_q", "to_out.0").
-        modules_to_save: modules that are trained whole with the adapter and saved with it, such
-            as a classifier's new head; they get no adapter.
+        init: "default" (A kaiming-uniform, B zero), "gaussian" (A normal with standard deviation
+            1 / rank, B zero), "pissa" or "lora-ga" (`inits` replaces the default values).
+        use_dora: whether the magnitude of each output is trained separately (DoRA).
+        target_modules: "all-linear" (every linear layer except the output head), a regular
+            expression for full module names, or a tuple of names or name endings such as
+            ("to_q", "to_out.0").
+        modules_to_save: modules that are trained in full and saved with the adapter, such as a
+            classifier's new head; they get no adapter.
 
     Raises:
-        UserError: `target_modules` is empty or no regular expression.
+        UserError: `target_modules` is empty or not a valid regular expression.
     """
 
     rank: int = 4
@@ -58,11 +59,11 @@ class AdapterSpec:
 
     @classmethod
     def from_options(cls, cfg: Any, **other_fields: Any) -> Self:
-        """The shape by a run's options.
+        """Create the specification from a run's options.
 
         Args:
-            cfg: a configuration, with the options of `methods.options.AdapterOptions`.
-            other_fields: targets, and what else a task sets.
+            cfg: configuration with the options of `methods.options.AdapterOptions`.
+            other_fields: fields that a task sets, such as `target_modules`.
         """
         return cls(
             rank=cfg.rank,
@@ -79,8 +80,8 @@ class AdapterSpec:
                 re.compile(self.target_modules)
             except re.error as error:
                 raise UserError(
-                    f"target_modules {self.target_modules!r} is not a regular expression ({error});"
-                    ' use "all-linear", an expression, or a tuple of names.'
+                    f"target_modules {self.target_modules!r} is not a valid regular expression"
+                    f' ({error}); use "all-linear", an expression, or a tuple of names.'
                 ) from error
         if not self.target_modules:
             raise UserError(
@@ -89,20 +90,20 @@ class AdapterSpec:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the init takes the adapter's first values out of the base weights."""
+        """Whether the init subtracts the adapter's initial values from the base weights."""
         return self.init in CHANGE_BASE
 
 
 def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
-    """The layers that `spec.target_modules` names, by module path, in the order of the model.
+    """Return the layers that `spec.target_modules` selects, by module path, in model order.
 
     Raises:
-        UserError: nothing matches, or a match is neither linear nor a plain convolution.
+        UserError: no layer matches, or a matching layer can't have an adapter.
     """
     root = plain_model(model)
     modules = _modules_of_model(root)
     if spec.target_modules == ALL_LINEAR:
-        # PEFT's own "all-linear" would also take layers that `_unsupported_reason` names.
+        # PEFT's own "all-linear" would include layers that `_unsupported_reason` rejects.
         paths = adaptable(model)
     else:
         config = LoraConfig(target_modules=peft_targets(spec))
@@ -116,18 +117,19 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
         examples = ", ".join(linear_paths[:5]) or "none"
         raise UserError(
             f"target_modules {spec.target_modules!r} matches no layer of {type(root).__name__}; "
-            f"its linear layers are called, for example: {examples}."
+            f"examples of its linear layers: {examples}."
         )
     for path, module in targets.items():
         if reason := _unsupported_reason(root, path, module):
-            raise UserError(f'The target "{path}" {reason}; take it out of target_modules.')
+            raise UserError(f'The target "{path}" {reason}; remove it from target_modules.')
     return targets
 
 
 def adaptable(model: nn.Module, convolutions: bool = False) -> list[str]:
-    """Paths of the layers that can have an adapter.
+    """Return the paths of the layers that can have an adapter.
 
-    They are the linear layers but the output head, as in PEFT, or the convolutions.
+    These are the linear layers except the output head, as in PEFT. With `convolutions`, they are
+    the convolutions instead.
     """
     root = plain_model(model)
     head = output_head(root)
@@ -143,21 +145,21 @@ def adaptable(model: nn.Module, convolutions: bool = False) -> list[str]:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model inside a `PeftModel`, or the model itself."""
+    """Return the model inside a `PeftModel`, or the model itself."""
     if isinstance(model, PeftModel):
         return cast(nn.Module, model.base_model.model)
     return model
 
 
 def peft_targets(spec: AdapterSpec) -> str | list[str]:
-    """`spec.target_modules` in the form that PEFT takes."""
+    """Return `spec.target_modules` in the form that PEFT expects."""
     if isinstance(spec.target_modules, str):
         return spec.target_modules
-    return list(spec.target_modules)  # PEFT makes a set of a list, not of a tuple
+    return list(spec.target_modules)  # PEFT converts a list to a set, but not a tuple
 
 
 def base_of(layer: Any) -> Any:
-    """The layer that an adapter wraps, or the layer itself."""
+    """Return the layer that an adapter wraps, or the layer itself."""
     if isinstance(layer, LoraLayer):
         return layer.get_base_layer()
     return layer
@@ -168,13 +170,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _modules_of_model(root: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by path, without those inside LoRA layers.
+    """Return a model's modules by path, without those inside LoRA layers.
 
     A LoRA layer counts as the layer that it wraps; its A and B are not targets.
     """
     lora_prefixes: tuple[str, ...] = ()
     modules: dict[str, nn.Module] = {}
-    # A module comes before those that it holds.
+    # A module comes before its children.
     for path, module in root.named_modules():
         if path and not path.startswith(lora_prefixes):
             modules[path] = module
@@ -184,57 +186,57 @@ def _modules_of_model(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_head(root: nn.Module) -> nn.Module | None:
-    """The layer that computes the logits. "all-linear" skips it, as in PEFT."""
+    """Return the layer that computes the logits, which "all-linear" skips as in PEFT, or None."""
     getter = getattr(root, "get_output_embeddings", None)
-    if not callable(getter):  # only Transformers' models have it
+    if not callable(getter):  # only Transformers' models have this method
         return None
     return cast("nn.Module | None", getter())
 
 
 def _unsupported_reason(root: nn.Module, path: str, module: nn.Module) -> str:
-    """The reason why a layer can't have an adapter, as the end of a sentence; "" without one."""
+    """Return why a layer can't have an adapter, as the end of a sentence; "" if it can."""
     base = base_of(module)
     parent_path, _, _ = path.rpartition(".")
     if isinstance(root.get_submodule(parent_path), nn.MultiheadAttention):
-        return "is read by nn.MultiheadAttention as a weight, which would bypass an adapter"
+        return "is used by nn.MultiheadAttention through its weight, which bypasses an adapter"
     if isinstance(base, _CONVOLUTIONS):
-        # PEFT's A would pad with zeros, without dilation.
+        # PEFT's A pads with zeros and has no dilation.
         if base.groups != 1 or set(base.dilation) != {1} or base.padding_mode != "zeros":
-            return "is a convolution with groups, dilation or a padding other than zeros"
+            return "is a convolution with groups, dilation or a padding mode other than zeros"
         return ""
     if not _is_linear(module):
-        return f"is a {type(base).__name__}, no linear layer"
+        return f"is a {type(base).__name__}, not a linear layer"
     return ""
 
 
 def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
     """Add the adapter `name` to every target layer of `model`, in place.
 
-    The base is frozen. The first adapter of a model becomes active; later ones become so by
-    `activate`. Random values come from torch's global generator.
+    The base is frozen. If the model has no active adapter, the new one becomes active; use
+    `activate` to activate it later. Random values come from torch's global generator.
 
     Raises:
-        UserError: no layer matches, a matched layer is of a kind that is not supported, or `name`
-            exists.
+        UserError: no layer matches, a matching layer can't have an adapter, or the model already
+            has an adapter `name`.
     """
     if name in names(model):
         raise UserError(
-            f'The model already has an adapter "{name}"; give the model without adapters.'
+            f'The model already has an adapter "{name}"; pass a model without adapters.'
         )
     active_names = active(model) or (name,)
     targets = target_layers(model, spec)
     target_modules = peft_targets(spec)
-    # Only paths leave out the layers that PEFT's own rules would also take.
+    # Use full paths, since PEFT's own rules would match further layers.
     if spec.target_modules == ALL_LINEAR or spec.modules_to_save:
         target_modules = list(targets)
     alpha = spec.alpha
     if alpha == int(alpha):
-        alpha = int(alpha)  # 8 and not 8.0 in adapter_config.json
+        alpha = int(alpha)  # adapter_config.json gets 8 instead of 8.0
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=cast(int, alpha),
         lora_dropout=spec.dropout,
-        # The values of an init of `inits` replace the default's later.
+        # For "pissa" and "lora-ga", `inits` replaces the default values later.
         init_lora_weights="gaussian" if spec.init == "gaussian" else True,
         use_dora=spec.use_dora,
         target_modules=target_modules,
@@ -244,8 +246,8 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
     put_adapter(model, config, name)
     _reset_magnitudes(model, name)
     if spec.modules_to_save:
-        # PEFT would add a copy of each of these modules. Here a module such as a classifier's
-        # head is trained in its place, in fp32, and saved under the keys that PEFT reads.
+        # PEFT would train a copy of each of these modules. Here the module itself, such as a
+        # classifier's head, is trained in fp32 and saved under the keys that PEFT reads.
         cast(Any, model).peft_config[name].modules_to_save = list(spec.modules_to_save)
         for parameter in head_parameters(model, name).values():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -253,27 +255,30 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
 
 
 def put_adapter(model: nn.Module, config: LoraConfig, name: str) -> None:
-    """Add an adapter of PEFT's configuration, in fp32 or wider; which adapters act is undefined."""
+    """Add an adapter with a PEFT configuration, in fp32 or wider.
+
+    Call `activate` afterwards, since it is undefined which adapters are active.
+    """
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
     else:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(config, model, name)
-        # As `add_adapter` of diffusers and Transformers does.
+        # `add_adapter` of diffusers and Transformers also sets this attribute.
         if hasattr(model, "_hf_peft_config_loaded"):
             cast(Any, model)._hf_peft_config_loaded = True
-    cast_adapter_dtype(model, name)  # to fp32 where they are narrower, by new parameters
+    cast_adapter_dtype(model, name)  # replaces narrower parameters with new ones in fp32
 
 
 def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
-    """Use an adapter that the model came with as the adapter `name` of shape `spec`.
+    """Use an adapter that the model already has as the adapter `name` of shape `spec`.
 
     Returns:
-        Whether the model has an adapter of that name.
+        Whether the model has an adapter with this name.
 
     Raises:
-        UserError: the adapter has another shape or other layers, or the init of `spec` would
+        UserError: the adapter's shape or layers differ from `spec`, or the init of `spec` would
             replace its values.
     """
     adapted = dict(layers(model, name))
@@ -282,12 +287,12 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
     if spec.changes_base:
         raise UserError(
             f'The model\'s adapter "{name}" has its own values, which init "{spec.init}" would '
-            'replace; use init "default" or give the model without adapters.'
+            'replace; use init "default" or pass a model without adapters.'
         )
     config = cast(Any, model).peft_config[name]
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     targets = sorted(prefix + path for path in target_layers(model, spec))
-    # Of each property the adapter's value and the expected one.
+    # The adapter's value and the expected value of each property.
     pairs: dict[str, tuple[Any, Any]] = {
         "rank": (config.r, spec.rank),
         "alpha": (config.lora_alpha, spec.alpha),
@@ -300,8 +305,8 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
     for key, (value, expected) in pairs.items():
         if value != expected:
             raise UserError(
-                f'The model\'s adapter "{name}" has {key} {value} where {expected} was asked for; '
-                "ask for the same or give the model without adapters."
+                f'The model\'s adapter "{name}" has {key} {value} instead of the requested '
+                f"{expected}; request the same value or pass a model without adapters."
             )
     cast_adapter_dtype(model, name)
     return True
@@ -309,9 +314,9 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
 
 @contextmanager
 def restored(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
-    """Restore a model to the bit, after adapters of shape `spec` were trained on it in the context.
+    """Remove all adapters on exit and restore the model bit for bit.
 
-    Other weights that `spec` trains or changes are restored too.
+    The weights that adapters of shape `spec` train or change are restored from copies on the CPU.
     """
     changed: list[nn.Parameter] = []
     for path, parameter in model.named_parameters():
@@ -339,10 +344,10 @@ def restored(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
 
 
 def _reset_magnitudes(model: nn.Module, name: str) -> None:
-    """Compute DoRA's first magnitudes in fp32.
+    """Compute DoRA's initial magnitudes again in fp32 for a narrower base.
 
-    PEFT computes them in the precision of the base's arithmetic, but divides by norms in fp32: a
-    bf16 model would start up to 0.4 % away from its base.
+    PEFT computes them in the precision of the base layer's arithmetic but divides by fp32 norms, so
+    a bf16 model would start up to 0.4 % away from its base.
     """
     for _, layer in layers(model, name):
         base = base_of(layer)

@@ -1,7 +1,7 @@
-"""Products of adapters' factors as functions of autograd, with their gradients written out.
+"""Products of adapters' factors as autograd functions with hand-written gradients.
 
-The A and B of all adapters are joined to one A and one B, so that one product replaces PEFT's one
-for each adapter. `fused` calls them where that is possible.
+The A and B of all adapters are joined into one A and one B, so a single product replaces PEFT's
+product for each adapter. `fused` decides which layers use these functions.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 class AdapterProduct(torch.autograd.Function):
-    """y + s x A^T B^T with y = W x + b, or y given.
+    """The product y + s x A^T B^T, where y is given or is x W^T + b.
 
-    A is (R, in) and B (out, R) of all adapters together; R is the sum of their ranks.
+    A, (R, in), and B, (out, R), are joined from all adapters; R is the sum of the ranks.
 
-    B is stored and its gradient computed transposed, (R, out): a product with few columns takes two
-    to four times as long on a CPU. The gradients are those of the single adapters' factors, in
-    their own precision. Factors of frozen adapters, which come last, have none.
+    B is stored transposed, (R, out), and so is its gradient: on a CPU, a product with few columns
+    takes two to four times as long. The factors of each trained adapter get their own gradients, in
+    their own precision. Frozen adapters come last, and their factors get no gradients.
     """
 
     @staticmethod
@@ -33,7 +33,7 @@ class AdapterProduct(torch.autograd.Function):
         scales: list[float],
         *factors: Tensor,
     ) -> Tensor:
-        ctx.scale = scales[0]  # `_join` multiplies the ratios of the other scales into B
+        ctx.scale = scales[0]  # `_join` multiplies B by the other scales' ratios to this one
         A, B_transposed = _join(ctx, factors, scales, x.dtype)
         inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
         hidden = (inputs @ A.mT).mul_(ctx.scale)  # (tokens, R)
@@ -58,20 +58,23 @@ class AdapterProduct(torch.autograd.Function):
             if weight is not None:
                 g_x = (g_output @ weight).addmm_(g_hidden, A).view(ctx.shape)
             else:
-                g_x = (g_hidden @ A).view(ctx.shape)  # autograd adds the base's part: `g_base`
+                g_x = (g_hidden @ A).view(ctx.shape)  # autograd adds the base's part from `g_base`
         rows = slice(_trained_rows(ctx))
-        g_A = g_hidden[:, rows].mT @ inputs  # (trained rows of R, in)
-        # (trained rows of R, out); `hidden` has the scale
+        g_A = g_hidden[:, rows].mT @ inputs  # (trained rows, in)
+        # (trained rows, out); `hidden` includes the scale
         g_B_transposed = hidden[:, rows].mT @ g_output
         g_base = gradient if ctx.needs_input_grad[1] else None
-        # In the order of forward's arguments; weight, bias and scales have none.
+        # In the order of forward's arguments; weight, bias and scales get no gradients.
         gradients = [g_x, g_base, None, None, None]
         gradients += _separate(ctx, g_A, g_B_transposed)
         return tuple(gradients)
 
 
 class AdapterConvolution(torch.autograd.Function):
-    """y + s B (A * x) with A (R, channels, height, width) and B (out, R, 1, 1), y given."""
+    """The sum y + s B * (A * x) for a given y, where * is a convolution.
+
+    A is (R, channels, height, width) and B is (out, R, 1, 1).
+    """
 
     @staticmethod
     def forward(
@@ -99,16 +102,16 @@ class AdapterConvolution(torch.autograd.Function):
         x, A, B, hidden = ctx.saved_tensors
         g_hidden, g_B = _convolution_gradients(gradient, hidden, B, (1, 1), (0, 0), True)
         g_hidden.mul_(ctx.scale)
-        g_B.mul_(ctx.scale)  # `hidden` is without the scale here
+        g_B.mul_(ctx.scale)  # `hidden` does not include the scale here
         g_x, g_A = _convolution_gradients(
             g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0]
         )
-        # Of frozen adapters too: one convolution for all is as fast as one for a part.
+        # Frozen adapters are computed too: one convolution for all is as fast as one for some.
         rows = slice(_trained_rows(ctx))
         g_A = g_A[rows]
         g_B = g_B[:, rows]
         g_base = gradient if ctx.needs_input_grad[1] else None
-        gradients = [g_x, g_base, None, None, None]  # stride, padding and scales have none
+        gradients = [g_x, g_base, None, None, None]  # stride, padding and scales get no gradients
         gradients += _separate(ctx, g_A, g_B.transpose(0, 1))
         return tuple(gradients)
 
@@ -116,19 +119,19 @@ class AdapterConvolution(torch.autograd.Function):
 def _convolution_gradients(
     gradient: Tensor, inputs: Tensor, weight: Tensor, stride: Any, padding: Any, with_inputs: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a convolution's input (None unless `with_inputs`) and of its weight."""
+    """Return the gradients of a convolution's input (None unless `with_inputs`) and weight."""
     g_inputs, g_weight, _ = torch.ops.aten.convolution_backward(
         gradient,
         inputs,
         weight,
-        None,  # sizes of the bias
+        None,  # shape of the bias
         stride,
         padding,
         (1, 1),  # dilation
         False,  # transposed
         (0, 0),  # output padding
         1,  # groups
-        (with_inputs, True, False),  # which gradients: of the input, the weight, the bias
+        (with_inputs, True, False),  # whether to compute the gradients of input, weight, bias
     )
     return g_inputs, g_weight
 
@@ -136,12 +139,12 @@ def _convolution_gradients(
 def _join(
     ctx: Any, factors: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """[A1; A2; ...], (R, in), and [B1, B2 s2 / s1, ...]^T, (R, out), of A1, B1, A2, B2, ...
+    """Join A1, B1, A2, B2, ... to [A1; A2; ...], (R, in), and [B1, B2 s2 / s1, ...]^T, (R, out).
 
-    `_separate` reads the ranks and the ratios of the scales from `ctx`.
+    The ranks and the ratios of the scales are stored in `ctx` for `_separate`.
     """
-    A_parts = list(factors[::2])  # of each adapter (rank, in), or with a convolution's kernel
-    B_parts = [B.transpose(0, 1) for B in factors[1::2]]  # of each adapter (rank, out)
+    A_parts = list(factors[::2])  # (rank, in) each; (rank, in, height, width) for a convolution
+    B_parts = [B.transpose(0, 1) for B in factors[1::2]]  # (rank, out) each
     ctx.ranks = [len(A) for A in A_parts]
     ctx.ratios = None
     if scales.count(scales[0]) < len(scales):
@@ -157,9 +160,9 @@ def _join(
 
 
 def _separate(ctx: Any, g_A: Tensor, g_B_transposed: Tensor) -> list[Tensor | None]:
-    """Split the gradients of the joined factors into those of A1, B1, A2, B2.
+    """Split the gradients of the joined factors into those of A1, B1, A2, B2, ...
 
-    Those of frozen adapters, whose rows are not in `g_A` and `g_B_transposed`, are None.
+    Frozen adapters, which have no rows in `g_A` and `g_B_transposed`, get None.
     """
     trained = _trained_adapters(ctx)
     A_parts = [g_A]
@@ -179,8 +182,8 @@ def _separate(ctx: Any, g_A: Tensor, g_B_transposed: Tensor) -> list[Tensor | No
 
 
 def _trained_adapters(ctx: Any) -> int:
-    """The number of adapters up to the last one whose factors need a gradient."""
-    needs_gradient = ctx.needs_input_grad[5:]  # of A1, B1, A2, B2, ...
+    """Return the number of adapters up to the last one whose factors need a gradient."""
+    needs_gradient = ctx.needs_input_grad[5:]  # for A1, B1, A2, B2, ...
     trained = 0
     for number in range(len(ctx.ranks)):
         if any(needs_gradient[2 * number : 2 * number + 2]):
@@ -189,5 +192,5 @@ def _trained_adapters(ctx: Any) -> int:
 
 
 def _trained_rows(ctx: Any) -> int:
-    """The rows of the joined A that belong to `_trained_adapters`."""
+    """Return the number of rows of the joined A that belong to trained adapters."""
     return sum(ctx.ranks[: _trained_adapters(ctx)])

@@ -1,4 +1,4 @@
-"""Adapters as tensors under PEFT's keys, and as PEFT's files."""
+"""Conversion of adapters to tensors under PEFT's keys and to PEFT's files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Contiguous copies of the adapter's tensors under PEFT's keys ("...lora_A.weight")."""
+    """Return contiguous copies of the adapter's tensors by PEFT key ("...lora_A.weight")."""
     tensors: dict[str, Tensor] = {}
     for key, parameter in peft_parameters(model, adapter).items():
         tensors[key] = parameter.detach().clone(memory_format=torch.contiguous_format)
@@ -30,7 +30,7 @@ def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 def peft_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by PEFT's keys."""
+    """Return the adapter's parameters by PEFT key."""
     parameters = named_parameters(model, adapter)
     return {peft_key(key): parameter for key, parameter in parameters.items()}
 
@@ -38,7 +38,7 @@ def peft_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 def load_values(
     parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], file: str
 ) -> None:
-    """Copy the tensors of a file into parameters; both by PEFT's keys.
+    """Copy a file's tensors into parameters; the keys of both mappings are PEFT's.
 
     Raises:
         UserError: keys or shapes differ.
@@ -46,32 +46,33 @@ def load_values(
     differing_keys = sorted(parameters.keys() ^ tensors.keys())
     if differing_keys:
         raise UserError(
-            f"{file} does not have exactly the model's layers (see {differing_keys[0]}): give a"
-            " file for this model and its layers."
+            f"{file} and the model do not have the same layers (see {differing_keys[0]}): give a"
+            " file for this model and these layers."
         )
     with torch.no_grad():
         for key, parameter in parameters.items():
             values = tensors[key]
             if values.shape != parameter.shape:
                 raise UserError(
-                    f"{file} has {key} of the shape {list(values.shape)}, and the model takes"
+                    f"{file} has {key} with the shape {list(values.shape)}, but the model needs"
                     f" {list(parameter.shape)}: give a file for this model and this rank."
                 )
             parameter.copy_(values)
 
 
 def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The primary's tensors as they act on the base weights that the model came with.
+    """Return the primary's tensors relative to the original base weights W.
 
-    Where its first values A0, B0 were taken out of the base weights, W' = W - s B0 A0,
-    what it adds to W is s (B A - B0 A0) = s [B, -B0] [A; A0], of twice the rank; elsewhere this is
-    `state_dict`. DoRA's magnitude is the same for both, as W' + s B A is its direction.
+    If its initial values A0, B0 were subtracted from the base weights, W' = W - s B0 A0, the
+    primary's change to W is s (B A - B0 A0) = s [B, -B0] [A; A0], of twice the rank. Otherwise the
+    result is `state_dict`. DoRA's magnitude is the same in both cases, since its direction is
+    W' + s B A.
     """
     return portable(state_dict(model, PRIMARY), state_dict(model, INITIAL))
 
 
 def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`portable_state_dict` of the tensors of a primary and of its first values, by PEFT's keys."""
+    """Compute `portable_state_dict` from the primary's tensors and initial values, by PEFT key."""
     joined = dict(tensors)
     for key, first in initial.items():
         if key.endswith("lora_A.weight"):
@@ -82,23 +83,23 @@ def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> di
 
 
 def lora_config(model: nn.Module, adapter: str) -> dict[str, Any]:
-    """PEFT's configuration of the adapter, with values that JSON can hold."""
+    """Return PEFT's configuration of the adapter as JSON values."""
     config = cast(Any, model).peft_config[adapter]
-    text = json.dumps(config.to_dict(), default=sorted, sort_keys=True)  # `sorted` for its sets
+    text = json.dumps(config.to_dict(), default=sorted, sort_keys=True)  # sets become sorted lists
     return json.loads(text)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
-    """Write the primary as PEFT does: adapter_model.safetensors and adapter_config.json.
+    """Write the primary in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
-    It is made for the base weights that the model came with (`portable_state_dict`).
+    The files apply to the original base weights (`portable_state_dict`).
     """
     tensors, config = pretrained_content(model)
     write_pretrained(folder, tensors, config)
 
 
 def pretrained_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Content of `save_pretrained`'s files: tensors by PEFT's keys, fields of its `LoraConfig`."""
+    """Return the content of `save_pretrained`'s files: tensors by PEFT key, `LoraConfig` fields."""
     config = cast(Any, model).peft_config[PRIMARY].to_dict()
     if layers(model, INITIAL):
         config = twice_the_rank(config)
@@ -106,7 +107,10 @@ def pretrained_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def twice_the_rank(config: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's configuration of the factors that `portable` joins: twice the rank, the same scale."""
+    """Return PEFT's configuration for the factors that `portable` joins.
+
+    The rank and alpha are doubled, so the scale stays the same.
+    """
     return {**config, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
 
 
@@ -116,17 +120,17 @@ def write_pretrained(
     config: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an adapter's files as PEFT does.
+    """Write an adapter's files in PEFT's format.
 
     Args:
-        folder: the folder, which is made if it is missing.
-        tensors: tensors by PEFT's keys, with or without its prefix.
+        folder: output folder, which is created if it is missing.
+        tensors: tensors by PEFT key, with or without `PEFT_PREFIX`.
         config: fields of PEFT's `LoraConfig`.
-        metadata: further entries of the header of the weights; `format` is there.
+        metadata: further entries for the header of the weight file; `format` is always set.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Copies on the CPU, since safetensors refuses tensors that share their memory.
+    # Copies on the CPU, since safetensors refuses tensors that share memory.
     copies: dict[str, Tensor] = {}
     for key, value in tensors.items():
         contiguous = value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -139,12 +143,12 @@ def write_pretrained(
 
 
 def peft_path(key: str) -> str:
-    """The key of a parameter in the file of an adapter."""
+    """Return a parameter's key in an adapter file."""
     return PEFT_PREFIX + key.removeprefix(PEFT_PREFIX)
 
 
 def peft_key(key: str) -> str:
-    """The key of a parameter in PEFT's state dict; of DoRA's magnitudes without ".weight"."""
+    """Return a parameter's key in PEFT's state dict, where DoRA's magnitudes lack ".weight"."""
     if key.endswith("lora_magnitude_vector.weight"):
         return key.removesuffix(".weight")
     return key

@@ -1,1 +1,1 @@
-"""Options: how they are declared, read from a command line, checked and refused."""
+"""Options of the training scripts: declaration, parsing, derived defaults and checks."""

@@ -1,8 +1,8 @@
 """Read option values from the command line and a recipe, and record which of them were given.
 
-Nothing here knows about a particular script: it works with any set of option dataclasses.
+This module does not depend on a particular script; it works with any set of option dataclasses.
 
-A recipe is a YAML file of options. Values are read as text: YAML 1.1 would turn ``1:30`` and
+A recipe is a YAML file of options. Values are read as text, since YAML 1.1 would turn ``1:30`` and
 ``010`` into numbers, ``2024-01-01`` into a date and ``on`` into True. The option's type parses the
 text. Only ``true``, ``false`` and ``null`` (or an empty value) are special. Anchors, tags and
 repeated keys are refused, because options do not need them.
@@ -37,7 +37,7 @@ _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each option in one spelling, and its default only where that is informative."""
+    """Help formatter that shows one spelling of each option, and only informative defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -96,11 +96,11 @@ class CommandLine(UserErrorParser):
     """A parser that separates given values from defaults.
 
     Args:
-        groups: dataclasses of options; one of them has the field ``config``, a recipe's path.
+        groups: dataclasses of options; one of them has the field ``config``, which names a recipe.
         description: first lines of ``--help``.
         usage: the shortest complete command line.
-        foreign: options of other scripts that this one does not have, with the reason and what to
-            use instead (`constraints.Table`).
+        foreign: options of other scripts that this script does not have; for each, the reason and
+            what to use instead (`constraints.Table`).
     """
 
     def __init__(
@@ -132,15 +132,15 @@ class CommandLine(UserErrorParser):
             argv: arguments without the program's name; None for ``sys.argv``.
             alternatives: pairs of mutually exclusive options. An option on the command line
                 overrides its partner in the recipe.
-            ignored: a function of the options of the recipe and of those on the command line. It
-                returns the names of the recipe's options that are ignored with the latter.
+            ignored: a function that gets the recipe's options and the command line's options, and
+                returns the names of the recipe's options to ignore.
 
         Returns:
             Values of all options, and the names of those that the arguments or the recipe give.
 
         Raises:
-            UserError: an unknown option, a value of the wrong type or out of its range, a recipe
-                that can't be read.
+            UserError: an option is unknown, a value has the wrong type or is not allowed, or the
+                recipe can't be read.
         """
         flags = self.explicit(argv)
         recipe: dict[str, Any] = {}
@@ -160,12 +160,12 @@ class CommandLine(UserErrorParser):
         return values, frozenset(recipe.keys() | flags.keys())
 
     def defaults(self) -> dict[str, Any]:
-        """Default value of every option."""
+        """Return the default value of every option."""
         return {name: default_of(field) for name, field in self._fields.items()}
 
     def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        """Options given on the command line, without those of a recipe."""
-        # argparse sets no default where an attribute exists, so that None means "not given".
+        """Return the options given on the command line, without those of a recipe."""
+        # argparse sets no default for an attribute that exists, so None means "not given".
         namespace = argparse.Namespace(**dict.fromkeys(self._fields))
         _, unknown_words = self.parse_known_args(argv, namespace)
         if unknown_words:
@@ -176,14 +176,14 @@ class CommandLine(UserErrorParser):
         return {name: value for name, value in vars(namespace).items() if value is not None}
 
     def _refuse(self, word: str, names: Mapping[str, str]) -> NoReturn:
-        """Refuse an option that this parser does not have.
+        """Raise UserError for an option that this parser does not have.
 
         Args:
-            word: the flag, or the key of a recipe.
-            names: the options that there are.
+            word: the flag, or the key in a recipe.
+            names: the existing options by their spellings.
 
         Raises:
-            UserError: always, with a hint.
+            UserError: always; the message has a hint.
         """
         name = word.lstrip("-").replace("-", "_")
         dashes = "--" if word.startswith("-") else ""
@@ -197,7 +197,7 @@ class CommandLine(UserErrorParser):
         raise UserError(f'unknown option "{word}"{hint}: --help lists all of them.')
 
     def _names(self) -> dict[str, str]:
-        """The name of the option for each of its spellings, without leading dashes."""
+        """Return the option's name for each of its spellings, without leading dashes."""
         names: dict[str, str] = {}
         for action in self._actions:
             if action.dest == "help":
@@ -219,7 +219,7 @@ class CommandLine(UserErrorParser):
         """Parse a mapping from a YAML file to option values, like `explicit`.
 
         Raises:
-            UserError: an unknown option, one that is given twice, a value of the wrong type.
+            UserError: an option is unknown or given twice, or a value has the wrong type.
         """
         # A recipe writes `center_crop: false`, not a --no_ flag, and cannot name another recipe.
         names: dict[str, str] = {}
@@ -240,8 +240,8 @@ class CommandLine(UserErrorParser):
                 words[name] = texts
             else:
                 lists[name] = texts
-        # Single values and lists of numbers are read like flags, by the option's type; items of
-        # other lists stay texts.
+        # The option's type parses single values and lists of numbers, as it does for flags; items
+        # of other lists stay text.
         values = self.explicit([f"--{name}={text}" for name, text in words.items()])
         for name, texts in lists.items():
             if texts is None:
@@ -256,7 +256,7 @@ class CommandLine(UserErrorParser):
         """Convert a recipe's value to command-line text; list items may be mappings.
 
         Returns:
-            None for null, which means no value.
+            The text, or a list of items; None for null, which means no value.
         """
         field = self._fields[name]
         is_itemized = option_of(field).itemized
@@ -266,23 +266,23 @@ class CommandLine(UserErrorParser):
         is_list = isinstance(value, list)
         items = value if isinstance(value, list) else [value]
         kinds: tuple[type, ...] = (bool, str)
-        # A mapping is an item of a list, never a single value.
+        # A mapping may only be an item of a list, not a single value.
         if is_itemized and (is_list or takes_list):
             kinds = (bool, str, dict)
         is_readable = all(isinstance(item, kinds) for item in items)
         if not is_readable or (is_list and not (takes_list or is_itemized)):
             fix = "single values in one list" if takes_list else "a single value"
             raise UserError(f'"{name}" is {quoted(value)}: give {fix}.')
-        # YAML's true and false are the words that a flag takes.
+        # Flags accept YAML's true and false as words.
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         return texts if takes_list or is_list else texts[0]
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe that ``--config`` names by its path, or as one of `RECIPES`.
+    """Return the file of the recipe that ``--config`` names: a path, or a name in `RECIPES`.
 
     Raises:
-        UserError: no such file and no such recipe.
+        UserError: there is neither such a file nor such a recipe.
     """
     path = Path(name)
     # A file takes precedence over a recipe of the same name. `read_options` raises an error if the
@@ -295,7 +295,7 @@ def find_recipe(name: str) -> Path:
     names = list[str]()
     for file in RECIPES.rglob("*.yaml"):
         names.append(file.relative_to(RECIPES).with_suffix("").as_posix())
-    # Recipes in folders, one for each task of the paper, would make the sentence too long.
+    # Recipes in subfolders, one for each task of the paper, would make the message too long.
     top_names = sorted(recipe for recipe in names if "/" not in recipe)
     raise UserError(
         f"--config {quoted(name)} is neither a file nor a recipe{did_you_mean(name, names)}: give a"
@@ -304,7 +304,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_options(path: Path, label: str, flag: str) -> Any:
-    """Read a YAML file of mappings, lists, texts, true, false and null.
+    """Return the content of a YAML file: mappings, lists, text, true, false and null.
 
     Args:
         path: the file.
@@ -312,7 +312,8 @@ def read_options(path: Path, label: str, flag: str) -> Any:
         flag: the option that names the file.
 
     Raises:
-        UserError: not a regular file, too large, not text, or not plain YAML.
+        UserError: the path is not a regular file, or the file is too large, not UTF-8 or not plain
+            YAML.
     """
     text = read_text(path, f"{label} of {flag}", MAX_BYTES)
     try:
@@ -330,17 +331,17 @@ def read_options(path: Path, label: str, flag: str) -> Any:
 
 
 class _Loader(yaml.BaseLoader):
-    """PyYAML's loader that keeps values as text, without the parts that options do not need."""
+    """YAML loader that keeps values as text, and refuses features that options do not need."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        # Aliases of aliases can grow to gigabytes, and a tag could name a Python object.
+        # Nested aliases can expand to gigabytes, and a tag could name a Python object.
         event = self.peek_event()
         if event.anchor is not None or getattr(event, "tag", None) is not None:
-            raise _invalid("an anchor, an alias or a tag, or a text like one without quotes", event)
+            raise _invalid("an anchor, an alias or a tag, or unquoted text like one", event)
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> Any:
-        # A scalar with a style is quoted, so that "true" and "null" stay text.
+        # A scalar with a style is quoted, so "true" and "null" stay text.
         if node.style is None and node.value in _WORDS:
             return _WORDS[node.value]
         return _text(node)

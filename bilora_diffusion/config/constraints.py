@@ -1,12 +1,12 @@
 """The table of refused combinations, with reasons and what to do instead: `constraints.toml`.
 
-It has combinations of options with each other and with the device, ways to launch (DDP trains
-everything, FSDP2 adapters of text models), and flags of other scripts. It is checked against a
-mapping of facts: values of options by name, and further facts that its ``[facts]`` name. Command
-lines, launches and trainers refuse what it lists, the contract tests skip it, and
-docs/options.md shows it (``python -m docs.make``).
+The table lists options that can't be combined with each other, with a device or with a way of
+launching (DDP trains everything, FSDP2 only adapters of text models), and flags of other scripts.
+Its conditions are checked against a mapping of facts: option values by name, and the other facts
+that its ``[facts]`` section names. Command lines, launches and trainers refuse the combinations in
+the table, the contract tests skip them, and docs/options.md lists them (``python -m docs.make``).
 
-An option that the chosen method does not read is not refused, so that runs which differ only in
+An option that the chosen method does not read is not refused, so that runs that differ only in
 ``--method`` can share a recipe.
 """
 
@@ -23,11 +23,11 @@ from typing import Any
 from ..core.errors import UserError
 
 TABLE = Path(__file__).with_name("constraints.toml")
-# A test in words, with its argument.
+# A test in words with its argument, such as "above 0".
 TEST = re.compile(r"(given|absent|above|other than|equal to)(?: (.+))?")
 # Text that needs no quotes in a shell.
 PLAIN_VALUE = re.compile(r"[\w.+-]+")
-# Values of options, and further facts, by name.
+# Option values and other facts, by name.
 Facts = Mapping[str, Any]
 
 
@@ -35,17 +35,17 @@ Facts = Mapping[str, Any]
 class Condition:
     """A condition on one fact: a test, or a list of values."""
 
-    name: str  # of the fact
-    test: str = ""  # given, absent, above, other than or equal to; "" where values are listed
-    argument: str = ""  # of the test: a number, words with commas between them, or ``--option``
+    name: str  # name of the fact
+    test: str = ""  # given, absent, above, other than or equal to; "" if ``values`` is used
+    argument: str = ""  # the test's argument: a number, comma-separated words, or ``--option``
     values: tuple[Any, ...] = ()  # the values that meet the condition
 
     def holds(self, facts: Facts) -> bool:
-        """Test that the fact is known and meets the condition."""
+        """Return whether the fact is known and meets the condition."""
         if self.name not in facts:
             return False
         value = facts[self.name]
-        # The value of an option that is the argument, such as --learning_rate.
+        # The value of the option that the argument names, such as --learning_rate.
         compared_value = facts.get(self.argument.removeprefix("--"))
         match self.test:
             case "given":
@@ -62,7 +62,7 @@ class Condition:
         return value in self.values
 
     def markdown(self) -> str:
-        """The condition for a table of the documentation."""
+        """Return the condition in Markdown, for a table in the documentation."""
         phrase = self._values_in_markdown()
         if self.test == "absent":
             return f"no {phrase}"
@@ -77,7 +77,7 @@ class Condition:
         form = table().facts.get(self.name)
         if form is not None:
             return " or ".join(form.format(value) for value in self.values or ("...",))
-        # In the form "`--method bilora` or `lora`"; without values it is a flag.
+        # In the form "`--method bilora` or `lora`"; only the flag if there are no values.
         first_value, *further_values = self.values or (True,)
         phrases = [f"`{fact_text(self.name, first_value)}`"]
         phrases += [f"`{value}`" for value in further_values]
@@ -86,18 +86,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class Constraint:
-    """Facts that are refused together."""
+    """A refused combination of facts."""
 
-    conditions: tuple[Condition, ...]  # it is violated where all of them hold
+    conditions: tuple[Condition, ...]  # the constraint is violated if all of them hold
     reason: str  # a clause that follows "since", with options in backquotes
     instead: str  # what to do instead, in the imperative, with options in backquotes
 
     def is_violated(self, facts: Facts) -> bool:
-        """Test that this constraint refuses these facts."""
+        """Return whether this constraint refuses the facts."""
         return all(condition.holds(facts) for condition in self.conditions)
 
     def sentence(self, facts: Facts) -> str:
-        """The sentence for the user on facts that are refused."""
+        """Return the message for facts that this constraint refuses."""
         subject = ""  # in the form "A with B and C", or "no D and no E"
         for condition in self.conditions:
             is_absent = condition.test == "absent"
@@ -112,7 +112,7 @@ class Constraint:
         return f"{subject} is refused, since {self.reason}: {self.instead}.".replace("`", "")
 
     def markdown(self) -> str:
-        """The conditions for a table of the documentation."""
+        """Return the conditions in Markdown, for a table in the documentation."""
         return ", ".join(condition.markdown() for condition in self.conditions)
 
 
@@ -120,15 +120,15 @@ class Constraint:
 class Table:
     """Content of `constraints.toml`."""
 
-    facts: dict[str, str]  # facts that are not options, and a format for them in sentences
+    facts: dict[str, str]  # facts that are not options, with their format in messages
     constraints: tuple[Constraint, ...]  # in the order in which they are checked
-    # Flags of other scripts by modality and name: the reason, and what to do instead.
+    # Flags of other scripts by modality and name, with the reason and what to do instead.
     foreign: dict[str, dict[str, tuple[str, str]]]
 
 
 @functools.cache
 def table() -> Table:
-    """Read the table, once."""
+    """Return the table, which is read from its file only once."""
     content = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     constraints: list[Constraint] = []
     for row in content["constraint"]:
@@ -139,7 +139,7 @@ def table() -> Table:
 
 
 def condition(name: str, value: Any) -> Condition:
-    """Make the condition of an entry: a value, a list of values, or a test in words."""
+    """Create the condition for an entry: a value, a list of values, or a test in words."""
     if isinstance(value, list):
         return Condition(name, values=tuple(value))
     if isinstance(value, str):
@@ -150,7 +150,7 @@ def condition(name: str, value: Any) -> Condition:
 
 
 def first_violated(facts: Facts) -> Constraint | None:
-    """The first constraint that these facts violate, or None; a missing fact violates none."""
+    """Return the first constraint that the facts violate, or None; a missing fact violates none."""
     for constraint in table().constraints:
         if constraint.is_violated(facts):
             return constraint
@@ -158,10 +158,10 @@ def first_violated(facts: Facts) -> Constraint | None:
 
 
 def check(facts: Facts) -> None:
-    """Refuse facts that violate a constraint.
+    """Check that the facts violate no constraint.
 
     Raises:
-        UserError: it names the facts, the reason and what to do instead.
+        UserError: they violate one; the message names the facts, the reason and what to do instead.
     """
     constraint = first_violated(facts)
     if constraint is not None:
@@ -169,7 +169,7 @@ def check(facts: Facts) -> None:
 
 
 def fact_text(name: str, value: Any) -> str:
-    """A fact as the user wrote it, without the value of a secret."""
+    """Return a fact as the user wrote it, without the value of a secret."""
     if name in table().facts:
         return table().facts[name].format(value)
     if value is True or name == "hub_token":

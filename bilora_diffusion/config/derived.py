@@ -1,26 +1,27 @@
 """Defaults and rates that depend on other options, on the method or on the machine.
 
-A rule is a function from the configuration, as far as it is derived, to the option's value. Some
-are next to the option's declaration. `image.derived` and `text.config` have the rules of most of
-their own options.
+A rule is a function that computes an option's value from the configuration, in which earlier rules
+have already set their options. Some rules are next to the option's declaration; `image.derived` and
+`text.config` have the rules for most options of one script.
 
-Every learning rate of a run, from its default to what the optimizer gets, is here:
+This module handles every learning rate of a run, from its default to the optimizer's value:
 
     --learning_rate            -> the primary of the denoiser or language model. Default: 2e-4 for
                                   images, 5e-4 for text, 1 with Prodigy
     --text_encoder_lr          -> the primaries of trained text encoders. Default: 5e-6; with
                                   Prodigy always --learning_rate
-    --auxiliary_learning_rate  -> the auxiliary of the denoiser or language model. Those of text
-                                  encoders keep the ratio of the primaries. Default: of each
-                                  model the primary's; another value is refused with Prodigy
-    --scale_lr                 -> multiplies the rates by the samples of a step, those of text
-                                  encoders with Prodigy only
+    --auxiliary_learning_rate  -> the auxiliary of the denoiser or language model; the auxiliaries
+                                  of text encoders keep its ratio to the primary's rate. Default:
+                                  each auxiliary has its primary's rate. With Prodigy any other
+                                  value is refused
+    --scale_lr                 -> multiplies the rates by the samples per step; the rates of text
+                                  encoders only with Prodigy
 
-`Method.param_groups` makes the optimizer's groups of them (`auxiliary_rate` in
-methods/bilora/algorithm.py keeps the ratio), and the schedule multiplies all of them alike. Prodigy
-(arXiv 2306.06101) estimates one step size for all parameters and takes the learning rate as a
-factor on it, so that under it all rates are ``--learning_rate``. The rates are with the options and
-not with the optimizers, since a run records the rates that it trains with.
+`Method.param_groups` puts these rates into the optimizer's parameter groups (`auxiliary_rate` in
+methods/bilora/algorithm.py keeps the ratio), and the schedule multiplies all of them by one factor.
+Prodigy (arXiv 2306.06101) estimates one step size for all parameters and multiplies it by the
+learning rate, so with Prodigy all rates are ``--learning_rate``. The rates belong to the options,
+not to the optimizers, because a run records the rates that it trains with.
 """
 
 from __future__ import annotations
@@ -36,31 +37,32 @@ from .run import RunConfig
 
 # The default of diffusers' scripts.
 TEXT_ENCODER_RATE = 5e-6
-# With this factor Prodigy's step size is the estimated one.
+# Learning rate at which Prodigy uses its estimated step size unchanged.
 PRODIGY_RATE = 1.0
-# A rate up to this was probably meant for another optimizer than Prodigy.
+# With Prodigy, a rate up to this one was probably meant for another optimizer.
 LOW_PRODIGY_RATE = 0.1
-# AdamW moves each weight by about the rate in a step. From this rate on it trains no adapter.
+# AdamW changes each weight by about the learning rate per step. From this rate on, adapters do not
+# learn anything.
 HIGH_ADAMW_RATE = 0.1
 Config = TypeVar("Config", bound=RunConfig)
-# An option, and the function that derives its value where nobody gave one.
+# An option, and the function that derives its value if the user did not give one.
 Rule = tuple[str, Callable[[Config], object]]
 
 
 def default_rho(cfg: RunConfig) -> float | None:
-    """The method's own radius; None for a method without one."""
+    """Return the method's default radius; None for a method without one."""
     return methods.get(cfg.method).usual_rho(cfg.modality)
 
 
 def default_learning_rate(cfg: RunConfig) -> float:
-    """1 for Prodigy, else the script's declared default (Tables A4 to A8)."""
+    """Return 1 for Prodigy, else the script's declared default (Tables A4 to A8)."""
     if cfg.optimizer == "prodigy":
         return PRODIGY_RATE
     return cfg.learning_rate
 
 
 def default_text_encoder_lr(cfg: RunConfig) -> float | None:
-    """diffusers' default, and for Prodigy the learning rate; None for frozen text encoders."""
+    """Return diffusers' default, or Prodigy's learning rate; None for frozen text encoders."""
     if not cfg.train_text_encoder:
         return None
     if cfg.optimizer == "prodigy":
@@ -69,26 +71,27 @@ def default_text_encoder_lr(cfg: RunConfig) -> float | None:
 
 
 def text_encoder_rate(cfg: RunConfig) -> float:
-    """The rate with which text encoders are trained."""
-    # Prodigy's one step size is estimated for all models together.
+    """Return the learning rate of the text encoders."""
+    # Prodigy estimates one step size for all models together.
     if cfg.optimizer == "prodigy" or cfg.text_encoder_lr is None:
         return cfg.learning_rate
     return cfg.text_encoder_lr
 
 
 def with_scaled_rates(cfg: Config, processes: int) -> Config:
-    """The configuration with the rates of ``--scale_lr``, times the samples of a step.
+    """Return the configuration with the learning rates that ``--scale_lr`` gives.
 
-    The auxiliary's rate keeps its ratio to the primary's. That of text encoders is not scaled, as
-    in diffusers' scripts, except for Prodigy, under which all rates are the same.
+    The option multiplies the rates by the samples per step. The auxiliary's rate keeps its ratio to
+    the primary's. As in diffusers' scripts, the rate of text encoders is not scaled, except with
+    Prodigy, which needs equal rates.
     """
     if not cfg.scale_lr:
         return cfg
-    # Samples of one optimizer step over all processes, as diffusers' scripts count them.
+    # Samples per optimizer step over all processes, as diffusers' scripts count them.
     samples = cfg.gradient_accumulation_steps * cfg.train_batch_size * processes
     cfg = replace(cfg, learning_rate=cfg.learning_rate * samples)
     if cfg.auxiliary_learning_rate is not None:
-        # None is the primary's rate, which is scaled already.
+        # None means the primary's rate, which has been scaled above.
         cfg = replace(cfg, auxiliary_learning_rate=cfg.auxiliary_learning_rate * samples)
     if cfg.optimizer == "prodigy" and cfg.text_encoder_lr is not None:
         cfg = replace(cfg, text_encoder_lr=cfg.learning_rate)
@@ -96,13 +99,16 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
 
 
 def default_validation_loss_steps(cfg: RunConfig) -> int:
-    """Steps between measurements where held-out samples decide what is exported; else none."""
+    """Return the steps between held-out measurements that choose the exported weights.
+
+    If no measurement chooses them, return the declared default.
+    """
     if cfg.depends_on_heldout and cfg.max_train_steps:
         return cfg.measurement_interval(cfg.max_train_steps)
     return cfg.validation_loss_steps
 
 
-DERIVED_DEFAULTS: tuple[Rule[RunConfig], ...] = (  # in this order: each may read those above it
+DERIVED_DEFAULTS: tuple[Rule[RunConfig], ...] = (  # in order: a rule may read earlier results
     ("lora_alpha", default_lora_alpha),  # from the rank
     ("rho", default_rho),  # from the method
     ("learning_rate", default_learning_rate),  # from the optimizer
@@ -112,7 +118,7 @@ DERIVED_DEFAULTS: tuple[Rule[RunConfig], ...] = (  # in this order: each may rea
 
 
 def derive(cfg: Config, rules: Sequence[Rule[Config]]) -> Config:
-    """Fill in by rules, in their order, the options that nobody gave."""
+    """Return the configuration after applying the rules, in order, to options not given."""
     for option, default in rules:
         if option not in cfg.given_options:
             cfg = replace(cfg, **{option: default(cfg)})

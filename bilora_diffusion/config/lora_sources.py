@@ -1,4 +1,4 @@
-"""LoRA files that options name, FILE or FILE:STRENGTH, with the hashes of their content."""
+"""LoRA files that options name as FILE or FILE:STRENGTH, with hashes of their content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..core.lora_names import FILE_NAME, WEIGHTS
 # Options that name a LoRA file, and whether a strength may follow it.
 LORA_OPTIONS = {"init_from": False, "assistant_lora": True, "sampling_lora": True}
 SAMPLING_OPTION = "sampling_lora"  # its file is active only while images are generated
-# Largest size of a strength.
+# Largest absolute value of a strength.
 MAX_STRENGTH = 100.0
 
 
@@ -26,8 +26,8 @@ class LoraSource:
     Attributes:
         option: name of the option.
         path: the file.
-        strength: factor of its change of the weights; 1 where the option takes none.
-        sha256: hash of its content.
+        strength: factor on the file's change of the weights; 1 if the option takes no strength.
+        sha256: SHA-256 hash of the file's content, in hexadecimal digits.
     """
 
     option: str
@@ -37,7 +37,7 @@ class LoraSource:
 
 
 def read_lora_sources(options: Mapping[str, Any]) -> dict[str, LoraSource]:
-    """The LoRA files that are among a run's options, by the option's name.
+    """Return the LoRA files that a run's options name, by the option's name.
 
     Raises:
         UserError: a file does not exist, or a strength is not a usable number.
@@ -65,7 +65,7 @@ def parse_lora_source(option: str, value: str) -> LoraSource:
 def find_lora_source(option: str, place: str, strength: float = 1.0) -> LoraSource:
     """Find a LoRA file and hash it.
 
-    The place may be a folder that holds a file of diffusers' or PEFT's name, such as a run folder.
+    ``place`` is the file, or a folder with a LoRA file for diffusers or PEFT, such as a run folder.
 
     Raises:
         UserError: there is no such file, or it can't be read.
@@ -84,13 +84,13 @@ def find_lora_source(option: str, place: str, strength: float = 1.0) -> LoraSour
             f"--{option} {quoted(place)} is not a file: correct the path, or download it."
         )
     sha256 = read_or_refuse(
-        f"--{option} {quoted(str(path))}", "check its rights", lambda: hash_of_file(path)
+        f"--{option} {quoted(str(path))}", "check its permissions", lambda: hash_of_file(path)
     )
     return LoraSource(option, path, strength, sha256)
 
 
 def split_strength(option: str, value: str) -> tuple[str, float]:
-    """The place and the strength in FILE[:STRENGTH]; 1 without a strength.
+    """Split FILE[:STRENGTH] into the path and the strength, which is 1 by default.
 
     Raises:
         UserError: the strength is not finite or far too large.
@@ -100,20 +100,20 @@ def split_strength(option: str, value: str) -> tuple[str, float]:
         strength = float(ending)
     except ValueError:
         return value, 1.0  # the colon belongs to the path, or there is none
-    if not colon:  # a path that is a number
+    if not colon:  # the whole value is a path that looks like a number
         return value, 1.0
     if not math.isfinite(strength) or abs(strength) > MAX_STRENGTH:
         raise UserError(
             f"--{option} {quoted(value)} has the strength {ending}: give a number from"
-            f" {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, where 1 is the file as it is."
+            f" {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, where 1 applies the file unchanged."
         )
     return place, strength
 
 
 def lora_facts(sources: Mapping[str, LoraSource]) -> dict[str, Any]:
-    """Hash and strength of each file for the record, by which a resume recognizes it.
+    """Return each file's hash and strength for the record, so that a resume can compare them.
 
-    The path is recorded as the option's value; the file may move.
+    The path is recorded as the option's value and may change, since a file may move.
     """
     facts: dict[str, Any] = {}
     for option, source in sources.items():
@@ -124,7 +124,7 @@ def lora_facts(sources: Mapping[str, LoraSource]) -> dict[str, Any]:
 
 
 def recorded_facts(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The `lora_facts` among a run's recorded options, of files that act in training."""
+    """Return the `lora_facts` of files used in training, from a run's recorded options."""
     facts: dict[str, Any] = {}
     for option in LORA_OPTIONS:
         if option == SAMPLING_OPTION:

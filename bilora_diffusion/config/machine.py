@@ -1,4 +1,4 @@
-"""Properties of this machine and of the launch: packages, device, processes, precision."""
+"""Properties of this machine and of the launch: packages, device, processes and precision."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.fields import TRUE
 
-# Variables in which implementations of MPI set the number of processes.
+# Environment variables in which MPI implementations store the number of processes.
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# Engines of accelerate: suffixes of the ACCELERATE_USE_* variables that select them.
+# Engines of accelerate other than DDP and FSDP: suffixes of the ACCELERATE_USE_* variables that
+# select them.
 OTHER_ENGINES = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 
 
 def is_installed(package: str) -> bool:
-    """Test that a top-level package can be imported, without importing it."""
+    """Return whether a top-level package is installed, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def require(package: str, option: str) -> None:
-    """Refuse an option whose package is missing.
+    """Check that the package for an option is installed.
 
     Args:
-        package: name of the package, optionally with a minimum version, as in "peft>=0.21".
+        package: name of the package. A minimum version, as in "peft>=0.21", is not checked; it is
+            part of the install command.
         option: the option as the user gave it.
 
     Raises:
@@ -35,8 +37,8 @@ def require(package: str, option: str) -> None:
 
 
 def device_type() -> str:
-    """The kind of device that accelerate will train on: cuda, mps, xpu, ... or cpu."""
-    # Imported lazily, since it takes a second and --help must not wait for it.
+    """Return the type of the device that accelerate will train on: cuda, mps, xpu, ... or cpu."""
+    # Imported lazily, since the import takes a second and --help must not wait for it.
     import torch
 
     if is_on("ACCELERATE_USE_CPU"):
@@ -46,13 +48,13 @@ def device_type() -> str:
 
 
 def processes() -> int:
-    """Number of processes that train together, as accelerate finds it."""
+    """Return the number of processes that train together, as accelerate determines it."""
     is_on_cpu = is_on("ACCELERATE_USE_CPU")
-    # accelerate opens a process group for LOCAL_RANK, and without it only for MPI on CPUs.
+    # accelerate creates a process group if LOCAL_RANK is set; if not, only for MPI on CPUs.
     if not is_on_cpu and ("LOCAL_RANK" not in os.environ or device_type() == "cpu"):
         return 1
     variables = ("WORLD_SIZE",)
-    # accelerate reads the variables of MPI on CPUs only.
+    # accelerate reads MPI's variables only on CPUs.
     if is_on_cpu:
         variables = MPI_SIZES + variables
     for variable in variables:
@@ -62,16 +64,17 @@ def processes() -> int:
 
 
 def refuse_separate_processes() -> None:
-    """Refuse to start several CPU processes that accelerate would not join into one run.
+    """Raise UserError for several CPU processes that accelerate would not join into one run.
 
-    accelerate 1.15 joins processes on CPUs only where its variable ACCELERATE_USE_CPU says so.
-    ``accelerate launch --cpu --num_processes N`` sets it, and the address at which N processes
-    meet, but starts only one of them unless MPI starts the others (``--mpirun_hostfile``).
+    accelerate 1.15 joins processes on CPUs only if the variable ACCELERATE_USE_CPU is true.
+    ``accelerate launch --cpu --num_processes N`` sets this variable and the address at which N
+    processes meet, but it starts only one of them unless MPI starts the others
+    (``--mpirun_hostfile``).
 
     Raises:
         UserError: each process would train on its own, or fewer than requested would start.
     """
-    # torchrun and accelerate set WORLD_SIZE, and each MPI another variable.
+    # torchrun and accelerate set WORLD_SIZE; each MPI implementation sets its own variable.
     sizes = [os.environ[name] for name in ("WORLD_SIZE", *MPI_SIZES) if name in os.environ]
     has_several = any(size != "1" for size in sizes)
     uses_cpu = is_on("ACCELERATE_USE_CPU")
@@ -88,12 +91,12 @@ def refuse_separate_processes() -> None:
 
 
 def is_on(variable: str) -> bool:
-    """Test that a variable of accelerate's launcher is set to true."""
+    """Return whether an environment variable of accelerate's launcher is true."""
     return os.environ.get(variable, "").lower() in TRUE
 
 
 def launch() -> dict[str, Any]:
-    """Launch settings that `constraints` checks, from the variables of accelerate's launcher."""
+    """Return the launch settings that `constraints` checks, from accelerate's variables."""
     # The launcher writes "NO" if no backend was chosen.
     is_compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper() not in ("", "NO")
     engine = "DDP"
@@ -120,7 +123,10 @@ def launch() -> dict[str, Any]:
 
 
 def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
-    """The first FSDP2 setting that would shard or offload more than frozen layers, or None."""
+    """Return the first FSDP2 setting that is refused, or None.
+
+    These settings shard, move or rename more than the frozen layers.
+    """
     is_set = {
         "FSDP_OFFLOAD_PARAMS": is_on("FSDP_OFFLOAD_PARAMS"),
         "FSDP_ACTIVATION_CHECKPOINTING": is_on("FSDP_ACTIVATION_CHECKPOINTING"),
@@ -135,12 +141,12 @@ def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
 
 
 def default_precision() -> str:
-    """The precision given to accelerate launch, else the best that the device has.
+    """Return the precision given to accelerate launch, else the best one for the device.
 
     ``accelerate launch`` sets "no" by default, so "no" is treated as not given.
 
     Raises:
-        UserError: the launcher is set to another precision.
+        UserError: the launcher is set to a precision that is not supported.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision in ("fp16", "bf16"):
@@ -154,7 +160,7 @@ def default_precision() -> str:
         return "no"
     import torch
 
-    # Cards before Ampere emulate bf16, which is slower than fp16.
+    # GPUs before Ampere emulate bf16, which is slower than fp16.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "fp16"

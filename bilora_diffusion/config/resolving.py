@@ -1,10 +1,10 @@
-"""From a command line to a configuration: parse, derive, check, freeze; once for a run.
+"""Conversion of a command line to a run's configuration, in four steps.
 
 parse    flags and recipe -> a typed configuration that knows which options were given
 derive   `derived.DERIVED_DEFAULTS`, then the script's defaults (`RunConfig.derive_defaults`)
-check    options without effect are ignored with a note; combinations, packages and places that
+check    options without effect are ignored with a note; combinations, packages and paths that
          would not work are refused
-freeze   the rates of the launch (`derived.with_scaled_rates`)
+freeze   learning rates are scaled for the launch (`derived.with_scaled_rates`)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .lora_sources import read_lora_sources
 from .options import NO_CONTROL
 from .run import RunConfig
 
-# Samples of one optimizer step at most, on one process.
+# Maximum number of samples per optimizer step in one process.
 MAX_SAMPLES_OF_STEP = 10**6
 TRACKERS = (
     "tensorboard",
@@ -41,22 +41,22 @@ TRACKERS = (
     "trackio",
 )
 Config = TypeVar("Config", bound=RunConfig)
-# Logger of all notes on a command line (`collect_notes`).
+# Logger of all notes on command lines (`collect_notes`).
 logger = logging.getLogger(__name__)
 
 
 def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """Make the configuration of a run from a command line and what it names.
+    """Return the configuration of a run from its command line.
 
-    The recipe, the small files of the models, and the variables of the launch are read; no weights
-    and no data are downloaded or loaded. ``--help`` prints and exits.
+    The recipe, the models' small files and the launcher's environment variables are read; no
+    weights and no data are downloaded or loaded. ``--help`` prints the help and exits.
 
     Args:
         script: class of the script's configuration.
-        argv: arguments without the program's name; None for those of the process.
+        argv: arguments without the program's name; None for ``sys.argv``.
 
     Raises:
-        UserError: a value or a combination that would give a wrong result; it names the fix.
+        UserError: a value or a combination of options would not work; the message names the fix.
     """
     values, given_options = script.parser().read(
         argv, script.alternatives, recipe_options_of_other_method
@@ -80,18 +80,18 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     if is_main_process():
         for note in notes:
             logger.warning("%s", note)
-    # Freeze. It comes last, since the messages name the rates as the user gave them.
+    # Freeze. This comes last, since the messages name the rates as the user gave them.
     return with_scaled_rates(cfg, machine.processes())
 
 
 @contextmanager
 def collect_notes() -> Iterator[list[str]]:
-    """Context manager: collects notes on command lines instead of printing them."""
+    """Collect the notes on command lines inside the context instead of printing them."""
     notes: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:
         notes.append(record.getMessage())
-        return False  # the record goes no further
+        return False  # the record is dropped
 
     logger.addFilter(collect)
     try:
@@ -103,10 +103,10 @@ def collect_notes() -> Iterator[list[str]]:
 def recipe_options_of_other_method(
     recipe: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> frozenset[str]:
-    """The options that a recipe sets for its method, where the command line names another one.
+    """Return the options that a recipe sets for its method, if the command line names another.
 
-    A radius, for example, is a different quantity in each method, so the other method takes its
-    default. Each such option is named in a warning.
+    A radius, for example, is a different quantity in each method, so the other method uses its
+    default. A warning names each of these options.
 
     Args:
         recipe: options of the recipe.
@@ -123,7 +123,7 @@ def recipe_options_of_other_method(
     if is_main_process():
         for name in sorted(dropped):
             logger.warning(
-                "the recipe's %s %s is for %s, so %s takes its default: change it by --%s.",
+                "the recipe's %s %s is for %s, so %s uses its default: change it with --%s.",
                 name,
                 recipe[name],
                 recipe_method,
@@ -134,8 +134,11 @@ def recipe_options_of_other_method(
 
 
 def with_optimizer_name(cfg: Config) -> Config:
-    """The configuration with the optimizer in lower case, and ``--use_8bit_adam`` as its name."""
-    # diffusers' scripts spell it AdamW.
+    """Return the configuration with the optimizer's name in lower case.
+
+    ``--use_8bit_adam`` becomes the name "adamw8bit".
+    """
+    # diffusers' scripts spell the name AdamW.
     cfg = replace(cfg, optimizer=cfg.optimizer.lower())
     if cfg.use_8bit_adam and cfg.optimizer in ("adamw", "adamw8bit"):
         return replace(cfg, optimizer="adamw8bit", use_8bit_adam=False)
@@ -143,25 +146,25 @@ def with_optimizer_name(cfg: Config) -> Config:
 
 
 def check_method(cfg: RunConfig) -> None:
-    """Refuse an unknown method or optimizer."""
+    """Check that the methods and the optimizer exist."""
     check_choice("--method", cfg.method, methods.names())
     check_choice("--compare", cfg.compare, (*methods.names(), NO_CONTROL))
     check_choice("--optimizer", cfg.optimizer, OPTIMIZERS)
 
 
 def check_packages(cfg: RunConfig) -> None:
-    """Refuse what needs a missing package, a token, or more memory than any machine has."""
+    """Check that required packages and the hub token exist, and that a step is not too large."""
     check_choice("--report_to", cfg.report_to, (*TRACKERS, "all", "none"))
     if cfg.report_to in TRACKERS:
         machine.require(cfg.report_to, f"--report_to {cfg.report_to}")
     if cfg.quantize == "nf4":
-        machine.require("bitsandbytes>=0.50", "--quantize nf4")  # older ones are for CUDA only
+        machine.require("bitsandbytes>=0.50", "--quantize nf4")  # older versions need CUDA
     if (package := OPTIMIZERS[cfg.optimizer].package) is not None:
         machine.require(package, f"--optimizer {cfg.optimizer}")
     if cfg.enable_xformers_memory_efficient_attention:
         machine.require("xformers", "--enable_xformers_memory_efficient_attention")
     if cfg.push_to_hub and cfg.hub_token is None:
-        # Imported late: --help and most runs do not use the hub.
+        # Imported lazily: --help and most runs do not use the hub.
         from huggingface_hub import get_token
 
         if get_token() is None:
@@ -169,19 +172,19 @@ def check_packages(cfg: RunConfig) -> None:
     if cfg.train_batch_size * cfg.gradient_accumulation_steps > MAX_SAMPLES_OF_STEP:
         raise UserError(
             f"--train_batch_size {cfg.train_batch_size} times --gradient_accumulation_steps"
-            f" {cfg.gradient_accumulation_steps} is over {MAX_SAMPLES_OF_STEP} samples a step: give"
-            " smaller ones."
+            f" {cfg.gradient_accumulation_steps} is over {MAX_SAMPLES_OF_STEP} samples per step:"
+            " give smaller numbers."
         )
 
 
 def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config, list[str]]:
-    """Set the given options of these groups that have no effect to their defaults.
+    """Reset the given options that have no effect to their defaults.
 
-    So the run's record does not claim them. As in diffusers' scripts they are not refused: only
-    what would give a wrong result is.
+    The run's record then shows only options that had an effect. As in diffusers' scripts, options
+    without effect are not refused; only options that would give a wrong result are.
 
     Returns:
-        The configuration without them, and a sentence for each.
+        The new configuration, and a sentence for each option that was reset.
     """
     changes: dict[str, Any] = {}
     notes: list[str] = []
@@ -190,7 +193,7 @@ def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config
         if name not in cfg.given_options or value == default_of(field):
             continue
         for case in option_of(field).ignored:
-            # A case tests all options as they were given, also those that are ignored.
+            # A case tests all options as they were given, including ignored ones.
             if case.when(vars(cfg)):
                 changes[name] = default_of(field)
                 if case.becomes:
@@ -202,7 +205,7 @@ def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config
 
 
 def notes_on_defaults(cfg: RunConfig) -> list[str]:
-    """A sentence for each derived default, and each rate, that the user may not expect."""
+    """Return a sentence for each derived default and each rate that the user may not expect."""
     notes: list[str] = []
     steps = cfg.validation_loss_steps
     if steps and cfg.depends_on_heldout and "validation_loss_steps" not in cfg.given_options:
@@ -210,29 +213,29 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
             f"held-out samples are measured every {steps} steps: change it with"
             " --validation_loss_steps."
         )
-    # In diffusers' script alpha is always the rank.
+    # In diffusers' script alpha always equals the rank.
     if "rank" in cfg.given_options and "lora_alpha" not in cfg.given_options:
         notes.append(
-            f"--rank {cfg.rank} comes with --lora_alpha {cfg.lora_alpha:g}, the paper's ratio: for"
-            f" diffusers' add --lora_alpha {cfg.rank}."
+            f"--rank {cfg.rank} implies --lora_alpha {cfg.lora_alpha:g}, the paper's ratio: for"
+            f" diffusers' ratio add --lora_alpha {cfg.rank}."
         )
     if cfg.optimizer == "prodigy" and cfg.learning_rate <= LOW_PRODIGY_RATE:
         notes.append(
             f"{fact_text('learning_rate', cfg.learning_rate)} is low for prodigy, which multiplies"
-            " it with a rate of its own: 1.0 is usual."
+            " it by its own step size: 1.0 is usual."
         )
     if cfg.optimizer != "prodigy" and cfg.learning_rate >= HIGH_ADAMW_RATE:
         notes.append(
-            f"{fact_text('learning_rate', cfg.learning_rate)} is far above what trains with AdamW:"
-            " 1e-4 to 1e-3 is usual."
+            f"{fact_text('learning_rate', cfg.learning_rate)} is far too high for AdamW: 1e-4 to"
+            " 1e-3 is usual."
         )
     has_warmup = cfg.lr_warmup_steps or cfg.warmup_ratio
     if cfg.lr_scheduler == "constant_with_warmup" and not has_warmup:
         notes.append("--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.")
-    # A1111 reads `dora_scale` on another axis, as ComfyUI did before 2026.
+    # A1111 applies `dora_scale` along another axis, as ComfyUI did before version 0.3.30.
     if cfg.use_dora and cfg.output_kohya_format:
         notes.append(
-            "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"
-            " from version 0.3.30 on, and not by A1111, as the model card says in full."
+            "--use_dora: diffusers applies its file exactly as trained, ComfyUI 0.3.30 or later"
+            " applies the kohya file approximately, and A1111 misreads it (see the model card)."
         )
     return notes

@@ -16,7 +16,7 @@ from .command_line import CommandLine
 from .lora_sources import LoraSource, lora_facts
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
-# Options that say which samples are held out.
+# Options that choose the held-out samples.
 HELDOUT_OPTIONS = frozenset({"validation_dataset", "validation_file", "max_eval_samples"})
 
 
@@ -32,7 +32,7 @@ class RunConfig(
 
     modality: ClassVar[str]  # image or text
     groups: ClassVar[tuple[type, ...]]  # the option dataclasses, in the order of ``--help``
-    alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them
+    alternatives: ClassVar[tuple[tuple[str, str], ...]]  # pairs for `CommandLine.read`
     description: ClassVar[str]
     usage: ClassVar[str]
 
@@ -41,7 +41,7 @@ class RunConfig(
     # LoRA files that options name, by the option's name.
     lora_sources: dict[str, LoraSource]
 
-    # Options that only one script has, or redeclares with another default.
+    # Options that only one script has, or that a script redeclares with another default.
     train_text_encoder: bool = False
     text_encoder_lr: float | None = None
     compile: bool = False
@@ -56,7 +56,7 @@ class RunConfig(
 
     @classmethod
     def parser(cls) -> CommandLine:
-        """The parser of this script's command lines."""
+        """Return the parser for this script's command lines."""
         foreign_flags = constraints.table().foreign[cls.modality]
         return CommandLine(cls.groups, cls.description, cls.usage, foreign_flags)
 
@@ -74,13 +74,13 @@ class RunConfig(
         """Check that all input files and folders exist.
 
         Raises:
-            UserError: one is missing; the message names it and the fix.
+            UserError: a file or folder is missing; the message names it and the fix.
         """
         raise NotImplementedError
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Whether a step may leave trained parameters without a gradient, so that DDP needs
+        """Whether some trained parameters may get no gradient in a step; DDP then needs
         ``find_unused_parameters``."""
         return False
 
@@ -92,20 +92,20 @@ class RunConfig(
 
     @property
     def base_model(self) -> str:
-        """The model that is trained, as the user gave it."""
+        """Hub id or path of the model that is trained, as the user gave it."""
         raise NotImplementedError
 
     @property
     def sampled_prompts(self) -> list[str]:
-        """The prompt of each validation image, in the order of the images; none for text."""
+        """Prompt of each validation image, in the order of the images; empty for text."""
         return []
 
     def warmup_steps(self, num_steps: int) -> int:
-        """Number of warm-up steps in a run of ``num_steps`` steps."""
+        """Return the number of warm-up steps in a run of ``num_steps`` steps."""
         return self.lr_warmup_steps or 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as JSON values, without the hub token, and the hashes of LoRA files."""
+        """Return all options except the hub token, and the `lora_facts` of LoRA files."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         options: dict[str, Any] = {}
         # In the order of --help, without fields that are not options.
@@ -116,7 +116,7 @@ class RunConfig(
 
     @classmethod
     def changeable_options(cls) -> frozenset[str]:
-        """Names of the options that may change on resume, since they do not change the training."""
+        """Return the names of options that may change on resume without an effect on training."""
         names: set[str] = set()
         for group in cls.groups:
             group_may_change = getattr(group, "may_change_on_resume", False)
@@ -126,14 +126,14 @@ class RunConfig(
         return frozenset(names)
 
     def resume_settings(self) -> dict[str, Any]:
-        """The options that may not change on resume, as JSON values; see `fixed_options`."""
+        """Return the options that may not change on resume, as JSON values (`fixed_options`)."""
         settings, _ = strict_json(self.to_dict())
         return self.fixed_options(settings)
 
     def fixed_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Recorded options of a run without those that may change on resume.
+        """Return a run's recorded options without those that may change on resume.
 
-        Where a measurement decides which weights the run exports, its options may not change.
+        If held-out measurements decide which weights the run exports, their options may not change.
         """
         names = self.changeable_options()
         if self.depends_on_heldout:
@@ -142,17 +142,17 @@ class RunConfig(
 
     @property
     def depends_on_heldout(self) -> bool:
-        """Whether the measurement of held-out samples decides which weights the run exports."""
+        """Whether held-out measurements decide which weights the run exports."""
         return bool(self.keep_best or self.early_stopping_patience)
 
     @property
     def heldout_measure(self) -> str:
-        """Log name of the held-out metric that selects the exported weights."""
+        """Log name of the held-out measure that chooses the exported weights."""
         return HELDOUT_LOSS
 
     @property
     def measurement_options(self) -> frozenset[str]:
-        """The options that say what is measured, and on which samples."""
+        """Options that define what is measured, and on which samples."""
         return HELDOUT_OPTIONS | {"choose_by"}
 
     @property
@@ -161,5 +161,5 @@ class RunConfig(
         return False
 
     def measurement_interval(self, steps: int) -> int:
-        """Steps between measurements: 20 per run, or 5 if a measurement generates samples."""
+        """Return the steps between measurements: 20 per run, or 5 if they generate samples."""
         return max(1, steps // (5 if self.measures_samples else 20))

@@ -1,1 +1,1 @@
-"""Shared by every folder: errors, files, options, values and seeds. Imports no other folder."""
+"""Base layer of the package: errors, files, options, values, seeds. It imports no other folder."""

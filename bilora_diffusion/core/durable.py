@@ -1,7 +1,7 @@
-"""Files that survive a crash: written under a temporary name, flushed, then renamed.
+"""Crash-safe file writes: write to a temporary file, flush it, then rename it.
 
-Every file that is written whole is written by `replacing`, or by `write_text` and `write_bytes`,
-which call it for content in memory.
+All files that are written as a whole use `replacing`. `write_text` and `write_bytes` call it for
+content that is in memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Prefix of the name of what is not finished, or is being deleted.
+# Prefix of the names of files and folders that are being written or deleted.
 TEMPORARY = ".tmp-"
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the list of a folder's entries, to the disk."""
+    """Flush a file, or a folder's directory entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,14 +30,15 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, ending: str = "") -> Iterator[Path]:
-    """Replace the file ``path``; readers, also after a crash, see the old content or the new.
+    """Replace the file ``path`` atomically: even after a crash, it has the old or the new content.
 
     Args:
         path: the file, which need not exist.
-        ending: added to the temporary name, for writers that use the ending of a name.
+        ending: suffix of the temporary file's name, for example to make the name unique.
 
     Yields:
-        The temporary file next to ``path`` to write into. If writing fails, ``path`` is unchanged.
+        Path of the temporary file next to ``path``, which the caller writes. If writing fails,
+        ``path`` is unchanged.
     """
     temporary = path.with_name(TEMPORARY + path.name + ending)
     try:
@@ -45,38 +46,38 @@ def replacing(path: Path, ending: str = "") -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, path)
     finally:
-        # After a failure half a file would take room on a disk that may be full.
+        # After a failure the disk may be full, so a partial file is not kept.
         temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file ``path`` by ``text`` in UTF-8 (`replacing`)."""
+    """Write ``text`` to the file ``path`` in UTF-8, atomically (`replacing`)."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace the file ``path`` by ``data`` (`replacing`)."""
+    """Write ``data`` to the file ``path``, atomically (`replacing`)."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def readable_as(pattern: Path, *paths: Path) -> None:
-    """Give files the permissions of ``pattern``, a file that Python wrote.
+    """Copy the permissions of ``pattern``, a file that Python wrote, to ``paths``.
 
-    safetensors 0.8 makes its files readable by their owner alone, whatever the umask
-    (https://github.com/safetensors/safetensors/issues/782), and an adapter is made to be shared.
+    safetensors 0.8 ignores the umask and makes its files readable by their owner only
+    (https://github.com/safetensors/safetensors/issues/782), but adapters are meant to be shared.
     """
     for path in paths:
         shutil.copymode(pattern, path)
 
 
 def discard(path: Path) -> None:
-    """Delete a file or a folder; after a crash no part of it has its name."""
+    """Delete a file or a folder; rename it first, so a crash leaves no part under its name."""
     temporary = path
     if not path.name.startswith(TEMPORARY):
         temporary = path.with_name(f"{TEMPORARY}deleted-{path.name}")
-        # Of an earlier deletion that was interrupted. A folder can't be renamed onto another one.
+        # Left by an interrupted deletion. A folder can't be renamed to an existing folder's name.
         if temporary.is_dir():
             shutil.rmtree(temporary)
         os.replace(path, temporary)
@@ -87,25 +88,25 @@ def discard(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of interrupted writers and deletions from ``folder``."""
+    """Delete the temporary files that interrupted writes and deletions left in ``folder``."""
     for leftover in folder.glob(TEMPORARY + "*"):
         discard(leftover)
 
 
 def strict_json(value: Any) -> tuple[Any, bool]:
-    """Convert plain Python values to what strict JSON can say.
+    """Convert plain Python values to values that strict JSON can represent.
 
-    Tuples become lists, ``os.PathLike`` strings, 0-d tensors and NumPy scalars numbers, and numbers
-    that are not finite None.
+    Tuples become lists, ``os.PathLike`` objects become strings, 0-d tensors and NumPy scalars
+    become numbers, and numbers that are not finite become None.
 
     Returns:
-        The value, and whether a number in it was not finite.
+        The converted value, and whether it contained a number that is not finite.
 
     Raises:
-        TypeError: JSON can't hold a value.
+        TypeError: JSON can't represent a value.
     """
-    # Python's JSON writes NaN and infinities as words, and reads each word by `parse_constant`.
-    # `append` returns None, which takes the word's place.
+    # `json.dumps` writes NaN and infinities as words, and `json.loads` calls `parse_constant` for
+    # each of them. `append` returns None, which replaces the word.
     constants: list[str] = []
     text = json.dumps(value, default=_to_plain)
     strict_value = json.loads(text, parse_constant=constants.append)
@@ -121,19 +122,19 @@ def _to_plain(value: Any) -> Any:
 
 
 def dump_json(value: Any) -> str:
-    """Indented strict JSON that ends in a newline."""
+    """Return indented strict JSON that ends with a newline."""
     return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=True) + "\n"
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Test that an exception, or one of its causes, says that a disk or a quota is full."""
+    """Return whether an exception or one of its causes reports a full disk or quota."""
     cause: BaseException | None = error
-    for _ in range(100):  # causes may run in a circle
+    for _ in range(100):  # causes may form a cycle
         if cause is None:
             break
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # safetensors has no error number, only the system's words.
+        # safetensors gives no error number, only the system's message.
         if type(cause).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(cause):
             return True
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""Errors of the user's input and of training, and how a script reports them in one sentence."""
+"""Errors in the user's input and in training, and the one-sentence reports that scripts print."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from typing import TypeVar
 
 from .durable import disk_is_full
 
-# Variables in which launchers say which of its processes a process is.
+# Environment variables in which launchers store a process's rank.
 RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-# Attribute of an exception: the file that holds its trace.
+# Name of an attribute that is added to exceptions: path of the file with the traceback.
 TRACE = "bilora_trace"
-# Exit code where nobody reads the output any more: 128 + SIGPIPE, as a shell has it.
+# Exit code if the reader of stdout has closed the pipe: 128 + SIGPIPE, as in a shell.
 READER_LEFT = 141
-# End of the sentence on weights that exist as pickles only; the braces take a place.
+# End of the message for weights that exist only as pickles. The braces take "", or an addition such
+# as " but model.bin".
 PICKLED = (
     "there are no safetensors{}, and reading a pickle can run code: convert it, for example by"
-    " https://huggingface.co/spaces/safetensors/convert, or by save_pretrained where you trust it"
+    " https://huggingface.co/spaces/safetensors/convert, or by save_pretrained if you trust it"
 )
 T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that names the value and the fix."""
+    """Bad input. The message is one sentence that names the wrong value and the fix."""
 
 
 class TrainingError(RuntimeError):
-    """Training or export can't go on: a loss is not finite, or a file does not match the model."""
+    """Failed training or export, such as a loss that is not finite or a file of another model."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work. The message says what is saved and how to resume.
+    """Interruption by a signal. The message says what was saved and how to resume.
 
     Attributes:
-        number: number of the signal.
-        run_folder: folder of the training run that it ended; None where no run had begun.
+        number: signal number.
+        run_folder: folder of the interrupted training run; None if no run had started.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def ends_in(sentence: str) -> Iterator[None]:
-    """Replace the message of an interruption within the context by ``sentence``."""
+    """Replace the message of an interruption inside the context with ``sentence``."""
     try:
         yield
     except KeyboardInterrupt as stop:
         raise Interrupted(sentence, getattr(stop, "number", signal.SIGINT)) from None
 
 
-# What libraries raise on purpose for bad input; PyTorch's own errors are RuntimeErrors.
+# Exceptions that libraries raise deliberately for bad input. PyTorch raises RuntimeError.
 LIBRARY_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 
 
@@ -73,14 +74,15 @@ LIBRARY_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 def as_user_error(
     sentence: str, fix: str, errors: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """Context manager: turns an error of a library into a `UserError` of one sentence.
+    """Convert a library's error inside the context into a one-sentence `UserError`.
 
     Args:
-        sentence: what can't be done, in the user's words, such as "config.json can't be read".
-        fix: what to do, without a period.
-        errors: exceptions that are turned. A damaged file raises anything in its library. Where
-            much of this package's own code runs, give `LIBRARY_ERRORS`: any other exception, such
-            as an AttributeError, is a defect of that code, whose trace `report_errors` keeps.
+        sentence: the problem in the user's terms, such as "config.json can't be read".
+        fix: what the user should do, without a final period.
+        errors: exceptions to convert. The default is all of them, since a library may raise any
+            exception for a damaged file. Pass `LIBRARY_ERRORS` if the context runs much of this
+            package's own code: any other exception, such as an AttributeError, is then a bug, and
+            `report_errors` keeps its traceback.
     """
     try:
         yield
@@ -88,7 +90,7 @@ def as_user_error(
         raise
     except errors as error:
         if disk_is_full(error):
-            raise  # `report_errors` has a sentence of its own for it
+            raise  # `report_errors` has its own message for a full disk
         if isinstance(error, OSError) and "`safetensors`" in str(error):
             raise UserError(f"{sentence}, since {PICKLED.format('')}.") from error
         raise UserError(f"{sentence} ({reason(error)}): {fix}.") from error
@@ -96,7 +98,7 @@ def as_user_error(
 
 @contextmanager
 def add_source(place: str) -> Iterator[None]:
-    """Context manager: puts a place in front of the sentence of a `UserError`."""
+    """Prefix the message of a `UserError` inside the context with ``place``."""
     try:
         yield
     except UserError as error:
@@ -104,19 +106,19 @@ def add_source(place: str) -> Iterator[None]:
 
 
 def read_or_refuse(subject: str, fix: str, load: Callable[[], T]) -> T:
-    """Return what ``load`` reads of a model or a file; its errors become `UserError`s."""
+    """Return the result of ``load``, which reads a model or a file; convert errors to UserError."""
     with as_user_error(f"{subject} can't be read", fix):
         return load()
 
 
 def reason(error: BaseException) -> str:
-    """An error's message in one line of about 240 letters, cut between two words."""
+    """Return an error's message on one line, cut at a space to at most about 240 characters."""
     text = " ".join(str(error).split())
-    # Pillow's message ends in the address of a buffer, Transformers' in advice for programmers.
+    # Pillow's message ends with a buffer's address, Transformers' with advice for programmers.
     if "cannot identify image file" in text:
-        text = "not an image file that Pillow knows"
+        text = "not an image file that Pillow can read"
     if text.startswith("You set `ignore_mismatched_sizes`"):
-        text = "its weights have other shapes than its config.json says"
+        text = "the shapes of its weights differ from those in its config.json"
     text, _, _ = text.partition(". If you want to")
     if len(text) > 240:
         head, _, _ = text[:240].rpartition(" ")
@@ -125,7 +127,7 @@ def reason(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """The hint for an unknown `word`: `' (did you mean "bilora"?)'`, or `''`."""
+    """Return a hint for an unknown ``word``, such as ' (did you mean "bilora"?)', or ''."""
     close_matches = difflib.get_close_matches(word, list(choices), n=1)
     if not close_matches:
         return ""
@@ -133,17 +135,17 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def strip_controls(line: str) -> str:
-    """Put "?" in place of letters that could steer the terminal.
+    """Replace non-printable characters, which could control the terminal, with "?".
 
-    A name that a file has, or a text in it, may be made by somebody else.
+    File names and texts in files may come from other people.
     """
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def is_main_process() -> bool:
-    """Test that this is the process of a distributed run that prints, or the only one."""
+    """Return whether this is the main process, the only one of a distributed run that prints."""
     variables = RANKS
-    # accelerate joins MPI's processes on CPUs only; elsewhere each of them is a run by itself.
+    # accelerate joins MPI processes only on CPUs; on other devices each one is a separate run.
     if "ACCELERATE_USE_CPU" in os.environ:
         variables += MPI_RANKS
     return all(os.environ.get(variable, "0") == "0" for variable in variables)
@@ -151,23 +153,23 @@ def is_main_process() -> bool:
 
 @dataclass
 class ExitCode:
-    """Exit code of a process; `report_errors` sets its number."""
+    """A process's exit code; `report_errors` sets its number."""
 
     number: int = 0
 
 
 @contextmanager
 def report_errors() -> Iterator[ExitCode]:
-    """Context manager: reports the exception that ends a script on stderr, in one sentence.
+    """Report an exception inside the context on stderr, in one sentence.
 
-    All processes of a distributed run may meet one error; the main one alone reports it.
+    A `UserError`, a `TrainingError` or an interruption may occur in all processes of a distributed
+    run; only the main process reports it. ``BILORA_TRACEBACK=1`` also prints the traceback.
 
     Yields:
-        The exit code, whose number is set when the context exits: 0; 2 after a `UserError`, a
-        `TrainingError` or a full disk; 128 and the signal's number (130 for Ctrl-C) after an
-        interruption; 141, without a sentence, where nobody reads the output any more; 1 after any
-        other exception. The sentence then names the file that holds the trace, and
-        ``BILORA_TRACEBACK=1`` prints it.
+        The exit code, whose number is set when the context exits: 0 if there is no exception; 2
+        after a `UserError`, a `TrainingError` or a full disk; 128 plus the signal number (130 for
+        Ctrl-C) after an interruption; 141, without a message, if the reader of stdout has closed
+        the pipe; 1 after any other exception, whose message names the file with the traceback.
     """
     exit_code = ExitCode()
     try:
@@ -179,20 +181,20 @@ def report_errors() -> Iterator[ExitCode]:
 
 
 def print_trace_if_asked(error: BaseException) -> None:
-    """Print the trace of a reported error if ``BILORA_TRACEBACK=1`` is set."""
+    """Print a reported error's traceback if ``BILORA_TRACEBACK=1`` is set."""
     if os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
         traceback.print_exception(error)
 
 
 def run_cli(main: Callable[[], None]) -> int:
-    """Run `main` of a script and report its error (`report_errors`); returns the exit code."""
+    """Run a script's ``main``, report its error (`report_errors`) and return the exit code."""
     with report_errors() as exit_code:
         main()
     return exit_code.number
 
 
 def _report(error: BaseException) -> int:
-    """Print the sentence on what ended a script; returns the exit code."""
+    """Print the message for the exception that ended a script; return the exit code."""
     if isinstance(error, UserError | TrainingError):
         if is_main_process():
             _print_error(str(error))
@@ -204,14 +206,14 @@ def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError) and _reader_left():
         return READER_LEFT
     if disk_is_full(error):
-        _print_error("the disk is full: make room and give the same command again")
+        _print_error("the disk is full: free some space and run the same command again")
         return 2
     _print_error(f"{describe_error(error)}; {describe_trace(error)}")
     return 1
 
 
 def describe_error(error: BaseException) -> str:
-    """An error as a sentence: the package's own errors have all facts in theirs."""
+    """Return a sentence about an error; for the package's own errors it is their message."""
     if isinstance(error, UserError | TrainingError):
         return str(error)
     text = f"unexpected {type(error).__name__}"
@@ -221,11 +223,11 @@ def describe_error(error: BaseException) -> str:
 
 
 def describe_trace(error: BaseException, folder: Path | None = None) -> str:
-    """A clause on the place of an error's trace, which is kept now if it was not before.
+    """Return a clause that names the file with an error's traceback; write the file if necessary.
 
     Args:
         error: the exception.
-        folder: that of `keep_trace`.
+        folder: folder of a new file, as in `keep_trace`.
     """
     trace = getattr(error, TRACE, None) or keep_trace(error, folder)
     if trace is None:
@@ -234,14 +236,14 @@ def describe_trace(error: BaseException, folder: Path | None = None) -> str:
 
 
 def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
-    """Write an exception's trace to a file, which the sentence of `report_errors` then names.
+    """Write an exception's traceback to a file, which the message of `report_errors` then names.
 
     Args:
         error: the exception.
-        folder: folder of the file; None for a new temporary one.
+        folder: folder of the file; None for a new temporary folder.
 
     Returns:
-        The file; None if it can't be written.
+        Path of the file; None if it can't be written.
     """
     rank = os.environ.get("RANK", "0")
     name = "error.txt" if rank == "0" else f"error-{rank}.txt"
@@ -263,13 +265,13 @@ def _print_error(sentence: str) -> None:
 
 
 def _reader_left() -> bool:
-    """Test that nobody reads stdout any more, as after ``| head``; if so, redirect it."""
+    """Return whether stdout's reader, such as ``| head``, is gone; if so, redirect stdout."""
     stdout = 1
     poll = select.poll()
-    # The empty mask waits for no data; a closed pipe is an error, which is reported without a mask.
+    # The mask is empty, so poll reports only errors, such as a closed pipe.
     poll.register(stdout, 0)
     if not poll.poll(0):
         return False
-    # Python flushes stdout when it ends, which would raise once more.
+    # Python flushes stdout when it exits, which would raise BrokenPipeError again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
     return True

@@ -1,6 +1,6 @@
-"""Options, each declared once as a field of a dataclass with its default, help, choices and range.
+"""Options. Each is declared once, as a dataclass field with its default, help, choices and range.
 
-The flags, ``--help``, the tables of docs/, the checks and the ignored options come from the fields.
+The flags, ``--help``, the tables in docs/ and the checks are all derived from these fields.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import UserError
 from .files import is_text, quoted
 from .values import SMALLEST_NORMAL, Range, check_choice
 
-# Words that a boolean flag takes, in lower case: those of Transformers' parser.
+# Words that a boolean flag accepts, in lower case; Transformers' parser accepts the same ones.
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
 
@@ -27,14 +27,14 @@ FALSE = ("no", "false", "f", "n", "off", "0")
 class IgnoredCase:
     """A case in which an option has no effect: a run then prints a note and ignores the option."""
 
-    when: Callable[[Mapping[str, Any]], bool]  # tests the values of all options for the case
-    where: str  # a clause that follows "has no effect"
-    fix: str = "drop it"  # in the imperative, with options in backquotes
-    becomes: str | None = None  # name of the option whose value it takes; None for its default
+    when: Callable[[Mapping[str, Any]], bool]  # whether the values of all options are this case
+    where: str  # phrase that follows "has no effect" in the note
+    fix: str = "drop it"  # imperative, with options in backquotes
+    becomes: str | None = None  # option whose value replaces the given one; None for the default
 
 
 def unless(name: str, value: Any, where: str) -> IgnoredCase:
-    """The case that another option does not have the value with which this one has an effect."""
+    """Return the case in which the option ``name`` has a value other than ``value``."""
     fix = f"use `--{name} {value}`"
     if value is True:
         fix = f"add `--{name}`"
@@ -43,30 +43,30 @@ def unless(name: str, value: Any, where: str) -> IgnoredCase:
 
 @dataclass(frozen=True)
 class Option:
-    """Properties of an option, in its field's metadata under "option"."""
+    """Properties of an option, stored in its field's metadata under "option"."""
 
     help: str  # one or two sentences for ``--help``
-    ignored: tuple[IgnoredCase, ...] = ()  # cases in which it has no effect
-    range: Range | None = None  # its numbers
-    is_path: bool = False  # its value may be the path of a file or a folder
+    ignored: tuple[IgnoredCase, ...] = ()  # cases in which the option has no effect
+    range: Range | None = None  # allowed numbers
+    is_path: bool = False  # whether the value may be the path of a file or a folder
     may_change_on_resume: bool = (
-        False  # a resumed run may change it: it touches at most the last digits
+        False  # whether a resumed run may change it: it affects at most the rounding
     )
-    choices: tuple[str, ...] | None = None  # its values, where they are words
-    words: tuple[str, ...] = ()  # its values that are not numbers
-    read: Callable[[str], Any] | None = None  # reads its text; the text of a ValueError is advice
-    aliases: tuple[str, ...] = ()  # further flags
-    itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
-    fix_if_repeated: str = ""  # a second, other value is refused: what to give instead
+    choices: tuple[str, ...] | None = None  # allowed values, if they are words
+    words: tuple[str, ...] = ()  # allowed words of an option whose other values are numbers
+    read: Callable[[str], Any] | None = None  # parses the text; its ValueError has the advice
+    aliases: tuple[str, ...] = ()  # additional flags
+    itemized: bool = False  # whether the flag may be repeated, and a recipe may list mappings
+    fix_if_repeated: str = ""  # if set: refuse a second, different value with this advice
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
     """Declare a field of a dataclass as an option.
 
     Args:
-        default: value where nobody gives one; a list for an option that takes several values.
+        default: value if the user gives none; a list for an option that takes several values.
         help: one or two sentences.
-        **settings: further fields of `Option`; a number needs a ``range`` or ``read``.
+        **settings: other fields of `Option`; a numeric option needs a ``range`` or ``read``.
     """
     metadata = {"option": Option(help, **settings)}
     if isinstance(default, list):
@@ -75,26 +75,26 @@ def option(default: Any, help: str, **settings: Any) -> Any:
 
 
 def like(group: Any, name: str, **changes: Any) -> Any:
-    """Declare an option of another group once more, with ``changes`` as `option` takes them."""
+    """Redeclare an option of another group; ``changes`` are arguments of `option`."""
     field = group.__dataclass_fields__[name]
     settings = {"default": default_of(field), **vars(option_of(field)), **changes}
     return option(**settings)
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:
-    """Properties of a field that is an option."""
+    """Return the properties of an option from its field."""
     return field.metadata["option"]
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The value of a field where nobody gives one."""
+    """Return a field's default value."""
     if field.default_factory is dataclasses.MISSING:
         return field.default
     return field.default_factory()
 
 
 def options_of(groups: Iterable[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """The fields of some dataclasses that are options, by name, in their order."""
+    """Return the fields of ``groups`` that are options, by name, in order of declaration."""
     options: dict[str, dataclasses.Field[Any]] = {}
     for group in groups:
         for field in dataclasses.fields(group):
@@ -109,16 +109,16 @@ def check(
     dashes: str = "--",
     smallest: float = SMALLEST_NORMAL,
 ) -> None:
-    """Refuse values that an option can't have; None means no value.
+    """Check that each option's value is allowed; None means no value.
 
     Args:
         fields: options by name.
         values: their values, by the same names.
-        dashes: prefix of a name in messages, as the user wrote it.
-        smallest: a number other than 0 below it is refused too.
+        dashes: prefix of option names in messages, as the user writes them.
+        smallest: smallest allowed absolute value of a number other than 0.
 
     Raises:
-        UserError: it names the option, the value and the fix.
+        UserError: a value is not allowed; the message names the option, the value and the fix.
     """
     for name, field in fields.items():
         value = values[name]
@@ -137,7 +137,7 @@ def check(
 
 
 def _check_text(label: str, value: Any) -> None:
-    """Refuse NULs and bytes that are not UTF-8, which can be neither written nor opened."""
+    """Check that texts have no NUL, which no path can contain, and are valid UTF-8."""
     items = value if isinstance(value, list) else [value]
     for text in items:
         if isinstance(text, str) and ("\0" in text or not is_text(text)):
@@ -147,7 +147,7 @@ def _check_text(label: str, value: Any) -> None:
 
 
 def _check_place(label: str, value: str) -> None:
-    """Refuse a path that no file or folder can have; the file need not exist."""
+    """Check that a file or folder can have this path; it need not exist."""
     try:
         Path(value).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -161,7 +161,7 @@ def _check_place(label: str, value: str) -> None:
 
 
 def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
-    """Groups of options by the name of their section in ``--help``."""
+    """Return the groups of options by the name of their section in ``--help``."""
     groups_by_section: dict[str, list[Any]] = {}
     for group in groups:
         groups_by_section.setdefault(group.section, []).append(group)
@@ -169,7 +169,7 @@ def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
 
 
 class OneValue(argparse.Action):
-    """Stores a value, and refuses a second, other one: the user may mean both."""
+    """Action that refuses a second, different value, since the user may want both values."""
 
     def __init__(self, *args: Any, fix: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -179,7 +179,7 @@ class OneValue(argparse.Action):
         """Store the value under the option's name.
 
         Raises:
-            UserError: another value is stored already.
+            UserError: a different value was given before.
         """
         earlier = getattr(namespace, self.dest)
         if earlier not in (None, value):
@@ -190,17 +190,17 @@ class OneValue(argparse.Action):
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any], bare: bool = False) -> None:
-    """Add a flag for each option of some groups.
+    """Add a flag for each option in ``groups``.
 
-    The flags are those of Transformers' ``HfArgumentParser``, whose import takes a second. A name
-    has underscores or dashes. A boolean takes no value or one, as does a choice of yes, no
-    and other words. A boolean that is on by default also has a ``--no_`` form. A list takes one or
-    more values.
+    The flags work like those of Transformers' ``HfArgumentParser``, which takes a second to import.
+    Names may have underscores or dashes. A boolean's value may be left out, as may the value of an
+    option whose choices include yes and no. A boolean that is on by default also has a ``--no_``
+    form. A list takes one or more values.
 
     Args:
-        parser: the parser to add them to.
+        parser: the parser to add the flags to.
         groups: dataclasses with a ``section``.
-        bare: booleans take no value, so that a positional argument may follow them.
+        bare: whether booleans take no value, so that a positional argument may follow them.
     """
     for section_name, section_groups in sections(groups).items():
         section = parser.add_argument_group(section_name)
@@ -212,7 +212,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any], bare: bool
 
 def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any, bare: bool) -> None:
     properties = option_of(field)
-    # A percent sign in the help would be a format of argparse's.
+    # argparse would read a single percent sign in the help text as a format.
     help = properties.help.replace("%", "%%")
     flags = _spellings(field.name) + list(properties.aliases)
     section.add_argument(*flags, help=help, **_parser_arguments(field, hint, bare))
@@ -227,18 +227,18 @@ def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any, bare: bool
 
 
 def _spellings(name: str) -> list[str]:
-    """The flag with underscores and that with dashes; one where the name has neither."""
+    """Return the flag with underscores and the flag with dashes; only one if they are equal."""
     underscored = f"--{name}"
     dashed = f"--{name.replace('_', '-')}"
     return [underscored] if dashed == underscored else [underscored, dashed]
 
 
 def _parser_arguments(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, Any]:
-    """Arguments of ``add_argument`` that say how the values of an option are read.
+    """Return the arguments of ``add_argument`` for an option's default and its parsing.
 
     Args:
         field: the option.
-        hint: its type.
+        hint: its type annotation.
         bare: as in `add_flags`.
     """
     properties = option_of(field)
@@ -251,7 +251,7 @@ def _parser_arguments(field: dataclasses.Field[Any], hint: Any, bare: bool) -> d
         if item in (int, float):
             item = _number_reader(item, ())
         return arguments | {"type": item, "nargs": "+", "action": action}
-    if isinstance(hint, types.UnionType):  # of a type and None, or of a number and words
+    if isinstance(hint, types.UnionType):  # a type or None, or a number or text
         hint = typing.get_args(hint)[0]
     if hint in (int, float):
         return arguments | {"type": _number_reader(hint, properties.words)}
@@ -269,9 +269,9 @@ def _parser_arguments(field: dataclasses.Field[Any], hint: Any, bare: bool) -> d
 def _number_reader(
     kind: Callable[[str], float], words: tuple[str, ...]
 ) -> Callable[[str], float | str]:
-    """A function that reads a number or one of some words.
+    """Return a function that parses a number or one of ``words``.
 
-    It raises ValueError with the advice to give one of them.
+    The function raises ValueError with advice for the user.
     """
     alternatives = "a whole number" if kind is int else "a number"
     for word in words:
@@ -295,7 +295,7 @@ def _read_truth(word: str) -> bool:
 
 
 def _read_yes_or_no(word: str) -> str:
-    """Read any word for true or false as yes or no, and other words as they are."""
+    """Convert a word for true or false to "yes" or "no"; return other words unchanged."""
     try:
         return "yes" if _read_truth(word) else "no"
     except ValueError:

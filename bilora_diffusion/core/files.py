@@ -1,7 +1,7 @@
-"""Readers of files that users wrote, texts and tables, and the wording of messages about them.
+"""Readers for users' text files and tables, and helpers for messages about them.
 
-A file is read whole or refused in one sentence. Rows keep the types and the line that they have in
-the file, which pandas would change.
+A file is either read completely or refused with a one-sentence message. Rows keep their types and
+their line numbers from the file, which pandas would change.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from typing import Any
 
 from .errors import UserError, as_user_error, did_you_mean
 
-# Maximum number of characters of a wrong text in a sentence.
+# Maximum length of a value that a message quotes, in characters.
 LETTERS = 80
-# Maximum size of a table in bytes, since it is read into memory.
+# Maximum size of a file that is read into memory, in bytes.
 MAX_BYTES = 2_000_000_000
-# Maximum number of columns that a sentence lists.
+# Maximum number of columns that a message lists.
 COLUMNS = 20
-# The repository, or the folder into which the package is installed.
+# Root of the repository, or the folder that the package is installed in.
 ROOT = Path(__file__).resolve().parents[2]
-# A path does not follow a letter or a colon, which may belong to a URL. Exceptions are the schemes
-# of models in a folder, such as ``hf:FOLDER``.
+# A path does not start after a letter or a colon, since these may be part of a URL. Exceptions are
+# the prefixes of model folders, such as ``hf:FOLDER``.
 _PATH_START = r"(?:(?<![\w./:~-])|(?<=\bopen_clip:)|(?<=\bhf:)|(?<=\bblip:))"
 _PATH_LETTERS = r"[^\s'\"<>|:,;()\[\]]"
 _ABSOLUTE_PATH = re.compile(rf"{_PATH_START}~?/(?:{_PATH_LETTERS}+/)*((?:(?!/){_PATH_LETTERS})+)/?")
-# The rows of a table, each with what to call it in messages: "line 3 of answers.csv".
+# Rows of a table, each with its name in messages, such as "line 3 of answers.csv".
 Rows = list[tuple[str, dict[str, Any]]]
 
 
-# Tests for a regular file and for a folder. They return False for strings that can't be paths,
-# where the methods of `Path` raise.
+# Unlike the methods of `Path`, these functions return False for strings that can't be paths,
+# instead of raising an error.
 is_file = os.path.isfile
 is_folder = os.path.isdir
 
 
 def regular_file(path: Path) -> Path:
-    """Return the path of a file that can be read whole, into memory.
+    """Check that a file can be read into memory, and return its path.
 
     Raises:
-        OSError: it is not a regular file, such as a pipe without an end, or too large.
+        OSError: the path is not a regular file (it may be an endless pipe), or the file is too
+            large.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -59,37 +60,39 @@ def regular_file(path: Path) -> Path:
 
 
 def hash_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, in 64 hex digits, as ``sha256sum`` prints it."""
+    """Return the SHA-256 hash of a file's content as 64 hex digits, like ``sha256sum``."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, name: str, max_bytes: int) -> str:
-    """Read a file in UTF-8, without its byte order mark.
+    """Return the text of a UTF-8 file without its byte order mark.
 
     Args:
         path: the file.
         name: name of the file in messages.
-        max_bytes: maximum size of the file.
+        max_bytes: maximum size of the file in bytes.
 
     Raises:
-        UserError: not a regular file, too large, or not text; the message names the first line
-            that is not UTF-8.
+        UserError: the path is not a regular file, or the file is too large or not UTF-8; the
+            message names the first line that is not UTF-8.
     """
     if not is_file(path):
         kind = "not there"
         if os.path.exists(path):
-            kind = "a folder" if is_folder(path) else "no regular file"
+            kind = "a folder" if is_folder(path) else "not a regular file"
         raise UserError(f"{name} is {kind}: give a text file.")
     try:
         with path.open("rb") as file:
-            content = file.read(max_bytes + 1)  # one more tells that the file is larger
+            content = file.read(max_bytes + 1)  # the extra byte shows that the file is larger
     except OSError as error:
-        raise UserError(f"{name} can't be read ({error.strerror}): correct its rights.") from error
+        raise UserError(
+            f"{name} can't be read ({error.strerror}): correct its permissions."
+        ) from error
     if len(content) > max_bytes:
         raise UserError(
-            f"{name} is larger than {max_bytes / 1e6:.3g} MB, the most that is read: cut it into"
-            " several, or check that it is the right file."
+            f"{name} is larger than {max_bytes / 1e6:.3g} MB, the maximum: split it into several"
+            " files, or check that it is the right one."
         )
     try:
         return content.decode("utf-8-sig")
@@ -102,16 +105,16 @@ def read_text(path: Path, name: str, max_bytes: int) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Test that a string has no half of a surrogate pair, which can't be written or tokenized.
+    """Return whether a string has no lone surrogates, which can't be written or tokenized.
 
-    An escape in JSON can be one, and Python makes one of each byte of a command line that is not
-    UTF-8.
+    They come from escapes in JSON, and Python converts each byte on the command line that is not
+    UTF-8 to one.
     """
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def quoted(value: object) -> str:
-    """A wrong value for a message: in quotes, printable, on one line of at most `LETTERS`."""
+    """Return a value for a message: in quotes, on one line of at most `LETTERS` characters."""
     line = " ".join(str(value).split())
     text = line.encode("utf-8", "backslashreplace").decode()
     if len(text) > LETTERS:
@@ -120,14 +123,14 @@ def quoted(value: object) -> str:
 
 
 def folder_or_id(value: str, option: str) -> Path | None:
-    """The folder that a value names, or None where it can only be a repository on the hub.
+    """Return the folder that a value names, or None if the value can only be a hub id.
 
     Args:
-        value: path of a folder, or id of a repository.
-        option: what the user gave the value to, for messages.
+        value: path of a folder, or id of a repository on the hub.
+        option: option that has the value, for messages.
 
     Raises:
-        UserError: a file, a path that does not exist, or no possible id.
+        UserError: the value is a file, a path that does not exist, or not a valid hub id.
     """
     # Imported lazily: --help does not need it.
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -139,7 +142,7 @@ def folder_or_id(value: str, option: str) -> Path | None:
     if os.path.exists(path):
         raise UserError(
             f"{named_value} is a file: give a folder or a hub id."
-            " docs/models.md shows how to make a folder of a checkpoint in one file."
+            " docs/models.md shows how to convert a single-file checkpoint to a folder."
         )
     if value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1:
         raise UserError(f"{named_value} does not exist: correct the path, or give a hub id.")
@@ -147,7 +150,7 @@ def folder_or_id(value: str, option: str) -> Path | None:
         validate_repo_id(value)
     except HFValidationError as error:
         raise UserError(
-            f"{named_value} is neither a folder here nor a possible hub id: correct it."
+            f"{named_value} is neither a folder here nor a valid hub id: correct it."
         ) from error
     return None
 
@@ -155,26 +158,26 @@ def folder_or_id(value: str, option: str) -> Path | None:
 def read_rows(
     path: Path, name: str | None = None, *, kind: str | None = None, max_bytes: int = MAX_BYTES
 ) -> Rows:
-    """Read the rows of a table, which may have none.
+    """Return the rows of a table, which may be empty.
 
-    A row of JSON has the keys that it was written with; one of CSV or Parquet has every column.
+    A row of a JSON file has only its own keys; a row of CSV or Parquet has every column.
 
     Args:
-        path: an object on each line (.jsonl), a list of objects (.json), a table with a header
-            (.csv), all UTF-8; or Parquet (.parquet).
+        path: a file with one object per line (.jsonl), a list of objects (.json) or a table with a
+            header (.csv), all in UTF-8; or a Parquet file (.parquet).
         name: name of the file in messages; None for its name without the folder.
-        kind: ending that says how it is read; None for the path's.
-        max_bytes: maximum size of a text file.
+        kind: one of `TABLES`, the format to read; None for the path's suffix.
+        max_bytes: maximum size of a text file in bytes.
 
     Raises:
-        UserError: no such file, another kind of file, not text, or no row where one is expected;
-            the message names the line.
+        UserError: the file does not exist, has another format, or is not UTF-8; or an entry is not
+            a row, and the message then names its line.
     """
     if name is None:
         name = path.name
     kind = kind or path.suffix.lower()
     if kind not in TABLES:
-        raise UserError(f"{name} is none of {', '.join(TABLES)}: convert it to one of them.")
+        raise UserError(f"{name} is not one of {', '.join(TABLES)}: convert it to one of them.")
     if not is_file(path):
         raise UserError(f"there is no file {quoted(path)} that can be read: correct the path.")
     if kind == ".parquet":
@@ -184,13 +187,13 @@ def read_rows(
 
 
 def require_column(column: str, columns: Iterable[str], option: str, name: str) -> None:
-    """Refuse a column that a table does not have.
+    """Raise UserError if a table does not have a column.
 
     Args:
-        column: the column that is looked for.
-        columns: those of the table.
-        option: what the user gave the column to.
-        name: of the table, for the message, which lists its columns.
+        column: the column.
+        columns: the table's columns, which the message lists.
+        option: option that names the column, for the message.
+        name: the table's name in the message.
     """
     columns = list(columns)
     if column not in columns:
@@ -201,7 +204,7 @@ def require_column(column: str, columns: Iterable[str], option: str, name: str) 
 
 
 def listed(words: Sequence[str]) -> str:
-    """Names, such as those of columns, for a message; at most `COLUMNS` of them."""
+    """Return names, such as column names, as a list for a message; at most `COLUMNS` of them."""
     names = [quoted(word).strip('"') for word in words[:COLUMNS]]
     if len(words) > COLUMNS:
         names.append("...")
@@ -209,18 +212,18 @@ def listed(words: Sequence[str]) -> str:
 
 
 def counted(count: int | str, noun: str) -> str:
-    """A number, or its text, with a noun whose plural ends in s: "1 image", "2 images"."""
+    """Return a number with a noun whose plural ends in s: "1 image", "2 images"."""
     ending = "" if str(count) == "1" else "s"
     return f"{count} {noun}{ending}"
 
 
 def describe_hours_per_second(count: float, noun: str) -> str:
-    """How long so many things take: "0.5 hours for each second that a step takes"."""
+    """Return how long ``count`` steps take: "0.5 hours for each second that a step takes"."""
     return f"{count / 3600:.2g} hours for each second that {noun} takes"
 
 
 def bytes_for_people(count: float) -> str:
-    """Bytes with a unit, such as "1.5 GB"."""
+    """Return a number of bytes with a unit, such as "1.5 GB"."""
     if count < 1000:
         return f"{count:.0f} bytes"
     for unit in ("kB", "MB", "GB"):
@@ -231,7 +234,7 @@ def bytes_for_people(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds with units: "48 s", "3 min 12 s", "2 h 5 min"."""
+    """Return seconds with units: "48 s", "3 min 12 s", "2 h 5 min"."""
     minutes, full_seconds = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{full_seconds} s"
@@ -241,10 +244,10 @@ def duration(seconds: float) -> str:
 
 
 def without_paths(text: str) -> str:
-    """The text without the folders of this machine, for readers elsewhere.
+    """Remove the names of this machine's folders from a text that others will read.
 
-    An absolute path in the repository or the current folder is cut to its place there, another one
-    to its last name.
+    An absolute path inside the repository or the current folder becomes relative to it; any other
+    absolute path is cut to its last part.
     """
     for root in (ROOT, Path.cwd()):
         if root != Path(root.anchor):
@@ -253,7 +256,7 @@ def without_paths(text: str) -> str:
 
 
 def kind_of(value: object) -> str:
-    """The kind of a value of JSON for a message, such as "a list" or "empty"."""
+    """Return the kind of a JSON value for a message, such as "a list" or "empty"."""
     names = {
         type(None): "empty",
         list: "a list",
@@ -271,11 +274,11 @@ def _json(text: str, name: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise UserError(f"{name} is nested too deeply: write flat objects.") from error
-    except ValueError as error:  # also for a number of thousands of digits
+    except ValueError as error:  # also raised for a number with thousands of digits
         problem, _, _ = str(error).partition(";")
         raise UserError(
-            f"{name} is not JSON ({problem}): correct it, and name files with one object a line"
-            " .jsonl."
+            f"{name} is not JSON ({problem}): correct it, or name it .jsonl if it has one object"
+            " per line."
         ) from error
 
 
@@ -300,7 +303,7 @@ def _json_list(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(content, list):
         raise UserError(
             f"{name} holds {kind_of(content)}, not a list of objects: put [ and ] around its rows,"
-            " or name it .jsonl if it has one object a line."
+            " or name it .jsonl if it has one object per line."
         )
     for number, row in enumerate(content, start=1):
         yield _object(row, f"row {number} of {name}")
@@ -313,14 +316,15 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for column, count in Counter(columns).items():
             if count > 1:
                 raise UserError(
-                    f"{name} has several columns {quoted(column)}: rename or drop all but one."
+                    f"{name} has several columns named {quoted(column)}: rename or drop all but"
+                    " one."
                 )
         for row in reader:
             where = f"line {reader.line_num} of {name}"
-            # `DictReader` stores extra fields under the key None, and fills missing ones with None.
+            # `DictReader` stores extra fields under the key None and fills missing ones with None.
             if None in row or None in row.values():
                 raise UserError(
-                    f"{where} does not have {len(columns)} fields as its header has: quote fields"
+                    f"{where} does not have {len(columns)} fields like the header: quote fields"
                     " that contain a comma or a line break."
                 )
             yield where, row
@@ -331,14 +335,14 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet(path: Path, name: str) -> Rows:
-    # Imported late: most runs read no Parquet.
+    # Imported lazily: most runs read no Parquet file.
     from pyarrow import parquet
 
-    with as_user_error(f"{name} can't be read as Parquet", "save it anew"):
+    with as_user_error(f"{name} can't be read as Parquet", "save it again"):
         rows = parquet.read_table(path).to_pylist()
     return [(f"row {number} of {name}", row) for number, row in enumerate(rows, start=1)]
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv}
-# Endings of a table's name.
+# File name suffixes of tables.
 TABLES = (".jsonl", ".json", ".csv", ".parquet")

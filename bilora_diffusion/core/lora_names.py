@@ -1,7 +1,7 @@
-"""Names of LoRA files, of the adapters in them and of the models that have adapters.
+"""Names of LoRA files, of their adapters and of the pipeline components that have adapters.
 
-The file for diffusers has a fixed name; the kohya file is named after the run folder.
-Cheap to import (no torch).
+The file for diffusers has a fixed name; the kohya file is named after the run folder. This module
+is fast to import, since it does not import torch.
 """
 
 from __future__ import annotations
@@ -9,53 +9,54 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# Names of the adapters in PEFT; "default" is PEFT's default.
+# Names of the adapters in PEFT; "default" is PEFT's default name.
 PRIMARY = "default"
 AUXILIARY = "auxiliary"
-# Initial primary that was subtracted from the base weights; inactive, not trained.
+# Copy of the initial primary, which was subtracted from the base weights; inactive, not trained.
 INITIAL = "initial"
-# Adapters of additional LoRA files, frozen and not exported: ASSISTANT is active in training,
-# SAMPLING while images are generated.
+# Frozen adapters of additional LoRA files, which are not exported. ASSISTANT is active during
+# training, SAMPLING while images are generated.
 ASSISTANT = "assistant"
 SAMPLING = "sampling"
 FROZEN = (ASSISTANT, SAMPLING)
 
-# Component names of pipelines; a pipeline has one denoiser.
+# Names of pipeline components; a pipeline has one denoiser.
 DENOISERS = ("unet", "transformer")
 ENCODERS = ("text_encoder", "text_encoder_2")
 # Components that can have adapters in a LoRA file.
 COMPONENTS = DENOISERS + ENCODERS
 
 FORMATS = ("diffusers", "kohya", "peft")
-# A base model with the adapter merged, in addition to the LoRA formats.
+# Another export format: the base model with the adapter merged into it.
 MERGED = "merged"
 # The two files of a PEFT adapter folder.
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-# Metadata key of PEFT's configurations in diffusers' files.
+# Metadata key of the PEFT configurations in a file for diffusers.
 ADAPTER_METADATA = "lora_adapter_metadata"
 # Name of the file for diffusers.
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
-# Maximum bytes of a file stem; file systems allow 255 bytes with all suffixes.
+# Maximum length of a file stem in bytes; file systems allow 255 including all suffixes.
 _LONGEST_STEM = 180
 # Characters that Windows forbids in file names, or that end a name in A1111's <lora:name:1>.
 _UNSAFE = re.compile(r'[<>:"/\\|?*,\x00-\x1f\x7f]')
-# Names that PEFT, Transformers and diffusers give to files of their own.
+# Stems that PEFT, Transformers and diffusers use for their own files.
 _RESERVED_STEMS = ("adapter_model", "model", "diffusion_pytorch_model")
 
 
 def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
-    """File name of a run's export in kohya's format: "runs/icons" -> "icons.safetensors".
+    """Return the file name of a run's kohya export: "runs/icons" -> "icons.safetensors".
 
-    It is safe in any file system and in a web UI's prompt. "-kohya" is added to a name that PEFT or
-    diffusers give to their own files, or whose suffix diffusers would mistake for its own.
+    The name is safe in any file system and in a web UI's prompt. It gets the ending "-kohya" if
+    PEFT, Transformers or diffusers use the name for their own files, or if diffusers would mistake
+    the file for its own.
 
     Args:
         folder: the run folder, which need not exist.
-        step: step of the checkpoint that the file is made from; None for the end of the run.
+        step: step of the exported checkpoint; None for the end of the run.
     """
-    # Half a surrogate pair, which a folder's name can have, becomes a question mark.
+    # A lone surrogate, which a folder's name can contain, becomes a question mark.
     folder_name = Path(folder).resolve().name.encode("utf-8", "replace").decode("utf-8")
     stem = _UNSAFE.sub("_", folder_name).strip(" .") or "lora"
     # The cut may split a multi-byte character, which is then dropped.
@@ -69,10 +70,10 @@ def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
 
 
 def workflow_file_name(folder: str | Path) -> str:
-    """The name of a run's workflow for ComfyUI, "runs/icons" -> "icons.comfy.json"."""
+    """Return the file name of a run's ComfyUI workflow: "runs/icons" -> "icons.comfy.json"."""
     return f"{Path(kohya_file_name(folder)).stem}.comfy.json"
 
 
 def base_workflow_file_name(folder: str | Path) -> str:
-    """The name of the workflow with guidance from the base model, "icons.base.comfy.json"."""
+    """Return the file name of the workflow with base-model guidance: "icons.base.comfy.json"."""
     return f"{Path(kohya_file_name(folder)).stem}.base.comfy.json"

@@ -1,4 +1,4 @@
-"""Matplotlib figures as PNG files, without a screen."""
+"""Matplotlib figures that are written to PNG files without a display."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ DPI = 120
 
 @contextmanager
 def new_figure(path: Path, dpi: int = DPI, **options: Any) -> Iterator[Any]:
-    """Context manager: yields a matplotlib figure and writes it at the end, whole or not at all.
+    """Yield a new matplotlib figure, and write it to ``path`` atomically when the context exits.
 
     Args:
-        path: a PNG file.
+        path: the PNG file to write.
         dpi: dots per inch.
-        options: those of `matplotlib.figure.Figure`, such as ``figsize`` and ``layout``.
+        options: arguments of `matplotlib.figure.Figure`, such as ``figsize`` and ``layout``.
     """
-    # Imported lazily, since it is slow. Not pyplot, which keeps figures in memory and needs a
-    # screen.
+    # Imported lazily, since the import is slow. pyplot is not used: it keeps figures in memory and
+    # may need a display.
     from matplotlib.figure import Figure
 
     figure = Figure(**options)

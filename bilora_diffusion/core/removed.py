@@ -1,8 +1,8 @@
-"""Options and methods that earlier versions had.
+"""Options and methods that were removed.
 
-Command lines and recipes that name one are refused with a sentence that says what to use. Runs and
-checkpoints record all options: one that had no effect there is ignored, otherwise the run can only
-be resumed by the version that wrote it.
+A command line or recipe that names one is refused with a message that says what to use instead.
+Runs and checkpoints record all options. A removed option that had no effect on the run is ignored;
+otherwise only the version that wrote the run can resume it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from .errors import UserError
 
-# The last commit that has all of them, with its tag.
+# Last commit, with its tag, that has the removed options and methods, except for those that name
+# another version.
 TAG = "fc2d1093 (tag last-with-fit)"
 
 
@@ -21,20 +22,21 @@ TAG = "fc2d1093 (tag last-with-fit)"
 class RemovedOption:
     """An option that was removed."""
 
-    # What to use in its place, in the imperative
+    # What to use instead, in the imperative.
     instead: str
-    # Recorded values under which this version trains the same; None: under every value, since only
-    # removed methods read the option
+    # Recorded values with which this version trains the same weights. None means all values, since
+    # only removed methods or features read the option.
     neutral_values: tuple[Any, ...] | None = (None, False)
-    # Tag or commit of the last version with the option
+    # Commit or tag of the last version with the option.
     version: str = TAG
-    # Whether it only says what is measured: it has an effect only on runs that choose by it
+    # Whether the option only affects held-out measurements, and so only runs that use them to
+    # choose weights.
     is_of_measurement: bool = False
-    # Whether only Bi-LoRA read it
+    # Whether only Bi-LoRA reads the option.
     is_of_bilora: bool = False
 
     def is_neutral(self, value: Any, depends_on_heldout: bool = True) -> bool:
-        """Test that a run with this recorded value is trained the same by this version.
+        """Return whether this version trains a run with this recorded value in the same way.
 
         Args:
             value: the recorded value.
@@ -52,67 +54,67 @@ OPTIONS: dict[str, RemovedOption] = {
     "looksam_k": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "looksam_alpha": RemovedOption("use --method lora-sam", None, _RIVALS_VERSION),
     "auxiliaries": RemovedOption(
-        "leave it out, all samples see one auxiliary", (None, 1), is_of_bilora=True
+        "leave it out, since all samples use one auxiliary", (None, 1), is_of_bilora=True
     ),
-    "auxiliary_snr_gamma": RemovedOption("leave it out, it needs several auxiliaries", None),
+    "auxiliary_snr_gamma": RemovedOption("leave it out, since it needs several auxiliaries", None),
     "auxiliary_direction": RemovedOption(
-        "leave it out, the auxiliary ascends", ("ascent",), is_of_bilora=True
+        "leave it out, since the auxiliary always ascends", ("ascent",), is_of_bilora=True
     ),
     "ball": RemovedOption(
-        "leave it out, one ball bounds all layers", ("global",), is_of_bilora=True
+        "leave it out, since one ball bounds all layers", ("global",), is_of_bilora=True
     ),
     "loss_rise": RemovedOption("give --rho a number, such as 0.05", None),
     "l2sp_lambda": RemovedOption("use --method lora", None),
     "use_ema": RemovedOption("use --keep_best"),
     "ema_decay": RemovedOption("use --keep_best", None),
     "fit": RemovedOption("use a recipe with --keep_best, or python -m eval.sweep"),
-    # Read by the search of --fit only
+    # Options that only the search of --fit reads.
     "fit_space": RemovedOption("use python -m eval.sweep", None),
     "fit_budget": RemovedOption("use python -m eval.sweep", None),
     "fit_folds": RemovedOption("use --validation_dataset or --validation_file", None),
     "validation_part": RemovedOption(
-        "use --max_eval_samples, or a held-out set of its own", (None,), is_of_measurement=True
+        "use --max_eval_samples, or a separate held-out set", (None,), is_of_measurement=True
     ),
 }
-# Values of options of `TAG`, and what to use in their place, in the imperative.
+# Removed values of options that `TAG` has, and what to use instead, in the imperative.
 VALUES: dict[tuple[str, str], str] = {("rho", "auto"): "give a number, such as 0.05"}
-# What to use in place of a method of `TAG`, in the imperative.
+# Removed methods that `TAG` has, and what to use instead, in the imperative.
 METHODS: dict[str, str] = {"lora-l2sp": "use --method lora"}
 
 
 def refuse_option(name: str, spelling: str) -> None:
-    """Refuse an option that was removed.
+    """Raise UserError if an option was removed.
 
     Args:
-        name: of the option, with underscores and without dashes.
-        spelling: as the user wrote it.
+        name: the option's name, with underscores and without leading dashes.
+        spelling: the option in the message, such as "--fit".
 
     Raises:
-        UserError: it was removed. The sentence says what to use.
+        UserError: the option was removed. The message says what to use instead.
     """
     if name in OPTIONS:
         _refuse(spelling, OPTIONS[name].instead, OPTIONS[name].version)
 
 
 def refuse_value(name: str, value: str) -> None:
-    """Refuse a value of an option that was removed.
+    """Raise UserError if a value of an option was removed.
 
     Args:
-        name: of the option.
-        value: as the user wrote it.
+        name: the option's name.
+        value: the value as the user wrote it.
 
     Raises:
-        UserError: it was removed. The sentence says what to use.
+        UserError: the value was removed. The message says what to use instead.
     """
     if (name, value) in VALUES:
         _refuse(f"--{name} {value}", VALUES[name, value])
 
 
 def refuse_method(name: str) -> None:
-    """Refuse a method that was removed.
+    """Raise UserError if a method was removed.
 
     Raises:
-        UserError: it was removed. The sentence says what to use.
+        UserError: the method was removed. The message says what to use instead.
     """
     if name in METHODS:
         _refuse(f"the method {name}", METHODS[name])
@@ -125,17 +127,17 @@ def _refuse(subject: str, instead: str, version: str = TAG) -> NoReturn:
 
 
 def require_neutral(saved: Mapping[str, Any], depends_on_heldout: bool = True) -> None:
-    """Refuse recorded options that change the training and that this version does not have.
+    """Check that recorded options include no removed option or method that affects training.
 
     Args:
         saved: options of a run or a checkpoint.
-        depends_on_heldout: as for `RemovedOption.is_neutral`.
+        depends_on_heldout: as in `RemovedOption.is_neutral`.
 
     Raises:
-        UserError: one of them was removed, and has an effect, or the method was removed.
+        UserError: the method, or an option that has an effect on this run, was removed.
     """
     method = saved.get("method")
-    versions: dict[str, str] = {}  # of each option that has an effect
+    versions: dict[str, str] = {}  # last version with each removed option that has an effect
     if method in METHODS:
         versions["method"] = TAG
     for name, option in OPTIONS.items():

@@ -1,8 +1,9 @@
-"""Seeds and hashes that are functions of a key or of content, never of what ran before.
+"""Seeds and hashes that depend only on a key or on content, never on earlier random numbers.
 
-Batches, crops, flips, noise and timesteps each come from ``generator(seed, "what", step, sample)``.
-So two runs that differ only in their method see the same data and noise, a resumed run continues
-exactly, and it does not matter how samples are shared among processes or workers.
+Batches, crops, flips, noise and timesteps each use ``generator(seed, NAME, step, sample)`` with
+their own NAME. Therefore two runs that differ only in their method get the same data and noise, a
+resumed run continues exactly, and results do not depend on how samples are distributed over
+processes or workers.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ if TYPE_CHECKING:  # elsewhere imported in functions, so that --help does not wa
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed in [0, 2**63) that is a function of ``key`` alone, the same on every machine."""
+    """Return a seed in [0, 2**63) that depends only on ``key``; it is equal on all machines."""
     hash_bytes = _hash(_encode(part) for part in key)
-    return int.from_bytes(hash_bytes[:8], "big") >> 1  # 63 bits, as torch takes them
+    return int.from_bytes(hash_bytes[:8], "big") >> 1  # 63 bits, the positive numbers of int64
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator with the seed of a key, for example ``(seed, "noise", step, sample)``."""
+    """Return a CPU generator that is seeded by a key, such as (seed, "noise", step, sample)."""
     import torch
 
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 def digest(*tensors: Tensor) -> str:
-    """Hash of tensors, of their dtypes, shapes and all bits of their values.
+    """Return a hash of the dtypes, shapes and exact values of tensors.
 
     Returns:
         32 hexadecimal digits.
@@ -41,13 +42,13 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         chunks.append(_encode(f"{tensor.dtype} {tuple(tensor.shape)}"))
-        if flat.numel():  # an empty tensor has no view as bytes
+        if flat.numel():  # an empty tensor can't be viewed as bytes
             chunks.append(flat.view(torch.uint8).numpy().tobytes())
     return _hash(chunks).hex()
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """Hash of a sequence of strings, which depends on their order and borders.
+    """Return a hash of a sequence of strings, which depends on their order and boundaries.
 
     Returns:
         32 hexadecimal digits.
@@ -56,7 +57,7 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 
 def _encode(part: int | str) -> bytes:
-    """Encode a part of a key with type and length, so that (1, 23), (12, 3), ("1", 23) differ."""
+    """Encode a key's part with type and length, so that (1, 23), (12, 3) and ("1", 23) differ."""
     if isinstance(part, bool) or not isinstance(part, int | str):
         raise TypeError(f"a key holds ints and strings, not {type(part).__name__}: {part!r}")
     kind = "i" if isinstance(part, int) else "s"

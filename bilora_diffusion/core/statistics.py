@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 CONFIDENCE = 0.95
-# From so many values on, the interval is a bootstrap.
+# Minimum number of values for a bootstrap interval.
 BOOTSTRAP_FROM = 20
 RESAMPLES = 9999
-# Resampled values that are in memory at a time
+# Maximum number of resampled values in memory at a time.
 BATCH_VALUES = 10_000_000
 
 
 class Interval(NamedTuple):
-    """A two-sided confidence interval, in the units of what was measured."""
+    """A two-sided confidence interval, in the units of the measured values."""
 
     low: float
     high: float
@@ -25,19 +25,19 @@ class Interval(NamedTuple):
 def mean_interval(
     values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE
 ) -> Interval | None:
-    """Interval of the mean of independent values, such as paired differences; by default of 95 %.
+    """Return the interval (by default 95 %) of the mean of independent values.
 
-    Fewer than `BOOTSTRAP_FROM` values, such as training seeds, have Student's t, which covers the
-    mean of normal values in 95 % of all samples, however few they are. More, such as prompts, have
-    a bias-corrected and accelerated bootstrap (BCa; Efron, "Better Bootstrap Confidence Intervals",
-    1987), which follows skewed values; it covers the mean of 20 normal values in 92 %, of 5 it
-    would in 84 %.
+    The values may be paired differences. With fewer than `BOOTSTRAP_FROM` values, such as training
+    seeds, the method is Student's t interval: for normal values its coverage is 95 % even with two
+    values. With more values, such as prompts, it is the bias-corrected and accelerated bootstrap
+    (BCa; Efron, "Better Bootstrap Confidence Intervals", 1987), which adapts to skewed values. For
+    normal values its coverage is 92 % with 20 values, and would be 84 % with 5.
 
-    The order of the values has no influence, and the interval follows their unit and offset. Equal
-    values have an interval without width.
+    The interval does not depend on the order of the values, and it shifts and scales with them. For
+    equal values its width is 0.
 
     Returns:
-        None for fewer than two values, or values that are not finite.
+        The interval; None for fewer than two values, or if a value is not finite.
     """
     # Imported lazily: --help must not wait for it.
     from scipy import stats
@@ -48,7 +48,7 @@ def mean_interval(
         return None
     center = float(array.mean())
     spread = float(np.ptp(array))
-    # Values that are equal but for rounding have no distribution.
+    # Values that differ only by rounding have no distribution to resample.
     if spread <= 1e-12 * np.abs(array).max():
         return Interval(center, center)
     if count < BOOTSTRAP_FROM:
@@ -57,7 +57,7 @@ def mean_interval(
         return Interval(center - half_width, center + half_width)
 
     def rounded_mean(sample: np.ndarray, axis: int) -> np.ndarray:
-        """Mean, rounded so that a resample with the mean of the values counts as a tie."""
+        """Return the mean, rounded so that a resample with the mean of all values is a tie."""
         return np.round(sample.mean(axis=axis), 9)
 
     low, high = stats.bootstrap(

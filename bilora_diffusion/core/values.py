@@ -1,10 +1,10 @@
-"""Values that an option can have: choices by name, and ranges of numbers.
+"""Allowed values of options: named choices and ranges of numbers.
 
-They are here, and not next to the code that uses them, because a command line is read before
+They are defined here, not next to the code that uses them, because a command line is read before
 torch and PEFT are imported.
 
-The lower bound of a range is the least number with a meaning. The upper bound is far beyond what
-any run needs, so that a typing error ends in a sentence and not in a long wait or a full memory.
+The lower bound of a range is the smallest meaningful number. The upper bound is far larger than any
+run needs, so that a typing error gives a message instead of a long wait or an out-of-memory error.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .files import quoted
 
 
 class OptimizerKind(NamedTuple):
-    """What is known of an optimizer before it is made."""
+    """Properties of an optimizer that are known before it is created."""
 
-    state: float  # size of its state, roughly, in units of the weights that it trains
-    package: str | None = None  # the package that it needs, if not a dependency of this one
+    state: float  # approximate size of its state, as a multiple of the trained weights
+    package: str | None = None  # required package that is not a dependency of this one
 
 
-# Kinds of optimizers by name; `train.optimizers` makes them.
+# Kinds of optimizers by name; `train.optimizers` creates them.
 OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
     {
         "adamw": OptimizerKind(2),
@@ -38,43 +38,44 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
 )
 
 # Layers that get adapters.
-ALL_LINEAR = "all-linear"  # every one but the output head
+ALL_LINEAR = "all-linear"  # every linear layer except the output head
 ATTENTION = "attention"
 FEED_FORWARD = "feed-forward"
 CONVOLUTIONS = "convolutions"
 ALL_LAYERS = "all"
-# Names of groups of a denoiser's layers (`image.pipeline`).
+# Groups of a denoiser's layers (`image.pipeline`).
 LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
 
 # Adapters and methods.
-INITS = ("default", "gaussian", "pissa", "lora-ga")  # first values of the primary
+INITS = ("default", "gaussian", "pissa", "lora-ga")  # initializations of the primary
 RHO_NORMS = ("scaled", "unscaled")
 SCHEDULES = ("constant", "linear", "cosine")
 
-# Model of the unconditional prediction in classifier-free guidance: one of these words, or a number
-# between 0 and 1, the strength of the adapter in that prediction (`read_guidance_source`).
+# Model that makes the unconditional prediction in classifier-free guidance: one of these words, or
+# the adapter's strength in this prediction, a number between 0 and 1 (`read_guidance_source`).
 ADAPTER_GUIDANCE = "adapter"  # strength 1
 BASE_GUIDANCE = "base"  # strength 0
-# Values of `--timestep_shift`: as the model was trained, as its pipeline samples, none.
+# Values of `--timestep_shift`: the shift that the base model was trained with, the shift that its
+# pipeline samples with, or no shift.
 MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT = "model", "pipeline", "none"
 NF4 = "nf4"
-# Precisions to which the denoiser's weights are rounded in samples: bits, or NF4.
+# Precisions to which the denoiser's weights can be rounded for sampling.
 BASE_PRECISIONS = ("int8", "int7", "int6", "int5", "int4", "int3", "int2", NF4)
-# Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps.
+# Number of evenly spaced noise levels of the held-out loss: 25, 125, ... 925 of 1,000 timesteps.
 NOISE_LEVELS = 10
 
 KINDS = ("seq2seq", "causal", "classification")  # of models
-# Forms in which a causal language model gets a question.
+# Prompt formats of a causal language model.
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
-# Start of the name in the log of what is measured on held-out samples.
+# Prefix of the log names of all measures of held-out samples.
 HELDOUT_PREFIX = "heldout_"
-# Less is better of these two, and more of the scores of answers, such as "heldout_accuracy".
+# Lower is better for these two; higher is better for scores of answers, such as "heldout_accuracy".
 HELDOUT_LOSS = "heldout_loss"
 HELDOUT_DISTANCE = "heldout_distance"
-# Start of the name of the held-out loss at one noise level, which follows.
+# Prefix of the log names of the held-out loss at single noise levels; the level follows.
 BY_LEVEL = "heldout_loss_by_level/"
-# Name of the held-out loss's counterpart on the training samples.
+# Log name of the held-out loss's counterpart on the training samples.
 TRAINING_GRID_LOSS = "train_grid_loss"
 MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
     {HELDOUT_LOSS: "held-out loss", HELDOUT_DISTANCE: "distance of samples"}
@@ -82,67 +83,68 @@ MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
 
 
 def measure_title(measure: str) -> str:
-    """What a sentence calls a measure of held-out samples, such as "held-out exact match"."""
+    """Return the name of a held-out measure in a sentence, such as "held-out exact match"."""
     if measure in MEASURE_TITLES:
         return MEASURE_TITLES[measure]
     return "held-out " + measure.removeprefix(HELDOUT_PREFIX).replace("_", " ")
 
 
 def is_better(measure: str, value: float, earlier_value: float) -> bool:
-    """Test that a value of a measure of held-out samples is better than an earlier one."""
+    """Return whether a held-out measure's value is better than an earlier one."""
     if measure in (HELDOUT_LOSS, HELDOUT_DISTANCE):
         return value < earlier_value
     return value > earlier_value
 
 
-# Start of the name of the distance for one held-out picture, before the picture's number.
+# Prefix of the log names of the distance for single held-out images; the image's number follows.
 DISTANCE_BY_PICTURE = "heldout_distance_of/"
-# Values of ``--choose_by``: distance of samples to held-out pictures, held-out loss, and score of
-# the answers to held-out rows.
+# Values of ``--choose_by``: the distance between samples and held-out images, the held-out loss,
+# and the score of answers to held-out rows.
 BY_SAMPLES = "samples"
 BY_LOSS = "loss"
 BY_SCORE = "score"
-# The miniature's scorer, where a model that embeds images is asked for.
+# Values of ``--image_model``, which embeds images: the miniature's own model, and the prefix of
+# ``dinov2:ID_OR_FOLDER``.
 EMBEDDED = "embedded"
-# Kind of such a model, in ``dinov2:ID_OR_FOLDER``.
 DINOV2 = "dinov2"
 
 
-# Smallest normal number of 32 bits; the arithmetic may take a smaller one for 0.
+# Smallest normal fp32 number; smaller numbers may be treated as 0.
 SMALLEST_NORMAL = 1.2e-38
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may have."""
+    """The range of numbers that an option accepts."""
 
-    maximum: int | float  # the largest
-    reason: str  # why none is larger, as the end of a sentence
+    maximum: int | float  # largest number, included
+    reason: str  # why no larger number is allowed, as a clause that follows "since"
     at_least: int | None = None
     greater_than: int | None = None
-    less_than: int | None = None  # only together with ``at_least`` or ``greater_than``
+    less_than: int | None = None  # needs ``at_least`` or ``greater_than``
     multiple_of: int | None = None
-    instead: str = ""  # what else the user can do, as the end of a sentence
+    instead: str = ""  # alternative to a larger number, appended to the advice
 
     @property
     def or_zero(self) -> Range:
-        """The same range, and 0."""
+        """The same range, including 0."""
         return dataclasses.replace(self, at_least=0, greater_than=None)
 
     def check(self, label: str, value: Any, smallest: float = SMALLEST_NORMAL) -> None:
-        """Refuse a value out of the range.
+        """Check that a value is in the range.
 
         Args:
-            label: what the user calls the value.
+            label: name of the value in the message.
             value: any value.
-            smallest: a number other than 0 below it is refused too.
+            smallest: smallest allowed absolute value of a number other than 0.
 
         Raises:
-            UserError: the value is out of the range.
+            UserError: the value is not in the range.
         """
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
-            fix = f"give 0 or at least {smallest:.2g}: a smaller number is 0 in fp32"
+            zero = "" if self._fix(0) else "0 or "
+            fix = f"give {zero}at least {smallest:.2g}, since a smaller number is 0 in fp32"
         if not fix:
             return
         text = f"{value!r:.80}"
@@ -151,9 +153,9 @@ class Range:
         raise UserError(f"{label} is {text}{self._hint(value, smallest)}: {fix}.")
 
     def _hint(self, value: Any, smallest: float) -> str:
-        """ " (did you mean 2e-4?)" for 2e4, whose exponent seems to lack its sign; or "".
+        """Return " (did you mean 2e-4?)" for 2e4, whose exponent probably lacks its sign, or "".
 
-        Only of floats from 10,000 on, which nobody writes out.
+        Only floats of at least 10,000 get a hint, since users write them with an exponent.
         """
         if type(value) is not float or not 1e4 <= value < math.inf:
             return ""
@@ -164,7 +166,7 @@ class Range:
         return f" (did you mean {suggestion}?)"
 
     def _fix(self, value: Any) -> str | None:
-        """The advice for a number out of the range; None for one in it."""
+        """Return the advice for a value that is not in the range; None for one that is."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return "give a number"
         number: Any = value
@@ -197,41 +199,41 @@ RANKS = Range(
 )
 SCALES = Range(
     1e6,
-    "the adapter's output is scaled by alpha / rank, and half precision ends there",
+    "the adapter's output is scaled by alpha / rank, which would overflow half precision",
     greater_than=0,
 )
 RATES = Range(1e4, "one step would be larger than any weight", greater_than=0)
 BATCHES = Range(65_536, "no device holds a larger batch", at_least=1)
-STEPS = Range(10**9, "at ten steps a second that many take three years", at_least=1)
+STEPS = Range(10**9, "that many take three years at ten steps per second", at_least=1)
 ROWS = Range(10**9, "no data set here has more", at_least=1)
 TOKENS = Range(10**7, "no model reads longer texts", at_least=1)
-WORKERS = Range(1024, "each is a process of its own", at_least=1)
+WORKERS = Range(1024, "each is a separate process", at_least=1)
 FACTORS = Range(1e6, "a larger weight would drown all other terms", at_least=0)
-DECAYS = Range(1e4, "one step would take away more than the whole weight", at_least=0)
+DECAYS = Range(1e4, "one step would remove more than the whole weight", at_least=0)
 SHARES = Range(1, "it is a share", at_least=0, less_than=1)
 SPLITS = Range(1, "it is a share", greater_than=0, less_than=1)
-SIDES = Range(
-    8192, "a larger image alone takes the autoencoder over 34 GB a layer", at_least=8, multiple_of=8
-)
+SIDES = Range(8192, "the autoencoder would need over 34 GB per layer", at_least=8, multiple_of=8)
 SAMPLER_STEPS = Range(1000, "no scheduler here has more noise levels", at_least=1)
-GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
-NOISES = Range(10, "images are spoiled by far less", at_least=0)  # on weights, in deviations
-STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
+GUIDANCES = Range(100, "far smaller values already spoil images", at_least=0)
+# Noise on weights, in standard deviations.
+NOISES = Range(10, "far smaller values already spoil images", at_least=0)
+STRENGTHS = Range(10, "far smaller values already spoil images", at_least=-10)
 
 
-# Strength of the adapter in the unconditional prediction of this project's own evaluations: on six
-# sets of images none is further from held-out ones than with 1, and styles are much closer (F17).
+# The adapter's strength in the unconditional prediction in this project's own evaluations. In the
+# checks of F17 on six image sets, samples are never clearly further from held-out images than at
+# strength 1, and samples in strong styles are much closer.
 EVALUATED_STRENGTH = 0.5
 
 
 def read_guidance_source(value: float | str) -> float | str:
-    """Read the model of the unconditional prediction: "adapter", "base" or a number from 0 to 1.
+    """Parse the source of the unconditional prediction: "adapter", "base" or a number from 0 to 1.
 
     Returns:
-        A number between 0 and 1, or a word: 1 is "adapter", and 0 is "base".
+        A number between 0 and 1, or a word: 1 becomes "adapter" and 0 becomes "base".
 
     Raises:
-        ValueError: its text is the advice.
+        ValueError: the value is neither; the message is the advice for the user.
     """
     if value in (ADAPTER_GUIDANCE, BASE_GUIDANCE):
         return value
@@ -246,7 +248,7 @@ def read_guidance_source(value: float | str) -> float | str:
 
 
 def unconditional_strength(guidance_from: float | str) -> float:
-    """Strength of the adapter in the unconditional prediction: 1 for "adapter", 0 for "base"."""
+    """Return the adapter's strength in the unconditional prediction: "adapter" is 1, "base" 0."""
     words = {ADAPTER_GUIDANCE: 1.0, BASE_GUIDANCE: 0.0}
     if isinstance(guidance_from, str):
         return words[guidance_from]
@@ -254,7 +256,7 @@ def unconditional_strength(guidance_from: float | str) -> float:
 
 
 def guidance_title(guidance_from: float | str) -> str:
-    """Title of the model of the unconditional prediction, as it follows "guidance from"."""
+    """Return the name of the unconditional prediction's model, as it follows "guidance from"."""
     titles = {ADAPTER_GUIDANCE: "the adapter", BASE_GUIDANCE: "the base model"}
     if isinstance(guidance_from, str):
         return titles[guidance_from]
@@ -262,15 +264,15 @@ def guidance_title(guidance_from: float | str) -> str:
 
 
 def check_choice(label: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuse a value that is none of the choices.
+    """Check that a value is one of the choices.
 
     Args:
-        label: what the user calls the value.
+        label: name of the value in the message.
         value: the value.
-        choices: compared by their texts.
+        choices: allowed values; ``value`` is compared with their texts.
 
     Raises:
-        UserError: it names the choices.
+        UserError: the value is not one of the choices, which the message lists.
     """
     names = [str(choice) for choice in choices]
     if value not in names:

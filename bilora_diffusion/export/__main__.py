@@ -1,4 +1,4 @@
-"""Print what is inside a LoRA file, convert it, export a checkpoint of a run, or merge a text run.
+"""Print or convert a LoRA file, export a run's checkpoint, or merge a text run.
 
 python -m bilora_diffusion.export runs/demo
 python -m bilora_diffusion.export FILE --json
@@ -22,37 +22,38 @@ from ..core.errors import UserError, run_cli, strip_controls
 from ..core.lora_names import ADAPTER_METADATA, FORMATS, MERGED
 from .lorafile import LoraFile, inspect, lora_files
 
-_WIDTH = 72  # characters of a metadata entry
+_WIDTH = 72  # maximum number of characters of a metadata value in the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 after an error message."""
     parser = UserErrorParser(
         prog="python -m bilora_diffusion.export",
-        description="Print what is inside a LoRA file, convert it, export a run's checkpoint, or"
+        description="Print a LoRA file's contents, convert the file, export a run's checkpoint, or"
         " merge a text run into its base model.",
     )
     parser.add_argument(
         "source",
         metavar="RUN_OR_FILE",
-        help="a .safetensors file in diffusers', kohya's or PEFT's format, a folder of PEFT, or a"
-        " run folder",
+        help="a .safetensors file in diffusers', kohya's or PEFT's format, a PEFT folder, or a run"
+        " folder",
     )
     parser.add_argument(
         "--to",
         choices=(*FORMATS, MERGED),
-        help="convert it; kohya, for SDXL only, is what ComfyUI and A1111 read. merged: write the"
-        " base model of a text run with the adapter merged",
+        help="format to write; ComfyUI and A1111 read kohya, which is for SDXL only; merged writes"
+        " the base model of a text run with the adapter merged into it",
     )
     parser.add_argument(
         "--step",
         type=int,
-        help="take the run's checkpoint of this step; without --to, in the formats of its end",
+        help="export the run's checkpoint of this step; without --to, in the formats that the run"
+        " exports at its end",
     )
     parser.add_argument(
         "--output",
-        help="the file or folder to write, which is never replaced; by default beside the source,"
-        " or RUN/exports/step-N, merged into RUN/exports/step-N/merged",
+        help="file or folder to write; existing files are never replaced. Default: next to the"
+        " source; for --step RUN/exports/step-N; for --to merged RUN/exports/step-N/merged",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return run_cli(lambda: _run(parser.parse_args(argv)))
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.step is None and options.to is None:
         if options.output is not None:
-            raise UserError(f"--output {options.output} says where, not what; add --to or --step.")
+            raise UserError(
+                f"--output {options.output} has no effect without --to or --step; add one of them."
+            )
         for file in lora_files(Path(options.source)):
             contents = inspect(file)
             if options.json:
@@ -76,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
 
     with locked_around(Path(options.output or options.source)):
         if options.to == MERGED:
-            # By its name, since the package of text runs imports this one.
+            # Imported by name, since the package `text` imports this package.
             merging = import_module("..text.merging", __package__)
             exports = [merging.merge_run(options.source, options.step, options.output)]
         elif options.step is None:
@@ -93,7 +96,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def as_table(contents: LoraFile) -> str:
-    """Contents of a file as a table; the last lines say whether it has an auxiliary, and why."""
+    """Format a file's contents as a table; its last lines show signs of an auxiliary, if any."""
     file_format = contents.format
     if contents.dora:
         file_format += ", DoRA"
@@ -104,7 +107,7 @@ def as_table(contents: LoraFile) -> str:
         f"parameters  {contents.parameters:,} ({', '.join(contents.dtypes)})",
     ]
     if contents.other_tensors:
-        lines.append(f"other       {contents.other_tensors} tensors that are not LoRA's")
+        lines.append(f"other       {contents.other_tensors} tensors that are not part of a LoRA")
     lines += ["", f"{'model':<16}{'layers':>8}{'rank':>10}{'alpha':>12}"]
     for model, layers in contents.layers.items():
         rank = ", ".join(map(str, contents.ranks[model]))
@@ -119,7 +122,7 @@ def as_table(contents: LoraFile) -> str:
             if len(value) > _WIDTH:
                 value = f"{value[: _WIDTH - 3]}..."
             lines.append(f"  {key:<{width}}  {value}")
-    # The main question: a file must have the primary only.
+    # An exported file must contain only the primary.
     lines += ["", f"auxiliary   {'FOUND' if contents.auxiliary else 'none'}"]
     lines += [f"  {sentence}" for sentence in contents.evidence]
     return "\n".join(map(strip_controls, lines))

@@ -44,7 +44,7 @@ from .writer import (
     write_file,
 )
 
-# Metadata that is not copied, since it depends on the tensors or on the file's name.
+# Metadata entries that are not copied, since they depend on the tensors or on the file's name.
 _DERIVED_METADATA = (
     "format",
     ADAPTER_METADATA,
@@ -56,7 +56,7 @@ _DERIVED_METADATA = (
     "ss_output_name",
 )
 
-# Entries of PEFT's configuration that change what an adapter's tensors do.
+# Entries of PEFT's configuration that change the effect of an adapter's tensors.
 _ACTING_CONFIG = ("base_model_name_or_path", "task_type", "r", "lora_alpha")
 
 
@@ -64,8 +64,8 @@ class Export(NamedTuple):
     """An exported file or folder."""
 
     path: Path
-    is_new: bool  # False if the same export existed before
-    notes: tuple[str, ...] = ()  # lines about it for the terminal
+    is_new: bool  # False if an equal export existed before
+    notes: tuple[str, ...] = ()  # lines about the export for the terminal
 
 
 def convert(source: str | Path, to: str, output: str | Path | None = None) -> Path:
@@ -77,14 +77,14 @@ def export_file(source: str | Path, to: str, output: str | Path | None = None) -
     """Write a LoRA file in another format; existing files are not replaced.
 
     Args:
-        source: a LoRA file, a folder that PEFT wrote, or a run folder.
+        source: a LoRA file, a PEFT folder, or a run folder.
         to: "diffusers", "kohya" or "peft".
         output: a .safetensors file, or a folder for a file with the default name. PEFT's format is
-            a folder, with a subfolder for each of several models. By default the output is next to
-            the source.
+            a folder, with one subfolder per model if there are several. By default the output is
+            next to the source.
 
     Returns:
-        The export, new or existing with the same content.
+        The new export, or an existing one with the same content.
 
     Raises:
         UserError: the source can't be read or converted to the format, or the output exists and
@@ -93,16 +93,16 @@ def export_file(source: str | Path, to: str, output: str | Path | None = None) -
     """
     source = Path(source)
     files = lora_files(source)
-    contents = [read(file) for file in files]  # several folders of PEFT, one for each model
+    contents = [read(file) for file in files]  # several if PEFT has one folder per model
     parts: dict[str, Part] = {}
     for file_contents in contents:
         parts |= file_contents.parts
-    # Metadata of training are the same in all of them.
+    # The training metadata is the same in all files.
     joint_contents = Contents(parts, contents[0].metadata, contents[0].base_model)
 
-    # The folder above several folders gives the name.
+    # Several PEFT folders are named after the folder that contains them.
     file = files[0] if len(files) == 1 else source / WEIGHTS
-    # A file with the default name is named after its folder.
+    # A file with a default name is named after its folder.
     named_path = file.with_suffix("")
     if file.name in (FILE_NAME, WEIGHTS):
         named_path = file.parent
@@ -113,7 +113,7 @@ def export_file(source: str | Path, to: str, output: str | Path | None = None) -
         if to == "peft":
             name = f"{stem}-peft"
         elif to == "kohya" and file.name == FILE_NAME:
-            # As the run would have named it.
+            # The name that the run itself uses.
             name = kohya_file_name(folder)
         output = folder / name
     return write(joint_contents, to, Path(output), stem)
@@ -123,8 +123,10 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
     """Write the layers of a file or checkpoint in a format; see `export_file`.
 
     Args:
-        target: the file or folder.
-        stem: name of kohya's file in a folder.
+        contents: the layers and their metadata.
+        to: "diffusers", "kohya" or "peft".
+        target: the file or folder to write.
+        stem: name, without suffix, of a kohya file that is written into a folder.
     """
     parts = contents.parts
     metadata = dict(contents.metadata)
@@ -134,12 +136,12 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
         if name not in COMPONENTS:
             model = f'"{name}"'
             if name == "model":
-                model = "a model that PEFT names"
+                model = "a model that the file does not name"
             if contents.base_model:
                 model += f" ({contents.base_model})"
             raise UserError(
-                f"The adapter is for {model}, and only those for models of image pipelines are"
-                " converted; use it as it is."
+                f"The adapter is for {model}, but only adapters for the models of image pipelines"
+                " can be converted; use the file without conversion."
             )
     if to == "peft":
         return _write_peft(parts, contents.base_model, metadata, target)
@@ -147,7 +149,7 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
         refuse_kohya(parts)
     path = target
     if target.suffix in PICKLES:
-        raise UserError(f"{target} would be a pickle; name a .safetensors file or a folder.")
+        raise UserError(f"{target} would be a pickle file; name a .safetensors file or a folder.")
     if target.suffix != ".safetensors" or target.is_dir():
         path = target / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")
     if _is_same_export(path, to, parts):
@@ -164,11 +166,11 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
 def _write_peft(
     parts: Mapping[str, Part], base_model: str, metadata: Mapping[str, str], target: Path
 ) -> Export:
-    """Write PEFT's folder, with a subfolder for each of several models."""
+    """Write a PEFT folder, with one subfolder per model if there are several."""
     folders = dict.fromkeys(parts, target)
     if len(parts) > 1:
         folders = {name: target / name for name in parts}
-    exists = []  # of each model
+    exists = []  # one entry per model
     for name, folder in folders.items():
         exists.append(_is_same_export(folder / WEIGHTS, "peft", {name: parts[name]}))
     # An earlier export may have been interrupted between two models.
@@ -177,16 +179,16 @@ def _write_peft(
     refuse_existing(target, *folders.values())
     for name, folder in folders.items():
         tensors, config = peft_adapter(name, parts[name], base_model)
-        # Also compare the layers that a reader finds, not only the tensors.
+        # Besides the tensors, compare the layers that a reader finds.
         check = partial(compare, expected={name: parts[name].layers})
         write_adapter(folder, tensors, config, {**metadata, COMPONENT: name}, check)
     return Export(target, is_new=True)
 
 
 def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
-    """Test that a file exists that has these layers, and nothing else, in this format.
+    """Return whether a file exists in this format that has exactly these layers.
 
-    Products and DoRA's magnitudes are compared by `compare`; metadata, such as the date, may
+    `compare` compares the products B @ A and DoRA's magnitudes. Metadata, such as the date, may
     differ.
     """
     if not path.is_file():
@@ -203,7 +205,7 @@ def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
 def _is_same_text_adapter(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> bool:
-    """Test that a folder of PEFT has these tensors, for the same model and with the same scale."""
+    """Return whether a PEFT folder has these tensors, for the same model and with equal scale."""
     weights_file = folder / WEIGHTS
     config_file = folder / CONFIG
     if not weights_file.is_file() or not config_file.is_file():
@@ -220,15 +222,15 @@ def _is_same_text_adapter(
 class Primary(NamedTuple):
     """The primary of one model in a checkpoint."""
 
-    tensors: dict[str, Tensor]  # for the initial base weights of the run
-    config: dict[str, Any]  # PEFT's configuration of training
-    is_doubled: (
-        bool  # the initialization changed the base weights, so the rank is twice that of training
-    )
+    tensors: dict[str, Tensor]  # for the original base weights
+    config: dict[str, Any]  # PEFT's configuration in training
+    # Whether the tensors have twice the trained rank, since the initialization changed the base
+    # weights.
+    is_doubled: bool
 
     @property
     def file_config(self) -> dict[str, Any]:
-        """PEFT's configuration of a file with the tensors."""
+        """PEFT's configuration for a file with these tensors."""
         if self.is_doubled:
             return adapters.twice_the_rank(self.config)
         return self.config
@@ -246,12 +248,13 @@ def export_step(
 ) -> list[Export]:
     """Write the adapter of a run's checkpoint.
 
-    No model is loaded: a checkpoint has the tensors and PEFT's configuration.
+    No model is loaded, since a checkpoint has the tensors and PEFT's configuration.
 
     Args:
-        folder: folder of the run.
-        to: as for `export_file`; None for the formats that the run exports.
-        output: as for `export_file`; by default `exports/step-N` in the run folder.
+        folder: run folder.
+        step: step of the checkpoint.
+        to: format, as in `export_file`; None for the formats that the run exports.
+        output: as in `export_file`; by default `exports/step-N` in the run folder.
     """
     folder = Path(folder)
     record = runlog.read_run(folder)
@@ -262,8 +265,7 @@ def export_step(
     if "model_name_or_path" in config:
         if to not in (None, "peft"):
             raise UserError(
-                f"{folder} is a run on text, whose adapters have no place in {to}'s format; use"
-                " --to peft."
+                f"{folder} is a text run, and {to}'s format can't store its adapter; use --to peft."
             )
         (primary,) = primaries.values()  # a text run has one model
         base_model = str(config["model_name_or_path"])
@@ -274,7 +276,9 @@ def export_step(
         write_adapter(target, primary.tensors, peft_config)
         return [Export(target, is_new=True)]
     if to is None and target.suffix == ".safetensors":
-        raise UserError(f"{target} is one file; say which by --to diffusers or --to kohya.")
+        raise UserError(
+            f"{target} is a single file; choose its format with --to diffusers or --to kohya."
+        )
     parts = {}
     for name, primary in primaries.items():
         scale = primary.config["lora_alpha"] / primary.config["r"]  # s = alpha / rank
@@ -289,20 +293,20 @@ def export_step(
 
 
 def primaries_of_step(folder: Path, step: int) -> dict[str, Primary]:
-    """Read the primaries of a run's checkpoint, by model.
+    """Read the primary of each model from a run's checkpoint.
 
     Raises:
-        UserError: the run has none of this step, or what it has is not exported.
+        UserError: the run has no checkpoint of this step, or its checkpoints can't be exported.
     """
     record = runlog.read_run(folder)
     if get(record["method"]).exports_weights:
         raise UserError(
-            f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
-            " end at the step you want, by --max_train_steps."
+            f"{folder} trains whole models, whose checkpoints can't be exported; let the run end at"
+            " the step that you want with --max_train_steps."
         )
     if record["config"].get("use_ema"):
         raise UserError(
-            f"{folder} was trained with --use_ema, which was removed, so its averaged weights can't"
+            f"{folder} was trained with the removed option --use_ema, so its averaged weights can't"
             f" be exported: use the version {removed.TAG} in git."
         )
     steps = checkpoint.steps(folder)
@@ -312,7 +316,7 @@ def primaries_of_step(folder: Path, step: int) -> dict[str, Primary]:
     saved = checkpoint.load(folder / checkpoint.CHECKPOINTS / f"step-{step}")
     primaries = {}
     for model, config in saved.extra["result"]["adapters"].items():
-        # adapter -> PEFT's key -> tensor; "whole" has modules trained without an adapter
+        # Adapter -> PEFT's key -> tensor; "whole" has the modules that are fully trained.
         adapter_tensors: dict[str, dict[str, Tensor]] = {PRIMARY: {}, INITIAL: {}, "whole": {}}
         for adapter, tensors_by_key in adapter_tensors.items():
             prefix = f"{model}/{adapter}/"

@@ -19,7 +19,7 @@ from .lorafile import layer_of_key
 
 
 class Layer(NamedTuple):
-    """The adapter of a layer, on the CPU: W + B @ A, which DoRA rescales."""
+    """A layer's adapter, on the CPU. The adapted weight is W + B @ A, which DoRA rescales."""
 
     name: str
     A: Tensor  # (r, n) or, for a convolution, (r, in_channels, height, width)
@@ -40,7 +40,7 @@ class Part:
     """The layers of one model in a file."""
 
     layers: list[Layer]  # for the original base weights
-    rank: int | None = None  # rank and alpha of training; None if they are not known
+    rank: int | None = None  # rank and alpha of training; None if unknown
     alpha: float | None = None
 
     @property
@@ -53,22 +53,26 @@ class Part:
 
     @property
     def use_dora(self) -> bool:
-        """True if the layers have DoRA's magnitudes."""
+        """Whether the layers have DoRA's magnitudes."""
         return any(layer.magnitude is not None for layer in self.layers)
 
 
 def primary_part(component: str, model: nn.Module) -> Part:
-    """Read a model's primary as layers of a file.
+    """Convert a model's primary to layers of a file.
 
     Raises:
-        UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
-        TrainingError: a value is not finite, or each B is zero.
+        UserError: there is no primary, its ranks or scales differ, or it trains biases or whole
+            modules.
+        TrainingError: a value is not finite, or every B is zero.
     """
     kinds = {(factor.A.shape[0], factor.scale) for factor in factors(model, PRIMARY)}
     if not kinds:
         raise UserError(f'{component} has no adapter "{PRIMARY}"; leave it out of the export.')
     if len(kinds) > 1:
-        raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
+        raise UserError(
+            f"{component} has layers with different (rank, scale) {sorted(kinds)}; use one rank"
+            " and one scale for all layers."
+        )
     _, scale = kinds.pop()
     return part_of(component, portable_state_dict(model), lora_config(model, PRIMARY), scale)
 
@@ -83,13 +87,13 @@ def part_of(
 
     Args:
         component: the model's name in the pipeline.
-        tensors: by PEFT's keys.
-        config: PEFT's configuration of training.
+        tensors: the adapter's tensors by PEFT key.
+        config: PEFT's configuration in training.
         scale: s.
 
     Raises:
-        UserError: there are biases or whole modules among the tensors.
-        TrainingError: a value is not finite, or each B is zero.
+        UserError: the tensors include biases or whole modules.
+        TrainingError: a value is not finite, or every B is zero.
     """
     require_effect(component, tensors)
     remaining = dict(tensors)
@@ -103,7 +107,7 @@ def part_of(
         magnitude = remaining.pop(f"{name}.lora_magnitude_vector", None)
         if magnitude is not None:
             magnitude = _for_file(magnitude)
-        # In fp64 and rounded once: exact if s is a power of two.
+        # Computed in fp64 and rounded once, so the result is exact if s is a power of two.
         scaled_B = _for_file(B.double() * scale)
         layer = Layer(plain_name(name), _for_file(A), scaled_B, magnitude)
         if not all(tensor.isfinite().all() for tensor in layer.tensors):
@@ -115,42 +119,44 @@ def part_of(
     # The remaining tensors are biases and modules without an adapter.
     if remaining:
         raise UserError(
-            f"{component} trains {next(iter(remaining))}, which LoRA files do not hold."
+            f"{component} trains {next(iter(remaining))}, which LoRA files can't store."
         )
     return Part(layers, config["r"], scale * config["r"])
 
 
 def require_effect(component: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter without effect, in which each B is zero.
+    """Check that an adapter has an effect: at least one B is not zero.
 
     Args:
         component: the model's name.
-        tensors: by PEFT's keys.
+        tensors: the adapter's tensors by PEFT key.
 
     Raises:
-        TrainingError: each B is zero.
+        TrainingError: every B is zero.
     """
     if not any(bool(tensors[key].any()) for key in tensors if ".lora_B." in key):
         raise TrainingError(
-            f"The adapter of {component} is not exported, since all of its B are zero and it would"
-            " change nothing: take more steps, or look at --learning_rate and its schedule."
+            f"The adapter of {component} is not exported, since every B is zero and the adapter"
+            " would change nothing: train for more steps, or check --learning_rate and its"
+            " schedule."
         )
 
 
 def plain_name(name: str) -> str:
-    """A layer's name without PEFT's prefix, as in all versions of Transformers."""
+    """Return a layer's name without PEFT's prefix and without Transformers 4's "text_model."."""
     return name.removeprefix("base_model.model.").removeprefix("text_model.")
 
 
 def _for_file(tensor: Tensor) -> Tensor:
-    """The tensor in fp32 on the CPU."""
+    """Return the tensor in fp32 on the CPU."""
     return tensor.to("cpu", torch.float32).contiguous()
 
 
 def trained_layers(model: nn.Module) -> list[Layer]:
-    """The layers of a model's primary from its definition, W + s * (B @ A - B0 @ A0), in fp64.
+    """Compute the layers of a model's primary from W + s * (B @ A - B0 @ A0), in fp64.
 
-    It shares no code with `part_of`, so that `save_diffusers` can check its files with it.
+    This function shares no code with `part_of`, so that `save_diffusers` can check its files
+    against the result.
     """
     tensors = state_dict(model, PRIMARY)
     initial = state_dict(model, INITIAL)  # A0 and B0, for layers whose initialization changed W
@@ -171,7 +177,7 @@ _KOHYA_PREFIX = {
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
 }
-# Readers of kohya files know only the original SDXL names of these four layers; all other layers
+# Readers of kohya files know these four layers only by their original SDXL names. All other layers
 # can have diffusers' names.
 _ORIGINAL_NAME = {
     "time_embedding.linear_1": "time_embed.0",
@@ -179,7 +185,7 @@ _ORIGINAL_NAME = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-# diffusers' converter does not put dots into these names; it is right for all other layers.
+# diffusers' converter does not insert dots into these names. It converts all others correctly.
 _MISREAD_NAME = {
     "add_embedding_linear_1": "add_embedding.linear_1",
     "add_embedding_linear_2": "add_embedding.linear_2",
@@ -188,7 +194,8 @@ _MISREAD_NAME = {
 }
 _ORIGINAL_BLOCK = re.compile(r"(?:input_blocks_[1-8]|middle_block|output_blocks_[0-8])_[0-2]_")
 _OTHER_FORMAT = "give a file in diffusers' or PEFT's format"
-# The layers of SDXL's UNet and text encoders. Diffusers' converter changes other names, too.
+# Layers of SDXL's UNet and text encoders. Diffusers' converter accepts other names too, so its
+# results are compared with these patterns.
 _BLOCK = r"(?:(?:down_blocks\.[0-3]|mid_block)\.KIND\.[01]|up_blocks\.[0-3]\.KIND\.[0-2])"
 _UNET_LAYER = re.compile(
     rf"{_BLOCK.replace('KIND', 'attentions')}\.(?:proj_in|proj_out|transformer_blocks\.\d{{1,2}}\."
@@ -204,14 +211,14 @@ _ENCODER_LAYER = re.compile(
 
 
 def _name_in_files(component: str, layer: str) -> str:
-    """A layer's name in files, with the "text_model." that Transformers 5 removed from CLIP."""
+    """Return a layer's name in files: with CLIP's "text_model.", which Transformers 5 removed."""
     if component in ENCODERS and not layer.startswith("text_projection"):
         return f"text_model.{layer}"
     return layer
 
 
 def kohya_name(component: str, layer: str) -> str:
-    """A layer's name in kohya's format.
+    """Return a layer's name in kohya's format.
 
     ("unet", "mid_block.attentions.0.proj_in") -> "lora_unet_mid_block_attentions_0_proj_in"
     """
@@ -220,15 +227,15 @@ def kohya_name(component: str, layer: str) -> str:
 
 
 def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """Tensors by the keys that diffusers reads.
+    """Return tensors with the keys that diffusers reads.
 
-    Keys of denoisers are PEFT's. Keys of text encoders need `lora_linear_layer`, since otherwise
-    diffusers can't read adapters of only the MLP; their magnitudes need `.weight`, since otherwise
-    Transformers ignores them.
+    A denoiser's keys are PEFT's. A text encoder's keys need `lora_linear_layer`, since otherwise
+    diffusers can't read an adapter that has only MLP layers. The keys of a text encoder's
+    magnitudes need `.weight`, since otherwise Transformers ignores the magnitudes.
     """
     tensors = {}
     for component, part in parts.items():
-        # As in PEFT, the magnitude of a denoiser has no ".weight".
+        # As in PEFT, the key of a denoiser's magnitude has no ".weight".
         down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
         if component in ENCODERS:
             down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
@@ -243,10 +250,10 @@ def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
 
 
 def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """Tensors by kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
+    """Return tensors with kohya's keys: lora_down.weight, lora_up.weight, alpha, dora_scale.
 
-    `diffusers.utils.convert_state_dict_to_kohya` writes no `dora_scale`, and one alpha for all
-    layers.
+    Each layer's alpha is its rank. `diffusers.utils.convert_state_dict_to_kohya` is not used, since
+    it does not convert DoRA's magnitudes of a UNet or text encoder to `dora_scale`.
     """
     tensors: dict[str, Tensor] = {}
     for component, part in parts.items():
@@ -254,7 +261,7 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
             name = kohya_name(component, layer.name)
             tensors[f"{name}.lora_down.weight"] = layer.A
             tensors[f"{name}.lora_up.weight"] = layer.B
-            # Readers multiply by alpha / rank, which is 1 here, since B has the scale.
+            # Readers multiply by alpha / rank, which is 1 here, since B includes the scale.
             tensors[f"{name}.alpha"] = torch.tensor(float(len(layer.A)))
             if layer.magnitude is not None:
                 # (m, 1) for a linear layer, (m, 1, 1, 1) for a convolution
@@ -266,12 +273,12 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
 def peft_adapter(
     component: str, part: Part, base_model: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by PEFT's keys, and the configuration, in which alpha is the rank."""
+    """Return tensors with PEFT's keys, and PEFT's configuration, in which alpha is the rank."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer in part.layers:
         name = layer.name
-        # With the names of Transformers 5, which PEFT's format uses.
+        # Files in PEFT's format use the layer names of Transformers 5.
         if component == "text_encoder_2" and not name.startswith(("text_model.", "text_proj")):
             name = f"text_model.{name}"
         ranks[name] = layer.A.shape[0]
@@ -279,7 +286,7 @@ def peft_adapter(
         tensors[f"{name}.lora_B.weight"] = layer.B
         if layer.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
-    # PEFT has one rank, and exceptions for layers with other ranks.
+    # PEFT's configuration has one rank, and patterns for layers with other ranks.
     ((usual_rank, _),) = Counter(ranks.values()).most_common(1)
     differing_ranks = {name: rank for name, rank in ranks.items() if rank != usual_rank}
     config = {
@@ -295,21 +302,21 @@ def peft_adapter(
 
 
 def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
-    """Names of layers in keys of diffusers or PEFT, as in the current diffusers.
+    """Map keys of diffusers or PEFT to the layer names of the current diffusers.
 
     ["attn1.processor.to_out_lora.down.weight"] -> {...: "attn1.to_out.0"}
 
     Args:
-        keys: keys of the layers' A, without the name of the model.
-        is_encoder: True if the model is a text encoder.
+        keys: keys of the layers' A, without the model's name.
+        is_encoder: whether the model is a text encoder.
     """
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     from diffusers.utils.state_dict_utils import StateDictType
 
     names = {}
     for key in keys:
-        # One by one, so that two names of the same layer do not become one key. The converters do
-        # not use the tensors, which can be None.
+        # Convert one key at a time, so that two names of the same layer do not become one key. The
+        # converters do not use the tensors, so None is enough.
         if is_encoder:
             oldest = StateDictType.DIFFUSERS_OLD  # its table also has all later names
             converted = convert_state_dict_to_peft({key: None}, original_type=oldest)
@@ -324,34 +331,36 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
     """Map kohya's flat names to module names of SDXL's UNet or text encoders.
 
     The flat names of the UNet can be diffusers' names or the original SDXL names. Diffusers' loader
-    finds the module names. It is not used for tensors, since it ignores `dora_scale` and gives most
-    layers the most frequent alpha.
+    finds the module names. The loader is not used for tensors, since it ignores `dora_scale` and
+    gives most layers, such as all attention layers, the most frequent alpha.
 
     Args:
+        component: the model's name in the pipeline.
         flat_names: names without their prefix, such as "mid_block_attentions_0_proj_in".
 
     Raises:
-        UserError: the model has no such layer, or both kinds of names are mixed.
+        UserError: the model does not have a layer of this name, or both kinds of names are mixed.
     """
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
-    # With both kinds of names the loader would ignore the original ones.
+    # If both kinds of names are mixed, the loader ignores the original ones.
     original_names = [name for name in flat_names if _ORIGINAL_BLOCK.match(name)]
     if original_names and any(name.startswith(("down_blocks", "up_blocks")) for name in flat_names):
         raise UserError(
-            f"The file names layers as SDXL does ({original_names[0]}) and as diffusers does; give"
-            " a file with names of one kind."
+            f"The file mixes SDXL's original layer names ({original_names[0]}) with diffusers'"
+            " names; give a file with one kind of names."
         )
     known_layer, model = _ENCODER_LAYER, "CLIP's text encoders"
     if component == "unet":
         known_layer, model = _UNET_LAYER, "SDXL's UNet"
-    sdxl = SimpleNamespace(layers_per_block=2)  # all that the loader reads of the UNet
+    # The only field of the UNet's configuration that the loader reads.
+    sdxl = SimpleNamespace(layers_per_block=2)
     names = {}
     for name in flat_names:
         module = _MISREAD_NAME.get(name)
         if module is None:
             kohya_key = f"{_KOHYA_PREFIX[component]}{name}"
-            # The loader needs tensors with any values.
+            # The loader needs tensors; their values do not matter.
             weights = {
                 f"{kohya_key}.lora_down.weight": torch.zeros(()),
                 f"{kohya_key}.lora_up.weight": torch.zeros(()),
@@ -365,7 +374,7 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
             module = dotted_names([down_key], is_encoder=component in ENCODERS)[down_key]
         if not known_layer.fullmatch(module):
             raise UserError(
-                f"{name} is not a layer of {model}, and kohya's names are known only for those;"
+                f"{name} is not a layer of {model}, and kohya's names are known only for SDXL;"
                 f" {_OTHER_FORMAT}."
             )
         names[name] = module

@@ -1,4 +1,4 @@
-"""Checks of LoRA files that options name: their base model, and of a first value their form."""
+"""Checks of LoRA files that options name: base model, layers, rank, alpha and kind of adapter."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_other_base(source: LoraSource, file_base: str | None, base_model: str) -> None:
-    """Warn of a file that names another base model than the run's, on which its layers fit.
+    """Warn if a file names another base model than the run's, although its layers fit.
 
-    It is not refused, since the same model has another name on the hub than in a folder.
+    Such a file is not refused, since the same model can have different names on the hub and in a
+    folder.
 
     Args:
-        source: the file, as the option names it.
-        file_base: base model by the file's metadata; None or "" if it has none.
+        source: the option and its file.
+        file_base: base model in the file's metadata; None or "" if the metadata names none.
         base_model: base model of the run.
     """
     if file_base and Path(file_base).name != Path(base_model).name:
         logger.warning(
-            '--%s %s is for "%s" by its own words, and its layers fit "%s" too: use it only if one'
-            " of the two was made from the other.",
+            '--%s %s was trained for "%s" according to its metadata, but its layers also fit "%s":'
+            " use the file only if one of these models was derived from the other.",
             source.option,
             source.path,
             file_base,
@@ -42,62 +43,62 @@ def require_same_form(
     alphas: Collection[float],
     use_dora: bool,
 ) -> None:
-    """Refuse a file whose rank, alpha or kind of adapter are not those of the run.
+    """Check that a file has the run's rank, alpha and kind of adapter.
 
     Args:
-        source: the file, as the option names it.
-        spec: the primary's shape.
-        ranks, alphas: distinct values of the file's layers.
-        use_dora: whether the file has magnitudes of DoRA.
+        source: the option and its file.
+        spec: specification of the primary.
+        ranks, alphas: values of the file's layers.
+        use_dora: whether the file has DoRA's magnitudes.
 
     Raises:
-        UserError: the sentence has the values to give.
+        UserError: a value differs; the message names the options to give.
     """
     label = f"--{source.option} {source.path}"
     for name, values in (("ranks", ranks), ("alphas", alphas)):
         if len(set(values)) > 1:
             listed = ", ".join(f"{value:g}" for value in sorted(set(values)))
             raise UserError(
-                f"{label} has layers of several {name} ({listed}), and a run has one for all"
-                " layers: give a file with one."
+                f"{label} has layers with different {name} ({listed}), but a run has one value for"
+                " all layers: give a file with one value."
             )
     (rank,) = set(ranks)
     (alpha,) = set(alphas)
     if (rank, alpha) != (spec.rank, spec.alpha):
         raise UserError(
-            f"{label} has rank {rank} and alpha {alpha:g}, and the run has {spec.rank} and"
-            f" {spec.alpha:g}: give --rank {rank} --lora_alpha {alpha:g}."
+            f"{label} has rank {rank} and alpha {alpha:g}, but the run has rank {spec.rank} and"
+            f" alpha {spec.alpha:g}: give --rank {rank} --lora_alpha {alpha:g}."
         )
     if use_dora and not spec.use_dora:
-        raise UserError(f"{label} is a DoRA, and the run trains none: add --use_dora.")
+        raise UserError(f"{label} is a DoRA, but the run does not train a DoRA: add --use_dora.")
     if spec.use_dora and not use_dora:
-        raise UserError(f"{label} is no DoRA, and the run trains one: drop --use_dora.")
+        raise UserError(f"{label} is not a DoRA, but the run trains a DoRA: drop --use_dora.")
 
 
 def require_same_layers(
     source: LoraSource, stored: Collection[str], trained: Collection[str], option: str
 ) -> None:
-    """Refuse a file that lacks a trained layer, or has a layer that is not trained.
+    """Check that a file has exactly the layers that the run trains.
 
     Args:
-        source: the file, as the option names it.
+        source: the option and its file.
         stored: names of the file's layers.
-        trained: names of the run's layers.
-        option: the option that chooses the layers.
+        trained: names of the layers that the run trains.
+        option: the option that selects the layers.
 
     Raises:
-        UserError: the sentence names a layer.
+        UserError: the layers differ; the message names one of them.
     """
     label = f"--{source.option} {source.path}"
     missing = sorted(set(trained) - set(stored))
     further = sorted(set(stored) - set(trained))
     if missing:
         raise UserError(
-            f"{label} has no values for {len(missing)} of the {len(trained)} layers that are"
-            f" trained, such as {missing[0]}: choose the file's layers by --{option}."
+            f"{label} has no values for {len(missing)} of the {len(trained)} trained layers, such"
+            f" as {missing[0]}: select the file's layers with --{option}."
         )
     if further:
         raise UserError(
-            f"{label} has {len(further)} layers that are not trained, such as {further[0]}, and"
-            f" would be lost: choose the file's layers by --{option}."
+            f"{label} has {len(further)} layers that are not trained, such as {further[0]}; their"
+            f" values would be lost: select the file's layers with --{option}."
         )

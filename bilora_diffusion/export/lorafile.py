@@ -1,6 +1,6 @@
 """Inspect and check a LoRA file of any format by its keys, shapes and metadata.
 
-Weights are not read here, but in `reader`.
+This module does not read the weights; `reader` does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..core.lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME
 from .peft_config import PeftConfig, adapter_config
 
 UNNAMED = "unnamed"
-# Kind of a tensor in its key -> role.
+# Role of a tensor by its kind, which is a part of its key.
 _ROLES = {
     "lora_A": "A",
     "lora_down": "A",
@@ -39,7 +39,7 @@ _KEY = re.compile(
     rf"^(?P<layer>.+?)[._](?P<kind>{'|'.join(map(re.escape, _ROLES))})"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.weight)?$"
 )
-# Prefixes of keys that name the model.
+# Model by the prefix of its keys.
 _MODEL_OF_PREFIX = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
@@ -57,36 +57,35 @@ _PREFIXES = {
     "diffusers": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith(".")),
     "peft": (_PEFT_PREFIX,),
 }
-# ai-toolkit writes diffusers' names of layers after this prefix of ComfyUI's, by which other files
-# have other names. So it names no model, which `reader` finds by the layers.
+# ComfyUI's prefix. ai-toolkit writes diffusers' layer names after it, but other files have other
+# names there. So the prefix identifies no model; `reader` finds the model by the layer names.
 _MODEL_OF_PREFIX["diffusion_model."] = "model"
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # names of dtypes in safetensors
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of dtypes
 _DOWNLOAD = "download it again"
-_OWN_CONFIG = "put its own configuration there"
+_OWN_CONFIG = "use the file with its own configuration"
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Contents of one file; dictionaries are by model: "unet", "text_encoder", ... or "model"."""
+    """Contents of one file; the keys of dictionaries are models, such as "unet", or "model"."""
 
     path: str
     format: str  # "diffusers", "kohya", "peft" or "unknown"
-    adapters: tuple[
-        str, ...
-    ]  # adapter names in the keys; ("unnamed",) for keys without a name, which is usual
+    # Adapter names in the keys; ("unnamed",) for keys without a name, which is usual.
+    adapters: tuple[str, ...]
     layers: dict[str, int]  # number of adapted layers
-    ranks: dict[str, tuple[int, ...]]  # distinct values, as for the alphas
-    alphas: dict[str, tuple[float, ...]]  # empty if the file has none: alpha is the rank then
+    ranks: dict[str, tuple[int, ...]]  # distinct ranks of the layers
+    alphas: dict[str, tuple[float, ...]]  # distinct alphas; if the file has none, alpha is the rank
     dora: bool
     dtypes: tuple[str, ...]
-    parameters: int  # numbers in the adapters' tensors
-    other_tensors: int
+    parameters: int  # number of values in the adapters' tensors
+    other_tensors: int  # number of tensors that are not part of a LoRA
     evidence: tuple[str, ...]  # signs of a second adapter, one sentence each
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def auxiliary(self) -> bool:
-        """True if a second adapter, such as Bi-LoRA's auxiliary, is in the file."""
+        """Whether the file has a second adapter, such as Bi-LoRA's auxiliary."""
         return bool(self.evidence)
 
 
@@ -96,17 +95,17 @@ class LoraTensor(NamedTuple):
     key: str
     local_key: str  # key without the prefixes of the model and of PEFT
     model: str
-    name: str  # of the layer, as in the file
-    layer: str  # the layer's name, the same for all formats
+    name: str  # the layer's name in the file
+    layer: str  # the layer's name in a form that is the same for all formats
     role: str  # "A", "B", "magnitude" or "alpha"
     adapter: str | None
     shape: tuple[int, ...]
     dtype: str
-    alpha: float | None
+    alpha: float | None  # value of an alpha; None for other roles
 
 
 class Header(NamedTuple):
-    """The header of a file."""
+    """The header of a file, as `read_header` returns it."""
 
     file: LoraFile
     tensors: list[LoraTensor]
@@ -115,28 +114,28 @@ class Header(NamedTuple):
 
 
 def file_error(path: Path, problem: str, fix: str = "give another file") -> UserError:
-    """The error for a file: "PATH problem; fix."."""
+    """Return a `UserError` about a file with the message "PATH problem; fix."."""
     return UserError(f"{path} {problem}; {fix}.")
 
 
 def layer_of_key(key: str) -> str:
-    """The layer of a key: "conv_in.lora_A.weight" -> "conv_in"."""
+    """Return the layer of a key: "conv_in.lora_A.weight" -> "conv_in"."""
     match = _KEY.match(key)
     return key if match is None else match["layer"]
 
 
 def lora_files(source: Path) -> list[Path]:
-    """The LoRA files of a path: a file, those of a run, or those of PEFT's folders.
+    """Return the LoRA files of a path: the file itself, a folder's file, or one per PEFT subfolder.
 
     Raises:
-        UserError: a folder without LoRA files, or with full models.
+        UserError: the folder has no file with a usual name, and no or several .safetensors files.
     """
     if not source.is_dir():
         return [source]
     for name in (FILE_NAME, WEIGHTS):
         if (source / name).is_file():
             return [source / name]
-    # A folder of PEFT for each model.
+    # One PEFT folder per model.
     model_files = [source / component / WEIGHTS for component in COMPONENTS]
     model_files = [file for file in model_files if file.is_file()]
     if model_files:
@@ -156,19 +155,19 @@ def inspect(file: str | Path) -> LoraFile:
     """Read a LoRA file's header and kohya's alphas, and check them.
 
     Raises:
-        UserError: the file is missing, a folder, not safetensors, truncated, not a valid LoRA, or
-            its configuration is damaged.
+        UserError: the file is missing, is a folder, is not a whole safetensors file or not a valid
+            LoRA, or its configuration is damaged.
     """
     return read_header(Path(file)).file
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header as `inspect` does, with everything that `reader` needs."""
+    """Read and check a file's header; unlike `inspect`, return everything that `reader` needs."""
     tensors, other_keys, metadata = _read_tensors(path)
     down = [tensor for tensor in tensors if tensor.role == "A"]
     if not down:
         count = len(tensors) + len(other_keys)
-        raise file_error(path, f"holds no LoRA among its {count} tensors", "name a LoRA file")
+        raise file_error(path, f"has no LoRA among its {count} tensors", "name a LoRA file")
     keys = [tensor.key for tensor in tensors] + other_keys
     # All keys must have the prefixes of one format.
     file_format = "unknown"
@@ -178,7 +177,7 @@ def read_header(path: Path) -> Header:
     config = adapter_config(path, metadata, file_format)
     weights = [tensor for tensor in tensors if tensor.role != "alpha"]
     evidence = tuple(_evidence(keys, weights, metadata))
-    # With several adapters for a layer it is unknown which tensors belong together.
+    # If a layer has several adapters, it is unknown which tensors belong together.
     if not evidence:
         _check_layers(path, tensors, config)
 
@@ -213,7 +212,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, str]]:
-    """Read the tensors of adapters, the keys of other tensors, and the metadata."""
+    """Read the adapters' tensors without values, the keys of other tensors, and the metadata."""
     if path.is_dir():
         raise file_error(path, "is a folder", "name one of its .safetensors files")
     if not path.is_file():
@@ -231,7 +230,7 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
                 if match is None:
                     other_keys.append(key)
                     continue
-                # A slice has dtype and shape without reading the values.
+                # A slice gives the dtype and the shape without reading the values.
                 view = content.get_slice(key)
                 matches[key] = match
                 shapes[key] = tuple(view.get_shape())
@@ -241,7 +240,7 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
             # An alpha with several values is refused below, without reading it.
             if match["kind"] == "alpha" and math.prod(shapes[key]) == 1:
                 alpha_keys.append(key)
-        # Torch has more dtypes than numpy, and is imported only for alphas.
+        # PyTorch has more dtypes than NumPy, and is imported only if there are alphas.
         if alpha_keys:
             with safe_open(path, framework="pt") as content:
                 alphas = {key: content.get_tensor(key) for key in alpha_keys}
@@ -254,11 +253,14 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
 def _tensor(
     path: Path, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: Any
 ) -> LoraTensor:
-    """Build one tensor; refuse it if it can't be a part of a LoRA.
+    """Build a `LoraTensor`; raise UserError if it can't be part of a LoRA.
 
     Args:
-        match: match of its key.
-        scalar: the tensor, for an alpha with one value.
+        path: the file, for messages.
+        match: match of the tensor's key.
+        shape: the tensor's shape.
+        dtype: safetensors' name of the tensor's dtype.
+        scalar: the tensor itself if it is an alpha with one value, else None.
     """
     key, layer, role = match.string, match["layer"], _ROLES[match["kind"]]
     prefix = next((prefix for prefix in _MODEL_OF_PREFIX if layer.startswith(prefix)), "")
@@ -266,20 +268,20 @@ def _tensor(
     if role == "alpha":
         count = math.prod(shape)
         if count != 1:
-            raise file_error(path, f"has {count} values as {key}, which is one number")
+            raise file_error(path, f"has {count} values in {key}, which must be one number")
         alpha = scalar.item()
-        # By the exact type, since bool is a subclass of int.
+        # Compare the exact type, since bool is a subclass of int.
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
-            raise file_error(path, f"has {alpha} as {key}, which is not a finite number")
+            raise file_error(path, f"has the value {alpha} in {key}, which is not a finite number")
     else:
         if dtype not in _FLOATS:
-            problem = f"has {key} as {dtype}, and LoRA is made of floats"
+            problem = f"has {key} as {dtype}, but the tensors of a LoRA must be floats"
             raise file_error(path, problem, f"give a file in one of {', '.join(_FLOATS)}")
         # A and B have at least two dimensions, a magnitude has at least one.
         dimensions = 1 if role == "magnitude" else 2
         if len(shape) < dimensions or 0 in shape:
             raise file_error(
-                path, f"has {key} of the shape {list(shape)}, which can't be a part of a LoRA"
+                path, f"has {key} with the shape {list(shape)}, which can't be part of a LoRA"
             )
     name = layer.removeprefix(prefix).removeprefix(_PEFT_PREFIX)
     spelling = name.removeprefix("text_model.").removeprefix("text_model_")
@@ -298,14 +300,14 @@ def _tensor(
 
 
 def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, PeftConfig]) -> None:
-    """Refuse layers, with one adapter each, whose tensors do not fit together."""
+    """Check that the tensors of each layer, which has one adapter, fit together."""
     # model -> layer -> role -> tensor
     models: dict[str, dict[str, dict[str, LoraTensor]]] = defaultdict(lambda: defaultdict(dict))
     for tensor in tensors:
         first_tensor = models[tensor.model][tensor.layer].setdefault(tensor.role, tensor)
         if first_tensor is not tensor:
             both = f"has both {first_tensor.key} and {tensor.key}"
-            raise file_error(path, both, "leave one of them out")
+            raise file_error(path, both, "remove one of them")
     for model, layers in models.items():
         model_config = config.get(model)
         for layer in layers.values():
@@ -317,17 +319,17 @@ def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, P
                 path,
                 f"has DoRA's magnitudes for {dora_count} layers and none for {len(plain_keys)},"
                 f" such as {plain_keys[:1]}, which no library can load",
-                "train all layers alike",
+                "train all layers with DoRA, or none",
             )
         if model_config is not None and model_config.use_dora != bool(dora_count):
-            problem = "has no magnitudes of DoRA, and its configuration says DoRA"
+            problem = "has no DoRA magnitudes, but its configuration says DoRA"
             if dora_count:
-                problem = "has magnitudes of DoRA, and its configuration says no DoRA"
+                problem = "has DoRA magnitudes, but its configuration says no DoRA"
             raise file_error(path, problem, _OWN_CONFIG)
 
 
 def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | None) -> None:
-    """Refuse a layer whose tensors, by role, do not fit together."""
+    """Check that a layer's tensors, given by role, fit together."""
     missing = sorted({"A", "B"} - layer.keys())
     if missing:
         some_tensor = next(iter(layer.values()))
@@ -339,25 +341,25 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
     kernel_ones = (1,) * len(B.shape[2:])
     if len(A.shape) != len(B.shape) or B.shape[1:] != (rank, *kernel_ones):
         problem = (
-            f"has {A.key} of the shape {list(A.shape)} and {B.key} of {list(B.shape)}, which do not"
-            " fit"
+            f"has {A.key} with the shape {list(A.shape)} and {B.key} with {list(B.shape)}, which"
+            " do not fit together"
         )
         raise file_error(path, problem, _DOWNLOAD)
     if config is not None and config.rank(A.name) != rank:
         problem = (
-            f"has {A.key} of rank {rank}, for which its configuration says {config.rank(A.name)}"
+            f"has {A.key} with rank {rank}, but its configuration says rank {config.rank(A.name)}"
         )
         raise file_error(path, problem, _OWN_CONFIG)
     if "magnitude" in layer:
-        # One number for each of the m outputs: (m,), optionally with dimensions of size 1.
+        # One number for each of the m outputs: (m,), optionally with further dimensions of size 1.
         magnitude = layer["magnitude"]
         width = B.shape[0]
         is_row = len(magnitude.shape) == 2 and magnitude.shape[1] == width > 1
         if math.prod(magnitude.shape) != width or is_row:
             raise file_error(
                 path,
-                f"has DoRA's scale {magnitude.key} along the inputs, which diffusers and PEFT can't"
-                " do",
+                f"has DoRA's scale {magnitude.key} along the inputs, which diffusers and PEFT do"
+                " not support",
                 "train it with scales along the outputs",
             )
 
@@ -365,20 +367,20 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
 def _evidence(
     keys: list[str], weights: list[LoraTensor], metadata: dict[str, str]
 ) -> Iterator[str]:
-    """Signs of a second adapter: its name, or a second pair of A and B for a layer."""
+    """Yield signs of a second adapter: its name, or a second pair of A and B for a layer."""
     auxiliary_keys = [key for key in keys if AUXILIARY in key.lower()]
     if auxiliary_keys:
-        yield f"{len(auxiliary_keys)} keys name an auxiliary, the first is {auxiliary_keys[0]}."
+        yield f"{len(auxiliary_keys)} keys name an auxiliary, such as {auxiliary_keys[0]}."
     adapters = dict.fromkeys(tensor.adapter or UNNAMED for tensor in weights)
     if len(adapters) > 1:
         yield f"The keys name several adapters: {', '.join(adapters)}."
     pairs = Counter((tensor.model, tensor.layer) for tensor in weights if tensor.role == "A")
     doubled = [".".join(layer) for layer, count in pairs.items() if count > 1]
     if doubled:
-        yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
+        yield f"{len(doubled)} layers have more than one adapter, such as {doubled[0]}."
     for key, value in metadata.items():
         text = value
-        # Values are names of layers and similar; keys name models and may name an adapter.
+        # In this entry, only the models' names count; the values contain layer names and the like.
         if key == ADAPTER_METADATA:
             models = {name.rpartition(".")[0] for name in re.findall(r'"([^"]+)":', value)}
             text = " ".join(models)

@@ -1,4 +1,4 @@
-"""PEFT's configuration of an adapter, read and checked without torch."""
+"""Reading and checking of PEFT's adapter configuration, without torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from ..core.errors import UserError, as_user_error
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
-# A repeated group, or four repeats: a search with such an expression may not end.
+# Matches expressions with a repeated group or four repeats, whose search may not end.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 
 
 def _pattern(text: object) -> re.Pattern[str]:
-    """Check a regular expression that PEFT compares with the end of a layer's name."""
-    # pydantic turns a ValueError into a validation error.
+    """Compile a regular expression that PEFT matches with the end of a layer's name."""
+    # pydantic converts a ValueError to a validation error.
     if not isinstance(text, str) or _COSTLY.search(text):
-        raise ValueError("this is not a name of layers, or an expression with too many repeats")
+        raise ValueError("this is not a layer name, or it is an expression with too many repeats")
     try:
         return re.compile(rf"(.*\.)?({text})$")
     except (re.error, OverflowError, RecursionError) as error:
@@ -35,7 +35,7 @@ Pattern = Annotated[re.Pattern[str], BeforeValidator(_pattern)]
 
 
 class PeftConfig(BaseModel):
-    """The fields of an adapter's configuration that files need, with PEFT's defaults."""
+    """The fields of an adapter's configuration that this package reads, with PEFT's defaults."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -49,22 +49,22 @@ class PeftConfig(BaseModel):
     use_dora: bool = False
 
     def rank(self, layer: str) -> int:
-        """The rank of a layer."""
+        """Return a layer's rank."""
         return _first_match(self.rank_pattern, layer, self.r)
 
     def alpha(self, layer: str) -> float:
-        """Alpha of a layer."""
+        """Return a layer's alpha."""
         return _first_match(self.alpha_pattern, layer, self.lora_alpha)
 
     def scale(self, layer: str, rank: int) -> float:
-        """The scale of a layer's B @ A: alpha / rank, or alpha / sqrt(rank) if rank-stabilized."""
+        """Return the scale of a layer's B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         if self.use_rslora:
             return self.alpha(layer) / math.sqrt(rank)
         return self.alpha(layer) / rank
 
 
 def _first_match(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, default: Any) -> Any:
-    """Value of the first pattern that matches a layer's name, as in PEFT."""
+    """Return the value of the first pattern that matches a layer's name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if pattern.match(layer):
             return value
@@ -75,17 +75,23 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read an adapter_config.json and check the fields of `PeftConfig`."""
     with _explain_config_errors(path):
         fields = json.loads(path.read_text(encoding="utf-8"))
-        # Refuses halves of surrogate pairs, which can't be written.
+        # Raises an error for lone surrogates, which can't be written.
         json.dumps(fields, ensure_ascii=False).encode()
         _validate(fields)
     return fields
 
 
 def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict[str, PeftConfig]:
-    """The configuration of each model, from the file's metadata or PEFT's configuration beside it.
+    """Read the configuration of each model from a file's metadata and from PEFT's file next to it.
+
+    Args:
+        path: the LoRA file.
+        metadata: the file's metadata.
+        format: the file's format.
 
     Raises:
-        UserError: it can't be read, is invalid or not for LoRA, or PEFT's file has none.
+        UserError: the configuration can't be read, is invalid or not for LoRA, or a file in PEFT's
+            format has none.
     """
     fields: dict[str, Any] = {}
     config_file = path.with_name(CONFIG)
@@ -99,20 +105,20 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
         fields.setdefault(model if dot else "model", {})[name] = value
     if format == "peft" and "model" not in fields:
         raise UserError(
-            f"{path} has PEFT's keys, which do not say alpha, and no {CONFIG} beside it; put the"
-            " adapter's there."
+            f"{path} has PEFT's keys, which do not include alpha, but there is no {CONFIG} next to"
+            " it; put the adapter's configuration there."
         )
     with _explain_config_errors(path):
         config = {model: _validate(values) for model, values in fields.items()}
     for model_config in config.values():
         kind = model_config.peft_type
         if kind != "LORA":
-            raise UserError(f'{path} is an adapter of the kind "{kind}"; give a LoRA.')
+            raise UserError(f'{path} is an adapter of type "{kind}"; give a LoRA.')
     return config
 
 
 def _validate(fields: object) -> PeftConfig:
-    """Check the fields of a configuration; a ValueError describes the first error."""
+    """Check the fields of a configuration; raise a ValueError that describes the first error."""
     try:
         return PeftConfig.model_validate(fields)
     except ValidationError as error:
@@ -124,6 +130,6 @@ def _validate(fields: object) -> PeftConfig:
 
 
 def _explain_config_errors(path: Path) -> AbstractContextManager[None]:
-    """Context manager: an error becomes a `UserError` about the file's configuration."""
+    """Return a context manager that converts errors to a `UserError` about the configuration."""
     sentence = f"The adapter configuration of {path} can't be read"
     return as_user_error(sentence, "correct it or write the file again")

@@ -1,8 +1,8 @@
 """Read a LoRA file of any format as layers, and compare it with expected layers.
 
-The scale, alpha / rank or for rsLoRA alpha / sqrt(rank), is multiplied into B. B keeps the file's
-dtype if that is exact, as for a power of two; otherwise it is fp32. `compare` checks all files that
-are written or converted.
+The scale (alpha / rank, or alpha / sqrt(rank) for rsLoRA) is multiplied into B. B keeps the file's
+dtype if the product is exact in it, as for a power of two; otherwise B is fp32. `compare` checks
+all files that are written or converted.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ..core.lora_names import COMPONENTS, ENCODERS
 from .formats import Layer, Part, dotted_names, module_names, plain_name
 from .lorafile import Header, LoraFile, LoraTensor, file_error, inspect, read_header
 
-# Metadata entry with the model of a PEFT file, whose keys do not name it.
+# Metadata entry that names the model of a PEFT file, since the file's keys do not.
 COMPONENT = "bilora.component"
 _LARGEST = torch.finfo(torch.float32).max
-# Prefixes of layers' names that only one kind of denoiser has.
+# Beginnings of layer names that only one kind of denoiser has.
 _BLOCKS = {
     "unet": re.compile(r"(?:down_blocks|mid_block|up_blocks|time_embedding)\.|conv_in|conv_out"),
     "transformer": re.compile(
@@ -38,11 +38,11 @@ _BLOCKS = {
 class Contents:
     """Contents of a LoRA file."""
 
-    # By model: one of `COMPONENTS`, another name in the file, or "model" if the file names none.
+    # Layers by model: one of `COMPONENTS`, another name in the file, or "model" for an unnamed one.
     parts: dict[str, Part]
     metadata: dict[str, str]
-    base_model: str  # hub id or folder of the adapter's base model; "" if it is not known
-    # By model, the distinct scales of its layers, which are multiplied into B.
+    base_model: str  # hub id or folder of the adapter's base model; "" if unknown
+    # Distinct scales of each model's layers; they are already multiplied into B.
     scales: Mapping[str, frozenset[float]] = field(default_factory=dict)
 
 
@@ -50,8 +50,8 @@ def read(path: Path) -> Contents:
     """Read all layers of a LoRA file.
 
     Raises:
-        UserError: it is not a LoRA file, is damaged, has several adapters for a layer, or has other
-            tensors.
+        UserError: the file is not a LoRA file, is damaged, has several adapters, or has tensors
+            that are not part of a LoRA.
     """
     header = read_header(path)
     file = header.file
@@ -60,8 +60,8 @@ def read(path: Path) -> Contents:
     if header.other_keys:
         raise file_error(
             path,
-            f"holds {len(header.other_keys)} tensors that LoRA files of the other formats have no"
-            f" place for, the first is {header.other_keys[:1]}",
+            f"holds {len(header.other_keys)} tensors that are not part of a LoRA, such as"
+            f" {header.other_keys[:1]}",
             "give a plain LoRA",
         )
     base_model = None
@@ -81,7 +81,7 @@ def _read_parts(path: Path, header: Header) -> tuple[dict[str, Part], dict[str, 
         for entry in header.tensors:
             value = content.get_tensor(entry.key)
             if value.dtype.itemsize == 1:
-                value = value.half()  # fp16 has all values of 8 bits, and supports arithmetic
+                value = value.half()  # exact for all 8-bit floats, which lack arithmetic
             models[entry.model][entry.name][entry.role] = value
 
     parts: dict[str, dict[str, Layer]] = defaultdict(dict)
@@ -91,18 +91,18 @@ def _read_parts(path: Path, header: Header) -> tuple[dict[str, Part], dict[str, 
         component = _component(path, model, layers, header.file)
         entries = [entry for entry in header.tensors if entry.model == model]
         names = _layer_names(component, entries)
-        # Metadata of diffusers have an entry for each model, PEFT's configuration is for one model.
+        # diffusers' metadata has entries for each model; PEFT's configuration is for one model.
         config = header.config.get(component) or header.config.get("model")
         for source, tensors in layers.items():
             name = names[source]
             full_name = f"{component}.{name}"
             if full_name in sources:
                 both = f"has {full_name} as {sources[full_name]} and as {source}"
-                raise file_error(path, both, "leave one out")
+                raise file_error(path, both, "remove one of them")
             sources[full_name] = source
             rank = len(tensors["A"])
-            # An alpha in the file takes precedence over the configuration; without both it is the
-            # rank.
+            # An alpha in the file takes precedence over the configuration; if there is neither,
+            # alpha is the rank.
             if "alpha" in tensors:
                 scale = float(tensors["alpha"]) / rank
             elif config is not None:
@@ -118,7 +118,7 @@ def _read_parts(path: Path, header: Header) -> tuple[dict[str, Part], dict[str, 
 
 
 def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> str:
-    """Find the model of an adapter, also if its keys do not name it."""
+    """Determine an adapter's model, even if its keys do not name the model."""
     if model != "model":
         return model
     component = file.metadata.get(COMPONENT)
@@ -131,13 +131,13 @@ def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> 
     if path.parent.name in COMPONENTS:
         return path.parent.name
     if file.format == "unknown":
-        problem = f"has keys of no known format, such as {names[0]}"
+        problem = f"has keys in no known format, such as {names[0]}"
         raise file_error(path, problem, "give a file in the format of diffusers, kohya or PEFT")
     return model
 
 
 def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str]:
-    """Current name of each layer, by its name in the file."""
+    """Return each layer's current name by its name in the file."""
     down = [entry for entry in entries if entry.role == "A"]
     if any(entry.key.startswith("lora_") for entry in down):
         names = module_names(component, [entry.name for entry in down])
@@ -151,11 +151,11 @@ def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -> Layer:
-    """Build a layer with the scale in B; refuse values that are not finite in fp32."""
+    """Build a layer with the scale in B; raise UserError if a value is not finite in fp32."""
     A, B, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
     scaled = B.double() * scale
     B = scaled.to(B.dtype)
-    if not torch.equal(B.double(), scaled):  # not exact in the dtype of the file
+    if not torch.equal(B.double(), scaled):  # not exact in the file's dtype
         B = scaled.float()
     if magnitude is not None:
         # (m,) for a linear layer, (1, m, 1, 1) for a convolution
@@ -165,25 +165,25 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
             magnitude = magnitude.reshape(1, -1, *kernel_ones)
     layer = Layer(name, A, B, magnitude)
     for tensor in layer.tensors:
-        # NaN does not pass this comparison.
+        # The comparison is False for NaN.
         if not bool(tensor.double().abs().max() <= _LARGEST):
             raise file_error(path, f"holds values for {name} that are not finite in fp32")
-    # A bound of |B @ A|: the largest value of each rank-one term.
+    # Upper bound of |B @ A|: the sum of the rank-one terms' largest values.
     terms = B.double().flatten(1).abs().amax(0) * A.double().flatten(1).abs().amax(1)
     if not bool(terms.sum() <= _LARGEST):
-        raise file_error(path, f"changes {name} by more than fp32 can hold")
+        raise file_error(path, f"changes {name} by more than fp32 can represent")
     return layer
 
 
-TOLERANCE = 1e-6  # relative, of each layer; rounding s * B to fp32 makes 6e-8
+TOLERANCE = 1e-6  # largest relative difference of a layer; rounding s * B to fp32 causes 6e-8
 
 
 def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse a file that has other tensors or other values, or values that are not finite."""
+    """Raise TrainingError if a file has other tensors or values, or a value that is not finite."""
     differing_keys = sorted(stored.keys() ^ expected.keys())
     if differing_keys:
         raise TrainingError(
-            f"{path} does not have exactly the trained tensors: look at {differing_keys[0]}."
+            f"{path} does not have exactly the trained tensors: check {differing_keys[0]}."
         )
     for key, value in expected.items():
         if not value.isfinite().all():
@@ -195,25 +195,25 @@ def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[st
 
 
 def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, float]:
-    """Check that a file has these layers and nothing else.
+    """Check that a file has exactly these layers.
 
-    B @ A and DoRA's magnitude of every layer are compared in fp64.
+    The product B @ A and DoRA's magnitude of every layer are compared in fp64.
 
     Args:
         path: the LoRA file.
-        expected: layers by the name of their model, with the scale in B.
+        expected: layers by model, with the scale in B.
 
     Returns:
-        "layers", their number, "max_abs_difference" and "max_relative_difference".
+        "layers" (their number), "max_abs_difference" and "max_relative_difference".
 
     Raises:
-        TrainingError: the file has an auxiliary or other tensors, lacks a layer, has further
-            layers, or has a layer that differs by more than `TOLERANCE`.
+        TrainingError: the file has an auxiliary or tensors that are not part of a LoRA, lacks a
+            layer, has further layers, or has a layer that differs by more than `TOLERANCE`.
         UserError: the file can't be read.
     """
     file = inspect(path)
     if file.auxiliary or file.other_tensors:
-        raise TrainingError(f"{path} must have the primary alone. {' '.join(file.evidence)}")
+        raise TrainingError(f"{path} must have only the primary. {' '.join(file.evidence)}")
     parts = read(path).parts
     differing_models = sorted(expected.keys() ^ parts.keys())
     if differing_models:
@@ -231,7 +231,7 @@ def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, fl
             )
         for name, layer in expected_layers.items():
             absolute, relative = difference(layer, stored_layers[name])
-            # NaN does not pass this comparison.
+            # The comparison is False for NaN.
             if not relative <= TOLERANCE:
                 raise TrainingError(f"{path} differs in {component}.{name} by {relative:.1e}.")
             count += 1
@@ -245,10 +245,11 @@ def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, fl
 
 
 def difference(left: Layer, right: Layer) -> tuple[float, float]:
-    """The largest absolute and the relative difference of two layers' B @ A and magnitudes.
+    """Return the largest absolute and relative differences of two layers' B @ A and magnitudes.
 
-    The difference of B @ A is relative to the norms of its rank-one terms, each of which is rounded
-    for itself: the terms of an init that was hardly trained nearly cancel in the sum.
+    The difference of B @ A is relative to the summed norms of its rank-one terms, since each term
+    is rounded separately. After an initialization such as PiSSA and few steps, these terms nearly
+    cancel in B @ A.
     """
     left_A, left_B = _matrix(left.A), _matrix(left.B)  # (r, n), (m, r)
     right_A, right_B = _matrix(right.A), _matrix(right.B)
@@ -256,7 +257,7 @@ def difference(left: Layer, right: Layer) -> tuple[float, float]:
     if not same_shape or (left.magnitude is None) != (right.magnitude is None):
         return float("inf"), float("inf")
     absolute, relative = 0.0, 0.0
-    # Most files have the same factors, whose products need not be computed.
+    # The factors of most files are equal, so their products need not be computed.
     if not (torch.equal(left_A, right_A) and torch.equal(left_B, right_B)):
         terms = left_B.norm(dim=0) * left_A.norm(dim=1)  # (r,)
         absolute, relative = _distance(left_B @ left_A, right_B @ right_A, float(terms.sum()))
@@ -270,7 +271,7 @@ def difference(left: Layer, right: Layer) -> tuple[float, float]:
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """A factor as a matrix in fp64 on the CPU; a vector stays a vector."""
+    """Convert a factor to a matrix in fp64 on the CPU; a vector stays a vector."""
     tensor = tensor.to("cpu", torch.float64)
     if tensor.dim() > 1:
         return tensor.flatten(1)
@@ -278,7 +279,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _distance(left: Tensor, right: Tensor, scale: float) -> tuple[float, float]:
-    """The largest difference of two tensors' values, and the norm of the difference / scale."""
+    """Return the largest absolute difference of two tensors, and the difference's norm / scale."""
     delta = left - right
     relative = float(delta.norm()) / max(scale, torch.finfo(torch.float64).tiny)
     return float(delta.abs().max()), relative

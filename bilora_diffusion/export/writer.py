@@ -45,8 +45,8 @@ _SDXL_METADATA = {
     "ss_base_model_version": "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
-# Endings of layers' names, and the input width of these layers in SDXL. The metadata of files for
-# smaller models of the same class must not name SDXL.
+# Ends of layer names, and the input width of these layers in SDXL. They identify SDXL, since the
+# metadata of files for smaller models of the same class must not name SDXL.
 _SDXL_WIDTHS = {
     "unet": (("attn2.to_k", "attn2.to_v"), 2048),
     "text_encoder": (("q_proj", "k_proj", "v_proj"), 768),
@@ -64,31 +64,31 @@ def save_diffusers(
 ) -> dict[str, float]:
     """Write the file that the pipeline's `load_lora_weights(folder)` reads.
 
-    The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so that
-    readers that ignore alpha are right too. The alpha of training is in the metadata. If the
-    initialization changed the base weights, the file is for the original ones: it has twice the
-    rank of training, which is in the metadata too. Each file is read back and compared with the
-    models before it gets its name.
+    The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so readers
+    that ignore alpha are correct too. The alpha of training is in the metadata. If the
+    initialization changed the base weights, the file is for the original weights: it has twice the
+    rank of training, and the metadata has the rank of training too. Each file is read back and
+    compared with the models before it gets its final name.
 
     Args:
-        folder: folder of `pytorch_lora_weights.safetensors`; it is created if necessary.
+        folder: folder for `pytorch_lora_weights.safetensors`; it is created if necessary.
         models: the trained models by name ("unet" or "transformer", "text_encoder",
             "text_encoder_2") with their adapters; only the primary is written.
         base_model: hub id or folder of the pipeline that was trained.
-        kohya: also write a file that is named after the folder (`kohya_file_name`) for ComfyUI, web
-            UIs and kohya's scripts, for SDXL only. If False, an existing file of this name is
+        kohya: also write a kohya file, named after the folder (`kohya_file_name`), for ComfyUI, web
+            UIs and kohya's scripts; for SDXL only. If False, an existing file with this name is
             removed, since its weights are older.
         extra_metadata: further entries (see `training_facts`), which replace the defaults.
 
     Returns:
-        "layers", their number, "max_abs_difference" and "max_relative_difference" between the file
-        and the models, and with ``kohya`` those of the other file, "kohya_max_abs_difference" and
-        "kohya_max_relative_difference".
+        "layers" (their number), and "max_abs_difference" and "max_relative_difference" between the
+        file and the models; with ``kohya`` also "kohya_max_abs_difference" and
+        "kohya_max_relative_difference", the differences of the kohya file.
 
     Raises:
-        UserError: an unknown model name, a model without a primary, a folder that is a file, or
-            kohya's format for a transformer.
-        TrainingError: a value is not finite, or a file differs from the models (`reader.compare`).
+        UserError: a model's name is unknown, a model has no primary, the folder is a file, or
+            kohya's format is requested for a transformer.
+        TrainingError: a value is not finite, every B is zero, or a file differs (`reader.compare`).
     """
     folder = Path(folder)
     unknown_names = [name for name in models if name not in COMPONENTS]
@@ -105,7 +105,7 @@ def save_diffusers(
     kohya_file = folder / kohya_file_name(folder)
     metadata = file_metadata(parts, base_model, kohya_file.stem, extra_metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
-    # Removed first, so that after an interruption there is no file with other weights.
+    # Removed first, so that an interruption leaves no file with older weights.
     kohya_file.unlink(missing_ok=True)
     expected = {name: trained_layers(model) for name, model in models.items()}
     report = write_file(folder / FILE_NAME, parts, "diffusers", metadata, expected)
@@ -117,11 +117,11 @@ def save_diffusers(
 
 
 def refuse_kohya(components: Iterable[str]) -> None:
-    """Refuse kohya's format for a transformer."""
+    """Raise UserError if kohya's format is requested for a transformer."""
     if "transformer" in components:
         raise UserError(
-            "kohya's format is written for SDXL only; of a transformer use the file in diffusers'"
-            " format, which ComfyUI reads too (docs/files.md says of which models)."
+            "kohya's format is written for SDXL only; for a transformer use the file in diffusers'"
+            " format, which ComfyUI reads too for the models that docs/files.md lists."
         )
 
 
@@ -142,12 +142,12 @@ def write_file(
         expected: the layers, by model, that the file must have.
 
     Returns:
-        The differences that `reader.compare` found.
+        The result of `reader.compare`.
     """
     tensors = diffusers_tensors(parts) if to == "diffusers" else kohya_tensors(parts)
     entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
-    # For models with several ranks diffusers reads the shapes. It refuses a file in kohya's format
-    # that has PEFT's entry.
+    # If a model has several ranks, the entry is left out, and diffusers infers them from the
+    # shapes. It refuses a kohya file that has the entry.
     if to == "diffusers" and all(part.file_rank is not None for part in parts.values()):
         entries[ADAPTER_METADATA] = adapter_metadata(parts)
     # No loader reads a file whose name ends in .partial.
@@ -157,16 +157,16 @@ def write_file(
 
 
 def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
-    """Metadata of a run with these options, dated today, for `save_diffusers`."""
+    """Return the metadata of a run with these options, dated today, for `save_diffusers`."""
     init = config["init_lora_weights"]
-    guided_target = config.get("guided_target", 1)  # older runs and text runs have none
+    guided_target = config.get("guided_target", 1)  # older runs and text runs have no such option
     facts = {
         "method": config["method"],
         "rho": config["rho"],
         "seed": config["seed"],
         "steps": steps,
         "init": None if init == "default" else init,
-        # Guidance that the weights already include: images are sampled without.
+        # Guidance scale that the weights already include: images are sampled without guidance.
         "guided_target": guided_target if guided_target > 1 else None,
     }
     entries = {
@@ -181,7 +181,7 @@ def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
 
 
 def lora_metadata(config: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata of a run with these options about the LoRA files that it was trained with."""
+    """Return metadata about the LoRA files that a run with these options was trained with."""
     entries = {}
     for name, value in recorded_facts(config).items():
         entries[f"bilora.{name}"] = str(value)
@@ -191,7 +191,7 @@ def lora_metadata(config: Mapping[str, Any]) -> dict[str, str]:
 def file_metadata(
     parts: Mapping[str, Part], base_model: str, name: str, extra: Mapping[str, str]
 ) -> dict[str, str]:
-    """Metadata of a file in either format; "modelspec" is Stability AI's ModelSpec 1.0.0.
+    """Return a file's metadata for both formats; "modelspec" is Stability AI's ModelSpec 1.0.0.
 
     Args:
         name: name of the file, without its suffix.
@@ -199,7 +199,7 @@ def file_metadata(
     """
     entries: dict[str, str] = {}
     if "transformer" not in parts:
-        # The module of kohya's scripts that reads these layer names; it reads no transformers.
+        # The module of kohya's scripts that reads these layer names, which no transformer has.
         entries["ss_network_module"] = "networks.lora"
     if _is_for_sdxl(parts):
         entries |= _SDXL_METADATA
@@ -213,7 +213,7 @@ def file_metadata(
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
     }
-    # Rank and alpha of training, if they are known.
+    # Rank and alpha of training, if known.
     file_ranks = {component: part.file_rank for component, part in parts.items()}
     ranks = {component: part.rank for component, part in parts.items()}
     if None not in ranks.values():
@@ -222,7 +222,7 @@ def file_metadata(
         if ranks != file_ranks:
             entries["bilora.original_rank"] = json.dumps(ranks)
     entries |= extra
-    # Alpha is the rank, since B has the scale. kohya's scripts write "Dynamic" for several ranks.
+    # Alpha is the rank (B includes the scale). kohya's scripts write "Dynamic" for several ranks.
     rank_text = "Dynamic"
     distinct_ranks = set(file_ranks.values())
     if None not in distinct_ranks and len(distinct_ranks) == 1:
@@ -231,7 +231,7 @@ def file_metadata(
 
 
 def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
-    """Test that the layers of `_SDXL_WIDTHS` have SDXL's widths; False if there are none."""
+    """Return whether the layers of `_SDXL_WIDTHS` exist and have SDXL's widths."""
     matches = []
     for component, part in parts.items():
         if component not in _SDXL_WIDTHS:
@@ -244,10 +244,9 @@ def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
 
 
 def adapter_metadata(parts: Mapping[str, Part]) -> str:
-    """PEFT's configuration of each primary as JSON for diffusers; keys begin with the model's name.
+    """Return PEFT's configuration of each primary as JSON; keys begin with the model's name.
 
-    Other entries have PEFT's defaults, such as no dropout. Alpha is the rank, since B has the
-    scale.
+    Entries that are left out have PEFT's defaults. Alpha is the rank, since B includes the scale.
     """
     entries: dict[str, Any] = {}
     for component, part in parts.items():
@@ -264,11 +263,11 @@ def adapter_metadata(parts: Mapping[str, Part]) -> str:
 
 
 def model_hash(tensors: dict[str, Tensor]) -> str:
-    """The sshs_model_hash of kohya's scripts: SHA-256 of everything after the file's header.
+    """Compute the sshs_model_hash of kohya's scripts: the SHA-256 of the bytes after the header.
 
-    It depends on the tensors in the order of safetensors, not on the metadata.
+    The hash depends on the tensors in safetensors' order, not on the metadata.
     """
-    # A file has 8 bytes with the header's length, the header, and the values.
+    # A file consists of 8 bytes with the header's length, the header, and the values.
     content = safetensors.torch.save(tensors)
     start_of_values = 8 + int.from_bytes(content[:8], "little")
     return hashlib.sha256(memoryview(content)[start_of_values:]).hexdigest()
@@ -277,14 +276,14 @@ def model_hash(tensors: dict[str, Tensor]) -> str:
 def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Write each model to `folder/name` and compare the files with the model.
 
-    A model is written under a temporary name and renamed, and replaces an older one.
+    A model is written under a temporary name, compared and renamed; it replaces an older one.
 
     Args:
         folder: the run folder.
         models: diffusers or Transformers models by their names in the pipeline.
 
     Returns:
-        For each model, "weights", their number, and "readback_difference", 0.0.
+        For each model, "weights" (their number) and "readback_difference", which is 0.0.
 
     Raises:
         TrainingError: a weight is not finite, or the files differ from the model.
@@ -300,7 +299,7 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         stored: dict[str, Tensor] = {}
         for file in files:
             stored |= load_file(file)
-        # Buffers are not compared. A tied weight has two names, of which Transformers writes one.
+        # Buffers are not compared. Transformers writes a tied weight under only one of its names.
         parameters = dict(model.named_parameters(remove_duplicate=False))
         stored_ids = {id(value) for key, value in parameters.items() if key in stored}
         stored_parameters = {}
@@ -330,16 +329,16 @@ def save_adapter(
 
     Args:
         folder: the run folder.
-        model: model with a primary, which is written, and optionally an auxiliary.
-        base_model: hub id or folder of the model that the adapter is for.
+        model: model with a primary, and optionally an auxiliary; only the primary is written.
+        base_model: hub id or folder of the adapter's base model.
         kind: "seq2seq", "causal" or "classification".
-        metadata: further entries of the header of the weights.
+        metadata: metadata entries of the weights file.
 
     Returns:
-        ``layers``, ``parameters``, ``whole_modules`` and ``readback_difference``, which is 0.0.
+        "layers", "parameters", "whole_modules" (names) and "readback_difference", which is 0.0.
 
     Raises:
-        TrainingError: a value is not finite.
+        TrainingError: a value is not finite, or every B is zero.
     """
     tensors, config = adapters.pretrained_content(model)
     write_adapter(Path(folder), tensors, text_config(config, base_model, kind), metadata)
@@ -352,7 +351,7 @@ def save_adapter(
 
 
 def text_config(config: Mapping[str, Any], base_model: str, kind: str) -> dict[str, Any]:
-    """An adapter's configuration with PEFT's entries for the base model."""
+    """Return an adapter's configuration with PEFT's entries for the base model."""
     return {**config, "base_model_name_or_path": base_model, "task_type": TASK_TYPES[kind]}
 
 
@@ -363,13 +362,13 @@ def write_adapter(
     metadata: Mapping[str, str] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write PEFT's two files to a temporary folder, compare and rename them.
+    """Write PEFT's two files to a temporary folder, compare and move them.
 
     Args:
-        check: further check of the file of weights, called before it is renamed.
+        check: further check of the weights file, called before the file is moved.
 
     Raises:
-        TrainingError: each B is zero, or the file differs from the tensors.
+        TrainingError: every B is zero, or the file differs from the tensors.
     """
     require_effect("the model", tensors)
     aside = folder / ".adapter.partial"
@@ -389,10 +388,10 @@ def write_adapter(
 
 
 def refuse_existing(*folders: Path) -> None:
-    """Refuse folders that have an adapter, and paths that are files."""
+    """Raise UserError if a folder already has an adapter, or if a path is a file."""
     for folder in folders:
         if folder.suffix == ".safetensors" or folder.is_file():
-            raise UserError(f"{folder} is a file, and PEFT's format is a folder; name a folder.")
+            raise UserError(f"{folder} is a file, but PEFT's format is a folder; name a folder.")
         for path in (folder / WEIGHTS, folder / CONFIG):
             if path.exists():
                 raise UserError(f"{path} exists; name another --output, or delete it.")

@@ -1,4 +1,4 @@
-"""A base model's configuration files, read before its weights: its kind, parts and resolution."""
+"""A base model's configuration files: its family, parts and resolution, without its weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A pipeline in diffusers' format, of a known kind."""
+    """A pipeline in diffusers' format, of a known family."""
 
     name: str  # as the user gave it
     index: Mapping[str, Any]  # model_index.json
-    # Of denoiser, autoencoder and scheduler, by the part.
+    # Configurations of denoiser, autoencoder and scheduler, by the part's name.
     configs: Mapping[str, Mapping[str, Any]]
 
     @property
     def pipeline(self) -> str:
-        """The name of the pipeline's class."""
+        """Name of the pipeline class."""
         return str(self.index.get("_class_name"))
 
     @property
@@ -41,8 +41,8 @@ class BaseModel:
 
     @property
     def usual_sampling(self) -> tuple[int, float]:
-        """Default number of steps and guidance scale of its images."""
-        # The parts of a loaded pipeline that `usual_sampling` reads.
+        """Default number of sampling steps and default guidance scale."""
+        # `Family.usual_sampling` takes a loaded pipeline; these are the attributes that it reads.
         denoiser = SimpleNamespace(config=self.configs[self.family.denoiser])
         parts = {self.family.denoiser: denoiser}
         outline = SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
@@ -50,13 +50,13 @@ class BaseModel:
 
     @property
     def is_guided(self) -> bool:
-        """True if its images use an unconditional prediction by default."""
+        """Whether sampling makes an unconditional prediction by default."""
         _, guidance = self.usual_sampling
         return bool(self.family.is_guided(guidance, self.index, self.configs))
 
     @property
     def side(self) -> int:
-        """Side in pixels of the images that it was made for."""
+        """Side in pixels of the images that the model was trained on."""
         fix = f"correct its config.json, or {ANOTHER}"
         return read_or_refuse(
             f'the denoiser of "{self.name}"', fix, lambda: self.family.side_of(self.configs)
@@ -64,7 +64,7 @@ class BaseModel:
 
 
 def folder_of(name: str) -> Path | None:
-    """The local folder that a model name stands for, or None for a hub id."""
+    """Return the folder of a local or an embedded model; None for a hub id."""
     folder = Path(name).expanduser()
     if name in PIPELINES:
         folder = PIPELINES[name]()
@@ -76,15 +76,15 @@ def folder_of(name: str) -> Path | None:
 def read_base_model(
     name: str, revision: str | None = None, cache_dir: str | None = None, flag: str = FLAG
 ) -> BaseModel:
-    """Read a model's configuration files; those of a model on the hub are downloaded.
+    """Read a model's configuration files, and download them if the model is on the hub.
 
     Args:
         flag: the option that names the model, for messages.
 
     Raises:
-        UserError: there is no such model, its kind is not known, or a part is missing.
+        UserError: there is no such model, it belongs to no known family, or a part is missing.
     """
-    # These values are here so that a dry run of the default model needs no network.
+    # The default model's values are written here, so that its dry run needs no network.
     if name == SDXL_BASE:
         parts = {
             "unet": {"sample_size": 128},
@@ -101,11 +101,11 @@ def read_base_model(
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
     needed_parts = sorted((set(family.parts) | tokenizers) - family.optional)
     for part in needed_parts:
-        # Only on disk the folders of the parts can be checked.
+        # The folders of the parts can be checked only on disk.
         if part not in index or (folder is not None and not (folder / part).is_dir()):
             raise UserError(
-                f'{flag} "{name}" is not a {family.title} pipeline in diffusers format (it has no'
-                f" {part}): give one, for example mini."
+                f'{flag} "{name}" is not a complete {family.title} pipeline (it has no {part}):'
+                " give a pipeline in diffusers' format, for example mini."
             )
     configs = {}
     for part in (family.denoiser, "vae"):
@@ -117,10 +117,10 @@ def read_base_model(
 def _read(
     name: str, folder: Path | None, flag: str, file: str, **hub_options: Any
 ) -> dict[str, Any]:
-    """A JSON object among a model's files.
+    """Read one of a model's JSON files, which must hold an object.
 
     Args:
-        folder: folder of the model; None for one on the hub.
+        folder: folder of a local model; None for a model on the hub.
     """
     from huggingface_hub import hf_hub_download
 
@@ -137,13 +137,13 @@ def _read(
 
 
 def from_hub(name: str, load: Callable[[], Any], flag: str = FLAG) -> Any:
-    """Call ``load``, which downloads from a model's repository.
+    """Return the result of ``load``, which downloads files from a model's repository.
 
     Args:
         flag: the option that names the model, for messages.
 
     Raises:
-        UserError: the model is not there, may not be read, or can't be downloaded.
+        UserError: the model does not exist, may not be read, or can't be downloaded.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -158,7 +158,7 @@ def from_hub(name: str, load: Callable[[], Any], flag: str = FLAG) -> Any:
             ) from error
 
     fix = (
-        f"pass {flag} a hub id (or folder) of a pipeline in diffusers' format, or one that is"
-        " embedded, 'mini' or 'mini-flow'"
+        f"pass {flag} the hub id or folder of a pipeline in diffusers' format, or the name of an"
+        " embedded one, 'mini' or 'mini-flow'"
     )
     return read_or_refuse(f'the model "{name}"', fix, load_permitted)

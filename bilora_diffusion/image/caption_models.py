@@ -3,9 +3,9 @@
     captioner = load_captioner("florence-community/Florence-2-large", device="cuda")
     texts = captioner.captions(images)
 
-Three kinds: BLIP, Florence-2, and chat models that see images, such as Qwen2.5-VL. Nothing is
-sampled, so an image gets the same caption each time. Captions can still depend on the batch size in
-16 bits, where sums are rounded differently.
+There are three kinds: BLIP, Florence-2, and vision chat models such as Qwen2.5-VL. Decoding is
+deterministic, so an image gets the same caption each time. In 16 bits, the caption can still depend
+on the batch size, which changes how sums are rounded.
 """
 
 from __future__ import annotations
@@ -23,33 +23,35 @@ from ..train.soundness import require_words
 from .hub_models import HubModel, find_model, load_processor, load_weights
 
 BLIP, FLORENCE, CHAT = "blip", "florence2", "chat"
-# BLIP's authors caption with these beams and this shortest length, start and end included. Three
-# beams are also Florence-2's.
+# Number of beams, and minimum number of tokens of a caption, including start and end. These are the
+# settings of BLIP's authors; Florence-2's authors use three beams too.
 BEAMS = 3
 MIN_TOKENS = 5
-# Maximum tokens of a caption. BLIP's are those of its authors, 30 with the start; it was trained on
-# single sentences and repeats itself after them.
+# Maximum number of new tokens of a caption. BLIP's limit is that of its authors, 30 with the start
+# token; the model was trained on single sentences and repeats itself in longer captions.
 MAX_TOKENS = {BLIP: 29, FLORENCE: 256, CHAT: 256}
-# Prompts of the models. Florence-2 has fixed words for its tasks, BLIP begins with the prompt.
+# Default prompts. Florence-2 has a fixed word for each of its tasks. BLIP's captions begin with the
+# prompt, so there is none by default.
 PROMPTS = {
     FLORENCE: "<DETAILED_CAPTION>",
     CHAT: "Describe this image in one or two sentences: the subject, what it does, what is around"
     " it, and the light. Answer with the description alone.",
 }
 FLORENCE_TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
-# A chat model gets no larger images: one of 12 megapixels would be 16,000 tokens of Qwen2.5-VL.
+# Maximum side in pixels of a chat model's images. For Qwen2.5-VL, an image of 12 megapixels would
+# be 16,000 tokens.
 MAX_SIDE = 1024
 SUGGESTION = (
-    "give BLIP, Florence-2 or a chat model that sees images, such as"
+    "give BLIP, Florence-2 or a vision chat model, such as"
     " florence-community/Florence-2-base or Qwen/Qwen2.5-VL-3B-Instruct"
 )
-# Generates a caption for each image of a batch.
+# A function that generates a caption for each image of a batch.
 Generate = Callable[[Sequence[Image]], list[str]]
 
 
 @dataclass(frozen=True)
 class ImageCaptioner:
-    """Writes captions, which depend on the image only."""
+    """A model that writes captions, which depend only on the images."""
 
     model: HubModel
     kind: str  # BLIP, FLORENCE or CHAT
@@ -57,10 +59,10 @@ class ImageCaptioner:
 
     @torch.inference_mode()
     def captions(self, images: Sequence[Image]) -> list[str]:
-        """One caption for each image, as one line; "" where the model writes nothing.
+        """Return a one-line caption for each image, "" if the model writes nothing.
 
         Args:
-            images: RGB, of any size, computed as one batch.
+            images: RGB images of any size, which are captioned as one batch.
         """
         return [" ".join(text.split()) for text in self._generate(images)]
 
@@ -78,24 +80,24 @@ def load_captioner(
 
     Args:
         source: hub id, or a folder with weights in safetensors.
-        label: name in messages; by default the source in quotes.
-        prompt: what to ask for, see `PROMPTS`; the default is that of the model's kind.
-        max_new_tokens: length of a caption at most, see `MAX_TOKENS`.
+        label: the model's name in messages; by default the source in quotes.
+        prompt: prompt for the model; the default of the model's kind is in `PROMPTS`.
+        max_new_tokens: maximum length of a caption; the default is in `MAX_TOKENS`.
         device: device of the model.
-        dtype: of the weights and the computation.
+        dtype: dtype of the weights and of the computation.
 
     Raises:
-        UserError: the model writes no captions or none of this length, or the prompt is none of its
-            tasks.
-        Exception: any error of a library that can't load it.
+        UserError: the model is not a captioner that can be used here, its captions can't be this
+            long, or it does not understand the prompt.
+        Exception: any error of a library that can't load the model.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     label = label or quoted(source)
     if source.lower().startswith("microsoft/florence-2"):
         raise UserError(
-            f"{label} needs code of its repository, which is not run: give the same weights for"
-            f" transformers, florence-community/{source.rpartition('/')[2]}."
+            f"{label} needs code from its repository, which is not run: give the same weights in"
+            f" transformers' format, florence-community/{source.rpartition('/')[2]}."
         )
     model = find_model(source, label)
     kind = _kind_of(model)
@@ -105,10 +107,10 @@ def load_captioner(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_new_tokens >= positions:
         raise UserError(
-            f"{label} has no place for {max_new_tokens} new tokens: give fewer than {positions}."
+            f"{label} can't write {max_new_tokens} new tokens: give fewer than {positions}."
         )
     processor = load_processor(model, AutoProcessor)
-    fix = "put its files beside the weights"
+    fix = "put its files next to the weights"
     require_words(f"the tokenizer of {label}", processor.tokenizer, None, fix)
     _check_prompt(kind, label, prompt, processor)
     network = load_weights(model, AutoModelForImageTextToText, dtype).to(device)
@@ -118,10 +120,10 @@ def load_captioner(
 
 
 def _kind_of(model: HubModel) -> str:
-    """The kind of a captioner.
+    """Return the kind of a captioner: BLIP, FLORENCE or CHAT.
 
     Raises:
-        UserError: it is none.
+        UserError: the model is not a captioner.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -131,16 +133,15 @@ def _kind_of(model: HubModel) -> str:
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return CHAT
     raise UserError(
-        f"{model.label} is a model of the kind {model_type}, which writes no captions:"
-        f" {SUGGESTION}."
+        f"{model.label} is a model of type {model_type}, which writes no captions: {SUGGESTION}."
     )
 
 
 def _check_prompt(kind: str, label: str, prompt: str | None, processor: Any) -> None:
-    """Refuse a prompt that the model does not understand.
+    """Check that a model understands its prompt.
 
     Raises:
-        UserError: it is not a task of Florence-2, or the chat model has no template for it.
+        UserError: the prompt is not a task of Florence-2, or the chat model has no chat template.
     """
     if kind == FLORENCE and prompt not in FLORENCE_TASKS:
         raise UserError(
@@ -149,16 +150,17 @@ def _check_prompt(kind: str, label: str, prompt: str | None, processor: Any) -> 
             " reads any prompt."
         )
     if kind == CHAT and not processor.chat_template:
-        raise UserError(
-            f"{label} has no chat template, so it can't be asked for a caption: {SUGGESTION}."
-        )
+        raise UserError(f"{label} has no chat template, so it can't take a prompt: {SUGGESTION}.")
 
 
 def _blip(network: Any, processor: Any, prompt: str | None, max_new_tokens: int) -> Generate:
-    """BLIP by beam search; a prompt is the beginning of every caption."""
+    """Return a function that captions images with BLIP, by beam search.
+
+    Captions begin with the prompt, if there is one.
+    """
     from transformers import GenerationConfig
 
-    # These replace the checkpoint's settings, since captions of two models must be comparable.
+    # Replace the checkpoint's settings, so that the captions of two models are comparable.
     network.text_decoder.generation_config = GenerationConfig(
         do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_new_tokens=max_new_tokens
     )
@@ -169,14 +171,17 @@ def _blip(network: Any, processor: Any, prompt: str | None, max_new_tokens: int)
             inputs.update(processor.tokenizer([prompt] * len(images), return_tensors="pt"))
             inputs.pop("token_type_ids", None)
         tokens = network.generate(**inputs.to(network.device, network.dtype))  # (n, length)
-        # Without the first token, the start: some BLIP tokenizers don't know it as a special one.
+        # Drop the start token, which some BLIP tokenizers don't treat as a special token.
         return processor.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
 
     return generate
 
 
 def _florence(network: Any, processor: Any, prompt: str | None, max_new_tokens: int) -> Generate:
-    """Florence-2 by beam search; the prompt is one of its tasks."""
+    """Return a function that captions images with Florence-2, by beam search.
+
+    The prompt is one of the model's tasks.
+    """
 
     def generate(images: Sequence[Image]) -> list[str]:
         texts = [prompt] * len(images)
@@ -193,12 +198,15 @@ def _florence(network: Any, processor: Any, prompt: str | None, max_new_tokens: 
 
 
 def _chat(network: Any, processor: Any, prompt: str | None, max_new_tokens: int) -> Generate:
-    """A chat model that sees images, with its own template; the prompt is the user's message."""
-    # The answers of a batch begin in one column.
+    """Return a function that captions images with a vision chat model and its chat template.
+
+    The prompt is the user's message.
+    """
+    # With padding on the left, all answers of a batch begin in the same column.
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    # Settings of sampling, of which transformers would warn.
+    # Sampling settings, which are not used here; transformers would warn about them.
     for name in ("temperature", "top_p", "top_k"):
         setattr(network.generation_config, name, None)
 
@@ -222,7 +230,7 @@ def _chat(network: Any, processor: Any, prompt: str | None, max_new_tokens: int)
             **inputs.to(network.device, network.dtype),
             do_sample=False,
             max_new_tokens=max_new_tokens,
-        )  # (n, prompt and answer)
+        )  # (n, tokens of prompt and answer)
         answers = tokens[:, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
@@ -230,7 +238,7 @@ def _chat(network: Any, processor: Any, prompt: str | None, max_new_tokens: int)
 
 
 def _shrink(image: Image) -> Image:
-    """The image, or a smaller copy of at most ``MAX_SIDE`` pixels on its longer side."""
+    """Return the image, or a smaller copy if its longer side has more than ``MAX_SIDE`` pixels."""
     if max(image.size) <= MAX_SIDE:
         return image
     copy = image.copy()

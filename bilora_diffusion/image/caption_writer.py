@@ -1,7 +1,6 @@
-"""Captions of a folder's images as ``.txt`` files: write the missing ones, and report on all.
+"""Write the missing captions of a folder's images to ``.txt`` files, and report on all captions.
 
-The command line is `bilora_diffusion.caption`. Images are found and read, and captions named, as
-training does it.
+The command line is in `bilora_diffusion.caption`. Images and captions are found as in training.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .sets import ImageSet
 
 # Maximum number of rows of the table.
 MAX_ROWS = 200
-# Maximum length of a name in the table.
+# Maximum number of characters of a name in the table.
 NAME_WIDTH = 32
 
 
@@ -41,21 +40,24 @@ NAME_WIDTH = 32
 class CaptionFile:
     """The text file of one image."""
 
-    name: str  # of the image
+    name: str  # name of the image
     path: Path
-    text: str | None  # None without a file, "" for a blank one
-    is_new: bool = False
+    text: str | None  # None if there is no file, "" if the file is blank
+    is_new: bool = False  # whether this command wrote the file
 
 
 def caption_folder(options: Namespace) -> None:
-    """Run the command with the options of `caption.CaptionOptions` and ``folder``.
+    """Write the missing captions of a folder, and print the report.
+
+    Args:
+        options: those of `caption.CaptionOptions`, and ``folder``.
 
     Raises:
-        UserError: no folder of images, no captioner, or no base model.
-        Interrupted: by Ctrl-C; captions that are written stay.
+        UserError: the folder, the captioner or the base model can't be used.
+        Interrupted: Ctrl-C was pressed; captions that are already written are kept.
     """
     quiet()
-    # Before the captioner, since it is found faster.
+    # Loaded before the captioner, since it loads faster and can fail too.
     if options.pretrained_model_name_or_path is None:
         prompt_length = PromptLength.of_clip()
     else:
@@ -80,31 +82,31 @@ def _open_images(folder: str, skip_bad_images: bool) -> ImageSet:
         raise UserError(f"{quoted(folder)} is not a folder: give the folder of your images.")
     if folder in FOLDERS:
         raise UserError(
-            f'"{folder}" is the name of an embedded set: give "./{folder}" for the folder here.'
+            f'"{folder}" is the name of an embedded set: give "./{folder}" for the local folder.'
         )
     for metadata in list_folder(Path(folder).expanduser()).metadata:
         raise UserError(
-            f"{quoted(folder)} has a {metadata.name}, so captions are read from its columns and not"
-            " from text files: write them there, or remove it."
+            f"{quoted(folder)} has a {metadata.name}, so captions are read from its columns, not"
+            " from text files: write the captions there, or remove the file."
         )
     return open_images(folder, skip_bad_images=skip_bad_images)
 
 
 def _caption_files(folder: str, images: ImageSet) -> list[CaptionFile]:
-    """The text file of each image.
+    """Return the text file of each image.
 
     Raises:
-        UserError: images are not files, or two of them would have one text file.
+        UserError: the images are not files, or two of them would share a text file.
     """
     existing_files = list_folder(Path(folder).expanduser()).texts
     files = []
-    names: dict[str, str] = {}  # of images, by path without suffix
+    names: dict[str, str] = {}  # image names, by path without suffix
     for entry in images.entries:
         image_file = entry.encoded_image()
         if isinstance(image_file, bytes):
             raise UserError(
-                f"{quoted(folder)} holds its images in tables, not in files: captions belong into a"
-                " column of these."
+                f"{quoted(folder)} holds its images in tables, not in files: write the captions to"
+                " a column of the tables."
             )
         image_stem = stem(image_file)
         if image_stem in names:
@@ -124,7 +126,7 @@ def _caption_files(folder: str, images: ImageSet) -> list[CaptionFile]:
 def _write_captions(
     options: Namespace, images: ImageSet, files: Sequence[CaptionFile], indices: Sequence[int]
 ) -> None:
-    """Write the captions of the images with these indices."""
+    """Generate and write the captions of the images with these indices."""
     captioner = _load_captioner(options)
     with tqdm(total=len(indices), desc="captions", unit="image") as bar:
         try:
@@ -135,7 +137,7 @@ def _write_captions(
                 with explain_memory_errors(action, fix):
                     texts = captioner.captions([images.image(index) for index in batch])
                 for index, text in zip(batch, texts, strict=True):
-                    # Without a text there is no file: training takes a blank one for none.
+                    # An empty caption gets no file, since training ignores blank files.
                     if text:
                         file = files[index]
                         file.text = add_trigger(text, options.trigger_word)
@@ -143,9 +145,9 @@ def _write_captions(
                         file.is_new = True
                     bar.update()
         except KeyboardInterrupt:
-            advice = "give the same command again to write the others"
+            advice = "run the same command again to write the others"
             if options.overwrite:
-                advice = "with --overwrite the same command begins again"
+                advice = "with --overwrite, the same command starts over"
             sentence = f"\n{bar.n} of {counted(len(indices), 'caption')} are written: {advice}"
             raise Interrupted(sentence) from None
 
@@ -154,7 +156,7 @@ def _load_captioner(options: Namespace) -> ImageCaptioner:
     """Load the captioner onto this machine's device."""
     precision = options.dtype or default_precision()
     label = f"--model {options.model}"
-    fix = "check its name, its files and the connection to the hub, or give another, or a folder"
+    fix = "check its name, its files and the connection to the hub, or give another or a folder"
     with as_user_error(f"{label} can't be loaded", fix):
         return load_captioner(
             options.model,
@@ -169,25 +171,25 @@ def _load_captioner(options: Namespace) -> ImageCaptioner:
 def _report(
     options: Namespace, images: ImageSet, files: Sequence[CaptionFile], prompt_length: PromptLength
 ) -> Iterator[str]:
-    """The table of captions, what is wrong with them, and what to do next."""
+    """Yield the lines of the report: the table of captions, their faults, and what to do next."""
     yield from _table(files, prompt_length)
     yield ""
     count_new = sum(file.is_new for file in files)
     count_left = sum(file.text is not None and not file.is_new for file in files)
     folder = options.folder
-    yield f"{counted(count_new, 'caption')} written into {folder}; {count_left} left as before."
+    yield f"{counted(count_new, 'caption')} written to {folder}; {count_left} left unchanged."
     captions = {file.name: file.text for file in files if file.text}
     long_captions = prompt_length.warning(captions)
     if long_captions is not None:
         yield long_captions
     if options.pretrained_model_name_or_path is None:
         yield (
-            "Tokens are those of CLIP, with which SDXL reads prompts:"
-            " --pretrained_model_name_or_path counts those of another base model."
+            "Tokens are counted with SDXL's CLIP tokenizer: give --pretrained_model_name_or_path to"
+            " count with that of another base model."
         )
     missing = [file.name for file in files if not file.text]
     if missing:
-        yield f"Without a caption: {listed(missing)}: write it by hand, or give another --model."
+        yield f"Without a caption: {listed(missing)}. Write it by hand, or give another --model."
     images_of_caption: dict[str, list[str]] = defaultdict(list)
     for name, text in captions.items():
         images_of_caption[text].append(name)
@@ -199,15 +201,15 @@ def _report(
         yield f"{phrase}: leave one out."
     subject = options.trigger_word or "your prompt"
     yield (
-        f"Read and correct the captions in {folder} before training: {subject} stands for what they"
-        " leave out, and what they name can be changed in a prompt."
+        f"Read and correct the captions in {folder} before training: {subject} comes to mean"
+        " everything that they leave out, while a prompt can change everything that they name."
     )
 
 
 def _table(files: Sequence[CaptionFile], prompt_length: PromptLength) -> Iterator[str]:
-    """Rows of image, tokens and the start of the caption, as wide as the terminal."""
+    """Yield rows of image, tokens and the start of the caption, as wide as the terminal."""
     width = min(NAME_WIDTH, max(len(file.name) for file in files))
-    room = max(20, shutil.get_terminal_size().columns - width - 10)
+    caption_width = max(20, shutil.get_terminal_size().columns - width - 10)
     yield f"{'image':<{width}}  tokens  caption"
     for file in files[:MAX_ROWS]:
         name = file.name
@@ -217,8 +219,8 @@ def _table(files: Sequence[CaptionFile], prompt_length: PromptLength) -> Iterato
             yield f"{name:<{width}}  {'':>6}  -"
             continue
         start = file.text
-        if len(start) > room:
-            start = f"{start[: room - 3]}..."
+        if len(start) > caption_width:
+            start = f"{start[: caption_width - 3]}..."
         yield f"{name:<{width}}  {prompt_length.count(file.text):>6}  {start}"
     if len(files) > MAX_ROWS:
         yield f"and {len(files) - MAX_ROWS} more"

@@ -1,14 +1,14 @@
-"""The text that each image is trained on and measured with, and the embeddings of texts.
+"""The texts that images are trained and measured with, and the embeddings of texts.
 
-An image has its caption, else the instance prompt of its concept; without both it is an error. A
-caption is the text of ``--caption_column`` in the metadata file or table, or, in a folder without
-metadata, of the ``.txt`` file beside the image; a blank one counts as none (`opening` reads them).
-The trigger word comes in front if the text does not have it. In training the tags can be shuffled,
-or the text can be dropped, for which the family's negative stands. A class image has the class
-prompt.
+An image's text is its caption or, without one, the instance prompt of its concept; an image with
+neither is an error. A caption is read from ``--caption_column`` in the metadata file or table or,
+in a folder without metadata, from the ``.txt`` file next to the image (see `opening`). A blank
+caption counts as none. The trigger word is put in front of a text that does not contain it. In
+training, the tags of a text can be shuffled, and a text can be dropped, that is, replaced by the
+family's negative prompt. A class image has the class prompt.
 
-Frozen text encoders embed each text once (`PromptCache`, by the family's `embed`), trained ones at
-each step (`loss`).
+Frozen text encoders embed each text once (`PromptCache`); trained ones embed texts at each step
+(`loss`).
 """
 
 from __future__ import annotations
@@ -31,33 +31,35 @@ from .families.base import Family
 from .families.tensors import Conditions, join_rows, split_rows
 from .sets import ImageSet
 
-# Orders of one image's tags. They are chosen beforehand: all prompts are embedded at the start.
+# Maximum number of orders of an image's tags, which are chosen before training, since all prompts
+# are embedded at the start.
 MAX_ORDERS = 8
-# Texts of all images together: an embedding takes 0.3 MB for SDXL and up to 4 MB for others.
+# Maximum number of texts with shuffled tags, over all images: an embedding takes 0.3 MB for SDXL
+# and up to 4 MB for other models.
 MAX_TEXTS = 2000
-LIST_SUFFIX = "[]"  # ends the name of a list in a file of tensors
+LIST_SUFFIX = "[]"  # marks the name of a list in a file of tensors
 
 
 def captions_or_prompts(images: ImageSet, instance_prompts: Sequence[str | None]) -> list[str]:
-    """The text of every image: its caption, else the instance prompt of its concept.
+    """Return the text of each image: its caption or, without one, its concept's instance prompt.
 
     Raises:
-        UserError: an image has no caption and there is no instance prompt.
+        UserError: an image has no caption, and its concept has no instance prompt.
     """
     texts = []
     for entry in images.entries:
         text = entry.caption or instance_prompts[entry.concept]
         if text is None:
             raise UserError(
-                f"{entry.name} in {images.label} has no caption: give it one, or give"
-                " --instance_prompt for the images without."
+                f"{entry.name} in {images.label} has no caption: add one, or give"
+                " --instance_prompt for images without a caption."
             )
         texts.append(text)
     return texts
 
 
 def fixed_texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
-    """The text of every image without shuffling and dropout, as held-out images are measured."""
+    """Return the text of each image without shuffling and dropout, as for held-out images."""
     prompts = [concept.instance_prompt for concept in cfg.concept_configs]
     texts = []
     for entry, text in zip(images.entries, captions_or_prompts(images, prompts), strict=True):
@@ -67,19 +69,19 @@ def fixed_texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
 
 
 class Captions:
-    """The texts of a training set: those of each image, and the text of each training sample.
+    """The texts of a training set's images, and the text of each training sample.
 
     Raises:
-        UserError: an image has no text, or none has tags that could be shuffled.
+        UserError: an image has no text, or ``--shuffle_tags`` is given and no text has tags.
     """
 
     def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
-        self._configs = images.values_of_images(cfg.concept_configs)  # of each image's concept
+        self._configs = images.values_of_images(cfg.concept_configs)  # one for each image
         prompts = [concept.instance_prompt for concept in cfg.concept_configs]
         plain_texts = captions_or_prompts(images, prompts)
         self._require_tags(plain_texts, images.label)
         num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // len(images)))
-        self._texts: list[list[str]] = []  # of each image, in each order of its tags
+        self._texts: list[list[str]] = []  # for each image, one per order of tags
         for sample, text in enumerate(plain_texts):
             config = self._configs[sample]
             orders = [text]
@@ -88,7 +90,7 @@ class Captions:
             self._texts.append([add_trigger(order, config.trigger_word) for order in orders])
 
     def _require_tags(self, texts: Sequence[str], label: str) -> None:
-        """Refuse ``--shuffle_tags`` where no text has tags."""
+        """Check that a text has tags if ``--shuffle_tags`` is given."""
         texts_to_shuffle = []
         for text, config in zip(texts, self._configs, strict=True):
             if config.shuffle_tags:
@@ -96,20 +98,20 @@ class Captions:
         if texts_to_shuffle and not any("," in text for text in texts_to_shuffle):
             raise UserError(
                 f"--shuffle_tags has nothing to shuffle: no caption of {label} has tags"
-                " with commas between them; drop it."
+                " separated by commas; drop the option."
             )
 
     def _shuffle(self, text: str, config: DreamBoothConfig, order: int) -> str:
-        """A text with its tags in another order; those with the trigger word stay in front.
+        """Return a text with its tags in another order; tags with the trigger word stay in front.
 
         Args:
-            order: number of the order, which decides the permutation together with seed and text.
+            order: number of the order, which with the seed and the text gives the permutation.
         """
         front_tags = []
         tags = []
         for part in text.split(","):
             tag = part.strip()
-            if not tag:  # after a comma at the end
+            if not tag:  # after a trailing comma
                 continue
             if config.trigger_word and has_word(tag, config.trigger_word):
                 front_tags.append(tag)
@@ -120,7 +122,7 @@ class Captions:
         return ", ".join(front_tags + [tags[place] for place in permutation])
 
     def all_texts(self) -> list[str]:
-        """All different texts that training can use."""
+        """Return all distinct texts that training can use."""
         texts: list[str] = []
         for orders in self._texts:
             texts += orders
@@ -129,10 +131,10 @@ class Captions:
         return list(dict.fromkeys(texts))
 
     def text(self, sample: int, step: int, slot: int) -> str:
-        """The text of one training sample, chosen by seed, step and slot."""
+        """Return the text of a training sample, chosen by the seed, the step and the slot."""
         config = self._configs[sample]
         random = generator(config.seed, "caption", step, sample, slot)
-        # Two numbers whatever the options, so that dropout does not change the order of tags.
+        # Always draw two numbers, so that dropout does not change the order of tags.
         dropout, order = torch.rand(2, generator=random, dtype=torch.float64).tolist()
         if dropout < config.caption_dropout:
             return ""
@@ -141,23 +143,23 @@ class Captions:
 
 
 def add_trigger(text: str, trigger: str | None) -> str:
-    """Put the trigger word in front of a caption that does not contain it."""
+    """Return a caption with the trigger word in front, unless the caption contains it."""
     if not trigger or has_word(text, trigger):
         return text
     return f"{trigger}, {text}"
 
 
 def concept_words(trigger_word: str | None, instance_prompt: str | None) -> str | None:
-    """The words that name a concept in a prompt: its trigger word, else its instance prompt."""
+    """Return the words that name a concept in a prompt: its trigger word or instance prompt."""
     return trigger_word or instance_prompt
 
 
 def has_word(text: str, word: str) -> bool:
-    """Test that a text contains a word or a phrase, not as a part of a longer word."""
-    # An accented letter can be one character or two: normalize it to one.
+    """Return whether a text contains a word or phrase, but not as part of a longer word."""
+    # An accented letter can be one character or two; normalization makes it one.
     text = unicodedata.normalize("NFC", text)
     word = unicodedata.normalize("NFC", word)
-    # A word that begins with a mark, such as <s1>, may follow a letter.
+    # A word that begins with punctuation, such as <s1>, may directly follow a letter.
     start = r"(?<!\w)" if re.match(r"\w", word) else ""
     end = r"(?!\w)" if re.search(r"\w$", word) else ""
     return re.search(start + re.escape(word) + end, text) is not None
@@ -167,11 +169,11 @@ class PromptCache:
     """Embeddings of prompts by frozen text encoders, each computed once.
 
     Args:
-        pipeline: with its encoders.
-        device: the encoders are moved to it to embed prompts.
-        family: the pipeline's family with the run's settings; by default with its usual settings.
-        disk: cache on disk, for the next run.
-        prepare: called before the encoders are used.
+        pipeline: a pipeline with its text encoders.
+        device: device to which the encoders are moved while they embed prompts.
+        family: the pipeline's family with the run's settings; None for the default settings.
+        disk: cache on disk, for later runs; None for no such cache.
+        prepare: function that is called before the encoders are used.
     """
 
     def __init__(
@@ -190,15 +192,15 @@ class PromptCache:
         self._embeddings: dict[str, Conditions] = {}
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Embed the prompts that are new.
+        """Embed the prompts that are not in the cache.
 
-        Each prompt is embedded by itself, so that the result does not depend on the other new ones.
+        Each prompt is embedded alone, so its embedding does not depend on the other prompts.
         """
         missing = []
         for prompt in dict.fromkeys(prompts):
             if prompt in self._embeddings:
                 continue
-            tensors = self._disk.get(prompt)  # of an earlier run
+            tensors = self._disk.get(prompt)  # from an earlier run
             if tensors:
                 self._embeddings[prompt] = _row_from_tensors(tensors)
             else:
@@ -210,11 +212,11 @@ class PromptCache:
         encoders = []
         for name in self.family.encoders:
             encoder = getattr(self._pipeline, name)
-            if encoder is not None:  # some pipelines lack one
+            if encoder is not None:  # None if the pipeline lacks an optional one
                 encoders.append(encoder)
         for encoder in encoders:
             encoder.to(self._device)
-        # One by one: how batched products are rounded depends on the shape of the batch.
+        # One at a time, since the rounding of batched products depends on the shape of the batch.
         for prompt in missing:
             (row,) = split_rows(self.family.embed(self._pipeline, [prompt]))
             self._embeddings[prompt] = row
@@ -223,14 +225,14 @@ class PromptCache:
             encoder.to("cpu")
 
     def embed(self, prompts: Sequence[str]) -> Conditions:
-        """Embed prompts as they are, "" too: n rows in their order, on the CPU."""
+        """Return the embeddings of prompts, n rows on the CPU; "" is the empty prompt."""
         self.add(prompts)
         return join_rows([self._embeddings[prompt] for prompt in prompts])
 
     def embed_captions(self, captions: Sequence[str]) -> Conditions:
-        """Embed captions for training, where "" is guidance's negative prompt: n rows on the CPU.
+        """Return the embeddings of captions, n rows on the CPU; "" is guidance's negative prompt.
 
-        A family can embed the negative prompt in another way than the empty prompt, such as by
+        Some families embed the negative prompt differently from the empty prompt, for example as
         zeros (`Family.negative`).
         """
         self.add(captions)
@@ -241,16 +243,16 @@ class PromptCache:
         return join_rows(rows)
 
     def release(self) -> None:
-        """Delete the encoders, which are as large as the denoiser in flow models."""
+        """Delete the text encoders, which in flow models are as large as the denoiser."""
         for name in self.family.encoders:
             setattr(self._pipeline, name, None)
-        gc.collect()  # models have reference cycles
+        gc.collect()  # models contain reference cycles
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _row_to_tensors(row: Conditions) -> dict[str, Tensor]:
-    """One row of embeddings as tensors by name; a list of one has a name that ends in "[]"."""
+    """Return a row of embeddings as named tensors; the name of a one-item list ends in "[]"."""
     tensors: dict[str, Tensor] = {}
     for name, values in row.items():
         if isinstance(values, list):
@@ -261,7 +263,7 @@ def _row_to_tensors(row: Conditions) -> dict[str, Tensor]:
 
 
 def _row_from_tensors(tensors: dict[str, Tensor]) -> Conditions:
-    """The reverse of `_row_to_tensors`."""
+    """Return the row of embeddings of named tensors, the reverse of `_row_to_tensors`."""
     row: Conditions = {}
     for name, values in tensors.items():
         if name.endswith(LIST_SUFFIX):

@@ -1,4 +1,4 @@
-"""The model card of a DreamBooth run: its images, and how the weights are used."""
+"""The model card of a DreamBooth run, with sample images and a code example."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .families.base import Unconditional
 from .schedulers import read_scheduler
 from .validation import INDEX, read_index
 
-# Row of the card's table: key in a run's results.
+# Title of a row of the card's table -> key in a run's results.
 MEASURED = {
     **{title: name for name, title in MEASURE_TITLES.items()},
     "loss on the training images": TRAINING_GRID_LOSS,
@@ -42,7 +42,7 @@ EMBEDDED_TITLES = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion
 
 
 def _gallery(folder: Path, step: int, config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Prompt and address of each validation image of a step; the address is relative and quoted."""
+    """Return the prompt and the relative, quoted URL of each validation image of a step."""
     images_folder = validation_folder(folder, step)
     gallery = []
     for image in read_index(images_folder / INDEX, config):
@@ -53,13 +53,13 @@ def _gallery(folder: Path, step: int, config: Mapping[str, Any]) -> list[tuple[s
 
 
 def _tags(cfg: DreamBoothConfig, base: str) -> list[str]:
-    """Tags for the hub's search."""
+    """Return the tags for the hub's search."""
     tags = ["text-to-image", "diffusers"]
     if methods.get(cfg.method).exports_weights:
         tags.append("full-fine-tuning")
     else:
         tags += ["lora", "template:sd-lora"]
-    # The miniature has SDXL's architecture, but its weights fit nothing else.
+    # The miniature has SDXL's architecture, but its LoRA fits no other model.
     if base not in PIPELINES and not cfg.family.flow:
         tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
     tags.append(cfg.method)
@@ -69,21 +69,21 @@ def _tags(cfg: DreamBoothConfig, base: str) -> list[str]:
 def write_dreambooth_card(
     cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None
 ) -> None:
-    """Write ``folder/README.md`` with the last validation images.
+    """Write ``folder/README.md`` with the validation images of the exported step.
 
     Args:
-        results: results of the run: steps, held-out losses and the report of the export.
-        repo_id: repository on the hub that the run is pushed to, if any.
+        results: the run's results: steps, held-out losses and the export's report.
+        repo_id: hub repository that the run is pushed to, if any.
     """
     base = public_name(cfg.pretrained_model_name_or_path)
     concepts = cfg.concept_configs
     sources = [public_name(concept.source) for concept in concepts]
 
-    # Validation images. With --keep_best they show the exported weights, those of an earlier step.
+    # Validation images of the exported weights, which with --keep_best can be an earlier step's.
     step = results.get("best_step", results["steps"])
     prompts = cfg.sampled_prompts
     gallery = _gallery(folder, step, vars(cfg))
-    if [prompt for prompt, _ in gallery] != prompts:  # a run was resumed with other prompts
+    if [prompt for prompt, _ in gallery] != prompts:  # the run was resumed with other prompts
         gallery, prompts = [], []
     words = [concept_words(concept.trigger_word, concept.instance_prompt) for concept in concepts]
     triggers = list(dict.fromkeys(filter(None, words)))
@@ -118,7 +118,7 @@ def write_dreambooth_card(
 
 
 def _result_rows(cfg: DreamBoothConfig, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of the table of results, by title: the values that the run has measured."""
+    """Return the values that the run measured, by their titles in the table of results."""
     metrics = dict(MEASURED)
     for options in cfg.concepts:
         name = options["concept"]
@@ -127,25 +127,26 @@ def _result_rows(cfg: DreamBoothConfig, results: Mapping[str, Any]) -> dict[str,
 
 
 def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for the card's code example, which loads the pipeline and the weights.
+    """Return the values for the card's code example, which loads the pipeline and the weights.
 
     Args:
-        base: name of the base model in the card.
-        results: results of the run, with the report of the export.
+        base: the base model's name in the card.
+        results: the run's results, with the export's report.
     """
     family = cfg.family
     exports_models = methods.get(cfg.method).exports_weights
-    # The code shows guidance from the base model, or as the validation images have it, where a few
-    # lines are enough: where the unconditional rows are the first rows of a batch. DoRA scales the
-    # base's output too, and text encoders with adapters would embed the negative prompt.
+    # The code shows guidance from the base model (or at the validation images' strength) if a few
+    # lines are enough, that is, if the unconditional rows are the first rows of a batch. They are
+    # not enough for DoRA, which also scales the base model's output, or for text encoders with
+    # adapters, which would embed the negative prompt.
     denoiser_by_rows = None
     is_plain = not (exports_models or cfg.use_dora or cfg.train_text_encoder)
     if family.unconditional is Unconditional.FIRST_ROWS and is_plain:
         denoiser_by_rows = family.denoiser
-    # The guided target puts that guidance into the weights.
+    # A guided target trains guidance into the weights.
     is_guided_target = cfg.guided_target > 1
     sampling_lora = cfg.lora_sources.get("sampling_lora")
-    if is_guided_target or sampling_lora is not None:  # the code would stop both adapters
+    if is_guided_target or sampling_lora is not None:  # the code would switch off both LoRAs
         denoiser_by_rows = None
     strength = unconditional_strength(cfg.validation_guidance_from)
     vae = cfg.pretrained_vae_model_name_or_path
@@ -163,13 +164,13 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "guided_target": cfg.guided_target if is_guided_target else None,
         **_sampler(cfg, sampling_lora),
         "models": list(results["export"]) if exports_models else [],
-        # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
+        # SDXL's loader warns about each text encoder without keys; transformers' loaders do not.
         "warns_of_encoders": not family.flow and not cfg.train_text_encoder,
     }
 
 
 def _sampler(cfg: DreamBoothConfig, sampling_lora: LoraSource | None) -> dict[str, Any]:
-    """Values for the part of the code that samples as the run's validation images are sampled."""
+    """Return the values for the code that samples with the settings of the validation images."""
     scheduler = None
     if cfg.sampling_scheduler is not None:
         kind, settings = read_scheduler(cfg.sampling_scheduler)
@@ -192,7 +193,7 @@ def _sampler(cfg: DreamBoothConfig, sampling_lora: LoraSource | None) -> dict[st
 
 
 def _files(cfg: DreamBoothConfig, folder: Path, repo_id: str | None) -> dict[str, Any]:
-    """The files of the run folder, or of the repository that it is pushed to, for the card."""
+    """Return the names of the files in the run folder or on the hub, for the card."""
     workflow = workflow_file_name(folder)
     base_workflow = base_workflow_file_name(folder)
     return {

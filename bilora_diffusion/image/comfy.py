@@ -1,10 +1,10 @@
-"""A workflow for ComfyUI that samples a run's first validation image as diffusers does.
+"""ComfyUI workflows that sample a run's first validation image as diffusers does.
 
-It has ComfyUI's API format, which its window can open: nodes by number. An input that is the output
-of another node is a pair: the number of the node and the number of its output. The names of nodes
-and files are those of Comfy-Org's templates and model repositories in 2026. If a copy of ComfyUI is
-there, tests check nodes, inputs and noise levels with its code; no image was sampled with it.
-`Family.comfyui` has the differences between families of models.
+A workflow is in ComfyUI's API format, which can be opened in its window: a mapping from number to
+node. If an input is another node's output, its value is a pair: that node's number and the output's
+number. Nodes and files are named as in Comfy-Org's templates and model repositories in 2026. If a
+copy of ComfyUI is available, the tests check nodes, inputs and noise levels with its code; no image
+has been sampled with it. `Family.comfyui` holds the differences between model families.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .families.base import ComfyUI, Family
 from .schedulers import build_scheduler
 from .validation import ValidationSample, usual_sample
 
-# Loader node, by the number of text encoder files.
+# Node that loads the text encoders, by the number of their files.
 TEXT_ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
-TRAINING_STEPS = 1000  # noise levels of Stable Diffusion XL; samplers use some of them
+TRAINING_STEPS = 1000  # noise levels of Stable Diffusion XL; a sampler uses a subset
 # ComfyUI's samplers, by the class of diffusers' scheduler.
 SAMPLERS = {
     "DDIMScheduler": "ddim",
@@ -47,50 +47,52 @@ SAMPLERS = {
     "LMSDiscreteScheduler": "lms",
     "UniPCMultistepScheduler": "uni_pc",
 }
-Output = list[Any]  # an output of a node: number of the node, number of the output
+Output = list[Any]  # a node's output: [number of the node, number of the output]
 
 
 class Graph(dict[str, Any]):
-    """The nodes of a workflow by their numbers."""
+    """The nodes of a workflow, by number."""
 
     def add(self, kind: str, **inputs: Any) -> Output:
-        """Add a node; returns its first output."""
+        """Add a node and return its first output."""
         number = str(len(self) + 1)
         self[number] = {"class_type": kind, "inputs": inputs}
         return [number, 0]
 
 
 def remark(cfg: DreamBoothConfig) -> str | None:
-    """A warning for a flow-matching model whose LoRA file ComfyUI misreads; None for others."""
+    """Return a warning if ComfyUI misreads a flow-matching model's LoRA file, otherwise None."""
     family: Family = cfg.family
     if not family.flow:
         return None  # ComfyUI reads SDXL's kohya file
     comfyui = family.comfyui
     if comfyui is None:
         return (
-            f"ComfyUI has no names for the layers of {family.title} and finds nothing in the"
-            " file: sample with diffusers, which reads it as trained."
+            f"ComfyUI has no names for the layers of {family.title} and finds none in the LoRA"
+            " file: sample with diffusers, which reads the whole file."
         )
     if cfg.use_dora:
-        flag, loss = "use_dora", "its magnitudes"
+        flag, unread = "use_dora", "DoRA's magnitudes"
     elif comfyui.unread_groups.intersection(cfg.lora_layers):
-        flag, loss = "lora_layers", comfyui.unread_layers
+        flag, unread = "lora_layers", comfyui.unread_layers
     else:
         return None
     return (
-        f"--{flag}: diffusers reads the file as trained; ComfyUI leaves out {loss}, so its images"
-        " differ from those of the trained model."
+        f"--{flag}: ComfyUI leaves out {unread} of the LoRA file, so its images differ from those"
+        " of the trained model; diffusers reads the whole file."
     )
 
 
 def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     """Write the workflow next to the LoRA file, and a second one with guidance from the base model.
 
-    No workflow is written if ComfyUI does not read the file as trained or lacks the scheduler, and
-    no second one if the model makes no unconditional prediction. Older workflows are removed.
+    There is no workflow if ComfyUI does not read the weights as trained, or if it lacks the base
+    model or the scheduler. There is no second workflow if the model makes no unconditional
+    prediction, or if the first workflow already lowers the adapter's strength in this prediction.
+    Earlier workflows are removed.
 
     Args:
-        pipeline: pipeline of the validation images.
+        pipeline: the pipeline that samples the validation images.
     """
     path = folder / workflow_file_name(folder)
     base_path = folder / base_workflow_file_name(folder)
@@ -104,7 +106,7 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
         return
     scheduler = build_scheduler(pipeline.scheduler, cfg.sampling_scheduler)
     if cfg.sampling_scheduler is not None:
-        # The node of FLUX.2 computes the noise levels itself.
+        # FLUX.2's node computes the noise levels itself, so it takes no scheduler settings.
         has_levels = not family.comfyui.scheduler_node or ":" not in cfg.sampling_scheduler
         if type(scheduler).__name__ not in SAMPLERS or not has_levels:
             return
@@ -134,20 +136,24 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
 class Sampler:
     """Settings that are used only while images are generated."""
 
-    scheduler: Any  # of diffusers
-    lora: LoraSource | None = None  # a further file, such as Lightning's
+    scheduler: Any  # one of diffusers' schedulers
+    lora: LoraSource | None = None  # an additional LoRA file, such as Lightning's
 
     @property
     def name(self) -> str:
-        """ComfyUI's name of the sampler."""
+        """ComfyUI's name for the sampler."""
         return SAMPLERS.get(type(self.scheduler).__name__, "euler")
 
     def spacing(self, usual: str) -> str:
-        """ComfyUI's name for the spacing of the noise levels; ``usual`` for the family's."""
+        """Return ComfyUI's name for the spacing of the noise levels.
+
+        Args:
+            usual: the family's spacing, if the scheduler has no other.
+        """
         config = self.scheduler.config
         if config.get("use_karras_sigmas"):
             return "karras"
-        # The first step is at the full noise, as those of LCM.
+        # The first step is at full noise, as it always is for LCM.
         if config.get("timestep_spacing") == "trailing" or self.name == "lcm":
             return "sgm_uniform"
         return usual
@@ -160,12 +166,12 @@ def workflow(
     sample: ValidationSample,
     sampler: Sampler | None = None,
 ) -> Graph:
-    """The nodes that sample one validation image as the pipeline does.
+    """Return the nodes that sample one validation image as the pipeline does.
 
     Args:
-        checkpoint: the model's file, without its ending.
-        lora: the adapter's file.
-        sampler: scheduler and further file; None for the pipeline's scheduler alone.
+        checkpoint: name of the model's file, without its extension.
+        lora: name of the adapter's file.
+        sampler: scheduler and additional LoRA file; None for only the pipeline's scheduler.
     """
     if sampler is None:
         sampler = Sampler(pipeline.scheduler)
@@ -180,11 +186,12 @@ def workflow(
     size = {"width": sample.width, "height": sample.height}
     graph = Graph()
 
-    # The model with the adapter. With guidance from the base model a hook applies the adapter to
-    # the positive prompt only, and in between another hook applies it to the negative prompt.
+    # The model with the adapter. With guidance from the base model, a hook applies the adapter
+    # only to the positive prompt. At a strength between 0 and 1, a second hook applies the adapter
+    # at that strength to the negative prompt.
     base_model, base_encoders, autoencoder = _load_checkpoint(graph, comfyui, checkpoint)
     if sampler.lora is not None:
-        # It acts in both predictions, as in the base model.
+        # This file acts in both predictions, as if it were part of the base model.
         base_model = graph.add(
             "LoraLoaderModelOnly",
             model=base_model,
@@ -196,7 +203,7 @@ def workflow(
     model = base_model
     text_encoders = negative_encoders = base_encoders
     if not comfyui.text_encoders:
-        # The checkpoint's text encoders may be trained too: then the file has their adapters.
+        # If the checkpoint's text encoders are trained too, the file includes their adapters.
         model = _load_adapter(graph, lora, base_model, base_encoders, sample.strength)
         text_encoders = negative_encoders = [model[0], 1]
         if has_hooks:
@@ -225,8 +232,8 @@ def workflow(
         positive = _hook_adapter(graph, lora, positive, sample.strength)
         if negative_strength != 0:
             negative = _hook_adapter(graph, lora, negative, negative_strength)
-    # ComfyUI's scale is 1 without guidance. A pipeline's is `unguided_scale`: 0 where it adds the
-    # difference of the predictions that many times, and 100 where the model embeds its guidance.
+    # Without guidance, ComfyUI's scale is 1, and a pipeline's is `unguided_scale`. This is 0 for
+    # conditional + scale * (conditional - unconditional), and 100 if the model embeds its guidance.
     scale = max(1.0, guidance + 1.0 - family.unguided_scale)
     guided = {"model": model, "positive": positive, "negative": negative, "cfg": scale}
     latent = _sample_latent(graph, family, sampler, guided, sample.seed, steps, size)
@@ -246,8 +253,8 @@ def _load_adapter(
 def _hook_adapter(graph: Graph, lora: str, prompt: Output, strength: float) -> Output:
     """Add the nodes that apply an adapter to the predictions of one prompt only.
 
-    Not the node DualModelGuider: two models from one file share their weights in ComfyUI, so the
-    adapter would act in both.
+    The node DualModelGuider does not work here: in ComfyUI, two models from one file share their
+    weights, so the adapter would act in both.
     """
     hooks = graph.add("CreateHookLoraModelOnly", lora_name=lora, strength_model=strength)
     properties: dict[str, Any] = {"strength": 1.0, "set_cond_area": "default"}
@@ -266,8 +273,8 @@ def _sample_latent(
     """Add the nodes that sample a latent.
 
     Args:
-        guided: the model, both prompts and the guidance scale.
-        size: of the image, by the names of the nodes' inputs.
+        guided: inputs for the model, both prompts and the guidance scale.
+        size: width and height of the image, by the names of the nodes' inputs.
     """
     comfyui = family.comfyui
     assert comfyui is not None
@@ -280,7 +287,7 @@ def _sample_latent(
             sigmas=graph.add(comfyui.scheduler_node, steps=steps, **size),
             latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
         )
-    # The scheduler whose noise levels are closest to those of diffusers.
+    # The scheduler whose noise levels are closest to diffusers' levels.
     scheduler = comfyui.scheduler
     if not family.flow and TRAINING_STEPS % steps == 0:
         scheduler = "ddim_uniform"
@@ -299,7 +306,7 @@ def _sample_latent(
 def _load_checkpoint(
     graph: Graph, comfyui: ComfyUI, checkpoint: str
 ) -> tuple[Output, Output, Output]:
-    """Add the nodes that load a checkpoint: its model, text encoders and autoencoder."""
+    """Add the nodes that load a checkpoint; return its model, text encoders and autoencoder."""
     file = f"{checkpoint}.safetensors"
     if comfyui.autoencoder is None:
         model = graph.add("CheckpointLoaderSimple", ckpt_name=file)
@@ -327,7 +334,7 @@ def _load_checkpoint(
 def _shift_noise_levels(
     graph: Graph, pipeline: Any, sampler: Sampler, model: Output, size: dict[str, int]
 ) -> Output:
-    """Add the node that shifts the noise levels as the pipeline does at this size."""
+    """Add the node that shifts the noise levels as the pipeline does at this image size."""
     family: Family = family_of(pipeline)
     assert family.comfyui is not None
     config = sampler.scheduler.config
@@ -337,6 +344,6 @@ def _shift_noise_levels(
         mu = math.log(config.shift)
     node = family.comfyui.shift_node
     if node == "ModelSamplingFlux":
-        # The node interpolates between two shifts by the size of the image; here both are equal.
+        # The node interpolates between two shifts by image size; here both are equal.
         return graph.add(node, model=model, max_shift=mu, base_shift=mu, **size)
     return graph.add(node, model=model, shift=math.exp(mu))

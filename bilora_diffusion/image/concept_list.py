@@ -1,9 +1,10 @@
-"""The image sets of a run: one, or a YAML list of concepts, each with its options.
+"""The image sets of a run: a single set, or a YAML list of concepts with their own options.
 
     - {dataset: photos/dog, instance_prompt: a photo of TOK dog, repeats: 4}
     - {dataset: photos/castle, trigger_word: SKS}
 
-Options of the command line are the defaults of all concepts. The result is `ImageOptions.concepts`.
+Options on the command line are the defaults of all concepts. The list becomes
+`ImageOptions.concepts`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ CONCEPT_OPTIONS = (
     "num_class_images",
     "validation_dataset",
 )
-# Options of a concept that are added to those of the run.
+# Prompts of a concept, which are added to the run's prompts.
 PROMPT_OPTIONS = ("validation_prompt", "validation_prompts")
 CONCEPT_GROUPS = (DataOptions, PriorOptions, ValidationOptions)
 # Options whose combinations are checked for each concept.
@@ -60,11 +61,11 @@ Config = TypeVar("Config", bound=ImageOptions)
 
 
 def with_sets_of_images(cfg: Config) -> Config:
-    """The configuration with the defaults for its image set, or for each of its concepts.
+    """Return the configuration with the defaults for its image set, or for each of its concepts.
 
     Raises:
         UserError: the list of concepts can't be read, or a concept can't be trained; the message
-            begins with its place in the list.
+            then begins with the list's name and the concept's number.
     """
     if not has_concepts(cfg):
         return with_set_defaults(cfg)
@@ -84,13 +85,13 @@ def with_sets_of_images(cfg: Config) -> Config:
 
 
 def has_concepts(cfg: ImageOptions) -> bool:
-    """Test that ``--dataset`` is a list of concepts, in the recipe or in a file."""
+    """Return whether ``--dataset`` is a list of concepts, in the recipe or in a YAML file."""
     dataset: Any = cfg.dataset_name  # a list in a recipe
     return isinstance(dataset, list) or Path(dataset or "").suffix.lower() in (".yaml", ".yml")
 
 
 def read_concepts(cfg: ImageOptions) -> tuple[str, list[Any]]:
-    """The name of the file that lists the concepts, and its entries."""
+    """Return the name of the file that lists the concepts, and the entries of the list."""
     dataset: Any = cfg.dataset_name
     if isinstance(dataset, list):
         place, items = str(cfg.config), dataset
@@ -98,32 +99,32 @@ def read_concepts(cfg: ImageOptions) -> tuple[str, list[Any]]:
         place = dataset
         items = read_options(Path(place), f'the list of concepts "{place}"', "--dataset")
     if not isinstance(items, list) or not items:
-        raise UserError(f'{place} holds no list of concepts: write "- dataset: FOLDER" for each.')
+        raise UserError(f'{place} is not a list of concepts: write "- dataset: FOLDER" for each.')
     return place, items
 
 
 def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
-    """The run's configuration with a concept's options, and a note for each ignored option.
+    """Return the run's configuration with a concept's options, and a note per ignored option.
 
     Args:
         item: entry of the list of concepts.
     """
     if not isinstance(item, dict):
-        raise UserError(f'it is {quoted(item)}: write options, such as "dataset: FOLDER".')
+        raise UserError(f'{quoted(item)} names no options: write some, such as "dataset: FOLDER".')
     # The parser below also accepts some options of the run, such as the resolution.
     names = {name.replace("-", "_") for name in item}
     run_options = names & options_of(run.groups).keys()
     run_options -= {*CONCEPT_OPTIONS, *PROMPT_OPTIONS}
     if run_options:
-        raise UserError(f"{min(run_options)} holds for all concepts: give it on the command line.")
+        raise UserError(f"{min(run_options)} applies to all concepts: give it on the command line.")
     parser = CommandLine(CONCEPT_GROUPS, "", "")
     explicit = parser.parse_mapping(item)
     if isinstance(explicit.get("dataset_name"), list):
         raise UserError("its dataset is a list: give a single folder or hub id.")
     check(options_of(CONCEPT_GROUPS), {**parser.defaults(), **explicit})
 
-    # The run's prompts are sampled once, not for each concept. They are given here, so a preset
-    # adds none.
+    # The run's prompts are sampled once, not for each concept. Here they count as given, so that a
+    # preset adds none.
     without_prompts = {
         "dataset_name": None,
         "validation_prompt": None,
@@ -136,7 +137,7 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     check_settings(concept)
     constraints.check({name: getattr(concept, name) for name in FACTS})
 
-    # The run notes its ignored options itself.
+    # Keep only the concept's given options: the run itself notes its own ignored options.
     concept = replace(concept, given_options=frozenset(explicit))
     concept, notes = without_ignored_options(concept, CONCEPT_GROUPS)
     check_images(concept)
@@ -144,31 +145,34 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
 
 
 def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]) -> None:
-    """Refuse a concept whose folder of images or class images is also an earlier concept's."""
+    """Check that a concept's folders do not conflict with those of earlier concepts.
+
+    Two concepts may share class images only if they share the class prompt.
+    """
     images, classes = folders_of(concept)
     for number, other_concept in enumerate(earlier, start=1):
         other_images, other_classes = folders_of(other_concept)
         if images == other_images:
             raise UserError(
                 f"its images, {quoted(concept.source)}, are those of concept {number}: give each"
-                " image one concept."
+                " image only one concept."
             )
         if classes == other_images or images == other_classes:
             raise UserError(
-                f"class images and training images of concept {number} are in the same folder:"
-                " give the class images a folder of their own."
+                f"this concept and concept {number} have class images and training images in one"
+                " folder: give the class images a folder of their own."
             )
-        # Missing class images are sampled with the prompt, so one folder can't serve two prompts.
+        # Missing class images are sampled with the prompt, so two prompts need two folders.
         has_other_prompt = concept.class_prompt != other_concept.class_prompt
         if classes is not None and classes == other_classes and has_other_prompt:
             raise UserError(
-                f"its class images are in {quoted(concept.class_data_dir)}, as those of concept"
-                f" {number}, but their prompts differ: give it a class_data_dir of its own."
+                f"its class images are in {quoted(concept.class_data_dir)}, like those of concept"
+                f" {number}, but the class prompts differ: give it a class_data_dir of its own."
             )
 
 
 def folders_of(concept: ImageOptions) -> tuple[Path, Path | None]:
-    """The folders of a concept's images and of its class images."""
+    """Return the folder of a concept's images and that of its class images, if it has any."""
     images = Path(concept.source).expanduser().resolve()
     if not concept.class_data_dir:
         return images, None
@@ -176,28 +180,28 @@ def folders_of(concept: ImageOptions) -> tuple[Path, Path | None]:
 
 
 def require_disjoint(place: str, images: ImageSet) -> None:
-    """Refuse an image that is in two concepts, through nested folders or links.
+    """Check that no image is in two concepts, for example through nested folders or links.
 
     Args:
-        place: file with the list of concepts.
+        place: file with the list of concepts, for messages.
     """
     concepts: dict[Path, int] = {}
     for entry in images.entries:
         source = entry.encoded_image()
-        if isinstance(source, bytes):  # an image of a set on the hub, not a file
+        if isinstance(source, bytes):  # from a table, not from a file
             continue
         first_concept = concepts.setdefault(source.resolve(), entry.concept)
         if first_concept != entry.concept:
             raise UserError(
-                f"{place}, concept {entry.concept + 1}: its image {quoted(source)} is one of"
-                f" concept {first_concept + 1} too: give each image one concept."
+                f"{place}, concept {entry.concept + 1}: its image {quoted(source)} is also in"
+                f" concept {first_concept + 1}: give each image only one concept."
             )
 
 
 def join_concepts(run: Config, concepts: Sequence[Config]) -> Config:
-    """The run's configuration with its named concepts and their validation prompts."""
+    """Return the run's configuration with its concepts, their names and validation prompts."""
     names = [Path(concept.source).name or concept.source for concept in concepts]
-    # Two folders can have the same name but not the same path (`require_other_folders`).
+    # Folders can have the same name, but not the same path (`require_other_folders`).
     if len(set(names)) < len(names):
         names = [concept.source for concept in concepts]
     records: list[dict[str, Any]] = []
@@ -208,7 +212,7 @@ def join_concepts(run: Config, concepts: Sequence[Config]) -> Config:
         for option in CONCEPT_OPTIONS:
             record[option] = getattr(concept, option)
         records.append(record)
-        # One mapping for each prompt; [] if all are empty.
+        # `validation_settings` has one mapping for each prompt, or is [] if all are empty.
         concept_settings = concept.validation_settings or [{} for _ in concept.validation_prompts]
         for prompt_settings in concept_settings:
             settings.append({**prompt_settings, "concept": name})
@@ -219,7 +223,7 @@ def join_concepts(run: Config, concepts: Sequence[Config]) -> Config:
         validation_prompts=prompts,
         validation_settings=settings if any(settings) else [],
     )
-    # The run's checks test that these are set: use the name of the list's file.
+    # The run's checks only test that these are set, so the name of the list's file is enough.
     for option in ("validation_dataset", "class_prompt", "class_data_dir"):
         is_in_concept = any(getattr(concept, option) for concept in concepts)
         if getattr(run, option) is None and is_in_concept:
@@ -228,7 +232,7 @@ def join_concepts(run: Config, concepts: Sequence[Config]) -> Config:
 
 
 def check_settings(cfg: ImageOptions) -> None:
-    """Refuse a prompt's adapter strength or its guidance from another model without adapters."""
+    """Check that each prompt's adapter strength and guidance source fit the trained adapter."""
     for settings in cfg.validation_settings:
         facts: dict[str, Any] = {}
         if settings.get("strength", 1.0) != 1.0:
@@ -240,7 +244,7 @@ def check_settings(cfg: ImageOptions) -> None:
 
 
 def check_images(cfg: ImageOptions) -> None:
-    """Refuse images that do not exist or have no prompt, for a run or a concept."""
+    """Check that the images of a run or a concept exist and have prompts."""
     for name in ("dataset_name", "validation_dataset"):
         value = getattr(cfg, name)
         if value is not None:
@@ -248,7 +252,7 @@ def check_images(cfg: ImageOptions) -> None:
     images = cfg.instance_data_dir
     if images is not None and folder_or_id(images, "--instance_data_dir") is None:
         raise UserError(f"--instance_data_dir {quoted(images)} does not exist: correct the path.")
-    # Missing class images are generated, and would be training images of the next run.
+    # Missing class images are generated into the folder, so the next run would train on them.
     folder = Path(cfg.source).expanduser()
     if cfg.class_data_dir is not None and Path(cfg.class_data_dir).exists():
         class_folder = folder_or_id(cfg.class_data_dir, "--class_data_dir")
@@ -257,10 +261,10 @@ def check_images(cfg: ImageOptions) -> None:
                 f"--class_data_dir {quoted(cfg.class_data_dir)} is the folder of the training"
                 " images: give the class images a folder of their own."
             )
-    # A set on the hub has captions only if the column is given.
+    # A set on the hub has captions only if their column is given.
     has_prompt = cfg.caption_column is not None or cfg.instance_prompt
     if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(
             f'"{cfg.source}" has no prompt: add --instance_prompt, for example "a photo of TOK'
-            ' dog", --caption_column, or a .txt file with its caption beside each image.'
+            ' dog", --caption_column, or a .txt file with the caption next to each image.'
         )

@@ -1,4 +1,4 @@
-"""The configuration of a DreamBooth run: every option, checked and completed."""
+"""The configuration of a DreamBooth run: all options, checked and with their defaults set."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .options import (
 from .sampler_options import SamplerOptions
 from .validation import ValidationSample, samples_of
 
-if TYPE_CHECKING:  # which imports torch
+if TYPE_CHECKING:  # this module imports torch
     from .families.base import Configs, Family
 
 GROUPS = (
@@ -60,11 +60,11 @@ GROUPS = (
     ImageOutputOptions,
 )
 
-# Options that are used only while images are generated, and for all images alike.
+# Options that are used only while images are generated, with one value for all images.
 SAMPLER_OPTIONS = tuple(field.name for field in fields(SamplerOptions))
-# What is recorded of the file, which may move.
+# Recorded facts of the ``--sampling_lora`` file, whose path may change.
 SAMPLING_LORA_FACTS = frozenset({"sampling_lora_sha256", "sampling_lora_strength"})
-# Options that change the distance of samples.
+# Options that change the distance of samples from held-out images.
 SAMPLING_OPTIONS = frozenset(
     {
         "image_model",
@@ -80,10 +80,10 @@ SAMPLING_OPTIONS = frozenset(
 
 @dataclass(frozen=True)
 class DreamBoothConfig(ImageOptions):
-    """`ImageOptions` as a run reads them; made by `resolve`.
+    """`ImageOptions` with their final values, as built by `resolve`.
 
-    All values are final: ``optimizer`` is in lower case, ``validation_prompts`` holds the text of
-    all prompts, and ``max_train_steps`` is None only if the length is given in epochs.
+    ``optimizer`` is in lower case, ``validation_prompts`` holds the texts of all prompts, and
+    ``max_train_steps`` is None only if the length of training is given in epochs.
     """
 
     groups: ClassVar[tuple[type, ...]] = GROUPS
@@ -135,7 +135,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def validates_at_checkpoints(self) -> bool:
-        # Without other prompts the final prompt is used for all images.
+        # If there are no other prompts, ``validation_prompts`` holds only the final prompt.
         return self.validation_prompts != [self.final_validation_prompt]
 
     @property
@@ -144,7 +144,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def chooses_by_samples(self) -> bool:
-        """True if the distance of samples decides which weights the run exports."""
+        """Whether the distance of samples decides which weights the run exports."""
         return self.depends_on_heldout and self.choose_by == BY_SAMPLES
 
     @property
@@ -166,8 +166,8 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def has_unused_parameters(self) -> bool:
-        # SDXL does not read the last layer of its first encoder, and transformers discard the text
-        # tokens after their last block.
+        # SDXL does not use the last layer of its first text encoder, and transformers discard the
+        # text tokens after their last block.
         return self.train_text_encoder or self.pipeline != SDXL
 
     @property
@@ -178,7 +178,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def family_settings(self) -> dict[str, Any]:
-        """Settings of the `Family` that the run sets."""
+        """The run's values of `Family` fields; fields without a value keep their defaults."""
         settings: dict[str, Any] = {}
         for name in ("max_sequence_length", "guidance_scale"):
             if getattr(self, name) is not None:
@@ -187,7 +187,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def cache(self) -> Path | None:
-        """Folder of cached latents and prompt embeddings; None without a cache."""
+        """Folder of cached latents and prompt embeddings; None if nothing is cached."""
         if self.dry_run:
             return None
         return cache_folder(self.disk_cache)
@@ -201,17 +201,17 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def sampled_prompts(self) -> list[str]:
-        """The prompt of each validation image, in their order."""
+        """The prompt of each validation image, in the order of the images."""
         return [sample.prompt for sample in self.samples]
 
     @property
     def samples(self) -> list[ValidationSample]:
-        """The settings of each validation image, in their order."""
+        """The settings of each validation image, in the order of the images."""
         return samples_of(self)
 
     @property
     def sampler_settings(self) -> dict[str, Any]:
-        """The given options of `SAMPLER_OPTIONS` by name; each image records them."""
+        """The given options of `SAMPLER_OPTIONS`, by name, as each image's record holds them."""
         settings: dict[str, Any] = {}
         for name in SAMPLER_OPTIONS:
             source = self.lora_sources.get(name)
@@ -223,7 +223,7 @@ class DreamBoothConfig(ImageOptions):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        # They are not options, but the viewer and the model card read them.
+        # These values are not options, but the viewer and the model card read them.
         values["validation_settings"] = self.validation_settings
         if self.concepts:
             values["concepts"] = self.concepts
@@ -242,31 +242,30 @@ def describe_validation_model(cfg: ImageOptions, model: BaseModel) -> BaseModel:
     """Read the configuration files of ``--validation_model``.
 
     Raises:
-        UserError: it is not a model of the base model's kind.
+        UserError: the model's pipeline class is not the base model's.
     """
     flag = "--validation_model"
     sampled_model = read_base_model(str(cfg.validation_model), None, cfg.cache_dir, flag)
     if sampled_model.pipeline != model.pipeline:
         raise UserError(
-            f"{flag} {quoted(sampled_model.name)} is a {sampled_model.pipeline}, and"
-            f" {quoted(model.name)} a {model.pipeline}: give a model of the same kind."
+            f"{flag} {quoted(sampled_model.name)} is a {sampled_model.pipeline}, but"
+            f" {quoted(model.name)} is a {model.pipeline}: give a model of the same kind."
         )
     return sampled_model
 
 
 def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseModel) -> None:
-    """Refuse sizes, guidance, negative prompts and files that the base model does not support.
+    """Check that the base model supports the sizes, guidance, negative prompts and variant.
 
     Args:
-        sampled_model: model of the validation images, the base model without a
-            ``--validation_model``.
+        sampled_model: model of the validation images, ``--validation_model`` or the base model.
     """
-    # Here, since they import torch.
+    # Imported here, since these modules import torch.
     from .crops import bucket_sizes
     from .schedulers import check_scheduler
 
     family = model.family
-    # Whether there is an unconditional prediction depends on them.
+    # These decide whether the model makes an unconditional prediction.
     guided_by = sampled_model.index, sampled_model.configs
     usual_steps, run_guidance = sampled_model.usual_sampling
     if cfg.validation_guidance_scale is not None:
@@ -278,7 +277,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
         ]
         steps = [count or usual_steps for count in steps_options]
         check_scheduler(cfg.sampling_scheduler, sampled_model.configs["scheduler"], steps)
-    sides: set[int] = set()  # in pixels, of all training and validation images
+    sides: set[int] = set()  # sides of all training and validation images, in pixels
     for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):
         sides.update(size)
     for number, settings in enumerate(cfg.validation_settings, start=1):
@@ -287,13 +286,13 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
                 sides.add(settings[name])
         guidance = settings.get("guidance", run_guidance)
         prompt = f"number {number} of --validation_prompts"
-        if settings.get("concept"):  # its number in the joined list means nothing to the user
+        if settings.get("concept"):  # the user did not write the joined list
             prompt = f"a prompt of {settings['concept']}"
         guidance_from = settings.get("guidance_from", cfg.validation_guidance_from)
         if unconditional_strength(guidance_from) < 1:
             request = f"{prompt} with guidance from {guidance_title(guidance_from)}"
             require_unconditional(family, guidance, *guided_by, request)
-        # Without guidance no prediction uses the negative prompt.
+        # Without guidance, no prediction uses the negative prompt.
         is_read = family.reads_negative_prompt and guidance > family.unguided_scale
         if settings.get("negative_prompt") and not is_read:
             raise UserError(
@@ -308,7 +307,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
     for side in sides:
         family.require_resolution(side, model.configs)
 
-    # For a model on the hub diffusers checks the variant.
+    # The variant of a model on the hub is checked by diffusers.
     folder = folder_of(model.name)
     if cfg.variant is not None and folder is not None:
         weights = folder / family.denoiser
@@ -325,17 +324,17 @@ def require_unconditional(
     configs: Configs,
     request: str,
 ) -> None:
-    """Refuse guidance from another model if the model makes no unconditional prediction.
+    """Check that a model makes the unconditional prediction that a request changes.
 
     Args:
         guidance: the guidance scale; see `Family.is_guided`.
-        index, configs: configurations of the model; see `BaseModel`.
-        request: the refused option, with which the message begins.
+        index, configs: the model's configurations; see `BaseModel`.
+        request: the option that needs the prediction; an error message begins with it.
     """
     if family.is_guided(guidance, index, configs):
         return
     fix = "drop it"
-    # Is there a scale at which the model makes one?
+    # Find out whether the model makes this prediction at a higher scale.
     if family.is_guided(math.inf, index, configs):
         fix = f"give a guidance above {family.unguided_scale:g}, or drop it"
     raise UserError(
@@ -345,7 +344,7 @@ def require_unconditional(
 
 
 def check_level_range(levels: Sequence[float]) -> None:
-    """Refuse a ``--timestep_range`` that is not two numbers in ascending order."""
+    """Check that ``--timestep_range`` is two numbers in ascending order."""
     if len(levels) != 2 or levels[0] >= levels[1]:
         raise UserError(
             f"--timestep_range is {quoted(' '.join(map(str, levels)))}: give two numbers from 0 to"
@@ -354,23 +353,26 @@ def check_level_range(levels: Sequence[float]) -> None:
 
 
 def check_cache(disk_cache: str) -> None:
-    """Refuse a ``--disk_cache`` that can't be written; "auto" is used only if it can be."""
+    """Check that ``--disk_cache`` can be written.
+
+    "auto" is not checked: if its folder can't be written, `DiskCache` only warns.
+    """
     cache = cache_folder(disk_cache)
     if cache is None or disk_cache == CACHE_AUTO:
         return
-    # The folder would be created in its nearest existing parent. A broken symbolic link exists.
+    # The folder would be created in its nearest existing parent; a broken link counts as existing.
     parents = (cache, *cache.absolute().parents)
     existing = next(path for path in parents if os.path.lexists(path))
     is_writable = is_folder(existing) and os.access(existing, os.W_OK | os.X_OK)
     if not is_writable or not disk_cache.strip():
         raise UserError(
-            f"--disk_cache {quoted(disk_cache)} is not a folder that can be written: give another,"
-            " auto, or no."
+            f"--disk_cache {quoted(disk_cache)} is not a folder that can be written: give another"
+            " folder, auto, or no."
         )
 
 
 def cache_folder(disk_cache: str) -> Path | None:
-    """The folder of a ``--disk_cache``, which need not exist; None for "no"."""
+    """Return the folder of a ``--disk_cache`` value, which need not exist; None for "no"."""
     if disk_cache == "no":
         return None
     if disk_cache == CACHE_AUTO:

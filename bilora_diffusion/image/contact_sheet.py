@@ -1,4 +1,4 @@
-"""A picture of the training images as training crops them, with their captions."""
+"""A contact sheet of the training images, cropped as in training, with their captions."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor
 from ..core.durable import replacing
 from .stream import INSTANCE, TrainingSample, TrainingStream
 
-MAX_IMAGES = 24  # of the picture
+MAX_IMAGES = 24  # maximum number of images on the sheet
 COLUMNS = 6
-MAX_EPOCHS = 20  # in which the first use of each image is looked for
-# In pixels
+MAX_EPOCHS = 20  # epochs that are searched for the first use of each image
+# Sizes in pixels.
 SIDE = 192
 MARGIN = 10
 FONT_SIZE = 13
 LINE_HEIGHT = 16
-TEXT_LINES = 4  # name of the file, and three lines of the caption
-TEXT_COLUMNS = 28  # characters of a line
+TEXT_LINES = 4  # the file name and three lines of the caption
+TEXT_COLUMNS = 28  # maximum number of characters per line
 
 
 def write_contact_sheet(stream: TrainingStream, path: Path, step_size: int) -> None:
     """Write a PNG of up to 24 training images, in the order of their names.
 
-    An image has the crop, the mirroring and the caption of its first use in training. Its name and
-    its caption are below it; a long caption is cut.
+    Each image is shown with the crop, flip and caption of its first use in training. Its name and
+    caption are below it; a long caption is truncated.
 
     Args:
         stream: the training images.
-        path: the file.
-        step_size: number of images of a training step, over all processes.
+        path: path of the PNG file.
+        step_size: number of images per training step, over all processes.
     """
     samples = first_samples(stream, step_size)
     rows = -(-len(samples) // COLUMNS)
@@ -49,7 +49,7 @@ def write_contact_sheet(stream: TrainingStream, path: Path, step_size: int) -> N
         top = MARGIN + number // COLUMNS * cell_height
         pixels, _ = sample.read()
         picture = thumbnail(pixels)
-        # In the middle of the square, if the crop is wider or higher
+        # Center a picture that is not square.
         offset = ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2)
         sheet.paste(picture, (left + offset[0], top + offset[1]))
         lines = [textwrap.shorten(sample.name, TEXT_COLUMNS, placeholder="...")]
@@ -64,13 +64,14 @@ def write_contact_sheet(stream: TrainingStream, path: Path, step_size: int) -> N
 
 
 def first_samples(stream: TrainingStream, step_size: int) -> Sequence[TrainingSample]:
-    """The first training sample of each of the first `MAX_IMAGES` images, in the images' order.
+    """Return the first training sample of each of the first `MAX_IMAGES` images, in their order.
 
-    Images that 20 epochs do not use are left out.
+    Images that are not used within `MAX_EPOCHS` epochs are left out.
     """
     count = min(MAX_IMAGES, len(stream.images))
     samples: dict[int, TrainingSample] = {}
-    # Steps of one size complete themselves from later epochs, so that one epoch may not be enough.
+    # If all images of a step must have one size, a step is filled up from later epochs, so one
+    # epoch may not be enough.
     for position in range(MAX_EPOCHS * stream.num_samples):
         step, slot = divmod(position, step_size)
         sample = stream.sample(step, slot, step_size, INSTANCE)
@@ -82,7 +83,7 @@ def first_samples(stream: TrainingStream, step_size: int) -> Sequence[TrainingSa
 
 
 def thumbnail(pixels: Tensor) -> Image.Image:
-    """Pixels, (3, H, W) in [-1, 1], as a picture whose longer side has `SIDE` pixels."""
+    """Convert pixels, (3, H, W) in [-1, 1], to a picture whose longer side is `SIDE` pixels."""
     values = (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
     picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     scale = SIDE / max(picture.size)

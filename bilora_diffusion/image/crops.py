@@ -1,8 +1,8 @@
 """Resize, crop and flip an image to the pixels that a model is trained on.
 
-Images that are not square are trained in aspect-ratio buckets. The caller seeds the generator of
-crops and flips. SDXL reads sizes and crops as conditioning, Section 2.2 of
-https://arxiv.org/abs/2307.01952.
+Images that are not square can be trained in aspect-ratio buckets. The caller seeds the generator of
+crops and flips. SDXL is conditioned on sizes and crops (Section 2.2 of
+https://arxiv.org/abs/2307.01952).
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from ..core.errors import UserError
 from .sets import ImageSet
 
 Size = tuple[int, int]  # (height, width) in pixels
-# An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one.
+# An image, (3, H, W) in 0 to 255, and its mask, (1, H, W); None without a mask.
 Resized = tuple[Tensor, Tensor | None]
 AUTO = "auto"
-# Every side is a multiple of these pixels: a latent has 8, most transformers use 2 x 2 latents.
+# Sides of buckets are multiples of this number of pixels: a latent is 8 pixels wide, and a token of
+# most transformers 2 latents.
 MULTIPLE = 16
-MAX_ASPECT_RATIO = 2.0  # longer side of an automatic bucket divided by its shorter side
+MAX_ASPECT_RATIO = 2.0  # maximum of longer side / shorter side of an automatic bucket
 
 
 def bucket_sizes(side: int, buckets: str | None) -> list[Size]:
-    """The sizes that a run's images are cut to.
+    """Return the sizes to which a run's images are cropped.
 
     Args:
-        side: of ``--resolution``, in pixels.
-        buckets: ``--aspect_ratio_buckets``; None for the square alone.
+        side: ``--resolution``, in pixels.
+        buckets: ``--aspect_ratio_buckets``; None for only a square.
     """
     if buckets is None:
         return [(side, side)]
@@ -51,7 +52,7 @@ def read_sizes(text: str) -> list[Size]:
         if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
             raise UserError(
                 f'--aspect_ratio_buckets "{text}" is not a list of sizes: give auto, or heights and'
-                " widths such as 1024,1024;1216,832."
+                " widths, such as 1024,1024;1216,832."
             )
         height, width = map(int, sides)
         if not height or not width or height % MULTIPLE or width % MULTIPLE:
@@ -65,15 +66,15 @@ def read_sizes(text: str) -> list[Size]:
 
 
 def sizes_around(side: int) -> list[Size]:
-    """The square with this side, and sizes up to 1:2 and 2:1 with at most as many pixels.
+    """Return a square and sizes from 1:2 to 2:1 that have at most as many pixels as the square.
 
-    Their sides are multiples of a sixteenth of the square's side, rounded down to a multiple of
-    `MULTIPLE`, as in Stable Diffusion XL (Appendix I of https://arxiv.org/abs/2307.01952).
+    The sides are multiples of a step: a sixteenth of the square's side, rounded down to a multiple
+    of `MULTIPLE`, as in Stable Diffusion XL (Appendix I of https://arxiv.org/abs/2307.01952).
     """
     step = max(MULTIPLE, side // 16 // MULTIPLE * MULTIPLE)
     buckets = {(side, side)}
-    # With the same number of pixels and the aspect ratio r, the longer side is sqrt(r) times the
-    # square's.
+    # At the same number of pixels and aspect ratio r, the longer side is sqrt(r) times the
+    # square's side.
     longest = int(side * math.sqrt(MAX_ASPECT_RATIO))
     for long in range(side, longest + step, step):
         short = side * side // long // step * step
@@ -83,11 +84,11 @@ def sizes_around(side: int) -> list[Size]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose shape is closest to the image's; the largest of several."""
+    """Return the bucket whose aspect ratio is closest to the image's; of several, the largest."""
 
     def rank(bucket: Size) -> tuple[float, int, Size]:
-        # The difference of shapes is that of the logarithms of their aspect ratios, so that tall
-        # and wide are treated alike.
+        # Compare the logarithms of the aspect ratios, so that tall and wide images are treated the
+        # same way.
         difference = math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1])
         return round(abs(difference), 6), -bucket[0] * bucket[1], bucket
 
@@ -97,8 +98,8 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 class Crop(NamedTuple):
     """Position and flip of a crop, chosen before any pixel is read.
 
-    ``top`` and ``left`` are positions in the resized and, if ``flipped``, mirrored image, as in
-    SDXL's conditioning.
+    ``top`` and ``left`` are pixels of the image after it is resized and, if ``flipped``, mirrored,
+    as in SDXL's conditioning.
     """
 
     top: int
@@ -107,10 +108,10 @@ class Crop(NamedTuple):
 
 
 def covering_size(size: Size, target: Size) -> Size:
-    """(height, width) of the image, resized to the smallest size that covers a target."""
+    """Return the (height, width) of an image that is resized to just cover a target size."""
     height, width = size
     target_height, target_width = target
-    # height / width <= target_height / target_width, in integers
+    # height / width <= target_height / target_width, without division
     if height * target_width <= width * target_height:
         return target_height, max(target_width, int(target_height * width / height))
     return max(target_height, int(target_width * height / width)), target_width
@@ -133,39 +134,39 @@ def sample_crop(
         random_flip: mirror half of the samples left to right.
         generator: source of three random numbers.
     """
-    # Always three numbers, so that an option does not change the random numbers after them.
+    # Always draw three numbers, so that options do not change the random numbers after these.
     row, column, flip = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     resized_height, resized_width = covering_size(size, target)
-    room_below = resized_height - target[0]
-    room_right = resized_width - target[1]
+    max_top = resized_height - target[0]
+    max_left = resized_width - target[1]
     if center_crop:
-        top, left = round(room_below / 2), round(room_right / 2)
+        top, left = round(max_top / 2), round(max_left / 2)
     else:
-        # The numbers are below 1, but the product can be rounded up.
-        top = min(int(row * (room_below + 1)), room_below)
-        left = min(int(column * (room_right + 1)), room_right)
+        # The random numbers are below 1, but the product can be rounded up.
+        top = min(int(row * (max_top + 1)), max_top)
+        left = min(int(column * (max_left + 1)), max_left)
     return Crop(top, left, random_flip and flip < 0.5)
 
 
 def resize(image: Image.Image, target: Size, interpolation: str) -> Tensor:
-    """Resize an image to the smallest size that covers a target: (c, h, w), in 0 to 255.
+    """Resize an image to just cover a target size; return (c, h, w) in 0 to 255.
 
     Args:
         interpolation: a value of ``--image_interpolation_mode``.
     """
     size = list(covering_size((image.height, image.width), target))
     mode = InterpolationMode(interpolation.replace("_", "-"))
-    # torchvision's types know tensors only; its functions take PIL images too.
+    # torchvision's type hints allow only tensors, but its functions also take PIL images.
     resized = functional.resize(cast(Any, image), size, interpolation=mode)
     return functional.pil_to_tensor(resized)
 
 
 def cut(image: Tensor, crop: Crop, target: Size) -> Tensor:
-    """Mirror and crop an image: (c, H, W), float32 in [0, 1].
+    """Mirror and crop an image; return (c, H, W), float32 in [0, 1].
 
     Args:
         image: result of `resize` for this target.
-        crop: result of `sample_crop` for the size of this image before resizing.
+        crop: result of `sample_crop` for the image's size before resizing.
     """
     pixels = image
     if crop.flipped:
@@ -175,12 +176,12 @@ def cut(image: Tensor, crop: Crop, target: Size) -> Tensor:
 
 
 class ResizedImages:
-    """A cache of resized images and masks, 8 bits a value.
+    """A cache of resized images and masks, with 8 bits per value.
 
-    Decoding and resizing a photo of 12 megapixels takes half a second, cropping next to nothing.
+    Decoding and resizing a photo of 12 megapixels takes half a second; cropping is almost free.
 
     Args:
-        max_bytes: limit of the cache; images that do not fit are resized at each call.
+        max_bytes: size limit of the cache; images that do not fit are resized at each call.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -188,9 +189,9 @@ class ResizedImages:
         self._cached: dict[tuple[int, int, Size], Resized] = {}
 
     def get(self, images: ImageSet, index: int, size: Size, interpolation: str) -> Resized:
-        """An image of a set with its mask, resized to cover a size.
+        """Return an image of a set and its mask, resized to cover a size.
 
-        The set must exist as long as this cache, which identifies it by its `id`.
+        The set must live as long as this cache, which identifies the set by its `id`.
         """
         key = id(images), index, size
         if key in self._cached:
@@ -200,7 +201,7 @@ class ResizedImages:
         num_bytes = resized_image.nbytes
         resized_mask = None
         if mask is not None:
-            # Always bilinear: other filters would ring at the edges of a mask.
+            # Always bilinear, since sharper filters would ring at the edges of a mask.
             resized_mask = resize(mask, size, "bilinear")
             num_bytes += resized_mask.nbytes
         if num_bytes <= self._free_bytes:

@@ -1,7 +1,7 @@
 """Defaults of the image script that depend on other options, on the images or on the base model.
 
-They are set after those of `config.derived.DERIVED_DEFAULTS`: first `with_set_defaults`, for the
-run and for each of its concepts, then `with_model_defaults`, which ends with `MODEL_DEFAULTS`.
+They are set after `config.derived.DERIVED_DEFAULTS`: first by `with_set_defaults`, for the run and
+for each of its concepts, then by `with_model_defaults`, which applies `MODEL_DEFAULTS` last.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from .validation import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"
-# The six subjects of the paper's Table 4. No training set has them.
+# The six subjects in the paper's Table 4, which are in no training set.
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
 ANIMAL_SUBJECTS = ("penguin", "lion", "owl", "whale", "crab", "fox")  # held-out animals
 TABLE_A8_STEPS = 500
-# mini-flow has no T5. The tokens in the place of T5's are zeros, and more of them cost time.
+# Number of tokens in place of T5's, for mini-flow, which has no T5. They are zeros, so more of them
+# would only cost time.
 FLOW_TOKENS = 16
-CHECKPOINTING_SIDE = 512  # pixels; from this on gradient checkpointing is worth its time on CUDA
+CHECKPOINTING_SIDE = 512  # pixels; from here on, gradient checkpointing pays off on CUDA
 PROMPT_OPTIONS = frozenset({"validation_prompt", "validation_prompts", "final_validation_prompt"})
 MAX_FILE_BYTES = 1_000_000
 Config = TypeVar("Config", bound=ImageOptions)
@@ -39,7 +40,7 @@ Config = TypeVar("Config", bound=ImageOptions)
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults of a well-known set of images. Options that are given take precedence."""
+    """Defaults for a well-known image set. Given options take precedence."""
 
     instance_prompt: str = "a TOK icon, in the style of TOK"
     subjects: tuple[str, ...] = SUBJECTS
@@ -59,7 +60,7 @@ PRESETS = {
         model=MINI,
     ),
 }
-# The same in other colors, with the same captions.
+# The same sets in other colors, with the same captions.
 for _name, (_original, _) in COLORED.items():
     PRESETS[_name] = replace(PRESETS[_original], validation_dataset=heldout_name(_name))
 
@@ -75,7 +76,7 @@ def with_set_defaults(cfg: Config) -> Config:
 
 
 def with_local_folders(cfg: Config) -> Config:
-    """Replace the name of a folder such as "mini" by "./mini"."""
+    """Write a folder that is named like a built-in set, such as "mini", as "./mini"."""
     # `--instance_data_dir mini` names a folder; only --dataset knows the built-in sets by name.
     for option in ("instance_data_dir", "class_data_dir"):
         folder = getattr(cfg, option)
@@ -85,7 +86,10 @@ def with_local_folders(cfg: Config) -> Config:
 
 
 def with_validation_prompts(cfg: Config) -> Config:
-    """Collect the prompts of all three options, with their settings, in one list."""
+    """Collect the validation prompts and their settings in one list each.
+
+    The final prompt is used only if there is no other.
+    """
     # One mapping of settings for each prompt.
     prompts, settings = read_prompts(lines_of_prompts(cfg.validation_prompts))
     if cfg.validation_prompt:
@@ -101,7 +105,7 @@ def with_validation_prompts(cfg: Config) -> Config:
 
 
 def lines_of_prompts(items: list[str]) -> list[str]:
-    """The prompts of ``--validation_prompts``, or of the text file that it names."""
+    """Return the prompts of ``--validation_prompts``, or those in the text file that it names."""
     path = Path()
     if len(items) == 1 and isinstance(items[0], str):
         path = Path(items[0])
@@ -114,15 +118,15 @@ def lines_of_prompts(items: list[str]) -> list[str]:
     lines = read_text(path, name, MAX_FILE_BYTES).splitlines()
     prompts = list[str]()
     for line in lines:
-        if line.strip() and line[0] != "#":  # a comment, as in prompt files of sd-scripts
+        if line.strip() and line[0] != "#":  # "#" begins a comment, as in sd-scripts' files
             prompts.append(line.strip())
     if not prompts:
-        raise UserError(f"{name} is an empty file: write one prompt on each line.")
+        raise UserError(f"{name} has no prompts: write one prompt on each line.")
     return prompts
 
 
 def with_preset(cfg: Config) -> Config:
-    """Set the defaults of a well-known set."""
+    """Set the defaults of a well-known image set, if the run uses one."""
     preset = PRESETS.get(cfg.dataset_name or "")
     if preset is None:
         return cfg
@@ -130,10 +134,10 @@ def with_preset(cfg: Config) -> Config:
         "instance_prompt": preset.instance_prompt,
         "validation_dataset": preset.validation_dataset,
     }
-    # A given instance prompt replaces the captions of the set.
+    # A given instance prompt replaces the set's captions.
     if "instance_prompt" not in cfg.given_options:
         defaults["caption_column"] = preset.caption_column
-    # The preset's number of images is for the preset's prompts.
+    # The preset's number of images applies only to the preset's prompts.
     if not PROMPT_OPTIONS & cfg.given_options:
         prompts = [f"a TOK icon of a {subject}, in the style of TOK" for subject in preset.subjects]
         defaults["validation_prompts"] = prompts
@@ -156,17 +160,17 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
         unguided_scale=model.family.unguided_scale,
-        # Without --resolution, the size that the model was trained on.
+        # The default is the size that the model was trained on.
         resolution=cfg.resolution or model.side,
     )
     return derive(cfg, MODEL_DEFAULTS)
 
 
 def with_choice_guidance(cfg: Config, sampled_model: BaseModel) -> Config:
-    """Set the unconditional prediction of the samples that ``--choose_by samples`` compares.
+    """Set the default of ``--choice_guidance_from``, for the samples of ``--choose_by samples``.
 
     Args:
-        sampled_model: model of the validation images.
+        sampled_model: the model that generates the validation images.
     """
     if "choice_guidance_from" in cfg.given_options:
         return cfg
@@ -182,13 +186,13 @@ def with_choice_guidance(cfg: Config, sampled_model: BaseModel) -> Config:
 
 
 def quantization_of(path: str) -> str:
-    """Read "nf4" from a file of settings for bitsandbytes, as diffusers' scripts take it.
+    """Return "nf4" if a bitsandbytes configuration file, as in diffusers' scripts, selects NF4.
 
-    The file may ask for double quantization or not: ``--quantize nf4`` always quantizes twice. The
-    dtype of the arithmetic follows ``--mixed_precision``, as in diffusers' scripts.
+    The file's choice of double quantization is ignored: ``--quantize nf4`` always uses it. The
+    compute dtype follows ``--mixed_precision``, as in diffusers' scripts.
 
     Raises:
-        UserError: the file can't be read, or asks for anything but NF4.
+        UserError: the file can't be read, or selects anything other than NF4.
     """
     label = f'--bnb_quantization_config_path "{path}"'
     fix = "or use --quantize nf4 instead"
@@ -204,92 +208,87 @@ def quantization_of(path: str) -> str:
     )
     if not is_nf4:
         raise UserError(
-            f"{label} does not ask for NF4, for which alone bitsandbytes is used: write"
-            f' load_in_4bit true and bnb_4bit_quant_type "nf4" into it, {fix}.'
+            f"{label} does not select NF4, the only quantization that is supported: set"
+            f' load_in_4bit to true and bnb_4bit_quant_type to "nf4" in it, {fix}.'
         )
     if settings.get("load_in_8bit") or settings.get("llm_int8_skip_modules"):
         raise UserError(
-            f"{label} has load_in_8bit or llm_int8_skip_modules, and which layers are quantized is"
-            f" decided here: take that out, {fix}."
+            f"{label} has load_in_8bit or llm_int8_skip_modules, which are not supported: remove"
+            f" them, {fix}."
         )
     return "nf4"
 
 
 def words_of_layers(values: list[str]) -> list[str]:
-    """The words of ``--lora_layers``, each once; [] for the default, attention."""
-    # "attention, feed-forward" and "attention+feed-forward" are the same as two words.
+    """Return the distinct words of ``--lora_layers``; [] for the default, attention."""
+    # Commas and plus signs separate words too: "attention, feed-forward", "attention+feed-forward".
     words = re.split(r"[\s,+]+", " ".join(values))
     words = list(dict.fromkeys(filter(None, words)))
-    # The default is always [], so that runs with and without the word can be compared.
+    # The default is always [], so that runs with and without the word count as equal.
     if words == [ATTENTION]:
         return []
     return words
 
 
-def default_train_batch_size(cfg: ImageOptions) -> int:
-    """1 if only the accumulation is given, which is then the number of images of a step."""
-    if "gradient_accumulation_steps" in cfg.given_options:
-        return 1
-    return cfg.train_batch_size
-
-
 def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
-    """1 if only the batch size is given, which is then the number of images of a step."""
+    """Return 1 if the batch size is given, which then is the number of images per step."""
     if "train_batch_size" in cfg.given_options:
         return 1
     return cfg.gradient_accumulation_steps
 
 
 def default_max_train_steps(cfg: ImageOptions) -> int | None:
-    """The steps of Table A8, unless ``--num_train_epochs`` is given."""
+    """Return the steps of Table A8; None if ``--num_train_epochs`` is given."""
     if cfg.num_train_epochs is None:
         return TABLE_A8_STEPS
     return None
 
 
 def default_output_kohya_format(cfg: ImageOptions) -> bool:
-    """On for adapters of SDXL, the only model that the format is written for."""
+    """Return whether an adapter of SDXL is trained, the only model with kohya's format here."""
     return cfg.method != "full" and cfg.pipeline == SDXL
 
 
 def default_max_sequence_length(cfg: ImageOptions) -> int | None:
-    """16 for mini-flow; None, the family's own number, for other models."""
+    """Return 16 for mini-flow; None for other models, which have their family's default."""
     if cfg.pretrained_model_name_or_path == FLOW:
         return FLOW_TOKENS
     return None
 
 
 def default_image_model(cfg: ImageOptions) -> str:
-    """The embedded scorer for the miniatures, the declared default for other models."""
+    """Return the embedded scorer for the miniatures, and the option's default for other models."""
     if find_embedded(cfg.pretrained_model_name_or_path) is not None:
         return EMBEDDED
     return cfg.image_model
 
 
 def default_validation_guidance_scale(cfg: ImageOptions) -> float | None:
-    """No guidance with a guided target, which already includes it; None for the model's default."""
+    """Return the scale without guidance for a guided target, which already includes guidance.
+
+    Otherwise return None, for the model's default.
+    """
     if cfg.guided_target > 1:
         return cfg.unguided_scale
     return None
 
 
 def default_vae(cfg: ImageOptions) -> str | None:
-    """A repaired autoencoder for SDXL base in fp16, since SDXL's autoencoder overflows in fp16."""
-    # Activations exceed fp16's maximum of 65,504. Other SDXL models may have a repaired one
-    # already.
+    """Return a repaired autoencoder for SDXL base in fp16, where the original overflows."""
+    # The original's activations exceed fp16's maximum of 65,504. Other SDXL models may already have
+    # a repaired autoencoder.
     if cfg.pretrained_model_name_or_path == SDXL_BASE and cfg.mixed_precision == "fp16":
         return FP16_FIX
     return None
 
 
 def default_gradient_checkpointing(cfg: ImageOptions) -> bool:
-    """On for large images on CUDA."""
+    """Return whether the training images are large and the device is a CUDA GPU."""
     return cfg.resolution >= CHECKPOINTING_SIDE and machine.device_type() == "cuda"
 
 
-# Set in this order: each function can read the values above it.
+# The defaults are set in this order, so each function can read the values above it.
 MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
-    ("train_batch_size", default_train_batch_size),
     ("gradient_accumulation_steps", default_gradient_accumulation_steps),
     ("max_train_steps", default_max_train_steps),
     ("output_kohya_format", default_output_kohya_format),

@@ -1,7 +1,8 @@
-"""Latents and prompt embeddings on disk, so that a second run on the same images encodes nothing.
+"""A cache of latents and prompt embeddings on disk, for later runs on the same images.
 
-Each is a safetensors file. Its name is a hash of everything that it depends on: the input, the
-weights and the machine. So a file is never out of date, and the folder can be deleted at any time.
+Each entry is a safetensors file. Its name is a hash of everything that its content depends on: the
+input, the weights and the machine. A file is therefore never out of date, and the folder can be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from ..core.files import hash_of_file
 from ..core.seeds import digest, digest_texts
 from .config import DreamBoothConfig
 
-# Increase it when the values under a key change, so that earlier files are not read.
+# Increase this number when the values under a key change, so that earlier files are not read.
 FORMAT = "2"
 _SHA256 = re.compile("[0-9a-f]{64}")
 logger = logging.getLogger(__name__)
 
 
 class DiskCache:
-    """Tensors by key, in files that several processes can read and write at the same time.
+    """A cache of tensors by key; several processes can read and write its files at the same time.
 
     Args:
-        folder: folder of the files, created with the first one; None caches nothing.
+        folder: folder of the files, created with the first file; None caches nothing.
         facts: texts that all tensors depend on, in addition to their keys.
     """
 
@@ -45,7 +46,7 @@ class DiskCache:
         self._is_writable = True
 
     def get(self, *key: str) -> dict[str, Tensor] | None:
-        """Read the tensors under a key; None without a file, or if it is damaged or renamed."""
+        """Return the tensors under a key; None if the file is missing, damaged or renamed."""
         if self.folder is None:
             return None
         name, file = self._file(self.folder, key)
@@ -55,42 +56,41 @@ class DiskCache:
                 metadata = content.metadata()
         except (OSError, SafetensorError, ValueError):
             return None
-        # safetensors does not notice a flipped bit.
+        # safetensors does not detect flipped bits.
         if metadata != _metadata(name, tensors):
             return None
         return tensors
 
     def put(self, tensors: Mapping[str, Tensor], *key: str) -> None:
-        """Cache tensors under a key. If the folder can't be written, warn once and continue."""
+        """Cache tensors under a key. If that fails, warn once and cache nothing more."""
         if self.folder is None or not self._is_writable:
             return
         name, file = self._file(self.folder, key)
         contiguous = {part: values.contiguous() for part, values in tensors.items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Written under a unique temporary name: another process may be writing the same
-            # tensors.
+            # The temporary name is unique, since another process may be writing the same tensors.
             with replacing(file, f".{uuid.uuid4().hex}") as aside:
                 save_file(contiguous, aside, metadata=_metadata(name, contiguous))
         except (OSError, SafetensorError) as error:
             self._is_writable = False
             logger.warning(
-                "%s can't be written (%s), so the next run encodes again: make room there, or give"
-                " another --disk_cache.",
+                "%s can't be written (%s), so the next run will encode again: free space there, or"
+                " give another --disk_cache.",
                 self.folder,
                 error,
             )
 
     def _file(self, folder: Path, key: Sequence[str]) -> tuple[str, Path]:
-        """Name and path of the file of a key."""
+        """Return the name and the path of a key's file."""
         name = digest_texts([*self._facts, *key])
-        # 256 folders, so that none has too many files.
+        # Files are spread over 256 folders, so that no folder has too many.
         return name, folder / name[:2] / f"{name}.safetensors"
 
 
 def _metadata(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Metadata of a file: a hash of its name and content."""
-    parts = sorted(tensors)  # the file has another order
+    """Return the metadata of a file: a hash of its name and content."""
+    parts = sorted(tensors)  # a file that is read has another order
     content = digest(*(tensors[part] for part in parts))
     return {"hash": digest_texts([name, *parts, content])}
 
@@ -98,19 +98,19 @@ def _metadata(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 def prompt_cache(
     cfg: DreamBoothConfig, family: Any, pipeline: Any, device: torch.device
 ) -> DiskCache:
-    """The cache of a run's prompt embeddings."""
+    """Return the cache of a run's prompt embeddings."""
     if cfg.cache is None:
         return DiskCache()
     encoders = [name for name in family.encoders if getattr(pipeline, name) is not None]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
     quantization = cfg.quantize if family.flow else "none"  # SDXL's encoders are not quantized
-    # Everything that determines an embedding: settings, encoders and their weights, machine.
+    # Everything that determines an embedding: settings, encoders, their weights and the machine.
     facts = [family.pipeline, str(family.max_sequence_length), quantization]
     facts += [str(getattr(pipeline, name).dtype) for name in encoders]
     try:
         facts.append(hash_files(pipeline.origin.folder / part for part in encoders + tokenizers))
     except OSError:
-        return DiskCache()  # reading the encoders will fail with the reason
+        return DiskCache()  # loading the encoders will report the error
     index = dict(pipeline.config)
     index.pop("_name_or_path", None)  # the pipeline's path does not matter
     facts.append(repr(index))
@@ -119,12 +119,12 @@ def prompt_cache(
 
 
 def latent_cache(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
-    """The cache of a run's latents."""
+    """Return the cache of a run's latents."""
     if cfg.cache is None:
         return DiskCache()
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     state = vae.state_dict()
-    # Everything that determines a latent: how images are read, model and weights, machine.
+    # Everything that determines a latent: how images are read, the autoencoder and the machine.
     facts = [str(space.samples_posterior), cfg.image_interpolation_mode, version("pillow")]
     facts += [type(vae).__name__, json.dumps(config, default=str, sort_keys=True)]
     facts += [*state, digest(*state.values())]
@@ -133,9 +133,9 @@ def latent_cache(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.devi
 
 
 def hash_files(folders: Iterable[Path]) -> str:
-    """Hash the names and contents of all files in folders.
+    """Return a hash of the names and contents of all files in some folders.
 
-    A file in the hub's cache is not read: it is a link to a blob whose name is its hash.
+    A file in the hub's cache is not read: it is a link to a blob that is named by its hash.
 
     Raises:
         OSError: a file can't be read.
@@ -153,7 +153,7 @@ def hash_files(folders: Iterable[Path]) -> str:
 
 
 def _machine_facts(cfg: DreamBoothConfig, device: torch.device) -> list[str]:
-    """Properties of the machine that determine the last digits of an encoding."""
+    """Return the properties of machine and libraries that change the last digits of an encoding."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:

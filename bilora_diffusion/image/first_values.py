@@ -1,4 +1,4 @@
-"""First values of an image run's primaries from a LoRA file (``--init_from``)."""
+"""Initial values of an image run's primary adapters from a LoRA file (``--init_from``)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .frozen_loras import models_of, require_fit
 def read_start(
     source: LoraSource, pipeline: Any, targets: Sequence[Target], base_model: str
 ) -> dict[str, dict[str, Tensor]]:
-    """Read the first values of each target's primary, by the target's name and PEFT's keys.
+    """Read the initial values of each target's primary adapter, by target name and PEFT key.
 
     Raises:
-        UserError: the file can't be read, or does not have exactly the layers, rank, alpha and kind
-            of the primaries.
+        UserError: the file can't be read, or its layers, rank, alpha or kind of adapter differ from
+            those of the primary adapters.
     """
     contents = read(source.path)
     parts = require_fit(source.path, contents.parts, models_of(pipeline))
@@ -55,7 +55,7 @@ def read_start(
             alphas=alphas,
             use_dora=part.use_dora,
         )
-        # The file's B has the scale, which the layer multiplies again.
+        # B in the file includes the scale, and the layer multiplies by the scale again.
         scale = target.spec.alpha / target.spec.rank
         layers = [layer._replace(B=layer.B.double() / scale) for layer in part.layers]
         start[target.name], _ = peft_adapter(target.name, Part(layers), "")
@@ -65,15 +65,15 @@ def read_start(
 def _require_same_models(
     source: LoraSource, parts: Mapping[str, Part], targets: Sequence[str]
 ) -> None:
-    """Refuse a file for other models than those that are trained."""
+    """Check that a file has layers for all trained models, and for no others."""
     further = sorted(parts.keys() - set(targets))
     missing = sorted(set(targets) - parts.keys())
     if not further and not missing:
         return
     if further:
-        problem = f"has layers for {' and '.join(further)}, which is not trained"
+        problem = f"has layers for models that are not trained ({', '.join(further)})"
     else:
-        problem = f"has no layers for {' and '.join(missing)}, which is trained"
+        problem = f"lacks layers for models that are trained ({', '.join(missing)})"
     fix = "give a file for the trained models"
     if set(further + missing) <= set(ENCODERS):
         fix = "add --train_text_encoder" if further else "drop --train_text_encoder"
@@ -81,10 +81,10 @@ def _require_same_models(
 
 
 def _alphas(contents: Contents, component: str, ranks: set[int]) -> set[float]:
-    """The distinct alphas of a model's layers, as they were trained where the file says it."""
-    # Files of this package have the scale of training in B, and its alpha in their metadata.
+    """Return the distinct alphas of a model's layers, as in training if the file records them."""
+    # In this package's files, B includes the scale of training, and the metadata hold its alpha.
     original_alphas = json.loads(contents.metadata.get("bilora.original_alpha", "{}"))
-    # An init that changed the base weights doubled the rank; the scale stayed.
+    # An init that changed the base weights doubled the rank, but not the scale.
     original_ranks = json.loads(contents.metadata.get("bilora.original_rank", "{}"))
     alphas = set()
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""LoRA files on a pipeline's models: the check that a file fits, and its frozen adapters."""
+"""Check that LoRA files fit a pipeline's models, and read their frozen adapters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..export.lora_checks import warn_of_other_base
 from ..export.reader import read
 from .config import DreamBoothConfig
 
-# Options whose LoRA files are active with the trained adapters, and their adapters' names.
+# Option of a LoRA file that acts together with the trained adapters -> its adapter's name.
 FROZEN_OPTIONS = {"assistant_lora": ASSISTANT, "sampling_lora": SAMPLING}
-FIX = "give the base model that it was trained on"
+FIX = "give the base model that the file was trained on"
 
 
 def models_of(pipeline: Any) -> dict[str, Any]:
-    """The denoiser and the text encoders of a pipeline, by name."""
+    """Return the denoiser and the text encoders of a pipeline, by name."""
     models = {}
     for name in COMPONENTS:
         model = getattr(pipeline, name, None)
@@ -36,7 +36,11 @@ def models_of(pipeline: Any) -> dict[str, Any]:
 def read_frozen_of_run(
     cfg: DreamBoothConfig, pipeline: Any, models: Mapping[str, nn.Module]
 ) -> dict[str, tuple[FrozenAdapter, ...]]:
-    """Read the LoRA files that are active with the trained adapters; by the model's name."""
+    """Read the LoRA files that act together with the trained adapters.
+
+    Returns:
+        The frozen adapters of each model, by the model's name.
+    """
     frozen: dict[str, tuple[FrozenAdapter, ...]] = dict.fromkeys(models, ())
     for option, adapter in FROZEN_OPTIONS.items():
         source = cfg.lora_sources.get(option)
@@ -55,17 +59,17 @@ def read_frozen(
     models: Mapping[str, nn.Module],
     base_model: str,
 ) -> dict[str, FrozenAdapter]:
-    """Read a LoRA file for the models that are trained.
+    """Read a LoRA file as frozen adapters of the trained models.
 
     Args:
-        source: the file and its strength. With the strength 0 it is checked, and adds nothing.
+        source: the file and its strength; at strength 0, the file is only checked.
         adapter: name of the adapter on the models, one of `lora_names.FROZEN`.
         pipeline: the loaded pipeline.
-        models: its trained models, by name.
-        base_model: the pipeline as the user gave it.
+        models: the pipeline's trained models, by name.
+        base_model: name of the base model, as the user gave it.
 
     Returns:
-        The adapter of each model for which the file has layers.
+        The adapter of each model that the file has layers for, by the model's name.
 
     Raises:
         UserError: the file can't be read, does not fit the pipeline, or has layers for a text
@@ -75,13 +79,13 @@ def read_frozen(
     parts = require_fit(source.path, contents.parts, models_of(pipeline))
     untrained = sorted(parts.keys() - models.keys())
     if untrained:
-        # The prompts are embedded once, before training, for training and sampling alike.
+        # Prompts for training and sampling are embedded once, before the file becomes active.
         fix = "give a file without them"
         if not set(untrained) - set(ENCODERS):
             fix = f"add --train_text_encoder, or {fix}"
         raise UserError(
-            f"--{source.option} {source.path} has layers for {' and '.join(untrained)}, which is"
-            f" not trained here, so that they would have no effect: {fix}."
+            f"--{source.option} {source.path} has layers for models that are not trained"
+            f" ({', '.join(untrained)}), where they have no effect: {fix}."
         )
     warn_of_other_base(source, contents.base_model, base_model)
     frozen_adapters = {}
@@ -95,18 +99,18 @@ def read_frozen(
 def require_fit(
     file: Path, parts: Mapping[str, Part], models: Mapping[str, nn.Module]
 ) -> dict[str, Part]:
-    """Check that each layer of a LoRA file has its place in a pipeline, by name and shape.
+    """Check that each layer of a LoRA file matches a module of a pipeline by name and shape.
 
     Args:
         file: the file, for messages.
-        parts: its layers, by the model's name.
-        models: the pipeline's models, by name; they may have adapters, or no weights.
+        parts: the file's layers, by the model's name.
+        models: the pipeline's models, by name; they may have adapters or lack weights.
 
     Returns:
-        The layers with their modules' paths as names.
+        The file's layers, renamed to the paths of their modules.
 
     Raises:
-        UserError: a layer has no module, or one of another shape.
+        UserError: a layer has no module, or the module has another shape.
     """
     placed: dict[str, Part] = {}
     missing: list[str] = []
@@ -127,21 +131,24 @@ def require_fit(
             file_shapes = tuple(layer.A.shape[1:]), layer.B.shape[0]
             if file_shapes != shapes:
                 raise UserError(
-                    f"{file} does not fit the base model, whose {component}.{path} has"
-                    f" {_sides(*shapes)}, and the file's {_sides(*file_shapes)}: {FIX}."
+                    f"{file} does not fit the base model: {component}.{path} has {_sides(*shapes)}"
+                    f" in the model, but {_sides(*file_shapes)} in the file; {FIX}."
                 )
             layers.append(layer._replace(name=path))
         placed[component] = Part(layers, part.rank, part.alpha)
     if missing:
         raise UserError(
-            f"{file} does not fit the base model, which has no layer for {len(missing)} of its"
-            f" {count}, such as {min(missing)}: {FIX}."
+            f"{file} does not fit the base model, which has no layer for {len(missing)} of the"
+            f" file's {count}, such as {min(missing)}: {FIX}."
         )
     return placed
 
 
 def _factor_shapes(module: nn.Module) -> tuple[tuple[int, ...], int] | None:
-    """Dimensions of A after the rank, and outputs of B, for a layer; None if it takes no LoRA."""
+    """Return the dimensions of A after the rank, and the number of outputs of B.
+
+    None if the module takes no LoRA.
+    """
     if isinstance(module, nn.Linear):
         return (module.in_features,), module.out_features
     if isinstance(module, nn.Conv2d):
@@ -150,5 +157,5 @@ def _factor_shapes(module: nn.Module) -> tuple[tuple[int, ...], int] | None:
 
 
 def _sides(inputs: tuple[int, ...], outputs: int) -> str:
-    """The dimensions of a layer in words, such as "64 inputs and 128 outputs"."""
+    """Return a layer's dimensions in words, such as "64 inputs and 128 outputs"."""
     return f"{' x '.join(map(str, inputs))} inputs and {outputs} outputs"

@@ -1,11 +1,12 @@
-"""Guidance whose unconditional prediction is that of the adapted or the base model, or in between.
+"""Guidance with a lower strength of the adapters in the unconditional prediction.
 
-A LoRA is trained on captions, but changes the unconditional prediction too. So the difference that
-guidance amplifies, conditional - unconditional, has less of what it learned. With guidance from the
-base model the adapters act in the conditional prediction only, at the same cost (Phunyaphibarn et
-al. 2025, https://arxiv.org/abs/2503.20240, for full fine-tuning; Zhong et al. 2025,
-https://arxiv.org/abs/2504.01521, for domains). In between they act in the unconditional prediction
-too, at a lower strength (Steering Guidance, https://arxiv.org/abs/2508.00319):
+A LoRA is trained on captions, but it also changes the unconditional prediction. The difference that
+guidance amplifies, conditional - unconditional, therefore contains less of the learned change. With
+guidance from the base model (strength 0), the adapters act only in the conditional prediction, at
+the same cost (Phunyaphibarn et al. 2025, https://arxiv.org/abs/2503.20240, for full fine-tuning;
+Zhong et al. 2025, https://arxiv.org/abs/2504.01521, for domains). At a strength between 0 and 1,
+they act in the unconditional prediction too, but less (Steering Guidance,
+https://arxiv.org/abs/2508.00319):
 
     with scaled_unconditional(family, denoiser, count=4, strength=0.5):
         images = pipeline(...)  # four
@@ -30,15 +31,15 @@ from .families.base import Family, Unconditional
 def scaled_unconditional(
     family: Family, denoiser: nn.Module, count: int, strength: float
 ) -> Iterator[None]:
-    """Context manager: in unconditional predictions the denoiser's adapters have a lower strength.
+    """Lower the strength of the denoiser's adapters in unconditional predictions, within a context.
 
-    At strength 1, or without an active adapter, nothing changes. `Family.unconditional` says which
+    At strength 1, or without an active adapter, nothing changes. `Family.unconditional` shows which
     predictions are unconditional.
 
     Args:
         denoiser: the denoiser with its adapters.
-        count: number of images of the pipeline's call; the context is for one call.
-        strength: factor of the adapters' change; 0 for the base model.
+        count: number of images in the pipeline's call; the context is for a single call.
+        strength: factor of the adapters' contribution; 0 for the base model.
     """
     acting: list[LoraLayer] = []
     if strength != 1:
@@ -46,7 +47,7 @@ def scaled_unconditional(
     if not acting:
         yield
     elif family.unconditional is Unconditional.FIRST_ROWS and all(map(_is_plain, acting)):
-        # One call of the denoiser, in which A x of the unconditional rows is scaled.
+        # One call of the denoiser, with A x scaled in the unconditional rows.
         with _scaled_first_rows(acting, count, strength):
             yield
     elif family.unconditional is Unconditional.SECOND_CALL:
@@ -63,7 +64,7 @@ def scaled_unconditional(
 
 @contextmanager
 def scaled_encoders(family: Family, pipeline: Any, strength: float) -> Iterator[None]:
-    """Context manager: the adapters of a pipeline's text encoders have a lower strength."""
+    """Lower the strength of the adapters of a pipeline's text encoders, within a context."""
     if strength == 1:
         yield
         return
@@ -77,7 +78,10 @@ def scaled_encoders(family: Family, pipeline: Any, strength: float) -> Iterator[
 
 
 def _acting_names(layer: LoraLayer) -> list[str]:
-    """Names of the active adapters of a layer but frozen ones, which act in both predictions."""
+    """Return the names of a layer's active adapters, without the frozen ones.
+
+    Frozen adapters act in both predictions.
+    """
     if layer.disable_adapters:
         return []
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -85,14 +89,14 @@ def _acting_names(layer: LoraLayer) -> list[str]:
 
 
 def _is_acting(layer: LoraLayer) -> bool:
-    """Test that a layer's adapters change its output; at strength 0 only DoRA's do."""
+    """Return whether a layer's adapters change its output; at strength 0, only DoRA does."""
     variants = cast(Any, layer).lora_variant
     return any(layer.scaling[name] or name in variants for name in _acting_names(layer))
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    """Test that scaling A x of a row scales the change that trained adapters make to its output."""
-    if layer.merged:  # into the base weight
+    """Return whether scaling A x of a row scales the trained adapters' whole contribution to it."""
+    if layer.merged:  # the adapter is part of the base weight
         return False
     for name in _acting_names(layer):
         # DoRA also scales the base layer's output.
@@ -104,14 +108,14 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 @contextmanager
 def _scaled_first_rows(layers: list[LoraLayer], count: int, strength: float) -> Iterator[None]:
-    """Context manager: the adapters' change of the first half of the rows is scaled."""
+    """Scale the adapters' contribution to the first half of the rows, within a context."""
 
     # hidden = A x, (2 count, ..., rank)
     def scale_first_rows(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
         if len(hidden) != 2 * count:
-            raise RuntimeError(f"{len(hidden)} rows for {count} images with guidance")
+            raise RuntimeError(f"{len(hidden)} rows for {count} guided images, not {2 * count}")
         if strength == 0:
-            # B 0 = 0: the base layer's output is unchanged, to the bit, also if A x overflows.
+            # B 0 = 0 leaves the base layer's output bitwise unchanged, even if A x overflows.
             return torch.cat([torch.zeros_like(hidden[:count]), hidden[count:]])
         return torch.cat([strength * hidden[:count], hidden[count:]])
 
@@ -125,8 +129,8 @@ def _scaled_first_rows(layers: list[LoraLayer], count: int, strength: float) -> 
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Context manager: replaces a module's forward."""
-    # A class defines its forward; a module that accelerate offloads has its own.
+    """Replace a module's forward within a context."""
+    # Usually the class defines it, but a module that accelerate offloads has a forward of its own.
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -141,7 +145,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 def _scaled_second_call(
     forward: Callable[..., Any], layers: list[LoraLayer], strength: float
 ) -> Any:
-    """A forward that scales adapters in its second, fourth, ... calls, which are unconditional."""
+    """Return a forward that scales adapters in every second call, which is unconditional."""
     calls = itertools.count()
 
     def alternating(*args: Any, **kwargs: Any) -> Any:
@@ -160,13 +164,13 @@ def _halves(
     *,
     is_first: bool,
 ) -> Any:
-    """A forward that splits a batch of 2 ``count`` rows into two calls.
+    """Return a forward that splits a batch of 2 ``count`` rows into two calls.
 
-    The call for the unconditional half scales the adapters.
+    The adapters are scaled in the call for the unconditional half.
 
     Args:
-        strength: factor of the adapters' change in that call.
-        is_first: True if the unconditional half is the first.
+        strength: factor of the adapters' contribution in the unconditional call.
+        is_first: whether the unconditional half is the first.
     """
 
     def by_halves(*args: Any, **kwargs: Any) -> Any:
@@ -187,7 +191,7 @@ def _rows(values: Any, rows: slice, count: int) -> Any:
     """Select rows of each tensor and list in the nested arguments of a call.
 
     Args:
-        count: number of rows of the batch; values of another length stay as they are.
+        count: number of rows of the batch; values of another length are returned whole.
     """
     if isinstance(values, dict):
         return {name: _rows(value, rows, count) for name, value in values.items()}

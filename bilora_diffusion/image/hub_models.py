@@ -1,10 +1,10 @@
-"""Transformers models other than the base model: DINOv2 and captioners, by hub id or folder.
+"""Load transformers models other than the base model (DINOv2, captioners) by hub id or folder.
 
     model = find_model("facebook/dinov2-base", label='"dinov2:facebook/dinov2-base"')
     network = load_weights(model, AutoModel, torch.float32)
     processor = load_processor(model, AutoImageProcessor)
 
-Weights are read from safetensors, and no code of a repository is run.
+Weights are read only from safetensors, and no code from a repository is run.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ..train.soundness import require_safetensors, require_whole
 
 @dataclass(frozen=True)
 class HubModel:
-    """Where a model is, and which."""
+    """The place and the configuration of a model."""
 
-    label: str  # name in messages
+    label: str  # the model's name in messages
     place: str  # hub id, or path of the folder
     commit: str | None  # commit on the hub; None for a folder
-    config: Any  # its configuration
+    config: Any  # the model's transformers configuration
 
     @property
     def source(self) -> str:
-        """Hub id, or the folder's name."""
+        """Hub id, or the folder's name without its path."""
         if self.commit is None:
             return Path(self.place).resolve().name
         return self.place
 
     @property
     def weight_files(self) -> list[Path]:
-        """Files with the weights of a folder."""
+        """The weight files of a model in a folder."""
         return sorted(Path(self.place).glob("*.safetensors"))
 
 
@@ -45,10 +45,10 @@ def find_model(source: str, label: str) -> HubModel:
 
     Args:
         source: hub id or folder.
-        label: name in messages.
+        label: the model's name in messages.
 
     Raises:
-        Exception: any error of a library that can't read it.
+        Exception: any error of a library while it reads the configuration.
     """
     from transformers import AutoConfig
     from transformers.utils.hub import cached_file, extract_commit_hash
@@ -63,16 +63,16 @@ def find_model(source: str, label: str) -> HubModel:
 
 
 def load_weights(model: HubModel, kind: Any, dtype: torch.dtype) -> Any:
-    """Load a model with all of its weights, in evaluation mode, on the CPU.
+    """Load a model in evaluation mode, on the CPU, and check that it has all of its weights.
 
     Args:
         model: the model.
-        kind: its class.
-        dtype: of the weights.
+        kind: its transformers class, such as ``AutoModel``.
+        dtype: dtype of the weights.
 
     Raises:
         UserError: the weights are pickles, or some are missing.
-        Exception: any error of a library that can't load it.
+        Exception: any error of a library while it loads the model.
     """
     if model.commit is None:
         require_safetensors(model.label, Path(model.place))
@@ -89,7 +89,7 @@ def load_weights(model: HubModel, kind: Any, dtype: torch.dtype) -> Any:
 
 
 def load_processor(model: HubModel, kind: Any) -> Any:
-    """Load the part that makes a model's inputs: an image processor, or one with a tokenizer."""
+    """Load the processor of a model's inputs: for images, or for images and text."""
     return kind.from_pretrained(
         model.place, revision=model.commit or "main", trust_remote_code=False
     )

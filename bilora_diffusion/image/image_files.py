@@ -32,9 +32,9 @@ from ..mini import FOLDERS
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
-# Formats of phones. Pillow reads them if the package pillow-heif is installed.
+# Formats of phone cameras. Pillow reads them if the package pillow-heif is installed.
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
-# Pillow's errors for files that are damaged, unknown or far too large.
+# Errors that Pillow raises for files that are damaged, far too large or of an unknown format.
 DECODE_ERRORS = (
     OSError,
     EOFError,
@@ -49,21 +49,21 @@ DECODE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
-_ORIENTATION = 0x0112  # tag of EXIF
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # modes of Pillow
+_ORIENTATION = 0x0112  # EXIF tag
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # Pillow modes
 METADATA = ("metadata.jsonl", "metadata.csv")
-MASK = ".mask"  # a mask's name ends in it: dog.mask.png is the mask of dog.jpg
-NAMES_IN_SENTENCE = 8  # at most so many files are named in a message
-# Folder names in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog".
+MASK = ".mask"  # end of a mask's stem: dog.mask.png is the mask of dog.jpg
+NAMES_IN_SENTENCE = 8  # maximum number of files that a message names
+# Matches folder names in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog".
 KOHYA_FOLDER = re.compile(r"\d{1,3}_.+")
 MAX_CAPTION_BYTES = 100_000
-# Limit of files and folders in an image set; the root of a disk or a home folder has more.
+# Maximum number of files and folders in an image set. A home folder or a disk's root has more.
 MAX_ENTRIES = 200_000
 
 
 @functools.cache
 def reads_heif() -> bool:
-    """Let Pillow read HEIC files if the package for them is installed."""
+    """Register pillow-heif with Pillow if it is installed, and return whether it is."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -71,14 +71,14 @@ def reads_heif() -> bool:
 
 
 def image_suffixes() -> frozenset[str]:
-    """Suffixes of image files that can be read, in lower case."""
+    """Return the suffixes of readable image files, in lower case."""
     if reads_heif():
         return IMAGE_SUFFIXES | HEIF_SUFFIXES
     return IMAGE_SUFFIXES
 
 
 def _open(source: Path | bytes) -> Image.Image:
-    """Open a file, or a file's content."""
+    """Open an image file, or the content of one."""
     reads_heif()
     if isinstance(source, bytes):
         return Image.open(BytesIO(source))
@@ -88,13 +88,13 @@ def _open(source: Path | bytes) -> Image.Image:
 
 
 def read_rgb(source: Path | bytes) -> Image.Image:
-    """Decode a file, or a file's content, to RGB.
+    """Decode an image file, or the content of one, to upright RGB.
 
-    The EXIF orientation is applied, transparent parts become white, palettes, CMYK and grayscale
-    are converted, and 16-bit grayscale is scaled to 8 bits instead of clipped.
+    The EXIF orientation is applied, and transparent parts become white. Palette, CMYK and grayscale
+    images are converted. 16-bit grayscale is scaled to 8 bits, not clipped.
 
     Raises:
-        One of ``DECODE_ERRORS`` if it can't be decoded.
+        One of ``DECODE_ERRORS`` if the image can't be decoded.
     """
     with _open(source) as image:
         image.load()
@@ -102,13 +102,13 @@ def read_rgb(source: Path | bytes) -> Image.Image:
 
 
 def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
-    """Decode a mask, upright, mode "L".
+    """Decode a mask to an upright image of mode "L".
 
     Args:
-        alpha: use the file's alpha channel, 255 if it has none, instead of its brightness.
+        alpha: use the image's alpha channel (255 if it has none) instead of its brightness.
 
     Raises:
-        One of ``DECODE_ERRORS`` if it can't be decoded.
+        One of ``DECODE_ERRORS`` if the mask can't be decoded.
     """
     if not alpha:
         return read_rgb(source).convert("L")
@@ -121,18 +121,18 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
 
 
 def upright_size(source: Path | bytes) -> tuple[int, int]:
-    """(height, width) after the EXIF orientation, without decoding the pixels.
+    """Return (height, width) after the EXIF orientation is applied, without decoding any pixels.
 
     Raises:
-        One of ``DECODE_ERRORS`` if it can't be read.
+        One of ``DECODE_ERRORS`` if the header can't be read.
     """
     with _open(source) as image:
-        # For a PNG `getexif` would decode the pixels, since metadata can follow them.
+        # A PNG's own `getexif` would decode the pixels, since metadata can follow them.
         exif = Image.Image.getexif(image)
         width, height = image.size
         if isinstance(image, TiffImageFile):
-            # Most versions of Pillow rotate a TIFF's size when they open it, its pixels when they
-            # decode it, and drop the orientation only then.
+            # On opening a TIFF, most versions of Pillow rotate its size but keep its orientation.
+            # The tags have the size before rotation.
             width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
         is_rotated = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)  # by a quarter turn
         if is_rotated:
@@ -141,7 +141,7 @@ def upright_size(source: Path | bytes) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image of Pillow to upright RGB, as `read_rgb` does."""
+    """Convert any Pillow image to upright RGB, as `read_rgb` does."""
     image = ImageOps.exif_transpose(image)
     _require_known_range(image)
     if image.mode in _SIXTEEN_BIT:
@@ -155,16 +155,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _require_known_range(image: Image.Image) -> None:
-    """Refuse floating-point pixels."""
+    """Raise ValueError for floating-point pixels."""
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; save it with 8 bits")
+        raise ValueError("floating-point pixels have no fixed range; save the image with 8 bits")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to mode "L", or to "LA" if the file declares a transparent level."""
+    """Scale 16-bit grayscale to mode "L", or to "LA" if the file declares a transparent level."""
     levels = np.asarray(image)
     values = levels.astype(np.float64)
-    # Mode I can have 8-bit values too; a value above 255 shows that they are 16-bit.
+    # The values of mode "I" can also be 8-bit ones. A value above 255 shows that they are not.
     if image.mode != "I" or values.max(initial=0) > 255:
         values = values / 257
     gray = Image.fromarray(values.round().clip(0, 255).astype(np.uint8), mode="L")
@@ -177,14 +177,14 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder and then of its subfolders, without hidden ones."""
+    """The files of a folder, followed by those of its subfolders. Hidden files are left out."""
 
     folder: Path
     files: Sequence[Path]
 
     @cached_property
     def all_images(self) -> list[Path]:
-        """Images that can be read, without masks."""
+        """All readable images, without masks."""
         images = []
         for path in self.files:
             if _is_image(path) and stem_of_masked(path) is None:
@@ -198,22 +198,22 @@ class Listing:
 
     @cached_property
     def metadata(self) -> list[Path]:
-        """The metadata files in the folder."""
+        """The metadata files directly in the folder."""
         return [self.folder / name for name in METADATA if is_file(self.folder / name)]
 
     @cached_property
     def texts(self) -> dict[str, Path]:
-        """``.txt`` files by their stems."""
-        # Some systems write .TXT.
+        """The ``.txt`` files, by stem."""
+        # Some systems write the suffix in upper case.
         return {stem(path): path for path in self.files if path.suffix.lower() == ".txt"}
 
     @property
     def has_captions(self) -> bool:
-        """True if an image has a ``.txt`` file next to it."""
+        """True if any image has a ``.txt`` file next to it."""
         return any(stem(path) in self.texts for path in self.all_images)
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
-        """The text of the ``.txt`` file next to each image, as one line; None without a file."""
+        """Return the text of the ``.txt`` file next to each image, as one line, or None."""
         captions: list[str | None] = []
         for image in images:
             path = self.texts.get(stem(image))
@@ -227,10 +227,12 @@ class Listing:
     def left_out(
         self, images: Sequence[Path], masks: Collection[Path], *, captioned: bool
     ) -> str | None:
-        """Number and names of the files that are not read, for a message; None if all are read.
+        """Return the number and names of unread files for a message, or None if there are none.
 
         Args:
-            captioned: True if the captions in ``.txt`` files are read.
+            images: the images that are read.
+            masks: the mask files that are read.
+            captioned: whether the captions in ``.txt`` files are read.
         """
         read_files = {*images, *masks}
         if captioned:
@@ -254,30 +256,33 @@ class Listing:
 
 
 def folder_of_set(name: str, option: str) -> Path | None:
-    """The folder of a set of images, or None for a set on the hub.
+    """Return the folder of an image set, or None for a set on the hub.
 
     Args:
         name: one of `mini.FOLDERS`, a path or a hub id.
-        option: option that names the set, for the message.
+        option: the option that names the set, for messages.
 
     Raises:
-        UserError: it is neither a folder nor a hub id.
+        UserError: ``name`` is neither a folder nor a possible hub id.
     """
     if name in FOLDERS:
         return FOLDERS[name]
     folder = folder_or_id(name, option)
-    if folder is None and "/" not in name:  # hub ids of sets have an owner
+    if folder is None and "/" not in name:  # ids of data sets have an owner
         folders_here, _ = _names_in(Path())
         hint = did_you_mean(name, [*folders_here, *FOLDERS])
         raise UserError(
             f"{option} {quoted(name)} is not a folder here{hint}: give the path of a folder, or"
-            " OWNER/NAME of a set on the hub."
+            " the OWNER/NAME of a set on the hub."
         )
     return folder
 
 
 def list_folder(folder: Path) -> Listing:
-    """List a folder and, unless it has a metadata file, its subfolders; links are not followed."""
+    """List a folder's files and, if it has no metadata file, those of its subfolders.
+
+    Symbolic links to folders are not followed.
+    """
     folder = folder.resolve()
     has_metadata = bool(Listing(folder, ()).metadata)
     files: list[Path] = []
@@ -293,25 +298,25 @@ def list_folder(folder: Path) -> Listing:
         count += len(folders) + len(names)
         if count > MAX_ENTRIES and not has_metadata:
             raise UserError(
-                f'"{folder}" holds more than {MAX_ENTRIES:,} files and folders, which is hardly a'
-                " set of images: give the folder of the images alone, or put a metadata.jsonl that"
-                " lists them into it."
+                f'"{folder}" holds more than {MAX_ENTRIES:,} files and folders, too many for'
+                " a set of images: give a folder that holds only the images, or add a"
+                " metadata.jsonl that lists them."
             )
         names += [name for name in folders if Path(place, name).is_symlink()]
         files += [Path(place, name) for name in names if not name.startswith(".")]
-        # In place: `os.walk` continues with the folders that remain in its list.
+        # Changed in place, since `os.walk` visits the folders that remain in this list.
         folders[:] = [name for name in folders if not name.startswith(".") and not has_metadata]
-    # Sorted by name, the files directly in the folder first.
+    # Sorted by path, but the files directly in the folder come first.
     return Listing(folder, sorted(files, key=lambda path: (path.parent != folder, path)))
 
 
 def stem(path: Path) -> str:
-    """A file's path without its suffix."""
+    """Return a file's path without its suffix."""
     return os.path.splitext(path)[0]
 
 
 def stem_of_masked(path: Path) -> str | None:
-    """The stem of the image to which a mask's name refers; None if the file is not a mask."""
+    """Return the stem of the image that a mask belongs to; None if the file is not a mask."""
     name = stem(path)
     if name.lower().endswith(MASK):
         return name[: -len(MASK)]
@@ -319,7 +324,7 @@ def stem_of_masked(path: Path) -> str | None:
 
 
 def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
-    """Find the mask files next to images, by image.
+    """Return the mask files next to images, by image. Images without a mask are left out.
 
     Raises:
         UserError: an image has several masks.
@@ -335,24 +340,28 @@ def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
                 continue
             if image_stem in masks:
                 raise UserError(
-                    f'"{masks[image_stem]}" and "{mask}" are masks of one image: keep one of them.'
+                    f'"{masks[image_stem]}" and "{mask}" are masks of the same image: keep one of'
+                    " them."
                 )
             masks[image_stem] = mask
     return {image: masks[stem(image)] for image in images if stem(image) in masks}
 
 
 def unread_folder_name(images: Sequence[Path]) -> str | None:
-    """The first folder name that kohya's scripts would read as repeats and a prompt."""
+    """Return the first folder name that kohya's scripts would read as repeats and a prompt.
+
+    Returns None if there is no such folder.
+    """
     names = {image.parent.name for image in images}
     return min(filter(KOHYA_FOLDER.fullmatch, names), default=None)
 
 
 def _is_image(path: Path) -> bool:
-    """Test that a file has the suffix of an image that can be read."""
+    """Return whether a file has the suffix of a readable image."""
     return path.suffix.lower() in image_suffixes() and is_file(path)
 
 
 def _names_in(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder; [] where it may not be listed."""
+    """Return the names of a folder's subfolders and files; [] if it can't be listed."""
     _, folders, files = next(os.walk(folder), ("", [], []))
     return folders, files

@@ -1,4 +1,4 @@
-"""Latent distributions of images, cached if a sample's pixels are always the same."""
+"""Latent distributions of images, which are cached for images that always have the same crop."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .disk_cache import DiskCache
 from .families.base import LatentSpace
 from .stream import TrainingSample
 
-ENCODING_FIX = "look at the file, or pass another --pretrained_vae_model_name_or_path"
-CACHE_FIX = "delete the folder of --disk_cache, or give another"
-AT_ONCE = 1024 * 1024  # pixels that are encoded at a time; in float32 a megapixel takes gigabytes
+ENCODING_FIX = "check the file, or pass another --pretrained_vae_model_name_or_path"
+CACHE_FIX = "delete the folder of --disk_cache, or give another one"
+# Maximum number of pixels to encode at a time. In float32 a megapixel takes gigabytes.
+AT_ONCE = 1024 * 1024
 
 
 class Posterior(NamedTuple):
-    """The autoencoder's Gaussian for one image, in the autoencoder's scale."""
+    """The Gaussian that the autoencoder computes for one image, in the autoencoder's scale."""
 
     mean: Tensor  # (c, h, w)
     std: Tensor  # (c, h, w)
-    mask: Tensor | None = None  # of the image, on the same grid, (1, h, w) in [0, 1]
+    mask: Tensor | None = None  # image mask on the grid of the latent, (1, h, w) in [0, 1]
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Sample a latent, (c, h, w)."""
@@ -32,23 +33,23 @@ class Posterior(NamedTuple):
 
 
 def require_finite(name: str, fix: str, *tensors: Tensor) -> None:
-    """Refuse an autoencoder's output that is not finite."""
+    """Raise TrainingError if an autoencoder's output is not finite."""
     if not all(bool(values.isfinite().all()) for values in tensors):
         raise TrainingError(f"{name} is not finite: {fix}.")
 
 
 class Encoder:
-    """Encodes training samples with a frozen autoencoder.
+    """An encoder of training samples that uses a frozen autoencoder.
 
     Args:
         vae: the autoencoder, which is moved to the device while it encodes.
-        space: scale of its latents.
-        device: device on which it encodes.
-        is_cached: tests that the posterior of a sample is cached, for all samples with the same
-            content. Cached posteriors are encoded one by one, so that the result does not depend on
-            which other samples were missing.
-        disk: cache on disk, for the next run.
-        cache: posteriors in memory, by the samples' content; several encoders of the same
+        space: scale of the latents, and how the autoencoder encodes.
+        device: device to encode on.
+        is_cached: returns whether a sample's posterior is cached for all samples with the same
+            content. Such posteriors are encoded one at a time, so they do not depend on which other
+            samples were missing from the cache.
+        disk: cache on disk, for later runs.
+        cache: posteriors in memory, by the content of the samples. Encoders with the same
             autoencoder can share it.
     """
 
@@ -74,7 +75,7 @@ class Encoder:
         """Encode samples to posteriors, in float32 on the CPU.
 
         Raises:
-            TrainingError: a latent is not finite; the image is named.
+            TrainingError: a latent is not finite; the message names the image.
         """
         cached, uncached = [], []
         for sample in samples:
@@ -93,7 +94,7 @@ class Encoder:
         return posteriors
 
     def _fill_cache(self, samples: Sequence[TrainingSample]) -> None:
-        """Read posteriors that are not in memory from disk, or encode them."""
+        """Read posteriors that are missing in memory from disk, or encode them."""
         missing: dict[tuple[str, ...], TrainingSample] = {}
         for sample in samples:
             content = sample.content
@@ -105,7 +106,7 @@ class Encoder:
                 self.cache[content] = Posterior(**tensors)
             else:
                 missing[content] = sample
-        # With a limit of one pixel, images are encoded one by one.
+        # With a limit of one pixel, the images are encoded one at a time.
         posteriors = self._encode(list(missing.values()), pixels_at_once=1)
         for content, posterior in zip(missing, posteriors, strict=True):
             self.cache[content] = posterior
@@ -116,7 +117,7 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[TrainingSample], pixels_at_once: int) -> list[Posterior]:
-        """Encode images of one size, at most so many pixels at a time, but at least one image."""
+        """Encode images of the same size, ``pixels_at_once`` or a single image at a time."""
         if not samples:
             return []
         vae = self._vae
@@ -139,7 +140,7 @@ class Encoder:
 
         mean = torch.cat(means).float().cpu()  # (n, c, h, w)
         std = torch.cat(stds).float().cpu()  # (n, c, h, w)
-        if not self.space.samples_posterior:  # a latent is the mean
+        if not self.space.samples_posterior:  # the latent is the mean, not a sample
             std = torch.zeros_like(std)
         posteriors = []
         for row, sample in enumerate(samples):
@@ -153,11 +154,12 @@ class Encoder:
 
 
 def weight_map(masks: Sequence[Tensor | None], latents: Tensor, outside: float) -> Tensor:
-    """Weights of the loss, (n, 1, h, w): 1 within a mask, else ``outside``.
+    """Return the weights of the loss, (n, 1, h, w): 1 inside a mask, ``outside`` elsewhere.
 
     Args:
-        masks: (1, H, W) in [0, 1] each; None for an image without a mask.
-        latents: (n, c, h, w).
+        masks: one for each image, (1, H, W) in [0, 1]; None for an image without a mask.
+        latents: the latents, (n, c, h, w), for their height and width.
+        outside: weight of the places that a mask hides.
     """
     inside = []
     for mask in masks:
@@ -169,5 +171,5 @@ def weight_map(masks: Sequence[Tensor | None], latents: Tensor, outside: float) 
 
 
 def average_mask(mask: Tensor, latents: Tensor) -> Tensor:
-    """Average a mask (1, H, W) to the size of latents (..., h, w): (1, h, w)."""
+    """Average a mask, (1, H, W), down to (1, h, w), the size of ``latents``, (..., h, w)."""
     return F.adaptive_avg_pool2d(mask, (latents.shape[-2], latents.shape[-1]))

@@ -1,10 +1,10 @@
-"""The distance of sampled images to held-out pictures, the measure of `--choose_by samples`.
+"""The distance from generated images to held-out pictures, for ``--choose_by samples``.
 
     distance = mean over held-out pictures of 1 - cosine(embedding(sample), embedding(picture))
 
-Each picture's caption is sampled with the same noise in every run, so that runs are paired. The
-embeddings are those of DINOv2, or of the miniature's scorer. The held-out loss would be cheaper,
-but is lowest long before samples are best (docs/results.md).
+In every run, the sample for a picture's caption starts from the same noise, so runs are paired.
+The embeddings come from DINOv2 or from the miniature's scorer. The held-out loss would be cheaper,
+but it reaches its minimum long before the samples are best (docs/results.md).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .sets import ImageSet
 from .stream import centered_samples
 from .validation import ValidationSample, usual_sample
 
-ARCHITECTURES = ("dinov2", "dinov2_with_registers")  # ``model_type`` of known configurations
-MAX_PICTURES = 8  # number of held-out pictures whose captions are sampled, evenly spaced
-# Embeds n RGB images: (n, d), not normalized.
+ARCHITECTURES = ("dinov2", "dinov2_with_registers")  # supported values of ``model_type``
+MAX_PICTURES = 8  # maximum number of held-out pictures to use, evenly spaced in the set
+# A function that embeds n RGB images to n vectors, (n, d), without normalizing them.
 Embed = Callable[[Sequence[Image]], Tensor]
 
 
 @dataclass(frozen=True)
 class Dinov2:
-    """DINOv2, loaded from safetensors with transformers."""
+    """A DINOv2 model, loaded from safetensors by transformers."""
 
-    # The class token of the last layer after its normalization, as in DreamBooth's metric DINO.
+    # Returns the last layer's class token after layer normalization, as in DreamBooth's metric.
     embed: Embed
     model: HubModel
 
@@ -49,14 +49,14 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
     """Load the model ``dinov2:ID_OR_FOLDER``.
 
     Raises:
-        UserError: an unknown name, or a model of another kind.
-        Exception: any error of a library that can't load it.
+        UserError: the name is unknown, or the model is not DINOv2.
+        Exception: any error of a library that can't load the model.
     """
     from transformers import AutoImageProcessor, AutoModel
 
     model = _find_dinov2(name)
     network = load_weights(model, AutoModel, torch.float32).to(device)
-    # The image processor resizes, crops and scales images as in the model's training.
+    # The image processor resizes, crops and scales images as they were during training.
     processor = load_processor(model, AutoImageProcessor)
 
     def embed(images: Sequence[Image]) -> Tensor:
@@ -67,18 +67,18 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
 
 
 def image_model_bytes(name: str) -> int:
-    """Bytes of the model of ``--image_model``, from its configuration."""
+    """Return the size of the ``--image_model`` in bytes, computed from its configuration."""
     from transformers import AutoModel
 
     if name == EMBEDDED:
-        return 0  # 11 MB on the CPU
+        return 0  # only 11 MB, on the CPU
     with _explain_model_errors(name):
         config = _find_dinov2(name).config
     return held_bytes(empty(lambda: AutoModel.from_config(config), torch.float32), "none")
 
 
 def _find_dinov2(name: str) -> HubModel:
-    """The model ``dinov2:ID_OR_FOLDER``."""
+    """Find the model ``dinov2:ID_OR_FOLDER`` and read its configuration."""
     scheme, _, source = name.partition(":")
     if scheme != DINOV2 or not source:
         raise UserError(
@@ -88,22 +88,22 @@ def _find_dinov2(name: str) -> HubModel:
     model = find_model(source, label=f'"{name}"')
     if model.config.model_type not in ARCHITECTURES:
         raise UserError(
-            f'"{name}" is a model of the kind {model.config.model_type}: give one of DINOv2, such'
+            f'"{name}" is a model of the kind {model.config.model_type}: give a DINOv2 model, such'
             " as dinov2:facebook/dinov2-base."
         )
     return model
 
 
 def _explain_model_errors(name: str) -> AbstractContextManager[None]:
-    """Context manager: turns a library's error into one sentence."""
-    fix = f"give {DINOV2}:ID_OR_FOLDER of a model that is here, or --choose_by loss"
+    """Return a context manager that turns a library's error into a one-sentence `UserError`."""
+    fix = f"give {DINOV2}:ID_OR_FOLDER of a model on this machine, or use --choose_by loss"
     return as_user_error(f"--image_model {name} can't be read", fix)
 
 
 # Cached, so that the runs of --compare share the model.
 @lru_cache(maxsize=1)
 def image_embedder(name: str, device: torch.device) -> Embed:
-    """Load the image model of ``--image_model``: ``embedded``, or one of `load_dinov2`."""
+    """Load the ``--image_model``: the miniature's scorer for ``embedded``, else DINOv2."""
     if name != EMBEDDED:
         with _explain_model_errors(name):
             return load_dinov2(name, device).embed
@@ -119,7 +119,7 @@ def image_embedder(name: str, device: torch.device) -> Embed:
 
 
 class SampledDistance:
-    """Measures the distance of samples to held-out pictures.
+    """The distance from generated images to held-out pictures; each call generates new images.
 
     Args:
         task: a `DreamBooth`.
@@ -132,14 +132,14 @@ class SampledDistance:
         all_samples = list(centered_samples(validation, task.cfg))
         count = min(len(all_samples), MAX_PICTURES)
         chosen_samples = [all_samples[i * len(all_samples) // count] for i in range(count)]
-        # Sorted by size, since images of one size are sampled together.
+        # Sorted by size, since images of the same size are generated in one batch.
         chosen_samples.sort(key=lambda sample: sample.size)
         self.samples: list[ValidationSample] = []
         pictures: list[Image] = []
         for number, sample in enumerate(chosen_samples):
             height, width = sample.size
             prompt_sample = usual_sample(task.cfg, sample.caption)
-            # Not with the run's seed, so that all runs use the same noise.
+            # The seed is not the run's, so that all runs use the same noise.
             prompt_sample = replace(
                 prompt_sample,
                 seed=number,
@@ -152,15 +152,15 @@ class SampledDistance:
         self.picture_embeddings = self.embeddings(pictures)  # (n, d)
 
     def embeddings(self, images: Sequence[Image]) -> Tensor:
-        """Embed images to vectors of unit length, (n, d), on the CPU."""
+        """Return embeddings of images, of unit length, (n, d), on the CPU."""
         with torch.inference_mode():
             embeddings = self._embed([image.convert("RGB") for image in images])
         return normalize(embeddings.float(), dim=-1).cpu()
 
     def __call__(self) -> dict[str, float]:
-        """``heldout_distance``, and ``heldout_distance_of/N`` of each picture."""
+        """Return ``heldout_distance``, the mean, and ``heldout_distance_of/N`` for each picture."""
         images: list[Image] = []
-        # Sampling must not change the random numbers of training.
+        # Sampling must not change the random numbers that training uses.
         with torch.random.fork_rng():
             for _, batch in itertools.groupby(self.samples, lambda sample: sample.batch_settings):
                 images += self.task.sample_images(list(batch))

@@ -1,8 +1,8 @@
-"""Images that look alike: the same picture twice, resized, compressed, brightened or a bit cropped.
+"""Detection of images that look alike, such as resized, compressed or slightly cropped copies.
 
 Two images look alike if their difference hashes differ in at most ``MAX_DISTANCE`` of 64 bits and
-their small copies correlate. The hash alone takes small objects on a plain background for each
-other: most of its bits are then those of the background.
+their small copies correlate. The hash alone would confuse small objects on a plain background,
+since most of its bits then describe the background.
 """
 
 from __future__ import annotations
@@ -14,43 +14,44 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image, Resampling
 
-# Rows and columns of the difference hash: 64 bits.
+# Number of rows and of columns of the difference hash, which has 64 bits.
 SIDE = 8
-# Of copies of photographs that were compressed, halved, brightened by a fifth or cropped by 3 % on
-# each side, the distance is 0 to 8 of 64 and the correlation 0.94 to 1. Of the icons of the
-# miniature, the nearest in shape are two clocks with a distance of 3 and a correlation of 0.943.
+# Copies of photographs that were compressed, halved, brightened by a fifth or cropped by 3 % on
+# each side have a distance of 0 to 8 bits and a correlation of 0.94 to 1. Among the miniature's
+# icons, the most similar shapes are two clocks with a distance of 3 and a correlation of 0.943.
 MAX_DISTANCE = 8
 MIN_CORRELATION = 0.95
-# Side of the copies that are correlated.
+# Side of the small copies in pixels.
 COPY_SIDE = 16
-# Pillow's: how much larger an image still is when it is filtered.
+# Pillow's ``reducing_gap``: a large image is first reduced to at least this many times its final
+# size, and then filtered.
 REDUCING_GAP = 3.0
-# Maximum number of pairs that are named.
+# Maximum number of pairs that a message names.
 MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Look:
-    """What is compared of an image."""
+    """The features of an image that are compared."""
 
-    # One bit for each of 8 x 8 places: the gray level rises from there to the right.
+    # One bit for each of 8 x 8 positions: 1 if the gray level rises to the next one on the right.
     hash: np.uint64
-    # Small copy in RGB, its mean removed, of unit length, (768,); zeros for an image of one color.
+    # Small RGB copy minus its mean, of unit length, (768,); zeros for an image of one gray level.
     copy: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images that look alike, by their numbers."""
+    """The indices of two images that look alike."""
 
     first: int
     second: int
-    distance: int  # bits of 64 in which the hashes differ
+    distance: int  # number of hash bits that differ, out of 64
 
 
 def look_of(image: Image) -> Look:
-    """The look of an image in RGB."""
-    # Photographs are halved a few times before they are filtered, which takes a tenth of the time.
+    """Compute the look of an RGB image."""
+    # Photographs are reduced before they are filtered, which takes a tenth of the time.
     shape = (SIDE + 1, SIDE)
     gray = image.resize(shape, Resampling.LANCZOS, reducing_gap=REDUCING_GAP).convert("L")
     levels = np.asarray(gray, dtype=np.int16)  # (8, 9)
@@ -69,15 +70,15 @@ def look_of(image: Image) -> Look:
 def find_look_alikes(
     looks: Sequence[Look], further_looks: Sequence[Look] | None = None
 ) -> list[Pair]:
-    """Pairs of images that look alike, each image with the first that it resembles.
+    """Pair images that look alike, each one with the first image that it resembles.
 
     Args:
-        looks: of images.
-        further_looks: of images that are compared with these; None compares the images with each
-            other.
+        looks: looks of the images.
+        further_looks: looks of other images to compare with ``looks``; None compares the images of
+            ``looks`` with each other.
 
     Returns:
-        Pairs by their second image, which is one of ``further_looks`` where these are given.
+        Pairs sorted by ``second``, which is an index of ``further_looks`` if they are given.
     """
     if not looks:
         return []
@@ -94,7 +95,7 @@ def find_look_alikes(
 
 
 def are_correlated(first: Look, second: Look) -> bool:
-    """Test that the small copies of two images correlate; two images of one color each do."""
+    """Return whether two small copies correlate. Two copies of one gray level each always do."""
     is_plain = [not look.copy.any() for look in (first, second)]
     if any(is_plain):
         return all(is_plain)
@@ -104,11 +105,11 @@ def are_correlated(first: Look, second: Look) -> bool:
 def describe_pairs(
     pairs: Sequence[Pair], names: Sequence[str], other_names: Sequence[str] | None = None
 ) -> list[str]:
-    """A phrase for each of the first pairs, and the number of the others.
+    """Return a phrase for each of the first `MAX_NAMED` pairs, and one that counts the others.
 
     Args:
-        pairs: of `find_look_alikes`.
-        names, other_names: of its images.
+        pairs: result of `find_look_alikes`.
+        names, other_names: names of the images in ``looks`` and ``further_looks``.
     """
     second_names = names if other_names is None else other_names
     phrases = []

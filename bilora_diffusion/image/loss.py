@@ -1,14 +1,14 @@
-"""The trained models with their loss on a micro-batch, and the held-out loss.
+"""The training loss, in a module that holds the trained models, and the held-out loss.
 
-With ``--guided_target S`` the adapters are trained towards what classifier-free guidance of scale S
-would predict, with the base model's unconditional prediction u. The target of a prediction p is
+With ``--guided_target S`` the adapters learn the prediction of classifier-free guidance at scale S,
+computed with the base model's unconditional prediction u. The target of a prediction p is
 
-    target + (1 - 1/S) (p - u),  without gradient through p and u,
+    target + (1 - 1/S) (p - u),  without gradient through p and u.
 
-whose fixed point is p = u + S (target - u): docs/methods.md, "The guided target".
+Its fixed point is p = u + S (target - u); see "The guided target" in docs/methods.md.
 
-The held-out loss is measured on a fixed grid of noise levels with fixed noise, so that two
-measurements differ by the weights alone. Its target is the plain one.
+The held-out loss is measured on a fixed grid of noise levels with fixed noise, so two measurements
+differ only if the weights differ. It always uses the plain target.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .noise_schedules import NoiseSchedule
 from .sets import ImageSet
 from .stream import TrainingSample, centered_samples
 
-# Inputs with the conditions of further prompts: the class prompt and the empty prompt.
+# Names of the inputs with the conditions of the class prompt and of the empty prompt.
 PRIOR, UNCONDITIONAL = "prior", "unconditional"
-# Input with the weights, (n,), by which predictions for these prompts are held at the base model's,
-# by the prompt.
+# Name of the input with the loss weights that hold predictions at the base model's: a mapping from
+# `PRIOR` or `UNCONDITIONAL` to (n,).
 HELD_WEIGHTS = "held_weights"
-# Input of a guided target: 1 - 1/S of each row, 0 for a row with the plain target.
+# Name of the input for the guided target, (n,): 1 - 1/S, or 0 for a row with the plain target.
 GUIDANCE_SHARE = "guidance_share"
-# All other inputs are the conditions of the images' own captions.
+# Names of all inputs except the conditions of the images' own captions.
 NO_CONDITIONS = frozenset(
     (
         "latents",
@@ -55,35 +55,37 @@ NO_CONDITIONS = frozenset(
         GUIDANCE_SHARE,
     )
 )
-PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
+# Number of pixels per batch of the held-out loss, small enough for the memory of any run.
+PIXELS_AT_ONCE = 2**18
 
 
 class DreamBoothModule(nn.Module):
     """The trained models and their loss.
 
-    ``forward`` takes the inputs of a micro-batch of n rows: instance images and then, with prior
-    preservation, as many class images.
+    ``forward`` takes the inputs of a micro-batch with n rows: instance images, followed by the same
+    number of class images if the run has prior preservation.
 
     - ``latents`` and ``noise``, (n, c, h, w)
-    - ``level_index``, number of the noise level, and ``is_instance``, False for a class image,
-      (n,) each
+    - ``level_index``, the index of the noise level, (n,)
+    - ``is_instance``, False for a class image, (n,)
     - ``time_ids``, (n, 6), and with masks ``mask_weights``, (n, 1, h, w)
-    - the family's conditions or, where the text encoders are trained, ``ids``, two tensors
-      (n, tokens), and ``has_text``, (n,), False where zeros stand for the text
-    - `PRIOR` and `UNCONDITIONAL`, conditions of further prompts, in some runs and steps
-    - `GUIDANCE_SHARE`, (n,), with a guided target; it needs `UNCONDITIONAL`
-    - `HELD_WEIGHTS`, weights (n,) by prompt, in steps that hold the predictions for these prompts
+    - the family's conditions or, if the text encoders are trained, ``ids``, two tensors
+      (n, tokens), and ``has_text``, (n,), False where zeros replace the embeddings
+    - `PRIOR` and `UNCONDITIONAL`, conditions of the class prompt and of the empty prompt, in runs
+      and steps that use them
+    - `GUIDANCE_SHARE`, (n,), with a guided target; it requires `UNCONDITIONAL`
+    - `HELD_WEIGHTS`, weights (n,) by prompt, in steps that hold predictions at the base model's
 
-    The loss of a slot is that of its instance image, plus ``prior_loss_weight`` times that of its
-    class image, plus, for each held prompt, its weight times the mean square of the change that the
-    adapters make to the instance image's prediction for that prompt.
+    The loss of a slot is the loss of its instance image, plus ``prior_loss_weight`` times the loss
+    of its class image. Each held prompt adds its weight times the mean squared change that the
+    adapters make to the prediction for this prompt on the instance image.
 
     Args:
-        family: the kind of model, which knows how the denoiser is called.
+        family: the family of the base model, which calls the denoiser.
         denoiser: UNet or transformer, with adapters.
-        text_encoders: those that are trained.
-        noise_schedule: noise levels, and the loss that belongs to them.
-        prior_loss_weight: None without class images.
+        text_encoders: the trained text encoders; () if they are frozen.
+        noise_schedule: noise levels and the loss of a prediction.
+        prior_loss_weight: weight of the class images; None without class images.
     """
 
     def __init__(
@@ -103,17 +105,18 @@ class DreamBoothModule(nn.Module):
         self._adapted: list[adapters.LoraLayer] | None = None
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
-        """One loss per slot, (slots,), in float32."""
+        """Return one loss per slot, (slots,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
         prediction = self._predict(caption_conditions(inputs), noisy, levels)
-        base_predictions: dict[str, Tensor] = {}  # of further prompts, (n, c, h, w) each
+        base_predictions: dict[str, Tensor] = {}  # by prompt, (n, c, h, w) each
         for prompt in (PRIOR, UNCONDITIONAL):
             if prompt in inputs:
                 conditions = prompt_conditions(inputs, prompt)
                 base_predictions[prompt] = self.base_prediction(conditions, noisy, levels)
         if GUIDANCE_SHARE in inputs:
             share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
-            # The error of this to the plain target is that of the prediction to the guided one.
+            # Measured against the plain target, the result has the same error as the original
+            # prediction has against the guided target.
             prediction = prediction.float()
             change = prediction.detach() - base_predictions[UNCONDITIONAL]
             prediction = prediction - share * change
@@ -125,23 +128,23 @@ class DreamBoothModule(nn.Module):
         for prompt, weights in inputs.get(HELD_WEIGHTS, {}).items():
             conditions = prompt_conditions(inputs, prompt)
             changes = self.squared_change(conditions, noisy, levels, base_predictions[prompt])
-            # Only the first rows count, those of instance images.
+            # Only the first rows count, which are the instance images.
             losses = losses + (weights * changes)[: len(losses)]
         return losses
 
     def base_prediction(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
-        """Predict without trained adapters and gradients, (n, c, h, w) in float32.
+        """Return the prediction without trained adapters and gradients, (n, c, h, w) in float32.
 
-        Held predictions and the guided target are relative to it. An assistant acts here too: the
-        run trains on top of the base model with it.
+        It is the reference for held predictions and for the guided target. An assistant stays
+        active, since the run trains on top of the base model with the assistant.
 
         Args:
-            conditions: of the n rows.
+            conditions: conditions of the n rows.
             noisy: noisy latents, (n, c, h, w).
-            levels: their noise levels, (n,).
+            levels: noise levels of the latents, (n,).
         """
         if self._adapted is None:
-            # Found once: the walk over all modules takes time.
+            # Collected once, since walking over all modules takes time.
             self._adapted = []
             for model in (self.denoiser, *self.text_encoders):
                 self._adapted += [layer for _, layer in adapters.layers(model)]
@@ -151,23 +154,24 @@ class DreamBoothModule(nn.Module):
     def squared_change(
         self, conditions: Conditions, noisy: Tensor, levels: Tensor, base_prediction: Tensor
     ) -> Tensor:
-        """Mean square of the change that the adapters make to each prediction, (n,) in float32.
+        """Return the mean squared change that the adapters make to each prediction, (n,), float32.
 
-        All adapters act that act in the loss, an auxiliary too: it perturbs the complete loss, and
-        with gradient checkpointing a layer is computed again after this function.
+        The same adapters are active as in the rest of the loss. This includes an auxiliary, which
+        must perturb the complete loss. Deactivating it in a context would also fail with gradient
+        checkpointing, which recomputes layers after the context has ended.
 
         Args:
-            conditions, noisy, levels: those of `base_prediction`.
-            base_prediction: the base model's prediction for them, (n, c, h, w).
+            conditions, noisy, levels: as in `base_prediction`.
+            base_prediction: the base model's prediction for these inputs, (n, c, h, w).
         """
         prediction = self._predict(conditions, noisy, levels).float()
         return (prediction - base_prediction).square().flatten(1).mean(dim=1)
 
     def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
-        """The denoiser's prediction, (n, c, h, w).
+        """Return the denoiser's prediction, (n, c, h, w).
 
         Args:
-            conditions: embeddings, or token ids where the text encoders are trained.
+            conditions: embeddings, or token ids if the text encoders are trained.
         """
         if "ids" in conditions:
             encoded = self._encode(conditions["ids"], conditions["has_text"])
@@ -177,7 +181,7 @@ class DreamBoothModule(nn.Module):
         return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
 
     def _encode(self, ids: Sequence[Tensor], has_text: Tensor) -> Conditions:
-        """Embeddings of token ids by the trained encoders, zeros where ``has_text`` is False."""
+        """Embed token ids with the trained encoders; rows without text get zeros."""
         conditions = {}
         for name, values in encode(list(self.text_encoders), ids).items():
             rows = has_text.view(-1, *[1] * (values.ndim - 1))  # (n, 1, ...)
@@ -185,14 +189,14 @@ class DreamBoothModule(nn.Module):
         return conditions
 
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
-        """Loss of each row to its plain target, (n,), in float32."""
+        """Return each row's loss against its plain target, (n,), in float32."""
         noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
         prediction = self._predict(caption_conditions(inputs), noisy, levels)
         return self.noise_schedule.loss(prediction, inputs)
 
 
 def caption_conditions(inputs: dict[str, Any]) -> Conditions:
-    """Conditions of the rows' own captions."""
+    """Return the conditions of the rows' own captions."""
     conditions = {}
     for name, values in inputs.items():
         if name not in NO_CONDITIONS:
@@ -201,14 +205,15 @@ def caption_conditions(inputs: dict[str, Any]) -> Conditions:
 
 
 def prompt_conditions(inputs: dict[str, Any], name: str) -> Conditions:
-    """Conditions `PRIOR` or `UNCONDITIONAL`, at the rows' own sizes."""
+    """Return the conditions `PRIOR` or `UNCONDITIONAL`, with the sizes and crops of the rows."""
     return {**inputs[name], "time_ids": inputs["time_ids"]}
 
 
 def grid_level_indices(total: int) -> list[int]:
-    """Numbers of the grid's noise levels in a schedule of ``total`` levels.
+    """Return the indices of the grid's noise levels in a schedule of ``total`` levels.
 
-    They are the middles of `NOISE_LEVELS` equal parts, minus a fortieth of the total.
+    The schedule is split into `NOISE_LEVELS` equal parts. Each index is the middle of a part, minus
+    a fortieth of ``total``.
     """
     indices = []
     for part in range(NOISE_LEVELS):
@@ -218,25 +223,27 @@ def grid_level_indices(total: int) -> list[int]:
 
 
 class GridImage(NamedTuple):
-    """One image of the grid."""
+    """An encoded image of the grid."""
 
     sample: TrainingSample
-    latent: Tensor  # clean, (c, h, w)
-    mask: Tensor | None  # (1, h, w)
+    latent: Tensor  # latent without noise, in the denoiser's scale, (c, h, w)
+    mask: Tensor | None  # mask in [0, 1], (1, h, w)
 
 
 class GridLoss:
-    """Mean loss over images x noise levels with fixed noise, the same for every run and seed.
+    """The mean loss over images and noise levels, with the same noise in every run.
+
+    The noise does not depend on the run's seed.
 
     Args:
         task: a `DreamBooth`.
-        stream: the training stream, whose images are measured on the same grid so that two runs can
-            be compared at equal training loss; None to measure each held-out image by itself.
-        heldout: held-out images.
+        stream: the training stream. Its images are measured on the same grid, so that two runs can
+            be compared at equal training loss.
+        heldout: the held-out images.
 
     Attributes:
-        level_indices: numbers of the noise levels.
-        sets: the images of both sets, by the name of their loss.
+        level_indices: indices of the noise levels.
+        sets: the held-out images and the training images, by the name of their loss.
     """
 
     def __init__(self, task: Any, stream: Any, heldout: ImageSet) -> None:
@@ -261,13 +268,13 @@ class GridLoss:
         grid = []
         for sample in centered_samples(images, self.task.cfg):
             (posterior,) = encoder([sample])
-            # The mean of the posterior: nothing about the grid is random.
+            # The posterior's mean is used, since nothing in the grid is random.
             latent = encoder.space.encode(posterior.mean[None])[0]
             grid.append(GridImage(sample, latent, posterior.mask))
         return grid
 
     def __call__(self) -> dict[str, float]:
-        """Losses by name, each a mean over images and noise levels.
+        """Return losses by name, each a mean over images and noise levels.
 
         - ``heldout_loss`` and ``train_grid_loss``
         - ``heldout_loss_by_level/LEVEL``, over the held-out images at one level
@@ -275,7 +282,7 @@ class GridLoss:
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
-        # First over the levels, then over the images, as the means by concept are.
+        # Averaged first over the levels, then over the images, like the means by concept.
         losses = {name: float(table.mean(0).mean()) for name, table in tables.items()}
         heldout = tables[HELDOUT_LOSS]  # (levels, images)
         concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT_LOSS]]
@@ -291,7 +298,7 @@ class GridLoss:
         return losses
 
     def table(self, images: Sequence[GridImage]) -> Tensor:
-        """Loss at each noise level of each image, (levels, images)."""
+        """Return the loss of each image at each noise level, (levels, images)."""
         tables = []
         for batch in self.batches(images):
             # (levels, images of the batch)
@@ -299,7 +306,7 @@ class GridLoss:
         return torch.cat(tables, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
-        """Images of one shape in a row, as many at a time as memory is sure to hold."""
+        """Yield consecutive images of the same shape, about `PIXELS_AT_ONCE` pixels at a time."""
         size = max(1, PIXELS_AT_ONCE // self.task.cfg.resolution**2)
         for _, group in itertools.groupby(images, key=lambda image: image.latent.shape):
             same_shape = list(group)
@@ -307,10 +314,10 @@ class GridLoss:
                 yield same_shape[start : start + size]
 
     def losses(self, images: Sequence[GridImage], level_index: int) -> Tensor:
-        """Loss of each image at one noise level, (images,), on the CPU."""
+        """Return the loss of each image at one noise level, (images,), on the CPU."""
         noise = []
         for image in images:
-            # Seeded by the image's name: the same noise in every run and set.
+            # The seed is the image's name, so the noise is the same in every run and set.
             random = generator("grid", image.sample.name, level_index)
             noise.append(torch.randn(image.latent.shape, generator=random))
         inputs = self.task.inputs(

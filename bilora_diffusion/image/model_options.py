@@ -1,4 +1,4 @@
-"""Options of the base model, of noise levels and of losses."""
+"""Options of the base model, the noise levels and the losses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from ..core.values import (
 from .base_model import SDXL_BASE, folder_of
 from .families import SDXL
 
-# The recommended weight and interval in steps for holding the unconditional prediction. Points of
-# samples against LoRA's (step 300, guidance 4, five seeds) on icons in two colors and in their own:
-# +6.6 and -0.1 with weight 1, +6.9 and -0.3 with 4, +7.2 and -0.3 with 1 in every 4th step. Holding
-# in every 16th step takes 8 % more time.
+# The recommended weight, and interval in steps, for holding the unconditional prediction. Change of
+# the samples' score in points, compared with plain LoRA (step 300, guidance 4, five seeds), on
+# two-color icons and on icons in their original colors: +6.6 and -0.1 with weight 1, +6.9 and -0.3
+# with weight 4, +7.2 and -0.3 with weight 1 in every 4th step. Holding in every 16th step takes 8 %
+# more time.
 HOLDING_WEIGHT, HOLDING_PERIOD = 1, 16
 # Cases in which options have no effect.
 ON_A_LOCAL_MODEL = IgnoredCase(
@@ -36,14 +37,14 @@ ON_A_LOCAL_MODEL = IgnoredCase(
 )
 WITHOUT_HOLDING = IgnoredCase(
     lambda v: not v["hold_unconditional"],
-    "where nothing is held",
+    "without `--hold_unconditional`",
     f"add `--hold_unconditional {HOLDING_WEIGHT}` or drop it",
 )
 BEFORE_HOLDING = IgnoredCase(
     lambda v: (
         v["max_train_steps"] is not None and v["max_train_steps"] < v["hold_unconditional_every"]
     ),
-    "in a run that ends before its first such step",
+    "in a run of fewer steps than `--hold_unconditional_every`",
     "give a smaller `--hold_unconditional_every` or drop it",
 )
 WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")
@@ -58,58 +59,61 @@ ON_SDXL = IgnoredCase(
     "on Stable Diffusion XL, which is not a flow model",
 )
 WITHOUT_GUIDANCE = IgnoredCase(
-    lambda v: not v["embeds_guidance"], "on a model that has no embedding of guidance"
+    lambda v: not v["embeds_guidance"], "on a model without a guidance embedding"
 )
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The pipeline that is fine-tuned."""
+    """Options of the pipeline to fine-tune."""
 
     section: ClassVar[str] = "base model"
 
-    # Derived for some sets of images, by `derived.Preset.model`.
+    # Some image sets have another default (`derived.Preset.model`).
     pretrained_model_name_or_path: str = option(
         SDXL_BASE,
-        "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
-        " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
+        "Pipeline to fine-tune, of Stable Diffusion XL or a flow-matching model: hub id, local"
+        " folder, or mini. Default with --dataset mini, mini-animals or a recolored version of"
+        " these: mini.",
         is_path=True,
     )
-    # Derived: `derived.default_vae`.
+    # `derived.default_vae` sets the default.
     pretrained_vae_model_name_or_path: str | None = option(
         None,
-        "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
-        " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
+        "Autoencoder to use instead of the pipeline's. Default for SDXL base in fp16:"
+        " madebyollin/sdxl-vae-fp16-fix, since SDXL's autoencoder overflows in fp16.",
         is_path=True,
     )
     revision: str | None = option(
         None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
     )
-    # Its hash and strength may not change on resume, its place may: `config.lora_sources`.
+    # On resume the file may be in another place, but its hash and strength must be the same
+    # (`config.lora_sources`).
     assistant_lora: str | None = option(
         None,
-        "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that is active in training"
-        " only: a training adapter for a distilled model, or a style that is kept on what is"
-        " trained. It is not trained, not exported, and off while images are generated.",
+        "LoRA file in the format of diffusers, kohya or PEFT, as FILE or FILE:STRENGTH, that is"
+        " active only in training: a training adapter for a distilled model, or the style of the"
+        " training images, to keep it out of the trained file. It is not trained, not exported, and"
+        " not active while images are generated.",
         is_path=True,
         may_change_on_resume=True,
     )
     offload: bool = option(
         False,
-        "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"
-        " are not trained stay there anyway once all prompts are embedded.",
+        "Keep the autoencoder on the CPU, except while it encodes or decodes. Frozen text encoders"
+        " leave the device in any case after all prompts are embedded.",
         may_change_on_resume=True,
     )
-    # Becomes `quantize`: `derived.quantization_of`.
+    # `derived.quantization_of` converts it to a value of `quantize`.
     bnb_quantization_config_path: str | None = option(
         None,
-        "JSON file for bitsandbytes, as diffusers' scripts take it: one that asks for NF4 is"
-        " --quantize nf4, any other is refused.",
+        "JSON file with a bitsandbytes configuration, as in diffusers' scripts. A configuration of"
+        " NF4 is the same as --quantize nf4; any other is refused.",
         is_path=True,
         may_change_on_resume=True,
     )
     variant: str | None = option(
-        None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
+        None, "Variant of the model's weight files, for example fp16 for *.fp16.safetensors."
     )
     cache_dir: str | None = option(
         None, "Folder for downloaded models and data sets.", is_path=True, may_change_on_resume=True
@@ -118,15 +122,15 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """Options of image models only: text encoders, noise levels, attention."""
+    """Options of image models for text encoders, noise levels, the loss and attention."""
 
     section: ClassVar[str] = "text encoders and loss"
 
-    train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
-    # Derived: `config.derived.default_text_encoder_lr`.
+    train_text_encoder: bool = option(False, "Also train adapters on both text encoders.")
+    # `config.derived.default_text_encoder_lr` sets the default.
     text_encoder_lr: float | None = option(
         None,
-        "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",
+        "Learning rate of the text encoders. Default: 5e-6, or --learning_rate with prodigy.",
         range=RATES,
         ignored=(
             ON_FROZEN_ENCODERS,
@@ -151,14 +155,15 @@ class DiffusionOptions:
     )
     snr_gamma: float | None = option(
         None,
-        "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual.",
-        range=Range(1e6, "no signal-to-noise ratio of a schedule is higher", greater_than=0),
+        "Weight the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual.",
+        range=Range(1e6, "no schedule has a higher signal-to-noise ratio", greater_than=0),
     )
     snr_weighting: str = option(
         "published",
-        "--snr_gamma for models that predict velocity: min(snr, gamma) / (snr + 1), as Section 3.4"
-        " of arXiv 2303.09556 has it, by which they weigh the error of the clean image as models"
-        " that predict noise do; or min(snr, gamma) / snr + 1, as diffusers' script.",
+        "Weights of --snr_gamma for models that predict velocity. published: min(snr, gamma) /"
+        " (snr + 1), as in Section 3.4 of arXiv 2303.09556, so that the clean image's error has the"
+        " same weight as in models that predict noise. diffusers: min(snr, gamma) / snr + 1, as in"
+        " diffusers' script.",
         choices=("published", "diffusers"),
         ignored=(
             IgnoredCase(
@@ -170,50 +175,51 @@ class DiffusionOptions:
     )
     noise_offset: float = option(
         0.0,
-        "Offset noise: add this times a normal number of each channel to the noise, so that dark"
-        " and light images are learned too; 0.05 to 0.1 is usual. As in diffusers' advanced script"
-        " and kohya's scripts for Stable Diffusion XL.",
+        "Offset noise: add to the noise a normal random number for each channel, times this factor,"
+        " so that very dark and very light images can be learned; 0.05 to 0.1 is usual. It is the"
+        " same as in diffusers' advanced script and kohya's scripts for Stable Diffusion XL.",
         range=FACTORS,
     )
-    # Two numbers: `config.check_level_range`.
-    timestep_range: list[float] = option(  # noqa: RUF009 (as `lora_layers`)
+    # `config.check_level_range` requires two numbers.
+    timestep_range: list[float] = option(  # noqa: RUF009 (see `lora_layers`)
         [0.0, 1.0],
-        "Lowest and highest noise level that is trained, as shares of the full noise, such as 0 0.8"
-        " (kohya's --min_timestep and --max_timestep over 1000). Levels within keep their"
-        " distribution; the held-out loss has all levels.",
-        range=Range(1, "it is the full noise", at_least=0),
+        "Lowest and highest noise level to train on, as fractions of the full noise, such as 0 0.8"
+        " (kohya's --min_timestep and --max_timestep divided by 1000). The distribution within the"
+        " range does not change, and the held-out loss still covers all levels.",
+        range=Range(1, "1 is the full noise", at_least=0),
     )
     hold_unconditional: float = option(
         0.0,
-        "Hold the unconditional prediction, which guidance leads away from, at the base model's:"
-        " weight, in the loss of some steps, of the change that the adapters make to the prediction"
-        f" for the empty prompt on the training images. {HOLDING_WEIGHT} is recommended for strong"
-        " styles, which guidance otherwise weakens (docs/methods.md).",
+        "Hold the unconditional prediction, which guidance moves away from, at the base model's. In"
+        " some steps, the loss gets an additional term: this weight times the squared change that"
+        " the adapters make to the prediction for the empty prompt on the training images."
+        f" {HOLDING_WEIGHT} is recommended for strong styles, which guidance otherwise weakens"
+        " (docs/methods.md).",
         range=FACTORS,
         ignored=(BEFORE_HOLDING,),
     )
     hold_unconditional_every: int = option(
         HOLDING_PERIOD,
-        "Hold it in one of so many steps, such as the 16th, the 32nd and so on. Such a step takes"
-        " more than twice as long.",
+        "Interval of --hold_unconditional in steps; 16 holds in step 16, step 32 and so on. A step"
+        " that holds takes more than twice as long.",
         range=STEPS,
         ignored=(WITHOUT_HOLDING,),
     )
     guided_target: float = option(
         1.0,
-        "Train towards what guidance of this scale would predict, with the base model's"
-        " unconditional prediction, so that images keep a strong style without guidance or with"
-        " little: they are sampled without, in half the time (docs/methods.md). 1 is the plain"
-        " target, as in diffusers' scripts.",
-        range=Range(100, "images are spoiled by far less", at_least=1),
+        "Learn the prediction of guidance at this scale, computed with the base model's"
+        " unconditional prediction, so that images keep a strong style with little or no guidance."
+        " By default, validation images are then generated without guidance, in half the time"
+        " (docs/methods.md). 1 is the plain target, as in diffusers' scripts.",
+        range=Range(100, "far smaller scales already spoil images", at_least=1),
     )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Use xFormers' attention instead of PyTorch's.", may_change_on_resume=True
     )
     compile: bool = option(
         False,
-        "Compile the denoiser's repeated blocks for training steps, adapters included, by"
-        " torch.compile; it needs a compiler (docs/guide.md).",
+        "Compile the denoiser's repeated blocks, including the adapters, with torch.compile for the"
+        " training steps. A compiler must be installed (docs/guide.md).",
         may_change_on_resume=True,
     )
 
@@ -224,69 +230,70 @@ class FlowOptions:
 
     section: ClassVar[str] = "flow-matching models"
 
-    lora_layers: list[str] = option(  # noqa: RUF009 (the field makes a new list for each instance)
+    lora_layers: list[str] = option(  # noqa: RUF009 (each instance gets a new list)
         [],
-        "Layers of the denoiser that get adapters, of any image model: groups (attention,"
-        " feed-forward, convolutions, all-linear, all) and the ends of layers' names (to_k,"
-        " ff.net.2), with commas, plus signs or spaces between, such as attention+feed-forward."
-        " Default: attention, its projections.",
+        "Denoiser layers that get adapters, for any image model: groups (attention, feed-forward,"
+        " convolutions, all-linear, all) and endings of layer names (to_k, ff.net.2), separated by"
+        " commas, plus signs or spaces, such as attention+feed-forward. Default: attention, the"
+        " attention projections.",
         aliases=("--lora_target_modules",),
     )
     max_sequence_length: int | None = option(
         None,
-        "Tokens of a prompt that are read. Default: as diffusers' script for the model"
-        " (docs/models.md has the table).",
+        "Maximum number of prompt tokens that are read. Default: as in diffusers' script for the"
+        " model (see the table in docs/models.md).",
         range=Range(4096, "no text encoder of these models reads more", at_least=1),
         ignored=(ON_SDXL,),
     )
-    # Derived: `families.base.Family.guidance_scale`, as `max_sequence_length` above.
+    # The defaults of this option and of `max_sequence_length` are in `families.base.Family`.
     guidance_scale: float | None = option(
         None,
-        "Guidance that a distilled model with an embedding of it (FLUX.1-dev) gets in training."
-        " Default: 3.5, as diffusers' script.",
+        "Guidance scale that a distilled model with a guidance embedding (FLUX.1-dev) gets in"
+        " training. Default: 3.5, as in diffusers' script.",
         range=GUIDANCES,
         ignored=(ON_SDXL, WITHOUT_GUIDANCE),
     )
-    # Derived: `families.base.Family.weighting`.
+    # The default is `families.base.Family.weighting`.
     weighting_scheme: str | None = option(
         None,
-        "How noise levels are sampled (logit_normal, mode) or weighted (sigma_sqrt, cosmap; arXiv"
-        " 2403.03206, Section 3.1). Default: as diffusers' script for the model (docs/models.md has"
-        " the table).",
+        "How noise levels are sampled (logit_normal, mode) or weighted (sigma_sqrt, cosmap); see"
+        " Section 3.1 of arXiv 2403.03206. Default: as in diffusers' script for the model (see the"
+        " table in docs/models.md).",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         ignored=(ON_SDXL,),
     )
-    # The defaults of these three are those of diffusers' scripts.
+    # The defaults of the next three options are those of diffusers' scripts.
     logit_mean: float = option(
         0.0,
-        "Mean of logit_normal.",
-        range=Range(20, "all levels would be alike", at_least=-20),
+        "Mean of the normal distribution in logit_normal.",
+        range=Range(20, "all noise levels would be nearly equal", at_least=-20),
         ignored=(ON_SDXL,),
     )
     logit_std: float = option(
         1.0,
-        "Standard deviation of logit_normal.",
+        "Standard deviation of the normal distribution in logit_normal.",
         range=Range(100, "only the two ends would be sampled", greater_than=0),
         ignored=(ON_SDXL,),
     )
     mode_scale: float = option(
         1.29,
-        "Scale of mode.",
-        range=Range(1.75, "the density is negative beyond", at_least=-1),
+        "Scale of the mode distribution.",
+        range=Range(1.75, "a larger scale makes the density negative", at_least=-1),
         ignored=(ON_SDXL,),
     )
     precondition_outputs: bool = option(
         False,
-        "Weight the error of the velocity by the square of the noise level, which makes it the"
-        " error of the clean image, as diffusers' script for SD3 does unless it is given 0.",
+        "Multiply the velocity's squared error by the squared noise level, which turns it into the"
+        " clean image's error. diffusers' script for SD3 does so unless its option of the same name"
+        " is 0.",
         ignored=(ON_SDXL,),
     )
     timestep_shift: float | str = option(
         MODEL_SHIFT,
-        "Shift of the noise levels in training: model, that of its authors (docs/models.md);"
-        " pipeline, that of sampling; none; or a number s, by which evenly spaced levels t become"
-        " s t / (1 + (s - 1) t).",
-        range=Range(100, "all noise levels would be alike", greater_than=0),
+        "Shift of the noise levels in training: model, the shift that the model's authors used"
+        " (docs/models.md); pipeline, the shift for generating images; none; or a number s, which"
+        " turns evenly spaced levels t into s t / (1 + (s - 1) t).",
+        range=Range(100, "all noise levels would be nearly equal", greater_than=0),
         words=(MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT),
         ignored=(ON_SDXL,),
     )
@@ -294,34 +301,34 @@ class FlowOptions:
 
 @dataclass(frozen=True)
 class PriorOptions:
-    """Prior preservation: class images that keep the model from forgetting."""
+    """Options of prior preservation, which keeps the model from forgetting the class."""
 
     section: ClassVar[str] = "prior preservation"
 
     with_prior_preservation: bool = option(
-        False, "Train on images of the class too; the base model generates those that are missing."
+        False, "Also train on images of the class. The base model generates missing ones."
     )
-    # This and the prompt are required with prior preservation (config/constraints.toml).
+    # Prior preservation requires this option and the class prompt (config/constraints.toml).
     class_data_dir: str | None = option(
         None,
-        "Folder of the class images; it is made and filled if necessary.",
+        "Folder of the class images, which is created and filled if necessary.",
         is_path=True,
         ignored=(WITHOUT_PRIOR,),
     )
     class_prompt: str | None = option(
-        None, "Prompt that stands for the class.", ignored=(WITHOUT_ANY_PRIOR,)
+        None, "Prompt that describes the class.", ignored=(WITHOUT_ANY_PRIOR,)
     )
     prior_prediction_weight: float = option(
         0.0,
-        "Keep the class without images of it: weight, in the loss, of the change that the adapters"
-        " make to the prediction for --class_prompt on the training images. A step takes twice as"
-        " long.",
+        "Preserve the class without class images: the loss gets an additional term, this weight"
+        " times the squared change that the adapters make to the prediction for --class_prompt on"
+        " the training images. A step takes twice as long.",
         range=FACTORS,
     )
     num_class_images: int = option(
         100,
         "Number of class images.",
-        range=Range(100_000, "each missing one is generated, in a second or more", at_least=1),
+        range=Range(100_000, "a missing image takes a second or more to generate", at_least=1),
         ignored=(WITHOUT_PRIOR,),
     )
     prior_loss_weight: float = option(
@@ -330,11 +337,11 @@ class PriorOptions:
         range=FACTORS,
         ignored=(WITHOUT_PRIOR,),
     )
-    # Derived: `families.base.Family.precision`.
+    # `families.base.Family.precision` sets the default.
     prior_generation_precision: str | None = option(
         None,
-        "Precision in which class images are generated. Default: on an accelerator fp16, for"
-        " flow-matching models bf16, where it has that; else fp32.",
+        "Precision for generating class images. Default on a GPU: fp16, or for flow-matching models"
+        " bf16 if the GPU supports it, otherwise fp32. Default on a CPU: fp32.",
         choices=("no", "fp32", "fp16", "bf16"),
         ignored=(WITHOUT_PRIOR,),
     )

@@ -1,14 +1,15 @@
 """Noise levels and losses of diffusion models and of flow matching.
 
-A noise level has a number, ``level_index``. The denoiser gets the level's timestep or sigma, and
-the log has its timestep or 1000 sigma (`logged_level`).
+``level_index`` is the index of a noise level. The denoiser gets the level's timestep or sigma. The
+log shows a timestep or 1000 sigma (`logged_level`).
 
-`Denoising` is for SDXL. Prediction of noise follows Ho et al. 2020, of velocity Salimans & Ho 2022;
-min-SNR weights are Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM formulation is Section
-5 of https://arxiv.org/abs/2206.00364, as diffusers' DreamBooth scripts use it.
+`Denoising` is for SDXL. Noise prediction follows Ho et al. 2020, and velocity prediction follows
+Salimans & Ho 2022. The min-SNR weights are those of Section 3.4 of
+https://arxiv.org/abs/2303.09556. The EDM formulation is that of Section 5 of
+https://arxiv.org/abs/2206.00364, as implemented in diffusers' DreamBooth scripts.
 
-`FlowMatching` is for SD3, FLUX and later image models. Their paths are straight, x_s = (1 - s) x0 +
-s e with noise e, and the model predicts the velocity e - x0 (Liu et al. 2022,
+`FlowMatching` is for SD3, FLUX and later image models. The path from an image x0 to noise e is
+straight, x_s = (1 - s) x0 + s e, and the model predicts the velocity e - x0 (Liu et al. 2022,
 https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.03206).
 """
 
@@ -40,12 +41,12 @@ from .sampled_levels import ALL_LEVELS, SampledLevels
 
 @dataclass(frozen=True)
 class Denoising(SampledLevels):
-    """The noise schedule of a diffusion model, with the methods of `FlowMatching`."""
+    """The noise schedule of a diffusion model. It has the same methods as `FlowMatching`."""
 
-    scheduler: Any  # DDPM for the standard formulation, Euler or EDM-Euler for the EDM one
-    kind: str = "standard"  # or "edm", on a variance-preserving model, or "edm_native"
-    snr_gamma: float | None = None  # cap of the signal-to-noise weights; None for no weights
-    snr_weighting: str = "published"  # or "diffusers", which differ for velocity
+    scheduler: Any  # DDPM for "standard", Euler for "edm", EDM Euler for "edm_native"
+    kind: str = "standard"  # or "edm" (EDM on a variance-preserving model), or "edm_native"
+    snr_gamma: float | None = None  # gamma of the min-SNR weights; None for no weights
+    snr_weighting: str = "published"  # or "diffusers"; they differ for velocity prediction
     level_range: tuple[float, float] = ALL_LEVELS
 
     @classmethod
@@ -58,16 +59,18 @@ class Denoising(SampledLevels):
         snr_weighting: str = "published",
         level_range: tuple[float, float] = ALL_LEVELS,
     ) -> Denoising:
-        """Build from the configuration of a scheduler, whose class decides on native EDM.
+        """Build the schedule from a scheduler's configuration.
+
+        A scheduler class with "EDM" in its name selects the kind "edm_native".
 
         Raises:
-            UserError: min-SNR weights with the EDM formulation, or a range of levels on a model
-                with native EDM.
-            ValueError: an unknown kind of prediction or of noise levels.
+            UserError: min-SNR weights are used with the EDM formulation, or a range of levels is
+                used on a model with native EDM.
+            ValueError: the kind of prediction or of noise levels is not supported.
         """
         class_name = str(config.get("_class_name", ""))
         is_native = "EDM" in class_name
-        # EDM has its own weights of the loss.
+        # EDM has its own loss weights.
         if (edm or is_native) and snr_gamma is not None:
             raise UserError(
                 f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop one."
@@ -79,7 +82,7 @@ class Denoising(SampledLevels):
                 low, high = level_range
                 raise UserError(
                     f"--timestep_range {low:g} {high:g} can't be used on a model with an"
-                    f" {class_name}, whose noise levels are not shares of a full noise: drop it."
+                    f" {class_name}, whose noise levels are not fractions of a full noise: drop it."
                 )
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
         standard: Any = DDPMScheduler.from_config(config)
@@ -104,25 +107,27 @@ class Denoising(SampledLevels):
         return self.scheduler.config["prediction_type"] == "v_prediction"
 
     def sample_all(self, count: int, random: torch.Generator) -> Tensor:
-        """Sample numbers of noise levels uniformly, (count,)."""
+        """Sample indices of noise levels uniformly, (count,)."""
         return torch.randint(self.num_timesteps, (count,), generator=random)
 
     def share(self, level_index: Tensor) -> Tensor:
-        timesteps = level_index
-        if self.kind == "edm":
-            # Numbers begin with the noisiest level.
-            timesteps = self.num_timesteps - 1 - level_index
-        return timesteps.double() / self.num_timesteps
+        return self.logged_level(level_index).double() / self.num_timesteps
 
     def logged_level(self, level_index: Tensor) -> Tensor:
-        """The noise levels in the log, which are timesteps, from their numbers."""
-        return level_index
+        """Return the values that the log shows for noise level indices: timesteps.
+
+        A model with native EDM has no such timesteps; its levels are numbered in the same order,
+        from little noise to much.
+        """
+        if self.kind == "standard":
+            return level_index
+        return self.num_timesteps - 1 - level_index  # index 0 is the noisiest level
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Noisy latents for the model, (n, c, h, w), and their timesteps, (n,).
+        """Return noisy latents for the model, (n, c, h, w), and their timesteps, (n,).
 
         Args:
-            inputs: as of `FlowMatching.loss`.
+            inputs: as in `FlowMatching.loss`.
         """
         level_index = inputs["level_index"]
         if self.kind == "standard":
@@ -136,11 +141,11 @@ class Denoising(SampledLevels):
         return noisy / (sigma**2 + 1).sqrt(), timesteps
 
     def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Weighted mean squared error of each sample, (n,) in float32.
+        """Return the weighted mean squared error of each sample, (n,) in float32.
 
         Args:
-            prediction: the model's output for what `add_noise` returns, (n, c, h, w).
-            inputs: as of `FlowMatching.loss`.
+            prediction: the model's output for the result of `add_noise`, (n, c, h, w).
+            inputs: as in `FlowMatching.loss`.
         """
         latents, noise, level_index = inputs["latents"], inputs["noise"], inputs["level_index"]
         prediction = prediction.float()
@@ -160,25 +165,25 @@ class Denoising(SampledLevels):
         return torch.where(inputs["is_instance"], loss * weights, loss)
 
     def _standard_snr(self, level_index: Tensor) -> Tensor:
-        """alpha_bar / (1 - alpha_bar), (n,)."""
+        """Return the signal-to-noise ratios, alpha_bar / (1 - alpha_bar), (n,)."""
         signal = self.scheduler.alphas_cumprod.to(level_index.device)[level_index].float()
         return signal / (1 - signal)
 
     def _edm_noisy(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """x0 + sigma e, (n, c, h, w), and sigma, (n, 1, 1, 1), both in float32."""
+        """Return x0 + sigma e, (n, c, h, w), and sigma, (n, 1, 1, 1), both in float32."""
         latents = inputs["latents"]
         sigma = self.scheduler.sigmas.to(latents.device)[inputs["level_index"]]  # (n,)
         sigma = sigma.view(-1, 1, 1, 1).float()
         return latents.float() + sigma * inputs["noise"].float(), sigma
 
     def _edm_squares(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Weighted squared errors of the denoised latents, (n, c, h, w)."""
+        """Return the weighted squared errors of the denoised latents, (n, c, h, w)."""
         noisy, sigma = self._edm_noisy(inputs)
         clean = inputs["latents"].float()
         if self.kind == "edm_native":
-            # Without weights, as in diffusers' scripts, where weights caused numerical problems.
+            # Not weighted, as in diffusers' scripts, where weights caused numerical problems.
             return (self.scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
-        # The clean latents from the prediction, v or e, of a variance-preserving model.
+        # Compute clean latents from the prediction, v or e, of a variance-preserving model.
         if self.predicts_velocity:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
         else:
@@ -187,15 +192,16 @@ class Denoising(SampledLevels):
 
 
 def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = False) -> Tensor:
-    """Min-SNR-gamma weights, (n,), for noise (or velocity) prediction at ratios ``snr``, (n,).
+    """Return the min-SNR-gamma weights, (n,), at signal-to-noise ratios ``snr``, (n,).
 
-    min(snr, gamma) / snr, and min(snr, gamma) / (snr + 1) for velocity: either way, min(snr, gamma)
-    times the error of the clean image (Section 3.4 of https://arxiv.org/abs/2303.09556). With
-    ``floored`` velocity gets min(snr, gamma) / snr + 1, as in diffusers' DreamBooth scripts.
+    The weight is min(snr, gamma) / snr for noise prediction, and min(snr, gamma) / (snr + 1) for
+    velocity prediction. In both cases, the clean image's error gets the weight min(snr, gamma)
+    (Section 3.4 of https://arxiv.org/abs/2303.09556). With ``floored``, the weight for velocity
+    prediction is min(snr, gamma) / snr + 1, as in diffusers' DreamBooth scripts.
     """
     if velocity and not floored:
         return snr.clamp(max=gamma) / (snr + 1)
-    weights = (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also at a ratio of 0
+    weights = (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr; 1 at snr = 0
     if velocity:
         return weights + 1
     return weights
@@ -203,20 +209,20 @@ def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = F
 
 @dataclass(frozen=True)
 class FlowMatching(SampledLevels):
-    """Noise levels of a model's own schedule, sampled and weighted by a scheme.
+    """The noise schedule of a flow-matching model. A scheme samples or weights its levels.
 
     Class images have the same weights as instance images.
 
     Args:
-        sigmas: noise levels from 1 downwards, (T,).
+        sigmas: noise levels in decreasing order, starting at 1, (T,).
         scheme: how levels are sampled and weighted (Section 3.1 of Esser et al. 2024): "none"
             samples uniformly, "logit_normal" and "mode" sample middle levels more often,
             "sigma_sqrt" and "cosmap" weight the loss.
         logit_mean, logit_std: parameters of "logit_normal".
         mode_scale: parameter of "mode".
-        preconditioned: also weight by s^2, which gives the error of x_s - s v, the clean image
+        preconditioned: also weight by s^2, which gives the error of the clean image, x_s - s v
             (Section 5 of Karras et al. 2022, https://arxiv.org/abs/2206.00364).
-        level_range: lowest and highest level that is sampled.
+        level_range: lowest and highest level to sample, as fractions of the full noise.
     """
 
     sigmas: Tensor
@@ -236,14 +242,14 @@ class FlowMatching(SampledLevels):
         shift: float | None = None,
         **settings: Any,
     ) -> Self:
-        """Build from all noise levels of a pipeline's scheduler, with its shift or another one.
+        """Build the schedule from all noise levels of a pipeline's scheduler.
 
         Args:
             config: configuration of the scheduler, which shifts the levels by its ``shift`` or by
                 ``mu``.
-            mu: logarithm of the shift, for a scheduler that shifts by resolution.
-            shift: the s of evenly spaced t with levels s t / (1 + (s - 1) t), instead of the
-                scheduler's own shift; 1 leaves them evenly spaced.
+            mu: logarithm of the shift, for a scheduler whose shift depends on the resolution.
+            shift: a shift s that replaces the scheduler's: evenly spaced levels t become
+                s t / (1 + (s - 1) t). 1 leaves them evenly spaced.
             settings: other arguments of the class.
         """
         kind = str(config.get("_class_name", "FlowMatch"))
@@ -252,9 +258,9 @@ class FlowMatching(SampledLevels):
         changes: dict[str, Any] = {}
         if shift is not None:
             mu = None
-            # Also without Qwen-Image's `shift_terminal`, which would stretch the levels.
+            # Qwen-Image's `shift_terminal` is disabled too, since it would stretch the levels.
             changes = {"use_dynamic_shifting": False, "shift": shift, "shift_terminal": None}
-        # As arguments: diffusers ignores values of a configuration that were its defaults.
+        # Passed as arguments, since diffusers ignores configuration values that were its defaults.
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config, **changes)
         steps = int(scheduler.config["num_train_timesteps"])
         even_levels = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
@@ -267,7 +273,7 @@ class FlowMatching(SampledLevels):
         return len(self.sigmas)
 
     def sample_all(self, count: int, random: torch.Generator) -> Tensor:
-        """Sample numbers of noise levels by the scheme, (count,)."""
+        """Sample indices of noise levels by the scheme, (count,)."""
         places = compute_density_for_timestep_sampling(
             self.scheme, count, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )
@@ -277,14 +283,14 @@ class FlowMatching(SampledLevels):
         return self.sigmas[level_index]
 
     def logged_level(self, level_index: Tensor) -> Tensor:
-        """The noise levels in the log, 1000 sigma, from their numbers."""
+        """Return the values that the log shows for noise level indices: 1000 sigma."""
         return 1000 * self.sigmas[level_index]
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Noisy latents x_s = (1 - s) x0 + s e, (n, c, h, w), and s in [0, 1], (n,).
+        """Return noisy latents x_s = (1 - s) x0 + s e, (n, c, h, w), and s in [0, 1], (n,).
 
         Args:
-            inputs: as of `loss`.
+            inputs: as in `loss`.
         """
         latents = inputs["latents"]
         sigma = self.sigmas.to(latents.device)[inputs["level_index"]]  # (n,)
@@ -292,13 +298,13 @@ class FlowMatching(SampledLevels):
         return (1 - s) * latents + s * inputs["noise"], sigma
 
     def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Mean squared error of the velocity times w(s), (n,) in float32.
+        """Return the weight w(s) times the velocity's mean squared error, (n,) in float32.
 
         Args:
-            prediction: the model's output for what `add_noise` returns, (n, c, h, w).
+            prediction: the model's output for the result of `add_noise`, (n, c, h, w).
             inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); ``level_index``,
-                the number of each sample's noise level, (n,); ``is_instance``, False for class
-                images, (n,); and, with masks, ``mask_weights`` of the places, (n, 1, h, w).
+                the index of each sample's noise level, (n,); ``is_instance``, False for class
+                images, (n,); and, with masks, ``mask_weights`` of the positions, (n, 1, h, w).
         """
         latents, noise = inputs["latents"], inputs["noise"]
         sigma = self.sigmas.to(latents.device)[inputs["level_index"]]  # (n,)
@@ -311,12 +317,12 @@ class FlowMatching(SampledLevels):
 
 
 def weighted_mean(squares: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted mean of each sample's squared errors, (n,); 0 if all weights are 0.
+    """Return the weighted mean of each sample's squared errors, (n,); 0 if all weights are 0.
 
     Args:
-        squares: (n, c, h, w).
-        weights: weights of the positions, (n, 1, h, w), equal for all channels; None for a plain
-            mean.
+        squares: squared errors, (n, c, h, w).
+        weights: weights of the positions, (n, 1, h, w), the same for all channels; None for a
+            plain mean.
     """
     if weights is None:
         return squares.flatten(1).mean(dim=1)
@@ -332,8 +338,8 @@ def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Nois
     """Build the noise schedule of a run from its options.
 
     Raises:
-        UserError: ``--timestep_range`` has no or hardly any levels, or the model does not support
-            it.
+        UserError: ``--timestep_range`` contains too few levels, or an option does not fit the
+            model.
     """
     config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     low, high = cfg.timestep_range
@@ -361,10 +367,10 @@ def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Nois
 
 
 def level_shift(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> dict[str, float]:
-    """The shift of a flow model's noise levels in training, for `FlowMatching.from_config`.
+    """Return the training shift of a flow model's noise levels, for `FlowMatching.from_config`.
 
     Returns:
-        A ``shift``, or ``mu`` for the levels of the pipeline's scheduler.
+        The argument ``shift``, or ``mu`` to keep the shift of the pipeline's scheduler.
     """
     tokens = family.tokens(cfg.resolution, cfg.resolution)
     shift = cfg.timestep_shift

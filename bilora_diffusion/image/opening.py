@@ -1,7 +1,7 @@
 """Open a ``--dataset`` as a set of images with captions and masks.
 
-A folder of images, with or without a metadata file, is read here. Hub ids and folders in other
-layouts are read by ``datasets``, which does not copy images of a folder.
+This module reads folders of images, with or without a metadata file. The package ``datasets`` reads
+hub ids and folders in other layouts. It does not copy the images of a folder.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from .image_files import (
 )
 from .sets import Entry, ImageSet
 
-TEXT = "text"  # name of the caption column for captions in files next to the images
-NO_CAPTIONS = "none"  # the ``--caption_column`` for no captions
+TEXT = "text"  # name of the caption column if the captions are in files next to the images
+NO_CAPTIONS = "none"  # value of ``--caption_column`` that ignores all captions
 SPLIT = "train"
-MAX_BYTES = 500_000_000  # of a metadata file
-# Returns an image's file, or its content; None for a row of a table without an image.
+MAX_BYTES = 500_000_000  # maximum size of a metadata file
+# A function that returns an image's file or content, or None if a table row has no image.
 Source = Callable[[], Path | bytes | None]
 
 
 @dataclass
 class Table:
-    """An image set as it is stored.
+    """The images and columns of an image set.
 
     Attributes:
-        entries: the images; captions are added later.
-        columns: values of each column.
-        files: the images' files; [] if not all of them are files.
-        captions_from: source of captions that are not in a column; None without these.
+        entries: the images; captions, and masks that are not in a column, are added later.
+        columns: the values of each column, by name.
+        files: the images' files; [] unless all images are files.
+        captions_from: source of the captions if they are not in a column; otherwise None.
         masks_from: source of the masks; None without masks.
         mask_files: the masks' files.
     """
@@ -75,23 +75,23 @@ def open_images(
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
 ) -> ImageSet:
-    """Open an image set. Each image is read once here, and again when it is used.
+    """Open an image set. Each image is read once now for checks, and again when it is used.
 
     Args:
         dataset: one of `mini.FOLDERS`, such as "mini", with its `color_map` applied; a local folder
             of images, with or without a ``metadata.jsonl`` or ``metadata.csv`` (column
             ``file_name``), or in another layout that ``datasets`` reads; or a hub id. The split
             "train" is read.
-        image_column: column of the images; "image" for a folder.
-        caption_column: column of their captions; "none" for no captions; None for the ``.txt``
-            files beside the images of a folder without metadata file.
-        mask_column: column of their masks; None for the mask files next to the images of a folder.
+        image_column: column of the images; must be "image" for a folder of images.
+        caption_column: column of the captions; "none" for no captions; None for the ``.txt`` files
+            next to the images of a folder without a metadata file.
+        mask_column: column of the masks; None for the mask files next to the images of a folder.
         alpha_mask: use the images' alpha channels as masks.
-        config_name, cache_dir: as for ``datasets.load_dataset``.
+        config_name, cache_dir: as in ``datasets.load_dataset``.
         skip_bad_images: skip unreadable images and list them in `ImageSet.skipped`.
 
     Raises:
-        UserError: no such set, column, split or image; the message names it and the fix.
+        UserError: the set, a column, the split or an image is missing or unreadable.
     """
     folder = folder_of_set(dataset, "the set")
     listing = None
@@ -99,12 +99,12 @@ def open_images(
         listing = list_folder(folder)
     if listing is not None and _is_folder_of_images(listing):
         require_column(image_column, ["image"], "--image_column", dataset)
-        # Not by imagefolder of `datasets`: it makes 2.0 of the caption "002" and nothing of
-        # "null", does not notice a file that is missing, lists masks as images, and takes 1.6 s
-        # to import.
+        # The imagefolder loader of `datasets` is not used: it turns the caption "002" into 2.0 and
+        # "null" into nothing, ignores missing files, lists masks as images, and takes 1.6 s to
+        # import.
         table = _read_folder(dataset, listing, mask_column)
     else:
-        # As an imagefolder if there are captions: else `datasets` could read those as the data.
+        # With caption files, use the imagefolder loader: other loaders could read them as the data.
         images_only = listing is not None and listing.has_captions
         data = _load(dataset, folder, config_name, images_only, cache_dir)
         table = _read_split(dataset, data, image_column, mask_column)
@@ -126,33 +126,33 @@ def open_images(
 
 
 def _is_folder_of_images(listing: Listing) -> bool:
-    """Test that a folder's data are its images, or are listed in a metadata file."""
+    """Return whether a folder's data are its images, or images that a metadata file lists."""
     if listing.metadata:
         return True
-    # Images next to Parquet or Arrow files are not the data, but for example a preview.
+    # Images next to Parquet or Arrow files are not the data; they may be a preview.
     has_tables = any(path.suffix in (".parquet", ".arrow") for path in listing.files)
     return bool(listing.images) and not has_tables
 
 
 def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table:
-    """Read the images that a metadata file lists, in its order; without one, sorted by name."""
+    """Read a folder's images in the order of its metadata file, or sorted by name without one."""
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
-    # Each row with its position, for messages.
+    # Pairs of a row's position, for messages, and the row.
     rows = [(label, {"file_name": path.name}) for path in listing.images]
     for metadata in listing.metadata:
         rows = read_rows(metadata, str(metadata), max_bytes=MAX_BYTES)
         if not rows:
-            raise UserError(f"{metadata} lists no image: add some.")
+            raise UserError(f"{metadata} lists no images: add some.")
 
     files = [_named_file(listing.folder, place, row, "file_name") for place, row in rows]
     entries = []
-    columns: dict[str, list[Any]] = {}  # except file_name
+    columns: dict[str, list[Any]] = {}  # without file_name
     for (place, row), file in zip(rows, files, strict=True):
         if stem_of_masked(file) is not None:
             raise UserError(
-                f"{place} names {quoted(row['file_name'])}, a mask by its name: drop the row, or"
-                " rename the file."
+                f"{place} names {quoted(row['file_name'])}, which has the name of a mask: drop the"
+                " row, or rename the file."
             )
         entries.append(Entry(str(row["file_name"]), partial(Path, file)))
         for key in row:
@@ -162,7 +162,7 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
     if mask_column is not None:
         require_column(mask_column, columns, "--mask_column", label)
         del columns[mask_column]
-    # The images are in the column "image", as in an imagefolder.
+    # The column of the images is "image", as in an imagefolder.
     table = Table(entries, {"image": [None] * len(rows), **columns}, files)
     if mask_column is not None:
         table.masks_from = f'column "{mask_column}"'
@@ -175,7 +175,7 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
 
 
 def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -> Path:
-    """The file that a row of a metadata file names.
+    """Return the file that a row of a metadata file names.
 
     Args:
         place: position of the row, for messages.
@@ -189,7 +189,7 @@ def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(folder):
         raise UserError(
-            f"{place} names {quoted(name)} outside of its folder: move the image into it."
+            f"{place} names {quoted(name)}, which is outside its folder: move the image into it."
         )
     if not is_file(path):
         raise UserError(
@@ -199,13 +199,13 @@ def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -
 
 
 def _read_split(label: str, data: Any, image_column: str, mask_column: str | None) -> Table:
-    """Read the images of a split, which are decoded when they are used."""
+    """Read the rows of a split. Their images are decoded when they are used."""
     rows = _undecoded_rows(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    image_rows: list[int] = []  # numbers of the rows that are not masks
+    image_rows: list[int] = []  # indices of the rows that are not masks
     files: list[Path] = []
-    names_in_table: list[Path] = []  # files of images; the others are in the table
+    names_in_table: list[Path] = []  # file names of images whose content is in the table
     for number, row in enumerate(rows):
         path = Path(row["path"]) if row and row["path"] else None
         if path is not None and row["bytes"] is not None:
@@ -221,8 +221,8 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
     for path in names_in_table:
         if stem_of_masked(path) in stems:
             raise UserError(
-                f"{label} has the mask {quoted(path)} among its images: put masks into a column of"
-                " their own, and name it by --mask_column."
+                f"{label} has the mask {quoted(path)} among its images: put masks into their own"
+                " column, and name this column with --mask_column."
             )
     entries = []
     for number in range(len(data)):
@@ -240,7 +240,7 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
 
 
 def _undecoded_rows(label: str, data: Any, column: str, option: str) -> Any:
-    """A column of images that are not decoded: mappings with "bytes" and "path", or None."""
+    """Return a column of undecoded images: mappings with "bytes" and "path", or None."""
     import datasets
 
     image_columns = []
@@ -259,7 +259,7 @@ def _undecoded_rows(label: str, data: Any, column: str, option: str) -> Any:
 
 
 def _stored_image(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | bytes | None:
-    """The content or the file of an image in a table; None if the row has none."""
+    """Return the content or the file of an image in a table; None if the row has no image."""
     stored = rows[number] or {}
     if stored.get("bytes") is not None:
         return stored["bytes"]
@@ -273,7 +273,7 @@ def _recolor(source: Source, colors: str) -> bytes | None:
     encoded = source()
     if encoded is None:
         return None
-    # Uncompressed, so that its hash is the same with every version of Pillow and zlib.
+    # Not compressed, so that the hash is the same with every version of Pillow and zlib.
     content = BytesIO()
     MAPS[colors](read_rgb(encoded)).save(content, "PPM")
     return content.getvalue()
@@ -289,19 +289,19 @@ def _read_mask(source: Source, alpha: bool = False) -> Image.Image | None:
 def _set_captions(label: str, table: Table, listing: Listing | None, column: str | None) -> None:
     """Set the images' captions to the texts of a column; blank texts are not captions.
 
-    For a column with the name `TEXT` the ``.txt`` files next to the images are read.
+    If the column has the name `TEXT`, the ``.txt`` files next to the images are read.
 
     Args:
         label: name of the set in messages.
-        listing: files of the folder; None for another set.
+        listing: files of the folder; None for other sets.
         column: ``--caption_column``; None for the files next to the images, if there are any.
     """
-    # With a metadata file captions are only in its columns.
+    # If there is a metadata file, all captions are in its columns.
     if listing and listing.has_captions and table.files and not listing.metadata:
         if column is None or (column == TEXT and TEXT not in table.columns):
             column = TEXT
             table.columns[TEXT] = listing.captions(table.files)
-            table.captions_from = "the .txt files beside them"
+            table.captions_from = "the .txt files next to them"
         else:
             table.columns.setdefault(TEXT, [])  # for messages, which list the columns
     if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
@@ -317,7 +317,7 @@ def _set_captions(label: str, table: Table, listing: Listing | None, column: str
 
 
 def _set_masks(table: Table, mask_column: str | None, alpha_mask: bool) -> None:
-    """Set masks that are not in a column: the images' alpha channels, or mask files."""
+    """Set masks that are not in a column: alpha channels of the images, or mask files."""
     if alpha_mask:
         table.masks_from = "their alpha channel"
         for entry in table.entries:
@@ -327,7 +327,7 @@ def _set_masks(table: Table, mask_column: str | None, alpha_mask: bool) -> None:
         return
     masks = masks_beside(table.files)
     if masks:
-        table.masks_from = "the .mask files beside them"
+        table.masks_from = "the .mask files next to them"
         table.mask_files = list(masks.values())
         for entry, file in zip(table.entries, table.files, strict=True):
             if file in masks:
@@ -335,12 +335,12 @@ def _set_masks(table: Table, mask_column: str | None, alpha_mask: bool) -> None:
 
 
 def _remarks(label: str, table: Table, listing: Listing | None) -> list[str]:
-    """Notes for the user on folder names and files that are not read."""
+    """Return notes for the user on folder names and files that are not read."""
     remarks = []
     if name := unread_folder_name(table.files):
         remarks.append(
-            f"names of folders, such as {quoted(name)}, are not read, neither as repeats nor as a"
-            " prompt: give --repeats and --instance_prompt, or a list of concepts (docs/data.md)"
+            f"names of folders, such as {quoted(name)}, are not read as repeats or as a prompt:"
+            " give --repeats and --instance_prompt, or a list of concepts (docs/data.md)"
         )
     if listing and table.files:
         captioned = table.captions_from is not None
@@ -355,7 +355,7 @@ def _load(
     """Load the split "train" of a folder, or of a set on the hub.
 
     Args:
-        images_only: read a folder as an imagefolder, even if it has other files.
+        images_only: use the imagefolder loader, even if the folder has other files.
         cache: folder for downloads.
     """
     import datasets
@@ -364,10 +364,10 @@ def _load(
 
     place = str(folder.resolve() if folder else label)
     if folder and glob.has_magic(place):
-        # An escaped pattern would make `datasets` walk through the folders next to it, which can
-        # take minutes.
+        # With an escaped pattern, `datasets` would walk through all folders next to this one, which
+        # can take minutes.
         raise UserError(
-            f'the path "{place}" has "*", "?" or "[", which the package datasets takes for a'
+            f'the path "{place}" has "*", "?" or "[", which the package datasets reads as a'
             " pattern: rename the folder, or put its images directly into it."
         )
     with as_user_error(
@@ -388,13 +388,13 @@ def _load(
             ) from error
     if SPLIT not in splits:
         names = ", ".join(map(str, splits))
-        raise UserError(f'{label} has no split "{SPLIT}", only {names}: give a set that has it.')
+        raise UserError(f'{label} has no split "{SPLIT}", only {names}: give a set with it.')
     return splits[SPLIT]
 
 
 def _without_images(label: str, content: str = "") -> UserError:
-    """The error for a set without images; ``content`` says what it has instead."""
+    """Return the error for a set without images; ``content`` names what the set has instead."""
     return UserError(
-        f'"{label}" holds no images{content}: put some into it, or give another set'
+        f'"{label}" holds no images{content}: add images to it, or give another set'
         " (`pip install pillow-heif` makes HEIC readable)."
     )

@@ -38,8 +38,8 @@ from .sampler_options import (
 )
 
 CACHE_AUTO = "auto"
-CACHE_FOLDER = "bilora-diffusion"  # in the user's folder of caches
-# torchvision's `InterpolationMode`, with an underscore for its hyphen.
+CACHE_FOLDER = "bilora-diffusion"  # name of the folder in the user's cache folder
+# Values of torchvision's `InterpolationMode`, with an underscore in place of the hyphen.
 INTERPOLATIONS = (
     "lanczos",
     "bicubic",
@@ -49,14 +49,14 @@ INTERPOLATIONS = (
     "nearest",
     "nearest_exact",
 )
-SEVERAL_SETS = "write them into a YAML file with a list of concepts, and give that (docs/data.md)"
+SEVERAL_SETS = "list them as concepts in a YAML file, and give that file (docs/data.md)"
 # Cases in which options have no effect.
 ON_A_FOLDER_OF_FILES = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
 )
 ON_ONE_CONFIGURATION = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in FOLDERS,
-    "on a folder or a built-in set, which has one",
+    "on a folder or a built-in set, which has only one",
 )
 WITHOUT_HELDOUT_IMAGES = IgnoredCase(
     lambda v: not v["validation_dataset"],
@@ -67,71 +67,72 @@ WITHOUT_HELDOUT_IMAGES = IgnoredCase(
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The training images, their texts and masks, and how they are cut and cached."""
+    """The training images, their captions and masks, and how they are cropped and cached."""
 
     section: ClassVar[str] = "training images"
 
     dataset_name: str | None = option(
         None,
-        "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
-        " metadata.csv), mini, mini-animals (12 pictures, soon overfitted), or mini-duotone,"
-        " mini-gray or mini-pastel (mini in other colors). linoyts/3d_icon and mini bring the"
-        " paper's prompts along. Or a YAML file with a list of concepts, each with"
-        " its own options (docs/data.md).",
+        "Images to train on: hub id; local folder of images, with or without metadata.jsonl or"
+        " metadata.csv; mini; mini-animals (12 pictures, quickly overfitted); mini-duotone,"
+        " mini-gray or mini-pastel (mini in other colors); or a YAML file with a list of concepts,"
+        " each with its own options (docs/data.md). linoyts/3d_icon and mini come with the paper's"
+        " prompts.",
         aliases=("--dataset",),
         is_path=True,
         itemized=True,
         fix_if_repeated=SEVERAL_SETS,
     )
     dataset_config_name: str | None = option(
-        None, "Configuration of a set that has several.", ignored=(ON_ONE_CONFIGURATION,)
+        None, "Configuration of a data set that has several.", ignored=(ON_ONE_CONFIGURATION,)
     )
     instance_data_dir: str | None = option(
         None,
-        "Local folder of images to learn from; give either this or --dataset.",
+        "Local folder of images to train on; give either this option or --dataset.",
         is_path=True,
         fix_if_repeated=SEVERAL_SETS,
     )
     image_column: str = option(
         "image", "Column that holds the images.", ignored=(ON_A_FOLDER_OF_FILES,)
     )
-    # Derived for the sets of `derived.PRESETS`, as are the prompts and the held-out set.
+    # `derived.PRESETS` has other defaults of captions, prompts and held-out images for some sets.
     caption_column: str | None = option(
         None,
-        "Column that holds the captions; none reads none. Default: in a folder without metadata,"
-        " the .txt file of the same name beside each image. Images without a caption get"
-        " --instance_prompt.",
+        "Column that holds the captions; none ignores all captions. Default in a folder without a"
+        " metadata file: the .txt file of the same name next to each image. Images without a"
+        " caption get --instance_prompt.",
     )
     instance_prompt: str | None = option(
         None,
-        "Prompt that stands for the images, for example 'a photo of TOK dog'. Required unless"
-        " captions are given or the set brings its own.",
+        "Prompt for images without a caption, for example 'a photo of TOK dog'. Required unless all"
+        " images have captions or the data set comes with a prompt.",
     )
     # This and the next option exclude each other (config/constraints.toml).
     mask_column: str | None = option(
         None,
-        "Column of masks, as large as the images: bright is learned, dark is not. Default: in a"
-        " folder, NAME.mask.png beside NAME.jpg; images without a mask are learned whole.",
+        "Column that holds the masks, each as large as its image: bright areas are learned, dark"
+        " areas are not. Default in a folder: NAME.mask.png next to NAME.jpg. Images without a mask"
+        " are learned completely.",
     )
-    alpha_mask: bool = option(False, "Take the images' own opacity for their masks.")
-    # Below 1: at 1 a mask would have no effect.
+    alpha_mask: bool = option(False, "Use the images' alpha channels as masks.")
+    # Below 1, since a mask would have no effect at 1.
     unmasked_weight: float = option(
-        0.0, "Weight of the loss outside of a mask, in [0, 1); inside it is 1.", range=SHARES
+        0.0, "Weight of the loss outside a mask, in [0, 1); inside, it is 1.", range=SHARES
     )
     trigger_word: str | None = option(
         None,
-        "Word that is put in front of captions, TOK for example; a caption that has it as a word"
-        " stays as it is.",
+        "Word to put in front of captions, for example TOK. Captions that already contain this word"
+        " do not change.",
     )
     shuffle_tags: bool = option(
         False,
-        "Shuffle the tags of a caption, which commas separate, for each training sample; tags with"
-        " the trigger word stay in front. Each image has up to eight orders.",
+        "Shuffle the comma-separated tags of the caption for each training sample; tags with the"
+        " trigger word stay in front. Each image has at most eight orders.",
     )
     caption_dropout: float = option(
         0.0,
-        "Share of training samples, in [0, 1), that have guidance's negative prompt in place of"
-        " their caption (zeros for SDXL base, else the empty prompt), so that the unconditional"
+        "Fraction of training samples, in [0, 1), whose caption is replaced by the default negative"
+        " prompt (zeros for SDXL base, otherwise the empty prompt), so that the unconditional"
         " prediction is trained too.",
         range=SHARES,
     )
@@ -139,43 +140,41 @@ class DataOptions:
         1,
         "How often each image appears in one epoch.",
         range=Range(
-            10_000, "the order of a whole epoch is made at once; use more epochs", at_least=1
+            10_000, "memory must hold the order of a whole epoch; use more epochs", at_least=1
         ),
     )
-    # Derived: the side of the base model, in `derived.with_model_defaults`.
+    # `derived.with_model_defaults` sets the default, the resolution of the base model.
     resolution: int = option(
         None,
-        "Side of the training images in pixels, a multiple of 8. Default: the size that the"
+        "Side of the training images in pixels, a multiple of 8. Default: the resolution that the"
         " pipeline was made for (SDXL 1024, mini 64).",
         range=SIDES,
     )
     aspect_ratio_buckets: str | None = option(
         None,
-        "Cut each image to the size that is nearest to its shape; the images of a step have one"
-        " size. auto takes sizes up to 1:2 and 2:1 with the pixels of --resolution; or give"
-        " height,width;height,width. Default: squares.",
+        "Crop each image to the size with the closest aspect ratio; all images of a step have the"
+        " same size. auto uses aspect ratios up to 1:2 and 2:1 with at most as many pixels as"
+        " --resolution; or give sizes as height,width;height,width. Default: squares.",
     )
     center_crop: bool = option(
-        False, "Cut the middle of each image; otherwise a random place for each training sample."
+        False, "Crop the center of each image, not a random position for each training sample."
     )
     random_flip: bool = option(False, "Mirror half of the training samples left to right.")
     image_interpolation_mode: str = option(
-        "lanczos", "How images are resized.", choices=INTERPOLATIONS
+        "lanczos", "Interpolation for resizing images.", choices=INTERPOLATIONS
     )
-    skip_bad_images: bool = option(
-        False, "Skip unreadable images, and list them, instead of stopping."
-    )
+    skip_bad_images: bool = option(False, "Skip and list unreadable images instead of stopping.")
     cache_latents: str = option(
         "auto",
-        "Encode each image once and cache its latents: yes (or the flag alone), no, or auto, which"
-        " caches those of images that are always cropped alike.",
+        "Encode each image once and cache its latents: yes (or the flag without a value), no, or"
+        " auto, which caches the latents of images that always have the same crop.",
         choices=("auto", "yes", "no"),
         may_change_on_resume=True,
     )
     disk_cache: str = option(
         CACHE_AUTO,
-        "Folder in which latents and prompt embeddings stay for the next run, no for none, or auto:"
-        f" ~/.cache/{CACHE_FOLDER}, or below $XDG_CACHE_HOME.",
+        "Folder that keeps latents and prompt embeddings for later runs; no disables this cache;"
+        f" auto is ~/.cache/{CACHE_FOLDER}, or {CACHE_FOLDER} in $XDG_CACHE_HOME if this is set.",
         is_path=True,
         may_change_on_resume=True,
     )
@@ -189,23 +188,23 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ImageStoppingOptions(StoppingOptions):
-    """Early stopping and the best step, by what is measured on held-out images."""
+    """Early stopping and the choice of the best step, by measurements on held-out images."""
 
     choose_by: str = like(
         StoppingOptions,
         "choose_by",
         default=BY_SAMPLES,
-        help="Measure that --keep_best and --early_stopping_patience use: samples, the distance of"
-        " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
-        " held-out loss, which is cheaper and is lowest long before images are best.",
+        help="Measure that --keep_best and --early_stopping_patience use: samples, the distance"
+        " from images generated for held-out captions (8 at most) to their pictures; or loss, the"
+        " held-out loss, which is cheaper but reaches its minimum long before images are best.",
         choices=(BY_SAMPLES, BY_LOSS),
     )
-    # Derived: `derived.with_choice_guidance`.
+    # `derived.with_choice_guidance` sets the default.
     choice_guidance_from: float | str = option(
         ADAPTER_GUIDANCE,
-        "As --validation_guidance_from, for the samples of --choose_by samples. Default: that"
-        " option where it is given, else 0.5; adapter where the model makes no unconditional"
-        " prediction, or where what is trained is not in the adapter alone.",
+        "Like --validation_guidance_from, for the images of --choose_by samples. Default: that"
+        " option if it is given, otherwise 0.5; but adapter if the model makes no unconditional"
+        " prediction, or with --method full, PiSSA or LoRA-GA, which change the base weights.",
         read=read_guidance_source,
         ignored=(
             WITHOUT_CHOICE,
@@ -217,22 +216,22 @@ class ImageStoppingOptions(StoppingOptions):
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Sampled images and measurements during training.
+    """Images that are generated during training, and measurements on held-out images.
 
-    "validation" has two meanings in the names of these options, as in diffusers' scripts: sampled
-    images (``validation_prompt``, ``validation_epochs``), and the held-out images that are measured
-    (``validation_dataset``, ``validation_loss_steps``).
+    As in diffusers' scripts, "validation" has both meanings in the names of these options:
+    generated images (``validation_prompt``, ``validation_epochs``) and measurements on held-out
+    images (``validation_dataset``, ``validation_loss_steps``).
     """
 
     section: ClassVar[str] = "validation"
     may_change_on_resume: ClassVar[bool] = True
 
     validation_prompt: str | None = option(
-        None, "Prompt to generate images for, during training and at its end."
+        None, "Prompt to generate images for, during training and at the end."
     )
     final_validation_prompt: str | None = option(
         None,
-        "Prompt to generate images for at the end alone, unless --validation_epochs is given.",
+        "Prompt to generate images for only at the end, unless --validation_epochs is given.",
         ignored=(
             IgnoredCase(
                 lambda v: v["final_validation_prompt"] not in v["validation_prompts"],
@@ -240,91 +239,91 @@ class ValidationOptions:
             ),
         ),
     )
-    # All prompts stand here in the end: `derived.with_validation_prompts`.
+    # `derived.with_validation_prompts` collects the prompts of all three options here.
     validation_prompts: list[str] = option(  # noqa: RUF009
         [],
-        "Several such prompts, or one text file with a prompt on each line, with settings of their"
-        " own in kohya's form: --n negative prompt, --w and --h size, --d seed, --l guidance,"
-        " --s steps, --am strength of the adapter (docs/guide.md).",
+        "Several validation prompts, or one text file with a prompt on each line. A prompt can have"
+        " its own settings in kohya's form: --n negative prompt, --w and --h size, --d seed,"
+        " --l guidance, --s steps, --am strength of the adapter (docs/guide.md).",
         itemized=True,
     )
-    # As in diffusers' scripts; presets have another number.
+    # The default is that of diffusers' scripts; presets have another one.
     num_validation_images: int = option(
         4,
-        "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
-        " get 1 each by default.",
-        range=Range(10_000, "so many of each prompt are generated, one by one", at_least=0),
+        "Number of images for each prompt; 0 for none. Default for the six prompts that come with"
+        " linoyts/3d_icon and mini: 1 each.",
+        range=Range(10_000, "every prompt gets this many images", at_least=0),
         ignored=(WITHOUT_PROMPT,),
     )
     validation_epochs: int | None = option(
         None,
-        "Generate them every so many epochs. Default: with each checkpoint, so that each step with"
-        " images can be exported.",
+        "Generate validation images every this many epochs. Default: with each checkpoint, so that"
+        " each step with images can be exported.",
         range=STEPS,
         ignored=(WITHOUT_PROMPT,),
     )
     validation_num_inference_steps: int | None = option(
         None,
-        "Sampler steps of validation images. Default: 25; of models that are"
-        " distilled to a few steps as many as these take.",
+        "Sampler steps for validation images. Default: 25, or for models that are distilled to a"
+        " few steps, the number of these steps.",
         range=SAMPLER_STEPS,
         ignored=(WITHOUT_SAMPLES,),
     )
-    # Derived, as the number of steps: `families.base.Family.usual_sampling`.
+    # `families.base.Family.usual_sampling` sets this default and that of the number of steps.
     validation_guidance_scale: float | None = option(
         None,
-        "Guidance scale of validation images. Default: what is usual for the model, and none for"
-        " distilled ones that take none (docs/models.md).",
+        "Guidance scale for validation images. Default: the usual scale of the model, or no"
+        " guidance for distilled models that work without it (docs/models.md).",
         range=GUIDANCES,
         ignored=(WITHOUT_SAMPLES,),
     )
     validation_guidance_from: float | str = option(
         ADAPTER_GUIDANCE,
-        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
+        "Model for guidance's unconditional prediction: adapter, the adapted model, as in other"
         " programs; base, the base model, which keeps more of a learned style; or a number between"
         " 0 and 1, the adapter's strength in that prediction (docs/guide.md).",
         read=read_guidance_source,
         ignored=(WITHOUT_SAMPLES,),
     )
-    # 4, as in diffusers' scripts.
+    # The default is that of diffusers' scripts.
     sample_batch_size: int = option(
         4,
-        "Images that are sampled at a time on each device: those of prompts, of --choose_by samples"
-        " and of --with_prior_preservation. Fewer take less memory.",
+        "Number of images that each device generates at a time, for prompts, --choose_by samples"
+        " and --with_prior_preservation. Fewer take less memory.",
         range=BATCHES,
         ignored=(WITHOUT_ANY_SAMPLES,),
     )
     skip_final_inference: bool = option(
         False,
-        "Generate none at the end of training.",
+        "Generate no validation images at the end of training.",
         ignored=(WITHOUT_PROMPT,),
     )
     eval_on_start: bool = option(
-        False, "Let the untrained model generate them too: the viewer's column of the base model."
+        False, "Also generate validation images before training, for the viewer's base column."
     )
     validation_dataset: str | None = option(
         None,
-        "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
-        " mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
+        "Held-out images to measure the loss on, given like --dataset; none turns off the default."
+        " Default for mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
         is_path=True,
     )
     max_eval_samples: int | None = like(
         HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_HELDOUT_IMAGES,)
     )
-    # Derived: `config.derived.default_validation_loss_steps`.
+    # `config.derived.default_validation_loss_steps` sets the default.
     validation_loss_steps: int = option(
         0,
         "Measure the held-out loss, and with --choose_by samples the distance of samples, every"
-        " so many steps; 0 measures at the start and the end only. --keep_best and"
-        " --early_stopping_patience measure five times by default, with --choose_by loss twenty.",
+        " this many steps; 0 measures only at the start and the end. Default with --keep_best or"
+        " --early_stopping_patience: five measurements, or twenty with --choose_by loss.",
         range=STEPS.or_zero,
         ignored=(WITHOUT_HELDOUT_IMAGES,),
     )
-    # Derived: `derived.default_image_model`.
+    # `derived.default_image_model` sets the default.
     image_model: str = option(
         "dinov2:facebook/dinov2-base",
-        "Model whose embeddings tell how far a sample is from a picture: dinov2:ID_OR_FOLDER, or"
-        " embedded, the miniature's own, which is its default.",
+        "Model whose embeddings measure the distance from a sample to a picture:"
+        " dinov2:ID_OR_FOLDER, or embedded, the scorer of the miniatures and their default.",
         ignored=(WITHOUT_CHOICE,),
     )
 
@@ -333,19 +332,17 @@ class ValidationOptions:
 class ImageOutputOptions(OutputOptions):
     """The run folder, trackers and the hub."""
 
-    # Derived: `derived.default_output_kohya_format`.
+    # `derived.default_output_kohya_format` sets the default.
     output_kohya_format: bool = option(
         True,
-        "Write the LoRA under kohya's keys too, for ComfyUI, A1111 and others, which read nothing"
-        " else; the file is named after the run.",
+        "Also write the LoRA with kohya's keys for ComfyUI, A1111 and others, which read no other"
+        " format; the file is named after the run.",
     )
     upcast_before_saving: bool = option(
         False,
-        "Accepted for the sake of diffusers' command lines: trained weights are saved in 32 bits.",
+        "Accepted so that diffusers' command lines work. Trained weights are always saved in fp32.",
         ignored=(
-            IgnoredCase(
-                lambda _: True, "on what is trained here, which is kept and saved in 32 bits anyway"
-            ),
+            IgnoredCase(lambda _: True, "on trained weights, which are kept and saved in fp32"),
         ),
     )
 
@@ -366,17 +363,17 @@ class ImageOptions(
     """All options of the image script, and facts from the base model's files.
 
     Attributes:
-        given_options: names of the options that the command line or its recipe has.
+        given_options: names of the options that the command line or its recipe sets.
         lora_sources: LoRA files that options name, by the option's name.
-        validation_settings: settings of each of ``validation_prompts`` (`PromptOptions`); [] where
-            no prompt has settings.
-        concepts: options of each concept, with its name as "concept"; [] for a run of one set of
-            images.
-        concept: name of the concept, in a configuration of `DreamBoothConfig.concept_configs`.
+        validation_settings: settings of each prompt in ``validation_prompts`` (`PromptOptions`); []
+            if no prompt has settings.
+        concepts: options of each concept, including its name as "concept"; [] for a run with a
+            single image set.
+        concept: name of the concept, in one of `DreamBoothConfig.concept_configs`.
         pipeline: class of the base model's pipeline.
-        embeds_guidance: True if the denoiser has an embedding of guidance, which training gives.
-        is_unguided: True if its images have no unconditional prediction by default.
-        unguided_scale: largest guidance scale at which its pipeline makes no unconditional
+        embeds_guidance: True if the denoiser has a guidance embedding, which training must provide.
+        is_unguided: True if the model's images need no unconditional prediction by default.
+        unguided_scale: largest guidance scale at which the pipeline makes no unconditional
             prediction.
     """
 
@@ -394,5 +391,5 @@ class ImageOptions(
 
     @property
     def source(self) -> str:
-        """Name or place of the training images."""
+        """Name or folder of the training images."""
         return str(self.dataset_name or self.instance_data_dir)

@@ -1,4 +1,4 @@
-"""Load a pipeline of a known family, choose its adapted layers, and estimate its memory.
+"""Load a pipeline of a supported family, select the layers to adapt, and estimate the memory.
 
 A pipeline with missing weights is refused.
 """
@@ -41,10 +41,11 @@ from .latents import AT_ONCE
 from .likeness import image_model_bytes
 
 WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
-# One dtype, or dtypes by the part's name, with "default" for the others.
+# One dtype for all parts, or dtypes by the part's name, with "default" for the other parts.
 Dtypes = torch.dtype | dict[str, torch.dtype]
 FLAG = "--lora_layers"
-# Bytes that an autoencoder in fp32 takes for each pixel and channel of its outermost layer.
+# Memory that an fp32 autoencoder takes for encoding and for decoding, in bytes per pixel and per
+# channel of its outermost layer.
 ENCODED_BYTES, DECODED_BYTES = 20, 24
 
 
@@ -53,12 +54,12 @@ class Origin:
     """The files that a pipeline comes from."""
 
     folder: Path
-    # Functions that load the deferred parts, by the part's name.
+    # Functions that load the weights of deferred parts, by the part's name.
     loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id of a model name; some models are embedded (`mini.PIPELINES`)."""
+    """Return the folder or hub id of a model; `mini.PIPELINES` has names of embedded models."""
     if name in PIPELINES:
         return str(PIPELINES[name]())
     return name
@@ -80,16 +81,16 @@ def load_pipeline(
     Args:
         name: folder, hub id, or one of `mini.PIPELINES`.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
-        weights: False for models without weights (`dry_run.empty`); only configurations and
-            tokenizers are downloaded for them.
-        deferred_parts: parts that are loaded without weights; `Origin.loaders` loads them when they
-            are used.
+        weights: False to build the models without weights (`dry_run.empty`), for which only
+            configurations and tokenizers are downloaded.
+        deferred_parts: parts to load without weights. The functions in `Origin.loaders` load the
+            weights when they are needed.
 
     Returns:
-        The pipeline, with its `Origin` as ``origin``.
+        The pipeline. Its attribute ``origin`` is its `Origin`.
 
     Raises:
-        UserError: there is no such model, it has only pickles, weights are missing, or a tokenizer
+        UserError: there is no such model, its weights are pickles or incomplete, or a tokenizer
             has no words.
     """
     model = read_base_model(name, revision, cache_dir)
@@ -105,7 +106,7 @@ def load_pipeline(
             f'--variant "{variant}" is not among the files of "{name}": {ANOTHER}, or drop it.'
         )
 
-    # Optional parts that the pipeline lacks, such as SD3's T5: null, or [null, null].
+    # Optional parts that the pipeline lacks, such as SD3's T5, are null or [null, null].
     absent = [part for part in family.optional if (model.index.get(part) or [None])[0] is None]
     load = partial(load_part, weights=weights)
     origin = Origin(folder)
@@ -117,7 +118,7 @@ def load_pipeline(
         if part == "vae" and vae:
             label = f'the autoencoder "{vae}"'
             place = vae
-            fix = f"give a folder or a hub id of a {kind}"
+            fix = f"give the folder or hub id of a {kind}"
             options["cache_dir"] = cache_dir
         else:
             label = part_label(part, name)
@@ -156,7 +157,7 @@ def load_pipeline(
 
 def _dtype_of(part: str, dtype: Dtypes) -> torch.dtype:
     if part == "vae":
-        # Autoencoders overflow in half precision: latents are encoded and decoded in float32.
+        # Autoencoders overflow in half precision, so they encode and decode in float32.
         return torch.float32
     if isinstance(dtype, dict):
         return dtype.get(part, dtype["default"])
@@ -164,7 +165,7 @@ def _dtype_of(part: str, dtype: Dtypes) -> torch.dtype:
 
 
 def part_label(part: str, name: str) -> str:
-    """Name of a part of a pipeline in messages."""
+    """Return the name of a pipeline's part for messages."""
     return f'the {part} of "{name}"'
 
 
@@ -181,7 +182,7 @@ def download(
 
     Args:
         unused_parts: parts whose weights are not needed.
-        weights: False for configurations and tokenizers only.
+        weights: False to download only configurations and tokenizers.
     """
     options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     if weights:
@@ -210,11 +211,11 @@ def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
 def _empty(
     label: str, kind: Any, place: str | Path, fix: str, dtype: torch.dtype, **options: Any
 ) -> Any:
-    """Build one model of a pipeline without weights; the arguments are those of `load_part`."""
-    options.pop("variant", None)  # only for weights
+    """Build one model of a pipeline without weights. The arguments are those of `load_part`."""
+    options.pop("variant", None)  # applies only to weights
 
     def build() -> Any:
-        if hasattr(kind, "load_config"):  # a model of diffusers
+        if hasattr(kind, "load_config"):  # a diffusers model
             return kind.from_config(kind.load_config(place, **options))
         return kind(kind.config_class.from_pretrained(place, **options))
 
@@ -228,11 +229,11 @@ def load_part(
 
     Args:
         label: name of the model in messages.
-        kind: its class.
+        kind: class of the model.
         place: folder or hub id.
-        fix: end of the messages.
-        weights: False for a model without weights.
-        options: arguments of ``from_pretrained``.
+        fix: end of the error messages, which says what the user can do.
+        weights: False to build the model without weights.
+        options: further arguments of ``from_pretrained``.
     """
     if not weights:
         return _empty(label, kind, place, fix, **options)
@@ -244,19 +245,20 @@ def load_part(
 
 
 def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str, ...]:
-    """Names of a denoiser's layers, or endings of names, for an `AdapterSpec`.
+    """Return names of a denoiser's layers, or endings of names, for an `AdapterSpec`.
 
     - attention: the family's ``targets``.
     - feed-forward: the linear layers of the family's ``feed_forward`` modules.
-    - convolutions: those in blocks, as in kohya's scripts; neither the first and last layer of a
-      UNet, which have 4 channels on one side, nor the patch embedding of a transformer.
-    - all-linear: every linear layer, as in PEFT; all: these and the convolutions.
+    - convolutions: convolutions in blocks, as in kohya's scripts. A UNet's first and last layers,
+      which have 4 channels on one side, and a transformer's patch embedding are left out.
+    - all-linear: every linear layer, as in PEFT.
+    - all: all linear layers and the convolutions.
 
     Args:
-        words: groups, and ends of layers' names such as "to_q" (``--lora_layers``).
+        words: groups, and endings of layer names such as "to_q" (``--lora_layers``).
 
     Raises:
-        UserError: a word is neither a group nor the end of a layer's name, or a group is empty.
+        UserError: a word is neither a group nor the ending of a layer name, or a group is empty.
     """
     linear = adaptable(model)
     convolutions = []
@@ -284,28 +286,28 @@ def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tup
         else:
             raise UserError(
                 f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL_LAYERS])}:'
-                f" give {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
+                f" give {', '.join(LAYER_GROUPS)}, or endings of layer names such as"
                 f" {family.targets[0]}."
             )
     return tuple(dict.fromkeys(layers))  # in order, without repetition
 
 
 def _hint(word: str, names: Sequence[str]) -> str:
-    """A hint for a message: the group or ending of a name that is closest to a wrong word."""
+    """Return a hint for a message: the group or name ending that is closest to a wrong word."""
     ends: set[str] = set()
     for name in names:
         parts = name.split(".")
         for start in range(len(parts)):
             ends.add(".".join(parts[start:]))
-    # The shortest first: "to_q" before "attn1.to_q".
+    # Shorter endings come first: "to_q" before "attn1.to_q".
     return did_you_mean(word, list(LAYER_GROUPS) + sorted(ends, key=len))
 
 
 def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
-    """Memory of a dry run's task in each phase of a run, without trained weights.
+    """Estimate the memory of each phase of a run from a dry run's task, without trained weights.
 
-    On a CPU all models are in memory from the start. On a GPU text encoders that are not trained
-    are deleted or moved before the first step, and with ``--offload`` the autoencoder is on the GPU
+    On a CPU all models are in memory from the start. On a GPU, frozen text encoders are deleted or
+    moved to the CPU before the first step, and with ``--offload`` the autoencoder is on the GPU
     only while it encodes or decodes.
 
     Args:
@@ -343,7 +345,7 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     def weights(names: set[str]) -> dict[str, int]:
         return {f"weights: {name}": size for name, size in model_bytes.items() if name in names}
 
-    # The autoencoder with its largest image.
+    # Memory of the autoencoder for its largest image.
     sizes = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     pixels = max(height * width for height, width in sizes)
     channels = autoencoder_width(pipeline.vae.config)
@@ -362,11 +364,11 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
 
 
 def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBoothConfig) -> int:
-    """Bytes of the denoiser's activations in a step, from `families.base.Activations`.
+    """Estimate the bytes of the denoiser's activations in a step (`families.base.Activations`).
 
     Args:
-        denoiser: without weights.
-        image_tokens: tokens of an image, or latents of a UNet.
+        denoiser: the denoiser, which need not have weights.
+        image_tokens: number of tokens of an image, or of latent pixels for a UNet.
     """
     counts = family.activations
     if family.flow:
@@ -374,15 +376,15 @@ def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBo
         for module in denoiser.children():
             if isinstance(module, nn.ModuleList):
                 blocks += len(module)
-    else:  # the coefficients of a UNet are for all blocks together
+    else:  # a UNet's coefficients cover all of its blocks
         blocks = 1
     width = family.width(denoiser.config)
-    # Stored values per token and unit of width.
+    # Number of stored values per token and unit of width.
     if cfg.gradient_checkpointing:
         values_per_width = blocks * counts.checkpointed + counts.recomputed
     else:
         values_per_width = blocks * counts.block
-    # A held prediction keeps a second forward pass for its gradient.
+    # A held prediction stores the activations of a second forward pass for its gradient.
     passes = 2 if cfg.hold_unconditional or cfg.prior_prediction_weight else 1
     tokens = passes * cfg.train_batch_size * (image_tokens + counts.prompt_tokens)
     return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * values_per_width)

@@ -1,4 +1,4 @@
-"""How many tokens of a prompt a base model reads; the rest of a longer one is cut off silently."""
+"""The number of prompt tokens that a base model reads. Longer prompts are silently cut off."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from ..core.files import counted, listed
 from .base_model import ANOTHER, FLAG, folder_of, read_base_model
 from .families.base import Family
 
-CLIP_TOKENS = 77  # that CLIP reads, with start and end
+CLIP_TOKENS = 77  # number of tokens that CLIP reads, including the start and end tokens
 
 
 @dataclass(frozen=True)
 class PromptLength:
-    """The number of tokens that a base model reads, and that a text has."""
+    """The maximum number of tokens that a base model reads, and a counter of a text's tokens."""
 
-    reader: str  # what reads them, for messages
-    limit: int
-    count: Callable[[str], int]  # tokens of a text, with start and end
+    reader: str  # name of the model, for messages
+    limit: int  # maximum number of tokens
+    # Returns a text's number of tokens, including the start and end tokens.
+    count: Callable[[str], int]
 
     @classmethod
     def of_tokenizer(cls, reader: str, family: Family, tokenizer: Any) -> PromptLength:
-        """The length for a tokenizer of a family of base models.
+        """Build from a tokenizer of a model family.
 
-        The words that some families put around a prompt are not counted.
+        Text that some families put around a prompt is not counted.
         """
         limit = min(family.max_sequence_length, tokenizer.model_max_length)
         return cls(reader, limit, lambda text: len(tokenizer(text).input_ids))
 
     @classmethod
     def of_pipeline(cls, pipeline: Any, family: Family) -> PromptLength:
-        """The length for a loaded pipeline."""
+        """Build from a loaded pipeline."""
         tokenizers = []
         for name in family.encoders:
             tokenizer = getattr(pipeline, _tokenizer_of(name))
             if tokenizer is not None:  # some pipelines lack one
                 tokenizers.append(tokenizer)
-        # The last encoder is the one that reads most, such as T5 after CLIP.
+        # The last encoder reads the most tokens, such as T5 after CLIP.
         return cls.of_tokenizer(pipeline.name_or_path, family, tokenizers[-1])
 
     @classmethod
     def of_base_model(cls, name: str) -> PromptLength:
-        """The length for a base model, of which only small files are read.
+        """Build from the name of a base model, without reading its weights.
 
         Raises:
             UserError: there is no such model, or its tokenizer can't be read.
@@ -55,7 +56,7 @@ class PromptLength:
         family = model.family
         encoders = []
         for part in family.encoders:
-            # Optional parts that the pipeline lacks, such as SD3's T5: null, or [null, null].
+            # Optional parts that the pipeline lacks, such as SD3's T5, are null or [null, null].
             if part not in family.optional or (model.index.get(part) or [None])[0] is not None:
                 encoders.append(part)
         subfolder = _tokenizer_of(encoders[-1])
@@ -69,17 +70,17 @@ class PromptLength:
 
     @classmethod
     def of_clip(cls) -> PromptLength:
-        """The length for CLIP, which Stable Diffusion XL reads prompts with."""
+        """Build for CLIP, the text encoder of Stable Diffusion XL."""
         from open_clip.tokenizer import SimpleTokenizer
 
         tokenizer: Any = SimpleTokenizer()
         return cls("CLIP", CLIP_TOKENS, lambda text: len(tokenizer.encode(text)) + 2)
 
     def warning(self, captions: Mapping[str, str]) -> str | None:
-        """A sentence on captions that are too long; None if there are none.
+        """Return a sentence about captions that are too long; None if no caption is.
 
         Args:
-            captions: text by the name of its image.
+            captions: captions by the name of their image.
         """
         long_captions = []
         for name, text in captions.items():
@@ -96,5 +97,5 @@ class PromptLength:
 
 
 def _tokenizer_of(encoder: str) -> str:
-    """The name of a text encoder's tokenizer in a pipeline."""
+    """Return the name of a text encoder's tokenizer in a pipeline."""
     return encoder.replace("text_encoder", "tokenizer")

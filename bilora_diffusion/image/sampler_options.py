@@ -1,4 +1,4 @@
-"""Options of sampling that have no effect on training."""
+"""Options for generating images, which have no effect on training."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ WITHOUT_SAMPLES = IgnoredCase(
 )
 WITHOUT_ANY_SAMPLES = IgnoredCase(
     lambda v: WITHOUT_SAMPLES.when(v) and WITHOUT_PRIOR.when(v),
-    "where no images are sampled",
+    "where no images are generated",
     "add `--validation_prompt` or drop it",
 )
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Options for sampled images only, such as a distillation of the base model."""
+    """Options that are used only to generate images, such as a distillation of the base model."""
 
     section: ClassVar[str] = "validation"
     may_change_on_resume: ClassVar[bool] = True
 
-    # Its hash and strength are compared on resume, not its place: `config.DreamBoothConfig`.
+    # On resume its hash and strength are compared, but not its path (`config.DreamBoothConfig`).
     sampling_lora: str | None = option(
         None,
-        "LoRA file of diffusers, kohya or PEFT, FILE or FILE:STRENGTH, that is active only while"
-        " validation images are generated, such as Lightning, Hyper, DMD or Turbo: with"
-        " --validation_num_inference_steps 8 --validation_guidance_scale 1 images take 8 passes in"
-        " place of 50 (docs/guide.md). It is not exported.",
+        "LoRA file in the format of diffusers, kohya or PEFT, as FILE or FILE:STRENGTH, that is"
+        " active only while validation images are generated, such as Lightning, Hyper, DMD or"
+        " Turbo. With --validation_num_inference_steps 8 --validation_guidance_scale 1, an image"
+        " takes 8 forward passes instead of 50 (docs/guide.md). The file is not exported.",
         is_path=True,
         ignored=(WITHOUT_SAMPLES,),
     )
     validation_model: str | None = option(
         None,
-        "Another model of the same shape that validation images are generated from, with its"
-        " scheduler and usual steps, such as Tongyi-MAI/Z-Image-Turbo where Z-Image is trained: hub"
-        " id or local folder of a pipeline. The adapters act on it. It is on the CPU between"
-        " images.",
+        "Another model with the same weight shapes that generates the validation images, together"
+        " with the trained adapters, such as Tongyi-MAI/Z-Image-Turbo when Z-Image is trained: hub"
+        " id or local folder of a pipeline. Its scheduler and its usual number of steps are used."
+        " Between validations its weights are on the CPU.",
         is_path=True,
         ignored=(WITHOUT_SAMPLES,),
     )
     sampling_scheduler: str | None = option(
         None,
-        "Scheduler with which validation images are generated, by its name in diffusers, and its"
-        " settings after a colon, with commas between, such as LCMScheduler,"
+        "Scheduler for validation images: its class name in diffusers, and optionally a colon and"
+        " settings separated by commas, such as LCMScheduler,"
         " EulerDiscreteScheduler:timestep_spacing=trailing or"
-        " FlowMatchEulerDiscreteScheduler:shift=3 (docs/guide.md). Default: the model's.",
+        " FlowMatchEulerDiscreteScheduler:shift=3 (docs/guide.md). Default: the model's scheduler.",
         ignored=(WITHOUT_SAMPLES,),
     )

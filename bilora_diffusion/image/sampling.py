@@ -1,4 +1,4 @@
-"""Sample images with a pipeline: embed the prompts, call the denoiser, decode the latents."""
+"""Generate images with a pipeline: embed the prompts, call the denoiser, decode the latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .guidance import scaled_encoders, scaled_unconditional
 from .latents import require_finite
 from .schedulers import build_scheduler, give_generators
 
-# Fixes in messages, for images that are not finite and for too little memory.
+# Advice in error messages, for images that are not finite and for too little memory.
 OVERFLOW_FIX = "fp16 overflows in the model or its adapter, so use bf16 or fp32"
 DIVERGED_FIX = "the adapter is too strong: use an earlier step, or train with a lower learning rate"
 SMALLER_IMAGES = "sample smaller images"
@@ -45,31 +45,32 @@ def generate(
     memory_fix: str = f"sample fewer images at a time, or {SMALLER_IMAGES}",
     on_step: Callable[[int], None] | None = None,
 ) -> list[Image]:
-    """Sample one image per prompt. A seed gives the same initial noise on every device.
+    """Generate one image per prompt. A seed gives the same initial noise on every device.
 
     Args:
-        pipeline: pipeline of a known family; its text encoders are used only without
-            ``embeddings``.
+        pipeline: pipeline of a supported family. Its text encoders are used only if ``embeddings``
+            is None.
         prompts, seeds: n prompts and n seeds.
-        size: side of the square images, or height and width; in pixels.
+        size: side of square images, or (height, width), in pixels.
         negatives: n negative prompts; () for empty prompts.
-        steps: steps of the sampler; None for the model's default, as for the guidance scale.
-        guidance_from: model of the unconditional prediction: "adapter" for the adapted model,
+        steps: number of sampler steps; None for the model's default.
+        guidance_scale: scale of guidance; None for the model's default.
+        guidance_from: model for the unconditional prediction: "adapter" for the adapted model,
             "base" for the model without its adapters, or a number between 0 and 1, the strength of
-            the adapters in it.
-        scheduler: a ``--sampling_scheduler``; None for the pipeline's.
-        embeddings: embeddings of prompts and negative prompts, (n, ...) each.
-        batch: number of images that are sampled together.
-        memory_fix: what the user can do if the memory is too small for a batch, without a period.
-        on_step: called after each step with its number, from 1.
+            the adapters in this prediction.
+        scheduler: a value of ``--sampling_scheduler``; None for the pipeline's scheduler.
+        embeddings: embeddings of the prompts and of the negative prompts, (n, ...) each.
+        batch: maximum number of images to generate at a time.
+        memory_fix: advice for the user if the memory is too small for a batch, without a period.
+        on_step: called after each step with the number of the step, starting at 1.
 
     Returns:
-        n PIL images, RGB.
+        n RGB images of PIL.
 
     Raises:
         TrainingError: an image is not finite, or the memory is full.
-        UserError: guidance from another model than the adapted one, at a scale without an
-            unconditional prediction; or a scheduler that does not fit the model.
+        UserError: ``guidance_from`` needs an unconditional prediction, but there is none at this
+            scale; or the scheduler does not fit the model.
     """
     strength = unconditional_strength(guidance_from)
     if embeddings is None:
@@ -90,8 +91,8 @@ def generate(
         request = f"guidance from {guidance_title(guidance_from)}"
         require_unconditional(family, guidance, pipeline.config, family.configs(pipeline), request)
     sampler = bare_sampler(family, pipeline, scheduler)
-    # Pipelines convert latents to the dtype of the first floating-point weight. With base weights
-    # in 4 bits that can be an adapter's, in fp32.
+    # Pipelines convert latents to the dtype of the first floating-point weight. With 4-bit base
+    # weights, this can be the weight of an adapter, in fp32.
     is_mixed = getattr(denoiser, "is_loaded_in_4bit", False) and dtype != torch.float32
     computation = torch.autocast(denoiser.device.type, dtype, enabled=is_mixed)
 
@@ -133,24 +134,26 @@ def generate(
 def _report_step(
     on_step: Callable[[int], None] | None, _: Any, step: int, __: Any, values: dict[str, Any]
 ) -> dict[str, Any]:
-    """The callback of a pipeline at the end of each step; diffusers counts steps from 0."""
+    """Call ``on_step`` with the number of a finished step. diffusers counts steps from 0."""
     if on_step is not None:
         on_step(step + 1)
     return values
 
 
 def bare_sampler(family: Family, pipeline: Any, scheduler: str | None = None) -> Any:
-    """Build a pipeline of the same class with only denoiser and scheduler.
+    """Build a pipeline of the same class that has only a denoiser and a scheduler.
 
-    Its device is that of the denoiser, whatever the devices of encoders and autoencoder. A
-    ``--sampling_scheduler`` replaces the pipeline's scheduler.
+    Its device is the denoiser's, independent of the devices of the encoders and the autoencoder.
+
+    Args:
+        scheduler: a value of ``--sampling_scheduler``; None for the pipeline's scheduler.
     """
     kind: Any = type(pipeline)
     arguments = inspect.signature(kind.__init__).parameters
     settings = {name: value for name, value in pipeline.config.items() if name in arguments}
     # All other parts are None.
     settings |= dict.fromkeys(set(pipeline.components) & set(arguments))
-    # A scheduler has a state. That of the pipeline's scheduler must not change.
+    # A new scheduler is built, since the state of the pipeline's scheduler must not change.
     settings["scheduler"] = build_scheduler(pipeline.scheduler, scheduler)
     settings[family.denoiser] = family.model(pipeline)
     sampler = kind(**settings)
@@ -162,7 +165,9 @@ def bare_sampler(family: Family, pipeline: Any, scheduler: str | None = None) ->
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image]:
-    """Decode latents of the denoiser, (n, c, h, w), to PIL images, in the autoencoder's dtype.
+    """Decode latents in the denoiser's scale, (n, c, h, w), to PIL images.
+
+    The computation is in the autoencoder's dtype.
 
     Args:
         names: names of the images, for messages.
@@ -175,10 +180,10 @@ def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[I
     space = family_of(pipeline).latent_space(vae)
     decoded: list[Tensor] = []  # (1, 3, H, W) each
     try:
-        # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
+        # One image at a time, since a 1024-pixel image takes gigabytes in float32.
         for name, latent in zip(names, latents, strict=True):
             with explain_memory_errors(f"decoding {name}", SMALLER_IMAGES):
-                vae.to(latents.device)  # it may be on the CPU, with --offload
+                vae.to(latents.device)  # with --offload it is on the CPU
                 scaled = space.decode(latent[None].to(vae.dtype))
                 decoded.append(space.decode_pixels(vae, scaled).cpu())
     finally:
@@ -204,8 +209,8 @@ def embed_negative(
     """Embed ``count`` negative prompts with the pipeline's text encoders.
 
     Args:
-        prompts: () for empty ones.
-        guidance_from: the encoders' adapters act at its strength; see `generate`.
+        prompts: the negative prompts; () for empty prompts.
+        guidance_from: determines the strength of the encoders' adapters; see `generate`.
     """
     family = family_of(pipeline)
     with scaled_encoders(family, pipeline, unconditional_strength(guidance_from)):
@@ -213,7 +218,7 @@ def embed_negative(
         if not any(prompts):
             return empty
         rows = split_rows(embed(pipeline, prompts))
-    # An empty prompt is embedded as the family's negative prompt, such as zeros.
+    # The embedding of an empty prompt is the family's negative embedding, for example zeros.
     for number, (prompt, empty_row) in enumerate(zip(prompts, split_rows(empty), strict=True)):
         if not prompt:
             rows[number] = empty_row

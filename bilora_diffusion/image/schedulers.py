@@ -1,9 +1,9 @@
-"""Schedulers of diffusers for sampled images: ``--sampling_scheduler NAME[:KEY=VALUE,...]``.
+"""Schedulers for generating images: ``--sampling_scheduler NAME[:KEY=VALUE,...]``.
 
     build_scheduler(pipeline.scheduler, "EulerDiscreteScheduler:timestep_spacing=trailing")
 
-A distilled model, or a LoRA file that replaces one, needs the scheduler that it was distilled with.
-Training does not use it: noise levels of training are those of `noise_schedules`.
+A distilled model, or a LoRA file with the same effect, needs the scheduler of its distillation.
+Training does not use this scheduler. Its noise levels come from `noise_schedules`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ..core.files import quoted
 from ..core.values import check_choice
 
 FLAG = "--sampling_scheduler"
-# Of models that predict the velocity of a flow. Their pipelines pass sigmas and their shift, which
-# no other scheduler takes.
+# Schedulers of flow-matching models. The pipelines of these models pass sigmas and a shift, which
+# no other schedulers accept.
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
-# Of models with the preconditioning of EDM.
+# Schedulers of models with EDM preconditioning.
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-# Its noise has one seed for all images and no generator.
+# Schedulers that can't use the images' generators: their noise has one seed for all images.
 UNSEEDED_SCHEDULERS = ("DPMSolverSDEScheduler",)
-# Of distilled models; diffusers' list of compatible schedulers lacks them.
+# Schedulers for distilled models, which diffusers' list of compatible schedulers lacks.
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-# Adds noise from the global generator, so that images would not be repeatable.
+# A setting that adds noise from the global generator, so images would not be reproducible.
 UNSEEDED_SETTING = "stochastic_sampling"
 
 
 def possible_schedulers(scheduler: str) -> tuple[str, ...]:
-    """Names of the schedulers that can replace a model's scheduler.
+    """Return the names of the schedulers that can replace a model's scheduler.
 
     Args:
-        scheduler: name of the class of the model's scheduler.
+        scheduler: class name of the model's scheduler.
     """
     if scheduler in FLOW_SCHEDULERS:
         return FLOW_SCHEDULERS
@@ -51,11 +51,12 @@ def possible_schedulers(scheduler: str) -> tuple[str, ...]:
 
 
 def read_scheduler(text: str, model_scheduler: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """Class and settings of a ``--sampling_scheduler``.
+    """Parse a ``--sampling_scheduler`` to a scheduler class and its settings.
 
     Args:
         text: NAME or NAME:KEY=VALUE,KEY=VALUE.
-        model_scheduler: name of the class of the model's scheduler; None if it was checked before.
+        model_scheduler: class name of the model's scheduler; None to skip the check that the
+            scheduler fits the model.
 
     Raises:
         UserError: the scheduler does not fit the model, or a setting is unknown.
@@ -81,10 +82,11 @@ def read_scheduler(text: str, model_scheduler: str | None = None) -> tuple[Any, 
 
 
 def build_scheduler(model_scheduler: Any, text: str | None) -> Any:
-    """Build the scheduler of sampling from that of a model, whose state does not change.
+    """Build a sampling scheduler from a model's scheduler, whose state does not change.
 
     Args:
-        text: ``--sampling_scheduler``; None for the model's class and settings.
+        text: a value of ``--sampling_scheduler``; None for the class and settings of the model's
+            scheduler.
     """
     config = model_scheduler.config
     if text is None:
@@ -95,16 +97,17 @@ def build_scheduler(model_scheduler: Any, text: str | None) -> Any:
 
 
 def check_scheduler(text: str, config: Mapping[str, Any], steps: Iterable[int]) -> None:
-    """Refuse a ``--sampling_scheduler`` that fails with a model or with a number of steps.
+    """Raise UserError if a ``--sampling_scheduler`` fails with a model or with a number of steps.
 
     Args:
-        config: configuration of the model's scheduler, at least its class as ``_class_name``.
-        steps: numbers of sampling steps.
+        text: the value of ``--sampling_scheduler``.
+        config: configuration of the model's scheduler; it must contain ``_class_name``.
+        steps: the numbers of sampling steps that the run uses.
     """
     kind, settings = read_scheduler(text, str(config["_class_name"]))
     with _explain_errors(text):
         scheduler = kind.from_config(dict(config), **settings)
-    # The shift of a flow's noise levels depends on the size of the image; any value will do here.
+    # The shift of a flow model depends on the size of the image; any value will do here.
     shift = {"mu": 1.0} if config["_class_name"] in FLOW_SCHEDULERS else {}
     for number in sorted(set(steps)):
         with _explain_errors(text, number):
@@ -112,22 +115,22 @@ def check_scheduler(text: str, config: Mapping[str, Any], steps: Iterable[int]) 
 
 
 def give_generators(scheduler: Any, generators: Sequence[Any]) -> None:
-    """Let a scheduler add noise from the images' generators.
+    """Make a scheduler take its noise from the images' generators.
 
-    Pipelines of flow models call ``step`` without a generator, so that FlowMatchLCMScheduler would
-    add noise from the global one.
+    Pipelines of flow models call ``step`` without a generator, so FlowMatchLCMScheduler would use
+    the global generator.
 
     Args:
-        scheduler: the scheduler of one call of a pipeline; it is changed.
-        generators: one for each image.
+        scheduler: the scheduler for one pipeline call, which is modified.
+        generators: one generator for each image.
     """
     if "generator" in inspect.signature(scheduler.step).parameters:
-        # Pipelines read the parameters of ``step``, which a partial function keeps.
+        # Pipelines inspect the parameters of ``step``, which a partial function keeps.
         scheduler.step = partial(scheduler.step, generator=list(generators))
 
 
 def _explain_errors(text: str, steps: int | None = None) -> AbstractContextManager[None]:
-    """Context manager: turns a scheduler's error into one sentence."""
+    """Return a context manager that turns a scheduler's error into a one-sentence `UserError`."""
     sentence = f"{FLAG} {quoted(text)} can't be used"
     if steps is not None:
         sentence += f" with {steps} steps"
@@ -135,7 +138,7 @@ def _explain_errors(text: str, steps: int | None = None) -> AbstractContextManag
 
 
 def _read_value(word: str) -> Any:
-    """A setting's value: a boolean, None, a number, or the word itself."""
+    """Parse a setting's value: a boolean, None, a number, or the word itself."""
     if word.lower() in ("true", "false"):
         return word.lower() == "true"
     if word.lower() == "none":

@@ -1,4 +1,4 @@
-"""The training script of image models: configuration, task and exported files.
+"""The training script for image models: configuration, task and exported files.
 
 accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
 python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
@@ -52,39 +52,39 @@ from .stream import TrainingStream
 from .task import DreamBooth
 from .validation_model import load_validation_model
 
-# File name of a sampled class image: its number and a hash of its pixels.
+# Matches the file name of a generated class image: its number and a hash of its pixels.
 CLASS_IMAGE = re.compile(r"(\d+)-[0-9a-f]{12}\.png")
-# Fewer training images give a warning.
+# Fewer training images than this cause a warning.
 FEW_IMAGES = 5
 logger = logging.getLogger(__name__)
 
 
 class DreamBoothScript(Script[DreamBoothConfig]):
-    """The training script of image models."""
+    """The training script for image models."""
 
     config_class = DreamBoothConfig
     project = "dreambooth-bilora"
     scorer = "eval.clip_scores"
 
     def build_task(self, cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
-        """Load the images and the models, and bring both to the device.
+        """Load the images and the models, and move the models to the device.
 
-        In a dry run the models have no weights, and stay on their device.
+        In a dry run the models have no weights and are not moved.
         """
-        # Images first, since errors in them are found faster.
+        # Images come first, since errors in them are found faster.
         training = training_images(cfg)
         heldout = heldout_images(cfg)
         warn_of_copies(training, heldout)
 
         family = cfg.family
-        # Frozen weights have the precision of the computation. Trained ones would lose small
-        # updates in bf16.
+        # Frozen weights have the precision of the computation. Trained weights are in fp32, since
+        # small updates would be lost in bf16.
         dtypes = {"default": DTYPES[accelerator.mixed_precision]}
         if get(cfg.method).exports_weights:
             dtypes[family.denoiser] = torch.float32
             if cfg.train_text_encoder:
                 dtypes |= dict.fromkeys(family.encoders, torch.float32)
-        # Text encoders are loaded only if a prompt is not in the cache on disk.
+        # With a cache on disk, text encoders are loaded only if a prompt is missing in it.
         deferred_parts = ()
         if cfg.cache and not cfg.train_text_encoder:
             deferred_parts = family.encoders
@@ -99,7 +99,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
         class_set = None
         if cfg.with_prior_preservation:
             if cfg.dry_run:
-                class_set = training  # no images are sampled
+                class_set = training  # a stand-in, since no images are generated
             else:
                 class_set = join_sets(cfg, partial(class_images, accelerator=accelerator))
         stream = TrainingStream(cfg, training, class_set)
@@ -157,19 +157,19 @@ class DreamBoothScript(Script[DreamBoothConfig]):
 
 
 DREAMBOOTH = DreamBoothScript()
-# Trains from a command line; see `command.train`.
+# Trains a model from a command line; see `command.train`.
 train = partial(command.train, DREAMBOOTH)
 
 
 def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
-    """Warn of training images that look alike, and of held-out ones that are trained on."""
+    """Warn about training images that look alike, and held-out images that are trained on."""
     for phrase in describe_pairs(find_look_alikes(training.looks()), training.names()):
         logger.warning("%s: leave one out, or the run learns it twice as much.", phrase)
     if heldout is None:
         return
     if line := describe_copies("images", training.pictures(), heldout.pictures()):
         logger.warning("%s", line)
-    # Copies of a file are named already.
+    # The warning above already names copies of a file.
     file_hashes = {file_hash for _, file_hash in training.pictures()}
     indices = []
     for index, (_, file_hash) in enumerate(heldout.pictures()):
@@ -192,7 +192,7 @@ def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
         unread_prompts = [s for s in cfg.samples if s.negative_prompt and not s.guidance]
         if unread_prompts:
             title = family.title
-            logger.warning("%s samples without guidance, so negative prompts do nothing.", title)
+            logger.warning("%s uses no guidance, so negative prompts have no effect.", title)
     model_remark = None
     # An assistant keeps training from undoing a distillation.
     if cfg.assistant_lora is None:
@@ -203,17 +203,17 @@ def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
 
 
 def warn_of_long_captions(cfg: DreamBoothConfig, pipeline: Any, training: ImageSet) -> None:
-    """Warn of captions of which the text encoders read the beginning only."""
+    """Warn about captions that are longer than the text encoders can read."""
     captions = dict(zip(training.names(), fixed_texts(cfg, training), strict=True))
     if line := PromptLength.of_pipeline(pipeline, cfg.family).warning(captions):
         logger.warning("%s", line)
 
 
 def missing_class_images(images: Sequence[Path], count: int) -> list[int]:
-    """Numbers of the class images that are missing in a folder of ``count`` images.
+    """Return the numbers of class images that are missing in a folder to hold ``count`` images.
 
-    A number is not used twice, whichever of them an interrupted run of several processes has
-    written. Images with other names, such as the user's, count too.
+    The numbers of existing files are not used again, even if an interrupted run of several
+    processes left gaps between them. Images with other names, such as the user's, count too.
     """
     used_numbers = set()
     for image in images:
@@ -225,15 +225,15 @@ def missing_class_images(images: Sequence[Path], count: int) -> list[int]:
 
 
 def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
-    """Open the class images of prior preservation; the base model samples missing ones.
+    """Open the class images of prior preservation. The base model generates missing ones.
 
-    The processes share the work. Each image has its own seed, so that an interrupted run continues
+    The processes share the work. Each image has its own seed, so an interrupted run can continue
     where it stopped.
     """
     folder = Path(str(cfg.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
     missing = missing_class_images(list_folder(folder).images, cfg.num_class_images)
-    # All processes must have counted the images before one of them writes.
+    # All processes must count the images before one of them writes.
     accelerator.wait_for_everyone()
     indices = missing[accelerator.process_index :: accelerator.num_processes]
     if indices:
@@ -251,8 +251,8 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
                 [cfg.seed + number for number in batch],
                 size=cfg.resolution,
                 batch=cfg.sample_batch_size,
-                memory_fix=f"lower --sample_batch_size (now {cfg.sample_batch_size}), or put images"
-                " of your own into --class_data_dir",
+                memory_fix=f"lower --sample_batch_size (now {cfg.sample_batch_size}), or put your"
+                " own images into --class_data_dir",
             )
             for number, image in zip(batch, sampled_images, strict=True):
                 image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:12]
@@ -270,13 +270,13 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
 
 
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantize the denoiser to 4 bits, and the text encoders of a flow model, which are as large.
+    """Quantize the denoiser and the text encoders of a flow model, which are as large, to 4 bits.
 
-    A flow model's text encoders embed all prompts first, so that they are deleted before the
+    A flow model's text encoders embed all prompts first, so that they can be deleted before the
     denoiser is moved to the device.
     """
     if task.family.flow:
-        loaders = task.pipeline.origin.loaders  # for encoders that are loaded only if needed
+        loaders = task.pipeline.origin.loaders  # of encoders that are loaded only if needed
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
             if name in loaders:
@@ -286,7 +286,7 @@ def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) 
         task.embed(device)
     for name, model in task.models.items():
         count = quantize(model, dtype, device=device)
-        logger.info("%s: the weights of %d layers are held in NF4", name, count)
+        logger.info("%s: the weights of %d layers are stored in NF4", name, count)
 
 
 def load_quantized(load: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
@@ -299,7 +299,7 @@ def load_quantized(load: Callable[[], Any], dtype: torch.dtype, device: torch.de
 def open_set(
     cfg: DreamBoothConfig, dataset: str, config_name: str | None = None, **changes: Any
 ) -> ImageSet:
-    """Open an image set with the options of a configuration, some of them changed."""
+    """Open an image set with the options of a configuration; ``changes`` override some of them."""
     options = {
         "image_column": cfg.image_column,
         "caption_column": cfg.caption_column,
@@ -317,7 +317,7 @@ def open_set(
 def join_sets(
     cfg: DreamBoothConfig, open_part: Callable[[DreamBoothConfig], ImageSet | None]
 ) -> ImageSet | None:
-    """Open the sets of all concepts as one set; without concepts the run's set.
+    """Open the image sets of all concepts as one set, or without concepts the run's image set.
 
     Args:
         open_part: opens the set of a concept, or of the run, from its configuration.
@@ -343,7 +343,7 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
                 image_set.label,
                 counted(len(image_set), "image"),
             )
-        # Check captions before a model is loaded, with the concept's position in the message.
+        # Check the captions here, before a model is loaded and where errors name the concept.
         Captions(concept_cfg, image_set)
         return image_set
 

@@ -1,4 +1,4 @@
-"""Image sets with captions and masks, read when they are used."""
+"""Image sets with captions and masks. The images are read when they are used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ..run.data import SampleContent, hash_samples
 from .image_files import DECODE_ERRORS, read_rgb, upright_size
 from .look_alikes import Look, look_of
 
-# Up to so many images are fully decoded when a set is opened; otherwise only headers are read.
+# When a set with at most this many images is opened, all images are decoded. In a larger set, only
+# the headers are read.
 FULL_CHECK_LIMIT = 2000
-# Longer side divided by shorter side. Resized to cover a square, a longer image would not fit into
-# memory.
+# Maximum ratio of the longer side to the shorter side. A longer image that is resized to cover a
+# square would not fit into memory.
 MAX_ASPECT_RATIO = 64
 T = TypeVar("T")
 
@@ -31,20 +32,20 @@ class Entry:
     """One image of a set."""
 
     name: str  # name in messages and logs
-    # Returns the file, or its content; None for a row of a table without an image.
+    # Returns the image's file or content, or None if a table row has no image.
     source: Callable[[], Path | bytes | None]
     caption: str | None = None
-    # Returns the mask, mode L, white where the image is learned; None without a mask.
+    # Returns the mask in mode L, which is white where the image is learned; None without a mask.
     mask: Callable[[], Image.Image | None] | None = None
-    concept: int = 0  # number of its concept, from 0
+    concept: int = 0  # index of the image's concept
     # Set by `check`:
     size: tuple[int, int] = (0, 0)  # (height, width) of the upright image
-    num_bytes: int = 0  # of its file
-    mask_hash: bytes = b""  # hash of a mask that hides something
-    look: Look | None = None  # None for an image of a large set, whose pixels are not decoded
+    num_bytes: int = 0  # size of the file
+    mask_hash: bytes = b""  # hash of the mask; b"" without a mask
+    look: Look | None = None  # None in a large set, whose images are not decoded
 
     def encoded_image(self) -> Path | bytes:
-        """The image's file, or the file's content."""
+        """Return the image's file or content."""
         source = self.source()
         if source is None:
             raise ValueError("the row holds no image")
@@ -54,10 +55,11 @@ class Entry:
         """Read the image's size, and remove a mask that hides nothing.
 
         Args:
-            decode: also decode all pixels, and compute the look.
+            decode: also decode all pixels and compute ``look``.
 
         Raises:
-            One of ``DECODE_ERRORS`` if it can't be read, or if its mask has another size.
+            One of ``DECODE_ERRORS`` if the image can't be read or is too long, or if its mask is
+            black or has another size.
         """
         source = self.encoded_image()
         if decode:
@@ -74,7 +76,7 @@ class Entry:
         if max(self.size) > MAX_ASPECT_RATIO * min(self.size):
             raise ValueError(
                 f"it is {width} pixels wide and {height} high, more than {MAX_ASPECT_RATIO} to 1;"
-                " cut it"
+                " crop it"
             )
         mask = None
         if self.mask is not None:
@@ -84,12 +86,12 @@ class Entry:
             return
         if mask.size != (width, height):
             raise ValueError(
-                f"its mask is {mask.width} x {mask.height} pixels and it is {width} x {height};"
-                " make them alike"
+                f"its mask is {mask.width} x {mask.height} pixels, but the image is {width} x"
+                f" {height}; make their sizes equal"
             )
         if mask.getbbox() is None:  # no pixel above 0
-            raise ValueError("its mask is black all over, so nothing of it would be learned")
-        if mask.getextrema() == (255, 255):  # all of the image is learned
+            raise ValueError("its mask is all black, so nothing of the image would be learned")
+        if mask.getextrema() == (255, 255):  # the whole image is learned
             self.mask = None
         else:
             self.mask_hash = hashlib.blake2b(mask.tobytes()).digest()
@@ -104,19 +106,21 @@ class Entry:
 
 
 class ImageSet:
-    """Images with their captions, read when they are used.
+    """Images with their captions and masks. The images are read when they are used.
 
-    Every image is read once here, for its size; an unreadable one is refused or skipped.
+    The constructor reads each image once, for its size, and refuses or skips unreadable images.
 
     Args:
         label: name of the set in messages (the ``--dataset`` value).
+        entries: the images.
         remarks: notes for the user on how the images were found, one line each.
-        masks_from: source of the masks; None without masks.
-        captions_from: source of the captions, if no column was given.
+        masks_from: source of the masks, for messages; None without masks.
+        captions_from: source of the captions, for messages; None if they are in a column.
         skip_bad_images: skip unreadable images and list them in ``skipped``, each with the reason.
 
     Raises:
-        UserError: an image is unreadable and ``skip_bad_images`` is off, or none is left.
+        UserError: an image is unreadable and ``skip_bad_images`` is off, or no readable image is
+            left.
     """
 
     def __init__(
@@ -157,7 +161,7 @@ class ImageSet:
         )
 
     def only(self, indices: Sequence[int]) -> ImageSet:
-        """The set of the images with these indices, in this order, without another check."""
+        """Return the set of the images with these indices, in this order, without a new check."""
         part = copy.copy(self)
         part.entries = [self.entries[index] for index in indices]
         part._fingerprint = None
@@ -165,13 +169,14 @@ class ImageSet:
 
     @classmethod
     def join(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
-        """Join the images of several concepts to one set, each named CONCEPT/NAME.
+        """Join the image sets of several concepts. Images get the name CONCEPT/NAME.
 
         Args:
-            sets: sets by the concept's name; None for a concept without images.
+            label: name of the joint set in messages.
+            sets: image sets by the concept's name; None for a concept without images.
 
         Returns:
-            The set, or None if no concept has images.
+            The joint set, or None if no concept has images.
         """
         entries = []
         joint_set = None
@@ -188,7 +193,7 @@ class ImageSet:
         if joint_set is not None:
             joint_set.label = label
             joint_set.entries = entries
-            # The notes of the concepts' sets were logged already.
+            # The notes of the concepts' sets have already been logged.
             joint_set.skipped = []
             joint_set._remarks = ()
             joint_set._masks_from = joint_set._captions_from = None
@@ -198,10 +203,11 @@ class ImageSet:
         return len(self.entries)
 
     def image(self, number: int) -> Image.Image:
-        """Read an image: RGB, upright, transparent parts on white.
+        """Read an image as upright RGB, with white in place of transparent parts.
 
         Raises:
-            UserError: it has become unreadable, or has changed its size, since the set was opened.
+            UserError: since the set was opened, the image has become unreadable or has changed its
+                size.
         """
         entry = self.entries[number]
         try:
@@ -211,13 +217,13 @@ class ImageSet:
         if (image.height, image.width) != entry.size:
             raise UserError(
                 f"{entry.name} in {self.label} is {image.height} pixels high and {image.width}"
-                f" wide, and was {entry.size} when the set was opened: leave the images alone"
+                f" wide, but was {entry.size} when the set was opened: do not change the images"
                 " during a run."
             )
         return image
 
     def mask(self, number: int) -> Image.Image | None:
-        """Read an image's mask, mode "L" with the image's size; None if all of it is learned."""
+        """Read a mask, of mode "L" and the image's size; None if the whole image is learned."""
         entry = self.entries[number]
         if entry.mask is None:
             return None
@@ -227,19 +233,23 @@ class ImageSet:
             raise self._unreadable(entry, error) from error
 
     def require_masks(self) -> None:
-        """Refuse a set whose masks hide nothing of any image."""
+        """Raise UserError if the set was opened with masks but no mask hides anything."""
         if self._masks_from and not any(entry.mask for entry in self.entries):
             raise UserError(
-                f"no mask of {self.label}, from {self._masks_from}, hides anything: blacken what is"
-                " not to be learned, or drop the masks."
+                f"no mask of {self.label}, from {self._masks_from}, hides anything: blacken the"
+                " parts that are not to be learned, or drop the masks."
             )
 
     def values_of_images(self, values: Sequence[T]) -> list[T]:
-        """For each image, the value of its concept."""
+        """Return, for each image, the value of its concept.
+
+        Args:
+            values: one value for each concept.
+        """
         return [values[entry.concept] for entry in self.entries]
 
     def remarks(self) -> list[str]:
-        """Notes for the user, one line each."""
+        """Return notes for the user, one line each."""
         lines = []
         if self._captions_from:
             count = sum(entry.caption is not None for entry in self.entries)
@@ -247,33 +257,33 @@ class ImageSet:
             if count < len(self):
                 fallback = ", the others get --instance_prompt"
             lines.append(
-                f"captions of {self.label}: {count} of {len(self)} images have theirs from"
-                f" {self._captions_from}{fallback} (--caption_column none reads none)"
+                f"captions of {self.label}: {count} of {len(self)} images get theirs from"
+                f" {self._captions_from}{fallback} (--caption_column none ignores all captions)"
             )
         if self._masks_from:
             count = sum(entry.mask is not None for entry in self.entries)
             lines.append(
-                f"masks of {self.label}: {count} of {len(self)} images have theirs from"
+                f"masks of {self.label}: {count} of {len(self)} images get theirs from"
                 f" {self._masks_from}"
             )
         return lines + self.left_out()
 
     def left_out(self) -> list[str]:
-        """Notes on folder names and files that are not read, one line each."""
+        """Return notes on folder names and files that are not read, one line each."""
         skipped_images = [f"left out of {self.label}: {skipped}" for skipped in self.skipped]
         return [*self._remarks, *skipped_images]
 
     def fingerprint(self) -> str:
-        """The hash of `sample_contents`."""
+        """Return the hash of `sample_contents`."""
         if self._fingerprint is None:
             self._fingerprint = hash_samples(self.sample_contents())
         return self._fingerprint
 
     def sample_contents(self) -> list[SampleContent]:
-        """Name of each image, and hashes of its content, caption and mask.
+        """Return the name of each image, and hashes of its content, caption and mask.
 
-        The files of more than ``FULL_CHECK_LIMIT`` images are not read: their hash is that of the
-        size in pixels and bytes.
+        If there are more than ``FULL_CHECK_LIMIT`` images, the files are not read. The hash of the
+        content is then a hash of the image's size in pixels and in bytes.
         """
         samples: list[SampleContent] = []
         for entry in self.entries:
@@ -290,7 +300,7 @@ class ImageSet:
         return samples
 
     def looks(self) -> list[Look]:
-        """The look of each image; empty for more than ``FULL_CHECK_LIMIT`` images."""
+        """Return the look of each image; [] if the set is so large that no image was decoded."""
         looks = []
         for entry in self.entries:
             if entry.look is None:
@@ -299,13 +309,14 @@ class ImageSet:
         return looks
 
     def names(self) -> list[str]:
-        """Name of each image."""
+        """Return the name of each image."""
         return [entry.name for entry in self.entries]
 
     def pictures(self) -> list[tuple[str, bytes]]:
-        """Name of each image and a hash of its file.
+        """Return the name of each image and a hash of its file.
 
-        Empty for more than ``FULL_CHECK_LIMIT`` images, whose files are not read.
+        If there are more than ``FULL_CHECK_LIMIT`` images, the files are not read, and the result
+        is [].
         """
         if len(self) > FULL_CHECK_LIMIT:
             return []

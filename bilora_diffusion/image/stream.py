@@ -1,4 +1,4 @@
-"""The training stream of DreamBooth: order of the images, their crops and captions."""
+"""The training stream of DreamBooth: the order of the images, with their crops and captions."""
 
 from __future__ import annotations
 
@@ -29,30 +29,32 @@ from .crops import (
 )
 from .sets import ImageSet
 
-# A step, and the positions (slots) of a micro-batch within the step's batch.
+# The number of a step, and the positions (slots) of a micro-batch within the step's batch.
 MicroBatchPlace = tuple[int, tuple[int, ...]]
 # Pixels, (3, H, W) in [-1, 1], and mask, (1, H, W) in [0, 1] or None.
 PixelsAndMask = tuple[Tensor, Tensor | None]
-# ``--cache_latents auto`` caches the latents of at most this many images in memory.
+# With ``--cache_latents auto``, latents are cached only if there are at most this many images.
 MAX_CACHED_LATENTS = 2000
-# Limit of resized images in the caches of a training process and its data loader processes.
+# Maximum size in bytes of all resized images that a training process or its data loaders cache.
 MAX_RESIZED_BYTES = 10**9
-# Kinds of samples: instance image, class image, image of the held-out loss's grid.
+# Kinds of samples: an instance image, a class image, and an image that is only measured.
 INSTANCE, CLASS, GRID = "instance", "class", "grid"
 
 
 @dataclass
 class TrainingSample:
-    """An image of a training step: its crop and caption, and SDXL's conditioning on size and crop.
+    """An image with a crop and a caption, for training or for a measurement.
 
     Args:
         images: the image set.
         cfg: configuration of the image's concept.
         kind: `INSTANCE`, `CLASS` or `GRID`.
         index: index of the image in the set.
-        slot: position within the step's batch.
-        size: size of the crop, in pixels.
-        pixels_and_mask: result of `read`, if a data loader process has read it.
+        slot: position within the step's batch; 0 for `GRID`.
+        crop: position and flip of the crop.
+        size: (height, width) of the crop, in pixels.
+        caption: the text that the image is trained on or measured with.
+        pixels_and_mask: result of `read` if the data loader has read the image; otherwise None.
     """
 
     images: ImageSet = field(repr=False)
@@ -72,7 +74,7 @@ class TrainingSample:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Key of the sample's pixels; equal for the same file, crop and size, in any run."""
+        """Key of the sample's pixels, equal in all runs for the same file, mask, crop and size."""
         entry = self.images.entries[self.index]
         place = repr((tuple(self.crop), tuple(self.size)))
         return (entry.file_hash + entry.mask_hash).hex(), place
@@ -85,12 +87,12 @@ class TrainingSample:
         return original_height, original_width, self.crop.top, self.crop.left, height, width
 
     def read(self, resized_images: ResizedImages | None = None) -> PixelsAndMask:
-        """The pixels, (3, H, W) in [-1, 1], and their mask, (1, H, W) in [0, 1] or None.
+        """Return the pixels, (3, H, W) in [-1, 1], and the mask, (1, H, W) in [0, 1] or None.
 
-        They are read from the file, unless a data loader process has read them.
+        The file is read unless the data loader has already read it.
 
         Args:
-            resized_images: cache of resized images.
+            resized_images: cache of resized images; None for no cache.
         """
         if self.pixels_and_mask is not None:
             return self.pixels_and_mask
@@ -103,7 +105,7 @@ class TrainingSample:
         return pixels, mask
 
     def digest(self, noise: str) -> str:
-        """Hash this sample's data together with the given hash of its noise."""
+        """Return a hash of the sample's data and of ``noise``, the hash of its noise."""
         # Sizes differ only with buckets.
         size = self.size if self.cfg.aspect_ratio_buckets else ()
         place = repr((self.kind, self.index, *self.crop, *size))
@@ -111,10 +113,15 @@ class TrainingSample:
 
 
 class TrainingStream:
-    """The order of instance and class images: a function of the seed and the data.
+    """The order, crops and captions of the images, which depend only on the seed and the data.
+
+    Args:
+        cfg: configuration of the run.
+        images: the instance images.
+        classes: the class images; None without prior preservation.
 
     Raises:
-        UserError: an image without a prompt, or latents that can't be cached.
+        UserError: an image has no prompt, or the latents can't be cached as requested.
     """
 
     def __init__(
@@ -125,7 +132,7 @@ class TrainingStream:
         self.classes = classes
         self._captions = Captions(cfg, images)
         self.sizes = target_sizes(cfg, images)
-        self._has_one_size = len(set(self.sizes)) == 1  # as without buckets
+        self._has_one_size = len(set(self.sizes)) == 1  # always true without buckets
         self._configs = images.values_of_images(cfg.concept_configs)
         self._repeats = [config.repeats for config in self._configs]
         self._order = SampleOrder(len(images), cfg.seed, self._repeats)
@@ -149,7 +156,7 @@ class TrainingStream:
         image_sets = [self.images]
         if self.classes is not None:
             image_sets.append(self.classes)
-        varying = None  # an image with random crops
+        varying = None  # name of an image with random crops
         for images in image_sets:
             for entry, size in zip(images.entries, target_sizes(self.cfg, images), strict=True):
                 if varying is None and not has_one_crop(self.cfg, entry.size, size):
@@ -158,9 +165,8 @@ class TrainingStream:
         choice = self.cfg.cache_latents
         if choice == "yes" and varying is not None:
             raise UserError(
-                f"--cache_latents yes needs images that are always cropped alike, and '{varying}'"
-                " is not of the shape that it is cut to: add --center_crop, or drop"
-                " --cache_latents."
+                f"--cache_latents yes needs images that always have the same crop, but '{varying}'"
+                " does not have the shape of its crop: add --center_crop, or drop --cache_latents."
             )
         fits = sum(map(len, image_sets)) <= MAX_CACHED_LATENTS
         self._has_cache = choice == "yes" or (choice == "auto" and fits)
@@ -168,17 +174,17 @@ class TrainingStream:
         self._reads_ahead = varying is not None or not self._has_cache
 
     def is_cached(self, sample: TrainingSample) -> bool:
-        """Test that the latents of a sample are cached, for all samples with the same content."""
+        """Return whether a sample's latents are cached for all samples with the same content."""
         original_size = sample.images.entries[sample.index].size
         return self._has_cache and has_one_crop(self.cfg, original_size, sample.size)
 
     def summary(self) -> str:
-        """Numbers and sizes of the training images, in a few words."""
+        """Describe the numbers and sizes of the training images in a few words."""
         summary = counted(len(self.images), "image")
         if self.cfg.concepts:
             concepts = self.cfg.concept_configs
             names = [concept.concept for concept in concepts]
-            counts = Counter(self.images.values_of_images(names))  # images by the concept's name
+            counts = Counter(self.images.values_of_images(names))  # images per concept
             parts = []
             for concept in concepts:
                 parts.append(f"{concept.concept} {counts[concept.concept]} x {concept.repeats}")
@@ -200,7 +206,7 @@ class TrainingStream:
         return summary
 
     def captions(self) -> list[str]:
-        """All different captions that training can use."""
+        """Return all distinct captions that training can use."""
         texts = self._captions.all_texts()
         if self.classes or self.cfg.prior_prediction_weight:
             texts += [str(concept.class_prompt) for concept in self.cfg.concept_configs]
@@ -211,15 +217,15 @@ class TrainingStream:
     def batches(
         self, schedule: Sequence[MicroBatchPlace], step_size: int
     ) -> Iterator[tuple[MicroBatchPlace, list[TrainingSample]]]:
-        """Yield the samples of each (step, slots): instance samples, then as many class samples.
+        """Yield each micro-batch's place and samples: instance samples, then any class samples.
 
         Args:
-            schedule: micro-batches of a process, in the order of training.
-            step_size: number of slots of a step, over all processes.
+            schedule: places of the micro-batches of one process, in the order of training.
+            step_size: number of slots in a step, over all processes.
         """
         loader = DataLoader(
             _Pictures(self, schedule, step_size),
-            batch_size=None,  # an item has the pictures of a micro-batch
+            batch_size=None,  # each item is already a whole micro-batch
             shuffle=False,
             num_workers=self.cfg.dataloader_num_workers if self._reads_ahead else 0,
             worker_init_fn=_ignore_signals,
@@ -231,7 +237,7 @@ class TrainingStream:
             yield place, samples
 
     def samples(self, place: MicroBatchPlace, step_size: int) -> list[TrainingSample]:
-        """The samples of a micro-batch; see `batches`."""
+        """Return the samples of a micro-batch; see `batches`."""
         step, slots = place
         kinds = [INSTANCE]
         if self.classes:
@@ -243,7 +249,7 @@ class TrainingStream:
         return samples
 
     def sample(self, step: int, slot: int, step_size: int, kind: str) -> TrainingSample:
-        """The sample of one slot of one step; ``kind`` is `INSTANCE` or `CLASS`."""
+        """Return the sample of a step's slot; ``kind`` is `INSTANCE` or `CLASS`."""
         position = step * step_size + slot
         instance_order = self._instance_order(step_size)
         if kind == INSTANCE:
@@ -259,8 +265,8 @@ class TrainingStream:
             index = self._class_order.sample(position)
             config = self._class_configs[index]
             caption = str(config.class_prompt)
-            # Class images are cropped to the size of their step's instance images, since latents of
-            # a micro-batch have one size.
+            # Class images are cropped to the size of the step's instance images, since all latents
+            # of a micro-batch have the same size.
             size = self.sizes[instance_order.sample(step * step_size)]
         crop = sample_crop(
             images.entries[index].size,
@@ -272,7 +278,7 @@ class TrainingStream:
         return TrainingSample(images, config, kind, index, slot, crop, size, caption)
 
     def _instance_order(self, step_size: int) -> SampleOrder | KindsOrder:
-        """The order of the instance images; all images of a step have the same size."""
+        """Return the order of the instance images; all images of a step have the same size."""
         if self._has_one_size:
             return self._order
         if self._order_by_size is None or self._order_by_size.step_size != step_size:
@@ -281,16 +287,16 @@ class TrainingStream:
 
 
 def _ignore_signals(_: int) -> None:
-    """Ignore Ctrl-C in a data loader process: the training process handles it."""
+    """Ignore Ctrl-C and SIGTERM in a data loader process: the training process handles them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _Pictures(Dataset):
-    """Pixels and masks of a schedule's micro-batches; None for samples with cached latents.
+    """A data set of micro-batches: each sample's pixels and mask, or None if latents are cached.
 
-    They are read in data loader processes, if there are any. Only pixels are sent from there:
-    samples refer to the image set, which would be sent with each of them.
+    Data loader processes read the images, if there are any. The processes return pixels and masks,
+    not samples, since each sample would bring its image set along.
     """
 
     def __init__(
@@ -317,7 +323,7 @@ class _Pictures(Dataset):
 
 
 def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:
-    """Every image once, center-cropped and not mirrored, for the grid loss."""
+    """Yield each image once, center-cropped and not mirrored, for measurements."""
     sizes = target_sizes(cfg, images)
     configs = images.values_of_images(cfg.concept_configs)
     for index, caption in enumerate(fixed_texts(cfg, images)):
@@ -327,17 +333,17 @@ def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Traini
             size,
             center_crop=True,
             random_flip=False,
-            generator=generator("grid"),  # its numbers are not used here
+            generator=generator("grid"),  # not used: these crops are not random
         )
         yield TrainingSample(images, configs[index], GRID, index, 0, crop, size, caption)
 
 
 def target_sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[Size]:
-    """The size of each image's crop."""
+    """Return the size of each image's crop."""
     buckets = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     return [nearest_bucket(entry.size, buckets) for entry in images.entries]
 
 
 def has_one_crop(cfg: DreamBoothConfig, size: Size, target: Size) -> bool:
-    """Test that every sample of an image of this size has the same crop."""
+    """Return whether all samples of an image of this size have the same crop."""
     return cfg.center_crop or covering_size(size, target) == target

@@ -1,4 +1,4 @@
-"""DreamBooth fine-tuning of image models (Ruiz et al. 2023; paper, Section 5.4 and H.3)."""
+"""DreamBooth fine-tuning of image models (Ruiz et al. 2023; paper, Sections 5.4 and H.3)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .stream import INSTANCE, TrainingSample, TrainingStream
 from .validation import ValidationSample, write_images
 from .validation_model import ValidationModel
 
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # attention of CLIP's text encoders
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # attention in CLIP's text encoders
 
 
 class DreamBooth:
@@ -52,8 +52,8 @@ class DreamBooth:
     Args:
         pipeline: a loaded pipeline with its `Origin`.
         stream: the instance images, and the class images if there are any.
-        validation: held-out images.
-        validation_model: another model that images are sampled from.
+        validation: the held-out images.
+        validation_model: another model that generates the validation images.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DreamBooth:
         self.stream = stream
         self.validation = validation
         self.validation_model = validation_model
-        # The pipeline of validation images.
+        # The pipeline that generates validation images.
         self.sampled_pipeline = validation_model.pipeline if validation_model else pipeline
         self.num_samples = stream.num_samples
         self.has_heldout = validation is not None
@@ -78,7 +78,7 @@ class DreamBooth:
         denoiser = self.family.model(pipeline)
         self.layers = select_layers(cfg.lora_layers or [ATTENTION], self.family, denoiser)
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
-        encoders: list[Any] = []  # those that are trained
+        encoders: list[Any] = []  # the trained text encoders
         if cfg.train_text_encoder:
             for name in self.family.encoders:
                 encoder = getattr(pipeline, name)
@@ -86,7 +86,7 @@ class DreamBooth:
                 self.models[name] = encoder
         self.adapted_models = nn.ModuleList(self.models.values())
         self.frozen = read_frozen_of_run(cfg, pipeline, self.models)
-        self.start: dict[str, dict[str, Tensor]] = {}  # first values of primaries from a file
+        self.start: dict[str, dict[str, Tensor]] = {}  # initial values of primaries, from a file
         source = cfg.lora_sources.get("init_from")
         if source is not None:
             self.start = read_start(source, pipeline, self.targets(), cfg.base_model)
@@ -104,15 +104,15 @@ class DreamBooth:
         if cfg.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
 
-        self.prompts: PromptCache | None = None  # None also while the text encoders are trained
-        self._source: Encoder | None = None  # encoder of an earlier run, whose latents are reused
+        self.prompts: PromptCache | None = None  # None if the text encoders are trained
+        self._source: Encoder | None = None  # encoder of an earlier run, to reuse its latents
 
     def data_summary(self) -> str:
-        """Numbers and sizes of the training images, in a few words."""
+        """Describe the numbers and sizes of the training images in a few words."""
         return self.stream.summary()
 
     def targets(self) -> list[Target]:
-        """The trained models: the denoiser and, if they are trained, the text encoders."""
+        """Return the trained models: the denoiser and, if they are trained, the text encoders."""
         cfg = self.cfg
         spec = AdapterSpec.from_options(cfg, target_modules=self.layers)
         encoder_spec = replace(spec, target_modules=TEXT_TARGETS)
@@ -129,7 +129,7 @@ class DreamBooth:
         return targets
 
     def training_content(self) -> list[SampleContent]:
-        """Names and hashes of the training images, and of the class images."""
+        """Return names and hashes of the training images and the class images."""
         samples = self.stream.images.sample_contents()
         if self.stream.classes is not None:
             for class_image in self.stream.classes.sample_contents():
@@ -138,13 +138,13 @@ class DreamBooth:
         return samples
 
     def heldout_content(self) -> list[SampleContent]:
-        """Names and hashes of the held-out images."""
+        """Return names and hashes of the held-out images."""
         if self.validation is None:
             return []
         return self.validation.sample_contents()
 
     def with_config(self, cfg: DreamBoothConfig) -> DreamBooth:
-        """The same models, latents and prompts for a run with another configuration; see `Task`."""
+        """Return a task with the same models, latents and prompts for another configuration."""
         stream = TrainingStream(cfg, self.stream.images, self.stream.classes)
         task = DreamBooth(cfg, self.pipeline, stream, self.validation, self.validation_model)
         task.prompts = self.prompts
@@ -162,21 +162,21 @@ class DreamBooth:
         if self.cfg.chooses_by_samples:
             self.prompts.add([""])
         if self.cfg.validation_prompts:
-            # "" is the negative prompt of an image without one.
+            # The negative prompt of an image is "" if none is given.
             negatives = [sample.negative_prompt for sample in self.cfg.samples]
             self.prompts.add([*self.cfg.validation_prompts, "", *negatives])
         if self.family.flow:
             self.prompts.release()
 
     def read_encoders(self) -> None:
-        """Load the weights of deferred text encoders, since a prompt is not cached."""
+        """Load the weights of deferred text encoders, which is needed if a prompt is not cached."""
         for name in self.family.encoders:
             read = self.pipeline.origin.loaders.pop(name, None)
             if read is not None:
                 setattr(self.pipeline, name, read())
 
     def to_device(self, device: torch.device) -> None:
-        """Move the models to a device, embed all prompts there, and set up the cache of latents."""
+        """Move the models to a device, embed all prompts, and set up encoder and measurements."""
         self.device = device
         vae = self.pipeline.vae
         space = self.family.latent_space(vae)
@@ -194,7 +194,7 @@ class DreamBooth:
                 encoder.to(device)
         elif self.prompts is None:
             self.embed(device)
-        # After the text encoders are done: both may not fit on the device.
+        # Moved after the text encoders have finished, since both may not fit on the device.
         self.module.denoiser.to(device)
         self.grid: GridLoss | None = None
         self.sampled: SampledDistance | None = None
@@ -204,10 +204,10 @@ class DreamBooth:
                 self.sampled = SampledDistance(self, self.validation)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
-        """The module's inputs for captions; an empty caption is guidance's negative prompt."""
+        """Return the module's inputs for captions. "" gives the default negative prompt."""
         if self.cfg.train_text_encoder:
-            # The embedding of "" changes at each step. As in the pipeline, the module uses zeros
-            # instead.
+            # If the pipeline replaces the embedding of "" by zeros, as SDXL base does, so does the
+            # module.
             zeros = self.pipeline.config.force_zeros_for_empty_prompt
             has_text = torch.tensor([bool(caption) or not zeros for caption in captions])
             return {"ids": tokenize(self.pipeline, captions), "has_text": has_text}
@@ -223,11 +223,11 @@ class DreamBooth:
         samples: Sequence[TrainingSample],
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
-        """The module's inputs for n images.
+        """Return the module's inputs for n images.
 
         Args:
             latents, noise: (n, c, h, w).
-            level_index: numbers of the noise levels, (n,).
+            level_index: indices of the noise levels, (n,).
             is_instance: True for an instance image, False for a class image, (n,).
             masks: masks of the latents' size, (1, h, w) each; None for an image without a mask.
         """
@@ -248,27 +248,27 @@ class DreamBooth:
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
-        """Micro-batches in the schedule's order, with their noise and noise levels."""
+        """Yield micro-batches in the schedule's order, with their noise and noise levels."""
         for (step, slots), samples in self.stream.batches(schedule, step_size):
             yield self._micro_batch(step, slots, samples)
 
     def _micro_batch(
         self, step: int, slots: tuple[int, ...], samples: Sequence[TrainingSample]
     ) -> MicroBatch:
-        """The micro-batch of instance samples, one for each slot, and class samples after them."""
-        latents = []  # one for each sample, as in the other lists
+        """Build the micro-batch of instance samples, one for each slot, and then class samples."""
+        latents = []  # this list and the next ones have one entry for each sample
         noise = []
         level_indices = []
         masks = []
         digests = []
         for sample, posterior in zip(samples, self.encoder(samples), strict=True):
-            # Seeded by the sample, so that the result does not depend on how a batch is split.
+            # The seed depends on the sample alone, not on how a batch is split.
             random = generator(self.cfg.seed, "noise", step, sample.index, sample.slot, sample.kind)
             latent = self.encoder.space.encode(posterior.sample(random)[None])[0]  # (c, h, w)
             sample_noise = torch.randn(latent.shape, generator=random)
             level_index = self.module.noise_schedule.sample_level_index(random)
             if self.cfg.noise_offset:
-                # Sampled last, so that noise and noise level are the same without an offset.
+                # Sampled last, so that noise and noise level are the same as without an offset.
                 offset = torch.randn(len(latent), 1, 1, generator=random)
                 sample_noise += self.cfg.noise_offset * offset
             latents.append(latent)
@@ -290,7 +290,7 @@ class DreamBooth:
         if self.cfg.prior_prediction_weight:
             inputs[PRIOR] = self.condition([str(sample.cfg.class_prompt) for sample in samples])
             held_weights[PRIOR] = self.cfg.prior_prediction_weight
-        # Counted from 1, as in the log, so that a resumed run holds in the same steps.
+        # Steps are counted from 1, as in the log. A resumed run holds in the same steps.
         if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
             held_weights[UNCONDITIONAL] = self.cfg.hold_unconditional
         if held_weights:
@@ -299,8 +299,8 @@ class DreamBooth:
                 for prompt, weight in held_weights.items()
             }
         if self.cfg.guided_target > 1:
-            # Class images and dropped captions keep the plain target: class images are samples of
-            # the base model, dropped captions train the unconditional prediction.
+            # Class images and dropped captions keep the plain target: class images are generated by
+            # the base model, and dropped captions train the unconditional prediction.
             is_guided = torch.tensor(
                 [sample.kind == INSTANCE and sample.caption != "" for sample in samples]
             )
@@ -320,14 +320,14 @@ class DreamBooth:
         )
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Losses on held-out and training images (`GridLoss`); {} without held-out images.
+        """Return losses on held-out and training images (`GridLoss`); {} without held-out images.
 
-        With them the distance of samples, where the run goes by it (`SampledDistance`).
+        With ``--choose_by samples`` they include the distance of samples (`SampledDistance`).
         """
         if self.grid is None:
             return {}
         with evaluating:
-            # An assistant acts in this loss as in training, but not in samples.
+            # An assistant is active in the loss, as in training, but not in generated images.
             with adapters.joined_by(self.adapted_models, ASSISTANT):
                 values = self.grid()
             if self.sampled is not None:
@@ -338,13 +338,13 @@ class DreamBooth:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Sample the validation images into ``validation/step-N``; returns no metrics."""
+        """Write the validation images into ``validation/step-N``. The result has no metrics."""
         samples = self.cfg.samples
         if not samples:
             return {}
         images: list[Image] = []
         with evaluating, self.sampling():
-            # Neighbours with the same size, guidance, steps and strength share a batch.
+            # Consecutive samples with the same size, guidance, steps and strength share a batch.
             for _, batch in itertools.groupby(samples, lambda sample: sample.batch_settings):
                 images += self.sample_images(list(batch))
         shared_settings = self.cfg.sampler_settings
@@ -355,7 +355,7 @@ class DreamBooth:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Context manager: activates what only sampling uses; for `sample_images`."""
+        """Prepare `sample_images`: evaluation mode, sampling LoRA and validation model."""
         with ExitStack() as stack:
             stack.enter_context(inference(self.module))
             stack.enter_context(adapters.joined_by(self.adapted_models, SAMPLING))
@@ -364,10 +364,10 @@ class DreamBooth:
             yield
 
     def sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
-        """Images of samples with the same `ValidationSample.batch_settings`."""
+        """Generate the images of samples that share `ValidationSample.batch_settings`."""
         prompts = [sample.prompt for sample in samples]
         negatives = [sample.negative_prompt for sample in samples]
-        embeddings = None  # text encoders that are trained have to embed the prompts again
+        embeddings = None  # trained text encoders must embed the prompts again
         if self.prompts is not None:
             embeddings = self.prompts.embed(prompts), self.prompts.embed_captions(negatives)
         shared = samples[0]
@@ -389,7 +389,7 @@ class DreamBooth:
             )
 
     def _memory_fix(self, count: int) -> str:
-        """What the user can do where the memory is too small to sample so many images."""
+        """Return advice for the user if the memory is too small for ``count`` images."""
         fixes = []
         if min(count, self.cfg.sample_batch_size) > 1:
             fixes.append(f"lower --sample_batch_size (now {self.cfg.sample_batch_size})")

@@ -1,10 +1,10 @@
-"""Validation images: parse flags to typed samples, and write images with an index.
+"""Validation images: parse prompts to typed samples, and write images with an index.
 
-    flags or a recipe -> `read_prompts` -> `samples_of` -> `DreamBooth.validate`, which samples the
-    images by `sampling.generate` -> `write_images` into ``validation/step-N`` -> `read_index` for
+    flags or a recipe -> `read_prompts` -> `samples_of` -> `DreamBooth.validate`, which generates
+    images with `sampling.generate` -> `write_images` into ``validation/step-N`` -> `read_index` for
     the viewer and the model card
 
-This file does not import torch, since options are read before torch is imported.
+This module does not import torch, since options are read before torch is imported.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from ..run.record import image_file_name
 from .options import ImageOptions
 
 INDEX = "index.json"
-MAX_IMAGES = 10_000  # limit of an index's entries that are read; the viewer shows no more
+MAX_IMAGES = 10_000  # maximum number of index entries to read; the viewer shows no more
 MAX_INDEX_BYTES = 20_000_000
-# In sd-scripts: embedded guidance, sampler, control image, start image, truncated and renormalized
-# guidance, flow shift.
+# Settings of sd-scripts without a counterpart here: embedded guidance, sampler, control image,
+# start image, truncated guidance, renormalized guidance and flow shift.
 UNSUPPORTED_SETTINGS: dict[str, tuple[str, str]] = dict.fromkeys(
     ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),
-    ("of kohya's settings it is left out", "write `--l` for guidance, or drop it"),
+    ("this setting of sd-scripts is not supported", "write `--l` for guidance, or drop it"),
 )
 # A letter must follow the dashes: "10--20" and "a -- b" are text.
 SETTING_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
@@ -53,17 +53,19 @@ SETTING_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Settings of a validation prompt; None for the run's setting."""
+    """Settings of a validation prompt. None means the run's setting."""
 
     section: ClassVar[str] = "a validation prompt"
 
-    negative_prompt: str | None = option(None, "What guidance leads away from.", aliases=("--n",))
+    negative_prompt: str | None = option(None, "Negative prompt.", aliases=("--n",))
     seed: int | None = like(StepOptions, "seed", default=None, aliases=("--d",))
-    width: int | None = option(None, "In pixels.", range=SIDES, aliases=("--w",))
-    height: int | None = option(None, "In pixels.", range=SIDES, aliases=("--h",))
-    guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
-    steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
-    strength: float | None = option(None, "Of the adapter.", range=STRENGTHS, aliases=("--am",))
+    width: int | None = option(None, "Width in pixels.", range=SIDES, aliases=("--w",))
+    height: int | None = option(None, "Height in pixels.", range=SIDES, aliases=("--h",))
+    guidance: float | None = option(None, "Guidance scale.", range=GUIDANCES, aliases=("--l",))
+    steps: int | None = option(None, "Sampler steps.", range=SAMPLER_STEPS, aliases=("--s",))
+    strength: float | None = option(
+        None, "Strength of the adapter.", range=STRENGTHS, aliases=("--am",)
+    )
     guidance_from: float | str | None = like(
         ImageOptions, "validation_guidance_from", default=None, ignored=()
     )
@@ -73,15 +75,15 @@ def read_prompts(
     items: Sequence[str | dict[str, Any]],
     flag: str = "--validation_prompts",
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Split prompts into texts and settings; the settings have the names of `PromptOptions`.
+    """Split prompts into texts and settings. The settings have the names of `PromptOptions`.
 
     Args:
-        items: mappings of a recipe, or texts in the form of kohya's sd-scripts
+        items: mappings from a recipe, or texts in the form of kohya's sd-scripts
             (``line_to_prompt_dict``), such as ``a dog --n blurry --w 832``.
-        flag: option of the prompts, for messages.
+        flag: the option that gives the prompts, for messages.
 
     Raises:
-        UserError: a setting is unknown, malformed or out of its range, or there is no prompt.
+        UserError: a setting is unknown, malformed or out of range, or a prompt has no text.
     """
     parser = CommandLine([PromptOptions], "", "", UNSUPPORTED_SETTINGS)
     prompts: list[str] = []
@@ -92,7 +94,7 @@ def read_prompts(
             explicit = parser.explicit(flags)
             # A flag and its short form are the same setting.
             if len(explicit) < len(flags):
-                raise UserError("a setting stands twice: keep one.")
+                raise UserError("a setting is given twice: keep one.")
             check(options_of([PromptOptions]), {**parser.defaults(), **explicit})
         prompts.append(prompt)
         settings.append(explicit)
@@ -105,11 +107,11 @@ def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
     if isinstance(item, str):
         # "a dog --n blurry --w 832" -> "a dog", "n blurry", "w 832"
         text, *flags = SETTING_FLAG.split(item)
-        # A text without settings is used as it is, with its spaces.
+        # A text without settings is not changed and keeps its spaces.
         prompt = text.strip() if flags else text
         for flag in flags:
             name, *values = flag.split(None, 1)
-            settings.append((name.lower(), "".join(values)))  # options refuse the value ""
+            settings.append((name.lower(), "".join(values)))  # "" is refused later
     else:
         prompt = item.get("prompt")
         # Null in a recipe means that the setting is not given.
@@ -117,7 +119,7 @@ def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
             if value is not None and name != "prompt":
                 settings.append((name, value))
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError("there is no prompt: put one text before its settings.")
+        raise UserError("there is no prompt: put a text before the settings.")
     for name, value in settings:
         if not isinstance(value, str):
             raise UserError(f"{quoted(name)} is {quoted(value)}: give a single value.")
@@ -131,14 +133,14 @@ class ValidationSample:
     prompt: str
     negative_prompt: str
     seed: int
-    strength: float  # of the adapter; 1 is as trained
-    width: int  # in pixels, as the height
-    height: int
-    guidance: float | None  # scale; None for the model's usual one
-    steps: int | None  # of the sampler; None for the model's usual number
-    # Unconditional prediction: "adapter", "base", or the strength of the adapter in it
+    strength: float  # strength of the adapter; 1 is the trained strength
+    width: int  # in pixels
+    height: int  # in pixels
+    guidance: float | None  # guidance scale; None for the model's default
+    steps: int | None  # number of sampler steps; None for the model's default
+    # Model for the unconditional prediction: "adapter", "base", or the adapter's strength in it.
     guidance_from: float | str = ADAPTER_GUIDANCE
-    concept: str = ""  # name of the concept that the prompt belongs to; "" for one of the run
+    concept: str = ""  # name of the prompt's concept; "" for a prompt of the run
 
     @property
     def batch_settings(self) -> tuple[Any, ...]:
@@ -147,7 +149,7 @@ class ValidationSample:
         return self.height, self.width, guidance, self.steps, self.strength
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; the concept only if there is one."""
+        """Return all fields, but ``concept`` only if there is one."""
         values = asdict(self)
         if not self.concept:
             del values["concept"]
@@ -155,7 +157,7 @@ class ValidationSample:
 
 
 def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
-    """The sample of a prompt without settings, from a run's options."""
+    """Build the sample of a prompt without settings from a run's options."""
     return ValidationSample(
         prompt=prompt,
         negative_prompt="",
@@ -170,16 +172,16 @@ def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
 
 
 def samples_of(cfg: ImageOptions) -> list[ValidationSample]:
-    """The samples of a run from its options, in the order of their files.
+    """Build the samples of a run from its options, in the order of their files.
 
-    The samples of one prompt have consecutive seeds; those of the next prompt follow.
+    The samples of each prompt have consecutive seeds and come one after another.
     """
     prompts = cfg.validation_prompts
     settings = cfg.validation_settings or [{} for _ in prompts]  # [] if no prompt has settings
     samples = []
     for prompt, prompt_settings in zip(prompts, settings, strict=True):
         first_sample = replace(usual_sample(cfg, prompt), **prompt_settings)
-        # The same seeds at each step, so that images of several steps can be compared.
+        # The seeds are the same at each step, so that images of different steps can be compared.
         for number in range(cfg.num_validation_images):
             samples.append(replace(first_sample, seed=first_sample.seed + number))
     return samples
@@ -196,8 +198,9 @@ def write_images(
 
     Args:
         folder: folder of the step, which is created.
-        with_settings: write the sample's settings into each file, as the text chunk "settings".
-        shared_settings: settings of all samples, which are recorded with their own.
+        samples, images: the images, and the sample of each.
+        with_settings: write each sample's settings into its file, as the text chunk "settings".
+        shared_settings: settings that all samples share, to record together with their own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -209,36 +212,36 @@ def write_images(
             information.add_itxt("settings", json.dumps(settings, ensure_ascii=False))
         image.save(folder / image_file_name(number), pnginfo=information)
         entries.append({"file": image_file_name(number), **settings})
-    # Last, so that all files of an index exist.
+    # The index is written last, so that all of its files exist.
     write_text(folder / INDEX, dump_json({"images": entries}))
 
 
 @dataclass(frozen=True)
 class ValidationImage:
-    """An entry of an index: an image file of the step's folder and its prompt."""
+    """An entry of an index: an image file in the step's folder, its prompt and its settings."""
 
     file: str
     prompt: str
-    seed: int | None = None  # of its noise; None if it is not known
-    guidance: float | None = None  # scale; None for the model's usual one, or if it is not known
-    guidance_from: float | str | None = None  # see `ValidationSample`; None if it is not known
+    seed: int | None = None  # seed of the noise; None if unknown
+    guidance: float | None = None  # guidance scale; None for the model's default, or if unknown
+    guidance_from: float | str | None = None  # see `ValidationSample`; None if unknown
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
-    """Read the images of a step's folder, in order.
+    """Read the index of a step's folder; return its entries in order.
 
     Args:
         path: path of the index.
-        config: the run's options, from which the images are derived without an index.
+        config: the run's options, from which the entries are derived if there is no index.
 
     Raises:
-        UserError: the index is damaged, or names a file that is not in the folder itself.
+        UserError: the index is damaged, or names a file that is not directly in the folder.
     """
     if not os.path.exists(path):
         return derive_index(config)
     name = f"{path.parent.name}/{path.name}"
     text = read_text(path, name, MAX_INDEX_BYTES)
-    damaged = UserError(f"{name} is damaged: delete it, and the order of the files counts.")
+    damaged = UserError(f"{name} is damaged: delete it to use the order of the files.")
     try:
         entries = json.loads(text)["images"][:MAX_IMAGES]
         images = []
@@ -252,7 +255,7 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
             images.append(image)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
-    # The index may come from someone else.
+    # The index may come from someone else, so its values are checked.
     for image in images:
         texts = (image.file, image.prompt)
         if not all(isinstance(text, str) and is_text(text) for text in texts):
@@ -263,14 +266,14 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
             is_number = type(image.guidance) in (int, float)
             if not is_number or not 0 <= image.guidance <= GUIDANCES.maximum:
                 raise damaged
-        # Neither a path out of the folder, nor a name that can't be opened.
+        # Paths out of the folder and names that can't be opened are refused.
         if image.file != Path(image.file).name or "\0" in image.file:
             raise damaged
     return images
 
 
 def derive_index(config: Mapping[str, Any]) -> list[ValidationImage]:
-    """Derive the images of a folder without an index: the same number of files for each prompt."""
+    """Derive the entries of a folder without an index. Each prompt has the same number of files."""
     images: list[ValidationImage] = []
     for prompt in config.get("validation_prompts") or ():
         for _ in range(config.get("num_validation_images") or 0):

@@ -1,7 +1,7 @@
-"""``--validation_model``: sample with the weights of another model, such as a distilled one.
+"""``--validation_model``: generate images with another model's weights, such as a distilled one's.
 
-The other model has the shape of the trained one. Its weights take the place of the base weights
-while images are sampled, so that all adapters act on it, and are on the CPU otherwise:
+The weights of the other model have the same shapes as those of the trained model. They replace the
+base weights while images are generated, so all adapters act on them. Otherwise they are on the CPU:
 
     model = load_validation_model(cfg, pipeline, dtype)
     with model.acting():
@@ -32,7 +32,7 @@ FIX = f"give another {FLAG}"
 
 @dataclass
 class ValidationModel:
-    """Another model of the base model's kind, of which images are sampled.
+    """Another model of the base model's class, whose weights generate the validation images.
 
     Attributes:
         pipeline: pipeline with the other model's configuration and scheduler, whose denoiser is the
@@ -47,14 +47,14 @@ class ValidationModel:
 
     @property
     def bytes_(self) -> int:
-        """Size of the weights."""
+        """Size of the weights in bytes."""
         return sum(weight.nbytes for weight in self.weights.values())
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """Put the weights in the place of the base weights, which are restored to the bit."""
-        # Base weights on the CPU, in their order, with the tensors that they belong to. One layer
-        # after another, so that the device has no second copy of more than one.
+        """Replace the base weights within the context, and restore them exactly afterwards."""
+        # Pairs of a tensor and its base weight, which is moved to the CPU. Tensors are replaced one
+        # at a time, so that the device never holds two versions of more than one of them.
         base_weights: list[tuple[Tensor, Tensor]] = []
         try:
             for name, tensor in base_tensors(self.denoiser).items():
@@ -67,7 +67,7 @@ class ValidationModel:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model without its adapters, by their names without adapters."""
+    """Return a model's parameters and buffers without adapters, by their base-model names."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not is_adapter_weight(name):
@@ -83,10 +83,11 @@ def load_validation_model(
     Args:
         pipeline: the loaded base model, without adapters.
         dtype: dtype of its denoiser.
-        weights: False for weights that take no memory.
+        weights: False to build the model without weights, which takes no memory.
 
     Raises:
-        UserError: it can't be loaded, or its denoiser has other weights than the base model's.
+        UserError: the model can't be loaded, or its denoiser's weights have other names or shapes
+            than the base model's.
     """
     name = cfg.validation_model
     if name is None:
@@ -111,10 +112,10 @@ def load_validation_model(
         shapes = [list(group[key].shape) for group in (tensors, other_tensors) if key in group]
         if len(shapes) == 1 or shapes[0] != shapes[1]:
             raise UserError(
-                f'{FLAG} "{name}" has another shape than the base model at {key}'
-                f" ({' and '.join(map(str, shapes))}): give a model that was made from it."
+                f'{FLAG} "{name}" differs in shape from the base model at {key}'
+                f" ({' and '.join(map(str, shapes))}): give a model that was derived from it."
             )
-    # Encoders only where they are trained: those of other runs are deleted before training.
+    # Encoders are kept only if they are trained; other runs delete them before training.
     parts = {part: None for part in family.encoders if not cfg.train_text_encoder}
     components = {**pipeline.components, **parts}
     del components["scheduler"]

@@ -17,27 +17,27 @@ from ..core.errors import UserError
 from ..methods.base import unwrap
 from ..methods.bilora.auxiliary import check_groups
 
-# Name that TRL's trainers give to the copy of an adapter, the reference of a preference loss
+# TRL's name for the copy of an adapter that is the reference of a preference loss.
 REFERENCE = "ref"
-# Optimizers that keep or replace weights themselves, so that the projection would miss them
+# Optimizers that keep or replace weights themselves, which the projection would miss.
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse a trainer that would not train Bi-LoRA correctly.
+    """Check that a trainer can train Bi-LoRA correctly.
 
     Raises:
-        UserError: it is not a `Trainer` or has Bi-LoRA already, its engine shards or replaces
-            parameters, its optimizer is not supported, or it has `model_init`.
+        UserError: the object is not a `Trainer` or already has Bi-LoRA, its engine shards or
+            replaces parameters, its optimizer is not supported, or it has `model_init`.
     """
     if not isinstance(trainer, Trainer):
         raise UserError(
-            f"use_bilora got a {type(trainer).__name__}; give a Trainer of Transformers or TRL, or "
+            f"use_bilora got a {type(trainer).__name__}; pass a Trainer of Transformers or TRL, or "
             "use attach in your own training loop."
         )
     if hasattr(trainer, "bilora"):
-        raise UserError("use_bilora was called for this trainer already; call it once.")
-    # A member of an enumeration of Transformers, or its value
+        raise UserError("use_bilora was already called for this trainer; call it only once.")
+    # `optim` is a member of a Transformers enum, or its value.
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     has_other_weights = optim.startswith(_OTHER_WEIGHTS) or optim.endswith("layerwise")
     facts = {
@@ -59,27 +59,27 @@ def unsuited_engine(trainer: Any) -> str | None:
     if is_sagemaker_mp_enabled():
         return "SageMaker model parallelism"
     engine = trainer.accelerator.distributed_type
-    # In one process, or with DDP, each process has all parameters, which the ball's norm needs.
+    # The ball's norm needs all parameters in each process, as with a single process or with DDP.
     has_all_parameters = engine == DistributedType.NO or engine.value.startswith("MULTI_")
     return None if has_all_parameters else str(engine.value)
 
 
 def check_model(trainer: Any, bilora: BiLoRA) -> None:
-    """Refuse a trainer for another model, or one that ignores the adapter of the output layer.
+    """Check that a trainer has the model with the adapters and uses all of them.
 
     Raises:
-        UserError: the trainer's model is not the one with the adapters, or TRL would leave an
-            adapter out or turn the auxiliary off.
+        UserError: the trainer's model is not the one with the adapters, or TRL would ignore an
+            adapter or disable the auxiliary.
     """
     if trainer.model is not bilora.model:
-        fix = "give the trainer the model that you gave to attach"
+        fix = "give the trainer the model that you passed to attach"
         if isinstance(trainer.model, PeftModel):
-            fix = "remove peft_config, since the model has the adapters already"
+            fix = "remove peft_config, since the model already has the adapters"
         raise UserError(
             f"The trainer's model is a {type(trainer.model).__name__}, not the "
-            f"{type(bilora.model).__name__} that was given to attach; {fix}."
+            f"{type(bilora.model).__name__} that was passed to attach; {fix}."
         )
-    # TRL's trainers compute logits and loss at once, from the weight of the output layer.
+    # TRL's trainers compute logits and loss in one step, from the output layer's weight.
     packages = [base.__module__.partition(".")[0] for base in type(trainer).__mro__]
     output_head = adapters.output_head(trainer.model)
     if "trl" in packages and isinstance(output_head, adapters.LoraLayer):
@@ -87,24 +87,24 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
             "target_modules names the output layer, but TRL's trainers use its weight without the "
             'adapter; remove it from target_modules ("all-linear" does not include it).'
         )
-    # TRL copies the adapter of a PeftModel as its reference, and after each pass with the copy it
-    # activates one adapter only.
+    # TRL copies a PeftModel's adapter as its reference. After each pass with the copy, it activates
+    # only one adapter.
     if "trl" in packages and REFERENCE in getattr(trainer.model, "peft_config", {}):
         raise UserError(
-            f"{type(trainer).__name__} copied the model's adapter as its reference, and would turn"
-            " the auxiliary off after each use of the copy; give it a model without adapters, which"
-            " use_bilora adds, or merge_and_unload the trained adapter first."
+            f"{type(trainer).__name__} copied the model's adapter as its reference and would"
+            " disable the auxiliary after each use of the copy; pass a model without adapters,"
+            " since use_bilora adds them, or call merge_and_unload on the trained adapter first."
         )
 
 
 def check_trainable(bilora: BiLoRA) -> None:
-    """Refuse parameters that would not be saved, or would lose small updates.
+    """Check that all trainable parameters would be saved and keep small updates.
 
     Raises:
         UserError: a parameter of the base model is trainable, or an adapter is in half precision.
     """
     trained_parameters = []
-    # Refuses an init that still needs a gradient.
+    # `param_groups` raises UserError if the init still needs a gradient.
     for group in bilora.param_groups(lr=0.0):
         trained_parameters += group["params"]
     trained_ids = {id(parameter) for parameter in trained_parameters}
@@ -117,28 +117,28 @@ def check_trainable(bilora: BiLoRA) -> None:
     for parameter in trained_parameters:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                f"The adapters are in {parameter.dtype}, in which small updates are lost "
-                "(bf16_full_eval and fp16_full_eval cast them); train before such an evaluation, "
-                "or attach them again."
+                f"The adapters are in {parameter.dtype}, which loses small updates (bf16_full_eval "
+                "and fp16_full_eval cast adapters); train before such an evaluation, or attach the "
+                "adapters again."
             )
 
 
 def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
-    """Refuse an optimizer that does not ascend on the auxiliary and project it.
+    """Check that an optimizer's steps ascend on the auxiliary and project it.
 
     Raises:
-        UserError: it has other parameter groups, or was not bound.
+        UserError: the optimizer has other parameter groups, or was not bound.
     """
     method = bilora._method
     check_groups(unwrap(optimizer), method.result_parameters(), method.auxiliary_parameters())
     if not is_bound(optimizer, bilora):
         raise UserError(
-            "The trainer uses another optimizer than the one that was bound, so the auxiliary "
-            "would not be projected; let the trainer create it, or give the bound one as "
+            "The trainer's optimizer is not the one that was bound, so the auxiliary would not be "
+            "projected; let the trainer create its optimizer, or pass the bound one as "
             "optimizers=(optimizer, None)."
         )
 
 
 def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
-    """Test that the auxiliary is projected after the steps of this optimizer."""
+    """Return whether the auxiliary is projected after each step of this optimizer."""
     return bilora._method.optimizer is unwrap(optimizer)

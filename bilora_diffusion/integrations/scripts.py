@@ -1,4 +1,4 @@
-"""Command line, model and data of the trainer scripts in ``examples/``."""
+"""Command-line parsing and loading of models and data for the trainer scripts in ``examples/``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..text.options import TextModelOptions
 class _Parser(HfArgumentParser):
     """A parser that raises a `UserError` instead of printing 60 lines of usage."""
 
-    # A command for the error message when a required argument is missing
+    # Example command for the message about a missing required argument.
     example: str
 
     def error(self, message: str) -> NoReturn:
@@ -32,13 +32,13 @@ class _Parser(HfArgumentParser):
 def parse(
     options_class: type, args_class: type, words: Sequence[str] | None, example: str
 ) -> tuple[Any, Any]:
-    """Parse a command line into the options of a script and those of its trainer.
+    """Parse a command line into a script's options and its trainer's arguments.
 
     Args:
         options_class: dataclass of the script's options.
         args_class: `TrainingArguments` or a subclass; each field is a flag.
-        words: arguments; None uses those of the process.
-        example: command for the error message when a required argument is missing.
+        words: command-line arguments; None uses those of the process.
+        example: example command for the message about a missing required argument.
 
     Returns:
         An instance of each class.
@@ -51,8 +51,8 @@ def parse(
     parser = _Parser(classes)
     parser.example = example
     if not torch.accelerator.is_available():
-        # TRL's default is bf16, which Transformers refuses on a CPU. The last of two equal flags
-        # is used, so the user can still set it.
+        # TRL's default is bf16, which Transformers refuses on a CPU. If a flag is repeated, the
+        # last one counts, so the user can still set it.
         words = ["--bf16", "False", *words]
     with as_user_error("the arguments of the trainer are invalid", "correct them"):
         options, args, unknown_words = parser.parse_args_into_dataclasses(
@@ -75,10 +75,10 @@ def parse(
 
 
 def load_model(name: str, kind: str) -> tuple[Any, Any]:
-    """Load a model in fp32, and its tokenizer.
+    """Load a model in fp32 and its tokenizer.
 
     Args:
-        name: hub id, folder, or a model that a Python package has: "smollm2" or "minilm".
+        name: hub id, folder, or a model from a Python package: "smollm2" or "minilm".
         kind: "causal", "seq2seq" or "classification".
 
     Raises:
@@ -95,7 +95,7 @@ def load_rows(name: str) -> Any:
     """Load the rows of a JSONL file, or the training split of a dataset on the hub or in a folder.
 
     Raises:
-        UserError: they can't be loaded.
+        UserError: the data can't be loaded.
     """
     import datasets
 

@@ -1,7 +1,8 @@
 """Bi-LoRA in Transformers' `Trainer` and its subclasses: training steps, saving and evaluation.
 
-A checkpoint of such a trainer has the primary and `bilora_state.safetensors`, with both adapters as
-they are trained and, in its metadata, their settings.
+A checkpoint of such a trainer contains the primary as a PEFT adapter and
+`bilora_state.safetensors`, which has both adapters in their training form and, in its metadata,
+their settings.
 """
 
 from __future__ import annotations
@@ -33,34 +34,34 @@ from ..run.settings import require_same_settings
 from . import checks
 
 STATE = "bilora_state.safetensors"
-# The trainer's own files; without them it would resume with a new optimizer, without a warning.
+# Files of the trainer. Without them, it would resume with a new optimizer and no warning.
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt")
 
 _VERSION = 2
 
 
 def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) -> BiLoRA:
-    """Train Bi-LoRA with a trainer of Transformers or TRL; call it once, before `train`.
+    """Set up a trainer of Transformers or TRL to train Bi-LoRA; call it once, before `train`.
 
-    `learning_rate` and `weight_decay` apply to the primary. The auxiliary has the same learning
-    rate, or the config's, and no weight decay. Both follow the schedule. `max_grad_norm` and the
-    logged `grad_norm` are the primary's, since the ball bounds the auxiliary. Evaluation and
-    prediction use the primary alone, and so does everything after `train`. A callback that runs the
-    model during training should do so within `bilora.evaluating()`.
+    `learning_rate` and `weight_decay` apply to the primary. The auxiliary has no weight decay, and
+    its learning rate is the same unless the config sets one. Both rates follow the schedule.
+    `max_grad_norm` and the logged `grad_norm` apply to the primary only, since the ball bounds the
+    auxiliary. Evaluation, prediction and everything after `train` use the primary alone. A callback
+    that runs the model during training should do so within `bilora.evaluating()`.
 
-    The trainer saves a plain PEFT LoRA adapter, the primary. A checkpoint also has the
-    auxiliary, in `bilora_state.safetensors`, and `resume_from_checkpoint` resumes exactly.
+    The trainer saves the primary as a plain PEFT LoRA adapter. A checkpoint also contains the
+    auxiliary, in `bilora_state.safetensors`, so `resume_from_checkpoint` resumes exactly.
 
     Args:
-        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer`, `DPOTrainer` or your subclass.
-        bilora: configuration of the adapters; or the object that `attach` returned, if the adapters
+        trainer: `Trainer`, `Seq2SeqTrainer`, `SFTTrainer`, `DPOTrainer` or your own subclass.
+        bilora: configuration of the adapters, or the object that `attach` returned if the adapters
             must exist before the trainer (quantized models, your own optimizer).
 
     Returns:
-        The object that `attach` returns. With init "lora-ga" call its `initialise` before `train`.
+        The object that `attach` returns. With init "lora-ga", call its `initialise` before `train`.
 
     Raises:
-        UserError: the engine shards parameters, the trainer has `model_init` or another model than
+        UserError: the engine shards parameters, the trainer has `model_init` or a model other than
             the one with the adapters, or the optimizer is not supported.
     """
     checks.check_trainer(trainer)
@@ -71,7 +72,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
     # TRL casts the adapters of a quantized model to bf16.
     for name in (PRIMARY, AUXILIARY):
         adapters.cast_adapter_dtype(bilora.model, name)
-    # The trainer exists already, so its class is replaced by one with `WithBiLoRA` before it.
+    # The trainer already exists, so replace its class with a subclass that has the mixin.
     trainer.__class__ = _with_bilora(type(trainer))
     cast(WithBiLoRA, trainer).bilora = bilora
     trainer.add_callback(_OptimizerWatch(bilora))
@@ -89,10 +90,10 @@ def _with_primary(name: str) -> Any:
 
 
 class WithBiLoRA(Trainer):
-    """A mixin that `use_bilora` puts before the class of a trainer."""
+    """A mixin that `use_bilora` puts in front of a trainer's class."""
 
     bilora: BiLoRA
-    _is_evaluating: bool = False  # the primary alone is active
+    _is_evaluating: bool = False  # whether the primary alone is active
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         checks.check_trainable(self.bilora)
@@ -105,7 +106,7 @@ class WithBiLoRA(Trainer):
             self._is_evaluating = True
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create an optimizer for both adapters, unless there is one, and bind it."""
+        """Create an optimizer for both adapters if there is none, and bind it."""
         if self.optimizer is None:
             class_and_options = self.optimizer_cls_and_kwargs
             if class_and_options is None:
@@ -118,9 +119,9 @@ class WithBiLoRA(Trainer):
             if not is_class or not issubclass(optimizer_class, torch.optim.Optimizer):
                 raise UserError(
                     f"optimizer_cls_and_kwargs names {optimizer_class!r}, which creates"
-                    " groups of its own; give a subclass of torch.optim.Optimizer."
+                    " groups of its own; pass a subclass of torch.optim.Optimizer."
                 )
-            # Each group has its learning rate, since the auxiliary's may differ.
+            # Each group has its own learning rate, since the auxiliary's may differ.
             rate = options.get("lr", self.args.learning_rate)
             groups = self.bilora.param_groups(lr=rate, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **options)
@@ -136,12 +137,12 @@ class WithBiLoRA(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is not None:
             return grad_norm
-        # An infinite bound does not clip; the call returns the norm.
+        # With an infinite bound the call clips nothing and only returns the norm.
         return self.accelerator.clip_grad_norm_(self.bilora.clip_parameters(), float("inf"))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Context manager that disables the auxiliary; it can be nested."""
+        """Disable the auxiliary within the context. Contexts can be nested."""
         if self._is_evaluating:
             yield
             return
@@ -190,7 +191,7 @@ class WithBiLoRA(Trainer):
 
 
 class _OptimizerWatch(TrainerCallback):
-    """Checks that the trainer's optimizer is the bound one, and that its steps project."""
+    """A callback that checks that the trainer's optimizer is bound and its steps project."""
 
     def __init__(self, bilora: BiLoRA) -> None:
         self.bilora = bilora
@@ -203,26 +204,26 @@ class _OptimizerWatch(TrainerCallback):
         self.steps_before = self.bilora._method.steps_taken
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        # By a gradient scaler, for gradients that are not finite.
+        # A gradient scaler skips steps whose gradients are not finite.
         is_skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
         if not is_skipped and self.bilora._method.steps_taken == self.steps_before:
             raise UserError(
                 f"{type(kwargs['optimizer']).__name__} took a step after which the auxiliary was "
-                "not projected; use an optimizer of torch.optim."
+                "not projected; use an optimizer from torch.optim."
             )
 
 
 @cache
 def _with_bilora(trainer_class: type[Trainer]) -> type[Trainer]:
-    """Create the subclass of a trainer's class with Bi-LoRA."""
+    """Create the subclass of a trainer's class that trains Bi-LoRA."""
     name = f"BiLoRA{trainer_class.__name__}"
     return type(name, (WithBiLoRA, trainer_class), {"__module__": __name__})
 
 
 def _check_version(trainer_class: type[Trainer]) -> None:
-    """Refuse a version of Transformers without a method that `WithBiLoRA` overrides."""
+    """Check that this version of Transformers has all methods that `WithBiLoRA` overrides."""
     for name, value in vars(WithBiLoRA).items():
-        # All other functions of the mixin override one of the trainer.
+        # All other functions of the mixin override a method of the trainer.
         is_added = name == "_evaluating" or not callable(value)
         if not is_added and not hasattr(trainer_class, name):
             raise UserError(
@@ -232,7 +233,7 @@ def _check_version(trainer_class: type[Trainer]) -> None:
 
 
 def write_state(folder: Path, bilora: BiLoRA) -> None:
-    """Write both adapters and the method's state into a checkpoint that has the primary.
+    """Add both adapters and the method's state to a checkpoint.
 
     Raises:
         TrainingError: the file can't be written.
@@ -262,17 +263,18 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
                 "checkpoint that was written with use_bilora and save_only_model=False."
             )
     settings, tensors = _read_state(folder / STATE)
-    config = json.loads(json.dumps(asdict(bilora.config)))  # as JSON has it: lists, no tuples
+    config = json.loads(json.dumps(asdict(bilora.config)))  # as in the file: lists, not tuples
     removed.require_neutral(settings["config"])
     require_same_settings(settings["config"], config, removed.OPTIONS.keys())
     current_tensors = bilora._method.tensors()
     for name, value in current_tensors.items():
-        # A tensor that is missing in the file is replaced by an empty one, which never equals it.
+        # A tensor that is missing from the file becomes an empty one, which never equals `value`.
         saved_value = tensors.get(name, value[:0])
         if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), saved_value):
             raise UserError(
-                f'init "{bilora.config.init}" gave the primary other values than in {folder}, so '
-                "the base weights differ; use the same model (and the same samples)."
+                f'init "{bilora.config.init}" gave the primary values that differ from those in '
+                f"{folder}, so the base weights differ too; use the same model (and the same "
+                "samples)."
             )
     load_tensors(current_tensors, tensors)
     bilora._method.load_state_dict(settings["method"])
@@ -293,11 +295,11 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
     paths = {adapters.peft_path(key) for key in (*primary, *heads)}
     missing = sorted(paths - saved.keys())
     if missing:
-        raise UserError(f"{missing[0]} is missing in {path}; the file belongs to another model.")
+        raise UserError(f"{missing[0]} is missing from {path}; the file belongs to another model.")
     saved_primary = {}
     for key, parameter in primary.items():
-        # If init changed the base weights, the file has [B, -B0] and [A; A0]; the primary is the
-        # first part.
+        # If the init changed the base weights, the file has [B, -B0] and [A; A0]; the primary is
+        # the first part of each.
         first_part = tuple(slice(size) for size in parameter.shape)
         saved_primary[key] = saved[adapters.peft_path(key)][first_part]
     load_tensors(primary, saved_primary)

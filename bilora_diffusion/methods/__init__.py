@@ -1,7 +1,7 @@
-"""The fine-tuning methods. Each file of this folder that registers a method makes it known.
+"""The fine-tuning methods. Any file in this folder can register one.
 
-The files are imported when a method is first needed: torch and PEFT take seconds, for which a
-script's ``--help`` does not wait. Therefore all options of the methods are in `options`.
+The files are imported when a method is first needed: importing torch and PEFT takes seconds, and a
+script's ``--help`` does not need them. Therefore the options of all methods are in `options`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         register,
     )
 
-# Names of this package that need every method to be registered, and where they are defined.
+# Names of this package that need all methods to be registered, with the modules that define them.
 MODULE_OF_NAME = {
     "Method": "base",
     "StepOptimizer": "base",
@@ -49,6 +49,6 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _register_all() -> None:
-    """Import every file of this folder, in alphabetical order."""
+    """Import every module of this package in alphabetical order, which registers the methods."""
     for module in walk_packages(__path__, f"{__name__}."):
         import_module(module.name)

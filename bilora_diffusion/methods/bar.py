@@ -21,11 +21,11 @@ from .registry import register
 
 
 class BAR(CountingMethod, ABC):
-    """Balances the factors of each layer before each optimizer step.
+    """Base class of methods that balance each layer's factors before each optimizer step.
 
-    One factor is multiplied by 1 - alpha_t lr_t, the other by 1 + alpha_t lr_t, with the learning
-    rate of the step. A subclass says which one shrinks. Steps that a gradient scaler skips change
-    nothing, and a step does not change a layer without a gradient.
+    One factor is multiplied by 1 - alpha_t lr_t and the other by 1 + alpha_t lr_t, where lr_t is
+    the learning rate of step t. A subclass chooses the factor that shrinks. Steps that a gradient
+    scaler skips change nothing, and layers without a gradient are not balanced.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
@@ -37,28 +37,28 @@ class BAR(CountingMethod, ABC):
         self._hook: RemovableHandle | None = None
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Balance before every step of `optimizer`.
+        """Balance the factors before every step of `optimizer`.
 
         Raises:
-            UserError: it lacks a parameter of the adapters, or can't have hooks.
+            UserError: the optimizer lacks a parameter of the adapters, or can't have hooks.
         """
         optimizer = unwrap(optimizer)
-        # Only checked here and read again in each step: accelerate's `prepare` and a resume replace
-        # the groups.
+        # The rates are only checked here. Each step reads them again, since accelerate's `prepare`
+        # and a resume replace the groups.
         rates = _learning_rates(optimizer)
         for path, layer in self.layers:
             A, B = weights(layer, PRIMARY)
             if id(A) not in rates or id(B) not in rates:
-                raise UserError(f"The optimizer lacks {path}; make it from param_groups().")
+                raise UserError(f"The optimizer lacks {path}; create it from param_groups().")
         super().bind(optimizer)
         if self._hook is not None:  # the method was bound to another optimizer before
             self._hook.remove()
-        # It does not run in steps that a gradient scaler skips.
+        # The hook does not run in steps that a gradient scaler skips.
         self._hook = optimizer.register_step_pre_hook(self._balance)
 
     @abstractmethod
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
-        """Whether A is the factor that shrinks, of each layer: (layers,) bool."""
+        """Return whether A is the factor that shrinks, for each layer: (layers,) bool."""
 
     @torch.no_grad()
     def _balance(self, optimizer: Optimizer, *_: Any) -> None:
@@ -67,7 +67,8 @@ class BAR(CountingMethod, ABC):
         if self.depends_on_length:
             progress = self.options.progress(self.steps_taken)
             strength *= falling(self.options.bar_schedule, progress)
-        # No step moves a layer without a gradient, and SAM would not balance it either.
+        # Skip layers without a gradient: the step does not move them, and SAM would not balance
+        # them either.
         layers_A: list[nn.Parameter] = []
         layers_B: list[nn.Parameter] = []
         for _path, layer in self.layers:
@@ -78,7 +79,7 @@ class BAR(CountingMethod, ABC):
         if not layers_A:
             return
         rates = _learning_rates(optimizer)
-        # The signs stay on the device: to read which factor shrinks would wait for it.
+        # The signs stay on the device, since reading them would wait for it.
         signs = torch.where(self.shrinks_A(layers_A, layers_B), -1.0, 1.0).unbind()
         for sign, A, B in zip(signs, layers_A, layers_B, strict=True):
             # (1 - alpha_t lr_t) for one factor, (1 + alpha_t lr_t) for the other
@@ -89,12 +90,14 @@ class BAR(CountingMethod, ABC):
 
 @register("lora-obar")
 class LoRAoBAR(BAR):
-    """The factor of the larger norm shrinks (Algorithm 2 of Li et al. 2024a,
-    https://arxiv.org/abs/2410.14802, for problems of one sample or of overparameterized kind).
+    """LoRA-oBAR: the factor with the larger norm shrinks.
+
+    Source: Algorithm 2 of Li et al. 2024a (https://arxiv.org/abs/2410.14802), for overparameterized
+    problems and problems with one sample.
     """
 
     title = "LoRA-oBAR"
-    summary = "Trained as LoRA with factors balanced by their norms at each step (oBAR)."
+    summary = "Trained as LoRA, with the factors balanced by their norms in each step (oBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         return perturb.norms(A) >= perturb.norms(B)
@@ -102,10 +105,10 @@ class LoRAoBAR(BAR):
 
 @register("lora-nbar")
 class LoRAnBAR(BAR):
-    """The factor of the smaller gradient shrinks (Algorithm 3 of Li et al. 2024a)."""
+    """LoRA-nBAR: the factor with the smaller gradient shrinks (Algorithm 3 of Li et al. 2024a)."""
 
     title = "LoRA-nBAR"
-    summary = "Trained as LoRA with factors balanced by their gradients at each step (nBAR)."
+    summary = "Trained as LoRA, with the factors balanced by their gradients in each step (nBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         g_A = [cast(Tensor, factor.grad) for factor in A]
@@ -114,7 +117,10 @@ class LoRAnBAR(BAR):
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """The learning rate of each parameter, by its id; Prodigy's is its estimate d times lr."""
+    """Return each parameter's learning rate by the parameter's id.
+
+    For Prodigy, the learning rate is lr times Prodigy's estimate d.
+    """
     rates: dict[int, float] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

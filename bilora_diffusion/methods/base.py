@@ -1,8 +1,8 @@
-"""The interface of a fine-tuning method: one file, one class, one registration (`registry`).
+"""The interface of fine-tuning methods. Each method is a class that is registered in `registry`.
 
-The loop takes the micro-batches, noise and timesteps of one optimizer step, puts them into a
-closure `forward_backward`, and calls `Method.step(forward_backward, optimizer)`. A method may call
-the closure once (LoRA, Bi-LoRA) or several times; each call sees the same inputs.
+For each optimizer step, the loop puts the micro-batches, noise and timesteps into a closure
+`forward_backward` and calls `Method.step(forward_backward, optimizer)`. A method may call the
+closure once (LoRA, Bi-LoRA) or several times; each call uses the same inputs.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from .options import MethodOptions
 
 @dataclass(frozen=True)
 class Target:
-    """One model to train, and how."""
+    """One model to train, with its training settings."""
 
     name: str  # such as "unet" or "text_encoder"
     model: nn.Module
     spec: AdapterSpec  # shape of the primary
-    lr: float  # of the primary
+    lr: float  # learning rate of the primary
     weight_decay: float = 0.0
-    # Adapters of LoRA files that are added to the trained ones.
+    # Frozen adapters from LoRA files, which are used with the trained ones.
     frozen: tuple[FrozenAdapter, ...] = ()
-    # First values of the primary (`inits.start_from_file`); None for those of `spec.init`.
+    # Initial values of the primary (`inits.start_from_file`); None for those of `spec.init`.
     start: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class TrainedBytes:
-    """Bytes that a method takes in addition to the models (`Method.memory`).
+    """Memory that a method needs in addition to the models, in bytes (`Method.memory`).
 
     Attributes:
-        adapters: bytes of each adapter's parameters, frozen ones too, by its name.
-        gradients: bytes of the gradients of one step.
-        optimized: bytes of the parameters that the optimizer keeps moments of.
-        result: bytes of the parameters that the result consists of.
+        adapters: size of each adapter's parameters by adapter name, including frozen adapters.
+        gradients: size of one step's gradients.
+        optimized: size of the parameters that the optimizer stores moments for.
+        result: size of the parameters that the run exports.
     """
 
     adapters: Mapping[str, int]
@@ -55,7 +55,7 @@ class TrainedBytes:
 
 
 class StepOptimizer(Protocol):
-    """The optimizer that `Method.step` uses; its `step` first clips `result_parameters()`."""
+    """The optimizer of `Method.step`; it clips the gradients of `result_parameters()` first."""
 
     def step(self) -> Any: ...
 
@@ -63,31 +63,31 @@ class StepOptimizer(Protocol):
 
 
 class Method:
-    """A way to fine-tune adapters. The defaults are plain LoRA.
+    """A fine-tuning method. The defaults implement plain LoRA.
 
     Attributes:
-        options: options of all methods; this one uses those in `reads`.
-        rho: the radius that is given, or the method's default.
-        targets: the models given to `setup`.
-        layers: ("target.module path", layer) of each adapted layer of all targets, after `setup`.
-        weights: `result_parameters()`, after `bind`: to collect them is a walk through the models.
+        options: options of all methods; this method uses those in `reads`.
+        rho: the given radius, or the method's default.
+        targets: models that were passed to `setup`.
+        layers: ("target.module path", layer) for each adapted layer of all targets, after `setup`.
+        weights: `result_parameters()`, stored by `bind`, since collecting them takes time.
         depends_on_length: whether a step depends on the length of the run
             (`MethodOptions.num_steps`).
-        on_perturbed: a function to call within a step while the primaries hold A + e_A and B + e_B,
-            and their `.grad` holds e (`train.dynamics` sets it); None to call nothing.
+        on_perturbed: function that is called within a step while the primaries hold A + e_A and
+            B + e_B and their `.grad` holds e (`train.dynamics` sets it); None for no call.
     """
 
-    name: ClassVar[str] = ""  # the name that it is registered under
-    title: ClassVar[str] = ""  # its name in tables and model cards
-    summary: ClassVar[str] = ""  # a sentence or two for model cards
-    # The adapters that it trains, in the order in which they act. A checkpoint has them.
+    name: ClassVar[str] = ""  # name under which the method is registered
+    title: ClassVar[str] = ""  # name in tables and model cards
+    summary: ClassVar[str] = ""  # one or two sentences for model cards
+    # Adapters that the method trains, in the order in which they are active. Checkpoints have them.
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
-    reads: ClassVar[frozenset[str]] = frozenset()  # fields of `MethodFlags` that it uses
-    default_rho: ClassVar[float] = 0.05  # its radius where `MethodOptions.rho` is None
-    default_text_rho: ClassVar[float | None] = None  # the same for text, if it differs
-    passes: ClassVar[int] = 1  # gradients that a step takes: the "Cost" of the paper's Table 3
-    exports_weights: ClassVar[bool] = False  # a run exports models, not adapters
-    # Options under which it trains as plain LoRA does; None if there are none.
+    reads: ClassVar[frozenset[str]] = frozenset()  # fields of `MethodFlags` that the method uses
+    default_rho: ClassVar[float] = 0.05  # radius if `MethodOptions.rho` is None
+    default_text_rho: ClassVar[float | None] = None  # the same for text; None if it is equal
+    passes: ClassVar[int] = 1  # gradients per step, called "Cost" in the paper's Table 3
+    exports_weights: ClassVar[bool] = False  # whether runs export models instead of adapters
+    # Options with which the method trains like plain LoRA; None if there are none.
     lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
@@ -103,7 +103,7 @@ class Method:
 
     @classmethod
     def usual_rho(cls, modality: str) -> float | None:
-        """The radius where none is given, for "image" or "text"; None for a method without one."""
+        """Return the default radius for "image" or "text"; None for a method without a radius."""
         if "rho" not in cls.reads:
             return None
         if modality == "text" and cls.default_text_rho is not None:
@@ -113,15 +113,15 @@ class Method:
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """Inject the adapters into every target, activate them, and fuse their forward.
 
-        Random values come from torch's global generator, those of the primaries first, so that two
-        methods have equal primaries after the same seed. A frozen adapter that acts in training
-        comes after the trained ones.
+        Random values come from torch's global generator, the primaries' first, so all methods have
+        equal primaries after the same seed. A frozen adapter that is active in training comes after
+        the trained adapters.
 
         Returns:
             The optimizer's parameter groups (keys: params, lr, weight_decay, name).
 
         Raises:
-            UserError: a target that can't have the adapters.
+            UserError: a target can't have the adapters.
         """
         self.targets = tuple(targets)
         self.inject_adapters()
@@ -139,16 +139,17 @@ class Method:
         return self.param_groups(self.targets)
 
     def inject_adapters(self) -> None:
-        """Put the primary on every target.
+        """Inject the primary into every target.
 
-        A method with further adapters adds them after all primaries, for equal random values.
+        A method with further adapters injects them after all primaries, so that the primaries get
+        the same random values in all methods.
         """
         for target in self.targets:
             if not adapters.adopt(target.model, target.spec, PRIMARY):
                 adapters.inject(target.model, target.spec, PRIMARY)
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, with the rates and decays of `targets`."""
+        """Return the optimizer's parameter groups, with each target's rate and weight decay."""
         groups: list[dict[str, Any]] = []
         for target in targets:
             groups.append(
@@ -162,10 +163,10 @@ class Method:
         return groups
 
     def result_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
-        """The parameters that the result consists of, which are clipped.
+        """Return the parameters that a run exports, whose gradients are clipped.
 
-        Of each target the primary's come first, then those of modules that are trained whole
-        with it (`AdapterSpec.modules_to_save`).
+        For each target, the primary's parameters come first, then those of the modules that are
+        trained in full with it (`AdapterSpec.modules_to_save`).
 
         Args:
             targets: models whose parameters are returned; None for all.
@@ -179,20 +180,20 @@ class Method:
         return parameters
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Receive the torch optimizer, once before the first step.
+        """Connect the method to the torch optimizer, before the first step.
 
-        A method may check it, read it or put hooks on its steps.
+        A method may check the optimizer, read it, or add hooks to its steps.
         """
-        # From here on the parameters stay the same objects, since the optimizer holds them.
+        # From now on the parameters stay the same objects, since the optimizer refers to them.
         self.weights = self.result_parameters()
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         """Take one optimizer step.
 
         Args:
-            forward_backward: runs all micro-batches of this step, leaves the mean gradient in
-                `.grad`, and returns the mean loss.
-            optimizer: steps, and clears the gradients.
+            forward_backward: closure that runs all micro-batches of this step, leaves the mean
+                gradient in `.grad`, and returns the mean loss.
+            optimizer: optimizer that takes the step and clears the gradients.
 
         Returns:
             The loss, a 0-d tensor.
@@ -203,10 +204,10 @@ class Method:
         return loss
 
     def tensors(self) -> dict[str, Tensor]:
-        """Detached tensors of the models for a checkpoint.
+        """Return detached tensors of the models for a checkpoint.
 
-        They are every trained parameter, and what an init took out of the base weights. Keys are
-        "target/adapter/module path.lora_A.weight" and the like.
+        These are all trained parameters, and the factors that an init subtracted from the base
+        weights. Keys have the form "target/adapter/module path.lora_A.weight".
         """
         tensors: dict[str, Tensor] = {}
         for target in self.targets:
@@ -220,7 +221,10 @@ class Method:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Let only the primary act within the context, by PEFT's own forward, as in an export."""
+        """Use only the primary, with PEFT's own forward, within the context.
+
+        This is how an exported file is used.
+        """
         with ExitStack() as stack:
             for target in self.targets:
                 stack.enter_context(fused.unfused(target.model))
@@ -228,29 +232,29 @@ class Method:
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Values of the last step for the log. Reading them waits for the device."""
+        """Return values of the last step for the log. Reading them waits for the device."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a resume beyond the tensors and the optimizer, as JSON values."""
+        """Return the state that a resume needs besides tensors and optimizer, as JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
+        """Restore the state that `state_dict` returned.
 
         Raises:
             UserError: the state belongs to another method.
         """
         if state.keys() != self.state_dict().keys():
             raise UserError(
-                f"The saved state of the method has the keys {sorted(state)}, but {self.name} keeps"
-                f" {sorted(self.state_dict())}; resume with the method of the run's start."
+                f"The method's saved state has the keys {sorted(state)}, but {self.name} needs"
+                f" {sorted(self.state_dict())}; resume with the method that started the run."
             )
 
     def memory(self) -> TrainedBytes:
-        """Bytes that the method takes in addition to the models, after `setup`.
+        """Return the memory that the method needs in addition to the models, after `setup`.
 
-        Weights on the device "meta", which take no memory, count like others.
+        Weights on the "meta" device, which take no memory, are counted like others.
         """
         by_adapter: dict[str, int] = {}
         for adapter in (*self.adapters, INITIAL, *FROZEN):
@@ -263,7 +267,7 @@ class Method:
 
 
 class CountingMethod(Method):
-    """A method that counts its steps, also over a resume."""
+    """A method that counts its steps, including those before a resume."""
 
     steps_taken = 0
 
@@ -276,17 +280,17 @@ class CountingMethod(Method):
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers, such as accelerate's or a scheduler's.
+    """Return the torch optimizer inside wrappers such as accelerate's or a scheduler's.
 
     Raises:
-        UserError: there is none that can have hooks.
+        UserError: there is no torch optimizer inside, so hooks are not possible.
     """
-    # accelerate's wrapper is a torch optimizer by its class, but without the hooks of one.
+    # accelerate's wrapper is a subclass of torch's optimizer but lacks its hooks.
     while "_optimizer_step_post_hooks" not in getattr(optimizer, "__dict__", {}):
         if not hasattr(optimizer, "optimizer"):
             raise UserError(
                 f"bind got a {type(optimizer).__name__}, which is not a torch.optim.Optimizer and "
-                "can't be hooked; give the torch optimizer."
+                "can't have hooks; pass the torch optimizer."
             )
         optimizer = cast(Any, optimizer).optimizer
     return optimizer

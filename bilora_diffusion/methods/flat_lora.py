@@ -24,12 +24,13 @@ from .registry import register
 class FlatLoRA(CountingMethod):
     """min over B, A of E_N L(W0 + s B A + N), with a new N in each optimizer step.
 
-    Row i of N has the standard deviation f rho ||W'_i|| / sqrt(n) with W' = W0 + s B A of n columns
-    and f = (1 - cos(pi t / T)) / 2. All micro-batches of a step have the same noise. It is a
-    function of seed, step and layer, so every process has the same. The noisy weights of the
-    adapted layers are copies, so that the weights keep their exact values.
+    Row i of N has the standard deviation f rho ||W'_i|| / sqrt(n), where W' = W0 + s B A has n
+    columns and f = (1 - cos(pi t / T)) / 2. The noise depends only on seed, step and layer, so all
+    micro-batches and all processes use the same noise. It is added to copies of the adapted layers'
+    weights, so the weights themselves keep their exact values.
 
-    Source: Li et al. 2024b (https://arxiv.org/abs/2409.14396); rho 0.05 (T5, Llama), 0.1 (SDXL).
+    Source: Li et al. 2024b (https://arxiv.org/abs/2409.14396), with rho = 0.05 for T5 and Llama and
+    0.1 for SDXL.
     """
 
     title = "Flat-LoRA"
@@ -40,7 +41,7 @@ class FlatLoRA(CountingMethod):
     default_rho: ClassVar[float] = 0.1
     default_text_rho: ClassVar[float | None] = 0.05
 
-    # The noisy weights, whose memory is reused: new memory would take time in each step.
+    # Memory for the noisy weights. It is reused, since allocating it in each step would take time.
     _buffers: Sequence[Tensor] = ()
 
     def __init__(self, options: MethodOptions | None = None) -> None:
@@ -49,7 +50,7 @@ class FlatLoRA(CountingMethod):
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         self.steps_taken += 1
-        # During the pass W0 + N replaces the frozen weights W0; A and B stay.
+        # During the pass, W0 + N replaces the frozen weights W0; A and B do not change.
         weights = [adapters.base_weight(layer) for _, layer in self.layers]
         with perturb.replaced(weights, self._noisy_weights(weights)):
             loss = forward_backward()
@@ -58,7 +59,7 @@ class FlatLoRA(CountingMethod):
         return loss
 
     def _noisy_weights(self, weights: Sequence[nn.Parameter]) -> Sequence[Tensor]:
-        """The base weights with the noise of this step."""
+        """Return the base weights plus the noise of this step."""
         if not self._buffers:
             self._buffers = [torch.empty_like(weight, requires_grad=False) for weight in weights]
         strength = self.rho * rising("cosine", self.options.progress(self.steps_taken))
@@ -68,7 +69,7 @@ class FlatLoRA(CountingMethod):
             seed = seed_of(self.options.seed, "flat-lora", self.steps_taken, path)
             noisy_weight(layer, strength, seed, out=self._buffers[index])
 
-        # torch makes normal numbers on one CPU thread, so the layers are dealt to threads.
+        # torch generates normal numbers on one CPU thread, so distribute the layers over threads.
         threads = torch.get_num_threads() if weights[0].device.type == "cpu" else 1
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill_buffer, range(len(weights))))
@@ -80,30 +81,30 @@ def noisy_weight(layer: adapters.LoraLayer, strength: float, seed: int, out: Ten
     """Write the base weight of one layer plus normal noise into a tensor.
 
     Args:
-        layer: the layer.
-        strength: f rho; row i gets the standard deviation strength * ||W'_i|| / sqrt(n).
+        layer: layer with the primary.
+        strength: f rho; the noise of row i has the deviation strength * ||W'_i|| / sqrt(n).
         seed: seed of this layer's noise in this step.
-        out: a tensor like the weight.
+        out: output tensor with the weight's shape and device.
     """
     rows = adapters.base_rows(layer)  # (m, n)
     A = cast(Tensor, layer.lora_A[PRIMARY].weight).detach().flatten(1)
     B = cast(Tensor, layer.lora_B[PRIMARY].weight).detach().flatten(1)
     norms = row_norms(rows, A, B * layer.scaling[PRIMARY])  # (m,)
     deviation = strength * norms / math.sqrt(rows.shape[1])
-    # The generator is on the weight's device, so CPU and GPU have different noise for one seed.
+    # The generator is on the weight's device, so the noise for a seed differs between CPU and GPU.
     generator = torch.Generator(rows.device).manual_seed(seed)
     noise = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=rows.dtype)
     out.copy_(adapters.from_rows(layer, noise.mul_(deviation[:, None]).add_(rows)))
 
 
 def row_norms(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """||W'_i|| for W' = W + B A, (m,), without forming W'.
+    """Return ||W'_i|| for W' = W + B A, (m,), without forming W'.
 
     ||w_i + b_i A||^2 = ||w_i||^2 + 2 b_i (A w_i) + b_i (A A^T) b_i^T.
 
     Args:
-        rows: w, (m, n), fp32 or wider.
-        A, B: (r, n) and (m, r); the scale is in B.
+        rows: W, (m, n), in fp32 or wider.
+        A, B: (r, n) and (m, r); B includes the scale.
     """
     A = A.to(rows.dtype)
     B = B.to(rows.dtype)

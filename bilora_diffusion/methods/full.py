@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the targets, no adapter."""
+"""Full fine-tuning: every weight of the targets is trained, and there are no adapters."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .registry import register
 
 @register("full")
 class FullFineTuning(Method):
-    """Gradient descent on W itself; the options of adapters have no effect.
+    """Gradient descent on W itself; options of adapters have no effect.
 
-    ``--dry_run`` prints the memory that it takes.
+    ``--dry_run`` prints the memory that this method needs.
     """
 
     title = "Full FT"
-    summary = "All weights were trained; the folder holds whole models instead of an adapter."
+    summary = "All weights were trained; the folder contains whole models instead of an adapter."
 
     adapters: ClassVar[tuple[str, ...]] = ()
     exports_weights: ClassVar[bool] = True
@@ -39,10 +39,10 @@ class FullFineTuning(Method):
             for name, parameter in target.model.named_parameters():
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     raise UserError(
-                        f"{target.name}.{name} is {parameter.dtype}, in which small updates are "
-                        "lost; load the model in float32 for full fine-tuning."
+                        f"{target.name}.{name} is {parameter.dtype}, which loses small updates; "
+                        "load the model in float32 for full fine-tuning."
                     )
-                # The codes of quantized weights are integers, which have no gradient.
+                # Quantized weights are stored as integers, which have no gradient.
                 parameter.requires_grad_(parameter.is_floating_point())
         return self.param_groups(self.targets)
 
@@ -63,4 +63,4 @@ class FullFineTuning(Method):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        yield  # there are no adapters to switch
+        yield  # there are no adapters to disable

@@ -8,7 +8,7 @@ from .registry import register
 
 @register("lora")
 class LoRA(Method):
-    """The default behaviour of `Method`."""
+    """Plain LoRA, which is the default behavior of `Method`."""
 
     title = "LoRA"
     summary = "Trained as plain LoRA."

@@ -1,4 +1,4 @@
-"""The options of adapters and methods; importing this needs no torch."""
+"""The options of adapters and methods. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..core.values import (
     Range,
 )
 
-# Section of ``--help``.
+# Title of these options' section in ``--help``.
 SECTION = "adapters and method"
 RADII = Range(
     1e6,
-    "no change of the weights is so large, so it would bound nothing",
+    "no weight change is that large, so it would bound nothing",
     greater_than=0,
     instead="; for plain LoRA use the method lora",
 )
@@ -40,74 +40,74 @@ class AdapterOptions:
         "bilora",
         "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
         " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
-        " 2024b) or full (all weights). Runs that differ only here see the same data and noise;"
-        " options of other methods are ignored.",
+        " 2024b) or full (all weights). Runs that differ only in this option use the same data and"
+        " noise; options of other methods are ignored.",
     )
     # Table A8: rank 4, alpha 8, no dropout.
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
     # Derived: `default_lora_alpha`.
     lora_alpha: float = option(
         None,
-        "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (8).",
+        "Alpha: the adapter's output is scaled by alpha/r. Default: twice the rank (8).",
         range=SCALES,
     )
-    lora_dropout: float = option(0.0, "Dropout in front of the adapters, in [0, 1).", range=SHARES)
+    lora_dropout: float = option(0.0, "Dropout of the adapters' inputs, in [0, 1).", range=SHARES)
     init_lora_weights: str = option(
         "default",
-        "How the primary starts: default (A kaiming-uniform, B zero; the paper, PEFT), gaussian (A"
-        " normal, as in diffusers' script), pissa (top singular vectors of W; Meng et al. 2024) or"
-        " lora-ga (of the loss's gradient; Wang et al. 2024). The last two change the base weights;"
-        " the exported file makes up for it.",
+        "Initial values of the primary: default (A kaiming-uniform, B zero; as in the paper and"
+        " PEFT), gaussian (A normal, as in diffusers' scripts), pissa (top singular vectors of W;"
+        " Meng et al. 2024) or lora-ga (singular vectors of the loss's gradient; Wang et al. 2024)."
+        " The last two change the base weights; the exported file corrects for this change.",
         choices=INITS,
     )
-    # The file's hash may not change on resume, its place may: `config.lora_sources`.
+    # On resume, the file's path may change, but not its hash (`config.lora_sources`).
     init_from: str | None = option(
         None,
-        "LoRA file of diffusers, kohya or PEFT, or a run's folder, whose values the primary starts"
-        " with; --rank, --lora_alpha and the layers must be the file's. What the file does is then"
-        " part of what is trained and exported.",
+        "LoRA file (diffusers, kohya or PEFT) or run folder with the primary's initial values;"
+        " --rank, --lora_alpha and the layers must match the file. The trained and exported adapter"
+        " then includes the file's effect.",
         is_path=True,
         may_change_on_resume=True,
     )
     lora_ga_samples: int = option(
         128,
-        "Samples whose mean gradient lora-ga starts from (Wang et al. 2024).",
+        "Number of samples for the mean gradient that lora-ga starts from (Wang et al. 2024).",
         range=Range(10**6, "each is a backward pass before the first step", at_least=1),
-        ignored=(unless("init_lora_weights", "lora-ga", "on this start"),),
+        ignored=(unless("init_lora_weights", "lora-ga", "with this init"),),
     )
     use_dora: bool = option(
-        False, "Train the primary as a DoRA: magnitude and direction separately (Liu et al. 2024)."
+        False, "Train the primary with DoRA: magnitude and direction separately (Liu et al. 2024)."
     )
     quantize: str = option(
         "none",
-        "Hold the frozen weights of the trained models' linear layers in 4 bits, nf4 with double"
+        "Store the frozen weights of the trained models' linear layers in 4 bits: nf4 with double"
         " quantization (QLoRA, Dettmers et al. 2023; needs bitsandbytes).",
         choices=("none", "nf4"),
     )
 
 
 def default_lora_alpha(options: AdapterOptions) -> float:
-    """Twice the rank, as in the paper's tables."""
+    """Return twice the rank, as in the paper's tables."""
     return 2.0 * options.rank
 
 
 @dataclass(frozen=True)
 class MethodFlags:
-    """Options of several methods on the command line; each reads some of them (`Method.reads`)."""
+    """Command-line options of all methods; each method reads some of them (`Method.reads`)."""
 
     section: ClassVar[str] = SECTION
 
     # Derived: `Method.usual_rho`, the method's own radius.
     rho: float | None = option(
         None,
-        "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, for flat-lora 0.1.",
+        "Radius of the auxiliary's ball (bilora, Eq. 8) or of the perturbation (lora-sam, Eq. 4);"
+        " strength of the noise (flat-lora). Default: 0.05; 0.1 for flat-lora.",
         range=RADII,
     )
     rho_norm: str = option(
         "scaled",
-        "bilora: norm that rho bounds: of the weight change with its scale alpha/r, or of the bare"
-        " product BA (Eq. 10 to the letter).",
+        "bilora: norm that rho bounds: scaled (of the weight change, with its scale alpha/r) or"
+        " unscaled (of the product BA alone, Eq. 10 as printed).",
         choices=RHO_NORMS,
     )
     auxiliary_rank: int | None = option(
@@ -118,7 +118,8 @@ class MethodFlags:
     )
     auxiliary_learning_rate: float | None = option(
         None,
-        "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).",
+        "bilora: learning rate of the auxiliary (eta_2 of Eq. 9). Default: the primary's (Appendix"
+        " G).",
         range=RATES.or_zero,
     )
     bar_alpha: float = option(
@@ -126,48 +127,49 @@ class MethodFlags:
     )
     bar_schedule: str = option(
         "constant",
-        "lora-obar, lora-nbar: strength constant, or falling to 0 (Li et al. 2024a).",
+        "lora-obar, lora-nbar: schedule of the strength, constant or falling to 0 (Li et al."
+        " 2024a).",
         choices=SCHEDULES,
     )
 
 
 @dataclass(frozen=True)
 class MethodOptions(MethodFlags):
-    """Options that a method is made with.
+    """Options that a method is created with.
 
     Attributes:
-        num_steps: optimizer steps of the whole run, for schedules; None where they are not known.
+        num_steps: optimizer steps of the whole run, for schedules; None if unknown.
         seed: seed of a method's random numbers, such as Flat-LoRA's noise.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value is outside its range.
     """
 
     num_steps: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # However small a number is: it may ask for a limiting case of a method.
+        # Numbers may be as small as needed for a limiting case of a method.
         check(options_of([MethodFlags]), vars(self), dashes="", smallest=0.0)
 
     def progress(self, step: int) -> float:
-        """`step` as a share of the whole run, in (0, 1] for steps 1, 2, ... num_steps.
+        """Return `step` as a fraction of the whole run, in (0, 1] for steps 1, 2, ... num_steps.
 
         Raises:
-            UserError: num_steps is not known.
+            UserError: `num_steps` is None.
         """
         if self.num_steps is None:
             raise UserError(
-                "A schedule needs the length of the run; give num_steps, the optimizer steps in "
-                "all."
+                "A schedule needs the length of the run; give num_steps, the total number of "
+                "optimizer steps."
             )
         return min(1.0, step / self.num_steps)
 
 
 def rising(schedule: str, progress: float) -> float:
-    """A factor that rises from 0 to 1: "linear", or "cosine", which is (1 - cos(pi t)) / 2.
+    """Return a factor that rises from 0 to 1 with `progress`.
 
-    "constant" is always 1.
+    "linear" is `progress`, "cosine" is (1 - cos(pi * progress)) / 2, and "constant" is always 1.
     """
     if schedule == "constant":
         return 1.0
@@ -177,7 +179,7 @@ def rising(schedule: str, progress: float) -> float:
 
 
 def falling(schedule: str, progress: float) -> float:
-    """A factor that falls from 1 to 0 by the same schedules; "constant" is always 1."""
+    """Return 1 minus the factor of `rising`, which falls from 1 to 0; "constant" is always 1."""
     if schedule == "constant":
         return 1.0
     return 1 - rising(schedule, progress)

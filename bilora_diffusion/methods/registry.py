@@ -1,4 +1,4 @@
-"""The registered methods by name, the options that each reads, and the method of a run."""
+"""Registry of the methods by name, with the options that each method reads."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Make a class decorator that registers a method under `name`.
+    """Create a class decorator that registers a method under `name`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already taken.
     """
 
     def add(cls: M) -> M:
         if name in _METHODS:
             raise ValueError(
-                f'A method "{name}" is registered already: {_METHODS[name].__qualname__}.'
+                f'A method "{name}" is already registered: {_METHODS[name].__qualname__}.'
             )
         cls.name = name
-        # The class's own title: that of a base class may be another method's.
+        # Use only the class's own title, since a base class may be another method.
         cls.title = cls.__dict__.get("title") or name
         _METHODS[name] = cls
         return cls
@@ -38,19 +38,19 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def create(name: str, options: MethodOptions | None = None) -> Method:
-    """Make a method by name.
+    """Create a method by name.
 
     Raises:
-        UserError: no such method.
+        UserError: there is no such method.
     """
     return get(name)(options)
 
 
 def get(name: str) -> type[Method]:
-    """The class of the method of this name.
+    """Return the class of the method with this name.
 
     Raises:
-        UserError: no such method.
+        UserError: there is no such method.
     """
     removed.refuse_method(name)
     if name not in _METHODS:
@@ -60,23 +60,23 @@ def get(name: str) -> type[Method]:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all registered methods, in order of registration."""
+    """Return the names of all registered methods, in order of registration."""
     return tuple(_METHODS)
 
 
 def reads(name: str) -> frozenset[str]:
-    """Names of the options that make a difference to a method."""
+    """Return the names of the options that affect a method."""
     return _METHODS[name].reads
 
 
 def default_options(method: type[Method]) -> dict[str, Any]:
-    """Defaults of the options that a method reads, by their names in alphabetical order."""
+    """Return the defaults of the options that a method reads, sorted by name."""
     defaults = {field.name: field.default for field in fields(MethodOptions)}
     return {name: defaults[name] for name in sorted(method.reads)}
 
 
 def option_names() -> frozenset[str]:
-    """Names of the options that make a difference to some method."""
+    """Return the names of the options that affect at least one method."""
     names: set[str] = set()
     for method in _METHODS.values():
         names |= method.reads
@@ -84,7 +84,7 @@ def option_names() -> frozenset[str]:
 
 
 def for_run(values: Mapping[str, Any], num_steps: int) -> Method:
-    """Make the method that a run's configuration names, with its options.
+    """Create the method that a run's configuration names, with its options.
 
     Args:
         values: values of the fields of a `RunConfig`, by name.

@@ -1,7 +1,7 @@
-"""The embedded miniatures: a small SDXL pipeline, an SD3 pipeline made from it, and their icons.
+"""The embedded miniatures: a small SDXL pipeline, an SD3 pipeline built from it, and their icons.
 
-This file has only paths, so that importing the package is cheap. ``README.md`` in this folder
-is the model card.
+This module has only names and paths, so importing it is cheap. ``README.md`` in this folder is the
+model card.
 """
 
 from __future__ import annotations
@@ -10,41 +10,45 @@ from pathlib import Path
 
 from ..core.errors import UserError
 
-MINI = "mini"  # a model and a set of images
+MINI = "mini"  # the SDXL model, and the set of images in the 3D style
 FLOW = "mini-flow"  # the flow-matching model
-ANIMALS = "mini-animals"  # a second set, so small that adapters soon memorize it
-# Sets in other colors: the set's name -> the original set, and the map in `colors.MAPS`.
+ANIMALS = "mini-animals"  # a second set of images, so small that adapters soon memorize it
+# Sets in other colors, by name: the original set and the color map's name in `colors.MAPS`.
 COLORED = {
     f"{MINI}-duotone": (MINI, "duotone"),
     f"{MINI}-gray": (MINI, "gray"),
     f"{MINI}-pastel": (MINI, "pastel"),
-    f"{ANIMALS}-duotone": (ANIMALS, "duotone"),  # a subject of one file in the style of another
+    f"{ANIMALS}-duotone": (ANIMALS, "duotone"),  # for one file's subject in another file's style
 }
-HELDOUT_SUFFIX = "-heldout"  # suffix of the name of a set's held-out images
+HELDOUT_SUFFIX = "-heldout"  # suffix of the names of held-out sets
 _FOLDER = Path(__file__).resolve().parent
 _FLOW = _FOLDER / "flow"
 
 
 def pipeline_dir() -> Path:
-    """Folder of the pipeline, for ``StableDiffusionXLPipeline.from_pretrained``; in float16."""
+    """Return the float16 pipeline's folder, for ``StableDiffusionXLPipeline.from_pretrained``."""
     return _FOLDER / "pipeline"
 
 
 def flow_dir() -> Path:
-    """Folder of the flow-matching pipeline, for ``StableDiffusion3Pipeline.from_pretrained``.
+    """Return the flow-matching pipeline's folder, for ``StableDiffusion3Pipeline.from_pretrained``.
 
     Raises:
-        UserError: the package was installed from a wheel, which does not have this folder.
+        UserError: the package was installed from a wheel, which does not contain this folder.
     """
     if not _FLOW.is_dir():
-        raise UserError(f"{FLOW} is in the repository only, not in its wheel: train from there.")
+        raise UserError(
+            f"{FLOW} is only in the repository, not in the wheel: train in a clone of the"
+            " repository."
+        )
     return _FLOW
 
 
 def four_steps_file() -> Path:
-    """LoRA file that distills the pipeline to four steps without guidance; see ``README.md``.
+    """Return the LoRA file that lets the pipeline sample in four steps without guidance.
 
-    It is for Euler's scheduler with ``timestep_spacing`` "trailing". A wheel does not have it.
+    The file is for Euler's scheduler with ``timestep_spacing`` "trailing"; see ``README.md``. A
+    wheel does not contain it.
     """
     return _FOLDER / "four_steps.safetensors"
 
@@ -53,7 +57,7 @@ PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 
 def find_embedded(model: str | Path) -> str | None:
-    """The name in ``PIPELINES`` of a model's name or folder, or None."""
+    """Return the name in ``PIPELINES`` of a model that is given by name or folder, or None."""
     if model in PIPELINES:
         return str(model)
     names = {pipeline_dir(): MINI, _FLOW: FLOW}
@@ -61,12 +65,12 @@ def find_embedded(model: str | Path) -> str | None:
 
 
 def train_dir() -> Path:
-    """Folder of the 23 training icons (64 x 64 RGB PNG) and their ``metadata.jsonl``."""
+    """Return the folder of the 23 training icons (64 x 64 RGB PNG) and ``metadata.jsonl``."""
     return _FOLDER / "train"
 
 
 def heldout_dir() -> Path:
-    """Folder of the 128 held-out icons and their ``metadata.jsonl``.
+    """Return the folder of the 128 held-out icons and ``metadata.jsonl``.
 
     The first six show the subjects of the paper's Table 4.
     """
@@ -74,18 +78,19 @@ def heldout_dir() -> Path:
 
 
 def heldout_name(name: str) -> str:
-    """The name of a set's held-out icons, such as "mini-heldout" for "mini"."""
+    """Return the name of a set's held-out icons, such as "mini-heldout" for "mini"."""
     return f"{name}{HELDOUT_SUFFIX}"
 
 
 def color_map(name: str) -> str | None:
-    """The name in `colors.MAPS` of a set's color map, or None for original colors."""
+    """Return the name in `colors.MAPS` of a set's color map, or None for original colors."""
     _, colors = COLORED.get(name.removesuffix(HELDOUT_SUFFIX), (None, None))
     return colors
 
 
-# Folders of icons by set name. The 12 animals of Noto Emoji and the 64 held-out animals have the
-# same form as the others. Sets with a `color_map` are opened in its colors.
+# Folders of icons by set name. The animals, 12 for training and 64 held out, are from Noto Emoji;
+# their format is the same as that of the other icons. A set with a `color_map` uses the folder of
+# its original set, and its colors are mapped when it is opened.
 FOLDERS = {
     MINI: train_dir(),
     heldout_name(MINI): heldout_dir(),

@@ -1,6 +1,6 @@
-"""Fixed color maps, which turn the icons into further styles, and a distance of pictures.
+"""Color maps that give the icons further styles, and a color difference between images.
 
-The mapped picture of a held-out icon is the ideal sample for the icon's caption.
+A held-out icon with its colors mapped is the ideal sample for the icon's caption.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-DARK, LIGHT = (30, 20, 110), (255, 240, 200)  # colors of black and of white in a duotone
-# Factor of each channel's distance from white. A map must keep white light: the autoencoder was
-# trained on white backgrounds only, and can't decode an inverted set.
+DARK, LIGHT = (30, 20, 110), (255, 240, 200)  # RGB of black and of white in a duotone
+# Factor for each channel's distance from white. A map must keep white areas light: the autoencoder
+# was trained only on white backgrounds and can't decode inverted icons.
 PASTEL = 0.4
-SQUARE = 8  # pixels; side of the squares whose mean colors `color_difference` compares
+SQUARE = 8  # side, in pixels, of the squares whose mean colors `color_difference` compares
 
 
 def duotone(image: Image.Image) -> Image.Image:
@@ -28,7 +28,7 @@ def gray(image: Image.Image) -> Image.Image:
 
 
 def pastel(image: Image.Image) -> Image.Image:
-    """Move all channels towards white."""
+    """Move all channels toward white."""
     distance = 255 - np.asarray(image, dtype=np.float64)  # (h, w, 3)
     return Image.fromarray((255 - PASTEL * distance).round().astype(np.uint8))
 
@@ -38,12 +38,15 @@ MAPS = {"duotone": duotone, "gray": gray, "pastel": pastel}
 
 
 def color_difference(image: Image.Image, truth: Image.Image) -> float:
-    """Mean absolute difference of the squares' mean colors, in [0, 1]; fine detail is ignored."""
+    """Compute the mean absolute difference of the squares' mean colors, in [0, 1].
+
+    The means make the difference insensitive to fine detail.
+    """
     return float(np.abs(_mean_colors(image) - _mean_colors(truth)).mean())
 
 
 def _mean_colors(image: Image.Image) -> np.ndarray:
-    """Mean colors of the squares of an image, (rows, columns, 3) in [0, 1]."""
+    """Compute the mean color of each square of an image, (rows, columns, 3) in [0, 1]."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (h, w, 3)
     height, width, _ = pixels.shape
     squares = pixels.reshape(height // SQUARE, SQUARE, width // SQUARE, SQUARE, 3)

@@ -1,8 +1,8 @@
-"""The miniature's scorer: a small CLIP with open_clip's classes for the miniature's images.
+"""The miniature's scorer: a small CLIP, built from open_clip's classes, for the miniature's images.
 
-It measures image-text similarity, and captions images by retrieval from a bank of captions.
-``scorer/README.md`` is its card. Its scores have its ``NAME`` and can't be compared with those of
-the paper, which uses other models.
+The scorer measures the similarity of images and texts, and captions images by retrieval from a bank
+of captions. ``scorer/README.md`` is its model card. Its scores are reported under its ``NAME`` and
+can't be compared with the paper's scores, which come from other models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def scorer_dir() -> Path:
-    """Folder of the embedded scorer, for open_clip's ``local-dir:``."""
+    """Return the folder of the embedded scorer, for open_clip's ``local-dir:``."""
     return _FOLDER / "scorer"
 
 
@@ -32,12 +32,12 @@ def load(
     """Load a scorer with open_clip.
 
     Args:
-        folder: folder in the form of `scorer_dir`, which is the default.
+        folder: folder with the same files as `scorer_dir`; None for `scorer_dir` itself.
 
     Returns:
         model: ``open_clip.model.CLIP``, float32, on the CPU, in eval mode.
         preprocess: PIL image -> (3, 64, 64) float32.
-        tokenize: n strings -> (n, 32) int64; longer strings are cut.
+        tokenize: n strings -> (n, 32) int64; longer strings are truncated.
 
     Raises:
         UserError: open_clip or a file of the folder is missing.
@@ -45,13 +45,13 @@ def load(
     folder = folder or scorer_dir()
     for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: it is a part of the scorer {NAME}")
+            raise UserError(f"{folder / name} is missing: restore it, the scorer {NAME} needs it")
     try:
         import open_clip
     except ImportError as error:
         raise UserError(
-            f"the scorer {NAME} needs open_clip, which is not installed: "
-            "pip install open_clip_torch"
+            f"the scorer {NAME} needs open_clip, which is not installed: run"
+            " `pip install open_clip_torch`"
         ) from error
     source = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(source)
@@ -60,15 +60,20 @@ def load(
 
 
 def captions(folder: Path | None = None) -> list[str]:
-    """The bank of captions: each label in the caption of a 3D icon, then in that of a flat one.
+    """Read the bank of captions: a 3D caption of every label, then a flat caption of every label.
+
+    Args:
+        folder: as in `load`.
 
     Returns:
-        About 3,100 captions, among them "a ToK icon of a rabbit, in the style of ToK".
+        3,140 captions, such as "a ToK icon of a rabbit, in the style of ToK".
 
     Raises:
         UserError: the file is missing.
     """
     path = (folder or scorer_dir()) / CAPTIONS_FILE
     if not path.is_file():
-        raise UserError(f"{path} is missing: it is the bank of captions of the scorer {NAME}")
+        raise UserError(
+            f"{path} is missing: restore it, it is the caption bank of the scorer {NAME}"
+        )
     return path.read_text(encoding="utf-8").splitlines()

@@ -1,1 +1,1 @@
-"""The run folder: log, checkpoints, provenance, model card, push."""
+"""The run folder: its log, checkpoints, provenance, model card and upload."""

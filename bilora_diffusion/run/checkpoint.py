@@ -1,11 +1,11 @@
-"""Checkpoints: written whole or not at all, verified on load, restored bit for bit.
+"""Checkpoints: written atomically, verified on load, restored bit for bit.
 
-``RUN/checkpoints/step-N/`` holds
+``RUN/checkpoints/step-N/`` contains
 
-    adapters.safetensors    every adapter's tensors (the auxiliary too)
-    optimizer.safetensors   the optimizer's tensors, by their place in its ``state_dict``
-    state.json              the rest of that, and the scheduler's, scaler's and extra state
-    digests.json            schema version, and SHA-256 of the other three
+    adapters.safetensors    the tensors of every adapter, including the auxiliary
+    optimizer.safetensors   the optimizer's tensors, by their paths in its ``state_dict``
+    state.json              the rest of that ``state_dict``, and scheduler, scaler and extra state
+    digests.json            the schema version, and the SHA-256 hashes of the other three files
 
 A checkpoint is written to ``.tmp-step-N``, flushed, and renamed.
 """
@@ -45,9 +45,9 @@ ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 DIGESTS = "digests.json"
-# Files whose hashes `DIGESTS` holds.
+# Files whose hashes are in `DIGESTS`.
 FILES = (ADAPTERS, OPTIMIZER, STATE)
-# Bytes that the checkpoints of a run take at most by default; the newest two are kept anyway.
+# Default limit for the size of all checkpoints of a run, in bytes; the newest two are always kept.
 DEFAULT_BYTES = 2_000_000_000
 _NAME = re.compile(r"step-(\d+)")
 
@@ -57,12 +57,12 @@ class Checkpoint:
     """The state of a run. Loaded tensors are on the CPU, in the dtypes they were saved in.
 
     Attributes:
-        step: optimizer steps taken.
+        step: number of optimizer steps taken.
         tensors: tensors of the adapters.
         optimizer: ``state_dict`` of the optimizer.
         scheduler: ``state_dict`` of the learning rate's schedule.
         scaler: ``state_dict`` of the gradient scaler; None without fp16.
-        extra: what else the run needs (configuration, state of the method), as JSON can hold it.
+        extra: other state of the run (configuration, state of the method), as JSON values.
     """
 
     step: int
@@ -74,10 +74,10 @@ class Checkpoint:
 
 
 def save(folder: Path, state: Checkpoint) -> Path:
-    """Write ``folder/checkpoints/step-N`` and return it; call it in one process only.
+    """Write ``folder/checkpoints/step-N`` and return its path; call this in one process only.
 
-    Whatever interrupts it, the folder then holds the earlier checkpoints, and that of this step
-    whole or not at all. Remains of interrupted saves are deleted first.
+    If it is interrupted, earlier checkpoints stay intact, and the new one is either complete or
+    missing. Remains of interrupted saves are deleted first.
 
     Raises:
         TrainingError: the disk is full or read-only; earlier checkpoints stay.
@@ -87,14 +87,14 @@ def save(folder: Path, state: Checkpoint) -> Path:
     final = root / f"step-{state.step}"
     temporary = final.with_name(TEMPORARY + final.name)
     try:
-        # Each `sync` makes the entry of a new folder survive a power failure.
+        # Each `sync` ensures that a new folder survives a power failure.
         root.mkdir(parents=True, exist_ok=True)
         sync(root.parent)
         remove_leftovers(root)
         temporary.mkdir()
         try:
             _write(temporary, state)
-            # A folder can be renamed only to a name that is free.
+            # A folder can only be renamed to an unused name.
             if final.exists():
                 discard(final)
             os.rename(temporary, final)
@@ -105,8 +105,8 @@ def save(folder: Path, state: Checkpoint) -> Path:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TrainingError(
-            f"checkpoint {final} could not be written ({reason}): make room or rights for it and "
-            "resume, earlier checkpoints are untouched"
+            f"checkpoint {final} could not be written ({reason}): free some space or correct the"
+            " permissions, then resume; earlier checkpoints are untouched"
         ) from error
     return final
 
@@ -120,7 +120,7 @@ def _write(folder: Path, state: Checkpoint) -> None:
         "extra": state.extra,
         "optimizer": optimizer_rest,
     }
-    # Python's JSON can hold infinities, of which Prodigy's state has one.
+    # Python's JSON supports infinities; Prodigy's state contains one.
     (folder / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, tensors in ((ADAPTERS, state.tensors), (OPTIMIZER, optimizer_tensors)):
         save_file(separate(tensors), folder / name, metadata={"format": "pt"})
@@ -136,8 +136,8 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint.
 
     Raises:
-        UserError: it is not a checkpoint, a file is missing, truncated or altered, or the schema
-            version is unknown.
+        UserError: the folder is not a checkpoint, a file is missing, truncated or altered, or the
+            schema version is unknown.
     """
     if not any((path / name).exists() for name in (DIGESTS, *FILES)):
         problem = "is not a checkpoint folder" if path.exists() else "does not exist"
@@ -145,7 +145,7 @@ def load(path: Path) -> Checkpoint:
             f"checkpoint {path} {problem}: give RUN/checkpoints/step-N, or start without resuming"
         )
     with explain_checkpoint_errors(path, DIGESTS):
-        # Of an unknown version the other files are not read.
+        # The other files are read only if the schema version is known.
         index = json.loads(regular_file(path / DIGESTS).read_bytes())
         version = index["schema_version"]
         hashes = index["sha256"]
@@ -158,8 +158,8 @@ def load(path: Path) -> Checkpoint:
     for name in FILES:
         with explain_checkpoint_errors(path, name):
             if hash_of_file(path / name) != hashes[name]:
-                raise ValueError("not what was written")
-    # The content is what was written, but a library of another version may not read it.
+                raise ValueError("its content has changed")
+    # The content is unchanged, but another version of a library may be unable to read it.
     with explain_checkpoint_errors(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         optimizer = join(state["optimizer"], _load_tensors(path / OPTIMIZER))
@@ -179,14 +179,14 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def explain_checkpoint_errors(path: Path, name: str = ".") -> AbstractContextManager[None]:
-    """Context manager for reading a checkpoint or one of its files: errors say what to do."""
+    """Return a context that converts errors of reading a checkpoint's file to `UserError`."""
     return as_user_error(
         f"{path / name} can't be read", "resume from an earlier checkpoint, or start a new run"
     )
 
 
 def _find_steps(root: Path) -> dict[int, Path]:
-    """Checkpoint folders in ``root`` by step."""
+    """Return the checkpoint folders in ``root`` by step."""
     folders: dict[int, Path] = {}
     for entry in root.glob("step-*"):
         match = _NAME.fullmatch(entry.name)
@@ -196,12 +196,12 @@ def _find_steps(root: Path) -> dict[int, Path]:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps whose checkpoints the run ``folder`` holds, in order."""
+    """Return the steps of the checkpoints in the run ``folder``, in order."""
     return sorted(_find_steps(Path(folder) / CHECKPOINTS))
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in the run ``folder``; None without one."""
+    """Return the checkpoint with the highest step in the run ``folder``; None if there is none."""
     folders = _find_steps(Path(folder) / CHECKPOINTS)
     if not folders:
         return None
@@ -209,14 +209,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def default_limit(path: Path) -> int:
-    """Number of checkpoints that a run keeps by default, by the size of this one; at least 2."""
-    # All are equally large, since the optimizer has its moments from the first step on.
+    """Return the default number of checkpoints to keep, given one of them; at least 2."""
+    # All have the same size, since the optimizer has its moments from the first step on.
     size = sum(file.stat().st_size for file in path.iterdir())
     return max(2, DEFAULT_BYTES // size)
 
 
 def prune(folder: Path, limit: int) -> list[int]:
-    """Delete all checkpoints but the newest ``limit``, which is at least 1.
+    """Delete all checkpoints except the newest ``limit``, which is at least 1.
 
     Returns:
         Steps of the deleted checkpoints.
@@ -229,7 +229,7 @@ def prune(folder: Path, limit: int) -> list[int]:
 
 
 def later_steps(folder: Path, chosen: Path) -> list[int]:
-    """Steps after that of a checkpoint whose checkpoints the run ``folder`` holds, in order.
+    """Return the steps of the run's checkpoints that come after a chosen checkpoint, in order.
 
     Raises:
         UserError: the chosen checkpoint is damaged.
@@ -243,19 +243,19 @@ def later_steps(folder: Path, chosen: Path) -> list[int]:
 
 
 def resolve(folder: Path, value: str | Path | None) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint VALUE`` names in the run ``folder``.
+    """Return the checkpoint that ``--resume_from_checkpoint VALUE`` names in the run ``folder``.
 
     Args:
         folder: the run folder.
-        value: "auto" (the newest, or none for a new start), "latest" (as diffusers has it: there
-            must be one), the name of a checkpoint in ``folder`` ("step-100"), or the path of a
-            checkpoint of any run; None for no checkpoint.
+        value: "auto" (the newest checkpoint, or a new start if there is none), "latest" (as in
+            diffusers: there must be a checkpoint), the name of a checkpoint in ``folder``
+            ("step-100"), or the path of a checkpoint of any run; None for a new start.
 
     Returns:
         The checkpoint; None for a new start.
 
     Raises:
-        UserError: there is none; the message lists those that exist.
+        UserError: the checkpoint does not exist; the message lists the existing ones.
     """
     if value is None:
         return None
@@ -269,25 +269,25 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
     names = ", ".join(f"step-{step}" for step in steps(folder))
     advice = f"{root} holds {names}"
     if not names:
-        advice = f"{root} holds none, use auto to start afresh"
+        advice = f"{root} holds none, use auto to start from the beginning"
     raise UserError(f"checkpoint {str(value)!r} does not exist: {advice}")
 
 
 @torch.no_grad()
 def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's tensors into the parameters of the same names.
+    """Copy a checkpoint's tensors into the parameters with the same names.
 
     Raises:
-        UserError: a parameter is missing, superfluous, or of another shape.
+        UserError: a parameter is missing, unexpected, or has another shape.
     """
-    # All are compared before one is written, so that a refused checkpoint changes nothing.
+    # All shapes are compared before any tensor is copied, so a refused checkpoint changes nothing.
     for name in sorted(current.keys() | saved.keys()):
         saved_shape = _describe_shape(saved, name)
         current_shape = _describe_shape(current, name)
         if saved_shape != current_shape:
             raise UserError(
                 f"the parameter '{name}' has shape {saved_shape} in the checkpoint and"
-                f" {current_shape} in the model: resume with the run's own flags."
+                f" {current_shape} in the model: resume with the run's original flags."
             )
     for name, parameter in current.items():
         parameter.copy_(saved[name])
@@ -300,14 +300,14 @@ def _describe_shape(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split a ``state_dict`` into JSON and tensors; `join` is the reverse.
+    """Split a ``state_dict`` into JSON values and tensors; `join` is the inverse.
 
     Returns:
-        The JSON, with null for each tensor and lists for tuples; and the
-        tensors by path, such as "state/0/exp_avg".
+        The JSON values, with None for each tensor and lists for tuples; and the tensors by path,
+        such as "state/0/exp_avg".
 
     Raises:
-        TypeError: JSON can't hold a value.
+        TypeError: JSON can't represent a value.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -323,15 +323,15 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return value
         raise TypeError(f"{path} is a {type(value).__name__}, which JSON can't hold")
 
-    # An optimizer numbers its parameters; JSON has texts as keys.
+    # JSON's keys are strings, but an optimizer's keys are the numbers of its parameters.
     json_values = {str(key): convert(value, str(key)) for key, value in state.items()}
     return json_values, tensors
 
 
 def join(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Join the ``state_dict`` of an optimizer that `split` took apart; ``state`` is changed."""
+    """Rebuild an optimizer's ``state_dict`` from the two results of `split`; modify ``state``."""
     for path, tensor in tensors.items():
-        # Such as "param_groups/0/betas/1": keys of dictionaries, and places in lists.
+        # A path such as "param_groups/0/betas/1" has keys of dictionaries and indices of lists.
         container: Any = None
         item: Any = state
         key: Any = None
@@ -340,16 +340,17 @@ def join(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]
             key = int(part) if isinstance(container, list) else part
             item = container[key]
         container[key] = tensor
-    # The keys of JSON are texts, and an optimizer numbers its parameters.
+    # JSON's keys are strings, but an optimizer's keys are the numbers of its parameters.
     moments_by_number = {int(number): moments for number, moments in state["state"].items()}
     return {**state, "state": moments_by_number}
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, since safetensors refuses tensors that share memory.
+    """Return contiguous copies on the CPU, since safetensors refuses tensors that share memory.
 
     Raises:
-        TypeError: a tensor has a subclass (sharded, quantized) that would lose a part.
+        TypeError: a tensor belongs to a subclass (sharded or quantized), so the copy would be
+            incomplete.
     """
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, Parameter):

@@ -1,4 +1,4 @@
-"""A run at the terminal: the progress bar, and the summary after the run."""
+"""Terminal output of a run: the progress bar, and the summary after the run."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from . import checkpoint, runlog
 from .record import BY_CONCEPT, TRAINING_ACTIVITY
 
 logger = logging.getLogger(__name__)
-SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
+SMOOTHING = 0.95  # decay of the loss average in the bar, which spans about 20 steps
 
 
 class Bar:
-    """The progress bar, with a smoothed loss and what the run is waiting for.
+    """Progress bar with a smoothed loss and the activity that the run is waiting for.
 
     Args:
-        total, initial: optimizer steps in all, and those already taken.
+        total, initial: total number of optimizer steps, and the number already taken.
         name: text in front of the bar while the run trains.
-        record: `RunLog.record_activity`; None in processes other than the main one, which show
-            nothing.
+        record: `RunLog.record_activity`; None in processes other than the main one, which show no
+            bar.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Bar:
         self._bar = tqdm(total=total, initial=initial, desc=name, disable=record is None)
         self._name = name
         self._record = record
-        self._mean = 0.0  # running sum of losses by their weights
+        self._mean = 0.0  # running weighted sum of losses
         self._weight = 0.0  # sum of the weights
 
     def __enter__(self) -> Bar:
@@ -64,8 +64,8 @@ class Bar:
         Args:
             values: the step's values in the log.
         """
-        if math.isfinite(values["loss"]):  # fp16's scaler skips a step whose loss is not
-            # The division by the sum of the weights, below, removes the bias towards 0 in the first
+        if math.isfinite(values["loss"]):  # fp16's loss scaler skips steps whose loss is not finite
+            # Dividing by the sum of the weights, below, removes the bias towards 0 in the first
             # steps.
             self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * values["loss"]
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
@@ -79,14 +79,14 @@ class Bar:
         self._bar.update()
 
     def show_error(self, sentence: str) -> None:
-        """Log an error that does not end the run, on a line of its own."""
+        """Log an error that does not end the run, on its own line."""
         self._bar.clear()
         logger.error("%s", sentence)
         self._bar.refresh()
 
     @contextmanager
     def waiting_for(self, activity: str) -> Iterator[None]:
-        """Show and record an activity that the run waits for within the context."""
+        """Show and record an activity that the run waits for inside the context."""
         if self._record is None:
             yield
             return
@@ -102,13 +102,12 @@ class Bar:
 
 
 def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
-    """The summary of a finished run: its files by their uses, what was measured, and what to do.
+    """Return the summary of a finished run: its files by use, its measurements, and advice.
 
     Args:
         folder: the run folder.
-        files: names of files and folders in the run folder by their uses; those that exist are
-            listed.
-        scores: the module that scores such runs, such as "eval.clip_scores".
+        files: names of files and folders in the run folder, by use; only existing ones are listed.
+        scores: the module that scores this kind of run, such as "eval.clip_scores".
     """
     quoted_folder = shlex.quote(str(folder))
     lines: dict[str, str] = {}
@@ -120,7 +119,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
     saved_steps = checkpoint.steps(folder)
     if saved_steps:
         listed = f"steps {', '.join(map(str, saved_steps))}"
-        # A run that went on from an earlier checkpoint may have saved a removed step again.
+        # A run that was resumed from an earlier checkpoint may have saved a removed step again.
         removed_steps = sorted(set(record.get("removed_checkpoints", [])) - set(saved_steps))
         if removed_steps:
             removed = ", ".join(map(str, removed_steps))
@@ -137,7 +136,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
     if config.get("guided_target", 1) > 1:
         # The weights contain the guidance.
         lines["sample it"] = (
-            "without guidance (a scale of 1, no negative prompt); new shapes at a scale of 2 to 4"
+            "without guidance (a scale of 1, no negative prompt); for new shapes use 2 to 4"
         )
     advice = ""
     if _column(rows, HELDOUT_LOSS):
@@ -150,22 +149,21 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
             advice = _advice(quoted_folder, rows, measure, saved_steps, exports_best)
         else:
             advice = (
-                "the held-out loss does not show which step samples best, images can improve long"
-                " after it is lowest: compare the images of all steps, or train with --keep_best"
+                "the held-out loss does not show which step has the best images, which can improve"
+                " long after its minimum: compare the images of all steps, or train with"
+                " --keep_best"
             )
     else:
         # The scripts have different options for held-out data.
         fix = "give data that is not trained on as --validation_dataset"
         if "validation_file" in config:
-            fix = "hold out rows by --validation_split 0.1, or give a --validation_file"
-        advice = (
-            "nothing was held out, and the training loss can't say when the model overfits: " + fix
-        )
+            fix = "hold out rows with --validation_split 0.1, or give a --validation_file"
+        advice = "nothing was held out, and the training loss does not show overfitting: " + fix
     if in_repository():
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
         lines["score it"] = f"python -m {scores} {quoted_folder} base"
 
-    # Uses in a column on the left.
+    # The uses form a column on the left.
     width = max(map(len, lines))
     block = [_describe_end(record)]
     block += [f"  {use:<{width}}  {value}" for use, value in lines.items()]
@@ -175,11 +173,11 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
 
 
 def describe_comparison(folders: Sequence[Path], score: str) -> str:
-    """The folders of runs on the same data, and the commands that show them side by side.
+    """Describe the folders of paired runs and, in the repository, the commands to compare them.
 
     Args:
-        folders: run folders, with one parent.
-        score: command that scores them.
+        folders: run folders with the same parent.
+        score: command that scores the runs.
     """
     line = f"run and control: {' and '.join(map(str, folders))}"
     if not in_repository():
@@ -189,9 +187,9 @@ def describe_comparison(folders: Sequence[Path], score: str) -> str:
 
 
 def scoring_command(folders: Sequence[str], heldout: str) -> str:
-    """The command that scores runs of the miniature by their held-out icons.
+    """Return the command that scores runs of the miniature on held-out icons.
 
-    Guidance comes from the base model: ordinary guidance removes much of the style.
+    Guidance comes from the base model, since ordinary guidance removes much of the style.
     """
     return (
         f"python -m eval.clip_scores {shlex.join(folders)} --prompts {shlex.quote(heldout)}"
@@ -200,18 +198,18 @@ def scoring_command(folders: Sequence[str], heldout: str) -> str:
 
 
 def _describe_measurements(rows: Sequence[Mapping[str, Any]], chosen_by: str) -> dict[str, str]:
-    """A line for each measure of held-out samples, by its title; {} without held-out samples.
+    """Return a line for each held-out measure, by its title; {} without held-out samples.
 
     Args:
         rows: metrics of the run.
-        chosen_by: the measure that chose the best step, by its name in the log; scores that did
-            not choose have no line.
+        chosen_by: log name of the measure that chose the best step; scores that did not choose it
+            get no line.
     """
     losses = _column(rows, HELDOUT_LOSS)
     if not losses:
         return {}
     lines = {measure_title(HELDOUT_LOSS): _describe_curve(losses, HELDOUT_LOSS)}
-    # The loss of each concept, indented below that over all of them.
+    # The loss of each concept, indented below the loss of all concepts.
     for key in dict.fromkeys(itertools.chain(*rows)):
         if key.startswith(BY_CONCEPT):
             concept_losses = _column(rows, key)
@@ -227,12 +225,12 @@ def _describe_measurements(rows: Sequence[Mapping[str, Any]], chosen_by: str) ->
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
-    """A value of the metrics by step, where it was measured and finite."""
+    """Return a metric by step, for the steps at which it was measured and finite."""
     return {row["step"]: row[key] for row in rows if row.get(key) is not None}
 
 
 def _describe_curve(values: Mapping[int, float], measure: str) -> str:
-    """The first, the last and the best value of a measure, with their steps."""
+    """Describe the first, the last and the best value of a measure, with their steps."""
     first_step = min(values)
     last_step = max(values)
     best_step = _best_step(values, measure)
@@ -247,7 +245,7 @@ def _describe_curve(values: Mapping[int, float], measure: str) -> str:
 
 
 def _best_step(values: Mapping[int, float], measure: str) -> int:
-    """The step of the best value of a measure; of equal ones the earliest."""
+    """Return the step with the best value of a measure, the earliest one in a tie."""
     best_step = min(values)
     for step in sorted(values):
         if is_better(measure, values[step], values[best_step]):
@@ -256,12 +254,12 @@ def _best_step(values: Mapping[int, float], measure: str) -> int:
 
 
 def in_repository() -> bool:
-    """Test that the package is in its repository: a wheel has neither viewer nor evaluation."""
+    """Return whether the package is in its repository; a wheel has no viewer and no evaluation."""
     return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
 def _describe_end(record: Mapping[str, Any]) -> str:
-    """How long a finished run took, why it ended, and the step whose weights are in its files."""
+    """Describe a finished run's duration and end, and the step whose weights are in its files."""
     sentence = f"done in {duration(record['wall_seconds'])}"
     results = record["results"]
     if results.get("stopped_early"):
@@ -284,20 +282,20 @@ def _advice(
     saved_steps: Collection[int],
     exports_best: bool,
 ) -> str:
-    """A sentence on the best trained step, how sure that is, and how to have its weights.
+    """Return a sentence on the best trained step, how certain it is, and how to get its weights.
 
     Args:
         folder: the run folder, quoted for a shell.
         rows: metrics of the run.
-        measure: what was measured, by its name in the log.
-        saved_steps: steps whose checkpoints there are.
-        exports_best: whether the run's files hold the weights of the best step.
+        measure: log name of the measure.
+        saved_steps: steps that have a checkpoint.
+        exports_best: whether the run's files have the weights of the best step.
     """
     curve = _column(rows, measure)
-    base_value = curve.pop(0, None)  # of step 0, where the adapters do nothing
+    base_value = curve.pop(0, None)  # at step 0, where the adapters have no effect
     title = measure_title(measure)
     if not curve:
-        return f"the {title} was finite at no trained step: lower --learning_rate"
+        return f"the {title} was not finite at any trained step: lower --learning_rate"
     last_step = max(curve)
     best_step = _best_step(curve, measure)
     if base_value is not None and not is_better(measure, curve[best_step], base_value):
@@ -328,14 +326,14 @@ def _advice(
     if best_step in saved_steps:
         export = f"python -m bilora_diffusion.export {folder} --step {best_step}"
         return f"{sentence}. Export it with {export}"
-    return f"{sentence}. To have it, train again with --keep_best"
+    return f"{sentence}. To get its weights, train again with --keep_best"
 
 
 def _is_sure(rows: Sequence[Mapping[str, Any]], measure: str, step: int, other_step: int) -> bool:
-    """Whether two steps differ by more than the spread of the difference over held-out samples.
+    """Return whether two steps differ by more than the spread over held-out samples.
 
-    The difference of each sample is taken, so that samples that are hard at every step don't widen
-    the interval. The held-out loss is not recorded by sample; its differences count as sure.
+    The steps are compared sample by sample, so samples that are hard at every step do not widen the
+    interval. Only the distance is recorded by sample; differences of other measures count as sure.
     """
     if measure != HELDOUT_DISTANCE:
         return True
@@ -353,7 +351,7 @@ def _is_sure(rows: Sequence[Mapping[str, Any]], measure: str, step: int, other_s
 
 
 def quiet() -> None:
-    """Keep the libraries' loading bars and notices out of the training output."""
+    """Turn off progress bars and notices of diffusers and Transformers."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

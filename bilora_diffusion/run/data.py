@@ -1,7 +1,7 @@
-"""The samples that a run learns from and those that it is measured on.
+"""Records of a run's training samples and held-out samples.
 
-Checkpoints and ``run.json`` have a record of both, by which a resumed run knows whether its data
-are still the same. Copies of training samples among the held-out ones are reported.
+Checkpoints contain the record, and ``run.json`` a summary of it, so that a resumed run can check
+that its data are the same. Held-out samples that are copies of training samples are reported.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import Any, NamedTuple
 from ..core.errors import UserError
 from ..core.seeds import digest_texts, seed_of
 
-# The two sets of a record.
+# Names of the two sets in a record.
 TRAINING = "training"
 HELDOUT = "held-out"
-# Largest number of samples that a record lists one by one, so that checkpoints stay small.
+# Maximum number of samples that a record lists individually, so that checkpoints stay small.
 MAX_LISTED = 1000
-# Maximum number of sample names in a sentence.
+# Maximum number of sample names in a message.
 MAX_NAMED = 3
-# Hexadecimal digits of a listed hash, which only explains a change that the full hash shows.
+# Hexadecimal digits of the hash of a listed sample. The hash of the whole set detects a change;
+# these digits only show which sample changed.
 LISTED_DIGITS = 8
-# The name of each sample, and a key of its content.
+# Name of each sample, with a key that identifies its content.
 Contents = Sequence[tuple[str, Hashable]]
 logger = logging.getLogger(__name__)
 
 
 class SampleContent(NamedTuple):
-    """A sample by the hashes of its parts."""
+    """A sample's name and the hashes of its parts."""
 
     name: str
     hashes: Mapping[str, str]  # by part, such as "picture" or "caption"
@@ -37,12 +38,12 @@ class SampleContent(NamedTuple):
 def record_content(
     training: Sequence[SampleContent], heldout: Sequence[SampleContent]
 ) -> dict[str, Any]:
-    """Make the record of a run's data, as JSON can hold it."""
+    """Return the record of a run's data, as JSON values."""
     return {TRAINING: _record_set(training), HELDOUT: _record_set(heldout)}
 
 
 def hash_samples(samples: Iterable[SampleContent]) -> str:
-    """Hash names and parts of samples in their order; 32 hexadecimal digits."""
+    """Return a hash of the samples' names and parts, in order, as 32 hexadecimal digits."""
     texts: list[str] = []
     for sample in samples:
         texts.append(sample.name)
@@ -52,7 +53,7 @@ def hash_samples(samples: Iterable[SampleContent]) -> str:
 
 
 def _record_set(samples: Sequence[SampleContent]) -> dict[str, Any]:
-    """Make the record of one set of samples."""
+    """Return the record of one set of samples."""
     record: dict[str, Any] = {"count": len(samples), "hash": hash_samples(samples)}
     if len(samples) <= MAX_LISTED:
         listed: dict[str, dict[str, str]] = {}
@@ -66,7 +67,7 @@ def _record_set(samples: Sequence[SampleContent]) -> dict[str, Any]:
 
 
 def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Number and hash of the samples of each set, without the list of samples."""
+    """Return the number and the hash of the samples in each set, without the list of samples."""
     return {
         name: {"count": samples["count"], "hash": samples["hash"]}
         for name, samples in record.items()
@@ -76,16 +77,16 @@ def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
 def require_same_content(
     saved: Mapping[str, Any], current: Mapping[str, Any], depends_on_heldout: bool
 ) -> None:
-    """Refuse to resume with other data than before.
+    """Check that a run resumes with the same data as before.
 
     Args:
-        saved: record of the checkpoint.
+        saved: record in the checkpoint.
         current: record of this run.
-        depends_on_heldout: whether the held-out samples decide what the run exports. Otherwise
-            a change of them is only a warning.
+        depends_on_heldout: whether the held-out samples decide which weights the run exports.
+            Otherwise a change of the held-out samples only gives a warning.
 
     Raises:
-        UserError: it names what changed.
+        UserError: the data changed; the message names the change.
     """
     for name in (TRAINING, HELDOUT):
         difference = describe_difference(saved[name], current[name])
@@ -93,21 +94,21 @@ def require_same_content(
             continue
         if name == HELDOUT and not depends_on_heldout:
             logger.warning(
-                "in the held-out data, %s: losses from here on are not those of the same samples",
+                "in the held-out data, %s: losses from here on are measured on other samples",
                 difference,
             )
             continue
         raise UserError(
-            f"in the {name} data, {difference}: restore them to resume, or start a new run in"
+            f"in the {name} data, {difference}: restore the data to resume, or start a new run in"
             " another --output_dir."
         )
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
-    """Describe the change from one record of a set to another; None where there is none."""
+    """Describe the change from one record of a set to another; return None if there is none."""
     if saved["hash"] == current["hash"]:
         return None
-    # A record of many samples does not list them, nor can it list two of one name.
+    # A record does not list a large number of samples, or two samples with the same name.
     lists_all = all(len(r.get("samples", ())) == r["count"] for r in (saved, current))
     if not lists_all:
         if saved["count"] == current["count"]:
@@ -119,13 +120,13 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     # At first a changed sample counts as both removed and added.
     removed = [name for name in before if after.get(name) != before[name]]
     added = [name for name in after if before.get(name) != after[name]]
-    # Rows are named by their numbers, so that an inserted row renames all rows that follow it.
+    # Rows are named by their numbers, so an inserted row renames all rows that follow it.
     renamed: list[tuple[str, str]] = []  # earlier and new names
     for name in list(added):
         for earlier_name in removed:
             if before[earlier_name] == after[name]:
                 renamed.append((earlier_name, name))
-                # Each is paired once: two samples may have one content.
+                # Each name is paired only once, since two samples may have the same content.
                 removed.remove(earlier_name)
                 added.remove(name)
                 break
@@ -141,7 +142,7 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     if changed:
         phrases.append(_describe_changes(changed, before, after))
     if renamed and not phrases:
-        # The same names for other contents: rows were put in another order.
+        # The same names have other contents: rows were put in another order.
         if before.keys() == after.keys():
             return f"{_count(renamed)} put in another order"
         pairs = [f"{earlier_name} to {name}" for earlier_name, name in renamed]
@@ -152,7 +153,7 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
 def _describe_changes(
     names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> str:
-    """Describe which parts changed, of samples that kept their names."""
+    """Describe which parts changed in samples that kept their names."""
     changed_parts: list[str] = []
     for name in names:
         for part in {**before[name], **after[name]}:
@@ -178,41 +179,41 @@ def _enumerate(names: Sequence[str]) -> str:
 
 
 def choose_samples(names: Sequence[str], limit: int | None) -> list[int]:
-    """The positions of the samples that are measured, in the order of the set.
+    """Return the positions of the samples to measure, in the order of the set.
 
-    They are the first ones of a shuffled order that depends on the names alone. So all runs that
-    are compared measure the same samples, and a larger limit adds samples.
+    They are the first samples of a shuffled order that depends only on the names. Therefore all
+    runs that are compared measure the same samples, and a larger limit only adds samples.
 
     Args:
         names: name of each sample.
-        limit: number of samples at most; None for all.
+        limit: maximum number of samples; None for all.
     """
     sort_keys = [(seed_of("part", name), name, number) for number, name in enumerate(names)]
     order = [number for _, _, number in sorted(sort_keys)]
-    # Every fourth sample comes first: recorded results measure a quarter or a half that was dealt
-    # out in this way, so that 32 of 128 samples are those of the recorded quarter.
+    # Every fourth sample comes first. Recorded results measured a quarter or a half of the samples
+    # that was chosen in this way, so 32 of 128 samples are the same as the recorded quarter.
     order = [*order[0::4], *order[2::4], *order[1::4], *order[3::4]]
     return sorted(order[:limit])
 
 
 def describe_copies(noun: str, training: Contents, heldout: Contents) -> str | None:
-    """A sentence on held-out samples that are trained on too; None where there is none.
+    """Return a sentence on held-out samples that are also trained on; None if there are none.
 
     Args:
-        noun: what the samples are, in the plural, such as "images".
-        training: samples that are trained on.
-        heldout: samples that are held out.
+        noun: plural noun for the samples, such as "images".
+        training: the training samples.
+        heldout: the held-out samples.
     """
     first_names: dict[Hashable, str] = {}  # first training sample of each content
     for name, content in training:
         first_names.setdefault(content, name)
-    # A held-out sample, and the training sample that it equals.
+    # Pairs of a held-out sample and the training sample that it equals.
     pairs = [(name, first_names[content]) for name, content in heldout if content in first_names]
     if not pairs:
         return None
     heldout_name, training_name = pairs[0]
     count = f"{len(heldout)} held-out {noun}"
     return (
-        f"{len(pairs)} of the {count} are also trained on, such as {heldout_name}, which is"
+        f"{len(pairs)} of the {count} are also trained on, such as {heldout_name}, which equals"
         f" {training_name}, so the held-out loss is too low: drop one of the two."
     )

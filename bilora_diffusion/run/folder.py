@@ -1,8 +1,8 @@
 """The run folder: its content, and what a command may do in it.
 
-A folder with ``run.json`` holds a run. In a folder without it, a file of a name that a run writes
-belongs to somebody else, and is neither replaced nor deleted. The same holds for a ``README.md``
-that the run did not write.
+A folder with ``run.json`` holds a run. In any other folder, a file that has the name of a run's
+file belongs to someone else and is neither replaced nor deleted. The same applies to a
+``README.md`` that the run did not write.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from .record import CONTACT_SHEET, RUN, VALIDATION, discard_later_steps
 from .runlog import CARD, ERROR, METRICS, read_run
 from .settings import describe_differences
 
-# Folder of the adapters of checkpoints.
+# Folder of adapters that were exported from checkpoints.
 EXPORTS = "exports"
 # Folders of the models that full fine-tuning exports.
 WHOLE_MODELS = (*COMPONENTS, "model")
-# A folder with one of these, or with ``run.json``, holds a run.
+# Names of a run's main files and folders besides ``run.json``.
 RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, WEIGHTS, CONFIG)
-# What else a run writes, and a new run deletes.
+# Other files and folders that a run writes, and that a new run deletes.
 SIDE_NAMES = (CONTACT_SHEET, VALIDATION, "logs", EXPORTS, snapshots.FOLDER, ERROR)
 
 
 def refuse_unusable(folder: Path) -> None:
-    """Refuse a path where no run folder can be made.
+    """Check that a run folder can be created at a path.
 
     Raises:
-        UserError: it, or the part of it that exists, is a file or not writable.
+        UserError: the path, or the part of it that exists, is a file or not writable.
     """
-    # The folder itself may have to be made, and folders above it.
+    # The folder and some of its parents may not exist.
     existing_part = folder
     while not existing_part.exists():
         existing_part = existing_part.parent
@@ -58,7 +58,7 @@ def refuse_unusable(folder: Path) -> None:
 
 
 OR_ANOTHER = "give another --output_dir, or delete it with --overwrite_output_dir"
-OR_ANEW = "or start anew with --overwrite_output_dir"
+OR_ANEW = "or start again with --overwrite_output_dir"
 
 
 def guard(
@@ -69,39 +69,40 @@ def guard(
     overwrite: bool = False,
     exports_weights: bool = False,
 ) -> Path | None:
-    """Decide whether a command may use its output folder, in which nothing is changed here.
+    """Check whether a command may use its output folder, without changing anything.
 
-    - Without ``resume`` a run begins in a folder that holds no run, or with ``overwrite``.
-    - With ``resume`` a run is resumed from one of its checkpoints. "auto" begins a run that has
-      none yet.
-    - What no run wrote is never replaced.
+    - Without ``resume``, a run starts in a folder that holds no run; ``overwrite`` also allows one
+      that does.
+    - With ``resume``, a run continues from one of its checkpoints. "auto" starts a run that has no
+      checkpoint yet.
+    - Files that no run wrote are never replaced.
 
     Args:
         folder: ``--output_dir``, which is locked and need not exist.
         resume: ``--resume_from_checkpoint``.
-        settings: options that a resumed run may not change (`RunConfig.resume_settings`); a run
-            that was recorded with the same ones is this run.
-        overwrite: ``--overwrite_output_dir``. With a checkpoint it deletes what the run holds of
-            later steps (`rewind`), without one all of the run (`clear`).
+        settings: options that a resumed run may not change (`RunConfig.resume_settings`); a
+            recorded run with the same options is this run.
+        overwrite: ``--overwrite_output_dir``. With a checkpoint, the run's later steps will be
+            deleted (`rewind`); without one, the whole run (`clear`).
         exports_weights: whether the method exports whole models.
 
     Returns:
-        The checkpoint to resume from; None where the run begins.
+        The checkpoint to resume from; None if the run starts at step 0.
 
     Raises:
-        UserError: the content of the folder forbids it, or the checkpoint does not exist.
+        UserError: the folder's content does not allow it, or the checkpoint does not exist.
     """
     foreign = _find_foreign(folder)
     if foreign is not None:
         raise UserError(
-            f"{foreign} was not written by a run, which would replace it: move it away, or give"
-            " another --output_dir"
+            f"{foreign} was not written by a run, and this run would replace it: move it away, or"
+            " give another --output_dir"
         )
     record = _read_record(folder)
     has_checkpoint = checkpoint.latest(folder) is not None
     if resume is None and record is None and has_checkpoint:
         raise UserError(
-            f"{folder} holds checkpoints without the run.json of their run: resume with"
+            f"{folder} holds checkpoints without their run's run.json: resume with"
             " --resume_from_checkpoint auto, move them away, or give another --output_dir"
         )
     if resume is None and record is not None and not overwrite:
@@ -116,47 +117,47 @@ def guard(
     chosen = checkpoint.resolve(folder, resume)
     if chosen is None:
         return None
-    # A checkpoint of another run may start a run in an empty folder, but not in that of a run.
+    # A new run may start from another run's checkpoint, but only in an empty folder.
     root = folder / checkpoint.CHECKPOINTS
     is_empty = record is None and not has_checkpoint
     if not is_empty and root.resolve() not in chosen.resolve().parents:
         raise UserError(
-            f"{folder} holds another run than checkpoint {chosen}: give another --output_dir, or a"
-            f" checkpoint in {root}"
+            f"{folder} holds another run than that of the checkpoint {chosen}: give another"
+            f" --output_dir, or a checkpoint in {root}"
         )
     later_steps = [] if overwrite else checkpoint.later_steps(folder, chosen)
     if later_steps:
         later = ", ".join(f"step-{step}" for step in later_steps)
         raise UserError(
             f"{folder} holds later checkpoints than {chosen.name} ({later}): resume from the newest"
-            " with --resume_from_checkpoint auto, or delete what the run holds of later steps with"
+            " with --resume_from_checkpoint auto, or delete the later steps with"
             " --overwrite_output_dir"
         )
     return chosen
 
 
 def _describe_occupied(folder: Path, record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The sentence that refuses a folder with a run: this run, or another one and its options."""
-    # The record has all options.
+    """Return the message for a folder that holds this run or another one, with its options."""
+    # The record also has options that are not in ``settings``.
     recorded_settings = {}
     for name in settings.keys() & record["config"].keys():
         recorded_settings[name] = record["config"][name]
     differences = describe_differences(recorded_settings, settings)
     if differences:
         return (
-            f"{folder} holds another run ({differences}): continue it with"
-            f" --resume_from_checkpoint auto where these options may change, {OR_ANOTHER}"
+            f"{folder} holds another run ({differences}): resume it with"
+            f" --resume_from_checkpoint auto if these options may change, {OR_ANOTHER}"
         )
     if record["status"] == "finished":
         return (
-            f"{folder} holds this run, finished: make only what is missing of it with"
+            f"{folder} holds this run, which is finished: create only its missing files with"
             f" --resume_from_checkpoint auto, {OR_ANEW}"
         )
     end = "failed" if record["status"] == "failed" else "interrupted"
     saved_steps = checkpoint.steps(folder)
     if not saved_steps:
         return (
-            f"{folder} holds this run, {end} before its first checkpoint: begin it again with"
+            f"{folder} holds this run, {end} before its first checkpoint: repeat it with"
             f" --resume_from_checkpoint auto, {OR_ANEW}"
         )
     return (
@@ -166,13 +167,14 @@ def _describe_occupied(folder: Path, record: Mapping[str, Any], settings: Mappin
 
 
 def _find_foreign(folder: Path) -> Path | None:
-    """The first entry that a run would replace and no run wrote; None without one."""
+    """Return the first entry that a run would replace but no run wrote; None if there is none."""
     record = _read_record(folder)
     if record is not None:
-        # All names of a run are the run's, but its card only where it wrote one.
+        # Files with a run's names belong to the run, but the card only if the run wrote one.
         names = [] if record.get("card") else [CARD]
     elif checkpoint.latest(folder) is not None:
-        # Checkpoints without their record: other names may be the run's too, but not these.
+        # There are checkpoints without a record: other files may belong to their run, but not
+        # these.
         names = [RUN, CARD]
     else:
         names = [RUN, *RUN_NAMES, *_names_after_folder(folder), *SIDE_NAMES, CARD]
@@ -183,15 +185,15 @@ def _find_foreign(folder: Path) -> Path | None:
 
 
 def _names_after_folder(folder: Path) -> tuple[str, ...]:
-    """The files that a run names after its folder: kohya's, and the workflows for ComfyUI."""
+    """Return the names that contain the folder's name: the kohya file and ComfyUI's workflows."""
     return kohya_file_name(folder), workflow_file_name(folder), base_workflow_file_name(folder)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """The folder's ``run.json``; None where there is none, or no run wrote it.
+    """Return the folder's ``run.json``; None if there is none, or if no run wrote it.
 
     Raises:
-        UserError: another version wrote it.
+        UserError: the record is damaged, or another version wrote it.
     """
     try:
         record = json.loads((folder / RUN).read_bytes())
@@ -204,39 +206,39 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_foreign_models(folder: Path) -> None:
-    """Refuse a folder in which full fine-tuning would replace models that are not its own.
+    """Check that full fine-tuning would not replace models that come from elsewhere.
 
     Raises:
-        UserError: it holds such models.
+        UserError: the folder holds such models.
     """
     if _trained_whole(folder):
         return
     for name in WHOLE_MODELS:
         if (folder / name).exists():
             raise UserError(
-                f"{folder / name} exists and no run of full fine-tuning wrote it, which would "
-                "replace it: give another --output_dir"
+                f"{folder / name} was not written by full fine-tuning, and this run would replace"
+                " it: give another --output_dir"
             )
 
 
 def _trained_whole(folder: Path) -> bool:
-    """Test that the folder's run trained all weights of its models."""
+    """Return whether the folder's run trained all weights of its models."""
     if not (folder / RUN).exists():
         return False
     method = read_run(folder)["method"]
-    # A method that was removed may have written the folder; none of these trained all weights.
+    # A removed method may have written the folder; no removed method trained all weights.
     return method in methods.names() and methods.get(method).exports_weights
 
 
 def clear(folder: Path, overwrite: bool) -> None:
-    """Delete the earlier run where `guard` lets a run begin; what no run wrote stays.
+    """Delete the earlier run if `guard` allowed a new one; keep files that no run wrote.
 
-    ``run.json`` is deleted last, so that the folder is known as a run's after a crash.
+    ``run.json`` is deleted last, so that after a crash the folder still counts as a run folder.
 
     Args:
         folder: the run folder.
-        overwrite: whether to delete all of the run. Otherwise it has no checkpoint, and its record
-            stays until the next one replaces it.
+        overwrite: whether to delete the whole run. Otherwise the run has no checkpoint, and its
+            record stays until the new record replaces it.
     """
     known_names = (RUN, *RUN_NAMES, kohya_file_name(folder))
     if not any((folder / name).exists() for name in known_names):
@@ -249,10 +251,10 @@ def clear(folder: Path, overwrite: bool) -> None:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Delete the run's checkpoints and exported files of steps after that of a checkpoint.
+    """Delete the run's final files, and the checkpoints and exports of steps after ``step``.
 
-    The log of these steps is deleted by `RunLog.start`. After a crash in between the
-    run is interrupted, and resumes from its newest checkpoint.
+    `RunLog.start` deletes these steps from the log. After a crash before that, the run counts as
+    interrupted and resumes from its newest checkpoint.
 
     Args:
         folder: the run folder.
@@ -260,18 +262,18 @@ def rewind(folder: Path, step: int) -> None:
     """
     record = _read_record(folder)
     if record is not None:
-        # First, since a finished run without its files would be taken for a whole one.
+        # First, so that a run whose files are missing does not count as finished.
         record["status"] = "interrupted"
         write_text(folder / RUN, dump_json(record))
         for name in _result_names(folder):
             _delete(folder / name)
     discard_later_steps(folder / EXPORTS, step)
-    # Last, so that after a crash the command is refused or repeated until all else is deleted.
+    # Last, so that after a crash the command is refused or repeated until the rest is deleted.
     discard_later_steps(folder / checkpoint.CHECKPOINTS, step)
 
 
 def _result_names(folder: Path) -> list[str]:
-    """Names of what a run exports at its end; card and whole models only if they are the run's."""
+    """Return the names of a run's final files; card and whole models only if the run wrote them."""
     names = [FILE_NAME, WEIGHTS, CONFIG, *_names_after_folder(folder)]
     record = _read_record(folder)
     if record is not None and record.get("card"):

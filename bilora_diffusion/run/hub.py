@@ -1,6 +1,6 @@
-"""A finished run for others: its model card, and its upload to the Hugging Face Hub.
+"""Publication of a finished run: its model card, and its upload to the Hugging Face Hub.
 
-The card is ``README.md`` of the run folder, with the front matter of the hub.
+The card is the run folder's ``README.md``, with the hub's front matter.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def write_card(
     measured: Mapping[str, Any],
     **facts: Any,
 ) -> None:
-    """Write ``folder/README.md`` from ``card.jinja``, which omits what is None.
+    """Write ``folder/README.md`` from ``card.jinja``; rows and parts without a value are omitted.
 
     Args:
         options: options of the run, by name.
         folder: the run folder.
-        results: results in the record of the run, such as the steps taken.
+        results: results in the run's record, such as the number of steps taken.
         meta: the front matter.
-        measured: measurements on held-out samples, by their titles.
-        facts: further variables of the template, such as the names of base model and data, without
-            paths of this machine, and the code that loads the weights.
+        measured: measurements on held-out samples, by title.
+        facts: other variables of the template, such as the code that loads the weights and the
+            names of base model and data, without paths of this machine.
     """
     method = get(options["method"])
     outcome = {
@@ -74,7 +74,7 @@ def write_card(
         loras=options["lora_sources"],
         **facts,
     )
-    # Omitted parts of the template give empty lines.
+    # Omitted parts of the template leave empty lines.
     text = re.sub("\n{3,}", "\n\n", text.strip()) + "\n"
     write_text(folder / "README.md", text)
 
@@ -84,7 +84,7 @@ def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Settings of the run. Of the method's options: the radius, and those without their default."""
+    """Return the run's settings; of the method's options, the radius and non-default ones."""
     method = get(options["method"])
     settings: dict[str, Any] = {"method": method.title}
     if not method.exports_weights:
@@ -94,7 +94,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         if init != "default":
             settings["init"] = init
         if init in CHANGE_BASE:
-            # The file holds the difference of two adapters as one adapter of twice the rank.
+            # The file has the difference of two adapters as one adapter with twice the rank.
             settings["rank of the file"] = 2 * options["rank"]
         if options["use_dora"]:
             settings["DoRA"] = "yes"
@@ -104,7 +104,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     settings["optimizer steps"] = steps
     settings["seed"] = options["seed"]
     for name, default in default_options(method).items():
-        # A radius is shown always: results are compared by it.
+        # A radius is always shown, since results are compared by it.
         if name == "rho" or options[name] != default:
             settings[name.replace("_", " ")] = options[name]
     if "auxiliary_rank" in method.reads:
@@ -113,7 +113,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def public_name(name: str) -> str:
-    """The name of a model or a data set for others: a path is cut to its last name."""
+    """Return the name of a model or a data set for publication; a path is cut to its last part."""
     embedded_name = find_embedded(name)
     if embedded_name:
         return embedded_name
@@ -121,12 +121,12 @@ def public_name(name: str) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Test that a name can be an id on the hub and is not a folder here."""
+    """Return whether a name can be a hub id and is not a local path."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def loaded_from(name: str) -> str:
-    """Argument of ``from_pretrained`` in a card: a hub id, or a path of the reader's."""
+    """Return the argument of ``from_pretrained`` in a card: a hub id, or a path to fill in."""
     return name if is_hub_id(name) else f"path/to/{name}"
 
 
@@ -138,49 +138,49 @@ def escape_markdown(value: str | int | float) -> str:
 
 
 def inline_code(text: str) -> str:
-    """A text on one line as inline code; it may have backticks."""
+    """Return a text as inline code on one line; it may contain backticks."""
     line = " ".join(text.split())
     fence = _fence(line, 1)
-    # A space keeps a backtick at an end apart from the fence; Markdown removes it again.
+    # Spaces separate a backtick at either end from the fence; Markdown removes them.
     padding = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{padding}{line}{padding}{fence}"
 
 
 def python_block(text: str) -> str:
-    """Lines of Python as a block of code; they may have backticks."""
+    """Return lines of Python as a code block; they may contain backticks."""
     fence = _fence(text, 3)
     return f"{fence}python\n{text.strip()}\n{fence}\n"
 
 
 def _fence(text: str, min_length: int) -> str:
-    """A fence that is longer than any run of backticks in the text, and at least ``min_length``."""
+    """Return a fence longer than any backticks in the text and at least ``min_length`` long."""
     length = min_length
     for backticks in re.findall("`+", text):
         length = max(length, len(backticks) + 1)
     return "`" * length
 
 
-# No exports, since diffusers would load one of them where no file is named.
-# The contact sheet has the training images, which may be private.
+# Exports are left out, since diffusers would load one of them if no file is named. The contact
+# sheet is left out, since it shows the training images, which may be private.
 NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "logs/*", CONTACT_SHEET, ".*"]
-# Files with paths of this machine: of the base model, the images and the run itself.
+# Files that contain paths of this machine: to the base model, the images and the run itself.
 WITH_PATHS = ["run.json", "adapter_config.json", "config.json", "*/config.json"]
 
 
 def repository(name: str, token: str | None) -> str:
-    """Make the hub repository of this run, before training, so that a bad token is noticed then.
+    """Create the run's hub repository before training, so that an invalid token is noticed early.
 
     Returns:
-        Its id.
+        The repository's id.
 
     Raises:
-        UserError: the hub refuses.
+        UserError: the repository can't be created.
     """
     try:
         return create_repo(repo_id=name, exist_ok=True, token=token).repo_id
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"--push_to_hub cannot make the repository '{name}' ({reason(error)}): log in with"
+            f"--push_to_hub cannot create the repository '{name}' ({reason(error)}): log in with"
             " `hf auth login`, give --hub_model_id, or drop --push_to_hub."
         ) from error
 
@@ -189,9 +189,9 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
     """Upload the run folder without its checkpoints and without paths of this machine.
 
     Raises:
-        UserError: the upload fails; the run folder is whole.
+        UserError: the upload failed; the run folder is complete.
     """
-    # JSON files that name paths go up in an edited copy, all other files as they are.
+    # JSON files that contain paths are uploaded as edited copies, all other files unchanged.
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")]
     names = filter_repo_objects(files, allow_patterns=WITH_PATHS, ignore_patterns=NOT_UPLOADED)
     try:
@@ -209,13 +209,13 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
         for pattern in NOT_UPLOADED + WITH_PATHS:
             words += ["--exclude", pattern]
         raise UserError(
-            f"training is done and {folder} is whole, but the upload to '{repo_id}' failed"
+            f"training is done and {folder} is complete, but the upload to '{repo_id}' failed"
             f" ({reason(error)}): upload it with `{shlex.join(words)}`."
         ) from error
 
 
 def redact_paths(file: Path) -> str:
-    """Read a JSON file and cut paths of this machine to their last names, as for a public copy."""
+    """Return a JSON file's content for publication, without the names of this machine's folders."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
@@ -224,8 +224,7 @@ def redact_paths(file: Path) -> str:
             return [cut(item) for item in value]
         if not isinstance(value, str):
             return value
-        # Before sentences with paths: a folder's name may have spaces, and a path in a sentence
-        # ends at a space.
+        # A value that is a path may contain spaces; in other texts a path ends at a space.
         if Path(value).is_absolute():
             return Path(value).name
         return without_paths(value)

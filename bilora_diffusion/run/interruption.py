@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: a run finishes its step, saves a checkpoint and prints how to resume.
 
-The first signal only sets a number, which the loop reads between two steps; a second Ctrl-C stops
-at once. Before the first step there is nothing to save, so the first signal of a single process
-stops at once too; several processes stop together after a step.
+The first signal only stores its number, which the loop reads between two steps; a second Ctrl-C
+stops immediately. Before the first step there is nothing to save, so the first signal stops a
+single process immediately; several processes stop together after a step.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from ..core.errors import MPI_RANKS, Interrupted, is_main_process
 from . import checkpoint, runlog
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on.
+# Seconds within which two signals are one Ctrl-C, which may arrive both from the terminal and from
+# a launcher that passes it on.
 ONE_PRESS_SECONDS = 1.0
-# Replaces a secret in a printed command; the shell puts it in.
+# Replaces the hub token in a printed command; the shell expands it.
 TOKEN = "$HF_TOKEN"
-# Variables of which a launcher sets one: accelerate, torchrun, MPI.
+# Environment variables of launchers (accelerate, torchrun, MPI); each launcher sets one of them.
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", *MPI_RANKS)
 
 
 class Interruption:
-    """A context within which SIGINT and SIGTERM ask the run to stop.
+    """Context in which SIGINT and SIGTERM request the run to stop.
 
-    An ignored SIGINT, as in a job that a shell started in the background, stays ignored. Outside of
-    the main thread nothing is installed.
+    An ignored signal, such as SIGINT in a shell's background job, stays ignored. Outside the main
+    thread no handlers are installed.
 
     Args:
-        patient: whether the first signal waits for the loop; False where nothing can be saved yet,
-            and the signal raises `Interrupted`.
+        patient: whether the first signal waits for the loop. If False, since nothing can be saved
+            yet, the signal raises `Interrupted`.
 
     Attributes:
-        number: number of the signal that came; None before.
+        number: number of the first signal; None before it arrives.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -55,7 +56,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._process = os.getpid()
-        # Python allows handlers in the main thread only.
+        # Python allows signal handlers only in the main thread.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -69,7 +70,7 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a data loader's worker inherits the handlers; the run itself ends it
+            return  # a data loader's worker inherits the handlers; the run itself ends the worker
         if number == signal.SIGINT:
             if self._first_press is None:
                 self._first_press = time.monotonic()
@@ -83,21 +84,21 @@ class Interruption:
             raise Interrupted(number=number)
         if is_main_process():
             end = "stopping after this step and its measurements, with a checkpoint"
-            line = f"\n{end}; Ctrl-C again stops at once\n"
+            line = f"\n{end}; press Ctrl-C again to stop immediately\n"
             os.write(2, line.encode())  # `print` may itself have been interrupted
 
 
 def find_launch(arguments: Sequence[str]) -> str | None:
-    """The command line of this process in front of the script's arguments, as a shell reads it.
+    """Return the part of this command line before the script's arguments, quoted for a shell.
 
-    It begins with the launcher and its options where one started this process, else with the
-    interpreter. It is read at the start, since a launcher may end before this process.
+    It starts with the launcher and its options if a launcher started this process, otherwise with
+    the interpreter. Call this at the start, since a launcher may end before this process.
 
     Args:
         arguments: the script's arguments, as they were typed.
 
     Returns:
-        The command line; None where it is not known, as in a notebook or under another launcher.
+        The text; None if it is not known, as in a notebook or under another launcher.
     """
     words = sys.orig_argv
     prefix = ""
@@ -105,7 +106,8 @@ def find_launch(arguments: Sequence[str]) -> str | None:
         try:
             launcher = psutil.Process(os.getppid())
             words = launcher.cmdline()
-            # Joins processes on CPUs to one run; it may have been typed in front of the command.
+            # This variable joins CPU processes into one run; it may have been typed before the
+            # command.
             joins = launcher.environ().get("ACCELERATE_USE_CPU")
         except psutil.Error:
             return None
@@ -115,7 +117,7 @@ def find_launch(arguments: Sequence[str]) -> str | None:
     if count < 1 or words[count:] != list(arguments):
         return None
     program = words[:count]
-    # For a command such as `bilora` or `torchrun` the system starts Python with its file.
+    # For a command such as `bilora` or `torchrun` the system starts Python with the command's file.
     if len(program) > 1:
         name = Path(program[1]).name
         command = shutil.which(name)
@@ -131,14 +133,14 @@ def describe_interruption(
     overwrites: bool,
     control_folder: Path | None = None,
 ) -> Interrupted:
-    """The message of an interrupted command, and the command that resumes from what is saved.
+    """Return an interruption whose message contains the command that resumes the run.
 
     Args:
         stop: interruption of a run (`train.setup.run`).
         arguments: the script's arguments, as they were typed; None for a call from Python.
-        launch: the command line in front of the arguments (`find_launch`).
+        launch: the command line before the arguments (`find_launch`).
         overwrites: whether the run was to replace an earlier one.
-        control_folder: folder of the control run of ``--compare``, which comes last.
+        control_folder: folder of the control run of ``--compare``, which runs last.
     """
     folder = stop.run_folder
     if folder is None:
@@ -150,7 +152,7 @@ def describe_interruption(
     saved = checkpoint.latest(folder)
     place = ""
     if has_finished:
-        state = f"the one in {control_folder} not yet begun"
+        state = f"before the one in {control_folder} started"
     else:
         state = "nothing was saved yet" if saved is None else f"{saved} is saved"
         if control_folder is not None:
@@ -173,11 +175,11 @@ def describe_interruption(
 
 
 def resume_command(arguments: Sequence[str], overwrites: bool) -> str:
-    """The arguments of a script that resume from the newest checkpoint, as a shell reads them.
+    """Return a script's arguments that resume from the newest checkpoint, quoted for a shell.
 
-    If a flag is given twice, the last one is used, so added flags override the others and the
-    recipe.
-    Where there is no checkpoint yet, "auto" begins; so does a control that has not begun.
+    If a flag is given twice, the last value is used, so the added flags override the others and the
+    recipe. If a run has no checkpoint yet, such as a control that has not started, "auto" starts
+    it.
 
     Args:
         arguments: the script's arguments, as they were typed.
@@ -187,11 +189,11 @@ def resume_command(arguments: Sequence[str], overwrites: bool) -> str:
     if overwrites:
         added = ["--overwrite_output_dir", "false", *added]
     words = list(arguments)
-    # So that the command does not grow with each interruption.
+    # The flags are not added twice, so the command does not grow with each interruption.
     if words[-len(added) :] != added:
         words += added
     quoted: list[str] = []
-    is_secret = False  # the value of the flag before it
+    is_secret = False  # whether the word is the value of a token flag before it
     for word in words:
         flag, equals_sign, _ = word.partition("=")
         is_token_flag = flag.replace("-", "_") == "__hub_token"

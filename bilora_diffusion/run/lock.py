@@ -1,7 +1,7 @@
-"""The lock of a run folder: one command at a time writes into it.
+"""The lock of a run folder, which lets only one command at a time write into it.
 
-`filelock` takes ``flock`` on a hidden file. The operating system releases it whichever way the
-process ends, so a crash does not keep a lock.
+`filelock` calls ``flock`` on a hidden file. The operating system releases the lock when the process
+ends for any reason, so a crash leaves no lock behind.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LOCK_FILE = ".run.lock"  # hidden, so that it is neither uploaded nor listed
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a run folder within the context; the folder is made if it is missing.
+    """Lock a run folder inside the context; create the folder if it is missing.
 
-    Afterwards the lock file is deleted, and so is a new folder that stayed empty. In a distributed
-    run only the main process takes the lock. The file names the process and its host.
+    On exit the lock file is deleted, and so are new folders that stayed empty. In a distributed run
+    only the main process takes the lock. The lock file names the process and its host.
 
     Raises:
         UserError: another command holds the lock, or the folder is not writable.
@@ -34,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    # From the inside out, in the order in which empty ones can be deleted.
+    # Innermost first, the order in which empty folders can be deleted.
     new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:
@@ -42,8 +42,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Before the release: a command that opened this file meanwhile then sees that it is
-            # gone, and locks a new one.
+            # Deleted before the release: a command that opened this file in the meantime then
+            # notices that it is gone, and locks a new file.
             (folder / LOCK_FILE).unlink(missing_ok=True)
             lock.release()
     finally:
@@ -72,22 +72,22 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 def _name_owner(lock_file: Path) -> None:
     """Write the process and its host into a lock file that this process has locked."""
     process = f"{os.getpid()}\n"
-    with contextlib.suppress(OSError):  # the lock holds without it, on a full disk too
-        # Where a file system has no locks, `filelock` has written them itself.
+    with contextlib.suppress(OSError):  # the lock does not need the content; the disk may be full
+        # On a file system without locks, `filelock` has already written both.
         if not lock_file.read_text().startswith(process):
             lock_file.write_text(f"{process}{platform.node()}\n")
 
 
 def _describe_owner(folder: Path) -> str:
-    """The process that holds a folder's lock, by the lock file."""
+    """Describe the process that holds a folder's lock, from the lock file."""
     with contextlib.suppress(OSError, ValueError):
         process, host = (folder / LOCK_FILE).read_text().splitlines()[:2]
         return f"process {int(process)} on {host}"
-    return "another command"  # in the moment before its process is written down
+    return "another command"  # the lock file does not name its process yet
 
 
 def locked_around(path: Path) -> AbstractContextManager[None]:
-    """`locked` for the run folder that a path is or is in; without one, no lock is taken."""
+    """Return `locked` for the run folder that a path is or is in; without one, lock nothing."""
     path = path.absolute()
     for folder in (path, *path.parents):
         if (folder / RUN).is_file():

@@ -18,34 +18,34 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safeten
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Versions of Python, of `PACKAGES` and of ``packages``; None for one that is missing."""
+    """Return the versions of Python, `PACKAGES` and ``packages``; None for a missing package."""
     installed: dict[str, str | None] = dict.fromkeys((*PACKAGES, *packages))
     for name in installed:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-    # The package itself may be a checkout without metadata.
+    # This package may be a checkout without metadata.
     toolkit = sys.modules["bilora_diffusion"].__version__
     return {"python": platform.python_version(), **installed, "bilora_diffusion": toolkit}
 
 
 def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
-    """Commit of the checkout that holds a package, and whether the package differs from it.
+    """Return the commit of a package's checkout, and whether the package differs from it.
 
     Args:
         package: folder of the package; None for this one.
 
     Returns:
-        None and None outside a checkout, without git, or for a package that only is in another
-        project's checkout, as in a virtual environment.
+        Both are None outside a checkout, without git, or if the checkout belongs to another
+        project, as for a package in a virtual environment.
     """
     package = package or Path(__file__).resolve().parents[1]
-    # If git tracks a file of the package, the checkout is the package's.
+    # If git tracks a file of the package, the checkout belongs to the package.
     head = None
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
         head = _git(package, "rev-parse", "--verify", "HEAD")
     if head is None:
         return None, None
-    # Files of the package only: runs and results next to it change nothing.
+    # Only files of the package count; runs and results next to it do not.
     changes = _git(package, "status", "--porcelain", "--", ".")
     if changes is None:
         return head, None
@@ -53,8 +53,8 @@ def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """The output of a git command in a folder; None if it fails."""
-    # By these variables a git command that runs this one, for a hook, names its own repository.
+    """Return the output of a git command in a folder; None if it fails."""
+    # A git command that runs a hook sets these variables to its own repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         process = subprocess.run(
@@ -75,10 +75,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def device(training_device: torch.device | str | None = None) -> dict[str, str | int | None]:
-    """The machine; "name" is that of the device that computes.
+    """Return a description of the machine; "name" is the name of the training device.
 
     Args:
-        training_device: the device that computes; None for a GPU where there is one.
+        training_device: the device that trains; None for a GPU if there is one.
     """
     if training_device is None:
         training_device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +88,7 @@ def device(training_device: torch.device | str | None = None) -> dict[str, str |
         gpu = torch.cuda.get_device_name(kind)
         gpu_memory = torch.cuda.get_device_properties(kind).total_memory
     cores = os.cpu_count()
-    # A process may be bound to some of the cores. Not every system can say so.
+    # A process may be bound to some of the cores, which not every system can report.
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     cpu_model = _cpu_model()
@@ -113,7 +113,7 @@ def _cpu_model() -> str:
 
 
 def peak_memory(training_device: torch.device | str | None = None) -> int:
-    """Peak memory so far, in bytes: the GPU's if a GPU trains, else that of this process."""
+    """Return the peak memory so far, in bytes: the GPU's if a GPU trains, else this process's."""
     on_gpu = training_device is None or torch.device(training_device).type == "cuda"
     if on_gpu and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(training_device)
@@ -122,6 +122,6 @@ def peak_memory(training_device: torch.device | str | None = None) -> int:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         if match := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
             return int(match[1]) * 1024
-    # In kilobytes, but in bytes on macOS
+    # In kilobytes, but on macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

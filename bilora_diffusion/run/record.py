@@ -1,7 +1,7 @@
-"""Types of a run's files, ``run.json`` and ``metrics.jsonl``, and their readers.
+"""Types and readers of a run's files ``run.json`` and ``metrics.jsonl``.
 
-All code that reads a run (resume, guard, evaluation, viewer) reads it here, and relies on these
-types. A value that does not fit them makes the run unreadable, with the reason in one sentence.
+All code that reads a run (resume, guard, evaluation, viewer) uses these readers and relies on these
+types. A value of another type makes the run unreadable; the message names the value.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from ..core.values import TRAINING_GRID_LOSS
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
 VALIDATION = "validation"
-# Picture of the training images, as training crops them.
+# Picture of all training images, cropped as in training.
 CONTACT_SHEET = "training_images.png"
-# Stands before a concept's name in the name of its held-out loss.
+# Prefix of the log names of the held-out losses of single concepts; the concept's name follows.
 BY_CONCEPT = "heldout_loss_by_concept/"
-# Validation images of one prompt at most, as for the option.
+# Maximum number of validation images per prompt, as for the option.
 PICTURES = 10_000
-# Activity of a run between two evaluations.
+# Name of a run's activity between two evaluations.
 TRAINING_ACTIVITY = "training"
-# Time between two writes of ``run.json`` while a run trains.
+# Minimum time between two writes of ``run.json`` while a run trains.
 HEARTBEAT_SECONDS = 15.0
 
-# Far above what training in 32 bits gives, and the square is a float still.
+# The limit is far above any fp32 number, and its square is still a finite float.
 Number = Annotated[float, Field(ge=-1e150, le=1e150)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-# A limit also refuses halves of UTF-16 pairs, which JSON can say and nothing can print.
+# With a maximum length, pydantic also refuses lone surrogates, which JSON may contain but which
+# can't be printed.
 Text = Annotated[str, Field(max_length=100_000)]
 
 
 def validation_folder(run_folder: Path, step: int) -> Path:
-    """The folder of the images or answers of a validation."""
+    """Return the folder of a validation's images or answers."""
     return run_folder / VALIDATION / f"step-{step}"
 
 
 def image_file_name(number: int) -> str:
-    """Name of the file of a validation's image, by its number in their order."""
+    """Return the file name of the validation image with this number."""
     return f"{number:03d}.png"
 
 
@@ -65,7 +66,7 @@ def discard_later_steps(root: Path, last_step: int) -> None:
 
 
 class _Strict(BaseModel):
-    """Base class: values are not converted, and keys of other versions are kept."""
+    """Base class that does not convert values, and that keeps unknown keys of other versions."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -115,7 +116,7 @@ class Results(_Strict):
 
 
 class Record(_Strict):
-    """``run.json``."""
+    """Content of ``run.json``."""
 
     method: Annotated[str, Field(max_length=100)]
     status: Literal["running", "finished", "interrupted", "failed"]
@@ -138,7 +139,7 @@ class Record(_Strict):
 
 
 class Line(_Strict):
-    """A line of ``metrics.jsonl``: numbers at a step, null where one was not finite."""
+    """A line of ``metrics.jsonl``: numbers at a step; null for a number that was not finite."""
 
     __pydantic_extra__: dict[str, Number | bool | None]
     step: Count
@@ -148,31 +149,31 @@ class Line(_Strict):
 
 @contextlib.contextmanager
 def _explain_record_errors(place: object, fix: str, problem: str = "is damaged") -> Iterator[None]:
-    """Make a sentence of what is raised within the context; a missing file stays an `OSError`."""
+    """Convert errors inside the context to UserError, except for the OSError of a missing file."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         is_forbidden = isinstance(error, PermissionError)
-        remedy = "check its rights" if is_forbidden else fix
+        remedy = "check its permissions" if is_forbidden else fix
         raise UserError(f"{place} cannot be read ({error.strerror}): {remedy}") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{place} {problem}{fault(error)}: {fix}") from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a run folder, which fits `Record`.
+    """Return the content of a run folder's ``run.json``, which has the types of `Record`.
 
     Raises:
-        UserError: there is none, it is damaged, or its schema version is unknown.
+        UserError: there is no such file, it is damaged, or its schema version is unknown.
     """
     path = Path(folder) / RUN
     try:
         with _explain_record_errors(path, "restore it from a copy, or give another run folder"):
             record = _parse_json(regular_file(path).read_bytes())
             version = record["schema_version"]
-            # Of another version the types may differ, so only the number is read.
+            # The types of another version may differ, so only its number is read.
             if version == SCHEMA_VERSION:
                 Record.model_validate(record)
                 return record
@@ -185,10 +186,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` in order, without an incomplete last one; none without the file.
+    """Return the complete lines of ``metrics.jsonl`` in order; [] if there is no such file.
 
     Raises:
-        UserError: another line does not fit `Line`.
+        UserError: a complete line does not have the types of `Line`.
     """
     path = Path(folder) / METRICS
     rows: list[dict[str, Any]] = []
@@ -198,7 +199,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             lines = regular_file(path).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
+    for number, line in enumerate(lines[:-1], start=1):  # a complete line ends with a newline
         with _explain_record_errors(f"line {number} of {path}", fix, "is not a metrics line"):
             row = _parse_json(line)
             Line.model_validate(row)
@@ -207,10 +208,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, float | None]]:
-    """The newest value of each held-out loss and metric up to a step, without single noise levels.
+    """Return the newest values of the held-out measures up to a step.
+
+    The held-out loss's counterpart on training samples is included; the losses at single noise
+    levels and the distances of single images are not.
 
     Returns:
-        Step and value by the name in the log.
+        Step and value, by log name.
     """
     newest: dict[str, tuple[int, float | None]] = {}
     for row in read_metrics(folder):
@@ -218,7 +222,7 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
         if row["step"] > step:
             continue
         for key, value in row.items():
-            # A slash comes before a noise level.
+            # The name of a value at a single noise level or of a single image contains a slash.
             is_heldout = re.fullmatch(r"heldout_[^/]*", key) is not None
             if is_heldout or key.startswith((TRAINING_GRID_LOSS, BY_CONCEPT)):
                 newest[key] = (row["step"], value)
@@ -226,9 +230,9 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
 
 
 def _parse_json(data: bytes) -> Any:
-    """JSON in UTF-8, with NaN as null; infinities, which no run writes, are refused."""
+    """Parse JSON in UTF-8; read NaN as null, and refuse infinities, which no run writes."""
 
-    # json calls it for NaN and infinities, and takes what it returns.
+    # json calls this function for NaN and infinities, and uses its result.
     def constant(name: str) -> None:
         if name != "NaN":
             raise ValueError(f"{name} is not JSON")
@@ -237,12 +241,12 @@ def _parse_json(data: bytes) -> Any:
 
 
 def fault(error: Exception) -> str:
-    """The first value that does not fit its type, in brackets; "" for another error."""
+    """Return the first value with a wrong type, in parentheses; "" for another error."""
     if not isinstance(error, ValidationError):
         return ""
     first = error.errors(include_url=False, include_context=False)[0]
     place = first["loc"]
-    # An option or a result is named with what holds it, such as config.rank.
+    # An option or a result is named with its section, such as config.rank.
     depth = 2 if place[:1] in (("config",), ("results",)) else 1
     name = ".".join(map(str, place[:depth]))
     if not name:

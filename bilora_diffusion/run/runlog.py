@@ -1,7 +1,8 @@
-"""The record of a run: ``run.json`` (what, where, how long) and ``metrics.jsonl`` (step by step).
+"""Writer of a run's record: ``run.json`` (the run as a whole) and ``metrics.jsonl`` (its steps).
 
-``run.json`` is replaced atomically; ``metrics.jsonl`` is strict JSON, one line per call, each
-written at once, so that after a kill at most the last line is incomplete, which readers skip.
+``run.json`` is replaced atomically. ``metrics.jsonl`` gets one line of strict JSON per call, which
+is written immediately. If the process is killed, at most the last line is incomplete; readers skip
+it.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from .record import (
 
 CARD = "README.md"
 ERROR = "error.txt"
-# Options that are not written down.
+# Options that are not recorded.
 SECRETS = frozenset({"hub_token"})
 
 
 class RunLog:
-    """Writes the record of one run; to be made in the main process only.
+    """Writer of one run's record; create it only in the main process.
 
     Args:
-        folder: the run folder, which is made if it is missing.
-        device: the device that trains, for the machine's name and peak memory; None for a GPU.
+        folder: the run folder, which is created if it is missing.
+        device: the device that trains, for its name and peak memory; None for a GPU if there is
+            one.
     """
 
     def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
@@ -53,10 +55,10 @@ class RunLog:
         self._device = device
         self._run: dict[str, Any] = {}
         self._metrics: BinaryIO | None = None
-        # Times of the monotonic clock.
+        # Times on the monotonic clock, in seconds.
         self._start_time = 0.0
         self._write_time = 0.0
-        self._earlier_seconds = 0.0  # time that the run took before it was resumed
+        self._earlier_seconds = 0.0  # duration of the run before it was resumed
 
     def start(
         self,
@@ -69,17 +71,17 @@ class RunLog:
     ) -> None:
         """Open the record.
 
-        For a resumed run the lines and snapshots of steps after ``resume_step`` are deleted, and
-        the time is added to that of the earlier part.
+        For a resumed run, everything that was recorded for steps after ``resume_step`` is deleted,
+        and the duration continues from the recorded one.
 
         Args:
-            config: options of the run; secrets in it are not written.
+            config: options of the run; secrets among them are not written.
             method: name of the method.
             seed: seed of the run.
-            resume_step: step of the checkpoint that is continued; None for a new run, in a folder
+            resume_step: step of the checkpoint to resume from; None for a new run, in a folder
                 without an earlier one (see `folder.clear`).
-            num_steps: optimizer steps of the whole run.
-            content: number and hash of the training and of the held-out samples.
+            num_steps: total number of optimizer steps of the run.
+            content: number and hash of the training samples and of the held-out samples.
 
         Raises:
             UserError: the earlier record is damaged.
@@ -93,7 +95,7 @@ class RunLog:
             # A checkpoint may have been copied without its record.
             if (self.folder / RUN).exists():
                 earlier = read_run(self.folder)
-            (self.folder / ERROR).unlink(missing_ok=True)  # its attempt is now repeated
+            (self.folder / ERROR).unlink(missing_ok=True)  # the failed attempt is now repeated
             self._truncate(resume_step)
             resumed = list(earlier.get("resumed", []))
             resumed.append({"step": resume_step, "at": date})
@@ -106,24 +108,24 @@ class RunLog:
             public_options.pop(name, None)
         self._run = {
             "schema_version": SCHEMA_VERSION,
-            # What is trained.
+            # The training.
             "config": public_options,
             "method": method,
             "seed": seed,
             "num_steps": num_steps,
             "content": content,
-            # By which code, and where.
+            # The code and the machine.
             "versions": provenance.versions(),
             "commit": commit,
             "uncommitted_changes": differs,
             "device": provenance.device(self._device),
-            # What is counted over all resumes.
+            # Values that continue when the run is resumed.
             "started_at": earlier.get("started_at", date),
             "resumed": resumed,
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
             "removed_checkpoints": removed_checkpoints,
-            # Its state now.
+            # The current state.
             "status": "running",
             "card": earlier.get("card", False),
             "doing": "starting",
@@ -141,15 +143,15 @@ class RunLog:
         A number that is not finite is written as null, and the line then has ``"nonfinite": true``.
 
         Raises:
-            TypeError: JSON can't hold a value.
+            TypeError: JSON can't represent a value.
         """
-        assert self._metrics is not None, "it has been started"
+        assert self._metrics is not None, "start was not called"
         line, has_nonfinite = strict_json({"step": int(step), **values})
         if has_nonfinite:
             line["nonfinite"] = True
         data = (json.dumps(line) + "\n").encode("ascii")
-        # Unbuffered, so that a line takes one system call. On a disk that becomes full, only a part
-        # may be written.
+        # The file is unbuffered, so a line takes one system call. If the disk becomes full, only a
+        # part of the line may be written.
         while data:
             written_bytes = self._metrics.write(data)
             data = data[written_bytes:]
@@ -157,9 +159,9 @@ class RunLog:
             self._write()
 
     def record_activity(self, activity: str) -> None:
-        """Record the run's activity from now on, such as "held-out loss".
+        """Record the activity that the run starts now, such as "held-out loss".
 
-        It tells a run that is busy with something long from one that hangs.
+        The record distinguishes a run that is busy with something long from one that hangs.
         """
         self._run |= {"doing": activity, "doing_since": _date()}
         self._write()
@@ -167,8 +169,8 @@ class RunLog:
     def sync(self) -> None:
         """Flush the record to the disk.
 
-        It is called before a checkpoint is saved, so that no line up to its step can be missing
-        after a power failure.
+        This is called before a checkpoint is saved, so that after a power failure no line up to its
+        step is missing.
         """
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
@@ -178,7 +180,7 @@ class RunLog:
         """Close the record.
 
         Args:
-            status: "finished", "failed" or "interrupted"; a resume opens it again.
+            status: "finished", "failed" or "interrupted"; a resumed run opens the record again.
             reason: the error of a failed run, in one sentence.
             results: results to add to the record's.
         """
@@ -192,12 +194,12 @@ class RunLog:
             self._metrics = None
 
     def record_removed_checkpoints(self, steps: Sequence[int]) -> None:
-        """Record that checkpoints of these steps made room for newer ones."""
+        """Record that the checkpoints of these steps were deleted in favor of newer ones."""
         self._run["removed_checkpoints"] += steps
         self._write()
 
     def record_card(self) -> None:
-        """Record, before it is written, that the run writes the folder's ``README.md``."""
+        """Record that the run is about to write the folder's ``README.md``."""
         self._run["card"] = True
         self._write()
 
@@ -211,7 +213,7 @@ class RunLog:
         write_text(self.folder / RUN, dump_json(record))
 
     def _truncate(self, step: int) -> None:
-        """Delete what was recorded of steps after this one."""
+        """Delete everything that was recorded for steps after this one."""
         text = ""
         for line in read_metrics(self.folder):
             if line["step"] <= step:
@@ -227,5 +229,5 @@ def _date() -> str:
 
 
 def is_finished(folder: Path) -> bool:
-    """Test that a folder holds a finished run."""
+    """Return whether a folder holds a finished run."""
     return (folder / RUN).exists() and read_run(folder)["status"] == "finished"

@@ -1,4 +1,4 @@
-"""Comparison of the options of an earlier run with those of the run that resumes it."""
+"""Comparison of a run's recorded options with the options of the run that resumes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..core.errors import UserError
 
 
 def without_options(settings: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
-    """Options without some, also without them in the options of each concept."""
+    """Return the settings without ``names``, also in the options of each concept."""
     remainder = {name: value for name, value in settings.items() if name not in names}
     if "concepts" in remainder:
         concepts = remainder["concepts"]
@@ -21,15 +21,15 @@ def without_options(settings: Mapping[str, Any], names: Set[str]) -> dict[str, A
 def require_same_settings(
     saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
 ) -> None:
-    """Refuse to resume with other settings.
+    """Check that a run resumes with the same settings.
 
     Args:
-        saved: settings that the checkpoint was made with.
+        saved: settings that the checkpoint was saved with.
         current: settings of this run.
         free: keys that may differ.
 
     Raises:
-        UserError: something differs; the sentence names it.
+        UserError: a setting differs; the message names it.
     """
     differences = describe_differences(saved, current, free)
     if differences:
@@ -42,9 +42,9 @@ def require_same_settings(
 def describe_differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
 ) -> str:
-    """Name up to three settings that differ, with both values; "" where all are equal.
+    """Return up to three settings that differ, with both values; "" if all are equal.
 
-    They are compared as JSON: a tuple equals a list, NaN equals NaN, and True is not 1.
+    Settings are compared as JSON: a tuple equals a list, NaN equals NaN, and True is not 1.
 
     Args:
         saved: settings of the earlier run.

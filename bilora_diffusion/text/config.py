@@ -1,4 +1,4 @@
-"""The configuration of a text run: every option, checked and completed."""
+"""Configuration of a text run: all options, their derived defaults and their checks."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ GROUPS = (
     EvaluationOptions,
     TextOutputOptions,
 )
-# Default of Tables A4 to A7.
+# Defaults from the paper's Tables A4 to A7; the ratio is a share of the optimizer steps.
 EPOCHS = 3
-# Default of Tables A4 to A7.
 WARMUP_RATIO = 0.03
-# Options that change the score of generated answers.
+# Options that affect the score of generated answers.
 ANSWER_OPTIONS = frozenset({"max_predictions", "generation_max_new_tokens"})
 
 
@@ -59,10 +58,11 @@ class TextConfig(
     TextOutputOptions,
     RunConfig,
 ):
-    """All options of the script, built by `resolve`.
+    """All options of the text script; `resolve` builds it from a command line.
 
-    All values are final: ``task_type`` is the kind of the model, ``optimizer`` is in lower case,
-    and ``num_train_epochs`` is None only if the number of steps is given.
+    `resolve` fills in the defaults: ``task_type`` is the model's kind and never "auto",
+    ``optimizer`` is in lower case, and ``num_train_epochs`` is None only if ``max_train_steps`` is
+    given.
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -76,9 +76,9 @@ class TextConfig(
         ("warmup_ratio", "lr_warmup_steps"),
     )
     description: ClassVar[str] = (
-        "Fine-tune a T5, a causal language model or a text classifier with Bi-LoRA or LoRA. Flags"
-        " that Transformers' and TRL's scripts have keep their names; defaults are those of the"
-        " Bi-LoRA paper's Tables A4 to A7."
+        "Fine-tune a T5 model, a causal language model or a text classifier with Bi-LoRA or LoRA."
+        " Flags that also exist in Transformers' or TRL's scripts have the same names there; the"
+        " defaults come from Tables A4 to A7 of the Bi-LoRA paper."
     )
     usage: ClassVar[str] = (
         "%(prog)s --model_name_or_path MODEL {--task TASK,--train_file FILE} [flags]"
@@ -93,7 +93,7 @@ class TextConfig(
         from .models import TextSource  # imports torch
 
         cfg = derive(self, TEXT_DEFAULTS)
-        # Without a model the constraints refuse the run with their own message.
+        # If no model is given, the constraints report it with their own message.
         if cfg.model_name_or_path is not None:
             cfg = replace(cfg, task_type=TextSource(cfg).kind)
         return cfg
@@ -105,8 +105,8 @@ class TextConfig(
             catalog.get(self.task)
         if self.chooses_by_score and not self.metrics:
             raise UserError(
-                f"--choose_by score is refused, since the task {self.task} has no score of its free"
-                " answers: use --choose_by loss."
+                f"--choose_by score can't be used, since the task {self.task} has no metric for its"
+                " free-text answers: use --choose_by loss."
             )
         files = {"train_file": self.train_file, "validation_file": self.validation_file}
         for name, file in files.items():
@@ -116,7 +116,7 @@ class TextConfig(
             if not is_file(path) or path.suffix.lower() not in TABLES:
                 fault = "is not a file of rows" if path.exists() else "does not exist"
                 kinds = ", ".join(TABLES)
-                raise UserError(f'--{name} "{path}" {fault}: give one that ends in {kinds}.')
+                raise UserError(f'--{name} "{path}" {fault}: give a file that ends in {kinds}.')
 
     @property
     def base_model(self) -> str:
@@ -124,7 +124,7 @@ class TextConfig(
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the scores of answers to held-out rows, the first of which may choose."""
+        """Metrics of the answers to held-out rows; ``--choose_by score`` uses the first one."""
         from . import catalog
 
         if self.task:
@@ -133,7 +133,7 @@ class TextConfig(
 
     @property
     def chooses_by_score(self) -> bool:
-        """True if a score of the answers decides which weights the run exports."""
+        """Whether the score of the answers decides which weights the run exports."""
         return self.depends_on_heldout and self.choose_by == BY_SCORE
 
     @property
@@ -142,7 +142,7 @@ class TextConfig(
 
     @property
     def measures_samples(self) -> bool:
-        # A classifier has its answers with the loss.
+        # A classifier's predictions come with its loss, without generation.
         return self.chooses_by_score and self.task_type != "classification"
 
     @property
@@ -152,30 +152,33 @@ class TextConfig(
 
     @property
     def targets(self) -> str | tuple[str, ...]:
-        """``--target_modules`` for an `AdapterSpec`."""
+        """Value of ``--target_modules`` in the form that `AdapterSpec` takes."""
         names = tuple(self.target_modules)
         return ALL_LINEAR if names == (ALL_LINEAR,) else names
 
     def warmup_steps(self, num_steps: int) -> int:
-        """Warm-up steps: as given, or a share of all steps, rounded up as in Transformers."""
+        """Return the warm-up steps: as given, or a share of `num_steps`, rounded up.
+
+        Transformers rounds up too.
+        """
         if self.lr_warmup_steps is not None:
             return self.lr_warmup_steps
         return math.ceil((self.warmup_ratio or 0) * num_steps)
 
 
 def default_num_train_epochs(cfg: TextConfig) -> int | None:
-    """Epochs of Tables A4 to A7, unless the number of steps is given."""
+    """Return the epochs of Tables A4 to A7, or None if the number of steps is given."""
     return EPOCHS if cfg.max_train_steps is None else None
 
 
 def default_warmup_ratio(cfg: TextConfig) -> float | None:
-    """Share of Tables A4 to A7 for schedules with a changing rate; None if steps are given."""
+    """Return the share of Tables A4 to A7, 0 for a constant rate, or None if steps are given."""
     if cfg.lr_warmup_steps is not None:
         return None
     return 0.0 if cfg.lr_scheduler == "constant" else WARMUP_RATIO
 
 
-# They run after `config.derived.DERIVED_DEFAULTS`.
+# Rules for derived defaults; they run after `config.derived.DERIVED_DEFAULTS`.
 TEXT_DEFAULTS: tuple[Rule[TextConfig], ...] = (
     ("num_train_epochs", default_num_train_epochs),
     ("warmup_ratio", default_warmup_ratio),

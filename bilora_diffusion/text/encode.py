@@ -1,8 +1,8 @@
-"""Tokenized sets, cached on disk, and packing: several short examples in one row of a causal model.
+"""Tokenize examples, cache the result on disk, and pack a causal model's examples into rows.
 
-Each packed example has its own positions, from which Transformers derives an attention mask for
-each example. Its first token has no loss, because no token of the example precedes it. So the loss
-of every token is the same as without packing.
+Positions restart at 0 in every packed example, and Transformers derives an attention mask for each
+example from them. An example's first token has no loss, because no token of the same example
+precedes it. The loss of every token is therefore the same as without packing.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from .models import TextModel
 from .module import collate
 from .tokenizing import IGNORED, ROW_BUILDERS, Row, resolve_template, tokenizer_hash
 
-# Version of tokenization, part of a cache's name: increase it when tokenization changes.
+# Version of the tokenization, part of a cache file's name: increase it when tokenization changes.
 FORMAT = "4"
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
-# Columns that are summed when rows are packed into one.
+# Columns whose values are summed when examples are packed into one row.
 SUMMED = ("length", "target_tokens", "truncated")
 WRITE_ROWS = 1000
-# From this length on there is no limit: tokenizers without one report 10^30.
+# Limits from this number of tokens on are ignored: tokenizers without a limit report 10^30.
 NO_LIMIT = 10**9
-# Attention for which Transformers derives the mask from the positions, for any batch size.
+# Attention implementations whose mask Transformers derives from positions, for any batch size.
 ATTENTION = ("sdpa", "eager")
 logger = logging.getLogger(__name__)
 
 
 class Encoded:
-    """A tokenized set, built by `encode` or `pack`.
+    """A tokenized dataset, built by `encode` or `pack`.
 
     Args:
-        data: rows, each with some of `MODEL_COLUMNS`, the column "sources" (indices of the examples
-            in it) and those of `SUMMED`; "truncated" counts its examples that were cut.
+        data: rows with some of `MODEL_COLUMNS`, with the column "sources" (indices of the row's
+            examples) and with those of `SUMMED`; "truncated" counts the row's truncated examples.
         kind: "seq2seq", "causal" or "classification".
         examples: the examples before tokenization.
 
     Attributes:
         sources: indices of the examples in each row.
-        lengths: tokens of each row.
-        target_tokens: tokens with a loss of each row.
-        truncated: number of examples that were cut to fit.
-        dropped: number of examples without any token with a loss, which were skipped.
+        lengths: number of tokens of each row.
+        target_tokens: number of tokens with a loss in each row.
+        truncated: number of truncated examples.
+        dropped: number of examples that were skipped because no token has a loss.
     """
 
     def __init__(self, data: datasets.Dataset, kind: str, examples: Sequence[Example]) -> None:
@@ -76,15 +76,15 @@ class Encoded:
         return len(self.lengths)
 
     def row(self, number: int) -> dict[str, Any]:
-        """Lists of a row for `collate`: "input_ids", "labels" and other inputs of the model."""
+        """Return a row as lists for `collate`: "input_ids", "labels" and other model inputs."""
         return dict(self._rows[number])
 
     def name(self, number: int) -> str:
-        """Name of a row, "line 17 of train.jsonl"; for a packed row the names of all examples."""
+        """Return a row's name, "line 17 of train.jsonl"; a packed row has all examples' names."""
         return " and ".join(self.examples[source].where for source in self.sources[number])
 
     def example(self, number: int) -> Example:
-        """The example of a row that is not packed."""
+        """Return the example of a row that is not packed."""
         (source,) = self.sources[number]
         return self.examples[source]
 
@@ -92,31 +92,32 @@ class Encoded:
 def encode(
     examples: Sequence[Example], cfg: TextConfig, text_model: TextModel, name: str
 ) -> Encoded:
-    """Tokenize a set, or read it from the cache if texts, tokenizer and lengths are the same.
+    """Tokenize examples, or read them from the cache if texts, tokenizer and settings are equal.
 
-    Examples with a blank answer are skipped, long ones are truncated; both are logged.
+    Examples with a blank answer are skipped, and long examples are truncated. The log reports both
+    counts.
 
     Args:
-        examples: examples of the set.
+        examples: examples to tokenize.
         cfg: training configuration.
         text_model: model and tokenizer.
-        name: name of the set in messages.
+        name: name of the dataset for messages.
 
     Raises:
-        UserError: the model does not support a length, or an example can't be tokenized.
+        UserError: the model does not support a length, an example can't be tokenized, or no example
+            has an answer.
     """
     tokenizer = text_model.tokenizer
     kind = text_model.kind
     settings: dict[str, Any] = {"max_length": cfg.max_length}
     if kind == "seq2seq":
         settings["max_target_length"] = cfg.max_target_length
-    # Longer rows than the model's positions would fail in the middle of training.
+    # Rows with more tokens than the model has positions would fail in the middle of training.
     for option, length in settings.items():
         _check_length(option, length, text_model)
     if kind == "causal":
         settings["template"] = resolve_template(cfg.template, tokenizer)
-    # Everything that determines the tokens, and nothing else, so that other runs use the same
-    # cache.
+    # Hash everything that determines the tokens, and nothing else, so that runs share the cache.
     hashed_texts = [FORMAT, kind, repr(settings), tokenizer_hash(tokenizer)]
     hashed_texts += [repr(example) for example in examples]
     cache_hash = digest_texts(hashed_texts)
@@ -128,7 +129,7 @@ def encode(
     columns_of_examples = []
     for number, example in enumerate(examples):
         columns_of_examples.append({**vars(example), "number": number})
-    # A fixed fingerprint, so that datasets does not hash the table.
+    # With a fixed fingerprint, `datasets` does not hash the table.
     table = pyarrow.Table.from_pylist(columns_of_examples)
     source = datasets.Dataset(table, fingerprint="examples")
     data = source.map(
@@ -148,14 +149,14 @@ def encode(
     )
     if not len(data):
         raise UserError(
-            f"no row of {name} has an answer to learn from: fill its answers, or name their column"
-            " by --target_column."
+            f"no row of {name} has an answer to learn from: fill in its answers, or name their"
+            " column with --target_column."
         )
     encoded = Encoded(data, kind, examples)
     limit = "--max_length"
     if kind == "seq2seq":
         limit = "--max_length or --max_target_length"
-    outcomes = {f"cut to {limit}": encoded.truncated, "left out": encoded.dropped}
+    outcomes = {f"truncated to {limit}": encoded.truncated, "skipped": encoded.dropped}
     for outcome, count in outcomes.items():
         if count:
             logger.warning("%s: %d of %d rows are %s", name, count, len(examples), outcome)
@@ -163,11 +164,11 @@ def encode(
 
 
 def _features(kind: str, has_sentence_ids: bool) -> datasets.Features:
-    """Types of the columns of a tokenized set.
+    """Return the column types of a tokenized dataset.
 
     Args:
         kind: kind of model.
-        has_sentence_ids: True if the tokenizer marks to which of two sentences a token belongs.
+        has_sentence_ids: whether the tokenizer returns the number of each token's sentence.
     """
     number = datasets.Value("int64")
     ids = datasets.List(datasets.Value("int32"))
@@ -189,23 +190,23 @@ def _tokenize(
     build_rows: Callable[[list[Example]], list[Row]],
     columns: Collection[str],
 ) -> dict[str, list[Any]]:
-    """Convert columns of examples to columns of tokenized rows, in a process of `datasets.map`.
+    """Convert columns of examples to columns of tokenized rows; `datasets.map` calls this function.
 
     Args:
-        batch: fields of some examples, by name, and their indices.
-        build_rows: tokenizes examples.
-        columns: fields of a row that become columns.
+        batch: one list per field of the examples, and the list "number" of their indices.
+        build_rows: function that tokenizes examples.
+        columns: fields of `Row` that become columns.
     """
     examples = []
     indices = []
-    # Columns to rows: `map` passes lists by column.
+    # `map` passes one list per column: rebuild the examples.
     for values in zip(*batch.values(), strict=True):
         fields = dict(zip(batch, values, strict=True))
         index = fields.pop("number")
         if fields["answer"].strip():
             examples.append(Example(**fields))
             indices.append(index)
-    # A batch may have no answers.
+    # All answers of a batch can be blank.
     rows = build_rows(examples) if examples else []
     output: dict[str, list[Any]] = {name: [] for name in (*columns, "sources")}
     for row, index in zip(rows, indices, strict=True):
@@ -227,13 +228,13 @@ def _check_length(option: str, length: int, text_model: TextModel) -> None:
 
 
 def pack(encoded: Encoded, max_length: int) -> Encoded:
-    """Pack examples into rows of at most `max_length` tokens, which no example exceeds.
+    """Pack examples of at most `max_length` tokens into rows of at most `max_length` tokens.
 
-    The result depends only on the set. Rows have an additional column, "position_ids", which begin
-    at 0 in each example.
+    The result depends only on the examples. The additional column "position_ids" restarts at 0 in
+    each example.
     """
     rows = []
-    # For each packed row, tokens are concatenated and numbers summed.
+    # In each packed row, tokens are concatenated and counts are summed.
     for members in best_fit(encoded.lengths, max_length):
         parts = [encoded.data[number] for number in members]
         row: dict[str, Any] = join_parts(parts)
@@ -250,11 +251,11 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
 
 
 def join_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Tokens, labels and positions of several examples as one row."""
+    """Concatenate the tokens, labels and positions of several examples to one row."""
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for part in parts:
         row["input_ids"] += part["input_ids"]
-        # The token before an example's first token belongs to another example.
+        # The first token has no loss, since the token before it belongs to another example.
         row["labels"] += [IGNORED, *part["labels"][1:]]
         row["position_ids"] += range(len(part["input_ids"]))
     return row
@@ -263,24 +264,25 @@ def join_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Assign examples to rows by best-fit decreasing.
 
-    Starting with the longest, each example is put into the row in which it leaves the least room.
-    Rows are indexed by their remaining room, so that the time is linear in the examples.
+    Starting with the longest, each example goes into the row where it leaves the fewest free
+    tokens. Rows are indexed by their free tokens, so the search does not slow down as rows are
+    added.
 
     Args:
-        lengths: tokens of each example, at most `size`.
-        size: tokens of a row.
+        lengths: number of tokens of each example, at most `size`.
+        size: maximum number of tokens of a row.
 
     Returns:
-        Numbers of the examples in each row, in the order in which rows were started.
+        Indices of the examples in each row, in the order in which the rows were started.
     """
     rows: list[list[int]] = []
     rows_by_room: dict[int, list[int]] = {}
-    open_rooms = 0  # bit r is set if there is a row with room for r more tokens
+    open_rooms = 0  # bit r is set if a row has exactly r free tokens
     for example in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
         length = lengths[example]
         fitting_rooms = open_rooms >> length
         if fitting_rooms:
-            # x & -x is the lowest set bit: the smallest room that is large enough.
+            # x & -x is the lowest set bit: the smallest number of free tokens that is enough.
             room = length + (fitting_rooms & -fitting_rooms).bit_length() - 1
             row = rows_by_room[room].pop()
             if not rows_by_room[room]:
@@ -296,54 +298,56 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def require_packable(model: Any) -> None:
-    """Refuse a model whose output for packed examples differs from that without packing.
+    """Raise UserError if a model's outputs differ between packed and unpacked examples.
 
-    A configuration does not say whether a model carries a state from token to token, so the model
-    is run on a few tokens: packed after two different neighbours, and alone.
+    A configuration does not show whether a model carries a state from token to token. The model is
+    therefore run on a few tokens: alone, and packed after each of two different examples.
 
     Raises:
-        UserError: the model has no positions as input, has another attention, or mixes packed
-            examples.
+        UserError: the model does not take positions as an input, its attention implementation is
+            not one of `ATTENTION`, or it mixes packed examples.
     """
     config = model.config.get_text_config()
-    unsuited = f"--packing does not suit the model type {config.model_type}, which"
+    unsuited = f"--packing does not work with the model type {config.model_type}, which"
     base_model = model
     if hasattr(model, "get_base_model"):  # PEFT's wrapper, whose forward accepts any argument
         base_model = model.get_base_model()
     if "position_ids" not in inspect.signature(base_model.forward).parameters:
         raise UserError(
-            f"{unsuited} takes no position_ids, so positions would run on from one example to the"
-            " next: drop it."
+            f"{unsuited} takes no position_ids, so positions would continue from one example to the"
+            " next: drop --packing."
         )
     if config._attn_implementation not in ATTENTION:
         raise UserError(
-            f'--packing needs the attention "sdpa" or "eager", and the model has'
+            f'--packing needs the attention "sdpa" or "eager", but the model has'
             f' "{config._attn_implementation}": give --attn_implementation sdpa.'
         )
     if next(model.parameters()).is_meta:
         return  # a dry run has no weights
     unpacked, packed_first, packed_second = _probe(model)
     scale = float(unpacked.abs().max())
-    # Both packings have the same positions, so that only the neighbours can cause a difference.
+    # Positions are equal in both packings, so only the preceding examples can cause a difference.
     if float((packed_first - packed_second).abs().max()) > 1e-6 * scale:
-        raise UserError(f"{unsuited} lets a token see the example before its own: drop it.")
-    # The tolerance is large, for weights in half precision.
+        raise UserError(f"{unsuited} lets a token see the preceding example: drop --packing.")
+    # The tolerance is large because the weights can be in half precision.
     if float((packed_first - unpacked).abs().max()) > 0.05 * scale:
-        raise UserError(f"{unsuited} counts the positions of packed examples wrong: drop it.")
+        raise UserError(
+            f"{unsuited} computes the positions of packed examples incorrectly: drop --packing."
+        )
 
 
 def _probe(model: Any) -> list[Tensor]:
-    """Logits of three tokens, (3, vocabulary): alone, and after two different neighbours."""
+    """Compute logits of three tokens, (3, vocabulary): alone and after two different examples."""
     last_token = model.config.get_text_config().vocab_size - 1
     probe_tokens = [5, 3, 4]
     logits = []
     with inference(model):
-        # Both neighbours are equally long, so that the probe has the same position after both.
-        for neighbour in ([], [2, 6, 7, 8], [1, 0, 1, 0]):
+        # Both preceding examples have the same length, so the probe has the same place in the row.
+        for preceding_tokens in ([], [2, 6, 7, 8], [1, 0, 1, 0]):
             parts = []
-            for part_tokens in (neighbour, probe_tokens):
+            for part_tokens in (preceding_tokens, probe_tokens):
                 if part_tokens:
-                    # The vocabulary of a tiny model can be smaller than these numbers.
+                    # A tiny model's vocabulary can be smaller than these ids.
                     ids = [min(token, last_token) for token in part_tokens]
                     parts.append({"input_ids": ids, "labels": ids})
             batch = collate([join_parts(parts)], "causal", pad_token_id=0)

@@ -1,4 +1,4 @@
-"""Loss, metrics and answers on held-out rows, with the adapters that are active."""
+"""Losses, metrics and generated answers on held-out rows, with the active adapters."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .module import TextModule, collate, pad
 from .rows import TextData
 from .tokenizing import generation_prompt
 
-# Default length of a causal model's answer, in tokens.
+# Default maximum length of a causal model's generated answer, in tokens.
 CAUSAL_NEW_TOKENS = 256
 
 
 class Evaluation:
-    """Measures a model on held-out rows.
+    """Evaluator of a model on held-out rows.
 
-    Batches have rows of about equal length, to reduce padding. The batch size
-    changes results by rounding only.
+    Batches have rows of similar length, which reduces padding. The batch size changes the results
+    only by rounding.
 
     Args:
         cfg: training configuration.
@@ -40,7 +40,7 @@ class Evaluation:
         data: tokenized rows, with a validation set.
 
     Raises:
-        UserError: answers can be longer than the model supports.
+        UserError: ``--generation_max_new_tokens`` leaves no tokens for a prompt.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Evaluation:
             self.new_tokens = _max_new_tokens(cfg, text_model)
 
     def measure(self) -> dict[str, float]:
-        """Measure losses, and a classifier's metrics.
+        """Measure the held-out loss and the values that the options add to it.
 
         Returns:
-            "heldout_loss", the mean over all target tokens; a classifier's metrics, and with
-            ``--choose_by score`` those of generated answers; and "train_grid_loss", the same loss
-            on the first `eval_train_samples` training rows.
+            "heldout_loss", the mean over all target tokens; the metrics of a classifier or, with
+            ``--choose_by score``, of generated answers; and "train_grid_loss", the same loss on the
+            first `eval_train_samples` training rows, unless that option is 0.
         """
         losses, classes = self._measure(self.rows, len(self.rows))
         total = sum(self.rows.target_tokens)
@@ -80,7 +80,7 @@ class Evaluation:
         return metrics
 
     def _measure(self, rows: Encoded, count: int) -> tuple[list[float], list[int]]:
-        """Summed loss of each of the first rows, and a classifier's predicted class."""
+        """Compute each row's summed loss and a classifier's predicted class, for `count` rows."""
         sums = [0.0] * count
         classes = [0] * count
         kind, pad_token_id = self.text_model.kind, self.text_model.tokenizer.pad_token_id
@@ -100,7 +100,10 @@ class Evaluation:
         return sums, classes
 
     def answer(self, folder: Path) -> dict[str, float]:
-        """Generate answers greedily, write ``predictions.jsonl`` and return metrics."""
+        """Generate answers greedily, write them to ``predictions.jsonl`` and return their metrics.
+
+        A classifier generates no answers: the result is empty, and no file is written.
+        """
         if self.text_model.kind == "classification":
             return {}
         answers = self._generated_answers()
@@ -109,7 +112,7 @@ class Evaluation:
         lines = []
         for number, answer in enumerate(answers):
             example = self.rows.example(number)
-            # The question without the template.
+            # The question, without the prompt template.
             line = {"prompt": example.question, "prediction": answer, "reference": example.answer}
             lines.append(json.dumps(line, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,7 @@ class Evaluation:
         return self._scores(answers)
 
     def _generated_answers(self) -> list[str]:
-        """Generate answers to the first held-out rows greedily; none with --max_predictions 0."""
+        """Generate answers greedily to all held-out rows, or to the first ``--max_predictions``."""
         count = len(self.rows)
         if self.cfg.max_predictions is not None:
             count = min(count, self.cfg.max_predictions)
@@ -133,28 +136,28 @@ class Evaluation:
         return answers
 
     def _scores(self, predictions: Sequence[str]) -> dict[str, float]:
-        """Metrics of the answers to the first rows."""
+        """Compute the metrics of predicted answers to the first held-out rows."""
         rows = self.data.rows
         references = [self.rows.example(number).answer for number in range(len(predictions))]
         metrics = score(rows.metrics, predictions, references, rows.label_words, rows.answer_marker)
         return {HELDOUT_PREFIX + name: value for name, value in metrics.items()}
 
     def _explain_memory_errors(self, action: str, count: int) -> AbstractContextManager[None]:
-        """Context manager: if the memory is too small for a batch, name the options that help."""
+        """Return a context manager whose out-of-memory error names the options to change."""
         fix = "lower --generation_max_new_tokens, or use shorter rows"
         if count > 1:
             fix = f"lower --eval_batch_size (now {self.cfg.eval_batch_size})"
         return explain_memory_errors(f"{action} of {counted(count, 'row')}", fix)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Batches of row indices, of rows of about the same length, the longest first."""
-        # The longest first: if memory runs out, it happens in the first batch.
+        """Yield batches of row indices, in the order of the rows' lengths, longest first."""
+        # Longest first: if the memory is too small, the first batch fails.
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         for start in range(0, len(order), self.cfg.eval_batch_size):
             yield order[start : start + self.cfg.eval_batch_size]
 
     def _prompt(self, number: int) -> list[int]:
-        """Tokens from which the model generates the answer of a row."""
+        """Return the tokens from which the model generates a row's answer."""
         if self.text_model.kind == "seq2seq":
             return self.rows.row(number)["input_ids"]
         room = None
@@ -172,20 +175,20 @@ def generate(
 
     Args:
         text_model: model and tokenizer.
-        prompts: token ids.
+        prompts: token ids of each prompt.
         new_tokens: maximum number of tokens of an answer.
-        sampling: arguments of Transformers' `generate`.
+        sampling: further arguments of Transformers' `generate`.
     """
     tokenizer = text_model.tokenizer
     is_causal = text_model.kind == "causal"
-    # A causal model continues at the end of the row, so the padding comes first.
+    # A causal model continues the end of a row, so its rows are padded on the left.
     side = "left" if is_causal else "right"
-    # A model can't continue an empty prompt without a start token.
+    # A model can't continue an empty prompt, so the prompt gets a start token.
     start = tokenizer.bos_token_id
     if start is None:
         start = tokenizer.eos_token_id
     prompts = [prompt or [start] for prompt in prompts]
-    # Padding must be masked: a padding token can be the EOS token.
+    # Padding needs an explicit mask, since the padding token can be the EOS token.
     masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {
         "input_ids": pad(prompts, tokenizer.pad_token_id, side),
@@ -208,7 +211,11 @@ def generate(
 
 
 def _max_new_tokens(cfg: TextConfig, text_model: TextModel) -> int:
-    """Maximum number of tokens of a generated answer; the model must have more positions."""
+    """Return the maximum number of tokens of a generated answer.
+
+    Raises:
+        UserError: the answer can take all tokens that the model allows.
+    """
     new_tokens = cfg.generation_max_new_tokens
     limit = text_model.max_tokens
     if new_tokens is None and text_model.kind == "seq2seq":
@@ -217,7 +224,7 @@ def _max_new_tokens(cfg: TextConfig, text_model: TextModel) -> int:
         return CAUSAL_NEW_TOKENS if limit is None else min(CAUSAL_NEW_TOKENS, limit // 2)
     if limit is not None and new_tokens >= limit:
         raise UserError(
-            f"--generation_max_new_tokens {new_tokens} leaves no room for a prompt in the {limit}"
-            f" tokens that the model allows: give {limit // 2} or less."
+            f"--generation_max_new_tokens {new_tokens} leaves no tokens for a prompt, since the"
+            f" model allows {limit}: give {limit // 2} or less."
         )
     return new_tokens

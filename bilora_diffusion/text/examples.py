@@ -1,4 +1,4 @@
-"""Questions with their answers, before tokenization, and how to read them from files."""
+"""Examples before tokenization, each an input with its answer, and functions that read them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from ..core.files import (
 )
 
 CONVERSATION = "messages"
-# Usual names of input columns; the first one that a file has is read.
+# Usual names of input columns; the first name that a file has is used.
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
 # Usual names of answer columns.
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
 INSTRUCTION = "instruction"
-# Columns of the text that an instruction is about, as in Alpaca and Dolly.
+# Columns with the text that an instruction refers to, as in Alpaca and Dolly.
 CONTEXTS = ("input", "context")
 
 
 @dataclass(frozen=True)
 class Example:
-    """An input and its right answer.
+    """An input and its correct answer.
 
-    Checkpoints have hashes of its `repr`, so names and order of its fields must not change.
+    Checkpoints store hashes of an example's `repr`, so the names and the order of the fields must
+    not change.
 
     Attributes:
-        prompt: the input; for a classifier the first sentence.
+        prompt: the input; for a classifier, its first sentence.
         answer: the answer.
-        label: class number, if there are classes.
-        pair: second sentence of a classifier.
-        turns: (role, content) of a conversation with more than one question.
-        input: text that the prompt is about, if a set has a column for it, as Alpaca does.
-        where: name of the row in messages.
+        label: class number; None for free text.
+        pair: a classifier's second sentence.
+        turns: (role, content) of each turn of a conversation; () for one question and its answer.
+        input: text that the prompt refers to, such as Alpaca's "input"; "" if there is none.
+        where: name of the row for messages.
     """
 
     prompt: str
@@ -53,37 +54,37 @@ class Example:
 
     @property
     def question(self) -> str:
-        """The prompt, followed by its input after a blank line."""
+        """The prompt, followed by a blank line and its input if it has one."""
         if not self.input.strip():
             return self.prompt
         return f"{self.prompt}\n\n{self.input}"
 
     def messages(self) -> list[dict[str, str]]:
-        """The conversation up to the assistant's last turn, for chat templates."""
+        """Return the conversation up to the assistant's last turn, as chat templates take it."""
         turns = self.turns or (("user", self.question), ("assistant", self.answer))
         return [{"role": role, "content": content} for role, content in turns]
 
 
 def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
-    """Convert a conversation to an example, without the turns after the assistant's last one.
+    """Convert a conversation to an example; turns after the assistant's last turn are dropped.
 
     Args:
-        turns: (role, content), in order.
-        where: name of the row in messages.
+        turns: (role, content) of each turn, in order.
+        where: name of the row for messages.
 
     Raises:
-        UserError: the assistant has no turn, or no turn precedes it.
+        UserError: the assistant has no turn, or its only turn is the first of the conversation.
     """
     answer_numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
     if not answer_numbers or answer_numbers[-1] == 0:
         raise UserError(
-            f"{where} has no turn of the assistant that answers one before it: give roles"
-            ' "user" and "assistant", in turn.'
+            f"{where} has no turn of the assistant that follows another turn: alternate the roles"
+            ' "user" and "assistant".'
         )
     dialogue = tuple(turns[: answer_numbers[-1] + 1])
     _, question = dialogue[-2]
     _, answer = dialogue[-1]
-    # One question with its answer gets no turns, so that it equals a row with two columns.
+    # A single question and its answer have no turns, so the example equals a row with two columns.
     is_plain = len(dialogue) == 2 and dialogue[0][0] == "user"
     return Example(question, answer, turns=() if is_plain else dialogue, where=where)
 
@@ -95,21 +96,21 @@ def open_file(
 
     Args:
         path: the file.
-        input_column: column of inputs, or of conversations: lists of objects with "role" and
-            "content". None or "auto": "messages", else the first of `INPUTS` that the file has; of
-            a file with "instruction" and "input" or "context" both, of which the second may be
-            missing, null or blank in a row.
-        target_column: column of answers; None or "auto": the first of `TARGETS`. Not used for
-            conversations.
+        input_column: column with the inputs, or with conversations: lists of objects with "role"
+            and "content". None or "auto" selects "messages", else the first of `INPUTS` that the
+            file has. If the file has "instruction" and also "input" or "context", both columns are
+            used; the second may be missing, null or blank in a row.
+        target_column: column with the answers; None or "auto" selects the first of `TARGETS` that
+            the file has. Not used for conversations.
 
     Raises:
-        UserError: the file can't be read, has no rows, lacks a column, or has a row of another
-            kind.
+        UserError: the file can't be read, has no rows, lacks a column, or has a row with another
+            type of content.
     """
     rows = read_rows(path)
     if not rows:
-        raise UserError(f"{path.name} has no rows: give a file that has some.")
-    names: dict[str, None] = {}  # in the order of the rows
+        raise UserError(f"{path.name} has no rows: give a file with rows.")
+    names: dict[str, None] = {}  # column names, in the order of their first rows
     for _, row in rows:
         # Rows of JSON can have different keys.
         names |= dict.fromkeys(row)
@@ -144,7 +145,7 @@ def _column(
     usual_columns: Sequence[str],
     option: str,
 ) -> str:
-    """The column of an option, or the first usual one that a file has."""
+    """Return the column that an option names, or the first usual column that the file has."""
     if column_name is not None and column_name != "auto":
         require_column(column_name, columns, option, path.name)
         return column_name
@@ -163,11 +164,11 @@ def text_of(
     """Read the text in a column.
 
     Args:
-        row: columns and their values.
+        row: values by column name.
         column: name of the column.
-        where: name of the row in messages.
-        fix: end of the messages, without a period.
-        accepts_numbers: True to accept integers and booleans as text.
+        where: name of the row for messages.
+        fix: what the user should do, the last part of the messages, without a period.
+        accepts_numbers: whether integers and booleans are converted to text.
 
     Raises:
         UserError: the column is missing or has another type.
@@ -183,7 +184,7 @@ def text_of(
 
 
 def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, str]]:
-    """(role, content) of the turns of a conversation in a column."""
+    """Read the conversation in a column; return (role, content) of each turn."""
     turns = row.get(column)
     if not isinstance(turns, list) or not turns:
         raise UserError(
@@ -198,28 +199,29 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
             content = turn.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(
-                f'turn {number} of {where} has no "role" and "content" that are text: correct it.'
+                f'turn {number} of {where} needs a "role" and a "content" that are text: correct'
+                " the turn."
             )
         pairs.append((role, content))
     return pairs
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
-    """The distinct answers, sorted (numbers by value): the classes of a file.
+    """Return the classes of a file: its distinct answers, sorted; integers are sorted by value.
 
-    A blank answer is not a class: `encode` skips such examples.
+    A blank answer is not a class: `encode` skips its example.
     """
     words = sorted({example.answer for example in examples if example.answer.strip()})
     if all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
-        # As numbers: "10" comes after "9".
+        # Sort by value, so "10" comes after "9".
         words.sort(key=int)
     return tuple(words)
 
 
 def with_labels(examples: Sequence[Example], words: Sequence[str]) -> list[Example]:
-    """Add class numbers to examples: the index of each answer in the label words.
+    """Return examples with class numbers: the index of each answer in the label words.
 
-    An example with a blank answer has no class number.
+    An example with a blank answer gets no class number.
 
     Raises:
         UserError: an answer is not a label word; the message names its row.

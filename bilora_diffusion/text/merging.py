@@ -1,10 +1,10 @@
-"""Merge the primary of a text run into its base model: a folder that Transformers loads by itself.
+"""Merge a text run's primary into its base model and write a folder that Transformers loads.
 
     bilora export runs/answers --to merged
 
 Each adapted weight is computed in float64 and rounded once, to the base model's precision. An
-adapter that began with PiSSA or LoRA-GA is exported for the original base weights, so it is merged
-like any other.
+adapter that was initialized with PiSSA or LoRA-GA is exported for the original base weights, so it
+is merged like any other adapter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..train.task import inference
 from .models import TextModel, TextSource
 from .options import TextModelOptions
 
-# Options of a run that say which base model and tokenizer it used.
+# Options that identify a run's base model and tokenizer.
 BASE_OPTIONS = (
     "model_name_or_path",
     "task_type",
@@ -48,19 +48,19 @@ BASE_OPTIONS = (
     "trust_remote_code",
     "cache_dir",
 )
-LARGEST_SHARD = "5GB"  # as on the hub
-# Vocabularies that llama.cpp reads and Transformers does not write.
+LARGEST_SHARD = "5GB"  # usual on the hub
+# Vocabulary files that llama.cpp reads and Transformers does not write.
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
-# Types of encoder-decoder models that llama.cpp converts.
+# Model types of the encoder-decoder models that llama.cpp converts.
 LLAMA_CPP_SEQ2SEQ = ("t5", "mt5", "umt5")
-# Ids of the tokens with which a written model is compared with the merged one.
+# Token ids on which the logits of the written and the merged model are compared.
 PROBE = (5, 3, 4, 2, 7)
 RESTORE = "restore the base model that the adapter was trained on"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The primary of a text run: tensors by PEFT's keys, and PEFT's configuration of them."""
+    """The primary of a text run: tensors by PEFT key, and their PEFT configuration."""
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
@@ -69,11 +69,11 @@ class Adapter:
 def merge_run(
     folder: str | Path, step: int | None = None, output: str | Path | None = None
 ) -> Export:
-    """Write the base model of a text run with its primary merged; nothing is replaced.
+    """Merge a text run's primary into its base model and write the model; replace no files.
 
-    The folder has the weights in shards of safetensors, the configurations of the model and of its
-    generation, and the tokenizer. Transformers loads it, and the weights and the logits of a few
-    tokens are compared, before it gets its name.
+    The written folder has the weights in safetensors shards, the configuration of the model and of
+    its generation, and the tokenizer. Before the folder gets its final name, Transformers loads it,
+    and its weights and its logits of a few tokens are compared with those of the merged model.
 
     Args:
         folder: run folder.
@@ -81,12 +81,14 @@ def merge_run(
         output: folder to write; by default ``exports/step-N/merged`` in the run folder.
 
     Returns:
-        The folder, with sentences on precision and commands of llama.cpp as notes.
+        The merged folder; its notes are sentences on precision and llama.cpp's commands.
 
     Raises:
-        UserError: it is a run on images or of whole models, the adapter does not fit the base
-            model, or the output exists and differs.
-        TrainingError: the written folder differs from the merged model.
+        UserError: the run is an image run, trained whole models, or has no adapter for this step;
+            the base model can't be read or is stored quantized; the adapter does not fit the base
+            model, or a layer shares its weight with another; or the output exists and differs.
+        TrainingError: the adapter has no effect, a merged weight is not finite, or the written
+            folder differs from the merged model.
     """
     console.quiet()
     folder = Path(folder)
@@ -94,11 +96,14 @@ def merge_run(
     config, results = record["config"], record["results"]
     if "model_name_or_path" not in config:
         raise UserError(
-            f"{folder} is a run on images, whose base model is not written: use --to diffusers, and"
-            " merge the file in memory by pipeline.fuse_lora() after loading it."
+            f"{folder} is an image run, and only text runs are merged: use --to diffusers, load the"
+            " file with diffusers, and merge it in memory with pipeline.fuse_lora()."
         )
     if get(record["method"]).exports_weights:
-        raise UserError(f"{folder} trained all weights: {folder / 'model'} is the whole model.")
+        raise UserError(
+            f"{folder} trained all weights, so it has no adapter to merge: use the whole model in"
+            f" {folder / 'model'}."
+        )
     if step is None:
         adapter = _read_adapter(folder)
         step = results.get("best_step") or results.get("steps")
@@ -120,18 +125,18 @@ def merge_run(
             raise UserError(f"{target} exists; name another --output, or delete it.")
     if config.get("quantize", "none") != "none":
         notes.append(
-            "It was trained on NF4 weights, and is merged into the unquantized base model."
+            "The adapter was trained on NF4 weights and is merged into the unquantized base model."
         )
     return Export(target, is_new, (*notes, *_llama_cpp_lines(source, target)))
 
 
 def _read_adapter(folder: Path) -> Adapter:
-    """The adapter that a run exported at its end."""
+    """Read the adapter that a run exported at its end."""
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(
-            f"{folder} has no {WEIGHTS}, since it has not ended: resume it, or add --step with the"
-            " step of a checkpoint."
+            f"{folder} has no {WEIGHTS}, since the run has not ended: resume it, or add --step with"
+            " the step of a checkpoint."
         )
     inspect(path)  # refuses an incomplete adapter
     tensors = {}
@@ -141,13 +146,13 @@ def _read_adapter(folder: Path) -> Adapter:
 
 
 def _open_base(config: Mapping[str, Any]) -> TextSource:
-    """The base model of a run's options, whose weights are not read yet."""
+    """Open the base model that a run's options name, without reading its weights."""
     options = TextModelOptions(**{name: config[name] for name in BASE_OPTIONS if name in config})
     source = TextSource(options)
     if getattr(source.config, "quantization_config", None) is not None:
         raise UserError(
-            f"{options.model_name_or_path} is stored quantized, and a merge needs weights of 16 or"
-            " 32 bits: put the adapter on the unquantized model with PEFT."
+            f"{options.model_name_or_path} is stored quantized, but a merge needs 16-bit or 32-bit"
+            " weights: load the adapter with PEFT on the unquantized model."
         )
     return source
 
@@ -155,10 +160,10 @@ def _open_base(config: Mapping[str, Any]) -> TextSource:
 def _write(
     target: Path, source: TextSource, labels: Sequence[str] | None, adapter: Adapter
 ) -> list[str]:
-    """Write a base model with an adapter merged, and its tokenizer; return notes on it."""
+    """Write a base model with its adapter merged, and its tokenizer; return notes for the user."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of an earlier command that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by an earlier command that was killed
     try:
         text_model, notes = _merged_model(source, labels, adapter)
         expected = _hash_model(text_model)
@@ -170,8 +175,9 @@ def _write(
         readable_as(aside / "config.json", *aside.glob("*.safetensors"))
         if not _holds_model(aside, source, expected):
             raise TrainingError(
-                f"{target} is not written, since the model that Transformers loads from it differs"
-                " from the merged one: look at the versions of Transformers and safetensors."
+                f"{target} is not written, since the model that Transformers loads from the new"
+                " files differs from the merged one: check the versions of Transformers and"
+                " safetensors."
             )
         for path in aside.iterdir():
             sync(path)
@@ -185,10 +191,10 @@ def _write(
 def _merged_model(
     source: TextSource, labels: Sequence[str] | None, adapter: Adapter
 ) -> tuple[TextModel, list[str]]:
-    """Load a base model in the precision of its weights and merge an adapter; also return notes."""
+    """Load a base model in its own precision and merge an adapter; return the model and notes."""
     precision: Any = "auto"
     if "gguf_file" in source.arguments:
-        precision = torch.float32  # which has every value of GGUF's quantized weights
+        precision = torch.float32  # exact for all values of GGUF's quantized weights
     text_model = source.load(precision, labels)
     return text_model, merge(text_model.model, adapter)
 
@@ -198,11 +204,11 @@ def merge(model: nn.Module, adapter: Adapter) -> list[str]:
     """Merge an adapter into a base model, in place.
 
     Returns:
-        A sentence on the error of rounding; none for weights in fp32.
+        One sentence about the rounding error; an empty list if all adapted weights are in fp32.
 
     Raises:
-        UserError: the adapter does not fit the model.
-        TrainingError: it has no effect, or a value is not finite.
+        UserError: the adapter does not fit the model, or a layer's weight is quantized or shared.
+        TrainingError: the adapter has no effect, or a merged weight is not finite.
     """
     require_effect("the model", adapter.tensors)
     config = PeftConfig.model_validate(dict(adapter.config))
@@ -221,52 +227,54 @@ def merge(model: nn.Module, adapter: Adapter) -> list[str]:
         if isinstance(model.get_submodule(name), Conv1D):  # its weight is (n, m)
             weight = weight.T
         if weight.shape != (B.shape[0], A.shape[1]):
-            raise UserError(f"{name} of the base model has another shape; {RESTORE}.")
+            raise UserError(f"{name} of the base model does not have the trained shape; {RESTORE}.")
         base = weight.double()  # (m, n)
         merged = merged_weight(base, A, B, config.scale(name, A.shape[0]), magnitude)
         if not merged.isfinite().all():
-            raise TrainingError(f"The merged {name} is not finite: merge a good checkpoint.")
-        weight.copy_(merged)  # rounds
+            raise TrainingError(
+                f"The merged weight of {name} is not finite: merge an earlier checkpoint."
+            )
+        weight.copy_(merged)  # rounds to the weight's precision
         precisions.add(weight.dtype)
         squared_change += float((merged - base).square().sum())
         squared_error += float((weight.double() - merged).square().sum())
-    # The remaining tensors are modules that were trained whole, such as a classifier's new head.
+    # The remaining tensors belong to fully trained modules, such as a classifier's new head.
     for key, value in remaining.items():
         if key not in parameters or parameters[key].shape != value.shape:
-            raise UserError(f"The base model has no {key} of the trained shape; {RESTORE}.")
+            raise UserError(f"The base model has no {key} with the trained shape; {RESTORE}.")
         parameters[key].copy_(value)
     if precisions == {torch.float32}:
         return []
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in precisions))
     share = 100 * (squared_error / squared_change) ** 0.5
-    return [f"Rounding to {names} moves the weights by {share:.2g} % of the adapter's change."]
+    return [f"Rounding to {names} changes the weights by {share:.2g} % of the adapter's change."]
 
 
 def merged_weight(
     weight: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None
 ) -> Tensor:
-    """The weight of a layer with its adapter merged, in float64.
+    """Compute a layer's weight with its adapter merged, in float64.
 
     Args:
         weight: W of the base model, (m, n), in float64.
         A, B: factors, (rank, n) and (m, rank).
-        scale: s, as in `PeftConfig.scale`.
-        magnitude: of DoRA, (m,); None without it.
+        scale: s, from `PeftConfig.scale`.
+        magnitude: DoRA's magnitude, (m,); None without DoRA.
     """
     merged = weight + scale * (B.double() @ A.double())  # W + s B A
     if magnitude is None:
         return merged
-    # Eq. 5 of DoRA (https://arxiv.org/abs/2402.09353): a row's norm is its magnitude.
+    # Eq. 5 of DoRA (https://arxiv.org/abs/2402.09353): the norm of each row is its magnitude.
     return magnitude.double().reshape(-1, 1) / merged.norm(dim=1, keepdim=True) * merged
 
 
 def _plain_weight(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], name: str
 ) -> nn.Parameter:
-    """The weight of a layer, which is not quantized, and which no other layer shares."""
+    """Return a layer's weight; raise UserError if it is quantized or shared with another layer."""
     weight = parameters.get(f"{name}.weight")
     if weight is None or is_quantized(model.get_submodule(name)):
-        raise UserError(f"The base model has no plain layer {name}; {RESTORE}.")
+        raise UserError(f"The base model has no unquantized layer {name}; {RESTORE}.")
     for key, parameter in parameters.items():
         if parameter is weight and key != f"{name}.weight":
             raise UserError(
@@ -277,10 +285,10 @@ def _plain_weight(
 
 
 def _llama_cpp_lines(source: TextSource, target: Path) -> list[str]:
-    """The commands that make a GGUF file of a folder, for the models that llama.cpp has."""
+    """Return commands that convert a folder to GGUF, or [] if llama.cpp can't convert the model."""
     is_supported = source.kind == "causal"
     if source.kind == "seq2seq":
-        # It reads the vocabulary of these models from SentencePiece's file alone.
+        # llama.cpp reads the vocabulary of these models only from a SentencePiece file.
         has_vocabulary = any((target / name).exists() for name in SENTENCEPIECE_FILES)
         is_supported = has_vocabulary and source.config.model_type in LLAMA_CPP_SEQ2SEQ
     if not is_supported:
@@ -294,10 +302,10 @@ def _llama_cpp_lines(source: TextSource, target: Path) -> list[str]:
 
 
 def _copy_vocabulary(source: TextSource, folder: Path) -> None:
-    """Copy the SentencePiece file of the tokenizer, if it has one."""
+    """Copy the tokenizer's SentencePiece files, if it has any."""
     options = source.options
     tokenizer_name = options.tokenizer_name or source.location
-    # The revision is that of the model, not of another tokenizer.
+    # --revision applies to the model, not to another tokenizer.
     revision = None if options.tokenizer_name else options.revision
     for name in SENTENCEPIECE_FILES:
         path = cached_file(
@@ -313,7 +321,7 @@ def _copy_vocabulary(source: TextSource, folder: Path) -> None:
 
 
 def _holds_model(folder: Path, source: TextSource, expected: Mapping[str, str]) -> bool:
-    """Test that the model that Transformers loads from a folder is bitwise the merged one."""
+    """Return whether Transformers loads exactly the merged model from a folder, bit by bit."""
     options = TextModelOptions(
         model_name_or_path=str(folder),
         task_type=source.kind,
@@ -328,9 +336,10 @@ def _holds_model(folder: Path, source: TextSource, expected: Mapping[str, str]) 
 
 
 def _hash_model(text_model: TextModel) -> dict[str, str]:
-    """Hash each tensor of a model, and the logits of a few tokens, which its configuration changes.
+    """Hash each tensor of a model, and the logits of a few tokens.
 
-    Models are compared by hashes, so that only one is in memory at a time.
+    The logits show differences in the configuration. Models are compared by their hashes, so only
+    one model is in memory at a time.
     """
     model = text_model.model
     hashes = {name: digest(value) for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Scores of answers: classes with scikit-learn, free text by comparison."""
+"""Metrics of answers: F1 and the Matthews correlation with scikit-learn, others by comparison."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from ..core.errors import UserError
 # A number such as -1,000.5 or 1e3.
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 SIGNS_AROUND_NUMBER = re.compile(r"[\s$€£%.,]")
-# Maximum number of digits to which a number is written out, since a huge exponent would fill the
-# memory.
+# Numbers with more digits are not written out, since a huge exponent would fill the memory.
 MAX_DIGITS = 1000
-# Computes a score from answers, references, label words and the answer marker.
+# Function that computes a score from answers, references, label words and the answer marker.
 Metric = Callable[[list[str], list[str], Sequence[str], str | None], float]
 
 
@@ -27,14 +26,14 @@ def score(
     labels: Sequence[str] = (),
     answer_marker: str | None = None,
 ) -> dict[str, float]:
-    """Score predicted answers; white space around them is ignored.
+    """Compute metrics of predicted answers; white space around answers is ignored.
 
     Args:
-        metrics: some of `METRICS`.
-        predictions: answers of the model; an answer that is not a label word is a wrong class.
-        references: right answers.
-        labels: label words by class number; with two, the last is F1's positive class.
-        answer_marker: text before the final answer, for "answer_match".
+        metrics: names in `METRICS`.
+        predictions: the model's answers; an answer that is not a label word counts as wrong.
+        references: correct answers.
+        labels: label words by class number; the second of two is F1's positive class.
+        answer_marker: text that precedes the final answer, for "answer_match".
 
     Raises:
         UserError: scikit-learn is missing.
@@ -48,13 +47,14 @@ def score(
 
 
 def answer_after(text: str, marker: str | None) -> str | None:
-    """The final answer: the line after the first marker; a single number in it in plain digits.
+    """Extract the final answer: the first line after the first marker.
 
-    So "#### 1,000", "####1000.0" and "#### $1000." are the same answer. A line with several numbers
-    or with words is not changed. Later lines are ignored, since a model may not stop.
+    If the line has one number and no words, the number is written in plain digits, so "#### 1,000",
+    "####1000.0" and "#### $1000." are the same answer. From any other line, only periods at the end
+    are removed. Later lines are ignored, since a model may continue after its answer.
 
     Returns:
-        The answer; None if the text has no marker.
+        The answer; None if the text does not have the marker.
     """
     if marker:
         _, separator, text = text.partition(marker.strip())
@@ -74,7 +74,7 @@ def answer_after(text: str, marker: str | None) -> str | None:
 
 
 def require_packages(metrics: Sequence[str]) -> None:
-    """Refuse metrics whose package is missing, before anything is trained."""
+    """Raise UserError if a metric needs scikit-learn and it is not installed."""
     if any(METRICS[name] in (_f1, _matthews_correlation) for name in metrics):
         _sklearn()
 
@@ -82,11 +82,11 @@ def require_packages(metrics: Sequence[str]) -> None:
 def require_references(
     metrics: Sequence[str], references: Iterable[tuple[str, str]], answer_marker: str | None
 ) -> None:
-    """Refuse right answers that a metric can't score, before anything is trained.
+    """Check before training that the metrics can score all correct answers.
 
     Args:
-        metrics: some of `METRICS`.
-        references: name of each row, and its right answer.
+        metrics: names in `METRICS`.
+        references: name and correct answer of each row.
         answer_marker: as in `score`.
 
     Raises:
@@ -97,9 +97,9 @@ def require_references(
     for row, reference in references:
         if answer_after(reference, answer_marker) is None:
             raise UserError(
-                f'{row} has the answer "{reference[-60:]}" without "{answer_marker}", after which'
-                " answers are compared: correct it, or give --max_predictions 0, with which no"
-                " answers are generated."
+                f'{row} has the answer "{reference[-60:]}" without "{answer_marker}", which must'
+                " precede the final answer: correct the row, or give --max_predictions 0 to"
+                " generate no answers."
             )
 
 
@@ -108,7 +108,7 @@ def _sklearn() -> Any:
         import sklearn.metrics
     except ImportError as error:
         raise UserError(
-            "metrics of classes need scikit-learn, which is not installed: run"
+            "F1 and the Matthews correlation need scikit-learn, which is not installed: run"
             ' `pip install "bilora-diffusion[text]"`.'
         ) from error
     return sklearn.metrics
@@ -124,10 +124,10 @@ def _matthews_correlation(answers: list[str], references: list[str], *_: Any) ->
 
 
 def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: Any) -> float:
-    """F1 of the last of two classes, or the mean over more classes."""
+    """Compute F1 of the second of two classes, or the mean F1 over more classes."""
     averaged_labels = list(labels) or sorted(set(references))
     if len(averaged_labels) == 2:
-        # As GLUE scores MRPC: the class "equivalent" is the positive one.
+        # GLUE scores MRPC in this way: the second class, "equivalent", is the positive one.
         averaged_labels = averaged_labels[-1:]
     return _sklearn().f1_score(
         references, answers, labels=averaged_labels, average="macro", zero_division=0
@@ -137,7 +137,7 @@ def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: An
 def _answer_match(
     answers: list[str], references: list[str], labels: Sequence[str], marker: str | None
 ) -> float:
-    """Share of equal final answers; all references have the marker (`require_references`)."""
+    """Compute the share of equal final answers; `require_references` has checked the markers."""
     right_answers = [answer_after(reference, marker) for reference in references]
     return _share_of_equal([answer_after(answer, marker) for answer in answers], right_answers)
 

@@ -1,11 +1,11 @@
-"""Load text models: T5 and similar models, causal language models, classifiers.
+"""Load text models: T5 and similar models, causal language models, and classifiers.
 
     text_model = load_text_model("google-t5/t5-base")
     text_model.model, text_model.tokenizer
     text_model.kind                          # seq2seq, causal or classification
 
-A name can be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
-`places.PACKAGED`, the models in installed packages.
+A name can be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or a key of
+`places.PACKAGED`, which lists models in installed packages.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ..train.soundness import read_or_refuse, require_safetensors, require_words
 from .options import TextModelOptions
 from .places import gguf_file, locate
 
-FIX = "correct --model_name_or_path, or install what it asks for"
-# Names of the layer that computes class scores. It is fully trained, as in PEFT.
+FIX = "correct --model_name_or_path, or install the missing package"
+# Possible names of the layer that computes class scores. It is fully trained, as in PEFT.
 CLASS_HEADS = ("classifier", "score")
-# Types of models whose positions begin after the id of the padding token.
+# Model types whose position ids begin after the id of the padding token.
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
 AUTO_CLASSES = {
     "seq2seq": "ModelForSeq2SeqLM",
@@ -43,11 +43,11 @@ class TextModel:
     """A loaded model in evaluation mode.
 
     Attributes:
-        model: model of Transformers.
-        tokenizer: its tokenizer.
+        model: Transformers model.
+        tokenizer: the model's tokenizer.
         kind: "seq2seq", "causal" or "classification".
-        new_modules: layers without stored weights: a classifier's head, and layers before it such
-            as DistilBERT's "pre_classifier".
+        new_modules: names of layers without stored weights: a classifier's head, and layers before
+            it such as DistilBERT's "pre_classifier".
     """
 
     model: Any
@@ -57,7 +57,7 @@ class TextModel:
 
     @property
     def whole_modules(self) -> tuple[str, ...]:
-        """A classifier's head and new layers, which are fully trained and saved."""
+        """Names of a classifier's head and new layers, which are fully trained and saved."""
         if self.kind != "classification":
             return ()
         heads = [name for name in CLASS_HEADS if hasattr(self.model, name)]
@@ -66,7 +66,7 @@ class TextModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """Maximum length of an input; None for relative positions (T5)."""
+        """Maximum number of tokens of a row; None for relative positions (T5)."""
         config = self.model.config
         limit = getattr(config, "max_position_embeddings", None)
         # T5's configuration has "n_positions" too, but it is not a limit.
@@ -80,26 +80,25 @@ class TextModel:
 
 
 class TextSource:
-    """A model whose configuration and kind are read, but not its weights.
+    """A model whose configuration is read first; `load` reads the weights.
 
     Args:
-        options: name of the model and options of loading.
+        options: name of the model, and options that control loading.
 
     Attributes:
-        config: configuration of Transformers.
+        config: Transformers configuration.
         kind: "seq2seq", "causal" or "classification".
 
     Raises:
-        UserError: it can't be found or read, has another kind, or needs a missing package or remote
-            code.
+        UserError: the model can't be found or read, does not have the requested kind, or needs a
+            missing package or remote code.
     """
 
     def __init__(self, options: TextModelOptions) -> None:
         self.options = options
         self.name = options.model_name_or_path
         self.location = locate(self.name, "--model_name_or_path")
-        # Without the argument Transformers asks in the terminal whether to run remote code, and
-        # waits.
+        # Without this argument, Transformers asks in the terminal whether it may run remote code.
         self.arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
         settings = {
             "revision": options.revision,
@@ -109,7 +108,7 @@ class TextSource:
         for key, value in settings.items():
             if value:
                 self.arguments[key] = value
-        self._attention: dict[str, Any] = {}  # an argument of the model only
+        self._attention: dict[str, Any] = {}  # an argument that only the model takes
         if options.attn_implementation is not None:
             self._attention["attn_implementation"] = options.attn_implementation
         self._weights_label = f'the weights of "{self.name}"'  # for messages
@@ -129,12 +128,12 @@ class TextSource:
 
         Args:
             dtype: dtype of the weights.
-            labels: names of the classes, for a classifier.
-            seed: seed of the values of a new head.
+            labels: names of a classifier's classes.
+            seed: seed of a new head's initial values.
             weights: False for an empty model (`dry_run.empty`).
 
         Raises:
-            UserError: weights or tokenizer can't be read, are damaged, or don't fit.
+            UserError: the weights or the tokenizer can't be read, are damaged, or do not fit.
         """
         tokenizer = self._load_tokenizer()
         has_labels = False
@@ -162,7 +161,7 @@ class TextSource:
         model = read_or_refuse(self._weights_label, FIX, lambda: empty(build, dtype))
         if self.kind != "classification":
             return model, ()
-        # Only stored weights tell which layers outside the body are new: assume all.
+        # Only stored weights show which layers outside the body are new: assume all of them.
         body = f"{model.base_model_prefix}."
         keys = [key for key, _ in model.named_parameters() if not key.startswith(body)]
         return model, _modules_of(keys)
@@ -170,9 +169,9 @@ class TextSource:
     def _load_model(
         self, dtype: torch.dtype, has_labels: bool, seed: int
     ) -> tuple[Any, tuple[str, ...]]:
-        """Load the model; also return its layers without stored weights."""
+        """Load the model; also return the layers without stored weights."""
         arguments = {**self.arguments, **self._attention, "config": self.config, "dtype": dtype}
-        if has_labels:  # a stored head can have other classes
+        if has_labels:  # a stored head can have another number of classes
             arguments["ignore_mismatched_sizes"] = True
         is_gguf = "gguf_file" in self.arguments
         if not is_gguf:
@@ -181,7 +180,7 @@ class TextSource:
 
         arguments["output_loading_info"] = True
         auto_class = _auto(AUTO_CLASSES[self.kind])
-        # Transformers samples the values of a new head.
+        # Transformers initializes a new head at random.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
             model, report = read_or_refuse(
@@ -194,45 +193,46 @@ class TextSource:
         return model, self._new_modules(model, report)
 
     def _new_modules(self, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
-        """Layers without stored weights, which a classifier adds to a language model.
+        """Return the layers without stored weights that a classifier adds to a language model.
 
         Raises:
-            UserError: other layers lack weights; Transformers would sample them and only warn.
+            UserError: other layers lack weights; Transformers would only warn and initialize them
+                at random.
         """
         new_modules = _modules_of(report["missing_keys"])
         mismatched_keys = []
         for entry in report["mismatched_keys"]:  # keys, or (key, shape, shape)
             mismatched_keys.append(entry if isinstance(entry, str) else entry[0])
-        # A layer with another shape is missing too: its stored weights are not used.
+        # A layer with another shape counts as missing, since its stored weights are not used.
         missing = sorted({*new_modules, *_modules_of(mismatched_keys)})
         if self.kind == "classification":
-            # A head can be new or have another shape, and so can BERT's pooler before it.
+            # A head, or BERT's pooler before it, can be new or have another shape.
             body = f"{model.base_model_prefix}."
             missing = [name for name in missing if name.startswith(body) and ".pooler" not in name]
         if missing:
             raise UserError(
-                f'"{self.name}" holds no weights for {", ".join(missing[:3])}, without which it is'
-                f" no {self.kind} model: give another --model_name_or_path."
+                f'"{self.name}" has no weights for {", ".join(missing[:3])}, which a {self.kind}'
+                " model needs: give another --model_name_or_path."
             )
         return new_modules
 
     def _load_tokenizer(self) -> Any:
-        """Load the model's tokenizer, or that of ``--tokenizer_name``."""
+        """Load the tokenizer: the model's own, or the one that ``--tokenizer_name`` names."""
         location = self.location
         arguments = self.arguments
         tokenizer_name = self.options.tokenizer_name
         if tokenizer_name is not None:
             location = locate(tokenizer_name, "--tokenizer_name")
-            # Revision and GGUF file are the model's.
+            # The revision and the GGUF file belong to the model.
             arguments = {}
             for key in ("cache_dir", "trust_remote_code"):
                 if key in self.arguments:
                     arguments[key] = self.arguments[key]
         part = f'the tokenizer of "{tokenizer_name or self.name}"'
-        fix = "give another with --tokenizer_name"
+        fix = "give another tokenizer with --tokenizer_name"
         tokenizer = read_or_refuse(
             part,
-            f"add its files, {fix}, or install what it asks for",
+            f"add its files, {fix}, or install the missing package",
             lambda: _auto("Tokenizer").from_pretrained(location, **arguments),
         )
         rows = getattr(self.config.get_text_config(), "vocab_size", None)
@@ -245,8 +245,9 @@ def load_text_model(name_or_path: str, task_type: str = "auto", **options: Any) 
 
     Args:
         name_or_path: name of the model.
-        task_type: kind of model; "auto" for that of its configuration.
-        options: further fields of `TextModelOptions`, and arguments of `TextSource.load`.
+        task_type: kind of model; "auto" takes the kind from the model's configuration.
+        options: further fields of `TextModelOptions`, and the arguments "dtype", "labels" and
+            "seed" of `TextSource.load`.
     """
     load_arguments = {}
     for name in ("dtype", "labels", "seed"):
@@ -259,34 +260,35 @@ def load_text_model(name_or_path: str, task_type: str = "auto", **options: Any) 
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:
-    """The kind of a model, from its configuration.
+    """Determine a model's kind from its configuration.
 
     Args:
-        config: configuration of Transformers.
-        name: name of the model in messages.
+        config: Transformers configuration.
+        name: name of the model for messages.
         task_type: requested kind, or "auto".
 
     Raises:
         UserError: the model does not have the requested kind, or has none of the kinds.
     """
     possible_kinds = [kind for kind in KINDS if _has_class(config, kind)]
-    # T5 and others have a decoder, but are not causal models.
+    # Encoder-decoder models are not causal, although Transformers has classes such as
+    # BartForCausalLM, which use only the decoder.
     if config.is_encoder_decoder and "causal" in possible_kinds:
-        # Transformers has classes such as BartForCausalLM, which use only the decoder.
         possible_kinds.remove("causal")
     if task_type != "auto":
         if task_type not in possible_kinds:
             raise UserError(
                 f'--task_type {task_type} does not fit "{name}", a {config.model_type} model, which'
-                f" can be: {', '.join(possible_kinds) or 'none of them'}."
+                f" supports {', '.join(possible_kinds) or 'no task type'}: give another --task_type"
+                " or model."
             )
         return task_type
     likely_kinds = ["seq2seq"]
     architectures = " ".join(getattr(config, "architectures", None) or ())
     if "SequenceClassification" in architectures:
-        # A model that was saved as a classifier is a classifier.
+        # A model that was saved as a classifier is used as a classifier.
         likely_kinds.insert(0, "classification")
-    # Transformers also lists encoders such as BERT as causal models.
+    # Transformers lists encoders such as BERT among the causal models too.
     is_encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
     likely_kinds.append("classification" if is_encoder else "causal")
     for kind in likely_kinds:
@@ -299,30 +301,31 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
 
 
 def _modules_of(keys: Iterable[str]) -> tuple[str, ...]:
-    """Modules of parameters, by the parameters' names."""
+    """Return the names of the modules that own parameters with these names, sorted."""
     modules = {key.rpartition(".")[0] for key in keys}
-    modules.discard("")  # of a parameter of the model itself
+    modules.discard("")  # the owner of a parameter of the model itself
     return tuple(sorted(modules))
 
 
 def _has_class(config: Any, kind: str) -> bool:
-    """Test that Transformers has a model of a kind for a configuration."""
+    """Return whether Transformers or the model's repository has a class of a kind for the model."""
     name = AUTO_CLASSES[kind]
     classes_of_repository = getattr(config, "auto_map", None) or {}
     return f"Auto{name}" in classes_of_repository or type(config) in _auto(name)._model_mapping
 
 
 def _auto(name: str) -> Any:
-    """One of Transformers' Auto classes, imported late, since that takes seconds."""
+    """Return one of Transformers' Auto classes; the late import keeps this module fast to load."""
     import transformers
 
     return getattr(transformers, f"Auto{name}")
 
 
 def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy a model that was loaded from GGUF, with a configuration that does not say so.
+    """Copy a model that was loaded from GGUF, without the quantization entry in its configuration.
 
-    The weights are plain, but Transformers refuses to save or quantize a model with this entry.
+    The loaded weights are not quantized, but Transformers refuses to save or quantize a model whose
+    configuration has this entry.
     """
     gguf_model: Any = model
     values = gguf_model.config.to_dict()
@@ -341,12 +344,12 @@ def _resolve_padding(model: Any, tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(
-                "the tokenizer has neither a padding nor an end token: give another with"
-                " --tokenizer_name."
+                "the tokenizer has neither a padding token nor an EOS token: give another tokenizer"
+                " with --tokenizer_name."
             )
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
-        # Classifiers use it to find the last token of a row.
+        # Classifiers use this id to find the last token of a row.
         model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

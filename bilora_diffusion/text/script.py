@@ -1,4 +1,4 @@
-"""The training script of text models: configuration, task and exported files.
+"""Training script for text models: configuration, task and exported files.
 
 accelerate launch train_text_bilora.py --config recipes/t5_base/mrpc.yaml
 python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.jsonl
@@ -43,14 +43,14 @@ logger = logging.getLogger(__name__)
 
 
 class TextScript(Script[TextConfig]):
-    """Training of language models."""
+    """The script that trains language models and text classifiers."""
 
     config_class = TextConfig
     project = "text-bilora"
     scorer = "eval.text_scores"
 
     def build_task(self, cfg: TextConfig, accelerator: Accelerator) -> TextTask:
-        """Read the data first, since errors in it are found faster, then load the model."""
+        """Read the data and load the model, in this order: errors in the data show up sooner."""
         datasets.disable_progress_bars()
         source = TextSource(cfg)
         rows = open_rows(cfg)
@@ -61,7 +61,7 @@ class TextScript(Script[TextConfig]):
         compute_dtype = DTYPES[accelerator.mixed_precision]
         dtype = compute_dtype
         if get(cfg.method).exports_weights:
-            # Trained weights are stored in fp32: bf16 would lose small updates.
+            # Trained weights are stored in fp32, since bf16 would lose small updates.
             dtype = torch.float32
         labels = rows.label_words if cfg.task_type == "classification" else None
         text_model = source.load(dtype, labels, seed=cfg.seed, weights=not cfg.dry_run)
@@ -110,25 +110,25 @@ class TextScript(Script[TextConfig]):
 
 
 TEXT = TextScript()
-# Trains from a command line; see `command.train`.
+# Function that trains from a command line; see `command.train`.
 train = functools.partial(command.train, TEXT)
 
 
 def require_scorable(cfg: TextConfig, rows: Rows) -> None:
-    """Refuse held-out rows whose right answers the run's metrics can't score."""
+    """Check that the run's metrics can score the correct answers of the held-out rows."""
     references = []
     for example in rows.validation or []:
         if example.answer.strip():  # rows with a blank answer are skipped
             references.append((example.where, example.answer))
-    # Answers are generated for the first ones only.
+    # Answers are generated only for the first rows.
     references = references[: cfg.max_predictions]
     require_references(rows.metrics, references, rows.answer_marker)
 
 
 def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
-    """Warn of rows that are both trained on and held out.
+    """Warn if training rows are also held out.
 
-    A task's validation split is not compared, since the user can't change it.
+    The rows of a task are not compared, since the user can't change them.
     """
     if rows.validation is None or cfg.task:
         return
@@ -142,7 +142,7 @@ def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
 def write_text_card(
     cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None
 ) -> None:
-    """Write ``README.md`` of a run folder, for example for a repository on the hub."""
+    """Write a run folder's ``README.md``, which is also the model card on the hub."""
     method = get(cfg.method)
     base, kind = public_name(cfg.model_name_or_path), cfg.task_type
     meta = ModelCardData(

@@ -1,4 +1,4 @@
-"""Fine-tuning of text models (paper, Sections 5.2 and 5.3), and the memory of a step."""
+"""Fine-tuning of text models (paper, Sections 5.2 and 5.3), and an estimate of a step's memory."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from .module import TextModule, collate
 from .rows import TextData
 
 NAME = "model"
-# Coefficients of `memory_by_phase`, measured (results/dry_run_memory).
+# Measured coefficients of `memory_by_phase` (results/dry_run_memory).
 #
-# Numbers that a layer stores per hidden state of a token.
+# Values that a layer stores per token and hidden dimension, by kind of model.
 HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
-# Numbers that a layer stores per inner state of its feed-forward part.
+# Values that a layer stores per token and inner dimension of its feed-forward part.
 INNER_COUNT = 3.6
-# Numbers that a layer stores per attention score, if attention is not fused.
+# Values that a layer stores per attention score, if attention is not fused.
 SCORE_COUNT = 2.8
-# Bytes of the loss per token and word of the vocabulary.
+# Bytes for logits and loss, per target token and vocabulary entry.
 LOGIT_BYTES = 12
 
 
 class TextTask:
-    """Rows of text and the model that is trained on them; see `train.task.Task`."""
+    """The rows of text and the model that is trained on them; see `train.task.Task`."""
 
     def __init__(self, cfg: TextConfig, text_model: TextModel, data: TextData) -> None:
         self.cfg = cfg
@@ -55,8 +55,8 @@ class TextTask:
         self.module = TextModule(text_model.model, text_model.kind)
         self.models: dict[str, nn.Module] = {NAME: text_model.model}
         if cfg.gradient_checkpointing:
-            # Reentrant checkpoints need inputs that require gradients, which outputs of frozen
-            # embeddings do not.
+            # Reentrant checkpointing needs inputs that require gradients, but the outputs of frozen
+            # embeddings do not require them.
             text_model.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
@@ -67,12 +67,12 @@ class TextTask:
         self.has_heldout = self.evaluation is not None
 
     def data_summary(self) -> str:
-        """The training set, in a few words."""
+        """Describe the training set in a few words."""
         rows = counted(f"{self.num_samples:,}", "row")
         return f"{rows} of at most {self.cfg.max_length} tokens"
 
     def targets(self) -> list[Target]:
-        """The model; new layers of a classifier are fully trained in addition to the adapters."""
+        """Return the model as the only target; a classifier's new layers are fully trained too."""
         cfg = self.cfg
         whole_modules = self.text_model.whole_modules
         spec = AdapterSpec.from_options(
@@ -87,25 +87,25 @@ class TextTask:
         return [Target(NAME, model, spec, rate, weight_decay, start=start)]
 
     def training_content(self) -> list[SampleContent]:
-        """Names and hashes of the training rows, before they are packed."""
+        """Return names and hashes of the training rows, before they are packed."""
         return _contents(self.data.rows.train)
 
     def heldout_content(self) -> list[SampleContent]:
-        """Names and hashes of the held-out rows."""
+        """Return names and hashes of the held-out rows."""
         return _contents(self.data.rows.validation or [])
 
     def with_config(self, cfg: TextConfig) -> TextTask:
-        """The same model and rows for a run with another configuration; see `Task`."""
+        """Return a task with the same model and rows for another configuration; see `Task`."""
         return TextTask(cfg, self.text_model, self.data)
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
-        """Micro-batches in the schedule's order."""
+        """Yield micro-batches in the schedule's order."""
         train = self.data.train
         pad_token_id = self.text_model.tokenizer.pad_token_id
         if self.cfg.group_by_length:
-            # Grouped over the step: all of its micro-batches have about the same length.
+            # Rows are grouped by step, so all micro-batches of a step have similar lengths.
             order = LengthGroupedOrder(train.lengths, self.cfg.seed, step_size)
         else:
             order = SampleOrder(len(train), self.cfg.seed)
@@ -114,7 +114,7 @@ class TextTask:
             samples = tuple(step_samples[slot] for slot in slots)
             rows = [train.row(sample) for sample in samples]
             inputs = collate(rows, self.text_model.kind, pad_token_id)
-            # By the tokens of the step, of which this is a part (see `TextModule`).
+            # The weights depend on the target tokens of the whole step (see `TextModule`).
             target_tokens = sum(train.target_tokens[sample] for sample in step_samples)
             inputs["weights"] = torch.full((len(slots),), step_size / target_tokens)
             names = []
@@ -125,7 +125,7 @@ class TextTask:
             yield MicroBatch(slots, tuple(names), tuple(digests), inputs)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Loss of the held-out rows and, where they have been made, scores of the answers."""
+        """Measure the held-out loss and the other values of `Evaluation.measure`."""
         if self.evaluation is None:
             return {}
         with evaluating:
@@ -134,7 +134,7 @@ class TextTask:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Write answers to the held-out rows to ``predictions.jsonl``, and return their metrics."""
+        """Write generated answers to ``predictions.jsonl`` and return their metrics."""
         if self.evaluation is None:
             return {}
         with evaluating:
@@ -144,11 +144,11 @@ class TextTask:
 def read_start(
     source: LoraSource, model: nn.Module, spec: AdapterSpec, base_model: str
 ) -> dict[str, Tensor]:
-    """Read the first values of the primary from PEFT's files, by PEFT's keys.
+    """Read the primary's initial values from a PEFT adapter; return tensors by PEFT key.
 
     Raises:
-        UserError: the files can't be read, or do not have exactly the layers, rank, alpha and kind
-            of the primary.
+        UserError: the adapter can't be read, or its layers, rank, alpha or kind (LoRA or DoRA)
+            differ from the primary's.
     """
     with as_user_error(f"--{source.option} {source.path} can't be read", "give a PEFT adapter"):
         tensors = load_file(source.path)
@@ -168,7 +168,7 @@ def read_start(
 
 
 def _contents(examples: Sequence[Example]) -> list[SampleContent]:
-    """Names and hashes of examples."""
+    """Return names and hashes of examples."""
     contents = []
     for example in examples:
         hashes = {"text": digest_texts([repr(example)])}
@@ -177,17 +177,17 @@ def _contents(examples: Sequence[Example]) -> list[SampleContent]:
 
 
 def _digest(sample: int, row: dict[str, Any]) -> str:
-    """Hash of a row's number, columns and tokens."""
+    """Hash a row's number, columns and tokens."""
     columns = sorted(row)
     tensors = [torch.as_tensor(row[name]) for name in columns]
     return digest_texts([str(sample), *columns, digest(*tensors)])
 
 
 def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
-    """Estimate the memory of a step with the longest rows, for a task with an empty model.
+    """Estimate the memory of a step with the longest rows; the task's model can be empty.
 
     Returns:
-        Bytes by part, without trained weights.
+        Bytes by part, for the one phase of a step; `dry_run.complete` adds the trained weights.
     """
     cfg, text_model, train = task.cfg, task.text_model, task.data.train
     config = text_model.model.config.get_text_config()
@@ -195,13 +195,13 @@ def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
     width = config.hidden_size
     layers = config.num_hidden_layers
     tokens = max(train.lengths)
-    # "d_ff" is T5's name.
+    # T5 names this width "d_ff".
     inner_width = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
-    # Stored values per token.
+    # Values that a layer stores per token.
     values_of_layer = HIDDEN_COUNTS[text_model.kind] * width + INNER_COUNT * inner_width
     if not is_causal:
         values_of_layer += SCORE_COUNT * config.num_attention_heads * tokens
-    if cfg.gradient_checkpointing:  # one hidden state per layer, and everything of one layer
+    if cfg.gradient_checkpointing:  # one hidden state per layer, and all values of one layer
         values_per_token = layers * width + values_of_layer
     else:
         values_per_token = layers * values_of_layer

@@ -1,9 +1,9 @@
-"""Tokenize examples for each kind of model; for a causal model with a template.
+"""Tokenize examples for each kind of model; causal models use a template.
 
-A causal row has two parts. The *context* is the text up to the last answer. It is tokenized at
-once, exactly as for generation. The *answer* is tokenized separately, so that no token spans both.
-Earlier answers of a conversation are part of the context; their tokens are found by character
-offsets.
+A causal row has two parts. The *context* is the text up to the last answer. It is tokenized as one
+text, exactly as for generation. The *answer* is tokenized separately, so that no token spans both
+parts. Earlier answers of a conversation are part of the context; their tokens are found by
+character offsets.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .examples import Example
 
 # The label of a token without a loss, as in Transformers.
 IGNORED = -100
+# Stanford Alpaca's exact prompts, without and with an input: the answer follows the colon directly.
+#
+# Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train.py``.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
     " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
-# Stanford Alpaca's exact prompts: the answer follows the colon directly.
-#
-# Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train.py``.
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further"
     " context. Write a response that appropriately completes the request.\n\n"
@@ -37,8 +37,8 @@ class Rendered(NamedTuple):
 
     Attributes:
         context: text before the last answer.
-        answer: the last answer, with the mark that ends a turn if the template has one.
-        spans: characters [start, end) of the context that are earlier answers.
+        answer: the last answer, with the template's end-of-turn token if it has one.
+        spans: character ranges [start, end) of earlier answers in the context.
     """
 
     context: str
@@ -51,11 +51,11 @@ class Row(NamedTuple):
 
     Attributes:
         input_ids: tokens of the input.
-        labels: tokens of the target, `IGNORED` for tokens without a loss; or a class number.
-        target_tokens: number of tokens with a loss. The first token of a causal row has none, since
-            no token precedes it.
-        truncated: True if the example was truncated.
-        token_type_ids: number of each token's sentence.
+        labels: target tokens, `IGNORED` where there is no loss; or a class number.
+        target_tokens: number of tokens with a loss. The first token of a causal row has no loss,
+            since no token precedes it.
+        truncated: whether the example was truncated.
+        token_type_ids: number of each token's sentence; None if the tokenizer does not return it.
     """
 
     input_ids: list[int]
@@ -75,7 +75,10 @@ class Row(NamedTuple):
 def seq2seq_rows(
     examples: Sequence[Example], tokenizer: Any, max_length: int, max_target_length: int
 ) -> list[Row]:
-    """Input and target, each truncated to its length and ended by the tokenizer's EOS."""
+    """Tokenize inputs and targets, each truncated to its maximum length.
+
+    The tokenizer adds its special tokens, such as the EOS at the end; they count in the length.
+    """
     questions = [example.question for example in examples]
     answers = [example.answer for example in examples]
     inputs = _ids(tokenizer, questions, truncation=True, max_length=max_length)
@@ -90,7 +93,10 @@ def seq2seq_rows(
 
 
 def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Row]:
-    """One or two sentences. If two are too long, Transformers truncates the longer one."""
+    """Tokenize one or two sentences per example, truncated to `max_length` tokens together.
+
+    Of two sentences, Transformers always removes the next token from the one that is longer.
+    """
     rows = []
     for example in examples:
         assert example.label is not None
@@ -109,20 +115,20 @@ def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length:
 def causal_rows(
     examples: Sequence[Example], tokenizer: Any, template: str, max_length: int
 ) -> list[Row]:
-    """Context and answer, with a resolved template.
+    """Tokenize the context and the answer of each example, with a resolved template.
 
-    The tokens of all answers and the EOS after the last one have a loss. If a row is too long, its
-    context is truncated on the left (a BOS is kept), so that the answer and the last turns remain.
-    An answer that leaves less than a quarter of the row for the context is truncated too, at its
-    end; it then has no EOS.
+    The tokens of all answers and the EOS after the last answer have a loss. If a row is too long,
+    its context is truncated on the left (a BOS is kept), so that the answer and the last turns
+    remain. An answer that leaves less than a quarter of the row for the context is truncated too,
+    at its end, and then has no EOS.
 
     Raises:
-        UserError: the tokenizer has no EOS.
+        UserError: the tokenizer has no EOS, or the template can't render an example.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError(
-            "the tokenizer has no EOS token, so that no answer could end: give another one by"
+            "the tokenizer has no EOS token, so answers could not end: give another tokenizer with"
             " --tokenizer_name."
         )
     texts = [render(example, tokenizer, template) for example in examples]
@@ -137,7 +143,7 @@ def causal_rows(
     return rows
 
 
-# Functions that tokenize examples, by kind of model.
+# Functions that convert examples to tokenized rows, by kind of model.
 ROW_BUILDERS: dict[str, Callable[..., list[Row]]] = {
     "seq2seq": seq2seq_rows,
     "classification": classification_rows,
@@ -146,10 +152,10 @@ ROW_BUILDERS: dict[str, Callable[..., list[Row]]] = {
 
 
 def context_rows(contexts: Sequence[str], tokenizer: Any, template: str) -> list[list[int]]:
-    """Tokens of contexts, in training and before generation.
+    """Tokenize contexts, for training and for generation.
 
-    A chat template writes special tokens. Without one the tokenizer's BOS, if it has one, comes
-    first, and an EOS that the tokenizer appends is removed.
+    A chat template writes the special tokens itself. With the other templates, the tokenizer adds
+    its BOS, if it has one, and an EOS that it appends is removed.
     """
     adds_special_tokens = template != "chat"
     rows = _ids(tokenizer, contexts, add_special_tokens=adds_special_tokens)
@@ -161,13 +167,14 @@ def context_rows(contexts: Sequence[str], tokenizer: Any, template: str) -> list
 def generation_prompt(
     example: Example, tokenizer: Any, template: str, max_length: int | None = None
 ) -> list[int]:
-    """Tokens that a causal model continues with its answer, as in training.
+    """Return the tokens that a causal model continues with its answer, as in training.
 
     Args:
         example: example whose last answer is generated.
-        tokenizer: tokenizer of the model.
+        tokenizer: the model's tokenizer.
         template: template, or "auto".
-        max_length: number of tokens that are kept, the last ones; None for all.
+        max_length: maximum number of tokens; a longer prompt loses its first tokens, but keeps its
+            BOS. None for no limit.
     """
     template = resolve_template(template, tokenizer)
     context = context_text(example, tokenizer, template)
@@ -178,10 +185,10 @@ def generation_prompt(
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of a tokenizer's behaviour, independent of the path of its files if it is a fast one."""
+    """Hash a tokenizer's behavior; a fast tokenizer's hash does not depend on its files' path."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Padding and truncation of a call are stored in the tokenizer; each call here sets them.
+        # The tokenizer stores a call's padding and truncation; each call in this file sets them.
         rules["padding"] = rules["truncation"] = None
     else:
         rules = {**tokenizer.init_kwargs, "vocabulary": tokenizer.get_vocab()}
@@ -193,20 +200,20 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def _ids(
     tokenizer: Any, texts: Sequence[str], argument: str = "text", **settings: Any
 ) -> list[list[int]]:
-    """Token ids of texts; targets are another argument of the tokenizer."""
+    """Tokenize texts; `argument` is "text_target" for the targets of a seq2seq model."""
     rows = tokenizer(**{argument: list(texts)}, **settings, verbose=False)["input_ids"]
     return [list(row) for row in rows]
 
 
 def _context_labels(text: Rendered, context: list[int], tokenizer: Any) -> list[int]:
-    """Labels of a context: the tokens of earlier answers, and `IGNORED` elsewhere."""
+    """Return a context's labels: the tokens of earlier answers, and `IGNORED` elsewhere."""
     if not text.spans:
         return [IGNORED] * len(context)
     encoding = tokenizer(
         text.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     labels = []
-    # Each token has the characters [first, end); a special token has none.
+    # Each token covers the characters [first, end), which can be none.
     for token, (first, end) in zip(context, encoding["offset_mapping"], strict=True):
         is_of_answer = any(start <= first < end <= stop for start, stop in text.spans)
         labels.append(token if is_of_answer else IGNORED)
@@ -216,7 +223,7 @@ def _context_labels(text: Rendered, context: list[int], tokenizer: Any) -> list[
 def _fit(
     context: list[int], labels: list[int], answer: list[int], max_length: int, bos: int | None
 ) -> Row:
-    """Join a context with its labels and an answer to a row, truncated as in `causal_rows`."""
+    """Join a context, its labels and an answer to a row, truncated as `causal_rows` describes."""
     is_cut = len(context) + len(answer) > max_length
     if is_cut:
         room = max(max_length - len(answer), min(len(context), max_length // 4))
@@ -231,7 +238,7 @@ def _fit(
 
 
 def _last_values(values: list[Any], size: int, first: Any) -> list[Any]:
-    """The last `size` values; a `first` value (a BOS) is kept."""
+    """Return the last `size` values, including the first one if it equals `first` (a BOS)."""
     if len(values) <= size:
         return values
     if size > 1 and values[0] == first:
@@ -240,16 +247,16 @@ def _last_values(values: list[Any], size: int, first: Any) -> list[Any]:
 
 
 def resolve_template(template: str, tokenizer: Any) -> str:
-    """Replace "auto" by "chat" if the tokenizer has a chat template, else by "alpaca".
+    """Replace "auto" with "chat" if the tokenizer has a chat template, else with "alpaca".
 
     Raises:
-        UserError: the template is "chat", and the tokenizer has none.
+        UserError: the template is "chat", but the tokenizer has no chat template.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
         raise UserError(
             "the tokenizer has no chat template, which --template chat needs: give --template"
-            " alpaca, or the tokenizer of a chat model by --tokenizer_name."
+            " alpaca, or a chat model's tokenizer with --tokenizer_name."
         )
     if template != "auto":
         return template
@@ -267,8 +274,8 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
     messages = example.messages()
     where = example.where
     conversation = _chat(messages, tokenizer, where)
-    # From the last answer to the first: the text of a conversation must begin with the prompt of
-    # each answer.
+    # From the last answer to the first: the conversation's text must begin with the prompt of each
+    # answer.
     text = conversation
     spans = []
     for number in reversed(range(len(messages))):
@@ -276,8 +283,8 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
             prompt = _chat(messages[:number], tokenizer, where, prompting=True)
             if not text.startswith(prompt):
                 raise UserError(
-                    f"the tokenizer's chat template writes the turns of {where} in another way once"
-                    " an answer follows, so training would not match generation: give --template"
+                    f"the tokenizer's chat template writes the turns of {where} differently if an"
+                    " answer follows, so training would not match generation: give --template"
                     " alpaca, or another chat template."
                 )
             end = _turn_end(text, len(prompt), messages[number]["content"], tokenizer, where)
@@ -288,7 +295,7 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
 
 
 def context_text(example: Example, tokenizer: Any, template: str) -> str:
-    """Text before the last answer, the prompt of generation.
+    """Return the text before the last answer, which is the prompt for generation.
 
     Raises:
         UserError: the template can't render the conversation.
@@ -302,7 +309,7 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
     if roles not in (["user"], ["system", "user"]):
         raise UserError(
             f"{example.where} is a conversation of several turns ({', '.join(roles[:6])}), which"
-            " only --template chat can show: give it, with a tokenizer that has a chat template."
+            " only --template chat supports: give it and a tokenizer that has a chat template."
         )
     prompt = "\n\n".join(message["content"] for message in messages)
     if template == "alpaca":
@@ -311,8 +318,8 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
 
 
 def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = False) -> str:
-    """Apply the tokenizer's chat template to messages; with `prompting` as a prompt."""
-    sentence = f"the tokenizer's chat template refuses {where}"
+    """Apply the tokenizer's chat template; `prompting` appends the start of an answer's turn."""
+    sentence = f"the tokenizer's chat template can't render {where}"
     with as_user_error(sentence, "correct its turns, or give --template alpaca"):
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompting
@@ -321,11 +328,11 @@ def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = 
 
 
 def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -> int:
-    """End of the answer that starts at character `start`, including the mark that ends its turn.
+    """Return the end of the answer that starts at character `start`, with its end-of-turn token.
 
-    Templates can strip the content or put something before it, and may not end turns with the EOS
-    token. The mark is the special token after the content. Line breaks after it belong to the
-    template; a model does not write them.
+    Templates can strip the content or put text before it, and the end-of-turn token can differ from
+    the EOS token: it is the special token after the content. Line breaks after this token belong to
+    the template; a model does not generate them.
     """
     stripped = content.strip()
     place = text.find(stripped, start)
@@ -338,7 +345,7 @@ def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -
     tail = text[end:].lstrip()
     special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     special_tokens.append(tokenizer.eos_token or "")
-    # A mark can begin with another: use the longest.
+    # One special token can begin with another: use the longest.
     mark = ""
     for token in special_tokens:
         if tail.startswith(token) and len(token) > len(mark):

@@ -1,1 +1,1 @@
-"""Training any model: task contract, the one loop, stepping, outcome, dynamics."""
+"""Training of any model: the task interface, the loop, its steps, the outcome and the dynamics."""

@@ -1,7 +1,7 @@
 """The command of a training script, from its configuration to its end.
 
-With ``--compare`` it trains a control too: the run of the same command with another ``--method``.
-Both see the same data, noise and first values, so that they differ in their method alone.
+With ``--compare``, the command also trains a control, which has the same options but another
+``--method``. Both runs use the same data, noise and initial values, so only the method differs.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 def train(
     script: Script[Config], argv: Sequence[str] | None = None, config: Config | None = None
 ) -> None:
-    """Train by a command line into a run folder.
+    """Run the command line of a training script.
 
-    With ``--compare`` a control run is trained too, into a folder of its own.
+    With ``--compare``, a control run is also trained, into its own folder.
 
     Args:
-        script: script of the command.
-        argv: arguments; None for those of the process.
-        config: configuration that they were read to, if that was done.
+        script: training script.
+        argv: command-line arguments; None for those of the process.
+        config: configuration that was already read from the arguments, if any.
 
     Raises:
-        UserError: bad input; nothing was written.
-        TrainingError: training could not go on; checkpoints and metrics stay.
-        Interrupted: a signal ended the command; the sentence says how to resume.
+        UserError: the input is invalid; nothing was written.
+        TrainingError: training could not continue; checkpoints and metrics are kept.
+        Interrupted: a signal ended the command; the message says how to resume.
     """
     arguments = sys.argv[1:] if argv is None else argv
     show_messages()
@@ -66,7 +66,7 @@ def train(
     except Interrupted as stop:
         raise interruption.describe_interruption(
             stop,
-            # The command that resumes is shown only if the user has typed this one.
+            # Show the command for resuming only if the user typed a command.
             arguments if argv is None else None,
             launch,
             cfg.overwrite_output_dir,
@@ -75,26 +75,26 @@ def train(
 
 
 def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = "") -> None:
-    """Train runs on the same data one after another; they share the models and the encoded data.
+    """Train runs on the same data, one at a time; they share the models and the encoded data.
 
     Args:
-        script: script of the runs.
-        configs: configuration of each run, which differ in the method and in the output folder.
-        closing: message at the end of all runs.
+        script: training script.
+        configs: configuration of each run; only the method and the output folder differ.
+        closing: message that is logged after all runs.
 
     Raises:
-        UserError: bad input; nothing was written.
-        TrainingError: training could not go on; checkpoints and metrics stay.
-        Interrupted: a signal ended a run, after which none began.
+        UserError: the input is invalid; nothing was written.
+        TrainingError: training could not continue; checkpoints and metrics are kept.
+        Interrupted: a signal ended a run; the runs after it were not started.
     """
-    # The folders are checked before anything is loaded, and locked until the end, so that no second
-    # command writes into them.
+    # Check the folders before anything is loaded, and lock them until the end, so that no other
+    # command writes to them.
     folders = [Path(cfg.output_dir) for cfg in configs]
     with ExitStack() as locks:
         locked_folders: list[Path] = []
         for folder in folders:
             refuse_unusable(folder)
-            # A later run's folder is made when the run begins, so that no empty one is seen.
+            # A later run's folder is created when that run starts, to avoid empty folders.
             if folder == folders[0] or folder.exists():
                 locks.enter_context(locked(folder))
                 locked_folders.append(folder)
@@ -110,11 +110,11 @@ def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = ""
         for number, planned_run in enumerate(runs):
             run = planned_run
             if run.is_finished:
-                logger.info("%s has this run already, to its end", run.folder)
+                logger.info("%s already contains this run, which is finished", run.folder)
                 continue
             if run.folder not in locked_folders:
                 locks.enter_context(locked(run.folder))
-                (run,) = plan([run.cfg])  # another command may have trained there meanwhile
+                (run,) = plan([run.cfg])  # another command may have used the folder meanwhile
             if number > 0:
                 accelerator = build_accelerator(run.cfg)
                 task = task.with_config(run.cfg)
@@ -142,17 +142,17 @@ def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = ""
         if accelerator.is_main_process and closing:
             logger.info(closing)
         close_engine(accelerator)
-        # Raised last: a control is trained whether or not the run's last images could be made.
+        # Raise this error last, so the control is trained even if the run's last images failed.
         if accelerator.is_main_process:
             for folder in trained_folders:
                 setup.require_evaluated(folder)
 
 
 def show_messages() -> None:
-    """Show the package's messages on stderr, and of the libraries only warnings."""
+    """Show all messages of this package, but only warnings of libraries, on stderr."""
 
     def is_shown(record: logging.LogRecord) -> bool:
-        # open_clip has no logger of its own, and names each file that it reads.
+        # open_clip uses the root logger and logs the name of each file that it reads.
         return record.name.startswith(PACKAGE) or record.levelno >= logging.WARNING
 
     handler = logging.StreamHandler()
@@ -161,9 +161,9 @@ def show_messages() -> None:
 
 
 def hub_repositories(runs: Sequence[PlannedRun]) -> dict[Path, str]:
-    """Make the hub repositories that the runs' folders are pushed to; their ids by the folder.
+    """Create the hub repositories that the runs are pushed to; return their ids by run folder.
 
-    A token without write access is refused here, not after hours of training.
+    A token without write access is refused here rather than after hours of training.
     """
     repo_ids: dict[Path, str] = {}
     for run in runs:

@@ -1,16 +1,16 @@
-"""Records of ``--log_dynamics``: how the adapters' factors move, and the effect of the auxiliary.
+"""Recording for ``--log_dynamics``: the adapters' factors over time and the auxiliary's effect.
 
-Every ``--dynamics_steps`` steps the main process records
+Every ``--dynamics_steps`` steps, the main process records
 
 - for every method with adapters: the factors A and B (``snapshots``);
-- for LoRA-SAM, at the moment of the perturbation: Frobenius norms of B e_A, e_B A and e_B e_A, the
-  terms of Equation 5, of the sum of the first two, and of B A;
+- for LoRA-SAM, while the weights are perturbed: the Frobenius norms of the terms of Equation 5,
+  B e_A, e_B A and e_B e_A, of the sum of the first two, and of B A;
 - for Bi-LoRA: the first-order ascent gain <G, s B2 A2>, from the gradients of the step, and the
-  overlap of the subspaces of primary and auxiliary.
+  overlap of the primary's and the auxiliary's subspaces.
 
-Products B A are never computed: Gram matrices in float64, on the CPU, take their place. All norms
-include the scale s = alpha / r, so that they are in units of the weights. Without the flag there is
-no object of this class, no hook and no allocation.
+Products B A are never formed; Gram matrices in float64 on the CPU are used instead. All norms
+include the scale s = alpha / r, so they are in the units of the weights. Without the flag, there is
+no `Dynamics` object, no hook and no allocation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..adapters import AUXILIARY, PRIMARY, Factors, exact_stack, group_equal
 from ..methods.bilora import ball
 from ..run import snapshots
 
-# Number of snapshots without ``--dynamics_steps``, about.
+# Approximate number of snapshots without ``--dynamics_steps``.
 SNAPSHOTS = 40
 TERMS = ("norm_BeA", "norm_eBA", "norm_eBeA")
 FIRST_ORDER, PRODUCT, RATIO = "norm_first_order", "norm_BA", "ratio"
@@ -38,14 +38,14 @@ NORMS = (*TERMS, FIRST_ORDER, PRODUCT, PRIMARY_NORM, AUXILIARY_NORM)
 
 
 class Dynamics:
-    """Records a run in the main process; the adapters of the other processes are the same.
+    """The recorder of a run in the main process; all processes have the same adapters.
 
-    It must be made before the method binds its own hooks.
+    It must be created before the method binds its own hooks.
 
     Args:
-        trainer: Trainer whose steps are recorded.
-        optimizer: optimizer of torch. The hook on its steps sees gradients that are unscaled and
-            have their sign still, and does not run on steps that a gradient scaler skips.
+        trainer: trainer whose steps are recorded.
+        optimizer: torch optimizer. The hook on its steps gets unscaled gradients with their
+            original sign, and does not run in steps that a gradient scaler skips.
 
     Attributes:
         interval: steps from one snapshot to the next.
@@ -53,35 +53,35 @@ class Dynamics:
 
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer = trainer
-        # Rounded up: at most SNAPSHOTS of them in addition to those of step 0 and of the last step.
+        # Rounded up, so there are at most SNAPSHOTS snapshots besides those of step 0 and the end.
         self.interval = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
         self._layers = trainer.method.layers
         self._layer_values: dict[str, Tensor] = {}
         self._snapshot: snapshots.Snapshot | None = None
-        # LoRA-SAM perturbs the weights within a step, so that only the method itself can call.
+        # LoRA-SAM perturbs the weights within a step, so the method itself must call the function.
         trainer.method.on_perturbed = self.record_perturbation
         if AUXILIARY in trainer.method.adapters:
             optimizer.register_step_pre_hook(self._before_step)
 
     def is_due(self, step: int) -> bool:
-        """Test that a step is recorded (0 is before training); the last one always is."""
+        """Return whether a step is recorded. The last step always is; step 0 is before training."""
         return step % self.interval == 0 or step == self._trainer.num_steps
 
     def record_perturbation(self) -> None:
         """Record norms while the weights are A + e_A and B + e_B and their ``.grad`` is e."""
-        # The trainer counts a step at its end, so the current step is the next one.
+        # The trainer counts a step when it ends, so the current step is `step + 1`.
         if self.is_due(self._trainer.step + 1):
             perturbed = self._factors(PRIMARY)
             self._layer_values |= perturbation_norms(perturbed, self._gradients(PRIMARY, perturbed))
 
     def _before_step(self, *_: Any) -> None:
-        """Record the ascent gain, as a hook of the optimizer."""
+        """Record the ascent gain; this is a hook of the optimizer."""
         if self.is_due(self._trainer.step + 1):
             factors = self._factors(AUXILIARY)
             self._layer_values[GAIN] = ascent_gain(factors, self._gradients(AUXILIARY, factors))
 
     def values(self) -> dict[str, Any]:
-        """Totals over layers for the log of the last step; {} if it is not recorded."""
+        """Return totals over the layers for the last step's log; {} if it is not recorded."""
         step = self._trainer.step
         if not self.is_due(step):
             return {}
@@ -93,10 +93,10 @@ class Dynamics:
         return {"dynamics": totals(self._snapshot.layers)}
 
     def write(self, folder: Path) -> None:
-        """Write the snapshot of the last step, if it is recorded.
+        """Write the snapshot of the last step if it is recorded.
 
         Raises:
-            TrainingError: the disk refuses.
+            TrainingError: the file can't be written.
         """
         if self._snapshot is None:  # before the first step
             self.values()
@@ -105,11 +105,11 @@ class Dynamics:
             self._snapshot = None
 
     def _factors(self, adapter: str) -> list[Factors]:
-        """The factors of an adapter in all layers, on the CPU."""
+        """Return an adapter's factors in all layers, on the CPU."""
         return snapshots.to_cpu(adapters.factors_of(self._layers, adapter))
 
     def _gradients(self, adapter: str, factors: Sequence[Factors]) -> list[Factors]:
-        """The gradients of these factors; zero on a layer that the loss does not reach."""
+        """Return the gradients of these factors; zero for a layer that the loss does not use."""
         gradients = []
         layer_gradients = adapters.gradients_of(self._layers, adapter)
         for layer, gradient in zip(factors, layer_gradients, strict=True):
@@ -121,13 +121,14 @@ class Dynamics:
 
 
 def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
-    """<s B A, s' B' A'> of the same layers, (layers,) float64, on the CPU.
+    """Compute <s B A, s' B' A'> for each layer, (layers,) float64, on the CPU.
 
-    <B A, B' A'> = sum over i, j of (B^T B')_ij (A A'^T)_ij, with matrices of the ranks' sizes only.
+    <B A, B' A'> = sum over i, j of (B^T B')_ij (A A'^T)_ij, which needs only matrices of size
+    (rank, rank').
     """
     products = torch.empty(len(left), dtype=torch.float64)
     shapes = [(f.A.shape, f.B.shape, g.A.shape) for f, g in zip(left, right, strict=True)]
-    # Layers of equal shapes are stacked.
+    # Layers of the same shape are stacked.
     for layers in group_equal(shapes):
         # A A'^T and B^T B', (layers, rank, rank')
         A_left = exact_stack([left[layer].A for layer in layers])
@@ -143,15 +144,15 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
 
 
 def norms(factors: Sequence[Factors]) -> Tensor:
-    """||s B A||_F of each layer, (layers,) float64."""
-    # Rounding can leave the Gram form of a square slightly below 0.
+    """Compute ||s B A||_F of each layer, (layers,) float64."""
+    # Rounding can make a square from Gram matrices slightly negative.
     return ball.squared_norms(factors).clamp_min(0).sqrt()
 
 
 def perturbation_norms(
     perturbed: Sequence[Factors], perturbations: Sequence[Factors]
 ) -> dict[str, Tensor]:
-    """Frobenius norms of the terms of Equation 5, each (layers,).
+    """Compute the Frobenius norms of the terms of Equation 5, each (layers,).
 
     (B + e_B)(A + e_A) = B A + B e_A + e_B A + e_B e_A
 
@@ -163,7 +164,7 @@ def perturbation_norms(
     B_eA = []
     eB_A = []
     for moved, e in zip(perturbed, perturbations, strict=True):
-        # The weights before the perturbation, in float64, since e is small compared with A and B.
+        # Recover the weights before the perturbation in float64, since e is small.
         layer = moved._replace(A=moved.A.double() - e.A.double(), B=moved.B.double() - e.B.double())
         primary.append(layer)
         B_eA.append(layer._replace(A=e.A))
@@ -175,16 +176,16 @@ def perturbation_norms(
     return {
         B_eA_name: norms(B_eA),
         eB_A_name: norms(eB_A),
-        eB_eA_name: norms(perturbations),  # whose factors are e_B and e_A
+        eB_eA_name: norms(perturbations),  # their factors are e_B and e_A
         FIRST_ORDER: first_order,
         PRODUCT: norms(primary),
     }
 
 
 def ascent_gain(factors: Sequence[Factors], gradients: Sequence[Factors]) -> Tensor:
-    """<G, s B A> of each layer, (layers,): by which the adapter raises the loss to first order.
+    """Compute the adapter's first-order increase of the loss, <G, s B A>, per layer, (layers,).
 
-    G is the gradient of the weight, of which dL/dB = s G A^T, so <dL/dB, B> = <G, s B A>.
+    G is the gradient with respect to the weight. dL/dB = s G A^T, so <dL/dB, B> = <G, s B A>.
     """
     gains = []
     for layer, gradient in zip(factors, gradients, strict=True):
@@ -194,9 +195,9 @@ def ascent_gain(factors: Sequence[Factors], gradients: Sequence[Factors]) -> Ten
 
 
 def alignment(primary: Sequence[Factors], auxiliary: Sequence[Factors]) -> dict[str, Tensor]:
-    """Overlaps of column and of row spaces, the cosine of the products, and their norms.
+    """Compute the overlaps of column and row spaces, the cosine of the products, and their norms.
 
-    Each is (layers,), with nan for a layer with a zero adapter.
+    Each value is (layers,). Overlaps and cosines are nan for a layer with a zero adapter.
     """
     primary_norms, auxiliary_norms = norms(primary), norms(auxiliary)
     # B A writes into the column space of B, (out, rank), and reads the row space of A, (rank, in).
@@ -210,15 +211,19 @@ def alignment(primary: Sequence[Factors], auxiliary: Sequence[Factors]) -> dict[
 
 
 def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Mean squared cosine of the principal angles between column spaces, (layers,) float64.
+    """Compute the mean squared cosine of the principal angles between column spaces.
 
-    ||Q1^T Q2||_F^2 / min(r1, r2), with orthonormal bases: 1 where one space lies in the other, 0
-    where they are orthogonal; two random ones in d dimensions have max(r1, r2) / d on average
-    (Bjorck & Golub 1973, https://doi.org/10.2307/2005662). The ranks are numerical; nan for 0.
+    The overlap is ||Q1^T Q2||_F^2 / min(r1, r2), with orthonormal bases Q1 and Q2. It is 1 if one
+    space contains the other, 0 if they are orthogonal, and max(r1, r2) / d on average for random
+    spaces in d dimensions (Bjorck & Golub 1973, https://doi.org/10.2307/2005662). The ranks are
+    numerical ranks; the overlap is nan for rank 0.
 
     Args:
         left: (d, r1) of each layer.
         right: (d, r2) of each layer.
+
+    Returns:
+        The overlap of each layer, (layers,) float64.
     """
     overlaps = torch.empty(len(left), dtype=torch.float64)
     for layers in group_equal((a.shape, b.shape) for a, b in zip(left, right, strict=True)):
@@ -231,12 +236,15 @@ def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Orthonormal bases of column spaces, (L, d, r) with zeros beyond the rank, and the ranks."""
+    """Return orthonormal bases of column spaces, (L, d, r), and the ranks, (L,).
+
+    Basis vectors beyond the rank are zero.
+    """
     stacked = exact_stack(matrices)  # (L, d, r)
-    # The SVD of the small R has the singular values of Q R: (L, r, r) instead of (L, d, r).
+    # R, (L, r, r), has the same singular values as Q R, (L, d, r), and is smaller.
     Q, R = torch.linalg.qr(stacked)
     U, S, _ = torch.linalg.svd(R)
-    # As numpy's matrix_rank: singular values below the rounding of the stored dtype do not count.
+    # As in numpy's matrix_rank, singular values below the rounding error of the dtype are ignored.
     eps = torch.finfo(matrices[0].dtype).eps
     threshold = eps * max(stacked.shape[1:]) * S.amax(1, keepdim=True)
     has_direction = threshold < S  # (L, r)
@@ -244,7 +252,7 @@ def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Totals over all layers; None for one that is not finite.
+    """Return totals over all layers; None for a total that is not finite.
 
     Norms, the ratio of Figure 2b and the cosine treat all layers as one vector. Gains are summed.
     Overlaps are means over the layers that have one.
@@ -259,13 +267,13 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
     if GAIN in layers:
         totals_by_name[GAIN] = layers[GAIN].sum()
     if COSINE in layers:
-        # The inner product of a layer is its cosine times both norms; the sum is that of all layers
-        # as one vector.
+        # A layer's inner product is its cosine times both norms. The sum over the layers is the
+        # inner product of all layers as one vector.
         products = (layers[COSINE] * layers[PRIMARY_NORM] * layers[AUXILIARY_NORM]).nan_to_num(0)
         totals_by_name[COSINE] = products.sum() / (
             totals_by_name[PRIMARY_NORM] * totals_by_name[AUXILIARY_NORM]
         )
-        # A layer with a zero auxiliary has nan, as each layer has before the first step.
+        # A layer with a zero auxiliary has nan, like every layer before the first step.
         for name in (COLUMNS, ROWS):
             totals_by_name[name] = layers[name].nanmean()
     finite_totals: dict[str, float | None] = {}

@@ -1,7 +1,7 @@
-"""First values of the primaries for an ``init_lora_weights`` that needs weights or gradients.
+"""Initial values of the primaries for an ``init_lora_weights`` that needs weights or gradients.
 
 PiSSA starts from the base weights. LoRA-GA starts from the mean gradient of the base weights; the
-device has the gradient of one layer at a time.
+device holds the gradient of one layer at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..core.seeds import seed_of
 from ..methods import Target
 from .task import Task
 
-# Factors of the loss for fp16 weights, which are tried until no gradient overflows.
+# Scales of the loss for fp16 weights, tried in this order until no gradient overflows.
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
 logger = logging.getLogger(__name__)
 
@@ -33,19 +33,19 @@ logger = logging.getLogger(__name__)
 def initialise(
     task: Task, targets: Sequence[Target], cfg: RunConfig, accelerator: Accelerator
 ) -> None:
-    """Give the primaries of a task's models their first values, by their init.
+    """Give the primaries of a task's models the initial values of their init.
 
-    Each process computes all values. Then the others take those of the first process, so that all
-    of them have the same bits.
+    Each process computes all values. Then the first process broadcasts its values, so that all
+    processes have the same bits.
 
     Args:
-        task: task, prepared by `accelerator`.
-        targets: its models after `Method.setup`.
+        task: task that was prepared by `accelerator`.
+        targets: the task's models after `Method.setup`.
         cfg: training configuration.
         accelerator: engine.
 
     Raises:
-        UserError: the loss reaches no layer of a model.
+        UserError: the loss depends on no layer of a model.
         TrainingError: a loss or a gradient is not finite.
     """
     initialised = [target for target in targets if adapters.layers(target.model, INITIAL)]
@@ -54,10 +54,10 @@ def initialise(
         models = {target.name: target.model for target in initialised}
         gradients = mean_gradients(task, models, cfg, accelerator.device)
     for target in initialised:
-        # LoRA-GA has a randomized SVD (`svd_lowrank`).
+        # LoRA-GA, and PiSSA for large layers, use a randomized SVD.
         seed = seed_of(cfg.seed, target.name)
         compute(target.model, target.spec, gradients.get(target.name), seed)
-        # Kernels may add up in another order on each device.
+        # Kernels may sum in a different order on each device.
         if accelerator.num_processes > 1:
             for parameter in adapters.parameters(target.model, INITIAL):
                 torch.distributed.broadcast(parameter.detach(), src=0)
@@ -69,18 +69,18 @@ def mean_gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """Compute the mean gradient of a task's loss over `lora_ga_samples`, at the base weights.
 
-    The samples are those of a step that no run reaches, so that training has the same data as
-    without this pass. They depend neither on the size of batches nor on the number of processes.
+    The samples belong to a step that no run reaches, so training uses the same data as without this
+    pass. They depend neither on the batch size nor on the number of processes.
 
     Args:
-        task: task, whose module runs as in training.
+        task: task whose module runs as in training.
         models: the adapted models by name.
         cfg: training configuration.
         device: device of the module.
 
     Returns:
-        Gradients by model and by module path, in the weight's shape, fp32 or wider, on the CPU. A
-        layer that the loss does not reach is missing.
+        Gradients by model and module path, in the weights' shapes, in fp32 or wider, on the CPU. A
+        layer that the loss does not depend on is missing.
 
     Raises:
         TrainingError: a loss or a gradient is not finite.
@@ -90,9 +90,9 @@ def mean_gradients(
     schedule = []
     for start in range(0, samples, size):
         schedule.append((step, tuple(range(start, min(start + size, samples)))))
-    logger.info("lora-ga: the mean gradient of %d samples", samples)
-    # In fp16 the gradient of a large loss overflows and that of a small one vanishes: the largest
-    # scale without overflow is the most exact. The result is divided by it.
+    logger.info("lora-ga: computing the mean gradient of %d samples", samples)
+    # In fp16, the gradient of a large loss overflows and that of a small one underflows. The
+    # largest scale without overflow is the most exact. The result is divided by the scale.
     scales = FP16_SCALES if has_fp16_layers(models) else (1.0,)
     infinite_layers: list[str] = []
     for scale in scales:
@@ -108,7 +108,7 @@ def mean_gradients(
                 if not losses.isfinite().all():
                     raise TrainingError(
                         "the loss that lora-ga starts from is not finite for"
-                        f" {', '.join(batch.names)}: look at these samples or use"
+                        f" {', '.join(batch.names)}: check these samples or use"
                         " --init_lora_weights default."
                     )
                 # Divided by the number of all samples, since the last batch may be smaller.
@@ -125,13 +125,13 @@ def mean_gradients(
                     gradient.div_(scale)
             return sums
     raise TrainingError(
-        f"the gradient of {infinite_layers[0]} is not finite, so lora-ga can't start from it: use"
+        f"the gradient of {infinite_layers[0]} is not finite, so lora-ga can't use it: give"
         " --mixed_precision bf16 or no, or another --init_lora_weights."
     )
 
 
 def has_fp16_layers(models: Mapping[str, nn.Module]) -> bool:
-    """Test that a layer that is initialised has base weights in fp16."""
+    """Return whether any layer with the adapter `INITIAL` has base weights in fp16."""
     for model in models.values():
         for _, layer in adapters.layers(model, INITIAL):
             if adapters.base_weight(layer).dtype == torch.float16:
@@ -141,27 +141,29 @@ def has_fp16_layers(models: Mapping[str, nn.Module]) -> bool:
 
 @contextlib.contextmanager
 def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Context manager: backward passes add up the gradients of the base weights.
+    """Sum the gradients of the base weights over the backward passes within the context.
 
-    The adapters that are trained are off, so that the gradients are those of the base model. Each
-    goes to the CPU as soon as it is computed, and `.grad` is freed: the device has one layer's at a
-    time, the CPU all of them in fp32. Afterwards the same parameters require gradients as before.
+    Trained adapters are disabled, so the gradients are those of the base model. Each gradient is
+    moved to the CPU as soon as it is computed, and `.grad` is freed: the device holds the gradient
+    of one layer at a time, and the CPU holds all of them in fp32. On exit, the same parameters
+    require gradients as before.
 
     Yields:
-        Sums over all backward passes so far, by module path, in the weight's shape, fp32 or wider.
+        Sums over all backward passes so far, by module path, in the weights' shapes, in fp32 or
+        wider.
     """
     sums: dict[str, Tensor] = {}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     hooks = []
     try:
         with adapters.only(model, adapters.assisting(model)):
-            # Other parameters need no gradients, which would take memory.
+            # Gradients of other parameters are not needed and would take memory.
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             for path, layer in adapters.layers(model, INITIAL):
                 weight = adapters.base_weight(layer).requires_grad_(True)
                 adder = partial(_add_gradient, sums, path)
-                # Called within the backward pass, as soon as this gradient is complete.
+                # The hook runs within the backward pass, as soon as this gradient is complete.
                 hooks.append(weight.register_post_accumulate_grad_hook(adder))
             yield sums
     finally:
@@ -172,10 +174,10 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _add_gradient(sums: dict[str, Tensor], path: str, weight: Tensor) -> None:
-    """Move the gradient of a weight to its sum on the CPU."""
+    """Add the gradient of a weight to its sum on the CPU, and free the gradient."""
     gradient = cast(Tensor, weight.grad).detach()
     weight.grad = None  # frees the device's memory before the next layer's backward pass
-    # In bf16 a sum over many batches would lose its small terms.
+    # In bf16, a sum over many batches would lose small terms.
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     on_cpu = gradient.to("cpu", dtype)
     if path in sums:

@@ -1,8 +1,8 @@
-"""The training loop, for every task and method: steps, and what falls due between them.
+"""The training loop for every task and method: its steps and the work between the steps.
 
-`run` is the loop; `trainer.Trainer.train_step` is its step; `Evaluations` measures held-out losses
-and makes validation samples, for the run's record and for the trackers. The record also says what
-ended a run.
+`run` is the loop, and `trainer.Trainer.train_step` is its step. `Evaluations` measures held-out
+losses and generates validation samples for the run's record and the trackers. The record also
+contains the reason why a run ended.
 """
 
 from __future__ import annotations
@@ -44,37 +44,37 @@ def run(
 ) -> list[Failure]:
     """Train to the end: steps, metrics, held-out loss, checkpoints, export and validation.
 
-    What a failure could lose comes first: a checkpoint is saved before the validation samples of
-    its step, and the result is exported before the last ones. An evaluation that fails is reported,
-    and training goes on (`Evaluations`).
+    Results are saved before an evaluation could fail: a checkpoint before the validation samples of
+    its step, and the exported result before the last samples. If an evaluation fails, the failure
+    is reported and training continues (`Evaluations`).
 
-    An interruption ends the loop earlier, after a step that is saved.
+    An interruption ends the loop early, after a step whose checkpoint is saved.
 
     Args:
-        trainer: Trainer that takes the steps.
+        trainer: trainer that takes the steps.
         folder: run folder.
-        log: record of the main process; the other processes have none.
-        export: writes the result; None where nothing is exported.
+        log: record of the run in the main process; None in the other processes.
+        export: function that writes the result; None if nothing is exported.
 
     Returns:
-        The evaluations that failed, the same in each process.
+        The evaluations that failed, the same in every process.
     """
     record_activity = None if log is None else log.record_activity
-    # An error closes the bar, so that its sentence has a line of its own.
+    # An error closes the bar, so the error message starts on a new line.
     with Bar(trainer.num_steps, trainer.step, trainer.method.name, record_activity) as bar:
         evaluations = Evaluations(trainer, folder, log, bar)
         is_resumed = trainer.step > 0
-        # A run that had come to its end is resumed to be exported again.
+        # A run that was already finished is resumed in order to export it again.
         was_finished = trainer.is_finished
         if not is_resumed:
-            with bar.waiting_for("starting values"):
+            with bar.waiting_for("initial values"):
                 trainer.initialise()
             if trainer.dynamics is not None:
                 trainer.dynamics.write(folder)
             evaluations.measure()
             if trainer.cfg.eval_on_start:
                 evaluations.validate()
-        # From here on there is something to save: a signal waits for the end of a step.
+        # From here on there is progress to save, so a signal takes effect at the end of a step.
         trainer.interruption.patient = True
         if not trainer.is_finished:
             has_validation = is_resumed and is_due(trainer.step, trainer.validation_steps)
@@ -82,7 +82,7 @@ def run(
                 # The run ended between this step's checkpoint and its validation samples.
                 evaluations.validate()
             take_steps(trainer, folder, log, bar, evaluations)
-        if not trainer.is_finished:  # a signal came
+        if not trainer.is_finished:  # a signal ended the steps
             return []
         if export is not None:
             with bar.waiting_for("export"):
@@ -99,9 +99,9 @@ def run(
 def take_steps(
     trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar, evaluations: Evaluations
 ) -> None:
-    """Take steps, with all that falls due between them, until the run is finished or interrupted.
+    """Take steps and do the work between them until the run is finished or interrupted.
 
-    The validation samples of the last step are not among it.
+    The validation samples of the last step are left to the caller.
     """
     cfg = trainer.cfg
     compiled_models = []
@@ -112,7 +112,7 @@ def take_steps(
         with blocks.step(trainer.step + 1):
             values = trainer.train_step(batches)
         bar.step(values)
-        # Trackers plot scalars; the hash and the dynamics are for the run's own log.
+        # Trackers plot scalars only; the hash and the dynamics go to the run's own log.
         scalars = {name: value for name, value in values.items() if isinstance(value, float)}
         trainer.accelerator.log(scalars, step=trainer.step)
         if log is not None:
@@ -120,8 +120,8 @@ def take_steps(
         if trainer.dynamics is not None:
             trainer.dynamics.write(folder)
 
-        # A measurement can end the run, so `is_finished` is read again after it. A checkpoint holds
-        # the best measurement so far, so it is saved after it.
+        # A measurement can end the run, so `is_finished` is read again afterwards. A checkpoint
+        # contains the best measurement so far, so it is saved after the measurement.
         if trainer.is_finished or is_due(trainer.step, cfg.validation_loss_steps):
             evaluations.measure()
         is_stopping = trainer.stop_signal() is not None
@@ -132,8 +132,8 @@ def take_steps(
             return
         if is_due(trainer.step, trainer.validation_steps):
             evaluations.validate()
-        # A signal ends the run with a checkpoint of the step that it came in, also while samples
-        # were made.
+        # A signal ends the run with a checkpoint of the current step, even if it arrives while
+        # samples are generated.
         if trainer.stop_signal() is not None:
             if not is_saved:
                 resume.save(trainer, folder, log)
@@ -141,33 +141,33 @@ def take_steps(
 
 
 def is_due(step: int, interval: int | None) -> bool:
-    """True at each multiple of an interval; never where it is 0 or None."""
+    """Return whether `step` is a multiple of `interval`; False if `interval` is 0 or None."""
     return interval is not None and interval > 0 and step % interval == 0
 
 
 class Failure(NamedTuple):
     """An evaluation that failed."""
 
-    step: int  # optimizer steps taken
+    step: int  # number of optimizer steps that were taken before it
     sentence: str
 
 
 class Evaluations:
-    """Measures held-out losses and makes validation samples between the steps of a run.
+    """The evaluations between a run's steps: held-out losses and validation samples.
 
-    A loss is measured at step 0 of a new run, every ``validation_loss_steps`` (0 for never) and at
-    the end. Where the held-out samples decide what is exported, the default is a twentieth of
-    ``max_train_steps``, or a fifth if each measurement generates samples.
+    The loss is measured at step 0 of a new run, every ``validation_loss_steps`` steps (0 for never)
+    and at the end. If the held-out samples decide which weights are exported, the default interval
+    is a twentieth of ``max_train_steps``, or a fifth if each measurement generates samples.
 
-    After the first step a failure must not lose what was trained: it is reported in one sentence,
-    and the run goes on. It ends the run at step 0, where nothing is lost; on a full disk, where no
-    later checkpoint could be saved; and where each forward pass needs all processes (FSDP2), since
-    the others would wait for ever.
+    After the first step, a failed evaluation must not lose trained weights: it is reported in one
+    sentence, and the run continues. A failure ends the run only in three cases: at step 0, where
+    nothing is lost; on a full disk, where no later checkpoint could be saved; and under FSDP2,
+    where each forward pass needs all processes and the others would wait forever.
 
     Args:
-        trainer: Trainer of the run.
+        trainer: trainer of the run.
         folder: run folder.
-        log: record of the main process; the other processes have none.
+        log: record of the run in the main process; None in the other processes.
         bar: progress bar.
 
     Attributes:
@@ -180,13 +180,13 @@ class Evaluations:
         self._log = log
         self._bar = bar
         self.failures: list[Failure] = []
-        # The main process evaluates. If weights are split, each forward pass needs all processes.
+        # Only the main process evaluates, unless the weights are split (FSDP2).
         self._is_active = log is not None or trainer.accelerator.is_fsdp2
 
     def measure(self) -> None:
-        """Measure the loss on the held-out samples, log it and note it for the best step.
+        """Measure the loss on the held-out samples, log it, and update the best step.
 
-        All processes get the value, so that they agree on the best step and on the end.
+        All processes get the value, so that they agree on the best step and on the end of the run.
         """
         trainer = self._trainer
         values: dict[str, float] | None = {}
@@ -201,40 +201,40 @@ class Evaluations:
         if trainer.accelerator.num_processes > 1:
             trainer.accelerator.wait_for_everyone()
             has_failed, value = broadcast_object_list([has_failed, value])
-        # A failed measurement neither is the best nor counts against the patience.
+        # A failed measurement can't be the best and does not count against the patience.
         if not has_failed:
             trainer.outcome.note_measurement(value, trainer.step)
 
     def validate(self) -> None:
-        """Sample images or answers of the validation set; the last ones with the final weights."""
+        """Generate images or answers for the validation set, at the end with the final weights."""
         if self._is_active:
             self._attempt("validation", self._make_samples, self._sampled_step())
         self._trainer.accelerator.wait_for_everyone()
 
     def has_samples(self) -> bool:
-        """Test that the validation samples of this step's weights were made."""
+        """Return whether there are validation samples of this step's weights."""
         has_samples = validation_folder(self._folder, self._sampled_step()).is_dir()
         if self._trainer.accelerator.num_processes > 1:
             (has_samples,) = broadcast_object_list([has_samples])
         return has_samples
 
     def _sampled_step(self) -> int:
-        """Step of the weights that are sampled: with ``--keep_best`` at the end the best one."""
+        """Return the step of the sampled weights: at the end with ``--keep_best``, the best one."""
         trainer = self._trainer
         return trainer.outcome.step(trainer.step) if trainer.is_finished else trainer.step
 
     def _make_samples(self) -> dict[str, float]:
-        """Write the validation samples, show images to the trackers, and return metrics."""
+        """Write the validation samples, send images to the trackers, and return metrics."""
         trainer = self._trainer
         step = self._sampled_step()
         with torch.random.fork_rng(), tempfile.TemporaryDirectory() as temporary_folder:
-            # The files of processes other than the main one are deleted.
+            # Files of processes other than the main process are deleted.
             folder = self._folder if self._log is not None else Path(temporary_folder)
             evaluating = trainer.evaluating(final_weights=trainer.is_finished)
             values = trainer.task.validate(step, folder, evaluating)
         if self._log is not None:
             prompts = trainer.cfg.sampled_prompts
-            # By name: a resumed run may make fewer images than the folder has.
+            # Use the names, since the folder may have more images than a resumed run generates.
             images_folder = validation_folder(self._folder, step)
             images = [images_folder / image_file_name(number) for number in range(len(prompts))]
             show_images(trainer.accelerator.trackers, images, prompts, trainer.step)
@@ -243,11 +243,11 @@ class Evaluations:
     def _attempt(
         self, name: str, evaluate: Callable[[], dict[str, float]], step: int
     ) -> dict[str, float] | None:
-        """Evaluate and log the values, or report the error where the run can go on.
+        """Evaluate and log the values, or report the error if the run can continue.
 
         Args:
-            name: of the evaluation, for the bar and the sentence.
-            evaluate: returns the values.
+            name: name of the evaluation, for the bar and the error message.
+            evaluate: function that returns the values.
             step: step of the evaluated weights.
 
         Returns:
@@ -263,16 +263,16 @@ class Evaluations:
             if trainer.step == 0 or trainer.accelerator.is_fsdp2 or disk_is_full(error):
                 raise
             sentence = describe_error(error).rstrip(".")
-            place = ""  # of the trace, which the record does not name: it may be published
+            place = ""  # where the trace is; not in the record, which may be published
             if not isinstance(error, UserError | TrainingError):
                 place = f"; {describe_trace(error, self._folder)}"
-        # Here nothing refers to the error any more, whose frames held tensors.
+        # The error is no longer referenced here, so the tensors in its frames can be freed.
         clear_device_cache(garbage_collection=True)
         failure = Failure(trainer.step, f"the {name} at step {trainer.step} failed: {sentence}")
         self.failures.append(failure)
-        consequence = "training goes on"
+        consequence = "training continues"
         if trainer.is_finished:
-            consequence = "the result is exported all the same"
+            consequence = "the result is still exported"
         self._bar.show_error(f"{failure.sentence}{place}; {consequence}.")
         return None
 
@@ -280,10 +280,10 @@ class Evaluations:
 def log_measurement(
     trainer: Trainer, log: RunLog | None, step: int, values: dict[str, float]
 ) -> None:
-    """Log measurements of the weights of a step."""
+    """Log measurements of a step's weights."""
     if values and log is not None:
         log.metric(step, **values)
-        # Trackers refuse an earlier step than the last one, such as the best step at the end.
+        # Trackers refuse steps before the last one, such as the best step at the end.
         trainer.accelerator.log(values, step=trainer.step)
 
 
@@ -293,14 +293,14 @@ def show_images(
     """Show validation images in TensorBoard and in Weights & Biases, as diffusers' scripts do.
 
     Args:
-        trackers: trackers of accelerate.
-        files: images; may be none.
+        trackers: accelerate's trackers.
+        files: image files; may be empty.
         prompts: prompt of each image.
-        step: last step that the trackers know.
+        step: last step that was logged to the trackers.
     """
     if not files:
         return
-    # Trackers take RGB; a sampled image with transparency would have four channels.
+    # Trackers expect RGB; a generated image with transparency would have four channels.
     images = [Image.open(file).convert("RGB") for file in files]
     for tracker in trackers:
         if tracker.name == "tensorboard":
@@ -309,7 +309,7 @@ def show_images(
             batches = {}
             if len(sizes) == 1:
                 batches["validation"] = np.concatenate(arrays)
-            else:  # a batch has images of one size
+            else:  # the images of a batch must have the same size
                 for number, array in enumerate(arrays):
                     batches[f"validation {number:03d}"] = array
             tracker.log_images(batches, step=step, dataformats="NHWC")
@@ -323,19 +323,19 @@ def show_images(
 
 
 def warn_of_zero_auxiliary(folder: Path) -> None:
-    """Warn of a run that was plain LoRA, since the norm of its auxiliary was 0 in every step."""
+    """Warn if a run was plain LoRA because the norm of its auxiliary was 0 in every step."""
     norms = [row["auxiliary_norm"] for row in read_metrics(folder) if "auxiliary_norm" in row]
     if norms and all(norm == 0 for norm in norms):
         logger.warning(
-            "the auxiliary was 0 in every step of %s, so this run is plain LoRA: look at --rho,"
-            " --auxiliary_learning_rate and the schedule of the learning rate",
+            "the auxiliary was 0 in every step of %s, so this run is plain LoRA: check --rho,"
+            " --auxiliary_learning_rate and the learning-rate schedule",
             folder,
         )
 
 
 @contextlib.contextmanager
 def record_outcome(log: RunLog | None, folder: Path) -> Iterator[None]:
-    """Context manager: writes an error or a signal into the run's record and raises it again.
+    """Write an error or a signal within the context to the run's record, and raise it again.
 
     The traceback of an unexpected error is written to the run folder.
 
@@ -354,7 +354,7 @@ def record_outcome(log: RunLog | None, folder: Path) -> Iterator[None]:
     except Exception as error:
         if disk_is_full(error):
             sentence = (
-                f"the disk that holds {folder} is full: make room and resume with"
+                f"the disk that holds {folder} is full: free some space and resume with"
                 " --resume_from_checkpoint auto"
             )
             _close(log, "failed", sentence)
@@ -367,7 +367,7 @@ def record_outcome(log: RunLog | None, folder: Path) -> Iterator[None]:
 
 
 def _close(log: RunLog | None, status: str, reason: str | None = None) -> None:
-    """Close the record of a run; on a full disk it stays as it was."""
+    """Close the record of a run; if the disk is full, the record does not change."""
     with contextlib.suppress(OSError):
         if log is not None:
             log.close(status, reason)

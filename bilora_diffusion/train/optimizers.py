@@ -1,4 +1,4 @@
-"""The optimizer of a run: the layout of its batches, the update, and the schedule of the rate."""
+"""The optimizer of a run: the layout of its batches, its update, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..methods import Method
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How the batch of one optimizer step is cut into micro-batches and shared by processes.
+    """The division of an optimizer step's batch into micro-batches and among processes.
 
     Attributes:
-        micro_batch: samples of one forward pass on one process.
-        accumulation: forward passes of one step on one process.
+        micro_batch: number of samples per forward pass on one process.
+        accumulation: number of forward passes per step on one process.
         processes: number of processes that share a step.
-        rank: number of this process.
+        rank: index of this process.
     """
 
     micro_batch: int
@@ -32,7 +32,7 @@ class StepLayout:
 
     @classmethod
     def from_config(cls, cfg: RunConfig, accelerator: Accelerator) -> StepLayout:
-        """Layout of a training configuration for this process."""
+        """Create the layout of a training configuration for this process."""
         return cls(
             micro_batch=cfg.train_batch_size,
             accumulation=cfg.gradient_accumulation_steps,
@@ -42,14 +42,14 @@ class StepLayout:
 
     @property
     def step_size(self) -> int:
-        """Samples of one optimizer step over all processes."""
+        """Number of samples per optimizer step over all processes."""
         return self.micro_batch * self.accumulation * self.processes
 
     def slots(self) -> list[tuple[int, ...]]:
-        """This process's micro-batches of any step, as positions within the step's batch.
+        """Return this process's micro-batches of any step, as positions within the step's batch.
 
-        The first micro-batches of all processes come first, then the second ones: with 2 samples,
-        2 passes and 2 processes, process 0 has (0, 1) and (4, 5).
+        The first micro-batches of all processes come first, then the second ones: with
+        micro-batches of 2 samples, 2 passes and 2 processes, process 0 has (0, 1) and (4, 5).
         """
         stride = self.micro_batch * self.processes
         micro_batches = []
@@ -60,13 +60,13 @@ class StepLayout:
 
 
 class ClippedOptimizer:
-    """The optimizer of a method: it clips the gradients of the result's weights, then updates.
+    """A method's optimizer, which clips the gradients of the exported weights before an update.
 
     Args:
         accelerator: engine, whose gradient scaler may skip an update.
-        optimizer: optimizer that the engine prepared.
-        method: method, of whose `weights` the gradients are clipped.
-        max_grad_norm: largest total norm of their gradients.
+        optimizer: optimizer that the engine has prepared.
+        method: method; the gradients of its `weights` are clipped.
+        max_grad_norm: largest total norm of these gradients.
     """
 
     def __init__(
@@ -79,39 +79,39 @@ class ClippedOptimizer:
         self._norm: Any = None
 
     def step(self) -> None:
-        """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
-        # The primary alone is clipped: a joint norm with the auxiliary scaled its gradient to 0.70
-        # (T5-base at a norm of 1).
+        """Clip the unscaled gradients, then update; a non-finite fp16 gradient skips the update."""
+        # Only the primary is clipped: a joint norm with the auxiliary would multiply the primary's
+        # gradient by 0.70 (measured with T5-base at a maximum norm of 1).
         self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()
 
     @property
     def grad_norm(self) -> float | None:
-        """The norm before the last clipping; reading it waits for the device."""
+        """Norm before the last clipping. Reading it waits for the device."""
         return None if self._norm is None else float(self._norm)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
-        # AdamW skips parameters without a gradient; those with a zero gradient it moves by their
-        # moments.
+        """Set the gradients to None."""
+        # AdamW skips parameters without a gradient, but moves parameters with a zero gradient by
+        # their moments.
         self._optimizer.zero_grad(set_to_none=True)
 
     @property
     def skipped(self) -> bool:
-        """True if the gradient scaler skipped the last update.
+        """Whether the gradient scaler skipped the last update.
 
-        Then there is no projection, and the schedule does not advance.
+        In this case there is no projection, and the schedule does not advance.
         """
         return bool(self._accelerator.optimizer_step_was_skipped)
 
 
 def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
-    """Optimizer steps of the whole run: ``max_train_steps``, or the epochs rounded up."""
+    """Return the optimizer steps of the whole run: ``max_train_steps``, or those of the epochs."""
     if cfg.max_train_steps is not None:
         return cfg.max_train_steps
     assert cfg.num_train_epochs is not None  # the configuration has one of the two
     steps_per_epoch = -(-num_samples // step_size)
-    # The last step of an epoch is a full one: it takes the first samples of the next epoch too.
+    # The last step of an epoch is filled up with the first samples of the next epoch.
     return cfg.num_train_epochs * steps_per_epoch
 
 
@@ -131,7 +131,7 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
         case "prodigy":
             from prodigyopt import Prodigy
 
-            # The groups' rates are factors of the rate that Prodigy estimates.
+            # Prodigy multiplies the groups' rates by the rate that it estimates.
             return Prodigy(
                 groups,
                 **adam,
@@ -140,23 +140,23 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
                 use_bias_correction=cfg.prodigy_use_bias_correction,
                 safeguard_warmup=cfg.prodigy_safeguard_warmup,
             )
-    # One kernel for all parameters: on a CPU the default updates them one by one, so that Bi-LoRA's
-    # would take twice as long as LoRA's.
+    # Use one kernel for all parameters. On a CPU, the default updates them one at a time, and the
+    # update of Bi-LoRA would take twice as long as that of LoRA.
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
-    # With this flag a gradient scaler lets the kernel skip a step, and the hooks after the step run
-    # all the same.
+    # If this flag were set, the kernel itself would skip a step for a gradient scaler, and the
+    # hooks after the step would still run.
     cast(Any, optimizer)._step_supports_amp_scaling = False
     return optimizer
 
 
 def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:
-    """Build the learning-rate schedule over ``steps`` optimizer steps, warm-up included."""
+    """Build the learning-rate schedule over ``steps`` optimizer steps, including the warm-up."""
     return get_scheduler(
         cfg.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=cfg.warmup_steps(steps),
         num_training_steps=steps,
-        # These two are read by the schedules with restarts and by the polynomial one alone.
+        # Only the schedules with restarts and the polynomial schedule use these two arguments.
         num_cycles=cfg.lr_num_cycles,
         power=cfg.lr_power,
     )

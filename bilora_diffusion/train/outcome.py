@@ -1,4 +1,4 @@
-"""Weights that a run exports: those of the last step, or of the best."""
+"""The weights that a run exports: those of the last step or of the best step."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from ..methods.perturb import replaced
 
 
 class Best:
-    """The best held-out measurement so far, and the weights at it.
+    """The best held-out measurement so far, and the weights that it belongs to.
 
-    It counts as Transformers' `EarlyStoppingCallback` does with a threshold of 0
-    (https://huggingface.co/docs/transformers/main_classes/callback): a measurement that is not a
-    new best one counts against the patience, also an equal one and one that is not finite. The
-    measurement of step 0 does not count: there the adapters do nothing.
+    Measurements count as in Transformers' `EarlyStoppingCallback` with a threshold of 0
+    (https://huggingface.co/docs/transformers/main_classes/callback): every measurement that is not
+    a new best counts against the patience, including an equal and a non-finite one. The measurement
+    of step 0 does not count, since nothing is trained yet.
 
     Args:
-        parameters: parameters whose values are stored at each new best, on the CPU; none to count
-            only.
-        patience: measurements in a row without a new best one that end a run; None for no end.
-        measure: what is measured, by its name in the log.
+        parameters: parameters whose values are stored on the CPU at each new best; empty to store
+            nothing.
+        patience: number of consecutive measurements without a new best that ends a run; None to
+            never end it.
+        measure: name of the measured quantity in the log.
 
     Attributes:
         step: step of the best measurement; None before the first finite one.
-        measurement: the best measurement; None before the first.
-        since: measurements after it.
-        values: the parameters' values at it, in their order.
+        measurement: best measurement; None before the first finite one.
+        since: number of measurements after the best one.
+        values: values of the parameters at the best measurement, in the order of the parameters.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class Best:
         self.store()
 
     def is_improved_by(self, measurement: float, step: int) -> bool:
-        """Count a measurement; True for a new best one, whose weights the caller stores."""
+        """Count a measurement and return whether it is a new best.
+
+        The caller then stores the weights.
+        """
         if step == 0:
             return False
-        # An equal one is not a new best: otherwise a constant loss would never end a run.
+        # An equal measurement is not a new best: otherwise a constant loss would never end a run.
         is_new_best = self.measurement is None or is_better(
             self.measure, measurement, self.measurement
         )
@@ -67,17 +71,17 @@ class Best:
         return False
 
     def store(self) -> None:
-        """Store the values that the parameters have now."""
-        # On the CPU, so that the run takes no more memory of the device.
+        """Store the current values of the parameters."""
+        # They are stored on the CPU to save memory of the device.
         self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
 
     @property
     def is_exhausted(self) -> bool:
-        """True if the patience has run out."""
+        """Whether the patience has run out."""
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
-        """Context manager: sets the parameters to the stored values, and restores them."""
+        """Return a context manager that sets the parameters to the stored values until its exit."""
         values = []
         for parameter, value in zip(self.parameters, self.values, strict=True):
             values.append(value.to(parameter.device))
@@ -88,7 +92,7 @@ class Outcome:
     """The weights that a run exports.
 
     Args:
-        method: method whose adapters are attached.
+        method: method whose adapters are attached to the models.
         cfg: training configuration.
 
     Attributes:
@@ -105,36 +109,36 @@ class Outcome:
         """Count a measurement of the current weights, which is the same in every process.
 
         Args:
-            value: of ``heldout_measure``; None without a validation set.
+            value: value of ``heldout_measure``; None without held-out data.
             step: step of the weights.
 
         Raises:
-            UserError: there is none, and an option needs it.
+            UserError: there is no value, but an option needs it.
         """
         if value is None:
             if self._cfg.keep_best or self.best.patience is not None:
                 raise UserError(
-                    "--keep_best and --early_stopping_patience need held-out data, and there is"
-                    " none here: give some, or drop them."
+                    "--keep_best and --early_stopping_patience need held-out data, but there is"
+                    " none: give some, or drop these options."
                 )
         elif self.best.is_improved_by(value, step):
             self.best.store()
 
     @property
     def best_step(self) -> int | None:
-        """The best step, if the run exports it; without a finite measurement there is none."""
+        """The best step if the run exports it; None otherwise, or if no measurement was finite."""
         return self.best.step if self._cfg.keep_best else None
 
     def applied(self) -> AbstractContextManager[None]:
-        """Context manager: the trained weights are those that the run exports."""
+        """Return a context manager in which the trained weights are those that the run exports."""
         return nullcontext() if self.best_step is None else self.best.applied()
 
     def step(self, last_step: int) -> int:
-        """Step of the weights that a run exports which ended after `last_step`."""
+        """Return the step of the exported weights for a run that ended after `last_step`."""
         return last_step if self.best_step is None else self.best_step
 
     def results(self) -> dict[str, Any]:
-        """Values for the run's record: the early end, and the best step if the run exports it."""
+        """Return values for the record: an early end, and the best step if the run exports it."""
         results: dict[str, Any] = {}
         if self._cfg.depends_on_heldout:
             results["chosen_by"] = self._cfg.heldout_measure
@@ -146,14 +150,14 @@ class Outcome:
         return results
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint, by their places among the weights."""
+        """Return the best weights for a checkpoint, by their index among the weights."""
         tensors = {}
         for place, value in enumerate(self.best.values):
             tensors[f"best/{place}"] = value
         return tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a resume or an export (`export_facts`) needs in addition to the tensors."""
+        """Return state that a resume or an export (`export_facts`) needs besides the tensors."""
         best = self.best
         return {
             "best": {"step": best.step, "loss": best.measurement, "since": best.since},
@@ -161,18 +165,18 @@ class Outcome:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         self.best.step = state["best"]["step"]
         self.best.measurement = state["best"]["loss"]
         self.best.since = state["best"]["since"]
 
 
 def export_facts(method: Method) -> dict[str, Any]:
-    """Facts in JSON with which an export reads the tensors of a checkpoint.
+    """Return the facts that an export needs to read the tensors of a checkpoint, as JSON values.
 
     Returns:
-        "adapters": PEFT's configuration of each target's primary; {} for a method that trains whole
-        models.
+        "adapters": PEFT's configuration of each target's primary, by target name; {} for a method
+        that trains whole models.
     """
     if method.exports_weights:
         return {}

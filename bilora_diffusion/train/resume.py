@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what they save, and what must be the same to resume from one."""
+"""Checkpoints of a run: their content, and the conditions for resuming from one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..run.runlog import RunLog, is_finished
 from ..run.settings import describe_differences, require_same_settings, without_options
 from .trainer import Trainer
 
-# Options that say where the samples of a set are.
+# Options with the location of each set's samples.
 SOURCES = {
     TRAINING: frozenset({"dataset_name", "instance_data_dir", "class_data_dir", "train_file"}),
     HELDOUT: frozenset({"validation_dataset", "validation_file"}),
@@ -30,17 +30,17 @@ SOURCES = {
 
 
 def save(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
-    """Write a checkpoint of the current step, and delete old ones, in the main process.
+    """Write a checkpoint of the current step and delete old ones, in the main process.
 
     Args:
-        trainer: what is saved.
+        trainer: trainer whose state is saved.
         folder: run folder.
-        log: record of the main process; None in the others.
+        log: record of the run in the main process; None in the other processes.
     """
     if log is not None:
         log.sync()
     cfg, scaler = trainer.cfg, trainer.accelerator.scaler
-    # Each process has all that is trained, also where the base is split (`engine`).
+    # Each process has all trained parameters, even if the base is split (`engine`).
     if trainer.accelerator.is_main_process:
         saved = Checkpoint(
             step=trainer.step,
@@ -68,7 +68,7 @@ def save(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
 
 
 def load(trainer: Trainer, path: Path) -> None:
-    """Continue exactly where a checkpoint was written; once, on a new trainer.
+    """Restore exactly the state at which a checkpoint was written. Call it once, on a new trainer.
 
     Raises:
         UserError: the checkpoint is damaged, or belongs to a run with another configuration or
@@ -77,12 +77,12 @@ def load(trainer: Trainer, path: Path) -> None:
     saved = checkpoint.load(path)
     with checkpoint.explain_checkpoint_errors(path):
         _require_same_run(trainer, saved)
-        # In place: the optimizer and the hooks know the parameters as objects.
+        # In place, since the optimizer and the hooks refer to the parameter objects.
         load_tensors(_tensors(trainer), saved.tensors)
-        # An init may have taken first values out of the base weights; here they are loaded anew.
+        # The base weights are newly loaded, so subtract the initial values of an init again.
         for target in trainer.method.targets:
             adapters.subtract_initial(target.model)
-        # It replaces the dictionaries in `param_groups`, so that references to these are stale.
+        # This replaces the dictionaries in `param_groups`, so references to the old ones are stale.
         trainer.optimizer.optimizer.load_state_dict(saved.optimizer)
         trainer.lr_scheduler.load_state_dict(saved.scheduler)
         if saved.scaler is not None and trainer.accelerator.scaler is not None:
@@ -93,22 +93,22 @@ def load(trainer: Trainer, path: Path) -> None:
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Tensors of the models and the best weights, which `load` writes in place."""
+    """Return the tensors of the models and the best weights, which `load` changes in place."""
     return {**trainer.method.tensors(), **trainer.outcome.tensors()}
 
 
 def _sizes(trainer: Trainer) -> dict[str, int]:
-    """Sizes that follow from the options together with the data."""
+    """Return the sizes that follow from the options and the data."""
     return {"step_size": trainer.layout.step_size, "num_steps": trainer.num_steps}
 
 
 def _require_same_run(trainer: Trainer, saved: Checkpoint) -> None:
-    """Refuse to resume from a checkpoint of other options, data or sizes."""
+    """Check that a checkpoint was written with the same options, data and sizes."""
     cfg, sizes = trainer.cfg, _sizes(trainer)
     options = cfg.resume_settings()
-    # A step has the same result however it is cut into micro-batches.
+    # The result of a step does not depend on its division into micro-batches.
     free = {"train_batch_size", "gradient_accumulation_steps"}
-    # A run may become longer where no step depends on its length. A warm-up may be a share of it.
+    # A run may become longer if no step depends on its length. A warm-up may be a fraction of it.
     is_constant = cfg.lr_scheduler in ("constant", "constant_with_warmup")
     warmup_steps = cfg.warmup_steps(trainer.num_steps)
     has_same_warmup = cfg.warmup_steps(saved.extra["num_steps"]) == warmup_steps
@@ -127,42 +127,42 @@ def _require_same_run(trainer: Trainer, saved: Checkpoint) -> None:
 
 
 def recorded_options(options: Mapping[str, Any], cfg: RunConfig) -> dict[str, Any]:
-    """Options of a record or a checkpoint as this version has them, without those that may change.
+    """Return recorded options as this version has them, without those that may change.
 
-    An option that the version that wrote them did not have counts as having its default.
+    If the recording version did not have an option yet, the option gets its default.
 
     Args:
-        options: the options that were recorded.
-        cfg: configuration that they are compared with.
+        options: options from a run's record or a checkpoint.
+        cfg: configuration that the options are compared with.
 
     Raises:
-        UserError: an option that was removed had an effect.
+        UserError: an option that was removed since then had an effect.
     """
     removed.require_neutral(options, depends_on_heldout=cfg.depends_on_heldout)
     known_options: dict[str, Any] = {}
     for name, field in options_of(cfg.groups).items():
         known_options[name] = default_of(field)
-    known_options.pop("hub_token")  # which is never recorded
+    known_options.pop("hub_token")  # it is never recorded
     for name, value in options.items():
         if name not in removed.OPTIONS:
             known_options[name] = value
-    # Before this option was there, the samples that choose a step were made as validation images.
+    # Before this option existed, samples for choosing a step were generated like validation images.
     if "choice_guidance_from" not in options and "validation_guidance_from" in options:
         known_options["choice_guidance_from"] = options["validation_guidance_from"]
     return cfg.fixed_options(known_options)
 
 
 def holds_finished_run(folder: Path, cfg: RunConfig) -> bool:
-    """Test that a folder holds a finished run of this configuration, which need not be repeated.
+    """Return whether a folder has a finished run of this configuration, which need not be repeated.
 
-    Options that may change on resume, and places of data, may differ. `require_same_content`
-    compares the data themselves.
+    Options that may change on resume and the locations of the data may differ.
+    `require_same_content` compares the data themselves.
     """
     if not is_finished(folder):
         return False
     try:
         recorded = recorded_options(read_run(folder)["config"], cfg)
-    except UserError:  # it was trained by a removed option
+    except UserError:  # the run used an option that was removed since then
         return False
     return not describe_differences(
         without_sources(recorded), without_sources(cfg.resume_settings())
@@ -177,33 +177,33 @@ def require_same_work(
     free: Set[str],
     depends_on_heldout: bool,
 ) -> None:
-    """Refuse to resume a run of other options, other data or another size.
+    """Check that a run to resume has the same options, data and sizes.
 
     Args:
-        saved: options, sizes that follow from them and from the data, and under "content" the
-            record of the data.
-        current: the same of this run.
+        saved: recorded options, the sizes that follow from the options and the data, and under
+            "content" the record of the data.
+        current: the same values of this run.
         options: keys of the options.
         free: keys that may differ.
-        depends_on_heldout: as `run.data.require_same_content` takes it.
+        depends_on_heldout: argument of `run.data.require_same_content`.
 
     Raises:
-        UserError: something differs; the sentence says what.
+        UserError: something differs; the message names it.
     """
     free = free | {"content"}
     sizes = current.keys() - set(options)
-    # Equal data may have moved, or their place may be written in another way.
+    # The same data may have been moved, or their path may be written in another way.
     for name, sources in SOURCES.items():
         if saved["content"][name]["hash"] == current["content"][name]["hash"]:
             saved = without_options(saved, sources)
             current = without_options(current, sources)
-    # Options first, then the data, then the sizes: the number of steps can follow from that of the
-    # samples, and the sentence names the cause.
+    # Compare the options first, then the data, then the sizes: the number of steps can follow from
+    # the number of samples, and the message should name the cause.
     require_same_settings(saved, current, free | sizes)
     require_same_content(saved["content"], current["content"], depends_on_heldout)
     require_same_settings(saved, current, free)
 
 
 def without_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without the places of data."""
+    """Return options without the locations of the data."""
     return without_options(settings, SOURCES[TRAINING] | SOURCES[HELDOUT])

@@ -37,29 +37,29 @@ logger = logging.getLogger(__name__)
 
 
 class Script(ABC, Generic[Config]):
-    """A training script: the parts of the shared command that depend on images or text."""
+    """A training script: the parts of the shared command that differ between images and text."""
 
-    config_class: ClassVar[Any]  # of `Config`; its `resolve` reads a command line
-    project: ClassVar[str]  # name of the project for trackers
-    scorer: ClassVar[str]  # module that scores its runs
+    config_class: ClassVar[Any]  # class of `Config`; its `resolve` reads a command line
+    project: ClassVar[str]  # project name in trackers
+    scorer: ClassVar[str]  # name of the module that scores the script's runs
 
     def resolve(self, argv: Sequence[str] | None) -> Config:
-        """Make the configuration of a command line; None for that of the process."""
+        """Create the configuration of a command line; None for that of the process."""
         return self.config_class.resolve(argv)
 
     @abstractmethod
     def build_task(self, cfg: Config, accelerator: Accelerator) -> Task:
-        """Open the data and load the models, for a dry run without weights."""
+        """Open the data and load the models; for a dry run, build the models without weights."""
 
     @abstractmethod
     def memory_by_phase(self, task: Any, device: torch.device) -> dict[str, dict[str, int]]:
-        """Bytes that a task takes in each phase of a run (`dry_run.PhaseMemory`)."""
+        """Return the bytes that a task takes in each phase of a run (`dry_run.PhaseMemory`)."""
 
     def write_contact_sheet(self, trainer: Trainer, folder: Path) -> None:
-        """Write a picture of the training data into a new run's folder, if the data have one."""
+        """Write an overview of training images to a new run's folder; text has no overview."""
 
     def cpu_bytes(self, task: Any, device: torch.device) -> dict[str, int]:
-        """Bytes that a task keeps on the CPU where it trains on another device, by part."""
+        """Return the bytes that a task keeps on the CPU if it trains on another device, by part."""
         return {}
 
     @abstractmethod
@@ -70,11 +70,11 @@ class Script(ABC, Generic[Config]):
     def write_card(
         self, cfg: Config, folder: Path, results: dict[str, Any], repo_id: str | None
     ) -> None:
-        """Write the model card of a run folder, which may go to a hub repository."""
+        """Write a run's model card; ``repo_id`` is the hub repository that the folder goes to."""
 
     @abstractmethod
     def file_names(self, folder: Path) -> dict[str, str]:
-        """Files that a run may write: purpose -> name."""
+        """Return the names of files that a run may write, by purpose."""
 
 
 def run(
@@ -85,11 +85,11 @@ def run(
     checkpoint_folder: Path | None,
     repo_id: str | None = None,
 ) -> None:
-    """Train a task in a folder that is locked, and export the result.
+    """Train a task in a folder that is already locked, and export the result.
 
     Args:
-        script: script of the task.
-        task: task that is trained.
+        script: training script.
+        task: task to train.
         accelerator: engine of the run.
         folder: run folder.
         checkpoint_folder: checkpoint to resume from; None for a new run.
@@ -104,7 +104,7 @@ def run(
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps)
         trainer = Trainer(task, method, cfg, accelerator)
-        # With a checkpoint the model has been trained before.
+        # With a checkpoint, the model was already trained successfully, so the probe is skipped.
         if checkpoint_folder is None:
             trainer.probe()
     if checkpoint_folder is not None:
@@ -124,12 +124,12 @@ def run(
             exported: dict[str, Any] = {}
 
             def export() -> None:
-                # The weights of the best step, if the run exports these.
+                # Export the weights of the best step if the run keeps them.
                 with trainer.outcome.applied():
                     exported["export"] = script.export(cfg, trainer, folder)
 
             failures = loop.run(trainer, folder, log, None if log is None else export)
-            # A signal that ended the loop after a step is recorded like one that ended it within.
+            # A signal that ended the loop after a step is recorded like one within a step.
             if not trainer.is_finished:
                 raise Interrupted
             results = {} if log is None else measured_results(trainer, folder)
@@ -139,7 +139,7 @@ def run(
                 results |= exported
                 log.record_card()
                 script.write_card(cfg, folder, results, repo_id)
-            # No process may close the group while another one still writes or measures.
+            # No process may close the process group while another one is still working.
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.stop_signal() or trainer.interruption.number or signal.SIGINT
@@ -149,20 +149,20 @@ def run(
         log.close("finished", **results)
         warn_of_zero_auxiliary(folder)
         logger.info(console.describe_run(folder, script.file_names(folder), script.scorer))
-        # Last, so that the uploaded record is complete and a failed upload spoils nothing.
+        # Push last, so that the uploaded record is complete and a failed upload loses nothing.
         if repo_id is not None:
             hub.push(folder, repo_id, cfg.hub_token)
-    # A signal during the export comes too late for this run, but stops those after it.
+    # A signal during the export comes too late for this run, but stops the runs after it.
     number = trainer.interruption.number
     if number is not None:
-        message = f"interrupted when the run in {folder} had already finished"
+        message = f"interrupted after the run in {folder} had finished"
         raise Interrupted(message, number, folder)
 
 
 def close_run(accelerator: Accelerator) -> None:
-    """Free what the engine of a run holds, before another run of the same process begins."""
+    """Close a run's trackers and free its memory before the next run of the same process."""
     free_memory(accelerator)
-    # Not by `end_training`, which closes the process group too.
+    # `end_training` would also close the process group.
     for tracker in accelerator.trackers:
         tracker.finish()
     if torch.cuda.is_available():
@@ -171,10 +171,10 @@ def close_run(accelerator: Accelerator) -> None:
 
 
 def require_evaluated(folder: Path) -> None:
-    """Raise an error if the last measurement or validation of a finished run failed.
+    """Check that the last measurement and validation of a finished run succeeded.
 
     Raises:
-        TrainingError: it failed; the files of the run are written.
+        TrainingError: one of them failed; the files of the run are written.
     """
     results = read_run(folder)["results"]
     for failure in results.get("failed_evaluations", []):
@@ -186,7 +186,7 @@ def require_evaluated(folder: Path) -> None:
 
 
 def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
-    """Begin or continue the record of a run; a new run deletes files that it may overwrite."""
+    """Start or continue a run's record; a new run first deletes the files that it replaces."""
     cfg = trainer.cfg
     if not is_resumed:
         clear(folder, overwrite=cfg.overwrite_output_dir)
@@ -205,16 +205,16 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
 
 
 def explain_setup_errors(model: str) -> AbstractContextManager[None]:
-    """Context manager: turn a library's error while a run is set up into one sentence."""
+    """Return a context manager that turns a library's error during setup into one sentence."""
     return as_user_error(
         f'"{model}" can\'t be trained with these options',
-        "change the option that the reason names, or give another model",
+        "change the option that caused the error, or give another model",
         LIBRARY_ERRORS,
     )
 
 
 def tracker_config(cfg: RunConfig) -> dict[str, Any]:
-    """The options as numbers and texts, which every tracker can show."""
+    """Return the options as numbers and strings, which every tracker can show."""
     values = {}
     for name, value in cfg.to_dict().items():
         values[name] = value if isinstance(value, int | float | str) else repr(value)
@@ -222,7 +222,7 @@ def tracker_config(cfg: RunConfig) -> dict[str, Any]:
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
-    """Print data, length, method, device, settings and folder of a run before it begins."""
+    """Log the data, length, method, device, settings and folder of a run before it starts."""
     cfg = trainer.cfg
     steps, step_size = trainer.num_steps, trainer.layout.step_size
     epochs = steps * step_size / trainer.task.num_samples
@@ -236,7 +236,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
         describe_method(trainer.method, cfg.rank),
         f"{place}, {cfg.mixed_precision.replace('no', 'fp32')}",
     ]
-    # Which settings hold where nobody gave others.
+    # The origin of the settings that were not given.
     facts.append(f"recipe {cfg.config}" if cfg.config else "the paper's defaults")
     if trainer.step:
         facts.append(f"from step {trainer.step}")
@@ -245,7 +245,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
 
 
 def describe_method(method: Method, rank: int) -> str:
-    """The method and the size of what it trains, for a sentence."""
+    """Return the method and the number of trained weights, as part of a sentence."""
     count = sum(parameter.numel() for parameter in method.result_parameters())
     size = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
@@ -255,7 +255,7 @@ def describe_method(method: Method, rank: int) -> str:
 
 
 def measured_results(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Steps of a run, and the last measurements of the weights that it exports."""
+    """Return the number of steps and the last measurements of the weights that a run exports."""
     results = {"steps": trainer.step, **trainer.outcome.results()}
     measurements = last_measured(folder, trainer.outcome.step(trainer.step))
     for name, (_, value) in measurements.items():

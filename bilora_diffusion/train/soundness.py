@@ -1,6 +1,6 @@
-"""Checks of a loaded model, for images and text: each refuses a fault in one sentence.
+"""Checks of a loaded model for images or text. Each one reports a fault in one sentence.
 
-Libraries replace missing parts and only warn, or fail in the first step.
+Without these checks, libraries replace missing parts and only warn, or they fail in the first step.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def require_safetensors(part: str, folder: Path) -> None:
-    """Refuse a folder with weights in pickles, by the names of its files or by its index.
+    """Check that a folder's weights are not pickles, by its file names and its index.
 
     Args:
-        part: the weights in the user's words.
+        part: name of the weights for the user.
         folder: folder of the model.
 
     Raises:
         UserError: the weights are pickles, or the index can't be read.
     """
     names = sorted(path.name for path in folder.glob("*"))
-    # Of a folder with both kinds, as many on the hub, the libraries read the safetensors.
+    # Many folders on the hub have both kinds, of which libraries read the safetensors files.
     pickles = []
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith(PICKLES)]
@@ -42,7 +42,7 @@ def require_safetensors(part: str, folder: Path) -> None:
 
 
 def require_whole(part: str, missing: Iterable[str]) -> None:
-    """Refuse incomplete weights; libraries would leave the missing ones empty or random."""
+    """Check that no weights are missing; libraries would leave them empty or random."""
     names = sorted(missing)
     if names:
         remainder = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -53,31 +53,32 @@ def require_whole(part: str, missing: Iterable[str]) -> None:
 
 
 def require_words(part: str, tokenizer: Any, rows: int | None, fix: str) -> None:
-    """Refuse a tokenizer without words, or with more tokens than its model has embeddings for.
+    """Check that a tokenizer has words, and no more tokens than its model has embeddings.
 
     Args:
-        part: the tokenizer in the user's words.
+        part: name of the tokenizer for the user.
         tokenizer: tokenizer of Transformers.
-        rows: number of embeddings of the model; None if not known.
-        fix: end of the sentence, without a period.
+        rows: number of the model's embeddings; None if unknown.
+        fix: advice at the end of the message, without a period.
 
     Raises:
-        UserError: it has no words, or too many tokens.
+        UserError: the tokenizer has no words or too many tokens.
     """
     vocabulary = tokenizer.get_vocab()
-    # Without its files Transformers makes an empty tokenizer of some types, and does not warn. T5's
-    # has the mark of a space even then.
+    # If the files are missing, Transformers creates an empty tokenizer for some types without a
+    # warning. T5's empty tokenizer still has the marker for a space.
     words = set(vocabulary) - {"▁"} - set(tokenizer.all_special_tokens)
     if not words:
-        raise UserError(f"{part} knows no words: {fix}.")
+        raise UserError(f"{part} has no words: {fix}.")
     if rows is None:
         return
-    # Some models have added tokens without embeddings, which no text uses; padding, EOS and BOS are
-    # used.
+    # Some models have added tokens without embeddings, which no text uses. Padding, EOS and BOS
+    # tokens are used.
     used_tokens = set(vocabulary) - set(tokenizer.get_added_vocab())
     used_tokens |= {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} & set(vocabulary)
     largest = max((vocabulary[token] for token in used_tokens), default=0)
     if largest >= rows:
         raise UserError(
-            f"{part} has numbers up to {largest}, and the model knows {rows} tokens only: {fix}."
+            f"{part} has token ids up to {largest}, but the model has only {rows} embeddings:"
+            f" {fix}."
         )

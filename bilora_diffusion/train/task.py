@@ -1,6 +1,6 @@
-"""The contract between the loop and what it trains: `Task` and `MicroBatch`; and sample orders.
+"""The interface between the loop and a task, `Task` and `MicroBatch`, and the order of samples.
 
-A sample order is an endless, reproducible stream of sample numbers by position.
+A sample order is an endless, reproducible stream: it maps each position to a sample number.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from ..core.seeds import generator
 from ..methods import Target
 from ..run.data import SampleContent
 
-# Number of times that a sample appears in one pass over the data: one number, or one per sample.
+# How often each sample appears in one pass over the data: one number for all, or one per sample.
 Repeats = int | Sequence[int]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Frozen inputs of one forward and backward pass.
+    """The fixed inputs of one forward and backward pass.
 
     Attributes:
-        slots: positions of its samples in the batch of the whole step.
-        names: names of its samples, for error messages.
-        digests: hash of data and noise of each slot. Equal hashes prove that two runs have seen the
-            same.
+        slots: positions of the samples in the batch of the whole step.
+        names: names of the samples, for error messages.
+        digests: hash of each slot's data and noise. Equal hashes prove that two runs used the same
+            inputs.
         inputs: arguments of the task's module.
-        levels: noise levels of its images, in the units of the log.
+        levels: noise levels of the images, in the units of the log.
     """
 
     slots: tuple[int, ...]
@@ -47,11 +47,11 @@ class MicroBatch:
     levels: tuple[float, ...] = ()
 
     def on(self, device: torch.device) -> dict[str, Any]:
-        """The inputs on a device."""
+        """Return the inputs on a device."""
         inputs = self.inputs
         is_gpu = device.type == "cuda"
         if is_gpu:
-            # Only a copy from pinned memory can go on in the background.
+            # Only a copy from pinned memory can run in the background.
             inputs = recursively_apply(lambda t: t if t.is_cuda else t.pin_memory(), inputs)
         return cast(dict[str, Any], send_to_device(inputs, device, non_blocking=is_gpu))
 
@@ -60,13 +60,13 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 class Task(Protocol[Config]):
-    """Data and models that `loop.run` trains; the same task can serve several runs.
+    """The data and models of a training run; several runs can share a task.
 
     Attributes:
         cfg: configuration of the run.
-        models: the models that are trained, by name.
-        num_samples: samples of one epoch.
-        has_heldout: True if there are held-out samples, on which a loss can be measured.
+        models: models that are trained, by name.
+        num_samples: number of samples in one epoch.
+        has_heldout: whether there are held-out samples, on which a loss can be measured.
     """
 
     cfg: Config
@@ -74,53 +74,56 @@ class Task(Protocol[Config]):
     num_samples: int
     has_heldout: bool
 
-    # What follows are properties, since the types of a task's own attributes are narrower.
+    # A property, since the type of a task's own attribute is narrower.
 
     @property
     def module(self) -> nn.Module:
-        """Module with the trained models as children; ``module(inputs)`` gives a loss per slot."""
+        """Module with the trained models as children; ``module(inputs)`` is the loss per slot."""
         ...
 
     def data_summary(self) -> str:
-        """The training data in a few words, such as "23 images at 1024 px"."""
+        """Return a short description of the training data, such as "23 images at 1024 px"."""
         ...
 
     def targets(self) -> list[Target]:
-        """The models that get adapters, with their learning rates."""
+        """Return the models that get adapters, with their learning rates."""
         ...
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
-        """A micro-batch for each (step, slots) of a schedule, in order."""
+        """Yield a micro-batch for each (step, slots) of a schedule, in order."""
         ...
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Figure "heldout_loss" and others, without random numbers; {} without held-out data."""
+        """Compute "heldout_loss" and other measures by name; {} without held-out data.
+
+        The values do not depend on random numbers.
+        """
         ...
 
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Write validation samples into ``validation/step-N``; returns their metrics, if any."""
+        """Write validation samples to ``validation/step-N``; return their metrics, if any."""
         ...
 
     def training_content(self) -> Sequence[SampleContent]:
-        """Names and hashes of the training samples, in order."""
+        """Return the names and hashes of the training samples, in order."""
         ...
 
     def heldout_content(self) -> Sequence[SampleContent]:
-        """Names and hashes of the held-out samples, in order; [] without a set."""
+        """Return the names and hashes of the held-out samples, in order; [] if there are none."""
         ...
 
     def with_config(self, cfg: Config) -> Task[Config]:
-        """A task of another configuration, with the same models and encoded data."""
+        """Return a task with another configuration and the same models and encoded data."""
         ...
 
 
 @contextmanager
 def inference(module: nn.Module) -> Iterator[None]:
-    """Context manager: puts a module into evaluation mode, without gradients."""
+    """Put a module into evaluation mode and disable gradients within the context."""
     training = module.training
     module.eval()
     try:
@@ -132,27 +135,28 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explain_memory_errors(action: str, fix: str) -> Iterator[None]:
-    """Context manager: turns the error of a full device memory into one sentence.
+    """Turn an out-of-memory error of the device within the context into one sentence.
 
     Args:
-        action: what was done, such as "sampling 4 images".
-        fix: what the user can do, without a period.
+        action: failed action, such as "sampling 4 images".
+        fix: advice for the user, without a period.
 
     Raises:
-        TrainingError: the memory is full.
+        TrainingError: the device is out of memory.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        # The frames of a traceback hold the tensors that have filled the memory.
+        # The frames of the traceback hold the tensors that filled the memory.
         error.with_traceback(None)
         raise TrainingError(f"{action} needs more memory than is left: {fix}.") from error
 
 
 def precision(model: nn.Module) -> torch.dtype:
-    """The dtype that a model computes in: that of its first floating-point weight.
+    """Return the dtype of a model's first floating-point weight, in which the model computes.
 
-    4-bit weights are stored as integers, and adapters may have another dtype than the model.
+    4-bit weights are ignored, since they are stored as integers, and so are adapters, since their
+    dtype may differ from the model's.
     """
     dtypes = (
         weight.dtype
@@ -163,23 +167,24 @@ def precision(model: nn.Module) -> torch.dtype:
 
 
 class SampleOrder:
-    """A stream of sample numbers: shuffled passes over the data, one after the other.
+    """A stream of sample numbers that consists of shuffled epochs.
 
-    Every epoch is a permutation by (seed, epoch) in which each sample appears as often as it
-    repeats. Positions are absolute, so that a resumed run needs nothing but its step.
+    Each epoch is a permutation that depends on (seed, epoch) and contains each sample as often as
+    `repeats` sets. Positions are absolute, so a resumed run only needs to know its step.
 
     Args:
         n: number of samples.
         seed: seed of the run.
         repeats: number of times that a sample appears in an epoch.
-        purpose: makes another stream of the same seed, such as that of class images.
+        purpose: name of the stream. Other names give other streams for the same seed, for example
+            for class images.
     """
 
     def __init__(self, n: int, seed: int, repeats: Repeats = 1, purpose: str = "order") -> None:
         self.seed = seed
         self.purpose = purpose
         counts = torch.as_tensor(repeats).expand(n)  # (n,)
-        # First all samples, then those that repeat once more, and so on.
+        # All samples come first, then those that appear at least twice, and so on.
         passes = [(counts > turn).nonzero()[:, 0] for turn in range(int(counts.max()))]
         self._samples = torch.cat(passes)
         # One epoch is cached, since positions are read in order.
@@ -187,37 +192,37 @@ class SampleOrder:
         self._permutation = torch.empty(0, dtype=torch.long)
 
     def __len__(self) -> int:
-        """Positions of one epoch: the sum of all samples' repeats."""
+        """Return the number of positions in one epoch: the sum of all samples' repeats."""
         return len(self._samples)
 
     def sample(self, position: int) -> int:
-        """The sample, in [0, n), at an absolute position; 0 is the first of epoch 0."""
+        """Return the sample, in [0, n), at an absolute position; position 0 starts epoch 0."""
         epoch, offset = divmod(position, len(self))
         return int(self._samples[self.permutation(epoch)[offset]])
 
     def permutation(self, epoch: int) -> Tensor:
-        """The shuffled positions of one epoch, (len(self),), in passes over all samples."""
+        """Return the order of one epoch, (len(self),), as indices into the repeated samples."""
         if epoch != self._epoch:
             self._permutation = self._shuffle(generator(self.purpose, self.seed, epoch))
             self._epoch = epoch
         return self._permutation
 
     def _shuffle(self, random: torch.Generator) -> Tensor:
-        """A permutation of the positions of an epoch."""
+        """Return a permutation of the positions of an epoch."""
         return torch.randperm(len(self), generator=random)
 
 
 class KindsOrder:
-    """A stream like that of `SampleOrder` in which all samples of a step have one kind.
+    """A stream like `SampleOrder` in which all samples of a step have the same kind.
 
-    Each kind has a shuffled stream, which its steps continue. In every pass over the data it gets
-    as many steps as its samples fill, so that in the long run all samples appear as often as they
-    repeat, however few have a kind. The steps of a pass are shuffled.
+    Each kind has its own shuffled stream, which continues from step to step. In every pass over the
+    data, a kind gets as many steps as its samples fill, so in the long run each sample appears as
+    often as `repeats` sets, even if its kind is rare. The steps of a pass are shuffled.
 
     Args:
         kinds: kind of each sample.
         seed: seed of the run.
-        step_size: samples of a step.
+        step_size: number of samples per step.
         repeats: number of times that a sample appears in a pass.
     """
 
@@ -233,19 +238,20 @@ class KindsOrder:
         self._orders: dict[Hashable, SampleOrder] = {}
         for kind, members in self._members.items():
             member_counts = counts[members].tolist()
-            # By the kind itself, not by its number, so that a further kind changes no other order.
+            # The stream depends on the kind itself, not on its index, so that a new kind does not
+            # change the order of the others.
             self._orders[kind] = SampleOrder(len(members), seed, member_counts, f"order of {kind}")
         self._passes = 0
-        # Each step's kind, and how many steps of this kind come before it.
+        # Each step's kind, and the number of earlier steps with this kind.
         self._steps: list[tuple[Hashable, int]] = []
         self._step_counts: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
-        """Samples of one pass."""
+        """Return the number of samples in one pass."""
         return sum(len(order) for order in self._orders.values())
 
     def sample(self, position: int) -> int:
-        """The sample at an absolute position; 0 is the first of the first step."""
+        """Return the sample at an absolute position; position 0 starts the first step."""
         step, slot = divmod(position, self.step_size)
         while len(self._steps) <= step:
             self._add_pass()
@@ -255,10 +261,10 @@ class KindsOrder:
 
     def _add_pass(self) -> None:
         """Add the steps of one more pass over the data."""
-        kinds: list[Hashable] = []  # of each new step
+        kinds: list[Hashable] = []  # one for each new step
         for kind, order in self._orders.items():
-            # After n passes a kind has had floor((n * size + phase) / step_size) steps. With a
-            # random phase the kinds do not all round up in the same pass.
+            # After n passes, a kind has had floor((n * size + phase) / step_size) steps. Because of
+            # the random phase, the kinds do not all round up in the same pass.
             random = generator("phase", self.seed, str(kind))
             phase = int(torch.randint(self.step_size, (), generator=random))
             steps_before = (self._passes * len(order) + phase) // self.step_size
@@ -273,17 +279,18 @@ class KindsOrder:
 
 
 class LengthGroupedOrder(SampleOrder):
-    """A stream like that of `SampleOrder` in which the samples of a batch have similar lengths.
+    """A stream like `SampleOrder` in which the samples of a batch have similar lengths.
 
-    Each epoch is sorted as by Transformers' ``group_by_length``: a permutation by (seed, epoch) is
-    cut into groups of batches, and each group is sorted by length, the longest first. The longest
-    sample of all is swapped with the first one, so that memory runs out in the first step or never.
+    Each epoch is sorted like Transformers' ``group_by_length``: a permutation that depends on
+    (seed, epoch) is divided into groups of batches, and each group is sorted by length, longest
+    first. The longest sample of all is swapped with the first one, so that an out-of-memory error
+    occurs in the first step or never.
 
     Args:
-        lengths: tokens of each sample.
+        lengths: number of tokens of each sample.
         seed: seed of the run.
-        batch_size: samples of a batch.
-        group: batches of a group.
+        batch_size: number of samples per batch.
+        group: number of batches per group.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, batch_size: int, group: int = 50) -> None:

@@ -1,9 +1,9 @@
 """The step of the training loop, for every task, method, engine and precision.
 
-Data, noise and timesteps of a step come from generators keyed by seed, step and sample, never from
-global random state. They are frozen as micro-batches, and `Method.step` gets a closure that runs
-all of them, as often as the method calls it. So the result depends neither on how a batch is cut
-into micro-batches or shared among processes, nor on where a run was interrupted.
+The data, noise and timesteps of a step come from generators keyed by seed, step and sample, never
+from global random state. They are stored in micro-batches, and `Method.step` gets a closure that
+runs all of them at each call. So the result depends neither on how a batch is divided into
+micro-batches and among processes nor on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from .optimizers import (
 from .outcome import Outcome
 from .task import MicroBatch, Task
 
-# In fp16, steps in a row without a finite loss that are skipped; one more ends the run.
+# Largest number of consecutive fp16 steps without a finite loss; one more ends the run.
 MAX_NONFINITE_STEPS = 10
-# In fp16, steps in a row that the gradient scaler skips; one more ends the run. The scale starts at
-# 2^16 and is halved at each skipped step. After 30 of them it is 2^-14, at which fp16 holds
-# gradients up to 2^30.
+# Largest number of consecutive fp16 steps that the gradient scaler skips; one more ends the run.
+# The scale starts at 2^16 and is halved at each skipped step. After 30 skipped steps it is 2^-14,
+# at which fp16 can represent gradients up to 2^30.
 MAX_SKIPPED_STEPS = 30
 
 
 class Trainer:
-    """A task, a method and their optimizer, prepared by accelerate, which takes steps.
+    """A trainer that takes the steps of a run with a task and a method, prepared by accelerate.
 
     Args:
-        task: task that is trained.
-        method: method that trains it; its adapters are attached here.
+        task: task to train.
+        method: method that trains the task; its adapters are attached here.
         cfg: training configuration.
-        accelerator: engine with ``gradient_accumulation_steps=1``: the trainer itself cuts steps
-            into micro-batches.
+        accelerator: engine with ``gradient_accumulation_steps=1``, since the trainer itself divides
+            steps into micro-batches.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Trainer:
         self.num_steps = total_steps(cfg, task.num_samples, self.layout.step_size)
         self.step = 0
 
-        # The adapters' first values depend on the seed alone, not on earlier random numbers.
+        # The adapters' initial values depend on the seed alone, not on earlier random numbers.
         torch.manual_seed(seed_of(cfg.seed, "adapters"))
         optimizer = build_optimizer(cfg, method.setup(task.targets()))
-        # Its hook comes before the method's, which changes the sign of gradients.
+        # The hook of `Dynamics` must run before the method's hook, which flips gradients' signs.
         has_dynamics = cfg.log_dynamics and accelerator.is_main_process
         self.dynamics = Dynamics(self, optimizer) if has_dynamics else None
         method.bind(optimizer)
@@ -85,18 +85,18 @@ class Trainer:
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
         self.outcome = Outcome(method, cfg)
 
-        # Several processes stop together, after a step that all of them take: until the first one
-        # a signal waits.
+        # Several processes stop together, after a step that all of them take. A signal before the
+        # first step waits for it.
         self.interruption = Interruption(patient=accelerator.num_processes > 1)
         self._shared_signal: int | None = None
         self._content: dict[str, Any] | None = None
-        self._nonfinite_steps = 0  # in a row
-        self._skipped_steps = 0  # in a row
-        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # for each forward pass
+        self._nonfinite_steps = 0  # number of consecutive steps
+        self._skipped_steps = 0  # number of consecutive steps
+        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # one entry per forward pass
 
     @property
     def validation_steps(self) -> int | None:
-        """``--validation_epochs`` in steps; None where only the end is validated."""
+        """Number of steps between validations; None if only the end is validated."""
         if self.cfg.validation_epochs is None:
             return self.cfg.checkpointing_steps if self.cfg.validates_at_checkpoints else None
         steps_per_epoch = -(-self.task.num_samples // self.layout.step_size)
@@ -104,24 +104,25 @@ class Trainer:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.data`)."""
+        """Record of the training and held-out samples (`run.data`)."""
         if self._content is None:
             heldout = self.task.heldout_content()
             self._content = record_content(self.task.training_content(), heldout)
         return self._content
 
     def initialise(self) -> None:
-        """Give the primaries first values that depend on weights or gradients.
+        """Give the primaries initial values that depend on weights or gradients.
 
-        To be called once, before the first step of a new run.
+        Call it once, before the first step of a new run.
 
         Raises:
+            UserError: the loss depends on no layer of a model.
             TrainingError: a loss or a gradient is not finite.
         """
         initialise(self.task, self.method.targets, self.cfg, self.accelerator)
 
     def probe(self) -> None:
-        """Test the model on one sample with a forward and a backward pass, as in a step.
+        """Check the model with a forward and a backward pass on one sample, as in a step.
 
         Raises:
             UserError: the loss or a gradient is not finite.
@@ -129,19 +130,19 @@ class Trainer:
         first_slot = self.layout.slots()[0][0]
         (batch,) = self.task.micro_batches([(0, (first_slot,))], self.layout.step_size)
         is_finite = bool(self.forward_backward([batch])().isfinite())
-        # A gradient scaler starts too high on purpose and lowers its scale in the first steps.
+        # A gradient scaler starts too high on purpose and reduces its scale in the first steps.
         if self.accelerator.scaler is None:
             for weight in self.method.result_parameters():
                 is_finite &= weight.grad is None or bool(weight.grad.isfinite().all())
         self.clipped.zero_grad()
         if not is_finite:
             raise UserError(
-                f'"{self.cfg.base_model}" gives {batch.names[0]} a loss or gradients that are not'
-                " finite: try --mixed_precision no, or give another model."
+                f'"{self.cfg.base_model}" computes a loss or gradients that are not finite for'
+                f" {batch.names[0]}: try --mixed_precision no, or give another model."
             )
 
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
-        """The remaining steps, each as the micro-batches of this process."""
+        """Yield the remaining steps, each as the list of this process's micro-batches."""
         slots = self.layout.slots()
         steps = range(self.step, self.num_steps)
         schedule = list(itertools.product(steps, slots))
@@ -150,26 +151,26 @@ class Trainer:
             yield [next(stream) for _ in slots]
 
     def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """Take one optimizer step on frozen inputs.
+        """Take one optimizer step on fixed inputs.
 
         Returns:
             Values for the log.
 
         Raises:
-            TrainingError: a loss is not finite, or the gradients of many steps in a row are not;
-                nothing was saved since.
+            TrainingError: a loss is not finite, or the gradients of many consecutive steps are not;
+                this step was not saved.
         """
         started = time.perf_counter()
         self._losses_of_step.clear()
         loss = self.method.step(self.forward_backward(batches), self.clipped)
-        # Of the step just taken; the schedule advances below.
+        # The rate of the step that was just taken; the schedule advances below.
         learning_rate = self.lr_scheduler.get_last_lr()[0]
-        # A step that the gradient scaler skips has changed no weights.
+        # A step that the gradient scaler skips does not change any weights.
         if not self.clipped.skipped:
             self.lr_scheduler.step()
         self.step += 1
 
-        # Up to here work was only queued on the device. Reading its numbers waits for all of it.
+        # Up to here, work was only queued on the device. Reading values waits for all of it.
         digest, noise_levels, nonfinite_names = self._share_facts(batches)
         self._require_finite(nonfinite_names)
         self._require_progress()
@@ -194,9 +195,9 @@ class Trainer:
         return values
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
-        """A closure that puts the mean gradient of the whole step into ``.grad`` at each call.
+        """Return a closure that computes the mean gradient of the whole step in ``.grad``.
 
-        It returns the mean loss over all processes, a 0-d tensor.
+        Each call of the closure returns the mean loss over all processes, a 0-d tensor.
         """
         step, device = self.step, self.accelerator.device
 
@@ -211,7 +212,7 @@ class Trainer:
                 with no_sync:
                     losses = self.module(batch.on(device))  # (slots,)
                     self._losses_of_step.append((losses.detach(), batch))
-                    # Micro-batches have equal sizes: this adds up to the mean of all slots.
+                    # Micro-batches have equal sizes, so the sum is the mean over all slots.
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total_loss += loss.detach()
@@ -221,11 +222,11 @@ class Trainer:
         return forward_backward
 
     def _share_facts(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float], list[str]]:
-        """Share facts of a step, and a signal to one of the processes, among all of them.
+        """Share facts about a step, and a signal to any process, among all processes.
 
         Returns:
-            Hash of data, noise and timesteps of the whole step, its noise levels, and the names of
-            the samples whose loss is not finite.
+            Hash of the data, noise and timesteps of the whole step, its noise levels, and the names
+            of the samples whose loss is not finite.
         """
         digests: list[tuple[int, str]] = []  # by slot
         levels: list[float] = []
@@ -241,13 +242,13 @@ class Trainer:
                 digests += process_digests
                 levels += process_levels
                 names += process_names
-                # Of several signals that of the first process counts everywhere.
+                # If there are several signals, every process uses that of the first process.
                 self._shared_signal = self._shared_signal or number
-        # In the order of the slots, which does not depend on the processes.
+        # The hash follows the order of the slots, which does not depend on the processes.
         return digest_texts([digest for _, digest in sorted(digests)]), levels, names
 
     def _nonfinite_names(self) -> list[str]:
-        """Samples of this process whose loss is not finite in any forward pass of the last step."""
+        """Return this process's samples with a non-finite loss in a pass of the last step."""
         names = []
         for losses, batch in self._losses_of_step:
             for slot, is_finite in enumerate(torch.isfinite(losses).tolist()):
@@ -256,41 +257,41 @@ class Trainer:
         return list(dict.fromkeys(names))
 
     def _require_finite(self, nonfinite_names: Sequence[str]) -> None:
-        """Refuse losses of the last step that are not finite, on any process."""
-        # A gradient scaler skips such a step, and tries the next one with a smaller scale.
+        """Check that the losses of the last step are finite on all processes."""
+        # A gradient scaler skips such a step and reduces its scale for the next one.
         if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
             return
         if nonfinite_names:
             raise TrainingError(
                 f"the loss at step {self.step} is not finite for {', '.join(nonfinite_names)}:"
-                " lower --learning_rate or look at these samples; the last checkpoint is untouched."
+                " lower --learning_rate or check these samples; the last checkpoint is unchanged."
             )
 
     def _require_progress(self) -> None:
-        """Refuse gradients that were not finite in too many steps in a row, or in the whole run."""
+        """Check that not too many consecutive steps, or all steps, had non-finite gradients."""
         self._skipped_steps = self._skipped_steps + 1 if self.clipped.skipped else 0
         has_learned_nothing = self.step == self.num_steps == self._skipped_steps
         if self._skipped_steps > MAX_SKIPPED_STEPS or has_learned_nothing:
             raise TrainingError(
                 f"the gradients of the last {counted(self._skipped_steps, 'step')} were not finite,"
-                " so that fp16's gradient scaler skipped them: give --mixed_precision bf16 or no;"
-                " the last checkpoint is untouched."
+                " so fp16's gradient scaler skipped them: give --mixed_precision bf16 or no; the"
+                " last checkpoint is unchanged."
             )
 
     def stop_signal(self) -> int | None:
-        """The signal that ends the run after this step, the same on every process."""
+        """Return the signal that ends the run after this step, the same on every process."""
         if self.accelerator.num_processes == 1:
             return self.interruption.number
         return self._shared_signal
 
     @property
     def is_finished(self) -> bool:
-        """True if the run ends here: at its last step, or earlier by its held-out loss."""
+        """Whether the run ends here: at its last step, or earlier because of its held-out loss."""
         return self.step >= self.num_steps or self.outcome.best.is_exhausted
 
     @contextmanager
     def evaluating(self, final_weights: bool = False) -> Iterator[None]:
-        """Context manager: the models are as in use, with the primary alone and uncompiled.
+        """Use the primary alone, without compilation, within the context, as for an exported file.
 
         Args:
             final_weights: True for the weights that the run exports, False for those of this step.
@@ -298,7 +299,7 @@ class Trainer:
         weights = self.outcome.applied() if final_weights else nullcontext()
         uncompiled = nullcontext()
         if self.cfg.compile:
-            # Graphs round differently, and users of the exported file compute without them.
+            # Compiled graphs round differently, and users of the exported file run without them.
             uncompiled = torch.compiler.set_stance("force_eager")
         with self.method.evaluating(), weights, uncompiled:
             yield

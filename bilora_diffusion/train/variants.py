@@ -1,7 +1,7 @@
-"""Variants that are trained to be compared: by ``--compare``, by the demo and by eval.sweep.
+"""Variants of a run that are trained for comparison by ``--compare``, the demo and eval.sweep.
 
-A variant is a label with options of its own; all else is the same, so runs of one seed see the same
-data, noise and first values. A run that a folder holds to its end is not repeated
+A variant is a label with its own options. All other options are the same, so runs with the same
+seed use the same data, noise and initial values. A finished run is not repeated
 (`resume.holds_finished_run`).
 """
 
@@ -31,14 +31,14 @@ from ..run.settings import without_options
 from .resume import holds_finished_run
 from .setup import Script
 
-# Options without influence on the training that add recorded values for comparisons
+# Options that do not affect the training but add recorded values for comparisons.
 MEASURING_OPTIONS = (*sorted(HELDOUT_OPTIONS), "validation_loss_steps")
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A label, and option -> value."""
+    """A label, and the variant's options as option -> value."""
 
     label: str
     options: Mapping[str, Any]
@@ -54,9 +54,9 @@ class PlannedRun:
     """One of the runs of a command.
 
     Attributes:
-        cfg: its configuration.
+        cfg: configuration of the run.
         checkpoint_folder: checkpoint to resume from; None for a new run.
-        is_finished: True if an earlier command has trained it to its end.
+        is_finished: whether an earlier command has finished the run.
     """
 
     cfg: Any
@@ -69,10 +69,10 @@ class PlannedRun:
         return Path(self.cfg.output_dir)
 
     def require_same_data(self, task: Any) -> None:
-        """Refuse a finished run of other data, with which no run of the task can be compared.
+        """Check that a finished run used the task's data, so that it can be compared with others.
 
         Raises:
-            UserError: the data of the task are not those of the run.
+            UserError: the run used other data than the task.
         """
         if not self.is_finished:
             return
@@ -84,11 +84,11 @@ class PlannedRun:
 
 
 def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
-    """Plan the runs of a command by the content of their folders, which does not change here.
+    """Plan the runs of a command from the content of their folders, without changing the folders.
 
     Args:
-        configs: configuration of each run. A single one that is finished is resumed all the same
-            with ``--resume_from_checkpoint auto``, which exports it again.
+        configs: configuration of each run. With ``--resume_from_checkpoint auto``, a single
+            finished run is resumed too, which exports it again.
 
     Raises:
         UserError: a folder has other content, or a checkpoint does not exist.
@@ -111,29 +111,29 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
 
 
 def require_paired(folders: Sequence[Path]) -> int:
-    """Check that runs saw the same inputs at every step; returns the number of steps.
+    """Check that runs are paired, with the same inputs at every step; return the number of steps.
 
     Raises:
-        TrainingError: they did not, by the hashes in their logs.
+        TrainingError: the hashes of the inputs in the runs' logs differ.
     """
-    hashes_of_run: list[list[str]] = []  # of the inputs of each step
+    hashes_of_run: list[list[str]] = []  # hash of the inputs of each step, for each run
     for folder in folders:
         rows = read_metrics(folder)
         hashes_of_run.append([row["digest"] for row in rows if "digest" in row])
     for step, hashes in enumerate(itertools.zip_longest(*hashes_of_run), start=1):
         if len(set(hashes)) != 1:
             raise TrainingError(
-                f"the runs {', '.join(map(str, folders))} saw different inputs at step {step}:"
+                f"the runs {', '.join(map(str, folders))} had different inputs at step {step}:"
                 " train them with the same seed, data, batch size and number of steps."
             )
     return len(hashes_of_run[0])
 
 
 def to_flags(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Options as ``--name=value``; booleans are yes and no."""
+    """Return options as ``--name=value``; booleans become yes and no."""
     flags = []
     for name, value in options.items():
-        # A word fits a switch and an option with choices alike.
+        # Both switches and options with choices accept these words.
         if isinstance(value, bool):
             value = "yes" if value else "no"
         flags.append(f"--{name}={value}")
@@ -141,10 +141,10 @@ def to_flags(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def identity_of(config: RunConfig) -> dict[str, Any]:
-    """Options that decide a run's result and are not at their default.
+    """Return the options that affect a run's result and differ from their defaults.
 
-    The recipe's options are among them, so a finished run is not taken for that of an edited
-    recipe; defaults are not, so that a new option of the script renames no run.
+    The recipe's options are included, so a finished run is not mistaken for a run of an edited
+    recipe. Defaults are excluded, so a new option of the script does not rename any run.
     """
     options = config.to_dict()
     values = without_options(options, config.changeable_options())
@@ -157,23 +157,24 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
 
 
 def folder_name(label: str, seed: int, identity: Mapping[str, Any]) -> str:
-    """Name of a run's folder: its variant, its seed, and a hash of its options."""
-    # Letters, digits and points of the label, at most 60
+    """Return the name of a run's folder: its variant, its seed, and a hash of its options."""
+    # Keep letters, digits and periods of the label, at most 60 characters.
     slug = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")[:60] or "variant"
     text = json.dumps(identity, sort_keys=True, default=str)
     return f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> Any:
-    """Make the configuration of the control: that of the command line with the other method.
+    """Create the configuration of the control: that of the command line with the other method.
 
-    An option that both methods read, such as a radius, is another quantity in each of them. So the
-    control has its own default in place of a typed one, as with a recipe for another method.
+    An option that both methods read, such as a radius, has a different meaning in each of them. So
+    the control uses its method's default instead of a typed value, as with a recipe for another
+    method.
 
     Args:
-        script: script of the command.
-        argv: the command line.
-        cfg: configuration that it was read to.
+        script: training script.
+        argv: command-line arguments.
+        cfg: configuration of the run, which was read from the arguments.
 
     Raises:
         UserError: the other method can't be trained with these options.
@@ -189,7 +190,7 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
     with collect_notes() as known_notes:
         script.resolve(argv)
     with collect_notes() as notes, add_source(f"in the control run of --compare {cfg.compare}, "):
-        # Of two equal flags the last one holds.
+        # If a flag is repeated, the last one counts.
         config = script.resolve([*without_flags(argv, dropped_options), *to_flags(options)])
     for name in dropped_options:
         logger.warning(
@@ -199,7 +200,7 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
             cfg.method,
             cfg.compare,
         )
-    # Notes for both runs were printed with the command line.
+    # Notes that apply to both runs were already printed.
     for note in notes:
         if note not in known_notes:
             logger.warning("in the control run, %s", note)
@@ -207,16 +208,16 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
 
 
 def control_folder(folder: Path, method: str) -> Path:
-    """The run folder of a control: that of the run, with the method after its name."""
+    """Return the run folder of a control: the run's folder name followed by the method."""
     if folder.name in ("", ".."):  # a path such as "." has no name
         folder = folder.resolve()
     return Path(f"{folder}-{method}")
 
 
 def without_flags(argv: Sequence[str], names: Collection[str]) -> list[str]:
-    """Arguments of a command line without some options, each of which takes one value."""
+    """Return command-line arguments without some options, each of which takes one value."""
     words: list[str] = []
-    is_value = False  # of a flag that was left out
+    is_value = False  # whether the next word is the value of a removed flag
     for word in argv:
         flag, equals_sign, _ = word.partition("=")
         if is_value:

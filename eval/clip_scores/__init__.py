@@ -1,31 +1,35 @@
-"""Score adapters by CLIP: images from a prompt set, I2T, T2T and more, compared prompt by prompt.
+"""Score adapters by CLIP: generate images from a prompt set, and compare I2T, T2T and more.
 
     make demo && python -m eval.clip_scores --prompts mini-duotone-heldout \\
         --guidance_from base --guidance_scale 2            # the demo's two runs and the base model
     python -m eval.clip_scores runs/lora runs/bilora base --max_prompts 6 --seeds 0  # a minute
     python -m eval.clip_scores LoRA=runs/a Bi-LoRA=runs/b --seeds 0..3 --output_dir results/scores
-    python -m eval.clip_scores runs/dog base                        # prompts of what it learned
+    python -m eval.clip_scores runs/dog base                # prompts from the run's training
     python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\
         --base_model stabilityai/stable-diffusion-xl-base-1.0
-    python -m eval.clip_scores runs/dog --steps all                 # every checkpoint, over steps
+    python -m eval.clip_scores runs/dog --steps all                 # every checkpoint
     python -m eval.clip_scores runs/lora runs/bilora --base_precision int4      # merged and rounded
     accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
 
-An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER gives it a label. All get
-the same prompts and the same initial noise. Images are PNG files with their parameters, so the same
-command goes on after an interruption, and no image is generated twice. The general prompts measure
-drift from the base model. Beside the result's files it draws a grid of images.
+An adapter is a run folder, a LoRA file, or `base` for the base model alone; LABEL=ADAPTER gives it
+a label. All adapters get the same prompts and the same initial noise. Each image is a PNG file that
+also stores its parameters: after an interruption, the same command resumes and generates only the
+missing images. The general prompts measure drift from the base model. The output folder also gets
+a grid of images.
 
-Without --prompts the prompts are those of the first run's training: the prompts of the shipped
-icons, else up to 64 captions of its held-out images, whose pictures are the ground truth, else its
-instance prompt in 20 contexts, else its validation prompts, else up to 20 of its captions.
+Without --prompts, the prompts come from the training of the first run. The command takes the first
+of these that the run has: the prompts of the shipped icons; up to 64 captions of its held-out
+images, which are then the ground truth; its instance prompt in 20 contexts; its validation prompts;
+up to 20 captions of its training images.
 
---steps ends with one sentence on the best step, which the report begins with.
+With --steps, the report begins with one sentence on each run's best step. The command also prints
+this sentence last.
 
-With --image_model, pictures are compared by DINOv2 too, whatever the scorer.
+With --image_model, DINOv2 also compares the images with held-out and training pictures, whichever
+scorer is used.
 
-Scorer and captioner default to the embedded ones for the miniature, and otherwise to
-{scorer} and {captioner}; the paper names neither.
+The default scorer and captioner are the embedded ones for the miniature, and {scorer} and
+{captioner} for other models; the paper names neither.
 """
 
 from __future__ import annotations
@@ -65,24 +69,30 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 IMAGES = "images"
-# Folder of the copies of held-out pictures, and their longest side in pixels
+# Folder with copies of the held-out pictures, and the copies' longest side in pixels
 TRUTHS = "truth"
 TRUTH_SIDE = 768
 DEMO_METHODS = ("lora", "bilora")
 
 
 class ClipScores(OverSteps):
-    """The command. A row's item is the prompt's text, and its seed is that of the initial noise.
+    """The command.
 
-    A row "image" has no value and names an image's file in its note. The note of "t2t" is the
-    caption, that of "nearest" the training picture.
+    In each row of the result, ``item`` is the prompt's text and ``seed`` the seed of the initial
+    noise. A row with the metric "image" has no value; its note is the path of the image's file. The
+    note of a "t2t" row is the caption. The note of a "nearest" or "dino_nearest" row is the name of
+    the training picture.
 
-    Settings of the result: ``prompts``, each with text, instance, reference (path of a copy of its
-    held-out picture in the result's folder), colors (the map of the miniature's colors), general
-    (scored by "drift" only) and truncated (longer than the scorer takes); ``prompt_set``,
-    ``seeds``, ``sampling``; ``scorer``, ``captioner`` and ``image_model`` with name, kind, model,
-    revision and note, None without captions or such a model; with --steps ``answers``, a `BestStep`
-    for each run.
+    Settings of the result:
+
+    - ``prompts``: each with ``text``, ``instance``, ``reference`` (path of the copy of its held-out
+      picture, relative to the result's folder), ``colors`` (name of the color map of that picture),
+      ``general`` (scored by "drift" only) and ``truncated`` (longer than the scorer's limit);
+    - ``prompt_set``, ``seeds``, ``sampling``;
+    - ``scorer``, ``captioner`` and ``image_model``: each with ``name``, ``kind``, ``model``,
+      ``revision`` and ``note``; None if the captioner or image model is not used;
+    - ``truth_i2t``: mean "i2t" score of the held-out pictures; None without such pictures;
+    - ``answers``, with --steps only: a `BestStep` for each run.
     """
 
     name = "clip_scores"
@@ -110,17 +120,17 @@ class ClipScores(OverSteps):
         for run in runs:
             if not Path(run, RUN).is_file():
                 raise UserError(
-                    f"no adapter was named and there is no demo run {run}: run `make demo` first,"
+                    f"no adapter is given, and there is no demo run {run}: run `make demo` first,"
                     " or name run folders or LoRA files."
                 )
         self.notes.append(
-            f"No adapter was named, so these are the demo's two runs ({' and '.join(runs)}), with"
-            " the base model for context, scored by the embedded scorer."
+            f"No adapter is given, so the demo's two runs ({' and '.join(runs)}) and the base model"
+            " are scored."
         )
         return single([*runs, BASE])
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Read the settings, and load in the first process the models that score."""
+        """Read the settings, and load the scoring models in the main process."""
         from accelerate import PartialState
 
         from bilora_diffusion.config.machine import device_type
@@ -155,11 +165,11 @@ class ClipScores(OverSteps):
             for subject in subjects:
                 require_adapter(subject, guidance_title(self.sampling.guidance_from))
         self.training_sets = measure.training_sets(subjects, args.train_data)
-        # Subjects with equal weights share the images of the first of them.
+        # Subjects with equal weights share the images of the first such subject.
         self.image_owners: dict[str, Subject] = {}  # by the hash of the weights
         for subject in reversed(subjects):
             self.image_owners[subject.digest] = subject
-        # Without the argument accelerate takes several processes on a CPU for one.
+        # Without this argument, accelerate treats several processes on a CPU as one.
         self.state = PartialState(cpu="cpu" in (args.device, device_type()))
         device = self.state.device if args.device is None else open_device(args.device)
         self.device = str(device)
@@ -171,13 +181,16 @@ class ClipScores(OverSteps):
                 self.image_model = load_image_model(args.image_model, self.device)
 
     def jobs(self, subject: Subject) -> list[Job]:
-        """The images of a subject."""
+        """Return the image jobs of a subject."""
         from .images import jobs
 
         return jobs(self.image_owners[subject.digest], self.prompts, self.seeds)
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
-        """Generate the images, each process its share; the first process is to score them."""
+        """Generate this process's share of the images; the main process returns the subjects.
+
+        The other processes return None, because only the main process scores the images.
+        """
         from .images import Store, jobs
         from .measure import ImageJudge, truth_pictures
 
@@ -200,8 +213,8 @@ class ClipScores(OverSteps):
         self.truths = truth_pictures(self.prompts, self.sampling.base_model)
         if self.image_model and not (self.truths or self.training_sets):
             self.notes.append(
-                "--image_model has nothing to compare with: there is neither a held-out picture nor"
-                " a training set."
+                "--image_model has no pictures to compare the images with: there is neither a"
+                " held-out picture nor a training set."
             )
         scorer, captioner = self.models
         self.judge = ImageJudge(
@@ -217,7 +230,7 @@ class ClipScores(OverSteps):
         return subjects
 
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
-        """Print how many images of which prompts are made and scored."""
+        """Print the prompts, the numbers of images, and the notes."""
         general = sum(prompt.general for prompt in self.prompts)
         scored = len(self.prompts) - general
         labels = ", ".join(subject.label for subject in subjects)
@@ -225,15 +238,15 @@ class ClipScores(OverSteps):
         if general:
             plan += f" and {general} general ones"
         plan += (
-            f" x {counted(len(self.seeds), 'seed')} of {labels}; {missing} of {images} images are"
-            " to be made."
+            f" x {counted(len(self.seeds), 'seed')} for {labels}; {missing} of {images} images will"
+            " be generated."
         )
         if self.args.prompts is None:
-            plan += " --prompts FILE or --prompts contexts asks others."
+            plan += " For other prompts, give --prompts FILE or --prompts contexts."
         print(plan, *self.notes, sep="\n")
 
     def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
-        """Generate the missing images, or this process's share of them; returns their number."""
+        """Generate this process's share of the missing images, and return their number."""
         from .images import ImageBar, generate_in_processes
 
         batch = self.args.batch_size
@@ -246,7 +259,7 @@ class ClipScores(OverSteps):
             return store.generate(jobs, batch=batch, bar=bar, process=(rank, count))
 
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
-        """Fill in the settings."""
+        """Write the copies of the held-out pictures, and fill in the result's settings."""
         prompts = []
         for number, prompt in enumerate(self.prompts):
             truth = self.truths.get(prompt.text)
@@ -271,7 +284,7 @@ class ClipScores(OverSteps):
         }
 
     def _write_truth(self, truth: Image, path: Path) -> None:
-        """Write a copy of a held-out picture for the viewer, which reads no other folders."""
+        """Write a small copy of a held-out picture; the viewer reads only the result's folder."""
         picture = truth.copy()
         picture.thumbnail((TRUTH_SIDE, TRUTH_SIDE))
         content = BytesIO()
@@ -306,8 +319,8 @@ class ClipScores(OverSteps):
 
     def write(self, result: Result) -> None:
         super().write(result)
-        print(f"images made: {self.num_generated}, in {self.folder / IMAGES}")
-        # The answer to what --steps asks is the last line at the terminal too.
+        print(f"images generated: {self.num_generated}, in {self.folder / IMAGES}")
+        # With --steps, the best step is also the last line of the output.
         for sentence in reporting.answers(result):
             print(strip_controls(sentence))
 
@@ -348,10 +361,10 @@ class ClipScores(OverSteps):
 def load_models(
     scorer: str, captioner: str | None, device: str = "cpu"
 ) -> tuple[Scorer, Captioner | None]:
-    """Scorer and captioner by their names; no captioner for None."""
+    """Load the scorer and the captioner with these names; no captioner for None."""
     from . import captioners, models
 
-    fix = "check its name, its files, the connection to the hub, and that open_clip_torch is there"
+    fix = "check its name and files, the connection to the hub, and that open_clip_torch is there"
     with as_user_error(f'"{scorer}" can\'t be loaded', fix):
         loaded_scorer = models.load(scorer, device)
     if captioner is None:
@@ -361,10 +374,10 @@ def load_models(
 
 
 def load_image_model(name: str, device: str = "cpu") -> ImageEmbedder:
-    """The model of ``--image_model``."""
+    """Load the model named by ``--image_model``."""
     from .models import dinov2
 
-    fix = "check its name, its files and the connection to the hub; weights must be in safetensors"
+    fix = "check its name and files and the connection to the hub; weights must be in safetensors"
     with as_user_error(f'"{name}" can\'t be loaded', fix):
         return dinov2(name, device)
 

@@ -1,16 +1,16 @@
 """The best checkpoint of a run by its scores, in one sentence (``--steps``).
 
-One score decides, the first of these that was measured:
+A single score decides. It is the first of these that was measured:
 
-1. ``dino_truth``, then ``truth``: the likeness to held-out pictures. It is the only kind of score
-   that is low both before a run has learned its images and after it has overfitted them.
-2. ``i2t``: the likeness to the prompt. It can be high before anything is learned, so the sentence
-   asks for a look at the images.
+1. ``dino_truth``, then ``truth``: the likeness to held-out pictures. Only this kind of score is low
+   both before a run has learned its images and after it has overfitted them.
+2. ``i2t``: the likeness to the prompt. It can be high before the run has learned anything, so the
+   sentence advises the user to look at the images.
 
-A step is better than the last one only if the interval of their paired difference leaves out zero.
-This interval is wide enough for the choice among all steps; see :func:`~eval.checkpoints.curves`.
-The other scores of `OBJECTIONS` can object to a better step, and never choose one: before training,
-memorization is lowest and the base model least changed.
+A step counts as better than the last one only if the 95 % interval of their paired difference
+excludes zero. This interval is corrected for the choice among all steps; see
+:func:`~eval.checkpoints.curves`. The scores in `OBJECTIONS` can object to a better step but never
+choose one, because an untrained adapter always has the best memorization and drift.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from ..results import compare, report
 from ..results.compare import BETTER, WORSE
 from ..results.table import Metric, Result, Summary
 
-# The first of them that was measured decides.
+# Scores that compare images with held-out pictures
 TRUTHS = ("dino_truth", "truth")
+# The first of these scores that was measured decides.
 DECIDING = (*TRUTHS, "i2t")
-# Scores in which a better step may be worse than the last one
+# Other scores; the sentence names those in which the chosen step is worse than the last one.
 OBJECTIONS = ("i2t", "truth", "dino_nearest", "nearest", "drift")
 
 
 @dataclass(frozen=True)
 class BestStep:
-    """The answer of one run's scores."""
+    """The best step of one run, and the sentence about it."""
 
     # Label of the run
     run: str
     # Last step that was scored
     last: int
-    # The step that the sentence compares with the last one: a better one, else the best of the
-    # others; the last one itself where no other was scored
+    # The step that the sentence compares with the last one: the best of the better steps, or the
+    # best of all other steps if none is better. It equals ``last`` if no other step was scored.
     candidate: int
     # Name of the score that decides
     metric: str
@@ -46,10 +47,10 @@ class BestStep:
 
 
 def best_steps(curves: Result) -> list[BestStep]:
-    """The answer of each run that has a score.
+    """Choose the best step of each run that has a deciding score.
 
     Args:
-        curves: of :func:`~eval.checkpoints.curves`.
+        curves: return value of :func:`~eval.checkpoints.curves`.
     """
     answers = []
     for run in curves.groups:
@@ -63,7 +64,7 @@ def best_steps(curves: Result) -> list[BestStep]:
 
 
 def _answer(curves: Result, run: str) -> BestStep | None:
-    """The answer of one run; None if no score that decides has a value."""
+    """Choose the best step of one run; None if no deciding score has a value."""
     name = ""
     points: list[Summary] = []
     for name in DECIDING:
@@ -76,7 +77,7 @@ def _answer(curves: Result, run: str) -> BestStep | None:
     last = max(point.step or 0 for point in points)
     candidates = [point for point in points if point.step != last]
     if not candidates:
-        sentence = f"Only step {last} was scored, so there is none to choose."
+        sentence = f"Only step {last} was scored, so there is no step to choose."
         return BestStep(run, last, last, name, sentence)
     verdicts = [compare.verdict(point, metric.higher_is_better) for point in candidates]
     better = [point for point, word in zip(candidates, verdicts, strict=True) if word == BETTER]
@@ -92,14 +93,14 @@ def _answer(curves: Result, run: str) -> BestStep | None:
             )
         else:
             sentence = (
-                f"No step is surely better than the last ({last}) by {metric.title} ({best_other})"
+                f"No step is clearly better than the last ({last}) by {metric.title} ({best_other})"
                 f"{_other_opinion(curves, run, name)}: keep the last, and look at the images."
             )
     return BestStep(run, last, point.step or 0, name, sentence)
 
 
 def _better(curves: Result, run: str, point: Summary, name: str, last: int) -> str:
-    """The sentence on a step that is better than the last one."""
+    """Return the sentence on a step that is better than the last one."""
     metric = curves.metric(name)
     start = f"By {metric.title} step {point.step} is better than the last ({last})"
     start += f", {_change(point, metric)}"
@@ -115,13 +116,16 @@ def _better(curves: Result, run: str, point: Summary, name: str, last: int) -> s
     if name in TRUTHS:
         return f"{start}: take it, and look at the images of both."
     return (
-        f"{start}; without held-out pictures no score shows whether it has learned as much: look at"
-        " the images of both."
+        f"{start}; without held-out pictures, no score shows whether it has learned as much: look"
+        " at the images of both."
     )
 
 
 def _other_opinion(curves: Result, run: str, name: str) -> str:
-    """A clause on a step that is better than the last by CLIP I2T alone; "" without one."""
+    """Return a clause on a step that is better than the last one by CLIP I2T; "" if none is.
+
+    It is also "" if CLIP I2T is the deciding score.
+    """
     if name == "i2t":
         return ""
     metric = curves.metric("i2t")
@@ -136,10 +140,10 @@ def _other_opinion(curves: Result, run: str, name: str) -> str:
 
 
 def _highest(points: Sequence[Summary]) -> Summary:
-    """The point with the highest mean, the first of equal ones. Higher is better in `DECIDING`."""
+    """Return the first point with the highest mean; higher is better for all `DECIDING` scores."""
     return max(points, key=lambda point: point.mean or 0.0)
 
 
 def _change(point: Summary, metric: Metric) -> str:
-    """The difference to the last step with its interval, without the number of better prompts."""
+    """Format the difference from the last step and its interval, without counts of prompts."""
     return report.difference(point, replace(metric, higher_is_better=None))

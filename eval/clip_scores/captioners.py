@@ -1,11 +1,11 @@
-"""Captioners, which write a sentence for an image; T2T compares it with the prompt.
+"""Captioners, which write a caption for an image; T2T compares the caption with the prompt.
 
     captioner = load("blip:Salesforce/blip-image-captioning-large", scorer)
     captions = captioner(images)
 
-Names: ``embedded`` (the nearest caption of the miniature's bank), ``blip:ID_OR_FOLDER``
-(transformers), and ``blip`` for the large one. Nothing is sampled, so an image always gets the same
-caption.
+Names: ``embedded`` (retrieves the nearest of the miniature's captions), ``blip:ID_OR_FOLDER``
+(loads a model with transformers), and ``blip`` (short for the large BLIP model). Decoding is
+deterministic, so an image always gets the same caption.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from . import models
 from .models import ModelEntry, Scorer, hub_entry, in_batches
 from .settings import BLIP, CAPTIONERS
 
-# Images that are captioned at a time
+# Images captioned in one batch
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """Writes captions that depend on the image only, not on its batch."""
+    """A captioning model; a caption depends only on its image, not on the rest of the batch."""
 
     entry: ModelEntry
     caption: Callable[[Sequence[Image]], list[str]]
 
     def __call__(self, images: Sequence[Image]) -> list[str]:
-        """One caption for each image, of any size and mode."""
+        """Write one caption for each image; the images may have any size and mode."""
         captions: list[str] = []
         for part in in_batches([image.convert("RGB") for image in images], BATCH):
             captions += self.caption(part)
@@ -44,11 +44,16 @@ class Captioner:
 
 
 def load(name: str, scorer: Scorer | None = None, device: str = "cpu") -> Captioner:
-    """The captioner called ``name``, see the top of this file.
+    """Load the captioner called ``name``; the module docstring lists the names.
+
+    Args:
+        name: name of the captioner.
+        scorer: scorer that "embedded" uses if it is the embedded one; otherwise that is loaded.
+        device: device of the model.
 
     Raises:
-        UserError: an unknown name, or a model that cannot caption; it says what to give.
-        Exception: of the library that can't load it.
+        UserError: the name is unknown, or the model is not a captioner; the message names a fix.
+        Exception: any error of the library that loads the model.
     """
     scheme, colon, source = name.partition(":")
     if scheme == "blip":
@@ -64,12 +69,11 @@ def load(name: str, scorer: Scorer | None = None, device: str = "cpu") -> Captio
 
 
 def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
-    """A captioner that takes the caption of a bank whose embedding is nearest to the image's.
+    """Make a captioner that returns the caption whose embedding is nearest to the image's.
 
     Args:
         scorer: embeds images and captions.
-        bank: captions, at least one; repeated ones count once. Of equally near captions the first
-            is taken.
+        bank: one or more captions; duplicates count once. A tie goes to the first caption.
     """
     captions = list(dict.fromkeys(bank))
 
@@ -82,21 +86,25 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
     revision = f"captions {digest}"
     if scorer_entry.revision:
         revision = f"{scorer_entry.revision}, {revision}"
-    note = f"Captions are the nearest of {len(captions)}, not generated. {scorer_entry.note}"
+    note = (
+        f"Captions are retrieved, not generated: each is the nearest of {len(captions)} captions."
+        f" {scorer_entry.note}"
+    )
     name = f"{scorer_entry.name} retrieval"
     entry = ModelEntry(name, "retrieval", scorer_entry.model, revision, note.strip())
     return Captioner(entry, caption)
 
 
 def blip(source: str, device: str = "cpu") -> Captioner:
-    """BLIP of transformers by beam search (`bilora_diffusion.image.caption_models`).
+    """Load a BLIP captioner that uses beam search (see `bilora_diffusion.image.caption_models`).
 
     Args:
         source: hub id, or a folder with weights in safetensors.
+        device: device of the model.
     """
     name = f"blip:{source}"
     captioner = load_captioner(source, label=f'"{name}"', device=device)
     if captioner.kind != caption_models.BLIP:
-        raise UserError(f'"{name}" is a model of the kind {captioner.kind}: give one of BLIP.')
+        raise UserError(f'"{name}" is a {captioner.kind} model: give a BLIP model.')
     note = f"Beam search with {caption_models.BEAMS} beams."
     return Captioner(hub_entry("blip", captioner.model, note), captioner.captions)

@@ -1,12 +1,12 @@
-"""Default prompts, without ``--prompts``: they ask for what the first run was trained on.
+"""Default prompts for a comparison without ``--prompts``: they fit the first run's training images.
 
 They are the first of these that the run has:
 
-1. for shipped icons their prompts, ``3d_icon``; for icons in other colors and for animals their
-   held-out captions;
-2. the captions of its held-out images, whose pictures are the ground truth;
-3. its instance prompt or trigger word in the contexts of ``eval/prompts/contexts.txt``, since one
-   or two validation prompts tell little;
+1. the prompt set of the shipped images that the run learned: ``3d_icon`` for icons in their own
+   colors, or the held-out captions for icons in other colors and for animals;
+2. the captions of its held-out images, which are then the ground truth;
+3. its instance prompt or trigger word in the contexts of ``eval/prompts/contexts.txt``, because
+   scores over one or two validation prompts are too noisy;
 4. its validation prompts;
 5. the captions of its training images.
 """
@@ -30,11 +30,11 @@ from bilora_diffusion.run.data import choose_samples
 from ..subjects import Subject
 from .prompts import CONTEXTS, FOLDER, ICON_PROMPTS, Prompt, instance_of, numbered_lines, read
 
-# Most held-out captions by default. Of two checkpoints and two seeds these are 256 images.
+# Maximum number of held-out captions. With two checkpoints and two seeds, they take 256 images.
 MAX_HELDOUT_PROMPTS = 64
-# Most captions of training images by default, as many as there are contexts
+# Maximum number of training captions; it equals the number of contexts.
 MAX_TRAINING_PROMPTS = 20
-# Stands in a context where the instance prompt goes
+# Placeholder of the instance prompt in a context
 PLACE = "{prompt}"
 FIX = "give --prompts, a text file with a prompt on each line"
 
@@ -45,28 +45,31 @@ Config = Mapping[str, Any]
 class Question:
     """The prompts of a comparison."""
 
-    # Name of the set, for the first printed line and the report
+    # Name of the prompt set, for the first printed line and the report
     name: str
-    # The scored prompts; `settings.question` adds the general ones
+    # Scored prompts; `settings.question` adds the general ones.
     prompts: Sequence[Prompt]
-    # The runs learned shipped icons, which have shipped general prompts
+    # Whether the runs learned shipped icons, which have shipped general prompts
     is_of_icons: bool = False
-    # Sentences that must be read with the scores, or ""
+    # Sentences that the report shows above the scores; "" for none
     note: str = ""
 
 
 def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
-    """The question of the first run; its note names the runs whose own question is another.
+    """Choose the prompts by the first run; the note names runs that would get other prompts alone.
 
     Args:
-        subjects: all that are scored. Only run folders have a record of their training.
-        base: the base model. Without a run folder, adapters of a miniature get its icons' prompts.
+        subjects: all scored subjects. Only run folders have a record of their training.
+        base: the base model. If there is no run folder, a miniature gets the prompts of its icons.
+
+    Raises:
+        UserError: there is no run folder, or the first run has no prompts or captions.
     """
     runs = _runs(subjects)
     if not runs:
         if base in mini.PIPELINES:
             return _icons(ICON_PROMPTS)
-        raise UserError(f"no run folder is named that says what was learned: {FIX}.")
+        raise UserError(f"no run folder is given, so the training images are unknown: {FIX}.")
     question = _of_run(runs[0])
     texts = [prompt.text for prompt in question.prompts]
     different = []
@@ -77,31 +80,40 @@ def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
     if not different:
         return question
     note = (
-        f"All prompts are those of {_name(runs[0])}; scored alone, {', '.join(different)} would be"
-        " asked others."
+        f"All prompts come from {_name(runs[0])}; scored alone, {', '.join(different)} would get"
+        " other prompts."
     )
     return replace(question, note=f"{question.note} {note}".strip())
 
 
 def in_contexts(subjects: Sequence[Subject]) -> Question:
-    """The instance prompt of the first run in the shipped contexts (``--prompts contexts``)."""
+    """Put the first run's instance prompt into the shipped contexts (``--prompts contexts``).
+
+    Raises:
+        UserError: there is no run folder, or the run has no instance prompt or trigger word.
+    """
     runs = _runs(subjects)
     if not runs:
         raise UserError(
-            f"--prompts {CONTEXTS} needs the instance prompt of a run: name a run folder."
+            f"--prompts {CONTEXTS} needs the instance prompt of a run: give a run folder."
         )
     name = _name(runs[0])
     prompts = _contexts(_concepts(runs[0]))
     if not prompts:
         raise UserError(
             f"--prompts {CONTEXTS} needs an instance prompt or a trigger word, and {name} was"
-            " trained with neither: give a file of prompts."
+            " trained with neither: give a prompt file."
         )
     return Question(f"instance prompt of {name} in contexts", prompts, _icon_set(runs[0]) != "")
 
 
 def learned_icons(subjects: Sequence[Subject], base: str) -> bool:
-    """Test that the first run learned shipped icons, or without a run that the base is ours."""
+    """Return whether the first run learned shipped icons; without a run, whether it is a miniature.
+
+    Args:
+        subjects: all scored subjects.
+        base: the base model, which decides if there is no run folder.
+    """
     runs = _runs(subjects)
     if runs:
         return _icon_set(runs[0]) != ""
@@ -109,7 +121,7 @@ def learned_icons(subjects: Sequence[Subject], base: str) -> bool:
 
 
 def _runs(subjects: Sequence[Subject]) -> list[Subject]:
-    """The subjects that are run folders, each folder once."""
+    """Return the subjects that are run folders, each folder once."""
     runs: dict[Path, Subject] = {}
     for subject in subjects:
         if subject.folder is not None:
@@ -118,11 +130,11 @@ def _runs(subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def _icon_set(run: Subject) -> str:
-    """The prompt set of the shipped icons that a run learned; "" for other images."""
+    """Return the name of the prompt set for the shipped images of a run; "" for other images."""
     datasets = {_text(concept, "dataset_name") for concept in _concepts(run)}
     if datasets <= {ICONS, mini.MINI}:
         return ICON_PROMPTS
-    # Icons in other colors and animals have other pictures as their ground truth.
+    # For icons in other colors and for animals, other pictures are the ground truth.
     if len(datasets) == 1:
         heldout = mini.heldout_name(str(datasets.pop()))
         if heldout in mini.FOLDERS:
@@ -131,13 +143,13 @@ def _icon_set(run: Subject) -> str:
 
 
 def _of_run(run: Subject) -> Question:
-    """The question of one run, see the top of this file."""
+    """Choose the prompts of one run, in the order of the module docstring."""
     name = _name(run)
     concepts = _concepts(run)
     if icon_set := _icon_set(run):
         return _icons(icon_set)
     heldout, num_left_out = _heldout(run, concepts)
-    # A single caption is that of all pictures, and asks for none of them.
+    # A single caption belongs to all pictures, so it describes no particular one.
     if len(heldout) > 1:
         title = f"held-out captions of {name}, whose pictures are the ground truth"
         if len(heldout) > MAX_HELDOUT_PROMPTS:
@@ -146,17 +158,17 @@ def _of_run(run: Subject) -> Question:
         if num_left_out:
             note = (
                 f"{name} has {counted(num_left_out, 'held-out image')} without a caption in a file."
-                " The run measured them with its instance prompt; here no sample is compared with"
-                " them, since that prompt asks for no single picture: give each a caption"
-                " (docs/data.md)."
+                " The run used its instance prompt to measure the loss on them. Here no sample is"
+                " compared with them, because that prompt describes no single picture: give each"
+                " image a caption (docs/data.md)."
             )
         return Question(title, heldout[:MAX_HELDOUT_PROMPTS], note=note)
 
     note = ""
     if any(_text(concept, "validation_dataset") for concept in concepts):
         note = (
-            f"The held-out images of {name} have no captions of their own in files, so that no"
-            " sample is compared with them: give each a caption (docs/data.md)."
+            f"The held-out images of {name} have no captions of their own in files, so no sample"
+            " is compared with them: give each image a caption (docs/data.md)."
         )
     contexts = _contexts(concepts)
     if contexts:
@@ -168,7 +180,7 @@ def _of_run(run: Subject) -> Question:
     if validation:
         return Question(f"validation prompts of {name}", _distinct(validation), note=note)
 
-    # The training images are opened last, since a hub's set may have to be downloaded.
+    # The training images are opened last, because a dataset may have to be downloaded from the hub.
     captions: list[Prompt] = []
     for concept in concepts:
         dataset = _text(concept, "dataset_name") or _text(concept, "instance_data_dir")
@@ -178,7 +190,7 @@ def _of_run(run: Subject) -> Question:
     captions = _distinct(captions)
     if not captions:
         raise UserError(
-            f"{name} has neither held-out captions nor a validation prompt, an instance prompt or"
+            f"{name} has no held-out captions, instance prompt, validation prompts or training"
             f" captions: {FIX}."
         )
     title = f"training captions of {name}"
@@ -186,7 +198,7 @@ def _of_run(run: Subject) -> Question:
 
 
 def _icons(name: str) -> Question:
-    """The question of a shipped set; all prompts of ``3d_icon``, which is the paper's."""
+    """Return a shipped prompt set: all of ``3d_icon``, or the first prompts of a held-out set."""
     prompts = read(name)
     if name != ICON_PROMPTS:
         prompts = prompts[:MAX_HELDOUT_PROMPTS]
@@ -194,10 +206,11 @@ def _icons(name: str) -> Question:
 
 
 def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], int]:
-    """The captions of the run's held-out images, each with the first picture that has it.
+    """Read the captions of the run's held-out images; each prompt gets the first image with it.
 
     Returns:
-        The captions as prompts, and the number of images without a caption or file of their own.
+        The distinct captions as prompts, and the number of images without a caption or without a
+        file of their own.
     """
     prompts: list[Prompt] = []
     num_images = 0
@@ -206,7 +219,7 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], in
         if dataset is None:
             continue
         images = _open(run, concept, dataset)
-        # The images on which the run measured its held-out loss
+        # Only the images that the run used for its held-out loss
         names = images.names()
         limit = run.record["config"].get("max_eval_samples")
         measured_images = images.only(choose_samples(names, limit))
@@ -216,11 +229,13 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], in
 
 
 def _caption_prompts(images: ImageSet, concept: Config, with_pictures: bool) -> list[Prompt]:
-    """The captions of images, with the trigger word that the run added.
+    """Return the captions of images as prompts, with the trigger word that the run added.
 
     Args:
-        with_pictures: each prompt gets its picture; images of a hub's set, which are not files, are
-            left out.
+        images: the images; those without a caption are skipped.
+        concept: options of the images' concept.
+        with_pictures: whether each prompt gets the path of its image. Images of a hub dataset,
+            which have no files, are then skipped.
     """
     prompts = []
     for entry in images.entries:
@@ -237,10 +252,10 @@ def _caption_prompts(images: ImageSet, concept: Config, with_pictures: bool) -> 
 
 
 def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
-    """Each concept's instance prompt, or its trigger word, in contexts.
+    """Put each concept's instance prompt, or its trigger word, into the contexts.
 
-    "a TOK icon, in the style of TOK" becomes "a TOK icon in fresh snow, in the style of TOK". Of
-    many concepts each gets fewer contexts, so that there are at most `MAX_HELDOUT_PROMPTS` prompts.
+    "a TOK icon, in the style of TOK" becomes "a TOK icon in fresh snow, in the style of TOK". With
+    many concepts, each gets fewer contexts to keep about `MAX_HELDOUT_PROMPTS` prompts in total.
     """
     contexts = numbered_lines(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)
     count = max(1, MAX_HELDOUT_PROMPTS // len(concepts))
@@ -250,7 +265,7 @@ def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
         plain = _text(concept, "instance_prompt") or trigger
         if plain is None:
             continue
-        # The context goes before the first comma, after which the style stands.
+        # The context goes before the first comma, and the style usually follows that comma.
         head, comma, tail = plain.partition(",")
         for _, context in contexts[:count]:
             placed = context.replace(PLACE, head.strip())
@@ -260,7 +275,7 @@ def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
 
 
 def _open(run: Subject, concept: Config, dataset: str, config_name: str | None = None) -> ImageSet:
-    """A set of images, its columns and captions read by the run's options."""
+    """Open a set of images; its columns and captions are read with the run's options."""
     try:
         return open_images(
             dataset,
@@ -272,19 +287,19 @@ def _open(run: Subject, concept: Config, dataset: str, config_name: str | None =
         )
     except UserError as error:
         raise UserError(
-            f"the images of {_name(run)} can't be opened for their captions"
+            f"the images of {_name(run)} can't be opened to read their captions"
             f" ({str(error).rstrip('.')}): {FIX}."
         ) from error
 
 
 def _concepts(run: Subject) -> list[Config]:
-    """The options of a run for each of its concepts; of a run without concepts one entry."""
+    """Return the options of each concept of a run; one entry for a run without concepts."""
     config = run.record["config"]
     return [{**config, **concept} for concept in config.get("concepts") or [{}]]
 
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first prompt of each text."""
+    """Drop prompts whose text is repeated; the first one is kept."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(prompt.text, prompt)
@@ -292,7 +307,7 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _text(config: Config, name: str) -> str | None:
-    """An option's text; None if it is empty, or no text."""
+    """Return the value of a text option; None if it is blank or not a string."""
     value = config.get(name)
     if isinstance(value, str) and value.strip():
         return value

@@ -1,15 +1,15 @@
-"""Images of several adapters from the same noise, generated once and stored as PNG files.
+"""Images of several adapters from the same noise, each generated once and stored as a PNG file.
 
 store = Store(folder / "images", Sampling("mini", size=64, steps=25, guidance_scale=4.0))
 todo = jobs(subject, prompts, seeds=[0])
 store.generate(todo)
 image = store.open(todo[0])
 
-An image depends on its parameters only, bit for bit on one machine: its noise comes from seed and
-prompt text, and the other images of the batch don't influence it. Batched products are rounded
-differently for other batch shapes and numbers of threads, so both are fixed: the denoiser always
-gets ``Sampling.lanes`` images (a smaller batch is filled up), and on a CPU it has one thread. More
-cores are used by more processes.
+On one machine, an image depends only on its parameters, bit for bit: its noise comes from the seed
+and the prompt's text, and the other images of the batch have no influence. Matrix products are
+rounded differently for other batch shapes and numbers of threads, so both are fixed: the denoiser
+always gets ``Sampling.lanes`` images (a smaller batch is padded), and on a CPU it runs on one
+thread. To use more cores, start more processes.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from .perturbation import Perturbation
 from .prompts import Prompt
 from .sampling import Sampling
 
-# Images for which another process is worth its start
+# Number of images that justifies the start-up time of another process
 WORTHWHILE = 32
-# From one look at the files of other processes to the next
+# Interval at which the files of other processes are counted
 COUNT_SECONDS = 1.0
-# Name of the PNG's text with the parameters
+# Name of the PNG text chunk with the parameters
 _CHUNK = "parameters"
-# The entry of the parameters that does not influence the image
+# Entry of the stored parameters that is ignored when two sets of parameters are compared
 _VERSIONS = "versions"
-# Whose versions are in each image
+# Packages whose versions are stored in each image
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
 
 
@@ -75,10 +75,10 @@ class Job:
 
 
 def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Job]:
-    """Every image of a subject, by prompt and seed.
+    """Return a job for each prompt and seed of a subject.
 
-    Scored and general prompts are numbered separately, so that a change of one set renames no image
-    of the other. The folder depends on the weights, not on the subject's label.
+    Scored and general prompts are numbered separately, so that a change to one set does not rename
+    the images of the other. The folder depends on the weights, not on the subject's label.
     """
     folder = f"{_kind_of_weights(subject)}-{subject.digest[:8]}".strip("-")
     counts = {True: 0, False: 0}  # of general prompts and of scored ones
@@ -95,7 +95,10 @@ def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> l
 
 
 def _kind_of_weights(subject: Subject) -> str:
-    """Title of the weights' method, else their kind; not their label, which may change."""
+    """Return the title of the method, or the kind of weights if the method is unknown.
+
+    The subject's label is not used, because it may change.
+    """
     if subject.method is None:
         return "base-model" if subject.kind == BASE else subject.kind
     if subject.method in methods.names():
@@ -104,7 +107,7 @@ def _kind_of_weights(subject: Subject) -> str:
 
 
 def _slug(text: str) -> str:
-    """The text as lower-case letters, digits and dashes, at most 48; "x" if it has none."""
+    """Reduce a text to at most 48 lower-case letters, digits and dashes; "x" if none are left."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-") or "x"
 
 
@@ -118,32 +121,32 @@ class Store:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The base model's pipeline, without an adapter."""
+        """Pipeline of the base model, without an adapter."""
         quiet()
         dtype = getattr(torch, self.sampling.dtype)
         return load_pipeline(self.sampling.base_model, dtype=dtype).to(self.device)
 
     @cached_property
     def _perturbation(self) -> Perturbation:
-        """What is done to the denoiser's weights; read first while no adapter is on it."""
+        """Perturbation of the denoiser's weights; first accessed while no adapter is applied."""
         sampling = self.sampling
         return Perturbation(self.pipeline, sampling.base_precision, sampling.weight_noise)
 
     @cached_property
     def _base_digest(self) -> str | None:
-        """Hash of the files in the base model's folder; None for a hub id."""
+        """Hash of the files in the base model's folder; None for a hub model."""
         folder = Path(resolve(self.sampling.base_model)).expanduser()
         if not folder.is_dir():
             return None
         return hash_of_folders(folder, suffixes=(".safetensors", ".json", ".txt"))
 
     def parameters(self, job: Job) -> dict[str, Any]:
-        """All that an image depends on."""
+        """Return everything that an image depends on."""
         sampling = self.sampling.to_dict()
         if job.subject.kind == BASE:
-            sampling["scale"] = 1.0  # it has no adapter to scale
-        # The parameter is newer than others: without it, images of earlier versions stay valid. For
-        # the base model all values mean the same.
+            sampling["scale"] = 1.0  # the base model has no adapter to scale
+        # Earlier versions did not store this parameter. Omitting its default keeps their images
+        # valid. For the base model, all of its values have the same effect.
         if job.subject.kind == BASE or self.sampling.guidance_from == ADAPTER_GUIDANCE:
             del sampling["guidance_from"]
         return {
@@ -155,7 +158,7 @@ class Store:
         }
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """The jobs without a valid file of the same parameters; each file once."""
+        """Return the jobs that have no valid file with the same parameters; each file once."""
         missing = []
         for job in {job.file: job for job in jobs}.values():
             if not _is_valid(self.root / job.file, self.parameters(job)):
@@ -170,14 +173,14 @@ class Store:
         bar: ImageBar | None = None,
         process: tuple[int, int] = (0, 1),
     ) -> int:
-        """Generate the missing images; returns their number.
+        """Generate this process's share of the missing images, and return their number.
 
         Args:
-            batch: images that are generated before they are written, and the share that a process
-                takes at a time. It does not influence an image.
-            bar: it shows the progress, and counts the images of all processes.
-            process: rank of this process, and number of the processes with the same jobs; each
-                generates its own share.
+            jobs: jobs of all processes.
+            batch: number of images that are generated before they are written to disk; jobs are
+                also distributed to the processes in such batches. It does not influence an image.
+            bar: shows the progress, and counts the images of all processes.
+            process: rank of this process, and number of processes that share the jobs.
         """
         rank, count = process
         share = []
@@ -212,10 +215,10 @@ class Store:
         return len(todo)
 
     def open(self, job: Job) -> Image.Image:
-        """The image of a job, RGB."""
+        """Read the image of a job as RGB."""
         path = self.root / job.file
         with (
-            as_user_error(f"{path} can't be read", "the same command makes it again"),
+            as_user_error(f"{path} can't be read", "run the same command to generate it again"),
             Image.open(path, formats=["PNG"]) as image,
         ):
             return image.convert("RGB")
@@ -236,13 +239,13 @@ class Store:
 
 
 class ImageBar:
-    """A progress bar of the images that are to be made, by this process or by others.
+    """A progress bar for missing images, which this process or other processes generate.
 
-    It counts the files that are there, as other processes report nothing.
+    It counts files, because the other processes report no progress.
 
     Args:
-        store: the files.
-        missing: jobs whose images are to be made.
+        store: store of the images.
+        missing: jobs whose images are missing.
     """
 
     def __init__(self, store: Store, missing: Sequence[Job]) -> None:
@@ -257,7 +260,7 @@ class ImageBar:
         self._bar.close()
 
     def count(self) -> None:
-        """Show how many images are there by now."""
+        """Count the files again and update the bar."""
         missing = self._store.missing(self._missing)
         self._bar.update(len(self._missing) - len(missing))
         self._missing = missing
@@ -268,25 +271,28 @@ class ImageBar:
 
 
 def _estimate(seconds: float, num_made: int, num_missing: int) -> str:
-    """How long this process takes for its missing images; the other processes work meanwhile."""
+    """Return a sentence on the remaining time, estimated from this process's first batch."""
     return (
-        f"about {duration(seconds * num_missing)} for the other images, by the first"
-        f" {num_made} ({seconds:.2g} s each); then they are scored"
+        f"about {duration(seconds * num_missing)} left to generate images, at {seconds:.2g} s each"
+        f" (measured on the first {num_made}); then they are scored"
     )
 
 
 def generate_in_processes(
     store: Store, jobs: Sequence[Job], batch: int, count: int | None = None
 ) -> int:
-    """Generate the missing images in ``count`` processes with this one; returns their number.
+    """Generate the missing images in several processes, and return their number.
 
-    This process also generates the images of a process that was killed or failed. The others end
-    with this one.
+    If another process fails or is killed, this process generates its images. The other processes
+    end when this one does.
 
     Args:
+        store: store of the images.
+        jobs: jobs of all images.
         batch: see :meth:`Store.generate`.
-        count: 1 or more. By default one for each core, if there are enough images, for the
-            miniature on a CPU; otherwise 1, since another model may need all of the memory.
+        count: number of processes including this one, 1 or more. The default for the miniature on
+            a CPU is one process per core if there are enough images; for other models it is 1,
+            because the model may need all of the memory.
     """
     missing = store.missing(jobs)
     if count is None:
@@ -295,7 +301,7 @@ def generate_in_processes(
             cores = int(device(store.device)["cpu_cores"] or 1)
             count = min(cores, len(missing) // WORTHWHILE)
     num_batches = math.ceil(len(missing) / batch)
-    count = max(1, min(count, num_batches))  # each has a batch
+    count = max(1, min(count, num_batches))  # each process gets at least one batch
     shared = (store, missing, batch, count)
     children: Any = torch.multiprocessing.start_processes(
         _generate_share, shared, nprocs=count - 1, join=False, daemon=True, start_method="spawn"
@@ -306,23 +312,23 @@ def generate_in_processes(
             while process.is_alive():
                 process.join(COUNT_SECONDS)
                 bar.count()
-        # Images of a process that ended early
+        # Generate the images of processes that ended early.
         store.generate(missing, batch=batch, bar=bar)
     return len(missing)
 
 
 def _generate_share(rank: int, store: Store, jobs: Sequence[Job], batch: int, count: int) -> None:
-    """Generate a child process's share; torch counts children from 0, and rank 0 is the parent."""
+    """Generate a child's share; torch numbers the children from 0, but the parent has rank 0."""
     store.generate(jobs, batch=batch, process=(rank + 1, count))
 
 
 def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:
-    """Sample the images of jobs with a pipeline, whose adapter is on."""
-    # Filled up with copies of the last job, so that all batches have the same shape.
+    """Sample the images of jobs with a pipeline to which the adapter is applied."""
+    # Pad with copies of the last job, so that all batches have the same shape.
     num_copies = -len(jobs) % sampling.lanes
     filled = [*jobs, *[jobs[-1]] * num_copies]
     texts = [job.prompt.text for job in filled]
-    # Each text is embedded alone, so that this batch has the same shape too.
+    # Embed each text alone, so that the text encoder's batch also has a fixed shape.
     embeddings = {text: embed(pipeline, [text]) for text in dict.fromkeys(texts)}
     negative = embed_negative(pipeline, 1, guidance_from=sampling.guidance_from)
     positives = join_rows([embeddings[text] for text in texts])
@@ -344,7 +350,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
 
 @contextmanager
 def _one_thread(device: str) -> Iterator[None]:
-    """Context manager: one thread on a CPU, since the rounding of sums depends on the number."""
+    """Use one thread on a CPU within the context; the rounding of sums depends on the number."""
     before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -355,12 +361,12 @@ def _one_thread(device: str) -> Iterator[None]:
 
 
 def _is_valid(path: Path, parameters: Mapping[str, Any]) -> bool:
-    """Test that a file is a whole PNG with exactly these parameters."""
+    """Return whether a file is a complete PNG with exactly these parameters."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             record = json.loads(image.info[_CHUNK])
-            image.verify()  # reads to the end and compares each chunk's checksum
-        # As JSON, so that tuples and lists are equal.
+            image.verify()  # reads to the end and checks each chunk's checksum
+        # Convert through JSON, so that tuples and lists compare as equal.
         expected = json.loads(json.dumps({**parameters, _VERSIONS: None}))
         return {**record, _VERSIONS: None} == expected
     except (OSError, SyntaxError, ValueError, struct.error, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Scores of images on the disk. The same files get the same scores in any order and batch."""
+"""Scores of stored images. A file's scores do not depend on the order or the batch."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from .images import Job, Store
 from .models import ImageEmbedder, Scorer, in_batches
 from .prompts import Prompt
 
-# Images in memory at a time
+# Number of images in memory at a time
 CHUNK = 64
 NONE = "none"
-# Options of a run, or of one of its concepts, that say which images it has
+# Options of a run, or of one of its concepts, that specify its training images
 OF_IMAGES = ("concept", "dataset_name", "instance_data_dir", "dataset_config_name", "image_column")
 
 
 class EmbeddedImage(NamedTuple):
-    """The embeddings of an image, and its caption; None where they are not needed."""
+    """The embeddings of an image, and its caption; None for a value that is not needed."""
 
-    vector: Tensor  # by the scorer, (d,)
+    vector: Tensor  # from the scorer, (d,)
     caption: str | None = None
-    caption_vector: Tensor | None = None  # by the scorer, (d,)
-    dino_vector: Tensor | None = None  # by the image model, (e,)
+    caption_vector: Tensor | None = None  # from the scorer, (d,)
+    dino_vector: Tensor | None = None  # from the image model, (e,)
 
 
 class EmbeddedSet(NamedTuple):
-    """Names of a set's images, and their embeddings, (n, d)."""
+    """Names of the n images of a set, and their embeddings, (n, d)."""
 
     names: list[str]
     vectors: Tensor
@@ -54,8 +54,9 @@ class Pictures:
     """Held-out pictures and training sets, embedded by one model.
 
     Args:
-        truths: picture by the text of its prompt.
-        training: set by the label of the run that learned it.
+        embedder: the model.
+        truths: text of a prompt -> its held-out picture.
+        training: label of a run -> its training images.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Pictures:
         if truths:
             vectors = embedder.images(list(truths.values()))
             self.truths = dict(zip(truths, vectors, strict=True))
-        # Runs on one set share its embeddings.
+        # Runs with the same training set share its embeddings.
         embedded_sets: dict[int, EmbeddedSet] = {}
         self.training: dict[str, EmbeddedSet] = {}
         for label, images in training.items():
@@ -77,13 +78,17 @@ class Pictures:
 class ImageJudge:
     """Scores images against prompts, captions, held-out pictures and training images.
 
-    With an image model, such as DINOv2, images and pictures are compared by its embeddings too.
+    With an image model, such as DINOv2, images and pictures are also compared by its embeddings.
 
     Args:
-        truths: held-out picture by the text of its prompt.
-        training: training set by the label of the run.
-        originals: the base model's images of the general prompts, from which drift is measured.
-        image_model: None for no scores by DINOv2.
+        store: store of the images.
+        scorer: model that embeds images and texts.
+        captioner: model that captions the images for T2T; None for no T2T.
+        truths: text of a prompt -> its held-out picture.
+        training: label of a run -> its training images.
+        originals: jobs of the base model for the general prompts; drift is measured from their
+            images.
+        image_model: DINOv2; None for no scores by it.
     """
 
     def __init__(
@@ -110,7 +115,7 @@ class ImageJudge:
             self._originals[job.prompt.text, job.seed] = image.vector
 
     def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
-        """The scores of each image, and a row "image" that names its file."""
+        """Yield the scores of each image, and a row with the metric "image" that names its file."""
         scored, general = [], []
         for job in jobs:
             if job.prompt.general:
@@ -124,14 +129,15 @@ class ImageJudge:
             yield from self._scores(subject, job, image, prompts[job.prompt.text])
         for job, image in self.embed_images(general, is_scored=False):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
-            if subject.kind != BASE:  # which has no drift from itself
+            if subject.kind != BASE:  # the base model has no drift from itself
                 original = self._originals[job.prompt.text, job.seed]
                 yield self._row(subject, job, "drift", cosine(image.vector, original))
 
     def truth_i2t(self) -> float | None:
-        """Mean score "i2t" of the held-out pictures with their own prompts; None without pictures.
+        """Return the mean "i2t" score of the held-out pictures themselves; None without pictures.
 
-        A sample that is its held-out picture has this score, so that higher ones are not better.
+        Samples that equal their held-out pictures get this score, so a higher score than this is
+        no improvement.
         """
         truths = self._pictures.truths
         if not truths:
@@ -145,7 +151,7 @@ class ImageJudge:
     def _scores(
         self, subject: Subject, job: Job, image: EmbeddedImage, prompt: Tensor
     ) -> Iterator[Row]:
-        """All scores of an image; ``prompt`` is its prompt's embedding, (d,)."""
+        """Yield all scores of an image; ``prompt`` is the embedding of its prompt, (d,)."""
         yield self._row(subject, job, "i2t", cosine(image.vector, prompt))
         if image.caption is not None and image.caption_vector is not None:
             likeness = cosine(prompt, image.caption_vector)
@@ -159,7 +165,7 @@ class ImageJudge:
     def _likeness(
         self, subject: Subject, job: Job, vector: Tensor, pictures: Pictures, prefix: str = ""
     ) -> Iterator[Row]:
-        """Cosines with the held-out picture and the nearest training picture, by one model."""
+        """Yield one model's cosines with the held-out and the nearest training picture."""
         if job.prompt.text in pictures.truths:
             truth = pictures.truths[job.prompt.text]
             yield self._row(subject, job, f"{prefix}truth", cosine(vector, truth))
@@ -176,10 +182,14 @@ class ImageJudge:
     def embed_images(
         self, jobs: Sequence[Job], is_scored: bool
     ) -> Iterator[tuple[Job, EmbeddedImage]]:
-        """Each job with its embedded image.
+        """Yield each job with its embedded image.
 
-        Equal images are embedded once, so their scores are equal to the last bit. Images of general
-        prompts are not scored: they need neither captions nor the image model.
+        Identical images are embedded once, so their scores are bitwise equal.
+
+        Args:
+            jobs: jobs whose images are stored.
+            is_scored: whether the images also need captions and DINOv2's embeddings. Images of
+                general prompts do not.
         """
         is_captioned = is_scored and self._captioner is not None
         title = "embedding and captioning" if is_captioned else "embedding"
@@ -189,7 +199,7 @@ class ImageJudge:
                 new: dict[tuple[bytes, bool], Image] = {}
                 for job in chunk:
                     picture = self._store.open(job)
-                    # The size too: pictures of 2 x 8 and 4 x 4 can have the same bytes.
+                    # Include the size, since images of 2 x 8 and 4 x 4 can have the same bytes.
                     content = repr(picture.size).encode() + picture.tobytes()
                     key = blake2b(content, digest_size=16).digest(), is_scored
                     keys.append(key)
@@ -203,7 +213,7 @@ class ImageJudge:
                 bar.update(len(chunk))
 
     def _embed(self, pictures: Sequence[Image], is_scored: bool) -> list[EmbeddedImage]:
-        """Embed pictures; if they are scored, with their captions and by the image model too."""
+        """Embed pictures; if they are scored, also caption them and use the image model."""
         vectors = self._scorer.images(pictures)
         captions: Sequence[str | None] = [None] * len(pictures)
         caption_vectors: Iterable[Tensor | None] = [None] * len(pictures)
@@ -218,22 +228,22 @@ class ImageJudge:
 
 
 def embed_set(images: ImageSet, embedder: ImageEmbedder) -> EmbeddedSet:
-    """Embed all images of a set, `CHUNK` of them in memory at a time."""
+    """Embed all images of a set, with at most `CHUNK` of them in memory at a time."""
     vectors = []
     for numbers in in_batches(range(len(images)), CHUNK):
         pictures = [images.image(number) for number in numbers]
         vectors.append(embedder.images(pictures))
     names = images.names()
-    # Icons in other colors have the file names of the plain icons.
+    # Icons in other colors have the same file names as the plain icons.
     if mini.color_map(images.label) is not None:
         names = [f"{images.label}/{name}" for name in names]
     return EmbeddedSet(names, torch.cat(vectors))
 
 
 def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
-    """The held-out picture of each scored prompt that has one, by the prompt's text.
+    """Read the held-out pictures of the scored prompts: prompt's text -> picture.
 
-    The miniature's own icons are not ground truth for another model.
+    The icons of the miniature are left out for other base models.
     """
     pictures = {}
     for prompt in prompts:
@@ -243,7 +253,7 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
         if base not in mini.PIPELINES and mini.heldout_dir() in file.resolve().parents:
             continue
         sentence = f'the reference {file} of "{prompt.text}" can\'t be read'
-        with as_user_error(sentence, "correct the file of prompts"):
+        with as_user_error(sentence, "correct the prompt file"):
             picture = read_rgb(file)
         if prompt.colors is not None:
             picture = MAPS[prompt.colors](picture)
@@ -252,15 +262,20 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of two vectors (d,) of unit length, summed in float64."""
-    # Of unit length in float32 only, so that the sum may be beyond 1.
+    """Return the cosine of two vectors (d,) of unit length, summed in float64."""
+    # The vectors have unit length only up to float32 rounding, so the sum may exceed 1.
     return max(-1.0, min(1.0, float(torch.dot(a.double(), b.double()))))
 
 
 def nearest(image: Tensor, train: Tensor) -> tuple[float, int]:
-    """The largest cosine of an image, (d,), with training pictures, (m, d), and its position.
+    """Find the training picture with the largest cosine to an image.
 
-    Of several equal cosines it is the first one's position.
+    Args:
+        image: embedding of the image, (d,).
+        train: embeddings of m training pictures, (m, d).
+
+    Returns:
+        The cosine, and the picture's index; a tie goes to the first picture.
     """
     cosines = normalize(train.double(), dim=1) @ normalize(image.double(), dim=0)  # (m,)
     index = int(cosines.argmax())
@@ -268,14 +283,16 @@ def nearest(image: Tensor, train: Tensor) -> tuple[float, int]:
 
 
 def training_sets(subjects: Sequence[Subject], dataset: str | None) -> dict[str, ImageSet]:
-    """The training images by the subjects' labels.
+    """Open the subjects' training images: label -> images.
 
-    A run folder names its training images; a LoRA file does not. The base model is compared with
-    the images of the runs, if these are the same for all runs. It has not been trained on them, so
-    it shows the likeness without memorization.
+    A run folder names its training images; a LoRA file does not. If all runs have the same training
+    images, the base model is also compared with these. It was not trained on them, so it shows how
+    similar images are without memorization.
 
     Args:
-        dataset: ``--train_data``: a folder or set for all subjects, or "none" for no memorization.
+        subjects: the scored subjects.
+        dataset: value of ``--train_data``: a folder or set for all subjects, "none" for no
+            memorization score, or None for the runs' own images.
     """
     if dataset == NONE:
         return {}
@@ -304,14 +321,14 @@ def training_sets(subjects: Sequence[Subject], dataset: str | None) -> dict[str,
 
 
 def _open(subject: Subject, parts: Sequence[Mapping[str, str | None]]) -> ImageSet:
-    """The images of all concepts of a run, as one set."""
+    """Open the training images of all concepts of a run, as one set."""
     left_out = f"or --train_data {NONE} to leave memorization out."
     sets = {}
     for concept in parts:
         place = concept["dataset_name"] or concept["instance_data_dir"]
         if not place:
             raise UserError(
-                f"{subject.folder} does not say what it was trained on: give --train_data,"
+                f"{subject.folder} does not record its training images: give --train_data,"
                 f" {left_out}"
             )
         try:
@@ -329,5 +346,5 @@ def _open(subject: Subject, parts: Sequence[Mapping[str, str | None]]) -> ImageS
     if len(sets) == 1:
         return next(iter(sets.values()))
     joined = ImageSet.join(subject.label, sets)
-    assert joined is not None  # there are several
+    assert joined is not None  # `join` returns None only if it gets no images
     return joined

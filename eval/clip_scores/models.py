@@ -6,14 +6,15 @@
     image_model = dinov2("dinov2:facebook/dinov2-base")
     likeness = (image_model.images(samples) * image_model.images(pictures)).sum(dim=1)  # cosines
 
-Scorers are ``embedded`` (the miniature's own), ``open_clip:MODEL/TAG`` and ``open_clip:FOLDER``,
-loaded by open_clip. DINOv2 is loaded by transformers, without code of the repository. It knows no
-texts: it tells one dog from another where CLIP, trained with captions, sees "a dog" in both.
+Scorers are ``embedded`` (the miniature's own), ``open_clip:MODEL/TAG`` and ``open_clip:FOLDER``;
+open_clip loads all of them. DINOv2 is loaded by transformers, without remote code. It does not
+embed texts, but it distinguishes two dogs better than CLIP, which was trained on captions and sees
+"a dog" in both.
 
-Errors of the libraries pass through, and the command translates them. Pickles and a tokenizer
-without words, which the libraries accept silently, are refused here. Weights are read from
-safetensors, but for a tag of open_clip whose hub repository has none: open_clip then reads its file
-with torch's ``weights_only``.
+Errors of the libraries pass through, and the command translates them. The libraries silently accept
+pickles and a tokenizer without a vocabulary; this module refuses both. Weights are read from
+safetensors. The only exception is an open_clip tag whose hub repository has no safetensors file:
+open_clip then reads the file with torch's ``weights_only``.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from bilora_diffusion.train.soundness import require_words
 from ..cache import hash_of_files
 from .settings import SCORERS
 
-# Names that open_clip gives weights in safetensors
+# File names that open_clip uses for weights in safetensors
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-# Parts of scorers' names before the colon
+# Possible parts of a scorer's name before the colon
 SCHEMES = ("embedded", "open_clip")
 NOT_THE_PAPERS = "A small model of this package: its scores cannot be compared with the paper's."
 
@@ -48,9 +49,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A scorer, a captioner or an image model, as a result names it."""
+    """A scorer, a captioner or an image model, as it is recorded in a result."""
 
-    # Name that is shown with every score
+    # Name shown with every score
     name: str
     # "open_clip", "embedded", "blip", "retrieval" or "dinov2"
     kind: str
@@ -58,26 +59,30 @@ class ModelEntry:
     model: str
     # Pretrained tag, commit or hash of the weights
     revision: str | None = None
-    # A sentence that must be read with its scores, or ""
+    # Sentence shown with the scores; "" for none
     note: str = ""
 
 
 def _find_pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
-    """A model of open_clip's list, and the options with which open_clip creates it."""
+    """Find a model in open_clip's list.
+
+    Returns:
+        The model's entry, and the options for open_clip's function that creates it.
+    """
     import open_clip
 
     if not open_clip.is_pretrained_cfg(architecture, tag):
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         raise UserError(
-            f'{architecture} of open_clip has no tag "{tag}"{did_you_mean(tag, tags)}: give one of'
+            f'open_clip\'s {architecture} has no tag "{tag}"{did_you_mean(tag, tags)}: give one of'
             f" {', '.join(tags)}, or a folder."
         )
     config = open_clip.get_pretrained_cfg(architecture, tag)
-    # Weights that were trained with QuickGELU give wrong embeddings in a model without it, of which
-    # open_clip only warns. That concerns all weights of OpenAI by their plain names.
+    # Weights trained with QuickGELU give wrong embeddings in a model without it, and open_clip only
+    # prints a warning. This affects all of OpenAI's weights under plain architecture names.
     has_quick_gelu = (open_clip.get_model_config(architecture) or {}).get("quick_gelu", False)
     force_quick_gelu = bool(config.get("quick_gelu")) and not has_quick_gelu
-    note = "QuickGELU is on, as the weights were trained with it." if force_quick_gelu else ""
+    note = "QuickGELU is on, because the weights were trained with it." if force_quick_gelu else ""
     file = Path(open_clip.download_pretrained(config))
     revision = f"{tag}@{hub_commit(file) or hash_of_files(file)}"
     entry = ModelEntry(f"{scheme}:{architecture}/{tag}", scheme, architecture, revision, note)
@@ -85,35 +90,40 @@ def _find_pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEnt
 
 
 def _find_saved(scheme: str, source: str) -> ModelEntry:
-    """A folder that open_clip saved; refused without safetensors, since it would load a pickle."""
+    """Find a model in a folder saved by open_clip.
+
+    A folder without safetensors is refused, because open_clip would load a pickle from it.
+    """
     import open_clip
 
     folder = Path(source).expanduser()
     files = [folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()]
     if not files:
         raise UserError(
-            f'"{source}" is not a model of open_clip{did_you_mean(source, open_clip.list_models())}'
-            f" and no folder with {OPEN_CLIP_FILES[0]} (a pickle can run code): give MODEL/TAG as"
-            " open_clip.list_pretrained() has it, or such a folder."
+            f'"{source}" is not an open_clip model{did_you_mean(source, open_clip.list_models())}'
+            f" and not a folder with {OPEN_CLIP_FILES[0]} (a pickle can run code): give MODEL/TAG"
+            " from open_clip.list_pretrained(), or such a folder."
         )
     name = folder.resolve().name
     return ModelEntry(f"{scheme}:{name}", scheme, name, hash_of_files(files[0]))
 
 
 def hub_commit(file: Path) -> str | None:
-    """The commit of a file in the hub's cache; None for any other file."""
+    """Return the commit of a file in the hub's cache; None for any other file."""
     from transformers.utils.hub import extract_commit_hash
 
     return extract_commit_hash(str(file), None)
 
 
 class ImageEmbedder:
-    """Embeds images: (n, d), float32, of unit length, on the CPU.
+    """A model that embeds images; embeddings are (n, d), float32, of unit length, on the CPU.
 
-    An embedding depends on the batch size by less than 1e-6.
+    The batch size changes an embedding by less than 1e-6.
 
     Args:
-        embed: images in RGB -> embeddings, (n, d), of any length and dtype.
+        entry: description of the model for a result.
+        embed: function from RGB images to embeddings, (n, d), of any norm and dtype.
+        batch: number of images per call of ``embed``.
     """
 
     def __init__(
@@ -124,28 +134,32 @@ class ImageEmbedder:
         self._batch = batch
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """Embeddings of images of any size and mode, (n, d); at least one."""
+        """Embed one or more images of any size and mode, (n, d)."""
         parts = in_batches([image.convert("RGB") for image in images], self._batch)
         return torch.cat([self._unit(self._embed_images, part) for part in parts])
 
     def _unit(self, embed: Callable[[Sequence[T]], Tensor], part: Sequence[T]) -> Tensor:
-        """Embeddings of a batch, scaled to unit length."""
-        # TF32 in convolutions is cudnn's default, and would show the batch size.
+        """Embed a batch, and scale the embeddings to unit length."""
+        # cuDNN uses TF32 in convolutions by default; embeddings would then depend on the batch.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             unit = normalize(embed(part).float(), dim=-1).cpu()
         if not unit.isfinite().all():
             raise UserError(
-                f'model "{self.entry.name}" gives embeddings that are not finite: its weights are'
-                " damaged, give another."
+                f'model "{self.entry.name}" gives embeddings that are not finite, so its weights'
+                " are damaged: give another model."
             )
         return unit
 
 
 class Scorer(ImageEmbedder):
-    """Embeds images and texts in one space; each text is encoded once.
+    """A model that embeds images and texts in one space; each text is encoded once.
 
     Args:
-        is_cut: tests that a text is longer than the text encoder takes.
+        entry: description of the model for a result.
+        embed_images: see `ImageEmbedder`.
+        embed_texts: function from texts to embeddings, (n, d), of any norm and dtype.
+        is_cut: function that returns whether a text is longer than the text encoder's limit.
+        batch: number of images or texts per call.
     """
 
     def __init__(
@@ -162,7 +176,7 @@ class Scorer(ImageEmbedder):
         self._text_embeddings: dict[str, Tensor] = {}
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, (n, d); at least one."""
+        """Embed one or more texts, (n, d)."""
         new = [text for text in dict.fromkeys(texts) if text not in self._text_embeddings]
         for part in in_batches(new, self._batch):
             embeddings = self._unit(self._embed_texts, part)
@@ -171,11 +185,12 @@ class Scorer(ImageEmbedder):
 
 
 def load(name: str, device: str = "cpu", batch: int = 32) -> Scorer:
-    """The scorer called ``name`` (see above).
+    """Load the scorer called ``name``; the module docstring lists the names.
 
     Raises:
-        UserError: an unknown name, or a model that would score wrongly; it says what to give.
-        Exception: of the library that can't load it.
+        UserError: the name is unknown, or the model would give wrong scores; the message names a
+            fix.
+        Exception: any error of the library that loads the model.
     """
     scheme, colon, source = name.partition(":")
     if scheme not in SCHEMES or (scheme == "embedded") == bool(colon):
@@ -191,11 +206,13 @@ def load(name: str, device: str = "cpu", batch: int = 32) -> Scorer:
 
 
 def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
-    """A CLIP or CustomTextCLIP of open_clip.
+    """Load a CLIP or CustomTextCLIP model with open_clip.
 
     Args:
-        scheme: the part of its name before the colon.
-        source: "MODEL/TAG", or a folder that open_clip saved.
+        scheme: part of the scorer's name before the colon.
+        source: "MODEL/TAG", or a folder saved by open_clip.
+        device: device of the model.
+        batch: number of images or texts per call.
     """
     import open_clip
 
@@ -214,9 +231,9 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
     model.eval()
     tokenize: Any = open_clip.get_tokenizer(place)
     if inner := getattr(tokenize, "tokenizer", None):
-        fix = "put its files beside the weights"
+        fix = "put its files next to the weights"
         require_words(f'the tokenizer of "{entry.name}"', inner, None, fix)
-    # The tokens of the empty text: a text's start and end, and padding up to the longest length.
+    # The tokens of an empty text: the start and end tokens, and padding to the context length
     empty_tokens = tokenize([""])[0].tolist()
 
     def embed_images(images: Sequence[Image]) -> Tensor:
@@ -227,11 +244,11 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
         return model.encode_text(tokenize(list(texts)).to(device))
 
     def is_cut(text: str) -> bool:
-        # Not every tokenizer tells the length of a text. It is cut if it has more tokens with twice
-        # the room.
+        # Not every tokenizer reports a text's length. A text was cut if twice the context length
+        # gives it more tokens.
         counts = []
-        for room in (len(empty_tokens), 2 * len(empty_tokens)):
-            tokens = tokenize([text], context_length=room)[0].tolist()
+        for context_length in (len(empty_tokens), 2 * len(empty_tokens)):
+            tokens = tokenize([text], context_length=context_length)[0].tolist()
             counts.append(sum(token not in empty_tokens for token in tokens))
         return counts[0] < counts[1]
 
@@ -239,19 +256,19 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
 
 
 def dinov2(name: str, device: str = "cpu", batch: int = 32) -> ImageEmbedder:
-    """The model called ``dinov2:ID_OR_FOLDER``; see `load_dinov2`."""
+    """Load the model called ``dinov2:ID_OR_FOLDER``; see `load_dinov2`."""
     dino = load_dinov2(name, device)
     return ImageEmbedder(hub_entry(DINOV2, dino.model), dino.embed, batch)
 
 
 def hub_entry(kind: str, model: HubModel, note: str = "") -> ModelEntry:
-    """The entry of a model of transformers."""
-    # A folder has no commit: the hash of its weights says which they are.
+    """Make the entry of a transformers model."""
+    # A folder has no commit, so the hash of its weights identifies the model.
     revision = model.commit or hash_of_files(*model.weight_files)
     return ModelEntry(f"{kind}:{model.source}", kind, model.source, revision, note)
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """``items`` in order, ``size`` at a time."""
+    """Yield ``items`` in order, ``size`` at a time."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -1,17 +1,18 @@
-"""A denoiser whose linear weights are rounded to few bits, or have noise on them, in samples.
+"""Perturbed denoisers: linear weights are rounded to a few bits, or get noise, during sampling.
 
-A minimum is flat if the loss hardly changes with the weights. So weights in a flat one should lose
-less when they are rounded (Lee et al. 2025, https://arxiv.org/abs/2503.11078, for full training):
+A minimum is flat if the loss changes little with the weights. Weights in a flat minimum should
+therefore lose less quality when they are rounded (Lee et al. 2025,
+https://arxiv.org/abs/2503.11078, for full training):
 
     perturbation = Perturbation(pipeline, "int8")  # of the base model, without an adapter
     with applied(pipeline, subject), perturbation.acting(pipeline):
         images = generate(pipeline, ...)
 
-Each adapter is merged into the base weights first, since this is what a user does who merges and
-quantizes: the rounding also hits what was learned, and whole models are treated alike. The layers
-are those that ``--quantize nf4`` rounds. Other layers, biases and text encoders stay as they are,
-and so do adapters of other layers. The rounded values are stored in the weights' dtype, so all
-products are those of an ordinary model on any device; only the values are those of few bits.
+Each adapter is first merged into the base weights, like for a user who merges and then quantizes.
+So the adapter's update is also rounded, and fully trained models are treated the same way. The
+perturbed layers are those that ``--quantize nf4`` rounds. Other layers and their adapters, biases
+and text encoders do not change. The rounded values are stored in the weights' dtype, so the model
+runs like any other on every device; this simulates low precision and does not save memory.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ class Perturbation:
     """Rounding of linear weights and noise on them, the same for every subject.
 
     Args:
-        pipeline: the base model's, without adapters.
+        pipeline: pipeline of the base model, without adapters.
         precision: "int8" to "int2" (see :func:`round_rows`), or "nf4"; None for no rounding.
         noise: standard deviation of Gaussian noise, in units of the standard deviation of each base
-            weight's entries; 0 for none. It is added before the rounding.
+            weight's entries; 0 for no noise. The noise is added before the rounding.
     """
 
     def __init__(self, pipeline: Any, precision: str | None = None, noise: float = 0.0) -> None:
         self.precision = precision
         self.noise = noise
-        # Standard deviation of the noise, by the layer's path
+        # Path of a layer -> standard deviation of its noise
         self._deviations: dict[str, float] = {}
         if precision is None and noise == 0:
             return
@@ -55,13 +56,14 @@ class Perturbation:
 
     @contextmanager
     def acting(self, pipeline: Any) -> Iterator[None]:
-        """Context manager: perturbs the denoiser's weights, then restores them exactly.
+        """Perturb the denoiser's weights within the context, then restore them exactly.
 
-        Active adapters of the perturbed layers are merged in the context, which takes a copy of
-        these layers' weights.
+        Within the context, active adapters of the perturbed layers are merged. A copy of these
+        layers' weights is kept in memory.
 
         Args:
-            pipeline: the base model's, perhaps with adapters or with a whole model in its place.
+            pipeline: pipeline of the base model, with adapters or a fully trained denoiser if the
+                subject has them.
         """
         denoiser = family_of(pipeline).model(pipeline)
         layers: dict[str, nn.Module] = {}
@@ -77,18 +79,18 @@ class Perturbation:
             finally:
                 for layer in layers.values():
                     if isinstance(layer, LoraLayer):
-                        # Not PEFT's `unmerge`, which subtracts the change from the rounded weights.
+                        # `restored` resets the weights, so PEFT's `unmerge` is not needed.
                         layer.merged_adapters.clear()
 
     @torch.no_grad()
     def _perturb(self, path: str, layer: nn.Module) -> None:
-        """Merge the adapters of a layer; then add noise to its weight and round it, in place."""
+        """Merge a layer's adapters, then add noise to its weight and round it, in place."""
         if isinstance(layer, LoraLayer):
             cast(Any, layer).merge()
         weight = _linear(layer).weight
         values = weight.to(wide_dtype([weight]))
         if self.noise:
-            # Made on the CPU, so that all devices get the same entries.
+            # Generate the noise on the CPU, so that it is the same on all devices.
             random = torch.randn(weight.shape, generator=generator("weight noise", path))
             values = values + self._deviations[path] * random.to(values)
         if self.precision == NF4:
@@ -99,19 +101,19 @@ class Perturbation:
 
 
 def round_rows(weight: Tensor, bits: int) -> Tensor:
-    """A weight (m, n) rounded to 2^bits - 1 evenly spaced values in each row, symmetric around 0.
+    """Round a weight (m, n) to 2^bits - 1 evenly spaced values in each row, symmetric around 0.
 
-    w_ij <- s_i round(w_ij / s_i) with s_i = max_j |w_ij| / (2^(bits - 1) - 1), one scale for each
+    w_ij <- s_i round(w_ij / s_i) with s_i = max_j |w_ij| / (2^(bits - 1) - 1): one scale for each
     output.
     """
     largest = weight.abs().amax(dim=1, keepdim=True)  # (m, 1)
     scales = largest / (2 ** (bits - 1) - 1)
-    scales[scales == 0] = 1  # a row of zeros stays as it is
+    scales[scales == 0] = 1  # avoids 0 / 0 for a row of zeros
     return scales * (weight / scales).round()
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
-    """The linear layer, which may be under adapters."""
+    """Return the linear layer, unwrapped from its adapters if there are any."""
     if isinstance(layer, LoraLayer):
         return cast(Any, layer).get_base_layer()
     return cast(nn.Linear, layer)

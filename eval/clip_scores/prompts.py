@@ -1,13 +1,13 @@
-"""Prompt sets: those that are shipped, a text file with one prompt a line, a CSV, or the captions
-of held-out images.
+"""Prompt sets: shipped sets, text files with one prompt per line, CSV files, and captions of
+held-out images.
 
 read("3d_icon")                      # the paper's instances and 194 more (Table 4)
 read("my_prompts.csv")
 read("mini-duotone-heldout")         # 128 captions, each with the picture that it describes
 
-``eval/prompts/NAME.txt`` is a shipped set. ``NAME_references.csv`` beside it has the miniature's
-held-out picture of each instance. ``contexts.txt`` is not a set: it has contexts for the instance
-prompt of a run, see `defaults`.
+``eval/prompts/NAME.txt`` is a shipped set. ``NAME_references.csv`` in the same folder names the
+miniature's held-out picture of each instance. ``contexts.txt`` is not a prompt set: it has contexts
+for a run's instance prompt; see `defaults`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ GENERAL = "general"
 CONTEXTS = "contexts"
 # The paper's prompts
 ICON_PROMPTS = "3d_icon"
-# The column of the prompts in a CSV file, and in the metadata of held-out images
+# Column with the prompts in a CSV file, and in the metadata of held-out images
 PROMPT = "prompt"
-# Largest file of prompts
+# Maximum size of a prompt file
 MAX_BYTES = 100_000_000
 # Matches "of a Fluffy Rabbit, ..."
 _INSTANCE = re.compile(r"\bof an? ([^,]+)")
@@ -39,37 +39,40 @@ _INSTANCE = re.compile(r"\bof an? ([^,]+)")
 class Prompt:
     """One prompt."""
 
-    # The prompt as the model gets it
+    # Full text that the model gets
     text: str
-    # The subject that it asks for, such as "Fluffy Rabbit"; None if unknown
+    # Subject of the prompt, such as "Fluffy Rabbit"; None if unknown
     instance: str | None = None
-    # A picture of the instance in the style that was trained. Those of the shipped sets belong to
-    # the miniature, and are not used for another base model.
+    # Picture of the instance in the trained style. The references of the shipped sets belong to the
+    # miniature and are not used for other base models.
     reference: Path | None = None
-    # True if it asks for nothing that was trained, so that its images should not change
+    # Whether the prompt is unrelated to the training images, so its images should not change
     general: bool = False
-    # The map of ``mini.colors.MAPS`` that is applied to the reference
+    # Name in ``mini.colors.MAPS`` of the color map that is applied to the reference; None for none
     colors: str | None = None
 
 
 def shipped_names() -> tuple[str, ...]:
-    """The names of the sets in ``eval/prompts``."""
+    """Return the names of the sets in ``eval/prompts``."""
     names = {path.stem for path in FOLDER.glob("*.txt")} - {CONTEXTS}
     return tuple(sorted(names))
 
 
 def read(source: str | Path) -> list[Prompt]:
-    """The prompts of a set, in its order.
+    """Read the prompts of a set, in order.
 
     Args:
         source: one of
 
             - the name of a shipped set;
-            - a text file; blank lines and lines that start with # are left out;
-            - a CSV file with a header and the column ``prompt``, and perhaps ``instance`` and
-              ``reference``, a path relative to the CSV;
-            - held-out images, a built-in set or a folder; their captions are the prompts, and the
-              images are the references.
+            - a text file; blank lines and lines that start with # are skipped;
+            - a CSV file with a header and the column ``prompt``; the columns ``instance`` and
+              ``reference`` (a path relative to the CSV file) are optional;
+            - held-out images, as a built-in set or a folder; their captions are the prompts, and
+              the images are the references.
+
+    Raises:
+        UserError: there is no such set, it is empty or damaged, or it repeats a prompt.
     """
     name = str(source)
     is_shipped = name in shipped_names()
@@ -95,15 +98,15 @@ def read(source: str | Path) -> list[Prompt]:
         for number, text in numbered_lines(path, name):
             prompts.append((f"line {number}", Prompt(text, instance_of(text))))
     if not prompts:
-        raise UserError(f"{name} holds no prompt: write one a line.")
-    # Images are stored and compared by the prompt's text, so each text may occur once.
+        raise UserError(f"{name} contains no prompt: write one per line.")
+    # Images are stored and compared by the prompt's text, so each text must be unique.
     first_places: dict[str, str] = {}
     for place, prompt in prompts:
         first_place = first_places.setdefault(prompt.text, place)
         if first_place != place:
             raise UserError(
-                f'{name} has the prompt "{prompt.text[:200]}" at {first_place} and at {place}: drop'
-                " one of them."
+                f'{name} has the prompt "{prompt.text[:200]}" twice, at {first_place} and at'
+                f" {place}: remove one of them."
             )
     plain = [prompt for _, prompt in prompts]
     if is_shipped:
@@ -112,7 +115,7 @@ def read(source: str | Path) -> list[Prompt]:
 
 
 def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
-    """Number and text of a file's lines that are neither blank nor a comment (# at the start)."""
+    """Read the lines that are neither blank nor a comment (# at the start): (number, text)."""
     lines = []
     for number, line in enumerate(read_text(path, name, MAX_BYTES).splitlines(), start=1):
         text = line.strip()
@@ -122,22 +125,22 @@ def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
 
 
 def instance_of(text: str) -> str | None:
-    """Instance of a prompt of the form "... of a INSTANCE, ..."; None for another form."""
+    """Return the instance of a prompt "... of a INSTANCE, ..."; None for other prompts."""
     match = _INSTANCE.search(text)
     return match[1].strip() if match else None
 
 
 def _of_csv(path: Path, name: str) -> list[tuple[str, Prompt]]:
-    """The prompts of a CSV file, each with its place for sentences."""
+    """Read the prompts of a CSV file, each with its place in the file for error messages."""
     rows = read_rows(path, name)
     if rows and PROMPT not in rows[0][1]:
         hint = did_you_mean(PROMPT, rows[0][1])
-        raise UserError(f'{name} has no column "{PROMPT}"{hint}: name that of the prompts so.')
+        raise UserError(f'{name} has no column "{PROMPT}"{hint}: rename the prompt column.')
     prompts = []
     for place, row in rows:
         text = row[PROMPT].strip()
         if not text:
-            raise UserError(f'{place} has no "{PROMPT}": write it or drop the line.')
+            raise UserError(f'{place} has no "{PROMPT}": write it or remove the line.')
         instance = (row.get("instance") or "").strip() or instance_of(text)
         reference = (row.get("reference") or "").strip()
         file = None
@@ -145,29 +148,29 @@ def _of_csv(path: Path, name: str) -> list[tuple[str, Prompt]]:
             file = path.parent / Path(reference).expanduser()
             if not file.is_file():
                 raise UserError(
-                    f'{place} has the reference "{reference[:200]}", which is not there: correct it'
-                    " or leave it empty."
+                    f'{place} has the reference "{reference[:200]}", which does not exist: correct'
+                    " it or leave it empty."
                 )
         prompts.append((place, Prompt(text, instance, file)))
     return prompts
 
 
 def _of_images(folder: Path, name: str) -> list[tuple[str, Prompt]]:
-    """The captions of a folder's images, each with its image as the reference."""
+    """Read the captions of a folder's images as prompts; each image is its prompt's reference."""
     column = None
     for metadata in list_folder(folder).metadata:
         rows = read_rows(metadata)
         first_row = rows[0][1] if rows else {}
         if PROMPT in first_row:
             column = PROMPT
-        elif TEXT in first_row:  # the column of datasets' imagefolder
+        elif TEXT in first_row:  # the caption column of ``imagefolder`` in Hugging Face datasets
             column = TEXT
         else:
-            raise UserError(f'{metadata} has no column "{PROMPT}": name that of the captions so.')
+            raise UserError(f'{metadata} has no column "{PROMPT}": rename the caption column.')
     prompts = []
     for entry in open_images(str(folder), caption_column=column).entries:
         file = entry.encoded_image()
-        if entry.caption is None or isinstance(file, bytes):  # of a set without files
+        if entry.caption is None or isinstance(file, bytes):  # bytes: a set without files
             lack = "no caption" if entry.caption is None else "no file of its own"
             raise UserError(
                 f"the image {entry.name} of {name} has {lack}: give a folder of images, each with a"
@@ -179,7 +182,7 @@ def _of_images(folder: Path, name: str) -> list[tuple[str, Prompt]]:
 
 
 def _with_references(name: str, prompts: list[Prompt]) -> list[Prompt]:
-    """The prompts of a shipped set with their pictures, or marked as general."""
+    """Add the reference pictures to the prompts of a shipped set, and mark the general set."""
     table = FOLDER / f"{name}_references.csv"
     references = {}
     if table.is_file():

@@ -1,4 +1,4 @@
-"""The scores, and the report of a comparison: the paper's Table 4 and Figure A1, and sentences."""
+"""The scores and the report of a comparison, with the paper's Table 4 and Figure A1."""
 
 from __future__ import annotations
 
@@ -22,46 +22,53 @@ from .prompts import ICON_PROMPTS
 
 # The paper's Table 4 and Figure A1 show six prompts; the table also has the average over all.
 TABLE_ROWS = 6
-# With fewer prompts a mean tells little.
+# With fewer prompts, the report warns that means are unreliable.
 FEW_PROMPTS = 10
-# Scores of the paper's Table 4
+# Scores in the paper's Table 4
 PAPER = ("i2t", "t2t")
 BLANK = "–"
 GRID = "grid.png"
 TRUTH = "ground truth"
-# Larger images are scaled down to this before they are drawn.
+# Maximum side of an image in the grid; larger images are scaled down.
 CELL_PIXELS = 256
 
 
-# Values are raw cosines, shown times 100.
+# Values are raw cosines; tables show them times 100.
 _cosine = partial(Metric, higher_is_better=True, scale=100, form=".2f")
 # All scores; the first two are the paper's (Table 4).
 METRICS = {
-    "i2t": _cosine("CLIP I2T", "cosine of the embeddings of image and prompt"),
-    "t2t": _cosine("CLIP T2T", "cosine of the embeddings of prompt and caption of the image"),
-    "truth": _cosine("ground truth", "cosine of the embeddings of image and held-out picture"),
+    "i2t": _cosine("CLIP I2T", "cosine between the embeddings of the image and its prompt"),
+    "t2t": _cosine(
+        "CLIP T2T", "cosine between the embeddings of the prompt and the image's caption"
+    ),
+    "truth": _cosine(
+        "ground truth", "cosine between the embeddings of the image and the held-out picture"
+    ),
     "nearest": _cosine(
         "memorization",
-        "cosine of the embeddings of image and nearest training picture; a learned style raises it"
-        " too, so look at the images that are nearest",
+        "cosine between the embeddings of the image and its nearest training picture; a learned"
+        " style also raises it, so look at the nearest pairs",
         higher_is_better=False,
     ),
     "dino_truth": _cosine(
-        "DINO ground truth", "cosine of DINOv2's embeddings of image and held-out picture"
+        "DINO ground truth",
+        "cosine between the DINOv2 embeddings of the image and the held-out picture",
     ),
     "dino_nearest": _cosine(
         "DINO memorization",
-        "cosine of DINOv2's embeddings of image and its nearest training picture",
+        "cosine between the DINOv2 embeddings of the image and its nearest training picture",
         higher_is_better=False,
     ),
     "drift": _cosine(
-        "unchanged", "cosine of the embeddings of image and base model's image, general prompts"
+        "unchanged",
+        "cosine between the embeddings of the image and the base model's image, over the general"
+        " prompts",
     ),
 }
 
 
 def names(result: Result) -> dict[str, str]:
-    """Text of each scored prompt -> the title of its row: the instance, else the whole prompt."""
+    """Map the text of each scored prompt to its row's title: its instance, or else the text."""
     titles = {}
     for prompt in result.settings["prompts"]:
         if not prompt["general"]:
@@ -70,17 +77,17 @@ def names(result: Result) -> dict[str, str]:
 
 
 def introduction(result: Result) -> str:
-    """Sampling of the images, and sentences to be read before the scores."""
+    """Describe how the images were sampled, followed by the notes on the scores."""
     settings = result.settings
     count = len(names(result))
     sampling = settings["sampling"]
     scorer = settings["scorer"]
     seeds = settings["seeds"]
     notes = []
-    if scorer["kind"] == "embedded":  # a longer sentence in place of the scorer's note
+    if scorer["kind"] == "embedded":  # replaces the scorer's shorter note
         notes.append(
-            f"These are scores of {scorer['name']}, a small model that knows icons only. They carry"
-            " its name and are never compared with the paper's."
+            f"These scores come from {scorer['name']}, a small model that knows only icons. They"
+            " cannot be compared with the paper's scores."
         )
     elif scorer["note"]:
         notes.append(scorer["note"])
@@ -88,7 +95,8 @@ def introduction(result: Result) -> str:
         notes.append(settings["captioner"]["note"])
     if count < FEW_PROMPTS:
         notes.append(
-            f"Fewer than {FEW_PROMPTS} prompts tell little: there is no interval, or it is wide."
+            f"With fewer than {FEW_PROMPTS} prompts, means are unreliable: intervals are wide or"
+            " missing."
         )
     source = ""
     if sampling["guidance_from"] != ADAPTER_GUIDANCE:
@@ -97,7 +105,7 @@ def introduction(result: Result) -> str:
     if SAMPLING_OPTION in sampling:
         strength = sampling[f"{SAMPLING_OPTION}_strength"]
         source += (
-            f", the LoRA file {sampling[SAMPLING_OPTION]} at strength {strength:g} in all images"
+            f", the LoRA file {sampling[SAMPLING_OPTION]} at strength {strength:g} for all images"
         )
     if "scheduler" in sampling:
         source += f", scheduler {sampling['scheduler']}"
@@ -114,48 +122,52 @@ def introduction(result: Result) -> str:
     )
     if settings["truth_i2t"] is not None:
         score = number(settings["truth_i2t"], METRICS["i2t"])
-        sentence += f" The held-out images themselves have an image-to-text score of {score}."
+        sentence += f" The held-out pictures themselves have a CLIP I2T score of {score}."
     distinct_notes = dict.fromkeys([*notes, *result.notes])
     return "\n\n".join([sentence, *(f"> {note}" for note in distinct_notes)])
 
 
 def legend(result: Result) -> str:
-    """Explanation of the scores."""
+    """Explain the tables and the scores in them."""
     measured = {line.metric for line in result.summaries}
     sentences = []
     for name, metric in result.metrics.items():
         if name in measured:
             sentences.append(f"{metric.title}: {metric.explanation}.")
     return (
-        "Cosines x 100: of each prompt the mean over seeds, then the mean over prompts with"
-        f" {INTERVALS}. Difference: to {escape_table_cell(result.control)}, paired by prompt, with"
-        " its interval and the number of prompts in which it is better. " + " ".join(sentences)
+        "Scores are cosines x 100. They are averaged over the seeds of each prompt, then over the"
+        f" prompts, with {INTERVALS}. Differences are from {escape_table_cell(result.control)},"
+        " paired by prompt, with their interval and the number of prompts with a better score. "
+        + " ".join(sentences)
     )
 
 
 def answers(result: Result) -> list[str]:
-    """A sentence for each run on its best step; [] if the subjects are not checkpoints."""
+    """Return one sentence on each run's best step; [] if the subjects are not checkpoints."""
     return [answer["sentence"] for answer in result.settings.get("answers", ())]
 
 
 def training_seeds(result: Result, group: str) -> str:
-    """Number of runs of a group; a dash for the base model and files, whose seeds are unknown."""
+    """Return a group's number of runs; a dash for the base model and for files."""
     runs = [entry for entry in result.members(group) if entry.kind == "run"]
     return str(len(runs)) if runs else BLANK
 
 
 def paper_table(result: Result) -> str:
-    """The section after the paper's Table 4; "" for prompts that are not the paper's."""
+    """Return a section in the form of the paper's Table 4; "" for other prompt sets."""
     if result.settings["prompt_set"] != ICON_PROMPTS:
         return ""
-    return section("In the shape of the paper's Table 4", scores(result))
+    return section("In the form of the paper's Table 4", scores(result))
 
 
 def scores(result: Result) -> str:
-    """The first prompts and the average over all: a column per score and group, best in bold."""
+    """Return a table of the first prompts and the average over all prompts.
+
+    It has a column for each score and group; the best values are bold.
+    """
     columns: list[tuple[str, str]] = []  # score and group
     heads = ["prompt"]
-    column_values = []  # prompt -> value
+    column_values = []  # for each column, prompt -> value
     means = []
     for name in PAPER:
         rows_of_score = result.select(name)
@@ -180,7 +192,7 @@ def scores(result: Result) -> str:
 def _cells(
     result: Result, columns: Sequence[tuple[str, str]], values: Sequence[float | None]
 ) -> list[str]:
-    """A row's cells; the best value of each score is bold, and so are values equal to it."""
+    """Format the cells of a row; the best value of each score is bold, including ties."""
     best: dict[str, float] = {}
     for (name, _), value in zip(columns, values, strict=True):
         if value is not None:
@@ -198,11 +210,11 @@ def _cells(
 
 
 def models(result: Result) -> list[str]:
-    """Sentences on the models that scored, and on the prompts that the scorer cut."""
+    """Return sentences on the number of truncated prompts and on the models used for scoring."""
     prompts = result.settings["prompts"]
     sentences = [
-        f"{sum(prompt['truncated'] for prompt in prompts)} of {len(prompts)} prompts are longer"
-        " than the scorer's text encoder takes and were cut."
+        f"{sum(prompt['truncated'] for prompt in prompts)} of {len(prompts)} prompts exceed the"
+        " length limit of the scorer's text encoder and were truncated."
     ]
     for role in ("scorer", "captioner", "image_model"):
         if model := result.settings[role]:
@@ -213,15 +225,18 @@ def models(result: Result) -> list[str]:
 
 
 def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image]) -> bool:
-    """Draw the first prompts at the first seed as in Fig. A1: prompts in rows, groups in columns.
+    """Draw a grid like the paper's Fig. A1, with prompts in rows and groups in columns.
 
-    The images of a row share their initial noise. Returns False if there is no scored prompt.
+    It shows the first prompts at the first seed. The images of a row share their initial noise.
+
+    Returns:
+        Whether a grid was drawn; False if there is no scored prompt.
     """
     texts = list(names(result))[:TABLE_ROWS]
     if not texts:
         return False
     first_seed = result.settings["seeds"][0]
-    images = {}  # file of each prompt and group
+    images = {}  # (prompt, group) -> file
     for row in result.select("image"):
         if row.seed == first_seed:
             images[row.item, row.group] = row.note

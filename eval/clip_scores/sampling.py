@@ -1,4 +1,4 @@
-"""The parameters of sampled images that all images of a comparison share."""
+"""The sampling parameters that all images of a comparison share."""
 
 from __future__ import annotations
 
@@ -9,48 +9,49 @@ from bilora_diffusion.config.lora_sources import SAMPLING_OPTION, LoraSource, lo
 from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE
 
-# Images in each call of the denoiser by default; see `Sampling.lanes`
+# Default number of images per call of the denoiser; see `Sampling.lanes`
 LANES = 4
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Parameters that all images of a comparison share."""
+    """Sampling parameters that all images of a comparison share."""
 
-    # Folder, hub id, or "mini"
+    # Folder, hub id, or the name of a miniature
     base_model: str
-    # Side of the images, pixels
+    # Side of the square images in pixels
     size: int
-    # Of the sampler
+    # Number of sampler steps
     steps: int
     guidance_scale: float
-    # Factor of each adapter's change of the weights
+    # Strength of each adapter: factor of its weight update
     scale: float = 1.0
-    # Precision of the UNet and the text encoders; the autoencoder decodes in float32
+    # Dtype of the denoiser and the text encoders; the autoencoder always decodes in float32.
     dtype: str = "float32"
-    # Images in each call of the denoiser. More take more memory; another number may change single
-    # pixels by one step of 255, so it is a parameter too.
+    # Number of images per call of the denoiser. A larger number takes more memory. The number can
+    # change single pixels by 1 of 255, so it is one of the parameters.
     lanes: int = LANES
-    # Model of the unconditional prediction, "adapter" or "base", or the adapter's strength in it
+    # Model of the unconditional prediction ("adapter" or "base"), or the adapter's strength in it
     guidance_from: float | str = ADAPTER_GUIDANCE
-    # Of the denoiser's linear weights with the adapters merged into them, such as "int8"; None for
-    # adapters beside the weights as they are loaded
+    # Precision to which the denoiser's linear weights are rounded after each adapter is merged,
+    # such as "int8"; None for unmerged adapters on unrounded weights
     base_precision: str | None = None
-    # Noise on the same weights, in units of each base weight's standard deviation
+    # Standard deviation of noise on the same weights, in units of each base weight's standard
+    # deviation; 0 for no noise
     weight_noise: float = 0.0
-    # A LoRA file that acts on all images, such as Lightning
+    # LoRA file that is applied to all images, such as Lightning; None for none
     lora: LoraSource | None = None
-    # A ``--sampling_scheduler``; None for the model's
+    # Value of ``--sampling_scheduler``; None for the model's own scheduler
     scheduler: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The parameters as JSON values, without those that have no effect and paths."""
+        """Return the parameters as JSON values, without paths and without unused options."""
         values = asdict(self)
         values["base_model"] = without_paths(self.base_model)
         del values["lora"]
         if self.lora is not None:
             values |= lora_facts({SAMPLING_OPTION: self.lora})
-        # They are newer than others: without them, images of earlier versions stay valid.
+        # Earlier versions did not store these; omitting unused ones keeps their images valid.
         for name in ("scheduler", "base_precision", "weight_noise"):
             if not values[name]:
                 del values[name]

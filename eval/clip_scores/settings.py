@@ -1,5 +1,5 @@
-"""Options of the command line, and the settings that follow from them; all are checked before an
-image is generated.
+"""Command-line options and the settings that follow from them; all are checked before any image is
+generated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 EMBEDDED = "embedded"
 NONE = "none"
 MINI_GUIDANCE = 4.0
-USUAL = "(default: as is usual for the model)"
+USUAL = "(default: the usual value for the model)"
 
 
 @dataclass(frozen=True)
@@ -64,101 +64,125 @@ class ScoringOptions:
     section = "prompts and models"
     prompts: str | None = option(
         None,
-        'A set that is shipped, a text file, a CSV file with the column "prompt", held-out images'
-        " with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the ground"
-        " truth, or contexts: the run's instance prompt in 20 of them (default: what the first run"
-        " was trained on, see below).",
+        'Prompts: a shipped set; a text file; a CSV file with the column "prompt"; held-out images'
+        " with captions (mini-heldout, mini-duotone-heldout or a folder), which are then the ground"
+        " truth; or contexts, which puts the run's instance prompt into 20 contexts. The default"
+        " follows from the first run's training, see below.",
     )
     general_prompts: str | None = option(
         None,
-        "Prompts for drift, such as general; none leaves drift out (default: general for the"
-        " shipped icons, none for other runs).",
+        "Prompt set for measuring drift, such as general; none skips drift (default: general for"
+        " the shipped icons, none for other runs).",
     )
-    max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
-    seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
-    base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
-    scorer: str | None = option(None, f"{SCORERS}.")
-    captioner: str | None = option(None, f"{CAPTIONERS}.")
+    max_prompts: int | None = option(
+        None, "Use only the first prompts of each set: at most this number.", range=COUNTS
+    )
+    seeds: str = option("0,1", "Seeds of the initial noise, such as 0,1 or 0..3.")
+    base_model: str | None = option(
+        None, "Hub id, folder or mini (default: the base model of the runs)."
+    )
+    scorer: str | None = option(None, f"Model that scores: {SCORERS}.")
+    captioner: str | None = option(None, f"Model that captions images for T2T: {CAPTIONERS}.")
     image_model: str | None = option(
         None,
-        f"{IMAGE_MODELS}: likeness to held-out and training pictures by its embeddings too, which"
-        " tell subjects of one kind apart better than CLIP's.",
+        f"{IMAGE_MODELS}: also measure the likeness to held-out and training pictures by its"
+        " embeddings, which distinguish similar subjects better than CLIP's.",
     )
-    skip_captions: bool = option(False, "No captions and no T2T.")
-    control: str | None = option(None, "Compare with this label (default: the first but base).")
-    train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
+    skip_captions: bool = option(False, "Skip captions and T2T.")
+    control: str | None = option(
+        None, "Label to compare with (default: the first one that is not the base model)."
+    )
+    train_data: str | None = option(
+        None, "Training images for memorization; none skips it (default: the run's own images)."
+    )
     steps: str | None = option(None, HELP)
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling."""
+    """Options of the sampled images."""
 
     section = "images"
-    num_inference_steps: int | None = option(None, f"Steps {USUAL}.", range=SAMPLER_STEPS)
+    num_inference_steps: int | None = option(None, f"Sampler steps {USUAL}.", range=SAMPLER_STEPS)
     guidance_scale: float | None = option(
         None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
     )
-    # `usual_guidance_from`
+    # `usual_guidance_from` chooses the default.
     guidance_from: float | str | None = like(
         ImageOptions,
         "validation_guidance_from",
         default=None,
-        help="Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
-        " programs; base, the base model; or a number between 0 and 1, the adapter's strength in"
-        " that prediction. Default: 0.5, and adapter where it can't be scaled.",
+        help="Model of guidance's unconditional prediction: adapter (the adapted model, as in other"
+        " programs), base (the base model), or a number between 0 and 1 (the adapter's strength in"
+        " that prediction). Default: 0.5, or adapter if there is no guidance or the adapter can't"
+        " be scaled.",
         ignored=(),
     )
     sampling_lora: str | None = option(
         None,
-        "LoRA file, FILE or FILE:STRENGTH, that acts on all images, the base model's too, such as"
-        " Lightning; none for none. Default: the file, scheduler, steps and guidance of the runs'"
-        " validation images, where they are the same in all of them.",
+        "LoRA file (FILE or FILE:STRENGTH) that is applied to all images, including those of the"
+        " base model, such as Lightning; none for no file. Default: the LoRA file, scheduler, steps"
+        " and guidance of the runs' validation images, if all runs have the same ones.",
     )
     sampling_scheduler: str | None = option(
         None,
-        "Scheduler, as in training (docs/options.md); none for the model's. Default: as for"
+        "Scheduler, as in training (docs/options.md); none for the model's own. Default: see"
         " --sampling_lora.",
     )
-    resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
-    adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
-    batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
+    resolution: int | None = option(None, f"Side of the images in pixels {USUAL}.", range=SIDES)
+    adapter_scale: float = option(1.0, "Strength of each adapter.", range=STRENGTHS)
+    batch_size: int = option(
+        16, "Number of images that are generated before they are written to disk.", range=COUNTS
+    )
     processes: int | None = option(
-        None, "On one device (default: all cores for the miniature, else 1).", range=WORKERS
+        None,
+        "Number of processes on one device (default: one per core for the miniature on a CPU,"
+        " otherwise 1).",
+        range=WORKERS,
     )
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: accelerate's choice).")
     dtype: str | None = option(
-        None, "Of the denoiser (default: the device's best).", choices=tuple(PRECISIONS.values())
+        None,
+        "Dtype of the denoiser (default: the best one for the device).",
+        choices=tuple(PRECISIONS.values()),
     )
     base_precision: str | None = option(
         None,
-        "Merge each adapter into the denoiser and round its linear weights: to 8 to 2 bits, with a"
-        " scale for each output, or to NF4; the layers are those of --quantize nf4 (default: as"
-        " loaded, the adapter beside them).",
+        "Merge each adapter into the denoiser and round its linear weights to 8 to 2 bits,"
+        " with a scale for each output, or to NF4. The rounded layers are those of --quantize nf4"
+        " (default: no merging and no rounding).",
         choices=BASE_PRECISIONS,
     )
     weight_noise: float = option(
         0.0,
-        "Gaussian noise on the same weights, in units of each base weight's standard deviation; the"
-        " same noise for all adapters, before any rounding.",
+        "Standard deviation of Gaussian noise on the same weights, in units of each base weight's"
+        " standard deviation. Adapters are merged, and all get the same noise before any rounding.",
         range=NOISES,
     )
 
 
 def read_seeds(text: str) -> list[int]:
-    """``0,1`` or ``0..3`` as numbers."""
+    """Read seeds such as ``0,1`` or ``0..3``.
+
+    Raises:
+        UserError: the text is something else, or a seed is negative.
+    """
     seeds = read_integers(text, f'--seeds is "{text}"')
     if min(seeds) < 0:
-        raise UserError(f'--seeds is "{text}": write numbers from 0 on, such as 0,1 or 0..3.')
+        raise UserError(f'--seeds is "{text}": give numbers of at least 0, such as 0,1 or 0..3.')
     return seeds
 
 
 def base_model(subjects: Sequence[Subject], name: str | None) -> str:
-    """The base model that all subjects belong to.
+    """Return the base model that all subjects share.
 
     Args:
-        name: ``--base_model``. It is necessary if no subject names its base model, and may be a
-            local copy of the hub's model that they name.
+        subjects: all scored subjects.
+        name: value of ``--base_model``. It is required if no subject names its base model, and may
+            be a local copy of the hub model that the subjects name.
+
+    Raises:
+        UserError: the base model is unknown, or the subjects have different ones.
     """
     subject_of: dict[str, Subject] = {}  # path or hub id of a base model -> its first subject
     for subject in subjects:
@@ -171,23 +195,23 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
             f" {second.base_model}: compare adapters of one base model."
         )
     if name is None and not subject_of:
-        raise UserError("no adapter says which base model it belongs to: give --base_model.")
-    # There is at most one base model now.
+        raise UserError("no adapter names its base model: give --base_model.")
+    # At this point, there is at most one base model.
     for place, subject in subject_of.items():
         if name is None:
             name = str(subject.base_model)
-        # A hub id has a slash. The copy's content is not compared with the hub's.
+        # A hub id has a slash. The content of a local copy is not compared with the hub's.
         is_copy = Path(name).is_dir() and "/" in place and not Path(place).is_dir()
         if place != _place(name) and not is_copy:
             raise UserError(
-                f'"{subject.label}" was trained on {subject.base_model}, not on {name}: drop'
-                " --base_model, or give that."
+                f'"{subject.label}" was trained on {subject.base_model}, not on {name}: remove'
+                f" --base_model, or give {subject.base_model}."
             )
     return mini.find_embedded(str(name)) or str(name)
 
 
 def _place(base_model: str) -> str:
-    """The resolved path of a base model's folder, else its hub id."""
+    """Return the resolved path of a base model's folder, or its hub id."""
     from bilora_diffusion.image.pipeline import resolve
 
     folder = Path(resolve(base_model)).expanduser()
@@ -195,7 +219,11 @@ def _place(base_model: str) -> str:
 
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
-    """Names of scorer and captioner; None for no captions."""
+    """Return the names of the scorer and the captioner; the latter is None for no captions.
+
+    Raises:
+        UserError: an embedded model was chosen for a base model that is no miniature.
+    """
     is_miniature = base in mini.PIPELINES
     names = {}
     for flag, general_name in (("scorer", GENERAL_SCORER), ("captioner", GENERAL_CAPTIONER)):
@@ -203,7 +231,7 @@ def models(args: Namespace, base: str) -> tuple[str, str | None]:
         names[flag] = getattr(args, flag) or default
         if names[flag] == EMBEDDED and not is_miniature:
             raise UserError(
-                f"--{flag} embedded knows the miniature's icons only, and the base model is"
+                f"--{flag} embedded knows only the miniature's icons, and the base model is"
                 f' "{base}": use another, such as {general_name}.'
             )
     if args.skip_captions:
@@ -212,7 +240,7 @@ def models(args: Namespace, base: str) -> tuple[str, str | None]:
 
 
 def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Question:
-    """The scored prompts and the general ones, from the flags or the first run's training."""
+    """Choose the scored and the general prompts, from the flags or the first run's training."""
     from . import defaults
 
     if args.prompts is None:
@@ -220,11 +248,11 @@ def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Questio
     elif args.prompts == CONTEXTS:
         default = defaults.in_contexts(subjects)
     else:
-        # By the runs, whatever the given prompts ask for
+        # This depends on the runs, not on the given prompts.
         is_of_icons = defaults.learned_icons(subjects, base)
         default = defaults.Question(Path(args.prompts).name, read(args.prompts), is_of_icons)
     general_set = args.general_prompts or (GENERAL if default.is_of_icons else NONE)
-    # The general set may be given as --prompts, and is then scored.
+    # A general set that is given as --prompts is scored like any other.
     prompts = [replace(prompt, general=False) for prompt in default.prompts[: args.max_prompts]]
     if general_set != NONE:
         for prompt in read(general_set)[: args.max_prompts]:
@@ -233,10 +261,13 @@ def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Questio
 
 
 def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sampling:
-    """Sampling by the flags, and where these are not given as is usual for the base model.
+    """Make the sampling parameters from the flags, the runs, and the base model's defaults.
 
     Args:
-        subjects: all that are sampled. If each was trained towards guidance, the default is none.
+        args: the command's options.
+        base: the base model.
+        subjects: all sampled subjects. If every adapter was trained with ``--guided_target``, the
+            default is no guidance.
     """
     from .sampling import Sampling
 
@@ -277,26 +308,27 @@ def sampling(args: Namespace, base: str, subjects: Sequence[Subject] = ()) -> Sa
 
 
 def check_perturbation(args: Namespace) -> None:
-    """Refuse perturbed weights where they can't be made."""
+    """Raise UserError if the weights can't be perturbed with these options."""
     if args.base_precision == NF4:
-        require("bitsandbytes>=0.50", "--base_precision nf4")  # older ones are for CUDA only
+        require("bitsandbytes>=0.50", "--base_precision nf4")  # older versions need CUDA
     flag = "--base_precision" if args.base_precision else "--weight_noise"
     if is_perturbed(args) and args.guidance_from not in (None, ADAPTER_GUIDANCE):
         raise UserError(
-            f"{flag} merges the adapter into the base weights, and --guidance_from"
-            f" {args.guidance_from} weakens it in a part of the predictions: drop one of the two."
+            f"{flag} merges the adapter into the base weights, but --guidance_from"
+            f" {args.guidance_from} weakens the adapter in the unconditional prediction: remove"
+            " one of the two."
         )
 
 
 def is_perturbed(args: Namespace) -> bool:
-    """Test that the adapters are merged into rounded or noisy weights."""
+    """Return whether the adapters are merged into rounded or noisy weights."""
     return args.base_precision is not None or args.weight_noise > 0
 
 
 def usual_guidance_from(args: Namespace, subjects: Sequence[Subject]) -> float | str:
-    """The strength where none is given, of subjects that are sampled with guidance.
+    """Return the default of ``--guidance_from`` for subjects that are sampled with guidance.
 
-    It is the same for all of them, and 1 where one has no adapter that can be scaled.
+    All subjects get the same value: "adapter" if any of them has no adapter that can be scaled.
     """
     if is_perturbed(args) or any(subject.is_whole_model for subject in subjects):
         return ADAPTER_GUIDANCE
@@ -304,7 +336,7 @@ def usual_guidance_from(args: Namespace, subjects: Sequence[Subject]) -> float |
 
 
 def run_sampler(args: Namespace, subjects: Sequence[Subject]) -> RunSampler:
-    """LoRA file and scheduler of the flags; without these flags, the sampler of the runs."""
+    """Return the LoRA file and scheduler of the flags; without these flags, the runs' sampler."""
     if args.sampling_lora is None and args.sampling_scheduler is None:
         adapters = [subject for subject in subjects if subject.kind != BASE]
         return sampler_of_runs([subject.record.get("config", {}) for subject in adapters])
@@ -316,36 +348,36 @@ def run_sampler(args: Namespace, subjects: Sequence[Subject]) -> RunSampler:
 
 
 def needs_no_guidance(subjects: Sequence[Subject]) -> bool:
-    """Test that all adapters were trained towards guidance (``--guided_target``)."""
+    """Return whether all adapters were trained towards guidance (``--guided_target``)."""
     adapters = [subject for subject in subjects if subject.kind != BASE]
     return bool(adapters) and all(subject.guided_target > 1 for subject in adapters)
 
 
 def strength_note(args: Namespace, sampling: Sampling) -> str:
-    """A sentence for a strength that nobody gave; "" otherwise."""
+    """Return a note if the default strength of ``--guidance_from`` is used; "" otherwise."""
     if args.guidance_from is not None or sampling.guidance_from == ADAPTER_GUIDANCE:
         return ""
     return (
-        "In guidance's unconditional prediction adapters have a strength of"
-        f" {EVALUATED_STRENGTH:g}, which keeps more of a style; with --guidance_from adapter they"
-        " are sampled as in other programs."
+        "In guidance's unconditional prediction, adapters have a strength of"
+        f" {EVALUATED_STRENGTH:g}, which preserves more of a style. To sample as other programs do,"
+        " give --guidance_from adapter."
     )
 
 
 def guidance_note(args: Namespace, subjects: Sequence[Subject]) -> str:
-    """A sentence for a default scale that is not the one of every subject; "" otherwise."""
+    """Return a note if the default guidance scale does not suit every subject; "" otherwise."""
     guided = [subject.label for subject in subjects if subject.guided_target > 1]
     if args.guidance_scale is not None or not guided or needs_no_guidance(subjects):
         return ""
     return (
         f"{', '.join(guided)}: trained towards guidance (--guided_target) and meant to be sampled"
-        " without it. All images here have the base model's usual guidance: compare with"
-        " --guidance_scale 1 too."
+        " without it. All images here use the base model's usual guidance: also compare with"
+        " --guidance_scale 1."
     )
 
 
 def usual(model: BaseModel) -> tuple[int, float]:
-    """Steps and guidance scale of a base model's images by default."""
+    """Return the default number of steps and guidance scale for a base model."""
     steps, guidance = model.usual_sampling
     if model.name in mini.PIPELINES:
         guidance = MINI_GUIDANCE

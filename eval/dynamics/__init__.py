@@ -1,13 +1,13 @@
-"""Movement of the adapters while they are trained: Figures 2, A2 and A4 from recorded runs.
+"""Movement of the adapters during training: the paper's Figures 2, A2 and A4 from recorded runs.
 
     python -m eval.dynamics runs/lora-sam runs/bilora
     python -m eval.dynamics runs/bilora-seed0 runs/bilora-seed1 runs/bilora-10x-seed0 \\
         --output_dir results/dynamics
     python -m eval.dynamics --group "eta_2 = eta_1=runs/a,runs/b" --group "10 eta_1=runs/c,runs/d"
 
-The runs have to be trained with --log_dynamics. Runs of one method and setting that differ in the
-seed are repeats; the others are told apart by what differs in their settings.
-Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG.
+The runs must be trained with --log_dynamics. Runs with the same method and settings but different
+seeds are repeats; other runs are labeled by the settings that differ.
+Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG files.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from ..results.report import Column
 from ..results.table import Result, Row
 from ..subjects import Subject, by_group
 
-# Options that the result names for each group
+# Options that the settings of the result contain for each group
 COMPARED_OPTIONS = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
 
 
 class Dynamics(Evaluation):
-    """The recorded curves of each run over all layers, cosines to its final weights, key figures.
+    """The recorded curves of each run, cosines with its final weights, and key figures.
 
-    Runs of LoRA-SAM also have the curves of some single layers, whose names are the rows' items.
+    The curves are over all layers. For LoRA-SAM, some single layers have curves too; the item of
+    their rows is the name of the layer.
 
-    ``settings``: ``level``, the cosine at which weights count as settled; ``steps`` and ``options``
-    (learning rates, ranks and radius) of each group.
+    ``settings``:
+
+    - ``level``: minimum cosine of settled weights;
+    - ``steps``: group -> last recorded step;
+    - ``options``: group -> learning rates, ranks and radius.
     """
 
     name = "dynamics"
@@ -45,13 +49,13 @@ class Dynamics(Evaluation):
         from . import curves
 
         groups = by_group(subjects)
-        self.layers: dict[str, list[str]] = {}  # group -> layers with curves of their own
+        self.layers: dict[str, list[str]] = {}  # group -> layers with separate curves
         self.curves: dict[str, dict[str, curves.RunCurves]] = {}  # run -> layer or "all" -> curves
         steps: dict[str, int] = {}
         options: dict[str, dict[str, object]] = {}
         for group, runs in groups.items():
             self.layers[group] = []
-            # Figure A4 shows single layers of LoRA-SAM only.
+            # Figure A4 shows single layers for LoRA-SAM only.
             if runs[0].method == "lora-sam":
                 self.layers[group] = curves.spread(curves.layer_names(runs[0]))
             recorded_steps, last_steps = [], []
@@ -84,7 +88,7 @@ class Dynamics(Evaluation):
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         from . import curves, figures
 
-        # Key figures are of single runs, so they are rows, and the summaries average them too.
+        # Key figures belong to single runs: they become rows, so the summaries average them too.
         rows += curves.summarize_curves(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
@@ -95,9 +99,9 @@ class Dynamics(Evaluation):
 
     def introduction(self, result: Result) -> str:
         return (
-            f"Of all layers as one vector; mean over seeds with {report.INTERVALS}. Cosines are to"
-            ' the last recorded weights, so they end at 1; "settled" is the step from which on a'
-            f" cosine stays at {result.settings['level']:g} or above."
+            f"All layers form one vector. Values are means over seeds with {report.INTERVALS}."
+            " Cosines are taken with the last recorded weights, so they end at 1. A cosine has"
+            f' "settled" at the step from which it stays at {result.settings["level"]:g} or above.'
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -110,20 +114,20 @@ class Dynamics(Evaluation):
             running = [run.label for run in runs if not run.finished]
             if running:
                 self.notes.append(
-                    f"{label}: not finished ({', '.join(running)}), so the last snapshot stands for"
-                    " the final weights."
+                    f"{label}: not finished ({', '.join(running)}), so the last snapshot is used"
+                    " instead of the final weights."
                 )
             if len(runs) == 1:
                 self.notes.append(f"{label}: one seed, so there are no bands and no intervals.")
         if any(runs[0].method == "lora-sam" for runs in groups.values()):
             self.notes.append(
-                "Terms of Eq. 5 are taken at the perturbation, so before the step's update; a ratio"
-                " is left out where e_B e_A is zero (the first step, when B is zero)."
+                "The terms of Eq. 5 are measured at the perturbation, before the step's update. A"
+                " ratio is left out if e_B e_A is zero (the first step, when B is zero)."
             )
 
 
 def compared_options(run: Subject) -> dict[str, object]:
-    """Learning rates, ranks and radius of a run, as far as its method reads them."""
+    """Return a run's learning rates, ranks and radius, if its method reads them."""
     method = methods.get(str(run.method))
     read_options = {*method.reads, "rank", "learning_rate"}
     names = [name for name in COMPARED_OPTIONS if name in read_options]

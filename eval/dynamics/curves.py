@@ -1,4 +1,4 @@
-"""One run's dynamics as curves: recorded norms, cosines to the final weights, and summary values,
+"""Curves of one run's dynamics: recorded norms, cosines with the final weights, and summary values
 such as the step at which weights settle.
 """
 
@@ -34,43 +34,45 @@ from ..results.table import Row
 from ..subjects import Subject
 
 ALL_LAYERS = "all"
-# Vectors of which cosines are taken: A, B, both, or B A; all chosen layers form one vector
+# Vectors for cosines: A, B, both, or B A; all chosen layers form one vector
 QUANTITIES = ("A", "B", "factors", "product")
-# Adapter -> its part in the names of curves
+# Name of an adapter -> prefix of its curves' names
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
-# The auxiliary's cosine to the primary's final weights
+# Prefix for cosines between the auxiliary and the primary's final weights
 CROSS = "auxiliary_to_primary"
-# Curves in ``metrics.jsonl``; the others are in the snapshots
+# Curves from ``metrics.jsonl``; the others come from the snapshots
 LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
-# Curves of single layers that are shown (Fig. A4)
+# Curves that are shown for single layers (Figure A4)
 OF_LAYERS = (*NORMS, RATIO)
 # Ratio of Eq. 5's terms above which the third term counts as negligible
 NEGLIGIBLE = 1e4
-# Layers of a group that have curves of their own
+# Number of layers of a group that have separate curves
 SMALL_MULTIPLES = 4
-# Cosine to the final weights at which weights count as settled
+# Minimum cosine of settled weights with the final weights
 SETTLED_COSINE = 0.9
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """Curves of one run over some layers."""
+    """Curves of one run for some layers."""
 
-    # Name -> step -> value, None where it is not defined. The names of cosines are "primary/A",
-    # "auxiliary/product", "auxiliary_to_primary/product" and so on.
+    # Name -> step -> value, which is None if it is not defined. Examples of cosines' names are
+    # "primary/A", "auxiliary/product" and "auxiliary_to_primary/product".
     values: dict[str, dict[int, float | None]]
-    # Step -> Figure 2b's ratio of each layer, None where it is not defined; {} but for LoRA-SAM
+    # Step -> ratio of Figure 2b for each layer, which is None if it is not defined; only recorded
+    # for LoRA-SAM, {} otherwise
     layer_ratios: dict[int, list[float | None]]
-    # "column_overlap" and "row_overlap" of random subspaces, the mean of max(r1, r2) / d over the
-    # layers; {} without an auxiliary
+    # Expected "column_overlap" and "row_overlap" of random subspaces: max(r1, r2) / d, mean over
+    # the layers; {} without an auxiliary
     chance: dict[str, float]
 
     def layer_summary(self) -> dict[str, float | None]:
-        """Summary values that are computed layer by layer.
+        """Return summary values that are computed for each layer separately.
 
-        "layer_ratio": each layer's median ratio over the steps that have one, then the median over
-        layers. "layers_above": share of the layers whose median is above ``NEGLIGIBLE``. "chance
-        column_overlap" and "chance row_overlap": overlap of random subspaces of these sizes.
+        - "layer_ratio": the median over layers of each layer's median ratio over steps.
+        - "layers_above": the share of layers whose median ratio is above ``NEGLIGIBLE``.
+        - "chance column_overlap", "chance row_overlap": the overlap of random subspaces with the
+          same dimensions.
         """
         summary: dict[str, float | None] = {}
         for name, value in self.chance.items():
@@ -79,7 +81,7 @@ class RunCurves:
             return summary
         medians = []
         for ratios in zip(*self.layer_ratios.values(), strict=True):
-            # The ratios are those of one layer at all steps.
+            # The ratios of one layer at all steps
             defined = [ratio for ratio in ratios if ratio is not None]
             if defined:
                 medians.append(median(defined))
@@ -92,12 +94,16 @@ class RunCurves:
 
 
 def layer_names(run: Subject) -> list[str]:
-    """Names of the layers of a recorded run."""
+    """Return the names of the layers of a recorded run."""
     return snapshots.read(_snapshot_files(run)[-1]).names
 
 
 def _snapshot_files(run: Subject) -> list[Path]:
-    """The snapshots of a run by step; refused if there are fewer than two."""
+    """Return the files of a run's snapshots, sorted by step.
+
+    Raises:
+        UserError: the run has fewer than two snapshots.
+    """
     files: list[Path] = []
     if run.folder is not None:
         files = list(snapshots.steps(run.folder).values())
@@ -108,38 +114,46 @@ def _snapshot_files(run: Subject) -> list[Path]:
 
 
 def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
-    """About ``count`` of the layers, evenly spaced, the first and the last among them."""
+    """Return ``count`` evenly spaced layers, including the first and last, or all if fewer."""
     if len(names) <= count:
         return list(names)
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
 def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
-    """The curves of a run, by layer: ``ALL_LAYERS`` of all together, and those of single layers."""
+    """Read the curves of a run.
+
+    Args:
+        run: run with recorded dynamics.
+        layers: names of layers that get separate curves.
+
+    Returns:
+        ``ALL_LAYERS`` or the name of a layer -> curves.
+    """
     files = _snapshot_files(run)
     final = snapshots.read(files[-1])
     indices_of = {ALL_LAYERS: list(range(len(final.names)))}  # positions in a snapshot
     for layer in layers:
         if layer not in final.names:
-            raise UserError(f"{run.folder} lacks {layer} of its group: leave it out.")
+            raise UserError(f"{run.folder} lacks {layer}, unlike its group: leave this run out.")
         indices_of[layer] = [final.names.index(layer)]
     curves: dict[str, RunCurves] = {}
     for name, indices in indices_of.items():
         curves[name] = RunCurves({}, {}, _chance_overlaps(final, indices))
     for file in files:
-        # One snapshot and the last one are in memory at a time.
+        # Only one snapshot and the last one are in memory at a time.
         snapshot = final if file == files[-1] else snapshots.read(file)
         if snapshot.names != final.names:
-            raise UserError(f"{file} has other layers than {files[-1].name}: train again.")
+            raise UserError(f"{file} has different layers than {files[-1].name}: train again.")
         step = snapshot.step
         for name, indices in indices_of.items():
-            # Norms and cosines are of these layers as one vector.
+            # For norms and cosines, these layers form one vector.
             layer_values = {key: values[indices] for key, values in snapshot.layers.items()}
             totals_by_name = totals(layer_values) | _cosines(snapshot, final, indices)
             for key, value in totals_by_name.items():
                 curves[name].values.setdefault(key, {})[step] = value
             if FIRST_ORDER in layer_values:
-                # Figure 2b: ||B e_A + e_B A|| / ||e_B e_A|| of each layer
+                # Figure 2b: ||B e_A + e_B A|| / ||e_B e_A|| for each layer
                 ratios = (layer_values[FIRST_ORDER] / layer_values[TERMS[-1]]).tolist()
                 finite_ratios = [ratio if math.isfinite(ratio) else None for ratio in ratios]
                 curves[name].layer_ratios[step] = finite_ratios
@@ -154,7 +168,10 @@ def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
 def _cosines(
     snapshot: Snapshot, final: Snapshot, indices: Sequence[int]
 ) -> dict[str, float | None]:
-    """Cosines of each adapter to its final weights, and of the auxiliary to the primary's."""
+    """Return the cosines of each adapter with its final weights, and between the adapters.
+
+    Between the adapters, the auxiliary is compared with the primary's final weights.
+    """
     pairs = {}
     for adapter, factors in snapshot.factors.items():
         pairs[NAMES[adapter]] = (factors, final.factors[adapter])
@@ -169,9 +186,9 @@ def _cosines(
 
 
 def cosines(left: Sequence[Factors], right: Sequence[Factors]) -> dict[str, float | None]:
-    """Cosine of two adapters by each of ``QUANTITIES``, all layers as one vector.
+    """Return the cosine between two adapters for each of ``QUANTITIES``; layers form one vector.
 
-    None where one of them is zero; for A, B and factors also where the ranks differ.
+    A cosine is None if one of the vectors is zero; for A, B and factors, also if the ranks differ.
     """
     values: dict[str, float | None] = dict.fromkeys(QUANTITIES)
     if all(f.A.shape == g.A.shape for f, g in zip(left, right, strict=True)):
@@ -181,7 +198,7 @@ def cosines(left: Sequence[Factors], right: Sequence[Factors]) -> dict[str, floa
         values["B"] = _cosine(dots_B)
         # (A, B) as one vector: the inner products add up.
         values["factors"] = _cosine(dots_A + dots_B)
-    # <B A, B' A'> without the products in memory
+    # <B A, B' A'> without computing the products B A and B' A'
     pairs = ((left, right), (left, left), (right, right))
     products = [float(inner_products(first, second).sum()) for first, second in pairs]
     values["product"] = _cosine(torch.tensor(products, dtype=torch.float64))
@@ -189,28 +206,29 @@ def cosines(left: Sequence[Factors], right: Sequence[Factors]) -> dict[str, floa
 
 
 def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """<v, w>, <v, v> and <w, w> of all tensors as one vector, (3,), in float64."""
+    """Return <v, w>, <v, v> and <w, w>, (3,), in float64; all tensors of a side form one vector."""
     v = torch.cat([tensor.double().flatten() for tensor in left])
     w = torch.cat([tensor.double().flatten() for tensor in right])
     return torch.stack([v @ w, v @ v, w @ w])
 
 
 def _cosine(dots: Tensor) -> float | None:
-    """<v, w> / (||v|| ||w||) from the result of `_dots`; None if a vector is zero."""
+    """Return <v, w> / (||v|| ||w||) from the result of `_dots`; None if a vector is zero."""
     inner, left, right = dots.tolist()
-    length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may leave less than zero
+    length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may give negative values
     if not length > 0:  # zero, or NaN
         return None
     return inner / length
 
 
 def _chance_overlaps(final: Snapshot, indices: Sequence[int]) -> dict[str, float]:
-    """Overlap of two random subspaces of the layers' sizes, max(r1, r2) / d; mean over layers."""
+    """Return the expected overlaps of random subspaces, max(r1, r2) / d, as means over layers."""
     if AUXILIARY not in final.factors:
         return {}
     columns, rows = [], []
-    # Two random subspaces of dimensions r1 and r2 in d dimensions have r1 r2 / d squared cosines in
-    # the mean; divided by the number of angles, min(r1, r2), this is max(r1, r2) / d.
+    # For random subspaces with dimensions r1 and r2 in d dimensions, the squared cosines of the
+    # principal angles have an expected sum of r1 r2 / d. Divided by the number of angles, which is
+    # min(r1, r2), this is max(r1, r2) / d.
     for i in indices:
         primary, auxiliary = final.factors[PRIMARY][i], final.factors[AUXILIARY][i]
         rank = max(primary.A.shape[0], auxiliary.A.shape[0])
@@ -220,19 +238,20 @@ def _chance_overlaps(final: Snapshot, indices: Sequence[int]) -> dict[str, float
 
 
 def summarize_curves(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
-    """Summary values of each run's curves, at the steps that all runs of its group have.
+    """Return summary values of each run's curves, at the steps that all runs of its group have.
 
-    - Cosine to the adapter's own final weights: "settled NAME", the step from which on it is
-      ``SETTLED_COSINE`` or more; "start NAME", its first value; "lag product" and "lag factors",
-      how many steps later the auxiliary settles; "share ...", after which share of all steps it
-      does.
-    - Ratio of Eq. 5's terms: "lowest", "median" and "highest".
-    - Cosine to the primary's final weights: "largest" by absolute value.
-    - Overlaps, cosine and gain: "final" and "mean".
+    - For cosines with the adapter's own final weights: "settled NAME", the step from which the
+      cosine stays at ``SETTLED_COSINE`` or above; "start NAME", the first value; "lag product" and
+      "lag factors", the number of steps by which the auxiliary settles later than the primary;
+      "share product" and "share factors", the step at which the auxiliary settles, as a share of
+      all steps.
+    - For the ratio of Eq. 5's terms: "lowest", "median" and "highest".
+    - For the auxiliary's cosines with the primary's final weights: "largest", by absolute value.
+    - For overlaps, the cosine of the products, and the gain: "final" and "mean".
 
     Args:
-        rows: the curves.
-        steps: number of steps of each group.
+        rows: values of the curves.
+        steps: group -> number of steps.
     """
     # (group, metric) -> run -> step -> row
     curves: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
@@ -254,7 +273,7 @@ def summarize_curves(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]
 
 
 def _summarize_curve(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
-    """Summary values of one curve; {} if its metric has none."""
+    """Return the summary values of one curve; {} if its metric has none."""
     values = [row.value for row in points if row.value is not None]
     if metric == RATIO:
         return {
@@ -267,7 +286,7 @@ def _summarize_curve(metric: str, points: Sequence[Row]) -> dict[str, float | No
     if metric in (GAIN, COLUMNS, ROWS, COSINE):
         if not values:
             return {"final": None, "mean": None}
-        # The last value that is defined
+        # "final" is the last defined value.
         return {"final": values[-1], "mean": sum(values) / len(values)}
     if "/" in metric and not metric.startswith(CROSS):
         steps = [row.step or 0 for row in points]
@@ -278,7 +297,7 @@ def _summarize_curve(metric: str, points: Sequence[Row]) -> dict[str, float | No
 
 
 def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
-    """The values "lag" and "share" of each auxiliary, see `summarize_curves`."""
+    """Return the values "lag" and "share" of each auxiliary; see `summarize_curves`."""
     settled = {(row.subject, row.metric): row.value for row in rows}
     summary_rows = []
     for row in rows:
@@ -297,10 +316,17 @@ def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
 
 
 def settles(steps: Sequence[int], values: Sequence[float | None], threshold: float) -> float | None:
-    """The step from which on a curve stays at ``threshold`` or above.
+    """Return the step from which a curve stays at ``threshold`` or above.
 
-    It is interpolated linearly between the last point below the threshold and the next one.
-    It is the first step with a value if no point is below; None if the last point is.
+    Args:
+        steps: steps of the points, in ascending order.
+        values: values at these steps; None for a value that is not defined.
+        threshold: the threshold.
+
+    Returns:
+        The step, interpolated linearly between the last point below the threshold and the next
+        point; the first step with a value if no point is below the threshold; None if the last
+        point is below it, or if there is no value.
     """
     points = []
     for step, value in zip(steps, values, strict=True):

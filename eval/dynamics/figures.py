@@ -1,4 +1,4 @@
-"""The paper's Figures 2, A2 and A4, a figure of the auxiliary, and tables of key figures."""
+"""The paper's Figures 2, A2 and A4, a figure on the auxiliary, and tables of key figures."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ from ..results.report import Column
 from ..results.table import Metric, Result
 from .curves import CROSS, NEGLIGIBLE
 
-# Label and color of each of the `TERMS` of Eq. 5
+# Label -> color, for the `TERMS` of Eq. 5 in this order
 TERM_COLORS = {
     r"$\|B\epsilon_A\|_F$": "tab:red",
     r"$\|\epsilon_B A\|_F$": "tab:blue",
     r"$\|\epsilon_B \epsilon_A\|_F$": "tab:green",
 }
 RATIO_TITLE = r"$\|B\epsilon_A + \epsilon_B A\|_F \,/\, \|\epsilon_B \epsilon_A\|_F$"
-# Name of a cosine -> its label and color in Figure A2
+# Prefix of a cosine's name -> label and color in Figure A2
 ROLES = {
     "primary": ("primary", "tab:red"),
     "auxiliary": ("auxiliary", "tab:blue"),
-    CROSS: ("auxiliary to the primary's", "tab:green"),
+    CROSS: ("auxiliary with the primary's", "tab:green"),
 }
-# Quantity -> its title
+# Quantity -> title
 QUANTITIES = {"product": "B A", "factors": "A and B", "A": "A", "B": "B"}
 
 
 def metrics() -> dict[str, Metric]:
-    """Titles and forms of the key figures."""
+    """Return titles and formats of the key figures."""
     titles = {}
     for adapter in ("primary", "auxiliary"):
         for quantity, title in QUANTITIES.items():
-            titles[f"settled {adapter}/{quantity}"] = f"{title} settled"
+            titles[f"settled {adapter}/{quantity}"] = f"{title} settled at step"
     for figure in ("lowest", "median", "highest"):
-        titles[f"{figure} {RATIO}"] = f"ratio, {figure} step"
+        titles[f"{figure} {RATIO}"] = f"{figure} ratio over steps"
     titles |= {
         "lag product": "steps after the primary's B A",
-        "layer_ratio": "median single layer",
+        "layer_ratio": "median ratio over layers",
         f"final {COLUMNS}": "Col(B) overlap",
-        f"chance {COLUMNS}": "of random ones",
+        f"chance {COLUMNS}": "random Col(B) overlap",
         f"final {ROWS}": "Row(A) overlap",
-        f"chance {ROWS}": "of random ones",
-        f"final {COSINE}": "cosine of B A",
-        f"largest {CROSS}/product": "largest cosine to the primary's final B A",
-        f"largest {CROSS}/factors": "the same of A and B",
+        f"chance {ROWS}": "random Row(A) overlap",
+        f"final {COSINE}": "cosine of B1 A1 and B2 A2",
+        f"largest {CROSS}/product": "largest cosine with the primary's final B A",
+        f"largest {CROSS}/factors": "largest cosine with the primary's final A and B",
         f"mean {GAIN}": "ascent gain, mean over steps",
     }
     metrics = {name: Metric(title, higher_is_better=None) for name, title in titles.items()}
     metrics["start primary/A"] = Metric("A at start", form=".2f")
     metrics["start auxiliary/A"] = Metric("A at start", form=".2f")
-    above_title = f"% of layers above {NEGLIGIBLE:.0f}"
-    metrics["share product"] = Metric("% of the steps before it", scale=100, form=".0f")
+    above_title = f"% of layers with a ratio above {NEGLIGIBLE:.0f}"
+    metrics["share product"] = Metric("% of all steps until B A settled", scale=100, form=".0f")
     metrics["layers_above"] = Metric(above_title, scale=100, form=".0f")
     return metrics
 
 
 def columns(result: Result) -> dict[str, list[Column]]:
-    """Title of each table -> its columns, of the tables whose first metric was measured."""
+    """Return the columns of each table by title, for tables whose first metric was measured."""
     steps = " or ".join(map(str, sorted(set(result.settings["steps"].values()))))
     primary = [f"settled primary/{quantity}" for quantity in QUANTITIES]
     primary.append("start primary/A")
     auxiliary = [f"settled auxiliary/{quantity}" for quantity in QUANTITIES]
     auxiliary += ["start auxiliary/A", "lag product", "share product"]
     tables = {
-        f"Primary, of {steps} steps": primary,
-        f"Auxiliary, of {steps} steps": auxiliary,
+        f"Primary ({steps} steps)": primary,
+        f"Auxiliary ({steps} steps)": auxiliary,
         "LoRA-SAM: terms of Eq. 5": [
             f"lowest {RATIO}",
             f"median {RATIO}",
@@ -94,7 +94,7 @@ def columns(result: Result) -> dict[str, list[Column]]:
 
 
 def panels(result: Result) -> dict[str, list[list[Panel]]]:
-    """Name of each picture that these runs have something for -> its rows of panels."""
+    """Return the rows of panels of each picture by name, for pictures that have any curves."""
     sam_rows, layer_rows = [], []
     groups_with_auxiliary = []
     for group in result.groups:
@@ -114,7 +114,7 @@ def panels(result: Result) -> dict[str, list[list[Panel]]]:
 
 
 def _terms(group: str, title: str, layer: str = "") -> Panel:
-    """Norms of the three terms of Eq. 5, of a layer or, by default, of all layers."""
+    """Return a panel with the norms of Eq. 5's three terms, for a layer or ("") for all layers."""
     curves = []
     for name, (label, color) in zip(TERMS, TERM_COLORS.items(), strict=True):
         curves.append(Curve(group, name, layer, label, color))
@@ -122,25 +122,25 @@ def _terms(group: str, title: str, layer: str = "") -> Panel:
 
 
 def _ratio(group: str, title: str, layer: str = "") -> Panel:
-    """Ratio of Eq. 5's terms, of a layer or, by default, of all layers."""
+    """Return a panel with the ratio of Eq. 5's terms, for a layer or ("") for all layers."""
     return Panel(title, RATIO_TITLE, [Curve(group, RATIO, layer, color="tab:purple")], log=True)
 
 
 def _lora_sam(group: str) -> list[Panel]:
-    """Figure 2."""
+    """Return the panels of Figure 2 for one group."""
     curves = [
         Curve(group, "primary/A", label="A", color="tab:blue"),
         Curve(group, "primary/B", label="B", color="tab:red"),
     ]
     return [
         _terms(group, f"{group}: norms of Eq. 5, all layers"),
-        _ratio(group, "their ratio"),
-        Panel("cosine to the final weights", "cosine", curves),
+        _ratio(group, "ratio of Eq. 5's terms"),
+        Panel("cosine with the final weights", "cosine", curves),
     ]
 
 
 def _layers(result: Result, group: str) -> list[list[Panel]]:
-    """Figure A4: norms above, ratio below, a column for each layer."""
+    """Return Figure A4 for one group: norms above ratios, with a column for each layer."""
     items = [line.item for line in result.summaries if line.group == group]
     layers = [item for item in dict.fromkeys(items) if item]
     return [
@@ -150,7 +150,7 @@ def _layers(result: Result, group: str) -> list[list[Panel]]:
 
 
 def _convergence(result: Result) -> list[list[Panel]]:
-    """Figure A2: a panel for each group, three in a row."""
+    """Return Figure A2: a panel for each group, three in a row."""
     styles = {"product": "-", "factors": "--"}
     group_panels = []
     for group in result.groups:
@@ -162,12 +162,12 @@ def _convergence(result: Result) -> list[list[Panel]]:
                 if result.curve(group, metric):
                     curves.append(Curve(group, metric, "", label, color, style))
         title = f"{group}\n{_rates(result, group)}all layers"
-        group_panels.append(Panel(title, "cosine to the final weights", curves, lines=[0]))
+        group_panels.append(Panel(title, "cosine with the final weights", curves, lines=[0]))
     return [group_panels[start : start + 3] for start in range(0, len(group_panels), 3)]
 
 
 def _rates(result: Result, group: str) -> str:
-    """Both learning rates for a title; "" without an auxiliary."""
+    """Return both learning rates as a part of a title; "" without an auxiliary."""
     options = result.settings["options"][group]
     rate, auxiliary_rate = options["learning_rate"], options.get("auxiliary_learning_rate")
     if auxiliary_rate is None:
@@ -176,7 +176,7 @@ def _rates(result: Result, group: str) -> str:
 
 
 def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
-    """Overlap of the subspaces, cosine of the products, ascent gain, and norm against rho."""
+    """Return panels on the auxiliary: subspace overlap, cosine of products, ascent gain, norm."""
     overlaps, norms, cosines, gains = [], [], [], []
     chances, radii = [], []  # horizontal lines
     for group in groups:
@@ -196,7 +196,7 @@ def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
     overlap_title = "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers"
     overlap_label = "mean squared cosine of principal angles"
     gain_title = r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$"
-    norm_title = r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed"
+    norm_title = r"$\|s_2 B_2 A_2\|_F$ : after projection solid, before it dashed"
     upper_row = [
         Panel(overlap_title, overlap_label, overlaps, lines=chances),
         Panel("cosine of B1 A1 and B2 A2", "cosine", cosines, lines=[0]),

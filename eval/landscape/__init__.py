@@ -1,14 +1,14 @@
-"""Flatness of the minima that runs end in (the paper's Fig. 3): loss around them, sharpness.
+"""Flatness of the minima that runs reach (the paper's Figure 3): loss around them, and sharpness.
 
     python -m eval.landscape runs/lora runs/bilora
     python -m eval.landscape runs/sweep/method-*/ --output_dir results/landscape
     python -m eval.landscape base --group "rho 0.05=runs/a,runs/b" --group "rho 1=runs/c,runs/d"
     python -m eval.landscape runs/lora --directions 1 --points 5 --grid 0 --max_images 2 --levels 1
 
-The training loss along filter-normalized random directions and on a plane of two, and the largest
-loss within a ball (SAM sharpness); all of them in the space of the LoRA factors and in that of the
-model's own weights. Runs of one method and setting that differ in the seed are repeats. What was
-measured is cached, so an interrupted command goes on where it stopped.
+Measures the training loss along filter-normalized random directions and on the plane of two of
+them, and the largest loss within a ball (SAM sharpness), in the space of the LoRA factors and in
+the space of the model's own weights. Runs with the same method and settings but different seeds are
+repeats. Measurements are cached, so the same command resumes after an interruption.
 
 Writes rows.csv, summary.csv, result.json, report.md, landscape.png and landscape_grid.png.
 """
@@ -35,12 +35,12 @@ from ..results.table import Metric, Result, Row
 from ..subjects import Subject, by_group, gather
 from .figures import TITLES, draw
 
-if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for torch
+if TYPE_CHECKING:  # imported inside functions, so that --help does not wait for torch
     from .points import Model
     from .surface import Loss, Weight
 
 SPACES = tuple(TITLES)
-# Losses at some positions; None where one is not finite.
+# Losses at a list of positions; None for a loss that is not finite
 LossValues = Sequence[float | None]
 
 
@@ -50,44 +50,60 @@ class LandscapeOptions:
 
     section = "measurement"
     control: str | None = option(None, "Group to compare with (default: the first).")
-    space: str = option("lora,full", "lora, full, or both with a comma.")
-    directions: int = option(3, "Random directions of each profile.", range=COUNTS)
-    radius: float = option(1.0, "Radius of profiles and plane in the LoRA space.", range=POSITIVE)
-    full_radius: float = option(0.3, "The same in the full space.", range=POSITIVE)
-    points: int = option(21, "Points of each profile, an odd number.", range=COUNTS)
+    space: str = option("lora,full", "Space to measure in: lora, full, or both (lora,full).")
+    directions: int = option(3, "Number of random directions in each space.", range=COUNTS)
+    radius: float = option(
+        1.0, "Radius of the profiles and the plane in the LoRA space.", range=POSITIVE
+    )
+    full_radius: float = option(
+        0.3, "Radius of the profiles and the plane in the full space.", range=POSITIVE
+    )
+    points: int = option(21, "Number of points of each profile; odd.", range=COUNTS)
     grid: int = option(
         11,
-        "Points of the axes of the plane of each group's first run, odd; 0 for none.",
+        "Number of points on each axis of the plane, which is measured for the first run of each"
+        " group; odd, or 0 for no plane.",
         range=COUNTS.or_zero,
     )
-    rho: float = option(0.05, "Radius of the SAM sharpness.", range=POSITIVE)
-    ascent_steps: int = option(10, "Steps of its gradient ascent.", range=COUNTS)
+    rho: float = option(0.05, "Radius of the ball of the SAM sharpness.", range=POSITIVE)
+    ascent_steps: int = option(
+        10, "Number of gradient ascent steps for the sharpness.", range=COUNTS
+    )
     max_images: int = option(
-        8, "The first so many images of the loss; 0 for all.", range=COUNTS.or_zero
+        8,
+        "Number of training images in the loss, starting with the first; 0 for all.",
+        range=COUNTS.or_zero,
     )
     levels: int = option(
-        4, "Noise levels of the loss.", range=replace(COUNTS, maximum=NOISE_LEVELS)
+        4, "Number of noise levels in the loss.", range=replace(COUNTS, maximum=NOISE_LEVELS)
     )
-    seed: int = option(0, "Seed of the directions.")
-    device: str | None = option(None, "cpu, cuda, cuda:1 (default: a GPU if there is one).")
+    seed: int = option(0, "Seed of the random directions.")
+    device: str | None = option(
+        None, "Device, such as cpu, cuda or cuda:1 (default: a GPU if there is one)."
+    )
 
 
 class Landscape(Evaluation):
     """The loss around the weights of each subject; the item of a row is the space.
 
-    Rows "profile" hold the loss at each of the ``positions`` along each direction, in this order;
-    rows "plane" hold it on the plane of the first two directions, row by row, at the
-    ``grid_positions``.
+    Rows with the metric "profile" contain the losses along each direction, at each of the
+    ``positions``, in this order. Rows with the metric "plane" contain the losses on the plane of
+    the first two directions, at the ``grid_positions``, row by row.
 
-    ``settings``: ``spaces``; number of ``directions``; ``positions`` and ``grid_positions`` of each
-    space, multiples of a direction; ``rho`` and ``ascent_steps`` of the sharpness; ``images`` and
-    ``levels``, over which the loss is a mean; ``seed`` of the directions.
+    ``settings``:
+
+    - ``spaces``: measured spaces;
+    - ``directions``: number of directions;
+    - ``positions``, ``grid_positions``: positions in each space, as multiples of a direction;
+    - ``rho``, ``ascent_steps``: radius and number of ascent steps of the sharpness;
+    - ``images``, ``levels``: number of images and of noise levels in the mean loss;
+    - ``seed``: seed of the directions.
     """
 
     name = "landscape"
     title = "Flatness"
     options = (LandscapeOptions,)
-    runs = 'run folders, or "base" for the model before'
+    runs = 'run folders, or "base" for the base model'
     metrics: ClassVar[Mapping[str, Metric]] = {
         "rise": Metric("rise along random directions"),
         "sharpness": Metric("SAM sharpness"),
@@ -104,10 +120,10 @@ class Landscape(Evaluation):
         from . import points
 
         for name, count in (("points", self.args.points), ("grid", self.args.grid or 3)):
-            # An odd number, so that the weights themselves are one of the points.
+            # An odd number, so that the middle point is the weights themselves.
             if count < 3 or count % 2 == 0:
                 raise UserError(f"--{name} is {count}: give an odd number from 3 on.")
-        # The order on the command line plays no part.
+        # The order on the command line has no effect.
         words = self.args.space.split(",")
         for word in words:
             check_choice("--space", word, SPACES)
@@ -120,7 +136,7 @@ class Landscape(Evaluation):
                 self.spaces[subject.label] = ["full"]
             else:
                 raise UserError(
-                    f"{subject.source} has no adapter: take --space full, or leave it out."
+                    f"{subject.source} has no adapter: use --space full, or leave it out."
                 )
         self.control = compare.control(subjects, self.args.control, prefer=None)
         self.device = open_device(self.args.device)
@@ -133,7 +149,7 @@ class Landscape(Evaluation):
             self.with_plane = {runs[0].label for runs in by_group(subjects).values()}
         self.measurement_count = 0
         for label, subject_spaces in self.spaces.items():
-            # In each space the loss, the sharpness, the lines and perhaps the plane
+            # In each space: the loss, the sharpness, the profiles, and perhaps the plane
             count = 2 + self.args.directions + (label in self.with_plane)
             self.measurement_count += count * len(subject_spaces)
 
@@ -141,7 +157,7 @@ class Landscape(Evaluation):
         from .surface import coordinates
 
         args = self.args
-        # All points have the same images, see `open_points`.
+        # All points have the same images; see `open_points`.
         image_count = len(next(iter(self.points.values())).images)
         radii = {"lora": args.radius, "full": args.full_radius}
         positions, grid_positions = {}, {}
@@ -163,7 +179,7 @@ class Landscape(Evaluation):
 
     @cached_property
     def bar(self) -> Any:
-        """The progress over all subjects, in measurements."""
+        """Progress bar over the measurements of all subjects."""
         from tqdm import tqdm
 
         return tqdm(total=self.measurement_count, unit="part")
@@ -188,13 +204,16 @@ class Landscape(Evaluation):
     def _space_rows(
         self, subject: Subject, space: str, load_model: Callable[[], Model], cache: Cache
     ) -> Iterator[Row]:
-        """Rows of a subject in one space; cached measurements are not repeated.
+        """Yield the rows of a subject in one space; cached measurements are not repeated.
 
         Args:
-            load_model: called only if a measurement is not cached.
+            subject: the subject.
+            space: "lora" or "full".
+            load_model: loads the subject's model; called only if a measurement is not cached.
+            cache: cache of the subject's measurements.
 
         Raises:
-            UserError: the loss at the weights themselves is not finite.
+            UserError: the loss at the subject's weights is not finite.
         """
         from .surface import Direction, evaluate, line, plane, sharpness
 
@@ -204,7 +223,7 @@ class Landscape(Evaluation):
         row = partial(subject.row, item=space)
 
         def cached_measurement(name: str, *facts: Any, measure: Callable[..., Any]) -> Any:
-            """The cached result of ``measure(weights, loss)``, by its name and facts."""
+            """Return the result of ``measure(weights, loss)``, cached under a name and facts."""
 
             def measure_model() -> Any:
                 model = load_model()
@@ -225,7 +244,7 @@ class Landscape(Evaluation):
         yield row("parameters", start["parameters"])
 
         positions = self.settings["positions"][space]
-        lines: list[LossValues] = []  # the losses along each direction
+        lines: list[LossValues] = []  # losses along each direction
         for number in range(self.settings["directions"]):
 
             def on_line(weights: Sequence[Weight], loss: Loss, number: int = number) -> LossValues:
@@ -236,7 +255,7 @@ class Landscape(Evaluation):
         ascent = partial(sharpness, rho=rho, steps=steps)
         yield row("sharpness", cached_measurement("sharpness", rho, steps, measure=ascent))
         for number, values in enumerate(lines):
-            # A row for each point: the figures need them one by one, in this order.
+            # A row for each point: the figures rely on this order.
             for position, value in zip(positions, values, strict=True):
                 yield row("profile", value, note=f"direction {number} at {position:.6g}")
 
@@ -268,9 +287,9 @@ class Landscape(Evaluation):
         return (
             f"Mean training loss of {settings['images']} images at {settings['levels']}"
             " noise levels each, with the same noise for every run. Lower is flatter. Each value"
-            f" is a mean over runs with {report.INTERVALS}, and its difference to"
-            f" {report.escape_table_cell(result.control)}, paired by seed, with its interval and"
-            " the number of seeds in which it is lower."
+            f" is a mean over runs with {report.INTERVALS}. Differences from"
+            f" {report.escape_table_cell(result.control)} are paired by seed, with an interval and"
+            " the number of seeds in which the group is lower."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -279,7 +298,7 @@ class Landscape(Evaluation):
             # Runs of different ranks have LoRA spaces of different sizes.
             sizes = {int(row.value or 0) for row in result.select("parameters", item=space)}
             numbers = " or ".join(f"{size:,}" for size in sorted(sizes))
-            tables[f"{TITLES[space]}, {numbers} numbers"] = [
+            tables[f"{TITLES[space]}, {numbers} parameters"] = [
                 Column("rise", space, difference=True),
                 Column("sharpness", space, difference=True),
                 Column("loss", space),
@@ -288,34 +307,37 @@ class Landscape(Evaluation):
 
 
 def notes(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences that explain the tables."""
+    """Yield sentences that explain the tables."""
     radii = []
     for space, positions in settings["positions"].items():
         radii.append(f"{positions[-1]:g} ({space})")
     yield (
-        "Directions are filter-normalized (Li et al. 2018): at radius t every filter has moved by"
-        " t times its norm. Filters are the rows of A, the columns of B, and the outputs of a"
-        " weight. Biases, norms and DoRA's magnitudes are not moved. The directions are the same"
-        " for every run."
+        "Directions are filter-normalized (Li et al. 2018): at radius t, every filter has moved by"
+        " t times its norm. Filters are the rows of A, the columns of B, and the weights of each"
+        " output of a layer. Biases, normalization layers and DoRA's magnitudes are not moved. The"
+        " directions are the same for every run."
     )
     yield (
-        "The full space is all weight matrices and convolutions of the trained models; the adapter"
-        " is on and is not moved."
+        "The full space consists of all weight matrices and convolutions of the trained models; the"
+        " adapter is active and is not moved."
     )
     yield (
-        f"Rise: loss at radius {' and '.join(radii)}, minus the loss at 0, mean over both ends of"
-        f" {settings['directions']} directions."
+        f"Rise: loss at radius {' and '.join(radii)} minus the loss at 0, as the mean over both"
+        f" ends of {settings['directions']} directions."
     )
     yield (
-        f"SAM sharpness: highest L(w + e) - L(w) with a norm of e up to {settings['rho']:g} over"
-        f" all weights of the space together, found by {settings['ascent_steps']} steps of"
-        " projected gradient ascent: a lower bound. A and B have the scale of training, W the"
-        " model's own."
+        f"SAM sharpness: largest L(w + e) - L(w) for a perturbation e with a norm of at most"
+        f" {settings['rho']:g} over all weights of the space. It is found by"
+        f" {settings['ascent_steps']} steps of projected gradient ascent, so it is a lower bound."
+        " A and B are scaled as in training, and W as in the model."
     )
 
 
 def rise(lines: Sequence[LossValues]) -> float | None:
-    """Mean over directions of the loss at both ends minus that in the middle."""
+    """Return the mean rise of the loss from the middle to both ends, over all directions.
+
+    The result is None if a loss is not finite.
+    """
     rises = []
     for values in lines:
         # The positions run from -radius to radius, with the weights themselves in the middle.

@@ -1,6 +1,4 @@
-"""The paper's Figure 3: profiles of the loss with bands, a panel for each space; and its contours
-on planes.
-"""
+"""The paper's Figure 3: profiles of the loss in a panel for each space, and contours on planes."""
 
 from __future__ import annotations
 
@@ -16,19 +14,19 @@ from ..results.table import Entry, Result
 # Space -> its title
 TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
-# Largest number of contours
+# Maximum number of contour levels
 CONTOURS = 14
 
 
 class RunLosses(NamedTuple):
-    """The losses around one run."""
+    """The losses around the weights of one run."""
 
     run: Entry
-    values: np.ndarray  # (directions, positions), or (positions, positions) of a plane
+    values: np.ndarray  # (directions, positions); for a plane (positions, positions)
 
 
 def draw(result: Result, folder: Path) -> list[str]:
-    """Write the pictures that the result has rows for; returns their names."""
+    """Draw the profiles and, if they were measured, the planes; return the pictures' names."""
     draw_profiles(result, folder / PROFILES)
     if not result.select("plane"):
         return [PROFILES]
@@ -37,9 +35,10 @@ def draw(result: Result, folder: Path) -> list[str]:
 
 
 def draw_profiles(result: Result, picture: Path) -> None:
-    """Loss over the position along the directions, mean and band of each group.
+    """Draw the loss over the position along the directions, with a mean and a band for each group.
 
-    If runs can be paired by seed, panels below show how much more it rises than the control's.
+    If runs can be paired by seed, the panels below show the rise of the loss minus the rise of the
+    control's loss.
     """
     spaces = result.settings["spaces"]
     styles = plot.group_styles(result.groups, result.control)
@@ -56,7 +55,7 @@ def draw_profiles(result: Result, picture: Path) -> None:
                 runs = _losses(result, "profile", group, space)
                 if not runs:
                     continue
-                # The band is over several runs' means, or over a single run's directions.
+                # The band is over the means of several runs, or over the directions of one run.
                 lines = runs[0].values
                 if len(runs) > 1:
                     lines = np.array([run.values.mean(0) for run in runs])
@@ -71,8 +70,14 @@ def draw_profiles(result: Result, picture: Path) -> None:
 
 
 def _losses(result: Result, metric: str, group: str, space: str) -> list[RunLosses]:
-    """Losses of each run of a group: of a "profile" one row per direction, of a "plane" one per
-    position on its first axis.
+    """Return the losses of each run of a group that has rows of a metric.
+
+    Args:
+        result: result of the command.
+        metric: "profile", with an array row for each direction, or "plane", with an array row for
+            each position on the first axis.
+        group: label of the group.
+        space: "lora" or "full".
     """
     setting = "positions" if metric == "profile" else "grid_positions"
     rows = result.select(metric, group, space)
@@ -86,7 +91,10 @@ def _losses(result: Result, metric: str, group: str, space: str) -> list[RunLoss
 
 
 def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
-    """Group -> the rise of each seed's loss minus that of the control's, (positions,) each."""
+    """Return the rise of the loss minus the control's rise with the same seed, by group.
+
+    A group has an array (positions,) for each seed that the control has too.
+    """
     # group -> seed -> rise at each position, mean over directions
     rises: dict[str, dict[int | None, np.ndarray]] = {}
     for group in result.groups:
@@ -105,7 +113,7 @@ def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
 def _draw_mean(
     axis: Any, positions: Sequence[float], lines: np.ndarray, color: Any, label: str = ""
 ) -> None:
-    """Draw the mean over lines, (lines, positions), with a band of one standard error."""
+    """Draw the mean of ``lines``, (lines, positions), with a band of one standard error."""
     mean = lines.mean(0)  # (positions,)
     error = np.zeros(len(positions))
     if len(lines) > 1:
@@ -114,9 +122,9 @@ def _draw_mean(
 
 
 def draw_planes(result: Result, picture: Path) -> None:
-    """Contours of the rise of the loss on the plane: a row for each space, a column for each group.
+    """Draw contours of the rise of the loss: a row for each space and a column for each group.
 
-    The plane is that of a group's first run. All panels of a row have the same levels.
+    A panel shows the plane of the group's first run. All panels of a row have the same levels.
     """
     spaces = list(result.settings["grid_positions"])
     groups = [group for group in result.groups if result.select("plane", group)]
@@ -131,7 +139,7 @@ def draw_planes(result: Result, picture: Path) -> None:
 
 
 def _draw_contours(row: Any, result: Result, space: str, groups: Sequence[str]) -> Any:
-    """Draw a space's panels; returns the last one's contours, for the color bar."""
+    """Draw the panels of a space, and return the contours of the last panel for the color bar."""
     from matplotlib.ticker import MaxNLocator
 
     positions = result.settings["grid_positions"][space]
@@ -142,7 +150,7 @@ def _draw_contours(row: Any, result: Result, space: str, groups: Sequence[str]) 
         if runs:
             rises[group] = runs[0].values - runs[0].values[middle, middle]
     values = np.concatenate([rise[np.isfinite(rise)] for rise in rises.values()])
-    # A flat plane has levels too: the highest is above zero.
+    # The highest level is above zero, so that a flat plane has levels too.
     levels = MaxNLocator(CONTOURS).tick_values(values.min(), max(values.max(), 1e-12))
     contours = None
     for axis, group in zip(row, groups, strict=True):
@@ -153,6 +161,6 @@ def _draw_contours(row: Any, result: Result, space: str, groups: Sequence[str]) 
         axis.plot(0, 0, "+", color="white")
         xlabel = "step along the second direction"
         title = f"{group}, {space} space"
-        plot.finish(axis, title, "step along the first", legend=False, xlabel=xlabel)
+        plot.finish(axis, title, "step along the first direction", legend=False, xlabel=xlabel)
         axis.set_aspect("equal")
     return contours

@@ -1,5 +1,6 @@
-"""A point of the landscape: a run's configuration and images, and its model in memory with its
-weights by space. Points whose losses are different functions of the weights are refused.
+"""Points of the landscape: a subject with its run configuration and images, and the loaded model.
+
+All points of a result must have the same loss as a function of the weights.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ..load import put_lora, put_models
 from ..subjects import BASE, Subject
 from .surface import Weight
 
-# Options, except base model and images, that decide which function of the weights the loss is
+# Options that affect the loss as a function of the weights, except base model and images
 LOSS_OPTIONS = (
     "resolution",
     "aspect_ratio_buckets",
@@ -51,7 +52,7 @@ LOSS_OPTIONS = (
     "timestep_shift",
     "train_text_encoder",
 )
-# Options that say which images a run has
+# Options that define the training images of a run
 SET_OPTIONS = (
     "concepts",
     "dataset_name",
@@ -70,20 +71,24 @@ class Point:
     """One point of the landscape."""
 
     subject: Subject
-    # Configuration of the run; for the base model, that of the first run
+    # Configuration of the run; for the base model, the configuration of the first run
     config: DreamBoothConfig
     # Images of the loss
     images: ImageSet
 
     @property
     def loss(self) -> dict[str, Any]:
-        """Facts that decide which function of the weights the loss is."""
+        """Facts that define the loss as a function of the weights."""
         facts = {"base model": base_key(self.config), "images": self.images.fingerprint()}
         return facts | {f"--{name}": getattr(self.config, name) for name in LOSS_OPTIONS}
 
 
 def open_points(subjects: Sequence[Subject]) -> dict[str, Point]:
-    """The points by their labels; the base model gets the images of the first run."""
+    """Return a point for each subject, by label; the base model gets the first run's images.
+
+    Raises:
+        UserError: there are no runs, or the losses of the points can't be compared.
+    """
     configs = {subject.label: _config(subject) for subject in subjects if subject.kind != BASE}
     if not configs:
         raise UserError("the base model alone has no training images: name the folder of a run.")
@@ -101,12 +106,12 @@ def open_points(subjects: Sequence[Subject]) -> dict[str, Point]:
 
 
 def has_factors(subject: Subject) -> bool:
-    """Test that a subject has an adapter, so that there is a LoRA space."""
+    """Return whether a subject has an adapter, and so a LoRA space."""
     return subject.kind != BASE and not methods.get(str(subject.method)).exports_weights
 
 
 def base_key(config: DreamBoothConfig) -> list[Any]:
-    """Identity of the base model: its name and revision, and the files of a local folder."""
+    """Return facts that identify a base model: name, revision, and the files of a local folder."""
     folder = Path(resolve(config.pretrained_model_name_or_path))
     files = []
     if folder.is_dir():
@@ -118,19 +123,24 @@ def base_key(config: DreamBoothConfig) -> list[Any]:
 
 
 def _config(subject: Subject) -> DreamBoothConfig:
-    """The configuration of a run on images that this version can read."""
+    """Return the configuration of an image run.
+
+    Raises:
+        UserError: the subject is not an image run, has an option that this version does not know,
+            or has an auxiliary adapter in its weights.
+    """
     folder = subject.folder
     values = subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
-        raise UserError(f"{subject.source} is not a run on images: give another.")
-    # The loss does not depend on how the weights were trained, so options of the training that
-    # were removed since may be left out.
+        raise UserError(f"{subject.source} is not a run on images: name another run.")
+    # The loss does not depend on the training, so training options that later versions removed can
+    # be left out.
     values = {name: value for name, value in values.items() if name not in removed.OPTIONS}
     unknown_options = sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)})
     if unknown_options:
         raise UserError(
             f"{folder} was trained with the option {unknown_options[0]}, which this version does"
-            " not know: read it with the version that trained it."
+            " not know: use the version that trained it."
         )
     if has_factors(subject):
         file = inspect(Path(str(subject.weights)))
@@ -144,15 +154,15 @@ def _config(subject: Subject) -> DreamBoothConfig:
 
 
 def _require_comparable(points: Mapping[str, Point]) -> None:
-    """Refuse points whose losses are different functions of the weights."""
+    """Raise UserError if the losses of the points are different functions of the weights."""
     first = next(iter(points.values()))
     expected = first.loss
     for point in points.values():
         for name, fact in point.loss.items():
             if fact != expected[name]:
                 raise UserError(
-                    f"{point.subject.source} and {first.subject.source} differ in {name}, so that"
-                    " their losses can't be compared: measure them in separate calls."
+                    f"{point.subject.source} and {first.subject.source} differ in {name}, so their"
+                    " losses can't be compared: measure them in separate commands."
                 )
 
 
@@ -165,23 +175,23 @@ class Model:
 
 
 class LevelGrid(GridLoss):
-    """The grid loss of some images at some of its noise levels, as terms that add up to the mean.
+    """The grid loss at some of its noise levels, as a sum of terms.
 
-    Noise, levels and batches are those of the held-out loss in training. With all images and
-    levels it equals ``train_grid_loss`` of the run's log.
+    Noise, levels and batches are the same as for the held-out loss in training. With all images and
+    levels, the loss equals ``train_grid_loss`` in the run's log.
     """
 
     def __init__(self, task: Any, images: ImageSet, levels: int) -> None:
         # Held-out images are not needed: their set is empty.
         super().__init__(task, SimpleNamespace(images=images), images.only(()))
         self.images = self.sets[TRAINING_GRID_LOSS]
-        # The grid is cut into `levels` equal parts, and the middle level of each is taken: of 10
-        # levels and 4 parts these are 1, 3, 6 and 8.
+        # Split the grid into `levels` equal parts, and take the middle level of each part: the
+        # levels 1, 3, 6 and 8 for a grid of 10 levels and 4 parts.
         middles = [NOISE_LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
         self.level_indices = [self.level_indices[middle] for middle in middles]
 
     def terms(self) -> Iterator[Tensor]:
-        """A term for each batch of images and noise level; their sum is the mean over both."""
+        """Yield a term for each batch of images and noise level; the mean loss is their sum."""
         count = len(self.images) * len(self.level_indices)
         for chunk in self.batches(self.images):
             for level in self.level_indices:
@@ -196,18 +206,21 @@ def load(
     levels: int = NOISE_LEVELS,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """Load the base in float32, put the subject's weights on it, and set up loss and spaces.
+    """Load the base model in float32 with the subject's weights, and set up the loss and spaces.
 
-    Of the run's adapters only the primary is on. The base of a quantized run is not quantized here.
-    Class images of prior preservation are not in the loss.
+    Only the primary adapter is active. The base model is not quantized, even if the run's base
+    model was. Class images of prior preservation are not part of the loss.
 
     Args:
+        point: the point.
         spaces: "lora", which is skipped for a model without an adapter, and "full".
-        max_images: number of images of the loss, the first of the set; 0 for all.
-        levels: noise levels of the loss, evenly chosen from those of the held-out loss.
+        max_images: number of training images in the loss, starting with the first; 0 for all.
+        levels: number of noise levels in the loss, evenly chosen from the grid of the held-out
+            loss.
+        device: device of the models.
     """
     subject = point.subject
-    # Off: options that only a training run needs, and those that change the loss or its precision.
+    # Turn off options that only training needs, or that change the loss or its precision.
     config = replace(
         point.config,
         mixed_precision="no",
@@ -230,7 +243,7 @@ def load(
     )
     weights = subject.weights
     is_adapted = has_factors(subject)
-    # Whole models must be there before the task takes them; an adapter goes on those of the task.
+    # The task takes the pipeline's models: replace whole models before, add an adapter afterwards.
     if weights is not None and not is_adapted:
         put_models(pipeline, weights)
     task = DreamBooth(config, pipeline, TrainingStream(config, point.images))
@@ -238,7 +251,7 @@ def load(
         put_lora(pipeline, weights)
         for name, model in task.models.items():
             _undo_baked_scale(weights, name, model)
-    task.module.requires_grad_(False)  # `differentiable` turns it on for a space's weights
+    task.module.requires_grad_(False)  # `differentiable` enables gradients for a space's weights
     task.module.eval()
     task.to_device(torch.device(device))
     weights_by_space = {}
@@ -252,10 +265,10 @@ def load(
 
 @torch.no_grad()
 def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
-    """Divide B by the scale s = alpha / rank that the export put into it; the layer applies s.
+    """Divide B by the scale s = alpha / rank that the export has multiplied it by.
 
-    So a radius in the space of A and B means what it means in training. The factors of a file
-    without the original alpha stay as they are.
+    The layer applies s instead, so a radius in the space of A and B has the same meaning as in
+    training. If the file does not contain the original alpha, its factors are not changed.
     """
     metadata = inspect(file).metadata
     alphas = json.loads(metadata.get("bilora.original_alpha", "{}"))
@@ -270,11 +283,12 @@ def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
 
 
 def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
-    """A and B of every layer's primary.
+    """Return A and B of the primary adapter of every layer.
 
-    The filters are the rows a of A and the columns b of B, so that a pair of filters is one term
-    b a^T of B A. Then the direction does not change if a term is written as (c b) (a / c)^T. A
-    layer that was not trained has B = 0, which stays 0. DoRA's magnitudes are not in the space.
+    The filters are the rows a of A and the columns b of B: each pair of filters is one term b a^T
+    of B A. With this choice, a term that is written as (c b) (a / c)^T has the same directions. A
+    layer that was not trained has B = 0, which is not moved. DoRA's magnitudes are not in the
+    space.
     """
     weights = []
     for name, model in models.items():
@@ -287,9 +301,9 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
 
 
 def full_space(task: DreamBooth) -> list[Weight]:
-    """All weight matrices and convolutions of the trained models, without the adapters.
+    """Return all weight matrices and convolutions of the trained models, without the adapters.
 
-    A filter is the weights of one output.
+    A filter consists of the weights of one output.
     """
     weights = []
     for name, model in task.models.items():

@@ -1,8 +1,8 @@
-"""The loss around some weights: along random directions, on the plane of two, and the largest loss
-within a ball (SAM sharpness).
+"""The loss around some weights: along random directions, on the plane of two directions, and the
+largest loss within a ball (SAM sharpness).
 
-This works on any model: ``weights`` is a list of tensors, and ``loss`` a function without arguments
-that reads them.
+The functions work with any model: ``weights`` is a list of tensors, and ``loss`` is a function
+without arguments that reads these tensors.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from torch import Tensor
 from bilora_diffusion.core.seeds import generator
 from bilora_diffusion.methods.perturb import replaced
 
-# Gives the terms of the loss, 0-d tensors. It is a generator, so that only one term's graph is in
-# memory at a time.
+# Yields the terms of the loss as 0-d tensors, so that only one term's graph is in memory at a time
 Loss = Callable[[], Iterable[Tensor]]
 
 
 class Weight(NamedTuple):
     """One tensor of a space.
 
-    ``filter_dim`` is the dimension that counts the filters: 0 where a filter is a row (an output of
-    a linear layer or of a convolution), 1 where it is a column.
+    ``filter_dim`` is the dimension that indexes the filters: 0 if a filter is a row (an output of a
+    linear layer or a convolution), 1 if a filter is a column.
     """
 
     name: str
@@ -37,21 +36,21 @@ class Weight(NamedTuple):
 
 @torch.no_grad()
 def evaluate(loss: Loss) -> float:
-    """The loss as a number, its terms added in double precision."""
+    """Return the loss as a number; its terms are added in double precision."""
     return sum(float(term) for term in loss())
 
 
 def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, list[Tensor]]:
-    """The loss and its gradient, a tensor for each weight.
+    """Return the loss and its gradient, which is a tensor for each weight.
 
     The gradient is zero for a weight that the loss does not depend on. The weights must require
-    gradients, see :func:`differentiable`; their ``.grad`` is not changed.
+    gradients; see :func:`differentiable`. Their ``.grad`` is not changed.
     """
     tensors = [weight.tensor for weight in weights]
     total = 0.0
     gradient = [torch.zeros_like(tensor) for tensor in tensors]
     for term in loss():
-        # Term by term: only this one's graph is in memory.
+        # Differentiate each term separately: only one term's graph is in memory.
         total += float(term.detach())
         if not term.requires_grad:
             continue
@@ -64,7 +63,7 @@ def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, lis
 
 @contextmanager
 def differentiable(weights: Sequence[Weight]) -> Iterator[None]:
-    """Context manager: the weights require gradients, then are restored to what they were."""
+    """Context manager: make the weights require gradients, and restore their flags on exit."""
     flags = [weight.tensor.requires_grad for weight in weights]
     try:
         for weight in weights:
@@ -78,18 +77,18 @@ def differentiable(weights: Sequence[Weight]) -> Iterator[None]:
 
 @contextmanager
 def displaceable(weights: Sequence[Weight]) -> Iterator[Callable[..., None]]:
-    """Context manager: replaces the weights by copies, which the yielded function displaces.
+    """Context manager: replace the weights with copies that the yielded function moves.
 
     ``move((t, d), ...)`` sets the copies to w + sum of t d, where a direction d has a tensor for
-    each weight. The weights' own memory is not changed, so afterwards they are bit for bit what
-    they were, also after an exception.
+    each weight. The original memory is not changed, so the weights are restored bit for bit on
+    exit, even after an exception.
     """
     originals = [weight.tensor.data for weight in weights]
     copies = [tensor.clone() for tensor in originals]
 
     @torch.no_grad()
     def move(*displacements: tuple[float, Iterable[Tensor]]) -> None:
-        # From the originals each time, so that rounding does not add up.
+        # Start from the originals each time, so that rounding errors do not accumulate.
         for copy, original in zip(copies, originals, strict=True):
             copy.copy_(original)
         for factor, direction in displacements:
@@ -103,7 +102,7 @@ def displaceable(weights: Sequence[Weight]) -> Iterator[Callable[..., None]]:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm over all tensors together, in fp32 or wider."""
+    """Return the Euclidean norm over all tensors, computed in fp32 or wider."""
     norms = []
     for tensor in tensors:
         wide = torch.promote_types(tensor.dtype, torch.float32)
@@ -113,22 +112,22 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 # Normalized random directions (Li et al. 2018, https://arxiv.org/abs/1712.09913, Section 4) have
-# standard normal entries, and each filter is scaled to the norm of the weights' own filter:
+# standard normal entries, and each filter is scaled to the norm of the same filter of the weights:
 #
 #     d_ij <- d_ij / ||d_ij|| * ||w_ij||
 #
-# so that a step of length t moves every filter by t times its norm, whatever its scale. A filter of
-# zeros stays where it is. Directions depend only on (seed, number, name of the weight), so they are
-# the same for every run.
+# A step of length t therefore moves every filter by t times its norm, whatever its scale. A filter
+# of zeros is not moved. The normal entries depend only on (seed, number, name of the weight), so
+# they are the same for every run.
 
-# Entries of the largest direction that is kept in memory. A larger one is made anew whenever it is
-# used, one weight at a time.
+# Maximum number of entries of a direction that is kept in memory; a larger direction is computed
+# again for each use, one weight at a time
 CACHED_NUMBERS = 2**28
 
 
 def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) -> Tensor:
-    """``direction`` with the norm of each filter set to that of ``weight``'s filter."""
-    # A filter's norm is over all dimensions but the one that counts the filters.
+    """Return ``direction`` with the norm of each filter set to the norm of ``weight``'s filter."""
+    # The norm of a filter is over all dimensions except the one that indexes the filters.
     summed = tuple(dim for dim in range(weight.dim()) if dim != filter_dim)
     wide = torch.promote_types(weight.dtype, torch.float32)
     # (1, .., filters, .., 1)
@@ -138,26 +137,27 @@ def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) ->
 
 
 def gaussian(weight: Weight, *key: int | str) -> Tensor:
-    """Standard normal entries in the shape and on the device of a weight, seeded by the key."""
+    """Return standard normal entries with the shape and device of a weight, seeded by the key."""
     tensor = weight.tensor
     wide = torch.promote_types(tensor.dtype, torch.float32)
     random = generator("landscape", *key, weight.name)
-    # Made on the CPU, so that all devices get the same entries.
+    # Generated on the CPU, so that all devices get the same entries.
     return torch.randn(tensor.shape, generator=random, dtype=wide).to(tensor.device)
 
 
 class Direction:
-    """A normalized random direction; iterating gives its tensor for each weight, one by one.
+    """A normalized random direction; iteration yields its tensor for each weight.
 
-    It must be made outside of `displaceable`, while the weights have their own values.
+    Create a direction outside of `displaceable`, while the weights have their original values.
 
     Args:
-        weights: of the space.
-        seed, number: of the direction.
+        weights: weights of the space.
+        seed: seed of all directions.
+        number: number of this direction.
     """
 
     def __init__(self, weights: Sequence[Weight], seed: int, number: int) -> None:
-        # `.data` is the weights' own memory: within `displaceable` they hold displaced copies.
+        # `.data` keeps the original memory: within `displaceable`, the weights are moved copies.
         self._weights = [weight._replace(tensor=weight.tensor.data) for weight in weights]
         self._key = (seed, number)
         numbers = sum(weight.tensor.numel() for weight in weights)
@@ -174,7 +174,7 @@ class Direction:
 
 
 def coordinates(radius: float, points: int) -> list[float]:
-    """``points`` evenly spaced numbers from -radius to radius, the middle one exactly 0."""
+    """Return ``points`` evenly spaced numbers from -radius to radius; the middle is exactly 0."""
     half = points // 2  # the number of points is odd
     return [radius * (index - half) / half for index in range(points)]
 
@@ -186,9 +186,9 @@ def line(
     positions: Sequence[float],
     offset: Sequence[tuple[float, Iterable[Tensor]]] = (),
 ) -> list[float]:
-    """The loss at w + t d for each position t; with an offset (s, d') at w + s d' + t d.
+    """Return the loss at w + t d for each position t, or at w + s d' + t d with an offset (s, d').
 
-    Afterwards the weights are bit for bit what they were, also after an exception.
+    The weights are restored bit for bit, even after an exception.
     """
     losses = []
     with displaceable(weights) as move:
@@ -204,7 +204,7 @@ def plane(
     directions: tuple[Iterable[Tensor], Iterable[Tensor]],
     positions: Sequence[float],
 ) -> list[list[float]]:
-    """The loss at w + s d1 + t d2 for each position s (rows) and t (columns)."""
+    """Return the loss at w + s d1 + t d2 for each position s (rows) and t (columns)."""
     first, second = directions
     return [line(weights, loss, second, positions, [(s, first)]) for s in positions]
 
@@ -213,29 +213,31 @@ def plane(
 #
 #     max over ||e|| <= rho of L(w + e) - L(w)
 #
-# (Foret et al. 2021, https://arxiv.org/abs/2010.01412, Eq. 1; the paper, Eq. 2) by projected
-# gradient ascent, one norm over all weights of the space.
+# (Foret et al. 2021, https://arxiv.org/abs/2010.01412, Eq. 1; the paper, Eq. 2), by projected
+# gradient ascent, with one norm over all weights of the space.
 
 
 class _Displaced(NamedTuple):
-    """A displacement e, the loss at w + e and its gradient; a loss that is not finite is -inf."""
+    """A displacement e, the loss at w + e, and its gradient."""
 
     e: list[Tensor]
-    loss: float
+    loss: float  # -inf if the loss or the gradient is not finite
     gradient: list[Tensor]
-    steepness: float  # norm of the gradient; 0 where it leads nowhere
+    steepness: float  # norm of the gradient; 0 if the loss or the gradient is not finite
 
 
 def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10) -> float:
-    """SAM sharpness at the weights, a lower bound that rises with ``steps``; at least 0.
+    """Return the SAM sharpness at the weights, as a lower bound.
 
-    The first step is SAM's own perturbation, rho g / ||g||. A step has the length eta, goes along
-    the gradient and is projected onto the ball. If the loss rises, the step is taken and eta is
+    The result is at least 0, and never decreases with more ``steps``.
+
+    The first step is SAM's perturbation, rho g / ||g||. Each step has the length eta, follows the
+    gradient and is projected onto the ball. If the loss rises, the step is accepted and eta is
     doubled; otherwise eta is halved. A long step that ends on the sphere is a step of power
     iteration, which converges fastest. A loss that is not finite does not count as a rise.
 
-    Afterwards the weights are bit for bit what they were, also after an exception. It takes the
-    memory of about six copies of the weights.
+    The weights are restored bit for bit, even after an exception. The function needs the memory of
+    about six copies of the weights.
     """
     with differentiable(weights), displaceable(weights) as move:
 
@@ -256,16 +258,16 @@ def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10
             candidate = evaluate_at(_step(current, eta, rho))
             if candidate.loss > current.loss:
                 current = candidate
-                eta *= 2  # it may grow beyond rho: the projection keeps the step in the ball
+                eta *= 2  # eta may exceed rho: the projection keeps the result in the ball
             else:
                 eta /= 2
-            del candidate  # so that two displacements are in memory at a time, not three
+            del candidate  # at most two displacements are in memory, not three
         return current.loss - start_loss
 
 
 @torch.no_grad()
 def _step(current: _Displaced, eta: float, rho: float) -> list[Tensor]:
-    """e + eta g / ||g||, projected onto the ball of radius rho."""
+    """Return e + eta g / ||g||, projected onto the ball of radius rho."""
     factor = eta / current.steepness
     e = [part + slope * factor for part, slope in zip(current.e, current.gradient, strict=True)]
     length = norm(e)

@@ -1,1 +1,1 @@
-"""Results as long tables: reading and writing, statistics, reports and figures."""
+"""Results as tables of rows: reading, writing, statistics, reports and figures."""

@@ -1,9 +1,9 @@
-"""The statistics of all results: means, intervals, pairs, win rates, equal training loss.
+"""Statistics of results: means, intervals, paired differences, wins, and equal training loss.
 
-Pure functions on rows and numbers. Two runs of one seed see the same data and noise, so the effect
-of these cancels in the seed's difference; the seeds are the independent samples. Where a subject
-has many items, such as prompts, the items are the samples, and an item's values over several seeds
-are averaged first.
+The functions are pure: they take rows and numbers and return new ones. Two runs with the same seed
+see the same data and noise, whose effect cancels in the difference between the runs; the seeds are
+the independent samples. If a subject has many items, such as prompts, the items are the samples,
+and the values of an item are first averaged over seeds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .table import Entry, Row, Summary
 
 # The units that are averaged and paired
 SEED, ITEM = "seed", "item"
-# Start of the name of a metric at one training loss, which depends on all runs of a result
+# Prefix of metrics at equal training loss; this loss depends on all runs of a result
 EQUAL_TRAINING = "equal_training"
-# Verdicts on a difference
+# Results of a comparison with the control
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
@@ -33,16 +33,22 @@ Units = Mapping[Any, float | None]
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, (n,), n >= 1; rounded once, so that it does not depend on the order."""
+    """Return the arithmetic mean of at least one value; the order of the values does not matter.
+
+    The sum is exact (`math.fsum`).
+    """
     return math.fsum(values) / len(values)
 
 
 def units(rows: Iterable[Row], unit: str = SEED) -> dict[str, Units]:
-    """Group -> seed or item -> its mean value, None where a value is not defined.
+    """Return the mean value of each seed or item, by group.
+
+    A mean is None if one of its values is not defined.
 
     Args:
-        rows: of one metric and one step.
-        unit: "seed"; a row without one counts by its subject. Or "item", averaged over seeds.
+        rows: rows of one metric and one step.
+        unit: "seed", where a row without a seed counts by its subject; or "item", where the values
+            of an item are averaged over seeds.
     """
     values: dict[str, dict[Any, list[float | None]]] = {}
     for row in rows:
@@ -72,16 +78,19 @@ def summaries(
     unpaired: Collection[str] = (),
     confidence: float = CONFIDENCE,
 ) -> list[Summary]:
-    """One summary for each metric, item and step of each group.
+    """Return a summary for each metric, item and step of each group.
 
-    At a step, a value that is not defined leaves the mean undefined, so that the curve has a gap
-    there. Of a whole run it is left out of the mean. Means at a step have no interval.
+    If a value at a step is not defined, the mean at this step is not defined either, and the curve
+    has a gap. For metrics without a step, undefined values are left out of the mean. Means at a
+    step have no interval.
 
     Args:
-        unit: what is averaged and paired. With "item" there is one summary for all items.
-        control: the group that the others are compared with; "" for no comparison.
-        unpaired: groups that are not compared.
-        confidence: level of the differences' intervals.
+        rows: rows of any metrics.
+        control: group that the others are compared with; "" for no comparison.
+        unit: unit that is averaged and paired, "seed" or "item". With "item", one summary covers
+            all items.
+        unpaired: groups that are not compared with the control.
+        confidence: level of the intervals of differences.
     """
     parts: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
@@ -101,7 +110,7 @@ def summaries(
 
 
 def _average(values: Units, step: int | None) -> dict[str, Any]:
-    """Fields of a `Summary` of these values: count, mean, error and interval."""
+    """Return the fields of a `Summary` for these values: count, mean, error and interval."""
     from scipy import stats
 
     defined = [value for value in values.values() if value is not None]
@@ -119,7 +128,7 @@ def _average(values: Units, step: int | None) -> dict[str, Any]:
 
 
 def _difference(group_values: Units, control_values: Units, confidence: float) -> dict[str, Any]:
-    """Fields of a `Summary` of the differences, paired by unit; {} without a pair."""
+    """Return the fields of a `Summary` for the differences, paired by unit; {} without a pair."""
     differences = []
     for unit, value in group_values.items():
         control_value = control_values.get(unit)
@@ -128,7 +137,7 @@ def _difference(group_values: Units, control_values: Units, confidence: float) -
     if not differences:
         return {}
     low, high = mean_interval(differences, confidence) or (None, None)
-    # Equal weights and noise have a difference of exactly 0.
+    # With equal weights and noise, the difference is exactly 0.
     signs = np.sign(differences)
     return {
         "difference": mean(differences),
@@ -141,7 +150,10 @@ def _difference(group_values: Units, control_values: Units, confidence: float) -
 
 
 def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
-    """Better, worse or undecided, by the interval of the mean difference; None if undefined."""
+    """Return better, worse or undecided, by the interval of the mean difference.
+
+    The result is None for a metric without a direction, or without a difference.
+    """
     if higher_is_better is None or line.difference is None:
         return None
     low, high = line.difference_low, line.difference_high
@@ -152,11 +164,13 @@ def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
 
 
 def control(subjects: Sequence[Entry], name: str | None, prefer: str | None = "lora") -> str:
-    """The group that the others are compared with.
+    """Return the group that the others are compared with.
 
     Args:
-        name: ``--control``; by default the first group of the method ``prefer``, else the first
-            that is not the base model, else the first.
+        subjects: subjects of the result.
+        name: value of ``--control``. For None, the control is the first group of the method
+            ``prefer``, else the first group that is not the base model, else the first group.
+        prefer: name of a method; None for no preference.
     """
     labels = list(dict.fromkeys(subject.group for subject in subjects))
     if name is not None:
@@ -175,9 +189,9 @@ def control(subjects: Sequence[Entry], name: str | None, prefer: str | None = "l
 
 @dataclass(frozen=True)
 class EqualTraining:
-    """The training loss at which groups are compared: the lowest that all of their runs reach.
+    """The training loss at which groups are compared: the lowest loss that all their runs reach.
 
-    ``set_by`` is the group of the run that reaches no lower loss.
+    ``set_by`` is the group of the run whose lowest loss this is.
     """
 
     training_loss: float
@@ -185,12 +199,12 @@ class EqualTraining:
 
 
 def final(rows: Iterable[Row], metric: str) -> list[Row]:
-    """A row "final METRIC" for each subject: its value at the last step that has one."""
+    """Return a row "final METRIC" for each subject: the value at the last step that has one."""
     return [_with_prefix("final", curve[-1]) for curve in _curves(rows, metric)]
 
 
 def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> list[Row]:
-    """A row "best METRIC" for each subject: its best value over training."""
+    """Return a row "best METRIC" for each subject: the best value over training."""
     choose = max if higher_is_better else min
     best_rows = []
     for curve in _curves(rows, metric):
@@ -202,15 +216,21 @@ def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> li
 def equal_training(
     rows: Sequence[Row], metric: str, training: str, unpaired: Collection[str] = ()
 ) -> tuple[EqualTraining | None, list[Row]]:
-    """A row "equal_training METRIC" for each subject: its value at one training loss.
+    """Return a row "equal_training METRIC" for each subject: the value at a common training loss.
 
-    That loss is the lowest that every run of the groups reaches. A group in which a run's training
-    loss never fell below its start does not set it: there the other runs would be compared near
-    their own start.
+    The common loss is the lowest training loss that the runs of all groups reach. A group is not
+    used to set the common loss if the training loss of one of its runs never fell below the first
+    value, since the other runs would then be compared near their start.
 
     Args:
+        rows: rows of both metrics over training.
+        metric: name of the metric.
         training: name of the training loss, which is recorded at the same steps as the metric.
         unpaired: groups that are left out.
+
+    Returns:
+        The common loss and the rows; (None, []) if no group can set the common loss. A subject
+        whose training loss does not cross the common loss has no row.
     """
     losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
     paired_rows = [row for row in rows if row.group not in unpaired]
@@ -236,7 +256,7 @@ def equal_training(
     candidates = [pair for pair in candidates if pair[1] not in groups_without_progress]
     if not candidates:
         return None, []
-    # The highest of the runs' lowest losses is the lowest that all of them reach.
+    # The highest of the runs' lowest losses is the lowest loss that all of them reach.
     common_loss = EqualTraining(*max(candidates))
     equal_rows = []
     for curve in curves:
@@ -249,7 +269,7 @@ def equal_training(
 
 
 class _Curve(NamedTuple):
-    """The rows of a subject at the steps at which its training loss was measured too."""
+    """A subject's rows and training losses, at the steps that have both."""
 
     rows: list[Row]
     losses: list[float]
@@ -258,18 +278,23 @@ class _Curve(NamedTuple):
 def at_training_loss(
     training: Sequence[float], measured: Sequence[float], loss: float
 ) -> float | None:
-    """The measured value at which a run's training loss first fell to ``loss``.
+    """Return the measured value at the point where a run's training loss first fell to ``loss``.
+
+    Args:
+        training: training losses of the run, in the order of steps.
+        measured: values of the metric at the same steps.
+        loss: the common training loss.
 
     Returns:
         The value, interpolated linearly between the two points around ``loss``; None if the run
-        never reached it, or started below it.
+        never reached this loss, or started below it.
     """
     if not len(training) or training[0] < loss:
         return None
     for i in range(len(training) - 1):
         start, end = training[i], training[i + 1]
         if start >= loss >= end:
-            share = 0.0  # of the way from this point to the next
+            share = 0.0  # fraction of the distance from this point to the next
             if start > end:
                 share = (start - loss) / (start - end)
             return float(measured[i] + share * (measured[i + 1] - measured[i]))
@@ -277,7 +302,7 @@ def at_training_loss(
 
 
 def _curves(rows: Iterable[Row], metric: str) -> list[list[Row]]:
-    """The rows with a value of each subject, in the order of their steps."""
+    """Return the rows of each subject that have a value, sorted by step."""
     curves: dict[str, list[Row]] = {}
     for row in rows:
         if row.metric == metric and row.step is not None and row.value is not None:
@@ -286,5 +311,5 @@ def _curves(rows: Iterable[Row], metric: str) -> list[list[Row]]:
 
 
 def _with_prefix(prefix: str, row: Row) -> Row:
-    """The row as a key figure of the whole run."""
+    """Return the row as a metric of the whole run, with a prefix and without a step."""
     return replace(row, metric=f"{prefix} {row.metric}", step=None)

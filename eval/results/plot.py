@@ -1,4 +1,4 @@
-"""Figures of results: panels of curves with bands, and of differences with intervals."""
+"""Figures of results: panels that show curves with bands, or differences with intervals."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from bilora_diffusion.core.plotting import new_figure
 
 from .table import Result, Summary
 
-# Width and height of the axes of one panel
+# Width and height of one panel, in inches
 PANEL_INCHES = (4.0, 3.2)
 MARKERS = "osD^vP"
 LINE_STYLES = ("-", "--", ":", "-.")
-# In matplotlib's map tab10
+# Number of colors in matplotlib's color map tab10
 COLORS = 10
-# A curve of fewer points has markers.
+# Curves with fewer points have markers
 FEW_POINTS = 12
-# Of a title in one line, at the width of a panel
+# Maximum number of characters of a one-line title above a panel
 TITLE_LETTERS = 44
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of a group over training."""
+    """A curve of a panel: a group's metric over training."""
 
     group: str
     metric: str
     item: str = ""
-    # In the legend; "" for none
+    # Label in the legend; "" for none
     label: str = ""
-    # Of the line; by default those of the group
+    # Color and style of the line; "" for the group's color and style
     color: str = ""
     style: str = ""
-    # Draw its difference to the control's, with its interval
+    # Draw the difference from the control, with its interval
     difference: bool = False
-    # Draw the mean's interval as the band, in place of one standard error
+    # Draw the interval of the mean as the band instead of one standard error
     interval: bool = False
 
 
@@ -57,19 +57,26 @@ class Panel:
 
 @dataclass(frozen=True)
 class Forest:
-    """Mean differences of a metric to the control's with their intervals, a line for each group."""
+    """Mean differences of a metric from the control with intervals, one line for each group."""
 
     title: str
     xlabel: str
     metric: str
-    # Group -> word that is shown for a group without a difference
+    # Group -> text that is shown instead of a missing difference
     missing: Mapping[str, str]
 
 
 def panels(
     result: Result, path: Path, rows: Sequence[Sequence[Panel | Forest]], **options: Any
 ) -> None:
-    """Draw rows of panels; ``options`` are those of `canvas`, and the ``control``'s group."""
+    """Draw rows of panels.
+
+    Args:
+        result: result that the panels show.
+        path: file of the picture.
+        rows: rows of panels, from top to bottom.
+        options: options of `canvas`, and ``control``, the group that is drawn in black.
+    """
     styles = group_styles(result.groups, options.pop("control", ""))
     with canvas(path, len(rows), max(map(len, rows)), **options) as (_, axes):
         # All axes are off at first, since a row may have fewer panels than the longest one.
@@ -110,7 +117,7 @@ def _draw_panel(axis: Any, result: Result, panel: Panel, styles: Mapping[str, An
 
 
 def _draw_difference(axis: Any, result: Result, curve: Curve, color: Any) -> None:
-    """The difference to the control's over training, with a bar for each interval."""
+    """Draw the difference from the control over training, with a bar for each interval."""
     points = []
     for point in result.over_training(curve.group, curve.metric, curve.item):
         if point.difference is not None:
@@ -130,7 +137,7 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
         marker = styles[group]["marker"]
         summary = result.summary(group, panel.metric)
         if summary is None or summary.difference is None:
-            # Five points beside the zero line: a word on it would look like a difference of 0.
+            # Five points to the right: a word on the zero line would look like a difference of 0.
             offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
             word = panel.missing.get(group, "n/a")
             axis.annotate(word, (0, row), va="center", fontsize=8, color="gray", **offset)
@@ -147,7 +154,7 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
 
 
 def positive(curve: Sequence[Summary]) -> list[Summary]:
-    """A curve for a logarithmic axis: means of zero become gaps, and bands end above zero."""
+    """Return a curve for a logarithmic axis: zero means become gaps, and bands end above zero."""
     points = []
     for point in curve:
         if point.mean and point.error is not None:
@@ -160,10 +167,15 @@ def positive(curve: Sequence[Summary]) -> list[Summary]:
 
 @contextmanager
 def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    """A figure and its axes, always (rows, columns); the picture is written at the end.
+    """Create a figure, and write the picture on exit.
 
     Args:
-        options: of the figure (``figsize``, ``layout``) and of its `subplots`.
+        path: file of the picture.
+        rows, columns: number of axes in both directions.
+        options: options of the figure (``figsize``, ``layout``) and of its `subplots`.
+
+    Yields:
+        The figure and an array of axes with the shape (rows, columns).
     """
     width, height = PANEL_INCHES
     size = options.pop("figsize", (width * columns, height * rows))
@@ -173,14 +185,14 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Itera
 
 
 def group_styles(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]:
-    """Color, marker and line of each group, all different; the control is black."""
+    """Return a different combination of color, marker and line for each group, by label."""
     import matplotlib
 
     colors = matplotlib.colormaps["tab10"]
     styles: dict[str, dict[str, Any]] = {}
     colored_groups = [group for group in groups if group != control]
     for number, group in enumerate(colored_groups):
-        turn = number // COLORS  # 0 while the colors are new, 1 when they repeat, and so on
+        turn = number // COLORS  # how often all colors have been used before
         styles[group] = {
             "color": colors(number % COLORS),
             "marker": MARKERS[turn % len(MARKERS)],
@@ -199,7 +211,10 @@ def draw_curve(
     interval: bool = False,
     **style: Any,
 ) -> None:
-    """A curve with a band of one standard error, or the ``interval``; undefined points are gaps."""
+    """Draw a curve with a band of one standard error or, with ``interval``, of the interval.
+
+    Undefined points become gaps.
+    """
     steps = [point.step for point in curve]
     means, lows, highs = [], [], []
     for point in curve:
@@ -225,7 +240,7 @@ def draw_band(
     label: str | None = None,
     **style: Any,
 ) -> None:
-    """A line, and a band around it if the band has a width anywhere."""
+    """Draw a line and, if the band has a width anywhere, the band around it."""
     axis.plot(positions, means, color=color, label=label, **{"lw": 1.4, **style})
     if any(low < high for low, high in zip(lows, highs, strict=True)):
         axis.fill_between(positions, lows, highs, color=color, alpha=0.15, lw=0)
@@ -234,7 +249,7 @@ def draw_band(
 def finish(
     axis: Any, title: str, ylabel: str = "", legend: bool = True, xlabel: str = "optimizer step"
 ) -> None:
-    """Set title, grid and labels of a panel, by default over steps."""
+    """Set the title, axis labels, grid and legend of a panel."""
     axis.set_title(title, fontsize=9)
     axis.set_xlabel(xlabel, fontsize=8)
     axis.set_ylabel(ylabel, fontsize=8)
@@ -247,7 +262,7 @@ def finish(
 
 
 def wrap_name(text: str) -> str:
-    """A long dotted name on two lines, split at the dot or space nearest to its middle."""
+    """Return the name; split a long one into two lines, at the dot or space nearest the middle."""
     if len(text) <= TITLE_LETTERS:
         return text
     breaks = [index for index, letter in enumerate(text) if letter in ". "]

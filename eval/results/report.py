@@ -1,4 +1,4 @@
-"""Results in Markdown: tables of groups with their differences, figures, notes, origin."""
+"""Reports in Markdown: tables of groups with differences, figures, notes and origin."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bilora_diffusion.core.statistics import BOOTSTRAP_FROM, Interval
 from .table import Metric, Provenance, Result, Summary
 
 NOT_AVAILABLE = "n/a"
-# Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
+# Maximum number of decimals beyond the metric's own; smaller intervals are only rounding errors
 MAX_FURTHER_DECIMALS = 2
-# See `core.statistics.mean_interval`.
-INTERVALS = f"its 95 % interval (Student's t; from {BOOTSTRAP_FROM} values on a bootstrap, BCa)"
+# End of a sentence; see `core.statistics.mean_interval`
+INTERVALS = f"a 95 % interval (Student's t; for {BOOTSTRAP_FROM} or more values a BCa bootstrap)"
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Column:
 
     metric: str
     item: str = ""
-    # Add a column with its difference to the control's
+    # Add a column with the difference from the control
     difference: bool = False
-    # Show the interval of the mean too
+    # Show the interval of the mean
     interval: bool = True
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, with characters escaped that could break a cell."""
+    """Return a Markdown table; characters that would break a cell are escaped."""
     lines = []
     for cells in (head, ["---"] * len(head), *rows):
         lines.append(f"| {' | '.join(map(escape_table_cell, cells))} |")
@@ -40,36 +40,36 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def escape_table_cell(text: str) -> str:
-    """Put a user's text on one line and escape the characters that would end a table's cell."""
+    """Put a text on one line, and escape the characters that would end a table cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and the parts under it; "" where all of them are empty."""
+    """Return a heading and the parts under it; "" if all parts are empty."""
     if not any(parts):
         return ""
     return "\n\n".join([f"## {title}", *filter(None, parts)])
 
 
 def page(*parts: str) -> str:
-    """A whole report; empty parts are left out."""
+    """Return a whole report; empty parts are left out."""
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def bullet_list(sentences: Sequence[str]) -> str:
-    """A Markdown list."""
+    """Return a Markdown list with an item for each sentence."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def number(value: float | None, metric: Metric, sign: str = "") -> str:
-    """A value in its metric's scale and format; ``sign`` is "+" for a difference."""
+    """Return a value in the metric's scale and format; ``sign`` is "+" for a difference."""
     if value is None:
         return NOT_AVAILABLE
     return f"{metric.scale * value:{sign}{metric.form}}"
 
 
 def interval(bounds: Interval | None, metric: Metric, sign: str = "") -> str:
-    """An interval in brackets."""
+    """Return an interval in brackets; see `number` for ``sign``."""
     if bounds is None:
         return f"[{NOT_AVAILABLE}]"
     low, high = bounds
@@ -77,11 +77,11 @@ def interval(bounds: Interval | None, metric: Metric, sign: str = "") -> str:
 
 
 def with_decimals(metric: Metric, size: float) -> Metric:
-    """The metric with enough decimals for two digits of ``size``, and no fewer than its own.
+    """Return the metric with enough decimals to show two significant digits of ``size``.
 
     Args:
-        metric: its form must be a number of decimals; another form is left as it is.
-        size: width of an interval, or a difference without one.
+        metric: metric whose ``form`` is a number of decimals; any other form is not changed.
+        size: width of an interval, or a difference that has no interval; unscaled.
     """
     form = re.fullmatch(r"\.(\d+)f", metric.form)
     size = abs(metric.scale * size)
@@ -90,13 +90,13 @@ def with_decimals(metric: Metric, size: float) -> Metric:
     decimals = int(form[1])
     # 0.034 has its first digit in the second decimal, so two digits need three decimals.
     needed = 1 - math.floor(math.log10(size))
-    # At least the metric's own decimals, so that large intervals don't lose any.
+    # Large intervals keep the metric's own decimals.
     decimals = min(max(decimals, needed), decimals + MAX_FURTHER_DECIMALS)
     return replace(metric, form=f".{decimals}f")
 
 
 def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
-    """A group's mean, with its interval if ``intervals``."""
+    """Return the mean of a summary as text, with its interval if ``intervals`` is true."""
     if line is None or line.mean is None:
         return NOT_AVAILABLE
     if not intervals or line.interval is None:
@@ -107,7 +107,7 @@ def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
 
 
 def difference(line: Summary | None, metric: Metric) -> str:
-    """A mean difference with its interval, and in how many pairs the group is better."""
+    """Return a mean difference with its interval and the share of pairs with a better value."""
     if line is None or line.difference is None:
         return NOT_AVAILABLE
     low, high = line.difference_interval or (0.0, 0.0)
@@ -120,7 +120,7 @@ def difference(line: Summary | None, metric: Metric) -> str:
 
 
 def against_control(result: Result, line: Summary | None, group: str) -> str:
-    """The control's mean without its interval, or another group's difference to it."""
+    """Return the mean of the control without an interval, or another group's difference from it."""
     if line is None:
         return NOT_AVAILABLE
     metric = result.metric(line.metric)
@@ -135,12 +135,15 @@ def comparison(
     facts: Mapping[str, Callable[[str], str]] | None = None,
     control_mark: str = "control",
 ) -> str:
-    """A table with a row for each group, and columns for the metrics and their differences.
+    """Return a table with a row for each group and columns for metrics and their differences.
 
     Args:
-        facts: head of a column -> its cell for a group, before the metrics. By default one with the
-            number of runs, and groups without any of the metrics are left out.
-        control_mark: word after the name of the group that the others are compared with.
+        result: result that the table shows.
+        columns: columns of metrics.
+        facts: further columns, before the metrics: heading -> function from a group to its cell.
+            The default is a column "seeds" with the number of runs in the group; only in this case,
+            groups without any of the metrics are left out.
+        control_mark: word that marks the control, after its name.
     """
     columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
     head = ["run", *columns_of_facts]
@@ -174,7 +177,7 @@ def comparison(
 
 
 def sources(result: Result) -> list[str]:
-    """A sentence for each subject: its kind, source, base model and weights."""
+    """Return a sentence for each subject: its kind, source, method, base model and weights."""
     sentences = []
     for entry in result.subjects:
         facts = [entry.kind, entry.source, entry.method]
@@ -190,7 +193,7 @@ def sources(result: Result) -> list[str]:
 
 
 def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequence[str] = ()) -> str:
-    """The end of a report: figures, notes, facts, and the origin of the result."""
+    """Return the end of a report: figures, notes, facts, and the origin of the result."""
     pictures = [f"![{name.removesuffix('.png')}]({name})" for name in result.figures]
     sentences = [escape_table_cell(note) for note in result.notes]
     sentences += [escape_table_cell(fact) for fact in facts]
@@ -199,7 +202,7 @@ def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequenc
 
 
 def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:
-    """Origin of a result: command, machine, versions of some packages, commit."""
+    """Return sentences on a result's origin: command, machine, versions of packages, commit."""
     if provenance is None:
         return []
     device = provenance.device
@@ -213,5 +216,7 @@ def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) 
     lines = [f"`{provenance.command}`", f"{', '.join(facts)}{changes}."]
     if provenance.differing:
         differences = ", ".join(provenance.differing).replace("_", " ")
-        lines.append(f"The runs differ in {json.dumps(differences)}; the first run's is given.")
+        lines.append(
+            f"The runs differ in {json.dumps(differences)}; the values are from the first run."
+        )
     return lines

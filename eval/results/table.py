@@ -1,11 +1,11 @@
-"""A result as one long table: its values, their summaries, and their origin.
+"""A result as a table of rows: its values, their summaries, and their origin.
 
     table.write(result, folder, report)
-    result = table.read(folder)          # refuses a damaged result in one sentence
+    result = table.read(folder)          # raises UserError if the result is damaged
 
-A folder holds one result: ``rows.csv`` (a line per value), ``summary.csv`` (a line per group,
-metric, item and step), ``report.md``, figures, and ``result.json`` (all else), which is written
-last. Results are published, so they never hold a path of one machine.
+A folder holds one result: ``rows.csv`` (a line for each value), ``summary.csv`` (a line for each
+group, metric, item and step), ``report.md``, figures, and ``result.json`` (everything else), which
+is written last. Results may be published, so they contain no absolute paths of the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bilora_diffusion.core.files import regular_file, without_paths
 from bilora_diffusion.core.statistics import Interval
 
 SCHEMA_VERSION = 1
-# Makes the adapter of a type once, since that takes long.
+# Returns pydantic's adapter of a type, cached because creating it is slow
 adapter_of: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 # Files of a result
 FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.md"
@@ -36,46 +36,47 @@ FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.
 
 @dataclass(frozen=True)
 class Row:
-    """One value."""
+    """One measured value."""
 
     # Label of the subject
     subject: str
-    # Label of its group, whose subjects are averaged
+    # Label of the subject's group; the subjects of a group are averaged
     group: str
-    # Seed of the subject, such as that of a run's training; None without one
+    # Seed, such as the training seed of a run; None if there is none
     seed: int | None
-    # Name of the quantity
+    # Name of the metric
     metric: str
     # The prompt, question or layer that the value belongs to; "" for the whole subject
     item: str = ""
-    # Number of optimizer steps; None for a value of the whole run or its end
+    # Optimizer step; None for a value of the whole run or of its end
     step: int | None = None
-    # None if it is not defined
+    # None if the value is not defined
     value: float | None = None
-    # A text for the value: a file beside the result, a caption, the start of an answer
+    # Text that belongs to the value: name of a file in the result's folder, a caption, or the start
+    # of an answer
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The mean of a metric in one group, and its difference to the control's."""
+    """The mean of a metric in one group, and the mean difference from the control."""
 
     group: str
     metric: str
     item: str = ""
     step: int | None = None
-    # The unit that is averaged and paired: "seed" or "item"
+    # Unit that is averaged and paired: "seed" or "item"
     over: str = "seed"
-    # Number of these units
+    # Number of units in the mean
     count: int = 0
-    # Mean, its standard error (0 for one value) and its 95 % interval; None if they are not defined
+    # Mean, its standard error (0 for one value) and its 95 % interval; None if not defined
     mean: float | None = None
     error: float | None = None
     low: float | None = None
     high: float | None = None
-    # The group that the differences are taken to; "" without one
+    # Group whose values are subtracted in the differences; "" without differences
     control: str = ""
-    # Mean over pairs of the group's value minus the control's
+    # Mean difference over all pairs (the group's value minus the control's), and its interval
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
@@ -100,21 +101,21 @@ class Summary:
 
     @property
     def pairs(self) -> int:
-        """Number of values that were compared with the control's."""
+        """Number of pairs of values."""
         return self.higher + self.equal + self.lower
 
     def better(self, higher_is_better: bool | None) -> int:
-        """Number of pairs in which the group is better; equal pairs do not count."""
+        """Return the number of pairs in which the group is better; equal pairs do not count."""
         return self.higher if higher_is_better else self.lower
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Title, direction and format of a metric; it is shown times its scale."""
+    """Title, direction and format of a metric; values are multiplied by ``scale`` when shown."""
 
     title: str
     explanation: str = ""
-    # None for a quantity that is neither good nor bad
+    # None for a metric that has no better direction
     higher_is_better: bool | None = False
     scale: float = 1.0
     form: str = ".3g"
@@ -122,24 +123,24 @@ class Metric:
 
 @dataclass(frozen=True)
 class Entry:
-    """A subject as a result lists it: a run, a file of an adapter, or the base model."""
+    """A subject in a result's list: a run, a file of an adapter, or the base model."""
 
-    # Its name, unique in the result
+    # Unique name in the result
     label: str
-    # Label of its group, whose subjects are averaged
+    # Label of the subject's group; the subjects of a group are averaged
     group: str
     # "run", "file" or "base"
     kind: str = "run"
-    # The word of the command line that named it, without machine paths
+    # The subject as the command line names it, without machine paths
     source: str = ""
     # Method and seed of the training; None if unknown
     method: str | None = None
     seed: int | None = None
-    # Hash of the weights; "" if the command does not use them
+    # Hash of the weights; "" if the command does not use the weights
     digest: str = ""
-    # Hub id or folder; None if unknown
+    # Hub id or folder of the base model; None if unknown
     base_model: str | None = None
-    # Further facts of the command, as JSON can hold them
+    # Further facts, which depend on the command; JSON-serializable
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,17 +148,17 @@ class Entry:
 class Provenance:
     """Origin of a result."""
 
-    # The command line, its absolute paths shortened to names
+    # The command line; absolute paths are shortened to names
     command: str
-    # Versions of Python and of the packages that trained
+    # Versions of Python and packages in the process that trained the runs or computed the result
     versions: dict[str, Any]
-    # Commit of the code that trained; None outside a checkout
+    # Commit of the code in this process; None outside a checkout
     commit: str | None
-    # True if that code differed from the commit
+    # True if the code differed from the commit
     uncommitted_changes: bool | None
-    # The machine that trained
+    # Device of this process
     device: dict[str, Any]
-    # Names of the fields above that differ between the runs. They have the first run's value.
+    # Names of the fields above that differ between the runs; these have the value of the first run
     differing: list[str]
 
 
@@ -165,18 +166,18 @@ class Provenance:
 class Result:
     """Everything that a report, a figure or the viewer shows."""
 
-    # Its command, as in ``python -m eval.KIND``
+    # Command that measured the result, as in ``python -m eval.KIND``
     kind: str
     subjects: Sequence[Entry] = ()
-    # Title and format by the metric's name. A metric without them is shown by its name, unscaled.
+    # Title and format of metrics, by name; other metrics are shown unscaled, under their names
     metrics: dict[str, Metric] = field(default_factory=dict)
-    # The group that the others are compared with; "" without one
+    # Group that the others are compared with; "" for no comparison
     control: str = ""
-    # Settings of the measurement, as JSON can hold them
+    # Settings of the measurement; JSON-serializable
     settings: dict[str, Any] = field(default_factory=dict)
-    # Sentences that a reader has to know
+    # Sentences that help to read the result correctly
     notes: list[str] = field(default_factory=list)
-    # PNG files beside the result
+    # PNG files in the result's folder
     figures: list[str] = field(default_factory=list)
     provenance: Provenance | None = None
     rows: Sequence[Row] = ()
@@ -184,19 +185,19 @@ class Result:
 
     @property
     def groups(self) -> list[str]:
-        """The groups in the order in which their subjects were named."""
+        """The groups, in the order of the subjects."""
         return list(dict.fromkeys(entry.group for entry in self.subjects))
 
     def members(self, group: str) -> list[Entry]:
-        """The subjects of a group."""
+        """Return the subjects of a group."""
         return [entry for entry in self.subjects if entry.group == group]
 
     def metric(self, name: str) -> Metric:
-        """Title and form of a metric."""
+        """Return the title and format of a metric."""
         return self.metrics.get(name) or Metric(name)
 
     def select(self, metric: str, group: str | None = None, item: str | None = None) -> list[Row]:
-        """The rows of a metric, of all groups and items or of one."""
+        """Return the rows of a metric; None for ``group`` or ``item`` selects all of them."""
         rows = []
         for row in self.rows:
             if row.metric == metric and group in (None, row.group) and item in (None, row.item):
@@ -206,11 +207,11 @@ class Result:
     def summary(
         self, group: str, metric: str, item: str = "", step: int | None = None
     ) -> Summary | None:
-        """A metric's summary in a group; None where it was not measured."""
+        """Return a metric's summary in a group; None if the metric was not measured there."""
         return self._index.get((group, metric, item, step))
 
     def over_training(self, group: str, metric: str, item: str = "") -> list[Summary]:
-        """The summaries of a metric at each step, in order."""
+        """Return the summaries of a metric at all steps, sorted by step."""
         points = []
         for line in self.summaries:
             is_same = (line.group, line.metric, line.item) == (group, metric, item)
@@ -219,10 +220,10 @@ class Result:
         return sorted(points, key=lambda point: point.step or 0)
 
     def curve(self, group: str, metric: str, item: str = "") -> list[Summary]:
-        """A metric over training, at the steps that were measured in all runs of the group."""
+        """Return the summaries of a metric at the steps with the largest number of runs."""
         points = self.over_training(group, metric, item)
         most_runs = max((point.count for point in points), default=0)
-        # A mean over fewer runs would make a jump in the curve.
+        # Means over different numbers of runs would make the curve jump.
         return [point for point in points if point.count == most_runs]
 
     @cached_property
@@ -231,18 +232,22 @@ class Result:
 
 
 def write(result: Result, folder: Path, report: str) -> None:
-    """Write all files but the figures, ``result.json`` last."""
+    """Write all files of a result except the figures, ``result.json`` last."""
     write_text(folder / ROWS, to_csv(Row, result.rows))
     write_text(folder / SUMMARY, to_csv(Summary, result.summaries))
     write_text(folder / REPORT, report)
-    # Also of a `Subject` it dumps the fields of `Entry` only: folders and records stay here.
+    # The adapter dumps only the fields of `Entry`, even of a `Subject`: no folders, no records.
     record = adapter_of(Result).dump_python(result, exclude={"rows", "summaries"})
     text = dump_json(strict_json({"schema_version": SCHEMA_VERSION, **record})[0])
     write_text(folder / FILE, text)
 
 
 def read(folder: Path, rows: bool = True) -> Result:
-    """The result in a folder; without ``rows`` its summaries only."""
+    """Read the result in a folder; if ``rows`` is false, without the rows.
+
+    Raises:
+        UserError: the folder holds no result, or the result is damaged.
+    """
     record = head(folder)
     fix = f"run python -m eval.{record['kind']} again"
     file = ROWS
@@ -259,31 +264,38 @@ def read(folder: Path, rows: bool = True) -> Result:
 
 
 def head(folder: Path) -> dict[str, Any]:
-    """The content of ``result.json``, its version and kind checked."""
+    """Return the content of ``result.json``, after a check of its version and kind."""
     path = folder / FILE
     try:
         record = json.loads(regular_file(path).read_text(encoding="utf-8"))
         version = record.pop("schema_version")
         kind = record["kind"]
-        # JSON can hold half of a surrogate pair, which can't be printed.
+        # JSON may contain half of a surrogate pair, which can't be printed.
         json.dumps(record, ensure_ascii=False).encode()
-        # Sentences say "run python -m eval.KIND again", which users copy into a terminal.
+        # Messages contain "run python -m eval.KIND again", which users copy into a terminal.
         if not isinstance(kind, str) or not kind.isidentifier():
             raise TypeError(kind)
     except OSError as error:
-        raise UserError(f"{folder} holds no {FILE} that can be read: give another") from error
+        raise UserError(f"{folder} has no readable {FILE}: give another folder") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: make the result again") from error
+        raise UserError(f"{path} is damaged: measure the result again") from error
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path} is of schema version {version!r}, not {SCHEMA_VERSION}: run python -m"
+            f"{path} has schema version {version!r}, not {SCHEMA_VERSION}: run python -m"
             f" eval.{kind} again"
         )
     return record
 
 
 def to_csv(kind: Any, lines: Iterable[Any]) -> str:
-    """Dataclasses as CSV, unrounded; None and a number that is not finite are empty fields."""
+    """Return instances of a dataclass as CSV.
+
+    Numbers are not rounded. None and numbers that are not finite become empty fields.
+
+    Args:
+        kind: the dataclass, whose fields are the columns.
+        lines: instances of the dataclass.
+    """
     text = _Lines()
     names = [column.name for column in fields(kind)]
     writer = csv.DictWriter(text, names, lineterminator="\r\n")
@@ -295,10 +307,10 @@ def to_csv(kind: Any, lines: Iterable[Any]) -> str:
 
 
 class _Lines(io.StringIO):
-    """Lines that end in a newline alone, as in all files of a result.
+    """A text buffer that replaces the line end CR LF with LF, as in all files of a result.
 
-    The CSV writer itself must end its lines in both characters: it quotes a field only where that
-    holds a character of its line end, and the answer of a model may hold either.
+    The CSV writer needs the line end CR LF: it quotes a field only if the field contains a
+    character of the line end, and a model's answer may contain CR or LF.
     """
 
     def write(self, line: str) -> int:
@@ -306,9 +318,9 @@ class _Lines(io.StringIO):
 
 
 def from_csv(kind: Any, path: Path) -> list[Any]:
-    """The lines of a file that :func:`to_csv` made."""
+    """Read a CSV file that :func:`to_csv` has written, as instances of the dataclass ``kind``."""
     names = [column.name for column in fields(kind)]
-    # An empty field of text is "", that of a number is None.
+    # An empty field is "" in a text column, and None in any other column.
     text_names = {column.name for column in fields(kind) if column.type == "str"}
     with regular_file(path).open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -324,12 +336,12 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
 
 
 def command_line(module: str, argv: Sequence[str]) -> str:
-    """``python -m MODULE ARGV`` as a person would write it, without machine paths."""
+    """Return ``python -m MODULE ARGV``, quoted for a shell and without machine paths."""
     return f"python -m {module} {shlex.join(without_paths(word) for word in argv)}"
 
 
 def provenance_of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | None:
-    """The provenance of a result of several runs; None without a run."""
+    """Return the provenance of a result, from the records of its runs; None without runs."""
     if not records:
         return None
     values: dict[str, Any] = {}
@@ -344,7 +356,7 @@ def provenance_of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Pr
 def provenance_of_this_process(
     command: str, device: Any, packages: Sequence[str] = ()
 ) -> Provenance:
-    """The provenance of a result that this process computes."""
+    """Return the provenance of a result that this process computes."""
     from bilora_diffusion.run import provenance  # here, so that --help does not wait for torch
 
     commit, changes = provenance.commit()

@@ -1,8 +1,8 @@
-"""``python -m eval.sweep``: an experiment is a file, and this command trains and compares its runs.
+"""``python -m eval.sweep``: train and compare the runs of an experiment, which is a YAML file.
 
-``command.py`` explains the files. An experiment (``experiment.py``) becomes a plan of runs
-(``plan.py``), which are trained in processes (``runs.py``). With ``scores`` their checkpoints are
-sampled and scored too (``scored.py``).
+``command.py`` explains these files. An experiment (``experiment.py``) becomes a plan of runs
+(``plan.py``), which are trained in separate processes (``runs.py``). With the key ``scores``, the
+checkpoints of the runs are sampled and scored too (``scored.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .command import Sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check all experiments, then train and compare one after another; returns the exit code."""
+    """Check all experiments, then train and compare them one by one, and return the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     command = command_line(f"eval.{Sweep.name}", words)
 
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_sweeps(args: argparse.Namespace, command: str) -> list[Sweep]:
-    """The comparisons of a command line, one for each recipe of each experiment."""
-    # Here, so that --help does not wait for torch.
+    """Return the sweeps of a command line, one for each recipe of each experiment."""
+    # Imported here, so that --help does not wait for torch.
     from .plan import load
     from .scored import ScoredSweep
 
@@ -47,9 +47,9 @@ def make_sweeps(args: argparse.Namespace, command: str) -> list[Sweep]:
             sweeps.append(kind(args, command, plan))
     if args.output_dir is not None and len(sweeps) > 1:
         raise UserError(
-            f"--output_dir is one folder for {len(sweeps)} comparisons: leave it out, then each is"
-            " written beside its runs."
+            f"--output_dir is one folder for {len(sweeps)} comparisons: leave it out, and each one"
+            " is written next to its runs."
         )
     if args.processes is not None and not any(isinstance(s, ScoredSweep) for s in sweeps):
-        raise UserError("--processes is for samples, and no experiment has scores: leave it out.")
+        raise UserError("--processes is for sampling, and no experiment has scores: leave it out.")
     return sweeps

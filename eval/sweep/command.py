@@ -6,46 +6,47 @@
     python -m eval.sweep eval/experiments/pictures_icons.yaml --variants "LoRA;Bi-LoRA" \\
         --seeds 0 --steps 20,40 --max_prompts 8 --runs_dir runs/try          # minutes on a CPU
 
-An experiment is a YAML file:
+An experiment is a YAML file such as this one:
 
     recipe: recipes/mini.yaml
     variants:
       LoRA: {method: lora}
       LoRA-SAM: {method: lora-sam}
       Bi-LoRA: {method: bilora}
-    axes: {rho: [0.05, 1]}             # LoRA-SAM and Bi-LoRA with both; LoRA has no rho
+    axes: {rho: [0.05, 1]}             # both values for LoRA-SAM and Bi-LoRA; LoRA has no rho
     seeds: 0..4
     scores:                            # sample checkpoints and score the samples
       prompts: mini-heldout            # --prompts of eval.clip_scores, or heldout
       max_prompts: 32
       steps: [100, 300]                # checkpoints
-      guidances: [adapter:4, base:2]   # whose unconditional prediction, and the scale
-      seeds: [0]                       # of the images of each prompt
+      guidances: [adapter:4, base:2]   # source of the unconditional prediction, and the scale
+      seeds: [0]                       # seeds of the images of each prompt
       options: {skip_captions: true}   # further options of eval.clip_scores
       conditions: {plain: {}, int8: {base_precision: int8}, "5 steps": {num_inference_steps: 5}}
-      memory_gigabytes: 38             # of the models that sample and score, if they are large
+      memory_gigabytes: 38             # size of large models that sample and score
 
-Further keys: script (default: train_dreambooth_bilora.py), options (of all runs), control (default:
-the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a list, there
-is one comparison for each of its recipes. `prompts: heldout` are the captions of the runs' held-out
-images. With scores, the runs end at the last of the steps and keep their checkpoints.
+Further keys: script (default: train_dreambooth_bilora.py), options (for all runs), control
+(default: the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a
+list, there is one comparison for each recipe. `prompts: heldout` takes the captions of the runs'
+held-out images. With scores, the runs end at the last of the steps and keep their checkpoints.
 
-With conditions, each checkpoint is sampled in every condition, by further options of
-eval.clip_scores; the report has a table of variants and conditions for each metric, and one of the
-changes from the first condition.
+Conditions are named options of eval.clip_scores: each checkpoint is sampled in every condition. The
+report has tables of variants and conditions for each metric, and tables of the changes of the main
+metrics from the first condition.
 
-"guidance 4" takes both predictions from the adapter, as every program does; "base's guidance 2"
-takes the unconditional one from the base model. All variants get the same prompts and the same
-initial noise. A seed's value is the mean over its images.
+"guidance 4" takes both predictions from the adapted model, which is ordinary classifier-free
+guidance; "base's guidance 2" takes the unconditional prediction from the base model. All variants
+get the same prompts and the same initial noise. The value of a training seed is the mean over all
+images of this run.
 
-Every run is checked by the training script's own parser before the first one starts, and so are the
-scorer and the memory of the GPU. A finished run is not repeated and an interrupted one goes on, so
-the same command can be given again at any time. With scores, runs whose rows are in --output_dir
-stay there and are not repeated either: seeds and variants can be added later, without the folders
-of the first ones. Each run trains on one GPU; with --jobs several run at a time, on all GPUs.
+Before the first run starts, the training script's own parser checks every run, and the scorer and
+the memory of the GPU are checked too. The same command can be run again at any time: it skips
+finished runs and resumes interrupted ones. With scores, the command also keeps and skips runs whose
+rows are in --output_dir: seeds and variants can be added later, without the folders of the earlier
+runs. Each run trains on one GPU; with --jobs, several runs are trained at a time, on all GPUs.
 
-Writes rows.csv, summary.csv, result.json, report.md and figures, beside the runs in
-RUNS_DIR/EXPERIMENT. They hold no path of this machine.
+Writes rows.csv, summary.csv, result.json, report.md and figures, next to the runs in
+RUNS_DIR/EXPERIMENT. These files contain no absolute path of this machine.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ from ..subjects import Subject, by_group, check_pairing
 from . import losses
 from .losses import FINISHED, SECONDS, WAITING
 
-if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+if TYPE_CHECKING:  # imported inside functions, so that --help does not wait for torch
     from .plan import Plan, Run
     from .runs import Outcome
 
@@ -87,37 +88,44 @@ class SweepOptions:
     """Flags of the command."""
 
     section = "sweep"
-    set: list[str] = option([], "Options of all runs, NAME=VALUE.")  # noqa: RUF009
+    set: list[str] = option([], "Options of all runs, as NAME=VALUE.")  # noqa: RUF009
     variants: str | None = option(
-        None, "Labels with semicolons between them, of the variants to train (default: all)."
+        None, "Labels of the variants to train, separated by semicolons (default: all variants)."
     )
-    seeds: str | None = option(None, "Seeds instead of the experiment's, as 0..4 or 0,1.")
-    metric: str | None = option(None, "Key in metrics.jsonl instead of the experiment's.")
-    steps: str | None = option(None, "Sampled checkpoints instead of the experiment's.")
+    seeds: str | None = option(None, "Seeds instead of the experiment's, such as 0..4 or 0,1.")
+    metric: str | None = option(None, "Key in metrics.jsonl instead of the experiment's metric.")
+    steps: str | None = option(None, "Steps of the sampled checkpoints instead of scores.steps.")
     guidances: str | None = option(
-        None, "Kinds of guidance instead of the experiment's, as adapter:4,base:2."
+        None, "Kinds of guidance instead of scores.guidances, such as adapter:4,base:2."
     )
-    max_prompts: int | None = option(None, "Sample the first prompts only.", range=COUNTS)
-    processes: int | None = option(None, "Sampling processes.", range=WORKERS)
+    max_prompts: int | None = option(
+        None, "Sample only this number of prompts, starting with the first.", range=COUNTS
+    )
+    processes: int | None = option(None, "Number of sampling processes.", range=WORKERS)
     runs_dir: Path = option(  # noqa: RUF009
-        Path("runs"), "Folder that gets a folder of runs for each experiment."
+        Path("runs"), "Parent folder; each experiment gets a folder of runs in it."
     )
-    jobs: int = option(1, "Runs at a time, which share the cores and the GPUs.", range=WORKERS)
+    jobs: int = option(
+        1, "Number of runs at a time, which share the cores and the GPUs.", range=WORKERS
+    )
     dry_run: bool = option(
-        False, "Check and list the runs only; with scores also the hours and the memory."
+        False, "Only check and list the runs; with scores, also show the hours and the memory."
     )
 
 
 class Sweep(Evaluation):
-    """The metric and the training loss of each finished run over training, and key figures.
+    """A sweep without samples: it compares the metric and the training loss of finished runs.
 
-    A subject is a run, a group is a variant. ``about`` of a subject has the run's outcome:
-    ``status`` (finished, failed or waiting), ``exit_code`` and ``error``.
+    A subject is a run, and a group is a variant. ``about`` of a subject describes the outcome of
+    the run: ``status`` (finished, failed or waiting), ``exit_code`` and ``error``.
 
-    ``settings``: ``experiment``, ``recipe``, ``metric``, ``higher_is_better``, ``seeds``;
-    ``variants``, label -> its options; ``paired``, label -> whether its runs saw the control's
-    inputs; ``equal_training``, the training loss at which variants are compared and the variant
-    that sets it, or None.
+    ``settings``:
+
+    - ``experiment``, ``recipe``, ``metric``, ``higher_is_better``, ``seeds``;
+    - ``variants``: label -> options of the variant;
+    - ``paired``: label -> whether the variant's runs saw the same inputs as the control's runs;
+    - ``equal_training``: the training loss at which variants are compared and the variant that sets
+      it, or None.
     """
 
     name = "sweep"
@@ -126,7 +134,7 @@ class Sweep(Evaluation):
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
         from .runs import Runner
 
-        # Each experiment has its own folder; its result is beside its runs.
+        # Each experiment has a separate folder for its runs and its result.
         runs_dir = args.runs_dir / plan.name
         args = argparse.Namespace(**vars(args))
         args.output_dir = args.output_dir or runs_dir / self.name
@@ -153,12 +161,14 @@ class Sweep(Evaluation):
             nargs="+",
             type=Path,
             metavar="EXPERIMENT",
-            help="YAML files; eval/experiments has those of the paper's tables",
+            help="YAML files, such as those in eval/experiments",
         )
-        parser.add_argument("--output_dir", type=Path, help=f"default: {cls.name}, beside the runs")
+        parser.add_argument(
+            "--output_dir", type=Path, help=f"default: {cls.name}, next to the runs"
+        )
 
     def work(self) -> int | None:
-        """List the runs, and unless it is a dry run train and compare them."""
+        """Print the plan; unless this is a dry run, train and compare the runs."""
         print(self.describe_plan())
         if self.args.dry_run:
             return None
@@ -166,7 +176,7 @@ class Sweep(Evaluation):
         return super().work()
 
     def describe_plan(self) -> str:
-        """The variants; in a dry run also the command line of each run and its folder's state."""
+        """Return a list of the variants; in a dry run, also each run's state and command line."""
         from .runs import describe_state
 
         plan = self.plan
@@ -184,7 +194,7 @@ class Sweep(Evaluation):
         return "\n".join(lines)
 
     def subjects(self) -> Sequence[Subject]:
-        """The planned runs."""
+        """Return the planned runs as subjects, all with the status "waiting"."""
         waiting = {"status": WAITING, "exit_code": None, "error": None}
         return [
             Subject(planned.name, planned.variant, seed=planned.seed, about=waiting)
@@ -192,7 +202,11 @@ class Sweep(Evaluation):
         ]
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
-        """Train the runs that are not finished; print failures, after which the exit code is 1."""
+        """Train the runs that are not finished; print failures, and set the exit code 1 for them.
+
+        Returns:
+            All planned runs with their outcomes.
+        """
         runs_dir = self.runner.runs_dir
         missing = self.missing_runs()
         outcomes = self.runner.run_all(missing) if missing else []
@@ -205,18 +219,18 @@ class Sweep(Evaluation):
                 reasons.append(f"{outcome.run} (exit code {outcome.exit_code}: {outcome.error})")
             print(
                 f"error: {len(failures)} of {len(outcomes)} runs failed: {'; '.join(reasons)}."
-                f" Their logs are {runs_dir}/RUN.log, and the same command tries them again.",
+                f" Their logs are {runs_dir}/RUN.log. Run the same command to try them again.",
                 file=sys.stderr,
             )
             self.exit_code = 1
         return [trained.get(subject.label, subject) for subject in subjects]
 
     def missing_runs(self) -> Sequence[Run]:
-        """The planned runs that are to be trained, if they are not finished."""
+        """Return the planned runs that must be finished before the comparison."""
         return self.plan.runs
 
     def require_metric(self, subjects: Sequence[Subject]) -> None:
-        """Refuse a metric that no run has."""
+        """Raise UserError if the runs have recorded metrics, but not the experiment's metric."""
         metric = self.experiment.metric
         names = set[str]()
         for subject in subjects:
@@ -233,12 +247,12 @@ class Sweep(Evaluation):
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         metric = self.experiment.metric
-        names = dict.fromkeys((metric, TRAINING_GRID_LOSS))  # which may be the same
+        names = dict.fromkeys((metric, TRAINING_GRID_LOSS))  # both may be the same metric
         measured, seconds = [], []
         for line in subject.log():
             if line.get("seconds") is not None:
                 seconds.append(line["seconds"])
-            # Both losses are compared at the steps at which the metric was measured.
+            # The metric and the training loss are compared at steps that have the metric.
             if metric in line:
                 measured.append(line)
         curve = []
@@ -253,7 +267,7 @@ class Sweep(Evaluation):
         if measured:
             for name in names:
                 yield subject.row(f"final {name}", measured[-1].get(name))
-        # The median, since the first step may take long.
+        # The median, because the first step may be slow.
         if seconds:
             yield subject.row(SECONDS, statistics.median(seconds))
 
@@ -261,7 +275,7 @@ class Sweep(Evaluation):
         metric, control = self.experiment.metric, self.plan.control
         pairs = self.pairs(subjects)
         unpaired = [group for group, is_paired in pairs.items() if is_paired is False]
-        # A variant that learns less also overfits less. At one training loss that plays no part.
+        # A variant that learns less also overfits less; at equal training loss, this has no effect.
         common_loss, equal_rows = compare.equal_training(rows, metric, TRAINING_GRID_LOSS, unpaired)
         rows += equal_rows
         lines = compare.summaries(rows, control, unpaired=unpaired)
@@ -272,7 +286,7 @@ class Sweep(Evaluation):
         return replace(result, metrics=losses.metrics(result))
 
     def pairs(self, subjects: Sequence[Subject]) -> dict[str, bool | None]:
-        """Variant -> whether its finished runs saw the control's inputs, by `check_pairing`."""
+        """Return whether a variant's finished runs saw the control's inputs (`check_pairing`)."""
         finished = [subject for subject in subjects if subject.finished]
         if self.plan.control not in by_group(finished):
             return {}
@@ -301,7 +315,7 @@ class Sweep(Evaluation):
 
 
 def shown_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A variant's options without machine paths."""
+    """Return a variant's options without machine paths."""
     options = {}
     for name, value in values.items():
         options[name] = without_paths(value) if isinstance(value, str) else value
@@ -309,7 +323,7 @@ def shown_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
-    """A run as a subject; of a run that is not finished it has the outcome only."""
+    """Return a run as a subject; if the run is not finished, the subject has only the outcome."""
     about = {"status": outcome.status, "exit_code": outcome.exit_code, "error": outcome.error}
     if outcome.status == FINISHED:
         subject = open_run(runs_dir / outcome.run, outcome.run)

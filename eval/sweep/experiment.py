@@ -1,4 +1,4 @@
-"""The content of an experiment's file; the docstring of `eval.sweep` explains its keys."""
+"""The content of an experiment's file; ``python -m eval.sweep --help`` explains its keys."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ IMAGE_SCRIPT = "train_dreambooth_bilora.py"
 SEED = "seed"
 # Options of the training script that the sweep sets
 SWEEP_OPTIONS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-# Value of ``scores.prompts`` that stands for the captions of the held-out images
+# Value of ``scores.prompts`` for the captions of the held-out images
 HELDOUT = "heldout"
-# Options of eval.clip_scores that the sweep sets by other keys of ``scores``
+# Options of eval.clip_scores that the sweep sets, mostly from other keys of ``scores``
 SCORES_OPTIONS = (
     "prompts",
     "max_prompts",
@@ -40,38 +40,38 @@ SCORES_OPTIONS = (
     "output_dir",
     "control",
 )
-LIKE = "write it as the experiments in eval/experiments do."
+LIKE = "see the experiments in eval/experiments for examples."
 
 
 def read_value(value: Any) -> bool | str:
-    """A single value of an option."""
+    """Return an option's value if it is a single value; raise ValueError for a list or mapping."""
     if not isinstance(value, bool | str):
         raise ValueError("a single value")
     return value
 
 
 def read_options_of(mapping: Any) -> Any:
-    """Options by their names in Python; those that the sweep sets are refused."""
+    """Return options by their Python names; raise UserError for an option that the sweep sets."""
     options = _with_underscores(mapping)
     for name in options if isinstance(options, dict) else ():
         if name == SEED:
             raise UserError("an option sets the seed: give seeds instead.")
         if name in SWEEP_OPTIONS:
-            raise UserError(f"an option sets {name}, which the sweep does: leave it out.")
+            raise UserError(f"an option sets {name}, which the sweep itself sets: leave it out.")
     return options
 
 
 def read_scores_options(mapping: Any) -> Any:
-    """Options of eval.clip_scores; those that other keys set are refused."""
+    """Return options of eval.clip_scores; raise UserError for one that the sweep sets."""
     options = _with_underscores(mapping)
     for name in options if isinstance(options, dict) else ():
         if name in SCORES_OPTIONS:
-            raise UserError(f"an option sets {name}, which the other keys of scores do.")
+            raise UserError(f"an option sets {name}: use the other keys of scores instead.")
     return options
 
 
 def read_condition(mapping: Any) -> Any:
-    """The options of a condition: those of eval.clip_scores that change the images."""
+    """Return the options of a condition; raise UserError for one that does not affect images."""
     options = read_scores_options(mapping)
     names = [field.name for field in fields(SamplingOptions)]
     for name in options if isinstance(options, dict) else ():
@@ -81,7 +81,7 @@ def read_condition(mapping: Any) -> Any:
 
 
 def _with_underscores(mapping: Any) -> Any:
-    """A mapping with the names of options in Python; {} for None."""
+    """Return a mapping with underscores in its names instead of dashes; {} for None."""
     if mapping is None:
         return {}
     if not isinstance(mapping, dict):
@@ -90,16 +90,16 @@ def _with_underscores(mapping: Any) -> Any:
 
 
 def read_numbers(value: Any) -> tuple[int, ...]:
-    """The numbers of ``0..4`` (4 included), of ``0,1,5``, or of a list."""
+    """Return the numbers of a list, or of a text such as ``0..4`` (includes 4) or ``0,1,5``."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return tuple(read_integers(text, f'"{text}" is not a list of numbers'))
 
 
 def require_different(values: list[Any]) -> list[Any]:
-    """Refuse a list with a value twice."""
+    """Return the list; raise UserError if it contains a value more than once."""
     for value in values:
         if values.count(value) > 1:
-            raise UserError(f"{value} stands twice in a list: keep one.")
+            raise UserError(f"{value} is in a list more than once: keep one.")
     return values
 
 
@@ -107,7 +107,7 @@ def require_different(values: list[Any]) -> list[Any]:
 class Guidance:
     """A kind of guidance."""
 
-    # Model of the unconditional prediction, "adapter" or "base", or the adapter's strength in it
+    # Model of the unconditional prediction: "adapter", "base", or a strength of the adapter
     source: float | str
     scale: float
 
@@ -122,12 +122,12 @@ class Guidance:
 
     @property
     def text(self) -> str:
-        """As an experiment and the command line write it."""
+        """The form that experiments and command lines use, such as "adapter:4"."""
         return f"{self.source}:{self.scale:g}"
 
 
 def read_guidances(value: Any) -> tuple[Guidance, ...]:
-    """The kinds of guidance of ``adapter:4,0.5:4,base:2``, or of a list of these."""
+    """Return the kinds of guidance of a text such as ``adapter:4,0.5:4,base:2``, or of a list."""
     words = value if isinstance(value, list) else str(value).split(",")
     guidances = []
     for word in words:
@@ -142,17 +142,17 @@ def read_guidances(value: Any) -> tuple[Guidance, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """How checkpoints are sampled: a kind of guidance and named options."""
+    """Settings for sampling checkpoints: a kind of guidance and named options."""
 
     guidance: Guidance
     # "" for an experiment without named conditions
     name: str
-    # Of eval.clip_scores, in addition to those of all conditions
+    # Options of eval.clip_scores, in addition to the options for all conditions
     options: Mapping[str, Any]
 
     @property
     def label(self) -> str:
-        """Item of the rows, and name in figures and tables."""
+        """Name in figures and tables, and the item of rows."""
         return condition_label(self.guidance, self.name)
 
     @property
@@ -165,61 +165,62 @@ class Condition:
 
 
 def condition_label(guidance: Guidance, name: str) -> str:
-    """Label of a condition by its kind of guidance and its name."""
+    """Return the label of a condition from its kind of guidance and its name."""
     return f"{guidance.label} ({name})" if name else guidance.label
 
 
-# Types of the file's values, which are checked while they are read
+# Types of the values in the file, which pydantic checks
 Value = Annotated[Any, BeforeValidator(read_value)]
 Values = Annotated[dict[str, Value], BeforeValidator(read_options_of)]
 Axis = Annotated[list[Value], Field(min_length=1)]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(read_numbers)]
 Step = Annotated[int, Field(ge=1)]
-# A dash is what a folder's name has in place of a space.
+# No dash: in folder names, a dash replaces a space.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._]*$")]
 ConditionOptions = Annotated[dict[str, Value], BeforeValidator(read_condition)]
 
 
 class Keys(BaseModel):
-    """Base class of a file's content and its parts: no further keys, and no change."""
+    """Base class of the file's parts: unknown keys are refused, and instances are immutable."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 
 
 class Scores(Keys):
-    """The samples of an experiment and how they are scored."""
+    """Settings for sampling and scoring the checkpoints of an experiment."""
 
     # ``--prompts`` of eval.clip_scores, or "heldout"
     prompts: str
-    # Number of prompts that are sampled, the first ones; None for all
+    # Number of prompts to sample, starting with the first; None for all
     max_prompts: Annotated[int, Field(ge=1)] | None = None
     # Seeds of the images of each prompt
     seeds: Numbers = (0,)
-    # Checkpoints that are sampled
+    # Steps of the checkpoints that are sampled
     steps: Annotated[tuple[Step, ...], BeforeValidator(read_numbers)]
     guidances: Annotated[tuple[Guidance, ...], BeforeValidator(read_guidances)]
     # Further options of eval.clip_scores
     options: Annotated[dict[str, Value], BeforeValidator(read_scores_options)] = {}
-    # Name -> options of eval.clip_scores by which all checkpoints are sampled too, once for each
-    # kind of guidance. Scores of a condition are compared with those of the first one.
+    # Name of a condition -> its options of eval.clip_scores. All checkpoints are sampled in each
+    # condition and with each kind of guidance; scores are compared with the first condition.
     conditions: dict[Name, ConditionOptions] = {}
-    # Size of the weights that sample and score, without quantization; 0 where any GPU has room
+    # Size of the models that sample and score, without quantization; 0 if they fit on any GPU
     memory_gigabytes: Annotated[float, Field(ge=0)] = 0.0
 
     def sampled_conditions(self) -> list[Condition]:
-        """All kinds of guidance times the named conditions."""
+        """Return each named condition with each kind of guidance."""
         named_options = self.conditions or {"": {}}
         pairs = itertools.product(self.guidances, named_options.items())
         return [Condition(guidance, name, options) for guidance, (name, options) in pairs]
 
 
 class Experiment(Keys):
-    """The content of a file."""
+    """The content of an experiment's file."""
 
-    # YAML file of options that all runs share, or several of them
+    # YAML file of options that all runs share, or a list of such files
     recipe: str | list[str]
+    # Training script
     script: str = IMAGE_SCRIPT
-    # Further options of all runs; those of a variant win
+    # Further options of all runs; the options of a variant override them
     options: Values = {}
     # Label -> options
     variants: dict[str, Values] = {}
@@ -232,7 +233,7 @@ class Experiment(Keys):
     # Key of ``metrics.jsonl``
     metric: str = HELDOUT_LOSS
     higher_is_better: bool = False
-    # None for an experiment that is judged by its losses alone
+    # None for an experiment without samples
     scores: Scores | None = None
 
 
@@ -242,12 +243,13 @@ def read_experiment(
     keys: Mapping[str, Any] | None = None,
     scores_keys: Mapping[str, Any] | None = None,
 ) -> Experiment:
-    """The experiment of a file.
+    """Read an experiment from a file.
 
     Args:
         path: the file.
         settings: the ``NAME=VALUE`` words of ``--set``, added to the file's options.
-        keys: keys of the file that the command line gives; None leaves the file's.
+        keys: values from the command line that replace keys of the file; None keeps the file's
+            value.
         scores_keys: the same for keys of ``scores``.
     """
     if not path.is_file():
@@ -256,13 +258,13 @@ def read_experiment(
     with add_source(f"{path}: "):
         if not isinstance(content, dict):
             raise UserError("an experiment is a mapping: write lines like recipe: FILE.yaml.")
-        # Flags are keys of the file that the command line gives, so they are checked as such.
+        # Values of flags replace keys of the file before the check, so they are checked too.
         content |= _without_none(keys)
         score_values = _without_none(scores_keys)
         if score_values:
             if not isinstance(content.get("scores"), dict):
                 flag = next(iter(score_values))
-                raise UserError(f"it has no scores, to which --{flag} belongs: leave it out.")
+                raise UserError(f"it has no scores, but --{flag} belongs to scores: leave it out.")
             content["scores"] = {**content["scores"], **score_values}
         return parse(content, read_settings(settings))
 
@@ -272,24 +274,24 @@ def _without_none(keys: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
-    """The typed content of a file, with further options of all runs."""
+    """Check the content of a file, and add further options of all runs."""
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
         raise UserError(describe_validation_error(error)) from error
     experiment = experiment.model_copy(update={"options": {**experiment.options, **options}})
-    # An option has one value in a run.
+    # An option must have only one value in a run.
     for name, values in experiment.axes.items():
         require_different(values)
         in_variants = any(name in options for options in experiment.variants.values())
         if in_variants or name in experiment.options:
-            raise UserError(f'"{name}" is an axis and set elsewhere too: keep one.')
+            raise UserError(f'"{name}" is an axis and is also set elsewhere: keep one of the two.')
     return experiment
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """The first problem of a file's content."""
-    # A misspelt key is told first: the key that it stands for is missing only therefore.
+    """Return a sentence on the most helpful of the problems in a file's content."""
+    # Misspelled keys come first: they also cause the error that the correct key is missing.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     place = [str(part) for part in problem["loc"] if part not in ("str", "list[str]", "int")]
@@ -307,7 +309,7 @@ def describe_validation_error(error: ValidationError) -> str:
 
 
 def read_settings(words: Sequence[str]) -> dict[str, str]:
-    """The ``NAME=VALUE`` words of ``--set``."""
+    """Return the options of the ``NAME=VALUE`` words of ``--set``."""
     values: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")

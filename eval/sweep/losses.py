@@ -1,4 +1,4 @@
-"""The report of losses, or of another metric of the log: metrics, figures and sentences."""
+"""Report of a sweep on its losses, or on another logged metric: metrics, figures and sentences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..results import report
 from ..results.plot import Curve, Forest, Panel
 from ..results.table import Entry, Metric, Result
 
-# Metric in addition to those of ``metrics.jsonl``
+# Metric of the result: median seconds of a training step
 SECONDS = "seconds_per_step"
 # Statuses of a run
 FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
@@ -19,12 +19,13 @@ KEY_FIGURES = ("final", "best", "equal_training")
 
 
 def metrics(result: Result) -> dict[str, Metric]:
-    """Titles and formats: values below 1 are shown times 1000, but for those of which higher is
-    better.
+    """Return titles and formats of the metrics.
+
+    If lower is better and all means are below 1, values are shown times 1000.
     """
     name = result.settings["metric"]
     higher_is_better = result.settings["higher_is_better"]
-    # Runs of which only scored checkpoints are recorded have no final value.
+    # Recorded runs may have scores but no final value.
     means = _means(result, f"final {name}") or _means(result, name)
     scale, form = 1, ".4f"
     if means and max(means) < 1 and not higher_is_better:
@@ -43,12 +44,12 @@ def metrics(result: Result) -> dict[str, Metric]:
         f"final {name}": make_metric("final"),
         f"best {name}": make_metric(f"{extreme} over training"),
         f"equal_training {name}": make_metric(f"at equal training loss{loss_text}"),
-        SECONDS: Metric("s per step"),
+        SECONDS: Metric("seconds per step"),
     }
 
 
 def _means(result: Result, name: str) -> list[float]:
-    """Sizes of the means of a metric in all groups and at all steps."""
+    """Return the absolute values of a metric's means in all groups and at all steps."""
     means = []
     for line in result.summaries:
         if line.metric == name and line.mean is not None:
@@ -57,12 +58,12 @@ def _means(result: Result, name: str) -> list[float]:
 
 
 def has_final_values(result: Result) -> bool:
-    """Test that the metric at the end of training is known of any run."""
+    """Return whether any run has a value of the metric at the end of training."""
     return bool(result.select(f"final {result.settings['metric']}"))
 
 
 def suffix(result: Result) -> str:
-    """The scale of the metric for headings, such as " x 1000"; "" without one."""
+    """Return the scale of the metric for headings, such as " x 1000"; "" for a scale of 1."""
     scale = result.metric(result.settings["metric"]).scale
     if scale == 1:
         return ""
@@ -70,15 +71,15 @@ def suffix(result: Result) -> str:
 
 
 def is_finished(entry: Entry) -> bool:
-    """Test that a run is finished."""
+    """Return whether a run is finished."""
     return entry.about["status"] == FINISHED
 
 
 def panels(result: Result) -> list[Panel | Forest]:
-    """Differences to the control at the end, and the metric over training."""
+    """Return two panels: final differences from the control, and the metric over training."""
     name = result.settings["metric"]
     paired = result.settings["paired"]
-    # Variants without a difference, each with the reason.
+    # Variants without a difference, and the reason
     missing: dict[str, str] = {}
     for group in result.groups:
         if paired.get(group) is False:
@@ -87,10 +88,10 @@ def panels(result: Result) -> list[Panel | Forest]:
             missing[group] = "missing"
     missing[result.control] = "control"
 
-    # The forest's heading says which side is better.
+    # The axis label of the forest says which side is better.
     side = "right" if result.settings["higher_is_better"] else "left"
     title = f"final, minus {result.control}: mean and 95 % interval"
-    xlabel = f"difference of {name}{suffix(result)}; {side} is better"
+    xlabel = f"difference in {name}{suffix(result)}; {side} is better"
     curves = [Curve(group, name) for group in result.groups]
     return [
         Forest(title, xlabel, f"final {name}", missing),
@@ -99,27 +100,27 @@ def panels(result: Result) -> list[Panel | Forest]:
 
 
 def notes(result: Result) -> Iterator[str]:
-    """Sentences that a reader of the table has to know."""
+    """Yield the notes below the table."""
     settings = result.settings
     common_loss = settings["equal_training"]
     if common_loss:
         yield (
-            "Equal training loss is the lowest that all paired runs reach; it is set by"
-            f" {common_loss['set_by']}."
+            "Equal training loss is the lowest training loss that all paired runs reach; the"
+            f" variant {common_loss['set_by']} sets it."
         )
     lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]
-    # Each interval misses its value with a probability of 5 %.
+    # Each interval misses the true value with a probability of 5 %.
     intervals = sum(line is not None and line.difference is not None for line in lines)
     if intervals > 2:
         yield (
-            f"With {intervals} intervals in a column, one in twenty misses its value by chance"
-            " alone."
+            f"With {intervals} intervals in a column, expect one in twenty to miss the true value"
+            " by chance alone."
         )
     for label in settings["variants"]:
         if settings["paired"].get(label) is False:
             yield (
-                f"{label} did not see the control's inputs at each step (by their digests), so it"
-                " can't be paired."
+                f"{label} did not see the same inputs as the control at every step (by the logged"
+                " hashes), so it is not paired."
             )
     for run in result.subjects:
         if not is_finished(run):
@@ -131,20 +132,20 @@ def notes(result: Result) -> Iterator[str]:
 
 
 def count_finished(result: Result, group: str) -> str:
-    """Number of finished runs of a variant, and of all its runs, such as "4/5"."""
+    """Return the number of a variant's finished runs and of all its runs, such as "4/5"."""
     runs = result.members(group)
     return f"{sum(map(is_finished, runs))}/{len(runs)}"
 
 
 def introduction(result: Result) -> str:
-    """Sentence above the table."""
+    """Return the sentences above the table."""
     settings = result.settings
     count = len(result.settings["seeds"])
     direction = "higher" if settings["higher_is_better"] else "lower"
     seeds = "seeds" if count > 1 else "seed"
     return (
-        f"`{settings['metric']}`{suffix(result)} of {settings['recipe']}, {direction} is better:"
-        f" mean over {count} {seeds}. Difference: to {report.escape_table_cell(result.control)},"
-        f" paired by seed, with {report.INTERVALS} and the number of seeds in which the variant is"
-        " better."
+        f"`{settings['metric']}`{suffix(result)} for {settings['recipe']} ({direction} is better):"
+        f" mean over {count} {seeds}. Differences from {report.escape_table_cell(result.control)}"
+        f" are paired by seed, with {report.INTERVALS} and the number of seeds in which the variant"
+        " is better."
     )

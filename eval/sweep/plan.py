@@ -1,6 +1,6 @@
-"""The runs of an experiment: variants times seeds.
+"""The runs of an experiment: each variant with each seed.
 
-Every run is checked by the training script's own parser before the first one is trained.
+The training script's own parser checks every run before the first one is trained.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .experiment import HELDOUT, IMAGE_SCRIPT, SEED, Experiment, Scores, read_ex
 
 # Training script -> class of its configuration
 CONFIGS = {IMAGE_SCRIPT: DreamBoothConfig, "train_text_bilora.py": TextConfig}
-# Between labels of ``--variants``, since a label may have commas
+# Separator of the labels in ``--variants``; a label may contain commas
 SEPARATOR = ";"
-# Imports a script once, since a method can be registered once.
+# Imports a script only once, because a method can't be registered twice
 import_script = functools.cache(runpy.run_path)
 
 
@@ -38,12 +38,12 @@ import_script = functools.cache(runpy.run_path)
 class Run:
     """One run of a plan."""
 
-    # Name of its folder: the variant, the seed, and a hash of the options
+    # Name of the run's folder: the variant, the seed, and a hash of the options
     name: str
     variant: str
-    # Of data, noise and initialization
+    # Seed of data, noise and initialization
     seed: int
-    # Flags of the training script, except the recipe and the run folder
+    # Flags of the training script, without the recipe and the run folder
     flags: tuple[str, ...]
 
 
@@ -51,17 +51,18 @@ class Run:
 class Plan:
     """The runs of an experiment on one recipe."""
 
-    # Folder of the runs: the file's name, and the recipe's name where the file lists several
+    # Folder of the runs, relative to ``--runs_dir``: the name of the experiment's file and, if the
+    # file lists several recipes, the name of the recipe
     name: Path
     experiment: Experiment
     recipe: Path
     script: Path
     # Labels of all variants of the experiment, in the order of the report
     labels: Sequence[str]
-    # The variants that are trained
+    # Variants that are trained
     variants: Sequence[Variant]
     seeds: Sequence[int]
-    # Seed by seed, so that pairs are finished early
+    # Sorted by seed, so that pairs of runs are finished early
     runs: Sequence[Run]
     # Label of the variant that the others are compared with
     control: str
@@ -76,11 +77,11 @@ def load(
     scores_keys: Mapping[str, Any] | None = None,
     variants: str | None = None,
 ) -> list[Plan]:
-    """The plans of a file's experiment: one for each of its recipes.
+    """Return the plans of an experiment's file, one for each of its recipes.
 
     Args:
-        path, settings, keys, scores_keys: as of `read_experiment`.
-        variants: labels with semicolons between them; None for all variants.
+        path, settings, keys, scores_keys: see `read_experiment`.
+        variants: labels of the variants to train, separated by semicolons; None for all variants.
     """
     experiment = read_experiment(path, settings, keys, scores_keys)
     with add_source(f"{path}: "):
@@ -99,17 +100,17 @@ def load(
 
 
 def with_checkpoints(experiment: Experiment, scores: Scores, script: Path) -> Experiment:
-    """The experiment with options by which its runs save the checkpoints that are sampled.
+    """Return the experiment with options that make its runs save the sampled checkpoints.
 
-    Options that the experiment gives stay as they are.
+    Options that the experiment sets are not changed.
     """
     if CONFIGS.get(script.name) is TextConfig:
-        raise UserError(f"scores are those of images, and {script.name} trains on text.")
+        raise UserError(f"scores are for images, but {script.name} trains on text: omit them.")
     options = {
         "max_train_steps": str(max(scores.steps)),
-        # The largest interval that has all sampled steps
+        # The largest interval that includes all sampled steps
         "checkpointing_steps": str(math.gcd(*scores.steps)),
-        # No limit: a checkpoint of an interruption must not push out one that is sampled.
+        # No limit: the checkpoint of an interruption must not replace one that is sampled.
         "checkpoints_total_limit": "0",
         "num_validation_images": "0",
     }
@@ -117,7 +118,7 @@ def with_checkpoints(experiment: Experiment, scores: Scores, script: Path) -> Ex
 
 
 def with_variants(plan: Plan, text: str) -> Plan:
-    """The plan with only the variants of these labels, which have semicolons between them."""
+    """Return the plan with only the variants of some labels, which semicolons separate."""
     labels = [label.strip() for label in text.split(SEPARATOR)]
     for label in labels:
         if label not in plan.labels:
@@ -131,7 +132,7 @@ def with_variants(plan: Plan, text: str) -> Plan:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by its path, or by its place in the repository."""
+    """Return the path of a recipe, which is named by its path or relative to the repository."""
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
@@ -139,10 +140,10 @@ def find_recipe(name: str) -> Path:
 
 
 def find_script(name: str) -> Path:
-    """A training script by its place in the repository, or by its path.
+    """Return the path of a training script, which is named relative to the repository or by path.
 
-    A script of the user's takes the options of the DreamBooth script. It is imported here, for the
-    methods that it registers.
+    A user's own script must accept the options of the DreamBooth script. It is imported here to
+    register its methods.
     """
     for path in (ROOT / name, Path(name)):
         if path.is_file():
@@ -151,15 +152,15 @@ def find_script(name: str) -> Path:
             return path.resolve()
     scripts = ", ".join(CONFIGS)
     raise UserError(
-        f'there is no script "{name}"{did_you_mean(name, CONFIGS)}: use {scripts}, or one of yours.'
+        f'there is no script "{name}"{did_you_mean(name, CONFIGS)}: use {scripts}, or your own.'
     )
 
 
 def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) -> Plan:
-    """All variants and runs, each variant checked."""
+    """Check all variants of an experiment, and return the plan of its runs."""
     with resolving.collect_notes() as notes:
         variants, configs = make_variants(experiment, recipe, script)
-    for note in dict.fromkeys(notes):  # one note may be on many variants
+    for note in dict.fromkeys(notes):  # several variants may cause the same note
         resolving.logger.warning("%s", note)
     seeds = experiment.seeds
     if seeds is None:
@@ -192,7 +193,11 @@ def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) ->
 
 
 def check_scores(scores: Scores, labels: Sequence[str], configs: Sequence[Any]) -> Scores:
-    """Check that each run saves the sampled checkpoints; name the held-out set in the prompts."""
+    """Check that each run saves the sampled checkpoints.
+
+    Returns:
+        The scores, with the runs' held-out set as the prompts if ``prompts`` is "heldout".
+    """
     for label, config in zip(labels, configs, strict=True):
         last_step = config.max_train_steps
         interval = config.checkpointing_steps
@@ -208,8 +213,8 @@ def check_scores(scores: Scores, labels: Sequence[str], configs: Sequence[Any]) 
     heldout = configs[0].validation_dataset
     if heldout is None:
         raise UserError(
-            f"scores.prompts is {HELDOUT}, and the runs have no held-out images: give them a"
-            " validation_dataset, or name the prompts."
+            f"scores.prompts is {HELDOUT}, but the runs have no held-out images: give them a"
+            " validation_dataset, or name a set of prompts."
         )
     return scores.model_copy(update={"prompts": heldout})
 
@@ -217,10 +222,10 @@ def check_scores(scores: Scores, labels: Sequence[str], configs: Sequence[Any]) 
 def make_variants(
     experiment: Experiment, recipe: Path, script: Path
 ) -> tuple[list[Variant], list[Any]]:
-    """The named variants times the axes, and the configuration of each."""
+    """Return each named variant with each point of the axes, and the configuration of each."""
     variants: dict[str, Variant] = {}
     configs: list[Any] = []
-    # Without named variants the axes alone make them.
+    # Without named variants, only the axes define the variants.
     named_variants = experiment.variants or {"": {}}
     points = list(itertools.product(*experiment.axes.values()))
     for (name, options), point in itertools.product(named_variants.items(), points):
@@ -228,7 +233,7 @@ def make_variants(
         values = {**options, **axis_values}
         flags = to_flags({**experiment.options, **values})
         config = resolve(name or recipe.stem, experiment, recipe, script, flags)
-        # LoRA does not read rho: it is one variant, whatever the axis rho says.
+        # For example, LoRA does not read rho, so it is only one variant for all values of rho.
         ignored = methods.option_names() - methods.reads(config.method)
         label = label_of(name, axis_values, ignored) or recipe.stem
         if label not in variants:
@@ -241,7 +246,7 @@ def make_variants(
 def resolve(
     label: str, experiment: Experiment, recipe: Path, script: Path, flags: Sequence[str]
 ) -> Any:
-    """The configuration of a variant, as the script will see it."""
+    """Return the configuration of a variant, as the training script will resolve it."""
     config_class = CONFIGS.get(script.name, DreamBoothConfig)
     with add_source(f'in the variant "{label}": '):
         config = config_class.resolve(
@@ -252,13 +257,13 @@ def resolve(
     if is_required and getattr(config, "validation_dataset", "") is None:
         raise UserError(
             f'the variant "{label}" would have no {HELDOUT_LOSS}: give it a validation_dataset, or'
-            " compare by another metric."
+            " choose another metric."
         )
     return config
 
 
 def label_of(name: str, axis_values: Mapping[str, Any], ignored: frozenset[str]) -> str:
-    """Label of a variant: its name, and its place on the axes that its method reads."""
+    """Return a variant's label: its name, and its values on the axes that its method reads."""
     parts = [name] if name else []
     for option, value in axis_values.items():
         if option not in ignored:
@@ -268,13 +273,13 @@ def label_of(name: str, axis_values: Mapping[str, Any], ignored: frozenset[str])
 
 
 def choose_control(label: str | None, labels: Sequence[str]) -> str:
-    """The control of an experiment: the variant with this label, by default the first."""
+    """Return the label of the control; for None, the label of the first variant."""
     if label is None:
         return labels[0]
     if label not in labels:
         quoted = ", ".join(f'"{known_label}"' for known_label in labels)
         raise UserError(
-            f'the control "{label}" is none of the variants{did_you_mean(label, labels)}: use one'
+            f'the control "{label}" is not a variant{did_you_mean(label, labels)}: use one'
             f" of {quoted}."
         )
     return label

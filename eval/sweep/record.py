@@ -1,4 +1,4 @@
-"""The result that is in the output folder of a scored sweep, to which the command adds runs."""
+"""The existing result in the output folder of a scored sweep, to which the command adds runs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..results.table import Provenance, Result, Row
 from ..subjects import Subject
 from .plan import Run
 
-# Settings that all runs of a result have in common
+# Settings that must be the same for all runs of a result
 COMMON = ("recipe", "options", "scores")
 
 
 class Record:
-    """The result of a folder, which may have none yet.
+    """The result in an output folder, if there is one.
 
-    A run with rows was scored in full, since a result is written when everything is scored.
+    Each run with rows is completely scored, because a result is written after all scores.
 
     Args:
         folder: ``--output_dir``.
-        kind: of the results; one of another command is none.
+        kind: kind of the result; results of any other kind are ignored.
 
     Attributes:
-        result: None without one.
-        subjects, rows: of each run with rows, by its name. The name has a hash of the run's
-            options.
+        result: the result; None if there is none.
+        subjects, rows: subject and rows of each run with rows, by the run's name, which contains a
+            hash of the run's options.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -46,7 +46,7 @@ class Record:
             return
         self.result = result
         for row in result.rows:
-            # The training loss at which all variants are compared changes with each run.
+            # A new run may change the common training loss, so these rows are not reused.
             if not row.metric.startswith(EQUAL_TRAINING):
                 self.rows.setdefault(row.subject, []).append(row)
         for entry in result.subjects:
@@ -54,19 +54,19 @@ class Record:
                 self.subjects[entry.label] = Subject(**asdict(entry))
 
     def require_alike(self, settings: Mapping[str, Any], planned: Sequence[Run]) -> None:
-        """Refuse runs whose scores can't be compared with the recorded ones.
+        """Raise UserError if scores of planned runs can't be compared with the recorded scores.
 
         Args:
-            settings: those in `COMMON`.
-            planned: the runs that are to be added, or are recorded.
+            settings: the new settings, with all names in `COMMON`.
+            planned: all runs of the plan, whether recorded or not.
         """
         if self.result is None:
             return
         for name, recorded_value, value in self._common_values(settings):
             if recorded_value != value:
                 raise UserError(
-                    f"{self.folder} has a result with {name} {recorded_value!r}, and the command"
-                    f" line means {value!r}: give another --output_dir."
+                    f"{self.folder} has a result with {name} {recorded_value!r}, but this command"
+                    f" has {value!r}: give another --output_dir."
                 )
         names = {run.name for run in planned}
         recorded_names = {}
@@ -83,7 +83,7 @@ class Record:
                 )
 
     def _common_values(self, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """Name, recorded value and present value of each setting, and of each key of one."""
+        """Return (name, recorded value, new value) of each setting, or of each of its keys."""
         assert self.result is not None
         values = []
         for name in COMMON:
@@ -96,15 +96,16 @@ class Record:
         return values
 
     def setting(self, name: str) -> dict[str, Any]:
-        """A setting with an entry for each variant; {} if there is none."""
+        """Return a recorded setting that has an entry for each variant; {} if there is none."""
         return {} if self.result is None else dict(self.result.settings.get(name) or {})
 
     def provenance(self, current: Provenance, is_extended: bool) -> Provenance:
-        """The provenance of a result with the recorded rows.
+        """Return the provenance of a result that includes the recorded rows.
 
         Args:
-            current: of this process.
-            is_extended: this process scored runs too. If it did not, the recorded one stays.
+            current: provenance of this process.
+            is_extended: whether this process has scored runs; if not, the recorded provenance is
+                returned unchanged.
         """
         earlier = self.result.provenance if self.result is not None else None
         if earlier is None:

@@ -1,7 +1,7 @@
-"""Train the runs of a sweep in processes, so that one that dies does not end the others.
+"""Train the runs of a sweep in separate processes: if one run dies, the others continue.
 
-If a sweep is killed, its runs may go on. Such a run holds the lock of its folder and can't be
-started a second time: then it counts as failed, and the same command tries it again later.
+If a sweep is killed, its runs may continue. Such a run holds the lock of its folder. A second sweep
+can't start this run and counts it as failed; the same command tries it again later.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .plan import Run
 SCHEMA_VERSION = 2
 RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
-# From SIGTERM to SIGKILL: a run writes a checkpoint when it is asked to end.
+# Time between SIGTERM and SIGKILL, in which a run writes a checkpoint
 PATIENCE_SECONDS = 30.0
-# From one look at the running processes to the next
+# Time between two checks of the running processes
 POLL_SECONDS = 0.05
-# Variables that set PyTorch's number of threads, and the GPUs that it sees
+# Environment variables for PyTorch's number of threads and its visible GPUs
 THREADS = "OMP_NUM_THREADS"
 GPUS = "CUDA_VISIBLE_DEVICES"
-# Stands before the sentence of a run that failed
+# Prefix of a failed run's error message in its output
 ERROR_MARK = "error: "
-# End of the output of a run that failed without a sentence
+# Maximum number of characters of an error that is the last line of the output
 ERROR_LETTERS = 300
 
 
@@ -48,21 +48,22 @@ ERROR_LETTERS = 300
 class Outcome:
     """Outcome of a run: finished, failed, or waiting."""
 
-    # Name of its folder
+    # Name of the run's folder
     run: str
     variant: str
     seed: int
     status: str
-    # Of a failed run; negative for a signal
+    # Exit code of a failed run, negative for a signal; None for other runs
     exit_code: int | None = None
-    # Last sentence of a failed run, without machine paths
+    # Error message of a failed run, without machine paths; None for other runs
     error: str | None = None
 
 
 def is_finished(folder: Path) -> bool:
-    """Test that a folder holds a finished run; its name has a hash of the options.
+    """Return whether a folder holds a finished run.
 
-    A damaged record counts as that of an unfinished run, and the training script refuses it.
+    The folder's name contains a hash of the options, so the options need no check. A run with a
+    damaged record counts as unfinished; the training script then refuses the record.
     """
     try:
         return runlog.is_finished(folder)
@@ -71,7 +72,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def describe_state(folder: Path) -> str:
-    """What a sweep does with a run of this folder."""
+    """Return a description of a run's state, such as "finished" or "resumes from step-100"."""
     if is_finished(folder):
         return "finished"
     newest = checkpoint.latest(folder)
@@ -80,23 +81,23 @@ def describe_state(folder: Path) -> str:
 
 @dataclass
 class Runner:
-    """Trains runs and writes their outcomes to ``<runs_dir>/sweep.json``."""
+    """Trainer of runs, which writes their outcomes to ``<runs_dir>/sweep.json``."""
 
     script: Path
     # ``--config`` of the script
     recipe: Path
-    # Folder of the run folders; must exist
+    # Folder that contains the run folders; must exist
     runs_dir: Path
-    # Runs at a time; several share the cores and the GPUs among them
+    # Number of runs at a time, which share the cores and the GPUs
     jobs: int = 1
     # Name of a run -> its outcome so far
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def command(self, run: Run) -> list[str]:
-        """The command line that starts a run, or continues it from its newest checkpoint."""
+        """Return the command line that starts a run, or resumes it from its newest checkpoint."""
         folder = self.runs_dir / run.name
         command = [sys.executable, "-m", LAUNCHER]
-        # Otherwise accelerate takes all GPUs, and a step as many times the images.
+        # Otherwise, accelerate uses all GPUs, which multiplies the number of images per step.
         command += ["--num_processes", "1"]
         command += [str(self.script), "--config", str(self.recipe)]
         command += [*run.flags, "--output_dir", str(folder)]
@@ -105,8 +106,11 @@ class Runner:
     def run_all(self, runs: Sequence[Run]) -> list[Outcome]:
         """Train the runs that are not finished; a failed run does not stop the others.
 
+        Returns:
+            The outcomes of all runs.
+
         Raises:
-            KeyboardInterrupt: ctrl-C or SIGTERM; the running processes have been ended.
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the running processes have been stopped.
         """
         waiting: list[Run] = []
         for run in runs:
@@ -116,14 +120,14 @@ class Runner:
             self.outcomes[run.name] = Outcome(run.name, run.variant, run.seed, status)
         self._record()
 
-        # Runs that were finished before took no time, so the bar does not count them in its speed.
+        # Runs that are already finished are not part of the bar's speed.
         finished = len(runs) - len(waiting)
         bar = tqdm(total=len(runs), initial=finished, desc="runs", unit="run", smoothing=0)
         processes: list[RunProcess] = []
         with bar, _sigterm_as_interrupt():
             try:
                 while waiting or processes:
-                    # Start as many as may run, then look which have ended.
+                    # Start as many runs as allowed, then check which runs have ended.
                     while waiting and len(processes) < self.jobs:
                         used_slots = {process.slot for process in processes}
                         slot = min(set(range(self.jobs)) - used_slots)
@@ -135,7 +139,7 @@ class Runner:
                         processes.remove(process)
                         self._store(process.outcome(), bar)
                     time.sleep(POLL_SECONDS)
-            finally:  # also at Ctrl-C
+            finally:  # also after Ctrl-C
                 _end([process.popen for process in processes])
         return list(self.outcomes.values())
 
@@ -147,13 +151,13 @@ class Runner:
             bar.write(f"{outcome.run} failed: {outcome.error}", file=sys.stderr)
 
     def environment(self, slot: int) -> dict[str, str] | None:
-        """Environment of a run; None for that of this process.
+        """Return the environment variables of a run; None for the environment of this process.
 
-        Runs at a time share the cores, unless the user has set the number of threads, and take
-        turns with the GPUs that this process sees.
+        Simultaneous runs share the cores, unless the user has set the number of threads. The GPUs
+        that this process sees are assigned to the slots in turn.
 
         Args:
-            slot: number of the run among those at a time, from 0 on.
+            slot: number of the run among the simultaneous runs, starting at 0.
         """
         if self.jobs == 1:
             return None
@@ -171,17 +175,17 @@ class Runner:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process sees, as `GPUS` names them."""
+    """Return the GPUs that this process sees, as they are written in `GPUS`."""
     names = os.environ.get(GPUS)
     if names is not None:
         return [name.strip() for name in names.split(",") if name.strip()]
-    import torch  # here, so that --help does not wait for it
+    import torch  # imported here, so that --help does not wait for it
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
 class RunProcess:
-    """A run in a process group of its own, with its output in ``<folder>.log``."""
+    """A run in a separate process group, with its output in ``<folder>.log``."""
 
     def __init__(self, runner: Runner, run: Run, slot: int) -> None:
         self.run = run
@@ -191,25 +195,25 @@ class RunProcess:
         with self.log.open("ab") as log:
             if checkpoint.latest(self.folder) is None:
                 log.truncate(0)
-            # A resumed run appends to the log; its error stands after this place.
+            # A resumed run appends to the log: its error comes after this position.
             self.log_start = log.seek(0, os.SEEK_END)
             self.popen = subprocess.Popen(
                 runner.command(run),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # a group that can be ended as a whole
+                start_new_session=True,  # a process group that can be stopped as a whole
                 env=runner.environment(slot),
             )
 
     def is_running(self) -> bool:
-        """Test that the process has not ended."""
+        """Return whether the process is still running."""
         return self.popen.poll() is None
 
     def outcome(self) -> Outcome:
-        """The outcome of a run that has ended."""
+        """Return the outcome of a run whose process has ended."""
         run = self.run
-        # The record decides: a launcher may fail after its run has finished.
+        # The run's record decides, because the launcher may fail after the run has finished.
         if is_finished(self.folder):
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
@@ -219,9 +223,12 @@ class RunProcess:
 
 
 def last_sentence(output: str) -> str:
-    """Why a run failed: the script's last sentence after "error:", else its last line of output."""
+    """Return the last message after "error:" in a run's output, else the last line of the output.
+
+    Absolute paths are shortened.
+    """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    # The launcher's own traceback stands below the script's sentence.
+    # The launcher's own traceback comes after the script's error message.
     sentences = [line for line in lines if ERROR_MARK in line]
     if sentences:
         sentence = sentences[-1].partition(ERROR_MARK)[2]
@@ -240,7 +247,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes with all that they started, by SIGTERM and then by SIGKILL."""
+    """Stop processes and all their child processes, with SIGTERM and then with SIGKILL."""
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         launched: list[psutil.Process] = []
         for process in processes:
@@ -250,11 +257,11 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         for process in processes:
             process.wait(max(0.0, deadline - time.monotonic()))
-        # The launcher ends at once, but its training only after a step and a checkpoint.
+        # The launcher ends immediately, but the training only after a step and a checkpoint.
         while any(map(_is_alive, launched)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     for process in processes:
-        # The process group also has what the launcher left running.
+        # The process group still contains processes that the launcher has left running.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -262,7 +269,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Context manager: SIGTERM ends the sweep as Ctrl-C does."""
+    """Context manager: SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
     # The handler of SIGINT raises KeyboardInterrupt.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -1,4 +1,4 @@
-"""The report of scores of samples: metrics, tables over checkpoints, and figures."""
+"""Report of a sweep on the scores of its samples: metrics, tables over checkpoints, and figures."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .experiment import condition_label, read_guidances
 FRONTS = "fronts.png"
 CURVES = "curves.png"
 COLORS = "colors"
-# From the one that decides to those that explain
+# Metrics of samples in the order of the report: first the main one, then those that explain it
 SAMPLED = ("truth", "i2t", "t2t", "nearest", "dino_truth", "dino_nearest", "drift")
 SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in SAMPLED}
-# Metric -> what a named condition, such as rounded weights, adds to it
+# Metric -> its change from the first condition to another one, such as rounded weights
 CHANGES = {"truth": "change_truth", "i2t": "change_i2t"}
 
 
 def _change(metric: str) -> Metric:
     title = CLIP_METRICS[metric].title
-    explanation = f"{title} minus that in the first condition"
+    explanation = f"{title} minus its value in the first condition"
     return Metric(f"change of {title}", explanation, True, scale=100, form=".2f")
 
 
@@ -37,32 +37,32 @@ METRICS = {
     **SAMPLED_METRICS,
     COLORS: Metric(
         "color difference, %",
-        f"of mean colors over {SQUARE} x {SQUARE} pixels, to the held-out picture",
+        f"from the held-out picture, by mean colors of squares of {SQUARE} x {SQUARE} pixels",
         scale=100,
         form=".2f",
     ),
     **{change: _change(metric) for metric, change in CHANGES.items()},
     **step_rules.RULES,
 }
-# Metrics of the curves
+# Metrics that are drawn as curves over steps
 CURVE_METRICS = ("truth", "i2t", "nearest")
 
 
 def introduction(result: Result) -> str:
-    """Sentences above the tables."""
+    """Return the sentences above the tables."""
     settings = result.settings
     scores = settings["scores"]
     num_images = scores["num_prompts"] * len(scores["seeds"])
     return (
         f"{settings['experiment']}: {counted(len(settings['seeds']), 'training seed')};"
-        f" {counted(num_images, 'image')} of each checkpoint, from {scores['prompts']}."
-        f" A cell is the mean over seeds; in brackets the difference to {result.control}, paired by"
-        f" seed, with {report.INTERVALS}.{_conditions_sentence(result)}"
+        f" {counted(num_images, 'image')} of each checkpoint, for the prompts {scores['prompts']}."
+        f" A cell is the mean over seeds, with the difference from {result.control} in brackets,"
+        f" paired by seed, with {report.INTERVALS}.{_conditions_sentence(result)}"
     )
 
 
 def _conditions_sentence(result: Result) -> str:
-    """The named conditions with their options; "" without any."""
+    """Return a sentence that lists the named conditions with their options; "" without any."""
     conditions = result.settings["scores"].get("conditions")
     if not conditions:
         return ""
@@ -74,9 +74,10 @@ def _conditions_sentence(result: Result) -> str:
 
 
 def sections(result: Result) -> list[str]:
-    """The rules that choose a step, then a table over checkpoints for each metric and guidance.
+    """Return the sections of the report: rules that choose a step, then tables of the metrics.
 
-    With named conditions the tables of samples are those over conditions, for each checkpoint.
+    There is a table of variants and checkpoints for each metric and kind of guidance. With named
+    conditions, the metrics of samples have tables of variants and conditions instead.
     """
     parts = [rule_section(result)]
     table_names = [*SAMPLED_METRICS, COLORS, HELDOUT_LOSS]
@@ -92,7 +93,7 @@ def sections(result: Result) -> list[str]:
 
 
 def condition_sections(result: Result) -> list[str]:
-    """For each metric, kind of guidance and checkpoint a table over the named conditions."""
+    """Return a table over the named conditions for each metric, kind of guidance and checkpoint."""
     scores = result.settings["scores"]
     parts = []
     for name in (*CHANGES.values(), *SAMPLED_METRICS, COLORS):
@@ -110,7 +111,10 @@ def condition_sections(result: Result) -> list[str]:
 
 
 def rule_section(result: Result) -> str:
-    """The regret of each rule that chooses a step, by variant and kind of guidance."""
+    """Return a table of the regret of each rule that chooses a step, by variant and guidance.
+
+    The result is "" if there is only one step, or if no regret was measured.
+    """
     if len(result.settings["scores"]["steps"]) == 1:  # there is nothing to choose
         return ""
     items = list(dict.fromkeys(row.item for row in result.select(step_rules.LAST)))
@@ -129,7 +133,7 @@ def rule_section(result: Result) -> str:
 
 
 def step_table(result: Result, name: str, item: str) -> str:
-    """A table with a row for each variant and a column for each sampled checkpoint."""
+    """Return a table with a row for each variant and a column for each sampled checkpoint."""
     steps = {row.step for row in result.select(name, item=item)}
     columns = {}
     for step in result.settings["scores"]["steps"]:
@@ -139,12 +143,14 @@ def step_table(result: Result, name: str, item: str) -> str:
 
 
 def variant_table(result: Result, name: str, columns: Mapping[str, tuple[str, int]]) -> str:
-    """A table of a metric with a row for each variant.
+    """Return a table of a metric with a row for each variant.
 
-    A cell is the mean over seeds, with the difference to the control's in brackets.
+    A cell is the mean over seeds, with the difference from the control in brackets.
 
     Args:
-        columns: item and step of the rows by the column's head.
+        result: result with the metric.
+        name: name of the metric.
+        columns: heading of each column -> item and step of its values.
     """
     metric = result.metric(name)
     rows = []
@@ -161,7 +167,7 @@ def variant_table(result: Result, name: str, columns: Mapping[str, tuple[str, in
 
 
 def curve_panels(result: Result) -> list[list[Panel]]:
-    """Metrics over training: a row for each metric, a column for each kind of guidance."""
+    """Return panels of curves: a row for each metric, a column for each kind of guidance."""
     rows = []
     for name in CURVE_METRICS:
         panels = []
@@ -179,14 +185,14 @@ def draw_fronts(result: Result, path: Path) -> None:
     labels = guidance_labels(result)
     with plot.canvas(path, len(labels)) as (_, axes):
         for axis, label in zip(axes[:, 0], labels, strict=True):
-            # One legend, since the variants have the same colors everywhere
+            # One legend is enough, since a variant has the same color everywhere.
             _draw_front(axis, result, label, legend=label == labels[0])
 
 
 def guidance_labels(result: Result) -> list[str]:
-    """Kinds of guidance with samples, by their names in tables.
+    """Return the labels of the kinds of guidance that have samples.
 
-    Of named conditions it is the first one with each kind.
+    With named conditions, a label is that of the first condition with this kind of guidance.
     """
     labels = list(dict.fromkeys(row.item for row in result.select("i2t")))
     scores = result.settings["scores"]
@@ -199,16 +205,17 @@ def guidance_labels(result: Result) -> list[str]:
 
 
 def _draw_front(axis: Any, result: Result, label: str, legend: bool) -> None:
-    """Draw likeness to the trained style over agreement with the prompt.
+    """Draw similarity to the trained style over agreement with the prompt.
 
-    Each variant is a line through its checkpoints, with a bar of one standard error of the seeds in
-    both directions. Likeness is the cosine with the held-out picture, or without one with the
-    nearest training picture.
+    Each variant is a line through its checkpoints, with error bars of one standard error over seeds
+    in both directions. Similarity is the cosine with the held-out picture or, without held-out
+    pictures, with the nearest training picture.
 
     Args:
-        axis: of matplotlib.
-        label: name of the kind of guidance.
-        legend: show the variants' names.
+        axis: matplotlib axes.
+        result: result of a scored sweep.
+        label: label of the kind of guidance.
+        legend: show the names of the variants.
     """
     likeness = "truth" if result.select("truth") else "nearest"
     styles = plot.group_styles(result.groups, result.control)
@@ -227,7 +234,7 @@ def _draw_front(axis: Any, result: Result, label: str, legend: bool) -> None:
 
 
 def _scale_curve(curve: Sequence[Summary]) -> tuple[list[float], list[float]]:
-    """Means and standard errors of a curve of cosines, times 100."""
+    """Return the means and standard errors of a curve of cosines, times 100."""
     means = [100 * (point.mean or 0.0) for point in curve]
     errors = [100 * (point.error or 0.0) for point in curve]
     return means, errors

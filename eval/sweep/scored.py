@@ -1,4 +1,4 @@
-"""A sweep whose checkpoints are sampled and scored, with the losses beside the scores."""
+"""A sweep that samples and scores checkpoints, and reports the scores together with the losses."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ from .scoring import SCORER_SETTINGS, Scoring
 
 
 class ScoredSweep(Sweep):
-    """Scores of samples come first.
+    """A sweep with scores of samples, which come first in the report.
 
-    A row's item is the kind of guidance, with the condition's name in brackets where the experiment
-    has conditions, and "" for a loss.
+    The item of a row is the kind of guidance, followed by the condition's name in brackets if the
+    experiment has conditions; for a loss, the item is "".
 
-    ``settings`` in addition to those of `Sweep`: ``options`` of all runs; ``scores``, with
-    ``prompts``, ``num_prompts``, ``seeds``, ``steps``, ``guidances``, ``options`` of
-    eval.clip_scores, and ``conditions`` if there are any; ``sampling``, ``scorer`` and
-    ``truth_i2t`` as in the results of eval.clip_scores.
+    ``settings`` in addition to those of `Sweep`:
 
-    Runs with rows in the output folder are neither trained nor scored again.
+    - ``options``: options of all runs;
+    - ``scores``: ``prompts``, ``num_prompts``, ``seeds``, ``steps``, ``guidances``, ``options`` of
+      eval.clip_scores, and ``conditions`` if there are any;
+    - ``sampling``, ``scorer``, ``truth_i2t``: see the settings of eval.clip_scores.
+
+    Runs that have rows in the output folder are neither trained nor scored again.
     """
 
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
@@ -64,7 +66,7 @@ class ScoredSweep(Sweep):
         return None
 
     def describe_plan(self) -> str:
-        """The runs and images of the plan, and its hours for each second of a step or image."""
+        """Return the plan with its numbers of steps and images, and hours per second of each."""
         scores, num_runs = self.scoring.scores, len(self.plan.runs)
         steps = max(scores.steps)
         images = num_runs * self.scoring.num_images
@@ -76,7 +78,7 @@ class ScoredSweep(Sweep):
         return f"{super().describe_plan()}\n{size}"
 
     def _print_memory(self) -> None:
-        """Print the memory of each variant's training, by the training script's ``--dry_run``."""
+        """Print the memory that each variant needs, from the training script's ``--dry_run``."""
         gigabytes = self.scoring.scores.memory_gigabytes
         if gigabytes:
             size = f"{gigabytes:g} GB"
@@ -86,33 +88,33 @@ class ScoredSweep(Sweep):
                 continue
             print(f"\n{planned.variant}:", flush=True)
             words = self.runner.command(planned)
-            # Without accelerate's launcher, since a dry run is of one process.
+            # Without accelerate's launcher, because a dry run needs only one process.
             words = [sys.executable, *words[words.index(str(self.plan.script)) :], "--dry_run"]
             if subprocess.run(words, check=False).returncode != 0:
                 raise TrainingError(
-                    f"--dry_run of {planned.variant} failed: its sentence stands above."
+                    f"--dry_run of {planned.variant} failed: see its error message above."
                 )
 
     def subjects(self) -> Sequence[Subject]:
-        """The planned and the recorded runs, seed by seed, in the order of the variants."""
+        """Return the planned and recorded runs, sorted by seed and then by variant."""
         subjects = {subject.label: subject for subject in super().subjects()}
         subjects |= self.record.subjects
         order = {label: number for number, label in enumerate(self.plan.labels)}
-        # Recorded variants that the experiment no longer has come last.
+        # Recorded variants that are no longer in the experiment come last.
         return sorted(
             subjects.values(),
             key=lambda subject: (subject.seed or 0, order.get(subject.group, len(order))),
         )
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Refuse before the training what would fail after it."""
+        """Check before the training that the checkpoints can be sampled and scored."""
         missing = self.missing_runs()
         if missing:
             folders = [self.runner.runs_dir / run.name for run in missing]
             self.scoring.check(folders, self.plan.base_model)
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
-        """Train the missing runs; sample and score the checkpoints of the finished ones."""
+        """Train the missing runs; sample and score the checkpoints of all finished runs."""
         subjects = super().produce(subjects)
         finished = [subject for subject in subjects if subject.finished]
         if finished:
@@ -126,13 +128,13 @@ class ScoredSweep(Sweep):
             super().require_metric(subjects)
 
     def _describe_settings(self, subjects: Sequence[Subject]) -> None:
-        """Complete the settings with the recorded runs and with those of the scores."""
+        """Add the recorded runs' settings and the scorer's settings to the result's settings."""
         self.settings["variants"] = {
             **self.record.setting("variants"),
             **self.settings["variants"],
         }
         self.settings["seeds"] = sorted({subject.seed or 0 for subject in subjects})
-        # If all runs were recorded, nothing was scored now: the earlier result has the settings.
+        # If nothing was scored now, the recorded result has the scorer's settings.
         scored = next(iter(self.scoring.results.values()), self.record.result)
         if scored is not None:
             for name in SCORER_SETTINGS:
@@ -161,7 +163,7 @@ class ScoredSweep(Sweep):
 
     def pairs(self, subjects: Sequence[Subject]) -> dict[str, bool | None]:
         pairs = super().pairs(subjects)
-        # What an earlier command has found out about the recorded runs
+        # Pairing of the recorded runs, from the earlier command
         for label, is_paired in self.record.setting("paired").items():
             if is_paired is False or pairs.get(label) is None:
                 pairs[label] = is_paired
@@ -182,7 +184,7 @@ class ScoredSweep(Sweep):
         return samples.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        return {}  # the scores come first, see `further`
+        return {}  # the tables are in `further`, after the scores
 
     def further(self, result: Result) -> list[str]:
         parts = samples.sections(result)

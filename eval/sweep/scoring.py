@@ -1,4 +1,4 @@
-"""Samples and scores of the checkpoints of runs, by eval.clip_scores."""
+"""Sample and score the checkpoints of runs with eval.clip_scores."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from . import step_rules
 from .experiment import Condition, Guidance, Scores
 from .samples import CHANGES, COLORS, SAMPLED_METRICS
 
-# Settings of eval.clip_scores that a sweep's result has too
+# Settings of an eval.clip_scores result that are copied into the sweep's result
 SCORER_SETTINGS = ("sampling", "scorer", "truth_i2t")
 
 
 class Scoring:
-    """Samples the checkpoints of runs and scores them, once for each condition.
+    """Sampler and scorer of the runs' checkpoints; each condition is sampled and scored separately.
 
     Args:
-        scores: of the experiment.
+        scores: the experiment's settings.
         runs_dir: folder of the runs, which gets a folder of images and scores for each condition.
-        processes: ``--processes`` of eval.clip_scores.
+        processes: ``--processes`` of eval.clip_scores; None for its default.
 
     Attributes:
         num_prompts: number of prompts that are sampled.
-        conditions: kinds of guidance times the experiment's named conditions.
+        conditions: each named condition with each kind of guidance.
         results: scores of all checkpoints, by the condition's label.
     """
 
@@ -55,16 +55,16 @@ class Scoring:
 
     @property
     def num_images(self) -> int:
-        """Number of images of a run."""
+        """Number of images for each run."""
         return self.num_checkpoint_images * len(self.scores.steps) * len(self.conditions)
 
     @property
     def num_checkpoint_images(self) -> int:
-        """Number of images of a checkpoint in one condition."""
+        """Number of images for each checkpoint in one condition."""
         return self.num_prompts * len(self.scores.seeds)
 
     def settings(self) -> dict[str, Any]:
-        """What all runs of a result have in common, as JSON can hold it."""
+        """Return the sampling settings that all runs of a result share; JSON-serializable."""
         scores = self.scores
         settings = {
             "prompts": scores.prompts,
@@ -81,16 +81,20 @@ class Scoring:
         return settings
 
     def check(self, folders: Sequence[Path], base_model: str) -> None:
-        """Refuse before the training what would fail after it.
+        """Check before the training that the checkpoints can be sampled and scored.
 
         Args:
-            folders: of the runs that are to be trained or continued, and scored.
-            base_model: of these runs.
+            folders: folders of the runs that will be trained or resumed, and scored.
+            base_model: base model of these runs.
+
+        Raises:
+            UserError: a run lacks a checkpoint, the GPU is too small, a flag is wrong, or a model
+                can't be loaded.
         """
         for folder in folders:
             require_checkpoints(folder, self.scores.steps)
         require_memory(self.scores.memory_gigabytes)
-        # The parser checks all flags, and the models are read as they will be for the scores.
+        # The parser checks all flags. The models are loaded once to check that they are usable.
         parser = ClipScores.parser()
         parsed = [parser.read(self.flags(condition)) for condition in self.conditions]
         for args in parsed:
@@ -106,7 +110,7 @@ class Scoring:
             words = [f"{subject.label}={self.runs_dir / subject.label}" for subject in runs]
             words += ["--output_dir", str(folder), *self.flags(condition)]
             print(f"\n{condition.label}:", flush=True)
-            # In this process, so that models and libraries are loaded once.
+            # Scored in this process, so models and libraries are loaded only once.
             command = table.command_line("eval.clip_scores", words)
             ClipScores(ClipScores.parser().read(words), command).work()
             result = table.read(folder)
@@ -114,7 +118,7 @@ class Scoring:
             self._measure_colors(condition.label, result, folder)
 
     def flags(self, condition: Condition) -> list[str]:
-        """Flags of eval.clip_scores for one condition."""
+        """Return the flags of eval.clip_scores for one condition."""
         scores = self.scores
         flags = ["--steps", ",".join(map(str, scores.steps))]
         flags += ["--prompts", scores.prompts]
@@ -132,7 +136,7 @@ class Scoring:
         return flags
 
     def _measure_colors(self, label: str, result: Result, folder: Path) -> None:
-        """Measure how the colors of all images differ from their held-out pictures."""
+        """Measure the color differences between all images and their held-out pictures."""
         sampled = {prompt["text"] for prompt in result.settings["prompts"]}
         prompts = [prompt for prompt in read(self.scores.prompts) if prompt.text in sampled]
         truths = truth_pictures(prompts, result.settings["sampling"]["base_model"])
@@ -143,12 +147,13 @@ class Scoring:
                 self._color_differences.setdefault((label, row.subject), []).append(difference)
 
     def rows(self, subject: Subject, losses: Mapping[int, float]) -> Iterator[Row]:
-        """The scores of a run, and the regrets of rules that choose one of its checkpoints.
+        """Yield the scores of a run, and the regrets of rules that choose one of its checkpoints.
 
-        A value is the mean over the images of a checkpoint.
+        A score is the mean over the images of a checkpoint.
 
         Args:
-            losses: held-out loss of the run by step, perhaps of further steps.
+            subject: the run.
+            losses: held-out loss of the run by step; steps without a checkpoint are allowed.
         """
         means: dict[tuple[str, str, int], float] = {}  # metric, label of a condition and step
         for label, result in self.results.items():
@@ -175,10 +180,11 @@ class Scoring:
     def _changes(
         self, subject: Subject, means: Mapping[tuple[str, str, int], float]
     ) -> Iterator[Row]:
-        """What each named condition adds to a run's scores in the first one.
+        """Yield the changes of a run's scores from the first named condition to the others.
 
         Args:
-            means: by metric, label of the condition and step.
+            subject: the run.
+            means: scores by metric, label of the condition, and step.
         """
         first_labels: dict[Guidance, str] = {}
         for condition in self.conditions:
@@ -195,7 +201,7 @@ class Scoring:
 
 
 def require_checkpoints(folder: Path, steps: Sequence[int]) -> None:
-    """Refuse a run that is beyond a step whose checkpoint it lacks."""
+    """Raise UserError if a run has passed one of the steps and has no checkpoint of this step."""
     saved = checkpoint.steps(folder)
     for step in steps:
         if saved and step < saved[-1] and step not in saved:
@@ -206,23 +212,27 @@ def require_checkpoints(folder: Path, steps: Sequence[int]) -> None:
 
 
 def require_memory(gigabytes: float) -> None:
-    """Refuse a GPU that is smaller than the weights of the models that sample and score."""
+    """Raise UserError if the GPU is smaller than the models that sample and score."""
     if not torch.cuda.is_available():
         return
     _, total_bytes = torch.cuda.mem_get_info()
     if total_bytes < gigabytes * 1e9:
         raise UserError(
-            f"the experiment samples with {gigabytes:g} GB of weights, without quantization, and"
+            f"the experiment samples with {gigabytes:g} GB of weights, without quantization, but"
             f" this GPU has {total_bytes / 1e9:.0f} GB: use a larger one."
         )
 
 
 def truths_by_step(result: Result, run: str) -> dict[int, list[float]]:
-    """Ground truth of each caption at each checkpoint of a run, the captions in one order.
+    """Return the score "truth" of each caption at each checkpoint of a run.
 
     Args:
-        result: scored checkpoints.
-        run: the run's name.
+        result: result of eval.clip_scores for checkpoints.
+        run: name of the run.
+
+    Returns:
+        Step -> scores of the captions that have a score at every checkpoint, in the same order for
+        all steps; {} without scores.
     """
     truths: dict[int, dict[str, float]] = {}
     for entry in result.subjects:
@@ -233,7 +243,7 @@ def truths_by_step(result: Result, run: str) -> dict[int, list[float]]:
                 truths.setdefault(entry.about["step"], {})[row.item] = row.value
     if not truths:
         return {}
-    # Captions with a value at each checkpoint
+    # Captions with a value at every checkpoint
     captions = sorted(set.intersection(*map(set, truths.values())))
     ordered = {}
     for step, values in truths.items():

@@ -1,4 +1,4 @@
-"""Score text runs by benchmarks: GSM8K, MMLU, DROP, BBH, HumanEval, MT-Bench, and recorded metrics.
+"""Score text runs: GSM8K, MMLU, DROP, BBH, HumanEval, MT-Bench, and recorded held-out metrics.
 
     python -m eval.text_scores runs/lora runs/bilora base --benchmarks gsm8k,mmlu
     python -m eval.text_scores runs/*-cola-* runs/*-mrpc-* --benchmarks heldout    # Tables 1 and 2
@@ -10,19 +10,19 @@
     python -m eval.text_scores runs/lora runs/bilora --benchmarks mtbench \\
         --judge_base_url http://localhost:8000/v1 --judge_model judge --mtbench_questions q.jsonl
 
-A run is a run folder or a folder with a PEFT adapter; `base` is the model without one, and among
-recorded metrics (heldout) what the runs measured before their first step. Runs of one method that
-differ in the seed only are one row. Scores are cached: the same command goes on where it was
-interrupted. Writes report.md, rows.csv, summary.csv and result.json.
+A run is a run folder or a folder with a PEFT adapter; `base` is the model without an adapter. For
+recorded metrics (heldout), `base` shows the values that the runs measured before their first step.
+Runs of one method that differ only in the seed share a row. Scores are cached: after an
+interruption, the same command resumes. It writes report.md, rows.csv, summary.csv and result.json.
 
-Settings: MMLU with 5 examples, DROP and BBH with 3 and no chain of thought, as INSTRUCTEVAL;
-HumanEval with none, as a completion; GSM8K and MT-Bench with none, under the template of training.
-Any other task of lm-evaluation-harness (such as bbh_cot_fewshot) is taken as it is there, and so
-are those of --include_path. The judge's key is read from the environment variable JUDGE_API_KEY
-only.
+Settings: as in INSTRUCTEVAL, MMLU gets 5 examples in the prompt, DROP and BBH get 3, and none of
+them uses a chain of thought. HumanEval gets no examples and is asked as a completion. GSM8K and
+MT-Bench get no examples and the template of training. Any other task of lm-evaluation-harness (such
+as bbh_cot_fewshot) keeps its own settings, and so do the tasks in --include_path. The judge's key
+is read only from the environment variable JUDGE_API_KEY.
 
-HumanEval runs programs that the model writes, with all rights of this process. Start it in a
-container without network.
+HumanEval runs programs that the model writes, with all permissions of this process. Start it in a
+container without network access.
 """
 
 from __future__ import annotations
@@ -61,60 +61,76 @@ from .benchmarks import (
 if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for it
     import torch
 
-# Packages whose versions the result names too
+# Additional packages whose versions are recorded in the result
 PACKAGES = ("lm_eval", "datasets")
-# Longest answer by default, as in MT-Bench's own program
+# Default maximum number of tokens in an answer, as in MT-Bench's own code
 MTBENCH_TOKENS = 1024
-# Key of a measurement in its cache
+# Key of the measurement in a benchmark's cache
 SCORE = "score"
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Benchmarks, and the models that they are asked of."""
+    """Options of the benchmarks and the models."""
 
     section = "benchmarks and models"
-    benchmarks: str = option("", "Names with commas; see below.")
+    benchmarks: str = option("", "Benchmark names separated by commas; see below.")
     steps: str | None = option(None, checkpoints.HELP)
-    control: str | None = option(None, "Compare with this row (default: LoRA, or the first).")
-    model_name_or_path: str | None = option(None, "Base model (default: that of the runs).")
-    quantize: str | None = option(
-        None, "The base model (default: as in training).", choices=("none", "nf4")
+    control: str | None = option(
+        None, "Row to compare with (default: LoRA; the first run if there is no LoRA)."
     )
-    trust_remote_code: bool = option(False, "Let the model's own code run.")
-    include_path: list[Path] = option([], "Folders with tasks of the harness.")  # noqa: RUF009
-    limit: int | None = option(None, "First items of each task, for a trial.", range=COUNTS)
-    eval_batch_size: int = option(8, "Prompts in one call of the model.", range=BATCHES)
+    model_name_or_path: str | None = option(
+        None, "Base model (default: the base model of the runs)."
+    )
+    quantize: str | None = option(
+        None, "Quantization of the base model (default: as in training).", choices=("none", "nf4")
+    )
+    trust_remote_code: bool = option(False, "Allow the model's repository to run its own code.")
+    include_path: list[Path] = option(  # noqa: RUF009
+        [], "Folders with additional tasks for lm-evaluation-harness."
+    )
+    limit: int | None = option(
+        None, "Maximum number of items of each task, for a trial.", range=COUNTS
+    )
+    eval_batch_size: int = option(8, "Prompts per batch.", range=BATCHES)
     max_new_tokens: int | None = option(
-        None, "Of HumanEval (default: 512) and MT-Bench (default: 1024).", range=TOKENS
+        None,
+        "Maximum length of answers to HumanEval (default: 512) and MT-Bench (default: 1024), in"
+        " tokens.",
+        range=TOKENS,
     )
     seed: int = option(0, "Seed of sampled answers.")
     device: str | None = option(None, "cpu, cuda, cuda:1 (default: a GPU if there is one).")
     dtype: str | None = option(
         None,
-        "Of the models (default: the device's best).",
+        "Dtype of the models (default: the best one for the device).",
         choices=("float32", "bfloat16", "float16"),
     )
 
 
 @dataclass(frozen=True)
 class HumanEvalOptions:
-    """Programs of a model."""
+    """Options of HumanEval."""
 
     section = "HumanEval"
     allow_code_execution: bool = option(
-        False, "Run what the model writes; only in a container without network."
+        False,
+        "Run programs that the model writes; use it only in a container without network access.",
     )
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """Questions and their judge."""
+    """Options of MT-Bench."""
 
     section = "MT-Bench"
-    mtbench_questions: str | None = option(None, "JSONL file (default: the hub's set).")
-    judge_base_url: str | None = option(None, "OpenAI-compatible, as http://localhost:8000/v1.")
-    judge_model: str | None = option(None, "Its name at the endpoint.")
+    mtbench_questions: str | None = option(
+        None, "JSONL file with the questions (default: the dataset on the hub)."
+    )
+    judge_base_url: str | None = option(
+        None, "OpenAI-compatible endpoint of the judge, such as http://localhost:8000/v1."
+    )
+    judge_model: str | None = option(None, "Name of the judge's model at the endpoint.")
 
 
 @dataclass(frozen=True)
@@ -123,23 +139,23 @@ class PreparedBenchmark:
 
     benchmark: Benchmark
     engine: Engine
-    # All that its score depends on, except the subject
+    # Everything that the score depends on, except the subject
     settings: dict[str, Any]
 
     def template(self, model: BaseModel) -> str:
-        """The template around its prompts."""
+        """Return the name of the template around the prompts."""
         if self.benchmark.template == TEMPLATE_OF_RUN:
             return model.template
         return self.benchmark.template
 
     def metric_and_settings(self, measurement: Measurement) -> tuple[Metric, dict[str, Any]]:
-        """Its metric and its settings, with those that are known only after it was asked."""
+        """Return the benchmark's metric and settings, including those known after measuring."""
         settings = self.settings | measurement.settings
         higher_is_better = bool(settings.pop("higher_is_better", True))
         title, scale = self.benchmark.title, self.benchmark.scale
         metric = settings.get("metric")
         if self.benchmark.metric is None and metric is not None:
-            # A task's first metric, which may be no share of right answers
+            # A task's first metric may be something other than a share of correct answers.
             title += f" ({metric.partition(',')[0]})"
             if "perplexity" in metric or "bits_per_byte" in metric:
                 scale = 1.0
@@ -147,9 +163,10 @@ class PreparedBenchmark:
 
 
 class TextScores(OverSteps):
-    """A benchmark is a metric. Its rows without an item are scores, those with one are questions.
+    """The command. Each benchmark is a metric: a row without an item is a score, others a question.
 
-    The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
+    Settings of the result: "benchmarks" maps each name to the benchmark's settings, in the order of
+    the tables.
     """
 
     name = "text_scores"
@@ -157,7 +174,7 @@ class TextScores(OverSteps):
     runs = "run folders, folders with a PEFT adapter, or base"
 
     def subjects(self) -> Sequence[Subject]:
-        """Runs, adapters, and the base model."""
+        """Choose the benchmarks, and read the runs, the adapters and the base model."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from bilora_diffusion.run.console import quiet
 
@@ -166,7 +183,7 @@ class TextScores(OverSteps):
         quiet()
         args = self.args
         names = benchmarks.read_names(args.benchmarks or benchmarks.HELDOUT)
-        # The curves over checkpoints always show the loss.
+        # Curves over checkpoints always include the held-out loss.
         if args.steps is not None and benchmarks.HELDOUT_LOSS not in names:
             names.append(benchmarks.HELDOUT_LOSS)
         tasks = benchmarks.tasks_of_harness(names)
@@ -181,7 +198,7 @@ class TextScores(OverSteps):
         return [subject for subject, _ in pairs]
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Check everything that can be checked without a model."""
+        """Check everything that can be checked without loading a model."""
         from .models import Models
 
         control = self.args.control or checkpoints.last_group(subjects)
@@ -192,7 +209,7 @@ class TextScores(OverSteps):
         dtype = choose_dtype(self.args.dtype, self.device)
         self.models = Models(self.device, dtype)
 
-        # Figures that training recorded need no model.
+        # Metrics that training recorded need no model.
         recorded_names = [entry.name for entry in self.benchmarks if entry.is_recorded]
         self.recorded: list[benchmarks.RecordedColumn] = []
         if recorded_names:
@@ -219,7 +236,7 @@ class TextScores(OverSteps):
 
         args = self.args
         if benchmark.engine == HARNESS:
-            # Other tasks of the harness keep their own length of answers.
+            # Other tasks of the harness keep their own maximum length of answers.
             if benchmark.name == HUMANEVAL and args.max_new_tokens:
                 generation = {**benchmark.generation, "max_gen_toks": args.max_new_tokens}
                 benchmark = replace(benchmark, generation=generation)
@@ -233,7 +250,7 @@ class TextScores(OverSteps):
         return mtbench.MTBench(questions, judge, decoding)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        """Recorded metrics, then each benchmark's score, questions and further metrics."""
+        """Yield recorded metrics, then each benchmark's score, questions and further metrics."""
         for column in self.recorded:
             if subject.label in column.values:
                 step, value = column.values[subject.label]
@@ -249,10 +266,10 @@ class TextScores(OverSteps):
                 yield subject.row(f"{name} {metric_name}", value)
 
     def _measure_benchmarks(self, subject: Subject) -> dict[str, Measurement]:
-        """Every benchmark's score of a subject; its model is loaded only if one is missing."""
+        """Return a subject's measurements; its model is loaded only if one is not cached."""
         from tqdm import tqdm
 
-        # A benchmark's score is cached as a whole, its answers one by one in the engine.
+        # Each measurement is cached here as a whole; the engine caches single answers.
         caches: dict[str, Cache] = {}
         missing = []
         for name, prepared in self.prepared.items():
@@ -278,7 +295,7 @@ class TextScores(OverSteps):
     def _cache(
         self, subject: Subject, prepared: PreparedBenchmark, about: Mapping[str, Any]
     ) -> Cache:
-        """The cache of a subject and a benchmark; ``about`` has further circumstances."""
+        """Return the cache for a subject, a benchmark and the settings in ``about``."""
         spec = self.base_models[subject.label]
         base = spec.identity() | {
             "template": prepared.template(spec),
@@ -295,7 +312,7 @@ class TextScores(OverSteps):
         )
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        """Differences over seeds, or over items where there are not two common seeds."""
+        """Add differences over seeds, or over items if there are fewer than two common seeds."""
         self.notes += reporting.notes(rows, self.shown_metrics, self.args.limit)
         summarize = partial(reporting.summaries, benchmarks=list(self.shown_metrics))
         result = self.result(
@@ -330,13 +347,16 @@ class TextScores(OverSteps):
         return [
             report.section("Average", reporting.averages(result)),
             self.best_steps(result),
-            report.section("How it was asked", reporting.settings_of_benchmarks(result)),
+            report.section("Settings", reporting.settings_of_benchmarks(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),
         ]
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Dtype of the models: the named one, else bfloat16 where a GPU has it."""
+    """Return the dtype of the models: the given one, or bfloat16 on a GPU that supports it.
+
+    Without either, it is float32.
+    """
     import torch
 
     if name is not None:

@@ -1,4 +1,4 @@
-"""Runs and adapters of a command line, each with its base model and template."""
+"""The runs and adapters given on the command line, each with its base model and template."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_TEMPLATE = "none"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model as ``load_text_model`` takes it, whether in 4 bits, and the template over it."""
+    """A base model with its options for ``load_text_model``, its quantization, and a template."""
 
     name: str
     task_type: str = "auto"
@@ -34,34 +34,36 @@ class BaseModel:
     template: str = "auto"
 
     def identity(self) -> dict[str, Any]:
-        """All that a score depends on, without the places of files."""
+        """Return everything that a score depends on, without the paths of files."""
         return asdict(self) | {"cache_dir": None, "name": without_paths(self.name)}
 
 
 def read_subjects(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, BaseModel]]:
-    """The subjects of a command line, each with the model under it; the base model is the last.
+    """Read the subjects of the command line, each with its base model; the base model comes last.
 
     Args:
-        only_heldout: only recorded metrics are shown. Then runs of different training sets share a
-            row, as in Table 1, and the metrics of the base model are those that the runs of each
-            seed measured before their first step.
+        args: the command's options.
+        only_heldout: whether only recorded metrics are shown. Then runs with different training
+            sets share a row, as in the paper's Table 1, and the base model's metrics are those that
+            the runs of each seed measured before their first step.
     """
     if not args.runs and not args.group:
-        raise UserError("nothing is given to score: name run folders, adapters, or base.")
+        raise UserError("there is nothing to score: name run folders, adapters, or base.")
     of_checkpoints = args.steps is not None
     words = []
     for word in args.runs:
-        # The base model is added below. It has no checkpoints, which `gather` then refuses.
+        # The base model is added below. With --steps, `gather` refuses it, since it has no
+        # checkpoints.
         if word != BASE or of_checkpoints:
             words.append(word)
     runs: list[Subject] = []
     if words or args.group:
-        # Weights of checkpoints are exported below.
+        # The weights of checkpoints are exported below.
         runs = subjects.gather(words, args.group, weights=not of_checkpoints)
     for run in runs:
         if run.record and not run.is_text:
             raise UserError(
-                f"{run.folder} is a run that makes images: use python -m eval.clip_scores."
+                f"{run.folder} is a run of an image model: use python -m eval.clip_scores."
             )
 
     labels = {label for label, _ in subjects.read_groups(args.group)}
@@ -78,19 +80,20 @@ def read_subjects(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Su
 def regroup_by_training_set(
     runs: Sequence[Subject], labels: Collection[str], share_rows: bool
 ) -> list[Subject]:
-    """Group the runs of each training set by themselves, as its settings may be its own.
+    """Group the runs of each training set separately, because sets may have different settings.
 
     Args:
-        labels: groups that the command line names; they stay as they are.
-        share_rows: equal groups of different training sets are one row.
+        runs: the runs and adapters.
+        labels: names of the groups given with --group, which do not change.
+        share_rows: whether groups of different training sets with the same name share a row.
     """
-    # Within a training set, equal settings but for the seed are one group.
+    # Within a training set, runs that differ only in the seed are one group.
     folders_by_set: dict[str, list[str]] = {}
     for run in runs:
         if run.record and run.group not in labels:
             folders_by_set.setdefault(training_set(run), []).append(str(run.folder))
 
-    # Groups of different training sets are told apart by the set's name.
+    # The name of the training set distinguishes the groups of different sets.
     group_by_folder: dict[Path | None, str] = {}
     for name, folders in folders_by_set.items():
         is_alone = share_rows or len(folders_by_set) == 1
@@ -107,7 +110,7 @@ def regroup_by_training_set(
 
 
 def training_set(run: Subject) -> str:
-    """Name of the task or file that a run was trained on."""
+    """Return the name of the task or file that a run was trained on."""
     task = run.option("task")
     return str(task or Path(str(run.option("train_file") or "unknown")).stem)
 
@@ -115,12 +118,12 @@ def training_set(run: Subject) -> str:
 def models_under(
     subjects: Sequence[Subject], args: argparse.Namespace
 ) -> list[tuple[Subject, BaseModel]]:
-    """Each subject with its base model: a run's by its record, an adapter's by its config."""
+    """Find each subject's base model, in the run's record or in the adapter's configuration."""
     model_by_label: dict[str, BaseModel] = {}
     for subject in subjects:
         if subject.record:
             model_by_label[subject.label] = model_of_run(subject.record["config"], args)
-    # An adapter without a record is asked under the template of the runs beside it.
+    # An adapter without a record gets the template of the first run.
     template = "auto"
     if model_by_label:
         template = next(iter(model_by_label.values())).template
@@ -131,8 +134,8 @@ def models_under(
 
 
 def model_of_run(config: Mapping[str, Any], args: argparse.Namespace) -> BaseModel:
-    """The model that a run was trained on."""
-    # The options of a text run have the names of these fields.
+    """Return the base model that a run was trained on."""
+    # The fields have the same names as the options of a text run.
     options = {}
     for field in fields(BaseModel):
         if field.name != "name" and config.get(field.name) is not None:
@@ -141,10 +144,10 @@ def model_of_run(config: Mapping[str, Any], args: argparse.Namespace) -> BaseMod
 
 
 def model_of_adapter(subject: Subject, template: str, args: argparse.Namespace) -> BaseModel:
-    """The model that an adapter's configuration names."""
+    """Return the base model that an adapter's configuration names."""
     if not subject.base_model and args.model_name_or_path is None:
         raise UserError(
-            f"the adapter in {subject.weights} names no base model: give it by"
+            f"the adapter in {subject.weights} names no base model: give it with"
             " --model_name_or_path."
         )
     revision = subject.about.get("revision")
@@ -153,8 +156,8 @@ def model_of_adapter(subject: Subject, template: str, args: argparse.Namespace) 
 
 
 def with_flags(model: BaseModel, args: argparse.Namespace) -> BaseModel:
-    """The base model, changed by the flags that concern it."""
-    # The revision belongs to the model that the run names.
+    """Return the base model with the changes that the flags make to it."""
+    # The recorded revision belongs to the recorded model, not to another one.
     if args.model_name_or_path is not None:
         model = replace(model, name=args.model_name_or_path, revision=None)
     is_trusted = model.trust_remote_code or args.trust_remote_code
@@ -164,32 +167,36 @@ def with_flags(model: BaseModel, args: argparse.Namespace) -> BaseModel:
 def model_of_base(
     pairs: Sequence[tuple[Subject, BaseModel]], args: argparse.Namespace
 ) -> BaseModel:
-    """The one model that the word "base" means beside these subjects."""
+    """Return the model that the word "base" means for these subjects.
+
+    Raises:
+        UserError: the subjects have several base models, or there is none.
+    """
     models, models_of_runs = [], []
     for subject, model in pairs:
         models.append(model)
         if subject.record:
             models_of_runs.append(model)
-    # Only a run's record says whether it was trained on a model in 4 bits.
+    # Only a run's record says whether its base model was quantized.
     kinds = {(model.name, model.quantize) for model in models_of_runs or models}
     if len(kinds) > 1 or len({model.name for model in models}) > 1:
         titles = dict.fromkeys(f"{model.name} ({model.quantize})" for model in models)
         raise UserError(
-            f'"base" could be several models ({" and ".join(titles)}): score runs of one of them at'
-            " a time."
+            f'"base" could be several models ({" and ".join(titles)}): score the runs of one base'
+            " model at a time."
         )
     if models:
         return (models_of_runs or models)[0]
     if args.model_name_or_path is None:
-        raise UserError('"base" alone names no model: give it by --model_name_or_path.')
+        raise UserError('"base" alone names no model: give one with --model_name_or_path.')
     return with_flags(BaseModel(args.model_name_or_path), args)
 
 
 def base_subjects(runs: Sequence[Subject], only_heldout: bool) -> list[Subject]:
-    """The base model as a subject.
+    """Return the base model as one or more subjects.
 
-    Recorded metrics have one subject per training set and seed, as its runs met it: a new head, for
-    one, differs by the seed.
+    For recorded metrics, there is one subject per training set and seed, because the model before
+    training can depend on both: for example, a new head is initialized by the seed.
     """
     run_by_seed: dict[tuple[str, int | None], Subject] = {}
     for run in runs:
@@ -197,7 +204,7 @@ def base_subjects(runs: Sequence[Subject], only_heldout: bool) -> list[Subject]:
             run_by_seed.setdefault((training_set(run), run.seed), run)
     has_many_sets = len({name for name, _ in run_by_seed}) > 1
 
-    # Recorded metrics are read from the runs, so these subjects have their folders.
+    # Recorded metrics are read from the runs, so these subjects have the runs' folders.
     base = Subject(BASE, BASE, BASE, BASE)
     bases = []
     for (name, seed), run in run_by_seed.items():
@@ -207,7 +214,7 @@ def base_subjects(runs: Sequence[Subject], only_heldout: bool) -> list[Subject]:
 
 
 def with_facts(subject: Subject, model: BaseModel) -> Subject:
-    """A subject with facts for tables: base model, training set, cost and memory of training."""
+    """Add the facts shown in tables: base model, training set, cost and memory of training."""
     about: dict[str, Any] = subject.about | {"quantize": model.quantize}
     if subject.record:
         about["training_set"] = training_set(subject)

@@ -1,13 +1,13 @@
-"""Benchmarks and their settings: those of the paper's Table 3, any other task of the harness, and
-metrics that training recorded on held-out data.
+"""Benchmarks and their settings: those of the paper's Table 3, any other task of
+lm-evaluation-harness, and metrics that training recorded on held-out data.
 
-The paper does not give the prompts of its benchmarks. For the Llama 3.1 half it
-names INSTRUCTEVAL (Chia et al. 2023, https://arxiv.org/abs/2306.04757), which asks MMLU with 5
-examples, DROP and BBH with 3, all without a chain of thought, and HumanEval with none; these are
-the defaults. Prompts and matching are the harness's; INSTRUCTEVAL's own code takes any answer that
-begins with the label, and leaves out DROP's questions with several answers. GSM8K and MT-Bench get
-no examples and the template that the run was trained with, as LoRA-GA (Wang et al. 2024,
-https://arxiv.org/abs/2407.05000) did on the same data.
+The paper does not give the prompts of its benchmarks. For Llama 3.1, it refers to INSTRUCTEVAL
+(Chia et al. 2023, https://arxiv.org/abs/2306.04757). INSTRUCTEVAL gives 5 examples for MMLU, 3 for
+DROP and BBH, and none for HumanEval, without a chain of thought; these are the defaults here.
+Prompts and answer matching come from the harness. INSTRUCTEVAL's own code differs: it accepts any
+answer that begins with the label, and skips DROP's questions with several answers. GSM8K and
+MT-Bench get no examples and the template of the run's training, as in LoRA-GA (Wang et al. 2024,
+https://arxiv.org/abs/2407.05000) on the same data.
 """
 
 from __future__ import annotations
@@ -31,93 +31,92 @@ if TYPE_CHECKING:  # they need torch
 # Engines
 HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
 HUMANEVAL = "humaneval"
-# Name of the template that training used
+# Value of `Benchmark.template` for the template used in training
 TEMPLATE_OF_RUN = "run"
-# Largest change of a probe's logits by it
+# Metric: largest change of the probe's logits by the adapter
 EFFECT = "effect of adapter"
-# Items in which no answer could be read
+# Metric: number of items without a readable answer
 UNPARSED = "without an answer"
-# Maximum characters of an answer in the result
+# Maximum number of characters of an answer in the result
 ANSWER_LETTERS = 200
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Settings of a benchmark."""
+    """A benchmark and its settings."""
 
     # Name on the command line
     name: str
     # Title in tables
     title: str
-    # Engine that scores it: harness, mtbench, or heldout for metrics that training recorded
+    # Engine that scores it: "harness", "mtbench", or "heldout" for metrics recorded in training
     engine: str = HARNESS
-    # Name of the harness's task
+    # Name of the task in the harness
     task: str = ""
-    # Examples in the prompt; None is the task's own number
+    # Number of examples in the prompt; None for the task's own number
     num_fewshot: int | None = None
-    # The harness's "metric,filter"; None is the task's first
+    # Score, as "metric,filter" in the harness; None for the task's first metric
     metric: str | None = None
-    # Template around each prompt: "run" is that of training, "none" the bare prompt
+    # Template around each prompt: "run" for the template of training, "none" for the bare prompt
     template: str = NO_TEMPLATE
-    # Factor of its value in tables: 100 for a share, 1 for points
+    # Factor of the score in tables: 100 for a share, 1 for points
     scale: float = 100.0
-    # Overrides the task's arguments of generation
+    # Generation arguments that override those of the task
     generation: Mapping[str, Any] = field(default_factory=dict)
-    # The task runs programs that the model writes
+    # Whether the task runs programs that the model writes
     runs_code: bool = False
 
     @property
     def is_recorded(self) -> bool:
-        """True for metrics that training recorded."""
+        """Whether the benchmark consists of metrics recorded in training."""
         return self.engine == HELDOUT
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question."""
+    """The result of one question."""
 
-    # The same for every run: pairs of runs are made by it
+    # Identifies the question in all runs, so that scores can be paired
     id: str
-    # None where the item has no number of its own
+    # Score of the answer; None if the question has no score of its own
     score: float | None
-    # An answer was found in the text of the model or of the judge
+    # Whether an answer (or the judge's rating) could be read
     parsed: bool = True
-    # Beginning of the answer
+    # Beginning of the model's answer
     answer: str = ""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model on a benchmark."""
+    """The result of a model on a benchmark."""
 
-    # A share, or points
+    # Score: a share, or points
     value: float
     items: list[Item]
     # Further metrics by name
     metrics: dict[str, float] = field(default_factory=dict)
-    # How the benchmark was asked, as far as it is known only now
+    # Settings of the benchmark that are known only after the measurement
     settings: dict[str, Any] = field(default_factory=dict)
 
     def all_metrics(self) -> dict[str, float]:
-        """Values in addition to the score, with the counts of the items where there are any."""
+        """Return the further metrics, with counts of the items if there are any."""
         if not self.items:
             return self.metrics
-        # Recorded metrics have no items, so they have no counts of them either.
         unparsed = sum(not item.parsed for item in self.items)
         return {"items": len(self.items), UNPARSED: unparsed, **self.metrics}
 
     def to_json(self) -> dict[str, Any]:
-        """The form in the cache."""
+        """Return the values to store in the cache."""
         return {
             "value": self.value,
             "items": [asdict(item) for item in self.items],
-            "others": self.metrics,  # the key of earlier caches
+            "others": self.metrics,  # this key keeps the caches of earlier versions valid
             "settings": self.settings,
         }
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Measurement:
-        """Read what `to_json` wrote."""
+        """Make a measurement from the return value of `to_json`."""
         items = [Item(**item) for item in stored["items"]]
         return cls(stored["value"], items, stored["others"], stored["settings"])
 
@@ -126,18 +125,25 @@ class Engine(Protocol):
     """Asks a model the questions of a benchmark."""
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on, except the model."""
+        """Return everything that a score depends on, except the model."""
         ...
 
     def measure(
         self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
     ) -> Measurement:
-        """Ask and score."""
+        """Ask the questions and score the answers.
+
+        Args:
+            model: the model under test.
+            template: name of the template around the prompts.
+            batch_size: number of prompts per batch.
+            cache_for: returns the cache for given settings; see `CacheFor`.
+        """
         ...
 
 
 BENCHMARKS = (
-    # As LoRA-GA asks it, without examples
+    # Without examples, as in LoRA-GA
     Benchmark(
         "gsm8k",
         "GSM8K",
@@ -149,9 +155,9 @@ BENCHMARKS = (
     ),
     Benchmark("mmlu", "MMLU", task="mmlu", num_fewshot=5, metric="acc,none"),
     Benchmark("drop", "DROP", task="drop", num_fewshot=3, metric="em,none"),
-    # The harness's "bbh" asks for a chain of thought.
+    # The harness's task "bbh" uses a chain of thought, "bbh_fewshot" does not.
     Benchmark("bbh", "BBH", task="bbh_fewshot", num_fewshot=3, metric="exact_match,none"),
-    # The model completes a function's head; a template would make it answer in prose.
+    # The model completes a function signature; with a template, it would answer in prose.
     Benchmark(
         HUMANEVAL,
         "HumanEval",
@@ -169,10 +175,10 @@ PAPER: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in BEN
 
 
 def read_names(text: str) -> list[str]:
-    """The names of ``--benchmarks``."""
+    """Read the benchmark names given with ``--benchmarks``."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise UserError(f"--benchmarks names none: give some of {', '.join(PAPER)}.")
+        raise UserError(f"--benchmarks names no benchmark: give some of {', '.join(PAPER)}.")
     for name in names:
         if names.count(name) > 1:
             raise UserError(f'--benchmarks names "{name}" twice: keep one.')
@@ -180,10 +186,14 @@ def read_names(text: str) -> list[str]:
 
 
 def choose(names: Sequence[str], harness_tasks: Collection[str]) -> list[Benchmark]:
-    """The benchmarks with these names.
+    """Return the benchmarks with these names.
 
     Args:
-        harness_tasks: the harness's tasks and groups, for names that are none of `PAPER`.
+        names: names of benchmarks.
+        harness_tasks: tasks and groups of the harness, for names that are not in `PAPER`.
+
+    Raises:
+        UserError: there is no benchmark with one of the names.
     """
     chosen = []
     for name in names:
@@ -195,13 +205,13 @@ def choose(names: Sequence[str], harness_tasks: Collection[str]) -> list[Benchma
             hint = did_you_mean(name, [*PAPER, *harness_tasks])
             raise UserError(
                 f'there is no benchmark "{name}"{hint}: give {", ".join(PAPER)}, a task of'
-                " lm-evaluation-harness, or one of your own by --include_path."
+                " lm-evaluation-harness, or a task of your own with --include_path."
             )
     return chosen
 
 
 def tasks_of_harness(names: Sequence[str]) -> list[str]:
-    """The harness's tasks among names of benchmarks; a name that is none of `PAPER` is a task."""
+    """Return the harness's tasks for these benchmarks; a name that is not in `PAPER` is a task."""
     tasks = []
     for name in names:
         benchmark = PAPER.get(name)
@@ -212,7 +222,7 @@ def tasks_of_harness(names: Sequence[str]) -> list[str]:
     return tasks
 
 
-# Recorded figure -> its title
+# Recorded metric -> its title
 TITLES = {
     "matthews_correlation": "Matthews",
     "exact_match": "exact match",
@@ -224,30 +234,31 @@ TITLES = {
 
 @dataclass(frozen=True)
 class RecordedColumn:
-    """A metric that training recorded on one training set: subject -> (step, value)."""
+    """A metric that training recorded, for the runs on one training set."""
 
     name: str
     metric: Metric
     settings: dict[str, Any]
+    # Label of a subject -> (step, value)
     values: dict[str, tuple[int, float]]
 
 
 def recorded_columns(
     subjects: Sequence[Subject], benchmarks: Collection[str]
 ) -> list[RecordedColumn]:
-    """A column per training set and metric, losses last.
+    """Return a column for each training set and metric, with losses last.
 
     Args:
-        subjects: runs, and the base model as they met it.
-        benchmarks: HELDOUT for all metrics, and the loss where a training set has no other;
-            HELDOUT_LOSS for the loss of each.
+        subjects: runs, and the base model as its subjects with the runs' folders.
+        benchmarks: with HELDOUT, the columns are all metrics except the loss; a training set that
+            has only the loss gets the loss. HELDOUT_LOSS adds the loss of each training set.
     """
     values: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
     for subject in subjects:
         for metric, value in recorded_metrics(subject).items():
             values.setdefault((training_set(subject), metric), {})[subject.label] = value
     has_many_sets = len({name for name, _ in values}) > 1
-    # A training set without an accuracy or the like shows its loss instead.
+    # A training set without a score such as accuracy shows its loss instead.
     sets_with_a_score = {name for name, metric in values if metric != HELDOUT_LOSS}
 
     columns = []
@@ -264,15 +275,16 @@ def recorded_columns(
 
 
 def recorded_metrics(subject: Subject) -> dict[str, tuple[int, float]]:
-    """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``.
+    """Return the metrics "heldout_..." of ``metrics.jsonl``: name -> (step, value).
 
-    The last value of a run, up to the step whose weights it left; of a checkpoint that of its step;
-    of the base model the values before the first step, if there are any.
+    For a run, each value is the last one up to the step whose weights were exported. For a
+    checkpoint, it is the value at its step. For the base model, it is the value before the first
+    step, if there is one.
     """
     if subject.folder is None:
         raise UserError(
-            f"{subject.source} has no recorded metrics, which --benchmarks heldout shows: name run"
-            " folders, and base beside no other benchmark."
+            f"{subject.source} has no recorded metrics for --benchmarks heldout: give run folders,"
+            " and give base only without other benchmarks."
         )
     checkpoint_step = subject.about.get("step")
     last_step = math.inf if subject.best_step is None else subject.best_step
@@ -288,7 +300,7 @@ def recorded_metrics(subject: Subject) -> dict[str, tuple[int, float]]:
             metrics[name] = (step, float(value))
     if not metrics and subject.kind != BASE and checkpoint_step is None:
         raise UserError(
-            f"{subject.folder} recorded no held-out figure: train it with --validation_file or a"
+            f"{subject.folder} recorded no held-out metric: train it with --validation_file or a"
             " task that has a validation set."
         )
     return metrics
@@ -299,7 +311,7 @@ def _recorded_column(
 ) -> RecordedColumn:
     name = metric.removeprefix(HELDOUT_PREFIX)
     title = prefix + TITLES.get(name, name)
-    # Losses are shown as they are, shares in percent.
+    # Losses are shown unscaled, and shares in percent.
     if metric == HELDOUT_LOSS:
         form = Metric(title, "", False, 1.0, ".4f")
     else:

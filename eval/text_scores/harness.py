@@ -1,6 +1,6 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, asked of a model that is loaded already.
+"""Tasks of EleutherAI's lm-evaluation-harness, run on a model that is already in memory.
 
-Nothing is downloaded for a task whose data set is local. See
+A task with a local dataset downloads nothing. See
 https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
@@ -25,23 +25,26 @@ from .base_models import NO_TEMPLATE
 from .benchmarks import ANSWER_LETTERS, Benchmark, Item, Measurement
 from .models import CacheFor, LoadedModel
 
-# Result of the harness's filters where they find no answer
+# Output of the harness's filters if they find no answer
 INVALID = "[invalid]"
-# Folders of the harness that hold the paper's benchmarks
+# Folders of the harness that contain the paper's benchmarks
 FOLDERS = ("gsm8k", "mmlu", "drop", "bbh", "humaneval")
-# The harness's own default
+# Seed of the examples in prompts; the harness's own default
 FEWSHOT_SEED = 1234
-# Environment variable without which the harness's metric runs no program
+# Environment variable that must be "1" before the harness runs programs
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 
 
 def task_manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
-    """The harness's own tasks and those of further folders.
+    """Make a manager of the harness's own tasks and the tasks in other folders.
 
     Args:
-        tasks: that are to be found; only if one is not among the paper's and those of the folders,
-            the harness's thousands of files are read too, which takes ten seconds.
-        include_path: the folders.
+        tasks: names of the required tasks. The thousands of files in the harness take ten seconds
+            to read, so they are read only if a task is neither among the paper's nor in a folder.
+        include_path: the other folders.
+
+    Raises:
+        UserError: one of the folders does not exist.
     """
     for folder in include_path:
         if not folder.is_dir():
@@ -49,7 +52,6 @@ def task_manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     require("lm_eval>=0.4.13,<0.5", "--benchmarks")
     import lm_eval.tasks
 
-    # Reading a folder's YAML files is quick, reading all of the harness's is not.
     root = Path(lm_eval.tasks.__file__).parent
     folders = [root / name for name in FOLDERS] + list(include_path)
     manager = lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=False)
@@ -63,27 +65,29 @@ class Harness:
     """A task or group of the harness as an `Engine`."""
 
     benchmark: Benchmark
+    # The harness's task manager
     manager: Any
-    # Number of items of each task; None for all
+    # Maximum number of items of each task; None for all
     limit: int | None
+    # Folders with tasks that the harness does not have
     include_path: Sequence[Path]
-    # The user allows that programs of the model are run
+    # Whether the user allows running programs that the model writes
     allow_code: bool = False
 
     def __post_init__(self) -> None:
-        # A tag is a list of tasks without a mean of their scores.
+        # A tag is a list of tasks, and the harness does not average their scores.
         task = self.benchmark.task
         if task in self.manager.all_tags:
             members = ", ".join(sorted(self.manager.task_index[task].tags)[:5])
             raise UserError(
-                f'"{task}" is a tag of the harness, which has no score of its own: name some of its'
+                f'"{task}" is a tag of the harness and has no score of its own: name some of its'
                 f" tasks ({members}, ...)."
             )
         if self.benchmark.runs_code and not self.allow_code:
             raise refuse_code(self.benchmark.name)
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on, except the model."""
+        """Return everything that a score depends on, except the model."""
         benchmark = self.benchmark
         return {
             "task": benchmark.task,
@@ -97,18 +101,18 @@ class Harness:
     def measure(
         self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
     ) -> Measurement:
-        """Ask and score; the harness's own metric runs programs, where there are any."""
+        """Ask the questions and score the answers; for code tasks, the harness runs programs."""
         from lm_eval.evaluator import evaluate
 
         template = model.effective_template(template)
-        # The metric of programs runs one as soon as its task is loaded.
+        # The harness's code metric runs a program as soon as a code task is loaded.
         with _quiet(), _code_switch(self.allow_code):
             tasks = self._load_tasks()
             result = evaluate(
                 _harness_model(model, template, batch_size),
                 tasks,
                 limit=self.limit,
-                bootstrap_iters=0,  # the intervals here come from pairs
+                bootstrap_iters=0,  # intervals are computed here, from paired differences
                 apply_chat_template=template != NO_TEMPLATE,
                 fewshot_as_multiturn=False,
                 confirm_run_unsafe_code=self.allow_code,
@@ -116,15 +120,15 @@ class Harness:
         return _read_result(dict(result or {}), self.benchmark)
 
     def _load_tasks(self) -> dict[str, Any]:
-        """The harness's tasks with their data, set as the benchmark says."""
+        """Load the harness's tasks with their data, and apply the benchmark's settings."""
         benchmark = self.benchmark
         with as_user_error(
-            f'the data of "{benchmark.name}" can\'t be had',
-            "load it once with a connection to the hub, or give a task of your own by"
+            f'the data of "{benchmark.name}" can\'t be loaded',
+            "load it once with a connection to the hub, or give a task of your own with"
             " --include_path",
         ):
             tasks_by_group = self.manager.load([benchmark.task])
-        # A group has several tasks, a task only itself.
+        # A group has several tasks; a single task is its own only entry.
         for name, task in tasks_by_group["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self.allow_code:
                 raise refuse_code(name)
@@ -132,43 +136,46 @@ class Harness:
             if shots is None:
                 shots = task.get_config("num_fewshot") or 0
             task.set_config(key="num_fewshot", value=shots)
-            # An update keeps the task's own words at which an answer ends.
+            # `update` keeps the task's own stop words.
             if benchmark.generation and task.get_config("output_type") == "generate_until":
                 generation = dict(benchmark.generation)
                 task.set_config(key="generation_kwargs", value=generation, update=True)
-            # The examples of the prompt are the same for every model.
+            # With a fixed seed, every model gets the same examples in its prompts.
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return tasks_by_group
 
 
 def refuse_code(name: str) -> UserError:
-    """The sentence for a task that would run programs which nobody has allowed."""
+    """Return the error for a code task without --allow_code_execution."""
     return UserError(
-        f"{name} runs programs that the model writes, with all rights of this process: start it in"
-        " a container without network and add --allow_code_execution."
+        f"{name} runs programs that the model writes, with all permissions of this process: start"
+        " it in a container without network access and add --allow_code_execution."
     )
 
 
 def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
-    """The model as the harness takes it, with prompts under the template of training."""
+    """Wrap the model for the harness, and format prompts with the template of training."""
     from lm_eval.models.huggingface import HFLM
 
     class TemplatedModel(HFLM):
-        """Prompts under the template that the run was trained with."""
+        """A model of the harness that formats prompts with the template of training."""
 
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            """One prompt; the harness puts its examples into it."""
+            """Format a prompt; the harness has already put the examples into it."""
             if not add_generation_prompt:
-                raise UserError("this task begins the model's answer itself: leave it out.")
-            # The answer is empty: the model is to write it.
+                raise UserError(
+                    "this task writes the beginning of the answer into the prompt, which the"
+                    " template does not allow: remove the task."
+                )
+            # The answer is empty, because the model generates it.
             turns = [(turn["role"], turn["content"]) for turn in chat_history]
             example = Example("", "", turns=(*turns, ("assistant", "")))
             resolved = resolve_template(template, model.tokenizer)
             return context_text(example, model.tokenizer, resolved)
 
-    # The decorated base class is taken for an abstract one.
+    # HFLM's decorator makes the type checker treat it as abstract.
     model_class: Any = TemplatedModel
     return model_class(
         pretrained=model.model,
@@ -179,8 +186,12 @@ def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
 
 
 def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
-    """The score of a benchmark, its items and further metrics from the harness's result."""
-    # The harness's metrics are named "metric,filter", next to standard errors and counts.
+    """Read a benchmark's score, items and further metrics from the harness's result.
+
+    Raises:
+        UserError: the result has no score, or lacks the benchmark's metric.
+    """
+    # The results also contain standard errors and counts; only metrics are named "metric,filter".
     metrics = {}
     for name, value in result["results"][benchmark.task].items():
         if "," in name and "_stderr," not in name and isinstance(value, int | float):
@@ -192,20 +203,20 @@ def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
     metric = benchmark.metric or next(iter(metrics))
     if metric not in metrics:
         raise UserError(
-            f'"{benchmark.name}" gives no {metric} ({", ".join(metrics)}): another version of the'
-            " harness is installed."
+            f'"{benchmark.name}" has the metrics {", ".join(metrics)}, but not {metric}: install'
+            " another version of the harness."
         )
     value = metrics.pop(metric)
     metric_name, _, filter_name = metric.partition(",")
 
-    # A task may have several filters of one answer; the score is that of one of them.
+    # A task may apply several filters to an answer; the score belongs to one of them.
     items = []
     for task, samples in result["samples"].items():
         for sample in samples:
             if sample["filter"] == filter_name:
                 items.append(_read_item(task, sample, metric_name))
 
-    # Tasks of a group can differ in their number of examples.
+    # The tasks of a group may have different numbers of examples.
     shots: Any = sorted({int(number) for number in result["n-shot"].values()})
     if len(shots) == 1:
         (shots,) = shots
@@ -224,8 +235,8 @@ def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
 
 
 def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
-    """A question of the harness with its score and the model's answer."""
-    # One response per filter: a text, a list of programs, or the log-likelihood of each choice.
+    """Read a question's score and the model's answer from a sample of the harness."""
+    # The filtered responses: texts, a list of programs, or the log-likelihood of each choice
     responses = sample["filtered_resps"]
     if responses and isinstance(responses[0], list) and isinstance(responses[0][0], str):
         responses = responses[0]
@@ -233,9 +244,9 @@ def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
     if all(isinstance(response, str) for response in responses):
         answer = responses[0] if responses else ""
         is_parsed = bool(answer.strip()) and answer != INVALID
-        if not is_parsed:  # then the unfiltered answer is shown
+        if not is_parsed:  # show the unfiltered answer
             answer = str(sample["resps"][0][0])
-    else:  # the number of the choice that the model finds likeliest
+    else:  # the index of the choice with the highest likelihood
         likelihoods = []
         for response in responses:
             is_pair = isinstance(response, list | tuple)
@@ -248,7 +259,7 @@ def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
 
 @contextmanager
 def _code_switch(allow_code: bool) -> Iterator[None]:
-    """Context manager: lets the harness's metric run programs, if they are allowed."""
+    """Let the harness's code metric run programs within the context, if they are allowed."""
     before = os.environ.get(CODE_SWITCH)
     if allow_code:
         os.environ[CODE_SWITCH] = "1"
@@ -262,10 +273,10 @@ def _code_switch(allow_code: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager: silences the harness's warnings and the reports of ``datasets``.
+    """Silence the harness's warnings and the telemetry of ``datasets`` within the context.
 
-    The harness warns of things that are intended here, such as a model that is loaded already;
-    ``datasets`` tells a server of every set that it opens, local files included.
+    The harness warns about intended settings, such as a model that is already in memory.
+    ``datasets`` reports every dataset that it opens to a server, including local files.
     """
     from datasets import config
 

@@ -1,4 +1,4 @@
-"""Models under test: a base model with its adapter on, a check that the adapter acts, and answers
+"""Models under test: base models with adapters, a check that the adapter has an effect, and answers
 to prompts in batches.
 
 with Models(device, dtype).load(subject, base_model) as model: ...
@@ -26,33 +26,33 @@ from ..load import put_peft
 from ..subjects import Subject
 from .base_models import NO_TEMPLATE, BaseModel
 
-# Folder of a run that trained all weights
+# Subfolder with the weights of a run that trained all weights
 WHOLE_MODEL = "model"
-# Prompt by which the effect of an adapter is measured
+# Prompt on which the effect of an adapter is measured
 PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
 
-# Further circumstances -> the cache of a subject and a benchmark under them
+# Returns a benchmark's cache for one subject and the given settings
 CacheFor = Callable[[Mapping[str, Any]], Cache]
 
 
 @dataclass(frozen=True)
 class LoadedModel(TextModel):
-    """A model in evaluation mode on its device, with the adapter on, if there is one.
+    """A model in evaluation mode on its device, with its adapter applied if there is one.
 
-    ``effect`` is the largest change of a probe's logits by the adapter; None without one.
+    ``effect`` is the adapter's largest change of the probe's logits; None without an adapter.
     """
 
     effect: float | None = None
 
     def effective_template(self, template: str) -> str:
-        """The template that is used: encoder-decoders get the bare prompt, as in training."""
+        """Return the template to use: encoder-decoders get the bare prompt, as in training."""
         if self.kind == "causal":
             return template
         return NO_TEMPLATE
 
 
 class Models:
-    """Loads base models, one at a time, and puts adapters on and off."""
+    """Loads base models, one at a time, and adds and removes adapters."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
@@ -62,22 +62,27 @@ class Models:
 
     @contextmanager
     def load(self, subject: Subject, spec: BaseModel) -> Iterator[LoadedModel]:
-        """A subject's model; the base model is bare again afterwards."""
+        """Load a subject's model for the context; the adapter is removed afterwards.
+
+        Raises:
+            UserError: the model is a classifier, or the trained adapter has no effect on the model.
+        """
         adapter = subject.weights
         if adapter is not None and not (adapter / PEFT_FILE).is_file():
-            # The run trained all weights and left a model of its own.
+            # The run trained all weights and saved a complete model.
             place = str(adapter / WHOLE_MODEL)
             spec = replace(spec, name=place, revision=None, quantize="none")
             adapter = None
         base = self._load_base(spec)
         if base.kind == "classification":
             raise UserError(
-                f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
+                f"{subject.source} is a classifier and can't generate text: use"
+                " --benchmarks heldout."
             )
         if adapter is None:
             yield base
             return
-        # The adapter is put into the base model itself, which is taken out of it below.
+        # The adapter's layers are inserted into the base model itself, and removed below.
         adapted = put_peft(base, adapter)
         try:
             yield replace(base, model=adapted, effect=_effect(adapted, base, subject))
@@ -88,19 +93,19 @@ class Models:
     def _load_base(self, spec: BaseModel) -> LoadedModel:
         # The template changes the prompts, not the weights.
         spec = replace(spec, template="")
-        # Subjects on one base model follow each other and share it.
+        # Consecutive subjects with the same base model share it.
         if self._base is None or self._spec != spec:
-            self._base = None  # frees the memory of the model before
+            self._base = None  # frees the memory of the previous model
             self._base = load_base(spec, self._device, self._dtype)
             self._spec = spec
         return self._base
 
 
 def load_base(spec: BaseModel, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """A base model on its device, in 4 bits where training had it so."""
+    """Load a base model onto its device, in 4 bits if the spec is quantized."""
     options = asdict(spec)
     name, is_quantized = options.pop("name"), options.pop("quantize") != "none"
-    del options["template"]  # it belongs to the prompts
+    del options["template"]  # only affects the prompts
     base = load_text_model(name, options.pop("task_type"), dtype=dtype, **options)
     if is_quantized:
         quantize(base.model, dtype, skip=base.whole_modules, device=device)
@@ -109,7 +114,11 @@ def load_base(spec: BaseModel, device: torch.device, dtype: torch.dtype) -> Load
 
 
 def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
-    """Largest change of the probe's logits by the adapter; 0 is refused for a trained adapter."""
+    """Return the adapter's largest change of the probe's logits.
+
+    Raises:
+        UserError: the adapter is trained but changes nothing.
+    """
     from peft import get_peft_model_state_dict
 
     device = base.model.device
@@ -124,23 +133,23 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
             base_logits = adapted(**inputs).logits
     effect = float((adapted_logits.float() - base_logits.float()).abs().max())
 
-    # B of zeros is an adapter that was not trained; it may change nothing.
+    # An untrained adapter has only zeros in B, and may have no effect.
     weights = get_peft_model_state_dict(adapted)
     is_trained = any(bool(weights[name].any()) for name in weights if "lora_B" in name)
     if effect == 0 and is_trained:
         raise UserError(
-            f"the adapter of {subject.source} changes nothing in the model although its weights are"
-            " not zero: check that it belongs to this model."
+            f"the adapter of {subject.source} does not change the model's output, although its"
+            " weights are not zero: check that it belongs to this model."
         )
     return effect
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Choice of the next token."""
+    """Settings for generating answers."""
 
     max_new_tokens: int
-    # 0 takes the likeliest token
+    # Sampling temperature; 0 for greedy decoding
     temperature: float = 0.0
     seed: int = 0
 
@@ -153,8 +162,17 @@ def answers(
     batch_size: int,
     cache: Cache,
 ) -> dict[str, str]:
-    """Key of a prompt -> the model's answer; cached answers are not generated again."""
-    # Each answer is on the disk before the next batch is generated.
+    """Return the model's answers by the keys of the prompts; cached answers are reused.
+
+    Args:
+        model: the model under test.
+        prompts: key -> prompt.
+        decoding: settings of the generation.
+        template: name of the template around the prompts.
+        batch_size: number of prompts per batch.
+        cache: cache of the answers, by the prompts' keys.
+    """
+    # Each batch of answers is written to disk before the next one is generated.
     missing = [key for key in prompts if key not in cache]
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]
@@ -174,18 +192,18 @@ def _tokens(model: LoadedModel, text: str, template: str) -> list[int]:
 def _generate(
     model: LoadedModel, keys: Sequence[str], token_rows: Sequence[list[int]], decoding: Decoding
 ) -> list[str]:
-    """Answers to a batch of prompts as tokens."""
+    """Generate answers to a batch of tokenized prompts."""
     longest = max(map(len, token_rows))
-    room = decoding.max_new_tokens
-    # Prompt and answer share the positions of a causal model.
+    max_new_tokens = decoding.max_new_tokens
+    # In a causal model, the prompt and the answer share the context length.
     if model.max_tokens is not None and model.kind == "causal":
-        room = min(room, model.max_tokens - longest)
-    if room < 1:
+        max_new_tokens = min(max_new_tokens, model.max_tokens - longest)
+    if max_new_tokens < 1:
         raise UserError(
-            f'the prompt of "{keys[0]}" or one beside it has {longest} tokens, and the model takes'
-            f" {model.max_tokens}: leave this benchmark out."
+            f'a prompt in the batch of "{keys[0]}" has {longest} tokens, but the model takes at'
+            f" most {model.max_tokens}: leave this benchmark out."
         )
-    # Each setting is named, since the model's own generation_config.json would fill the gaps.
+    # Set every option, because generation_config.json would supply the missing ones.
     sampling: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
     if decoding.temperature > 0:
         sampling = {"temperature": decoding.temperature, "top_p": 1.0, "top_k": 0}
@@ -193,6 +211,6 @@ def _generate(
     device = model.model.device
     gpus = [device] if device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(gpus):
-        # The answer of a prompt does not depend on the prompts before it.
+        # An answer does not depend on the batches before it.
         torch.manual_seed(seed_of(decoding.seed, *keys))
-        return generate(model, token_rows, room, **sampling)
+        return generate(model, token_rows, max_new_tokens, **sampling)

@@ -1,8 +1,8 @@
-"""MT-Bench, first turn: answers made here, each rated from 1 to 10 by a judge.
+"""The first turn of MT-Bench: the model answers, and a judge rates each answer from 1 to 10.
 
 Source: Zheng et al. 2023, https://arxiv.org/abs/2306.05685, single-answer grading. The 80 questions
-come from the hub or from a file; the words in which the judge is asked are this project's, so that
-scores are compared within one table only.
+come from the hub or from a file. The prompt for the judge is this project's own, so scores can be
+compared only within one table.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .benchmarks import ANSWER_LETTERS, Item, Measurement
 from .models import CacheFor, Decoding, LoadedModel, answers
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
-# Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer
+# Category -> temperature, as in MT-Bench; 0 for all other categories
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-# Times that the judge is asked for one rating, where its words hold none
+# Maximum number of replies requested for one answer, until a reply contains a rating
 RATING_ATTEMPTS = 3
-# Bounds of a judge's reply
+# Limits of a judge's reply
 REPLY_TOKENS = 2048
 REPLY_SECONDS = 120.0
 _GRADING = (
@@ -43,10 +43,11 @@ _GRADING = (
     " example [[5]].\n\n"
     "# Question\n{question}\n{reference}\n# The assistant's answer\n{answer}\n# End of the answer"
 )
-# The key has a variable of its own, so that no other service's key is sent to the judge.
+# Environment variable of the judge's key. It has its own name, so that the key of another service
+# is never sent to the judge.
 KEY = "JUDGE_API_KEY"
 _RATING = r"(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?"
-# Forms of a rating, the asked one first
+# Forms of a rating, beginning with the requested one
 _FORMS = (
     re.compile(rf"\[\[\s*(?:rating:?\s*)?{_RATING}\]\]", re.IGNORECASE),
     re.compile(rf"rating\W{{0,6}}{_RATING}", re.IGNORECASE),
@@ -55,10 +56,10 @@ _FORMS = (
 
 
 def rating(text: str) -> float | None:
-    """The last rating in a judge's words, from 1 to 10; None if there is none."""
+    """Read the last rating, from 1 to 10, in a judge's reply; None if there is none."""
     for form in _FORMS:
         values = [float(number) for number in form.findall(text)]
-        # A judge repeats the scale or the example; its rating comes last.
+        # A judge may first repeat the scale or the example; its rating comes last.
         valid = [value for value in values if 1 <= value <= 10]
         if valid:
             return valid[-1]
@@ -69,17 +70,21 @@ def rating(text: str) -> float | None:
 class Judge:
     """A model behind an OpenAI-compatible endpoint, which rates answers."""
 
-    # Address of the endpoint, up to and with "/v1"
+    # Address of the endpoint, up to and including "/v1"
     base_url: str
-    # The endpoint's name of the model
+    # Name of the model at the endpoint
     model: str
-    # Sent as a bearer token; "" sends none. It is never shown.
+    # Key that is sent as a bearer token; "" sends none. It is never shown.
     key: str = field(default="", repr=False)
-    # Requests for one rating before it is given up, each later than the one before
+    # Maximum number of requests for one reply; the waiting time between them grows.
     attempts: int = 8
 
     def ask(self, prompt: str) -> str:
-        """The judge's reply at temperature 0."""
+        """Return the judge's reply at temperature 0.
+
+        Raises:
+            UserError: the endpoint gives no reply.
+        """
         from openai import OpenAIError
 
         try:
@@ -93,24 +98,24 @@ class Judge:
             if len(reply.choices) == 0:
                 return ""
             return reply.choices[0].message.content or ""
-        # The package returns a reply that is not a chat completion as it is.
+        # The package does not check that the reply is a chat completion.
         except (AttributeError, TypeError):
             reason = "its reply is not a chat completion"
         except (OpenAIError, ValueError) as error:
             reason = f"{error} {error.__cause__ or ''}"
-        if self.key:  # some endpoints repeat it in their message
+        if self.key:  # some endpoints repeat the key in their error messages
             reason = reason.replace(self.key, "***")
         raise UserError(
             f"the judge at {self.base_url} gave no answer ({' '.join(reason.split())[:240]}):"
-            f" check that it runs, --judge_base_url, --judge_model and {KEY}; the same command"
-            " goes on."
+            " check that the judge is running, and check --judge_base_url, --judge_model and"
+            f" {KEY}; the same command then resumes."
         )
 
     @property
     def _headers(self) -> dict[str, Any]:
         from openai import Omit
 
-        # The package would send the variables that the environment has for another service.
+        # By default, the package sends the environment's OpenAI organization, project and key.
         headers: dict[str, Any] = {
             "OpenAI-Organization": Omit(),
             "OpenAI-Project": Omit(),
@@ -126,25 +131,29 @@ class Judge:
 
         return OpenAI(
             base_url=self.base_url,
-            api_key=self.key or "none",  # the package demands one; the header above decides
+            api_key=self.key or "none",  # the package requires a key; `_headers` overrides it
             max_retries=self.attempts - 1,
             timeout=REPLY_SECONDS,
         )
 
 
 def connect(base_url: str | None, model: str | None) -> Judge:
-    """The judge that a command line names; nothing is sent yet."""
+    """Make the judge that the command line names, without sending a request.
+
+    Raises:
+        UserError: the address or the model is missing, or the address is not usable.
+    """
     if not base_url or not model:
         raise UserError(
             "mtbench needs a judge: give --judge_base_url (such as http://localhost:8000/v1) and"
-            f" --judge_model, and the key, if it asks for one, in the environment variable {KEY}."
+            f" --judge_model. If the endpoint needs a key, set the environment variable {KEY}."
         )
-    # The address is written into the result, so it must hold no secret.
+    # The address is written to the result, so it must not contain a secret.
     parts = urllib.parse.urlsplit(base_url)
     if parts.username or parts.password or parts.query:
         raise UserError(
-            "--judge_base_url holds a user name or a query, which would be written into the"
-            f" result: give the bare address, and the key in {KEY}."
+            "--judge_base_url contains a user name or a query, which would be written to the"
+            f" result: give only the address, and put the key into {KEY}."
         )
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise UserError(
@@ -156,7 +165,7 @@ def connect(base_url: str | None, model: str | None) -> Judge:
 
 @dataclass(frozen=True)
 class Question:
-    """The first turn of a question."""
+    """The first turn of a question, with a reference answer if there is one."""
 
     id: str
     category: str
@@ -169,18 +178,22 @@ class Question:
 
 
 def questions(source: str | None, limit: int | None = None) -> list[Question]:
-    """The questions of a JSONL file, or of the hub's set.
+    """Read the questions from a JSONL file, or from the dataset on the hub.
 
     Args:
-        source: a file with a line per question: question_id, category, turns (or prompt), and
-            reference where there is one; None for the hub.
+        source: a JSONL file with one question per line. The fields are question_id, category,
+            turns (or prompt), and optionally reference. None for the hub.
+        limit: maximum number of questions.
+
+    Raises:
+        UserError: the questions can't be read, or one is invalid or repeated.
     """
     if source is None:
         import datasets
 
         with as_user_error(
             f"the questions of MT-Bench can't be loaded from the hub ({HUB})",
-            "give them as a JSONL file by --mtbench_questions",
+            "give them as a JSONL file with --mtbench_questions",
         ):
             dataset: Any = datasets.load_dataset(HUB, split="train")
         rows = [(f"question {n} of {HUB}", dict(row)) for n, row in enumerate(dataset, start=1)]
@@ -192,11 +205,15 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
     for number, (place, row) in enumerate(rows, start=1):
         question = _parse_question(row, number, place)
         if question.id in ids:
-            raise UserError(f"{source or HUB} holds question {question.id} twice: leave one out.")
+            raise UserError(
+                f"{source or HUB} contains question {question.id} twice: remove one of them."
+            )
         ids.add(question.id)
         parsed.append(question)
     if not parsed:
-        raise UserError(f"{source or HUB} holds no question: give another --mtbench_questions.")
+        raise UserError(
+            f"{source or HUB} contains no question: give another file with --mtbench_questions."
+        )
     return parsed[:limit]
 
 
@@ -204,7 +221,7 @@ def _parse_question(row: dict[str, Any], number: int, place: str) -> Question:
     text = _first_turn(row.get("turns") or row.get("prompt"))
     if not text or not isinstance(text, str):
         raise UserError(
-            f"{place} has no first turn: give each line question_id, category and turns."
+            f"{place} has no first turn: write question_id, category and turns into each line."
         )
     name = row.get("question_id", row.get("prompt_id", number))
     reference = _first_turn(row.get("reference")) or ""
@@ -216,7 +233,7 @@ def _first_turn(turns: Any) -> Any:
 
 
 def grading_prompt(question: Question, answer: str) -> str:
-    """Prompt for the judge."""
+    """Return the prompt for the judge."""
     reference = instruction = ""
     if question.reference:
         reference = f"\n# A right answer, for comparison\n{question.reference}\n"
@@ -238,7 +255,7 @@ class MTBench:
     decoding: Decoding
 
     def settings(self) -> dict[str, Any]:
-        """All that a score depends on, except the model."""
+        """Return everything that a score depends on, except the model."""
         texts: list[str] = []
         for question in self.questions:
             texts += [question.id, question.category, question.text, question.reference]
@@ -252,19 +269,20 @@ class MTBench:
     def measure(
         self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
     ) -> Measurement:
-        """Make the answers and ratings that are not cached; the score is the mean rating."""
-        # Question -> the answer of the model under test
+        """Get the answers and ratings that are not cached; the score is the mean rating."""
+        # Id of a question -> the answer of the model under test
         replies: dict[str, str] = {}
-        # Questions of another file may have the same ids.
+        # Include the questions' hash in the cache, since other files may have the same ids.
         questions = self.settings()["questions"]
-        # Prompts of one batch share a temperature.
+        # All prompts of a batch have the same temperature.
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
             cache = cache_for({"decoding": asdict(decoding), "questions": questions})
             replies |= answers(model, prompts, decoding, template, batch_size, cache)
 
-        # The judge's words are cached, not the ratings: a better reading needs no new request.
+        # The judge's replies are cached, not the ratings; a later version of `rating` can reread
+        # them without new requests.
         verdicts = cache_for(self.settings())
         for question in tqdm(self.questions, unit="answer", leave=False):
             if question.id not in verdicts:
@@ -274,7 +292,7 @@ class MTBench:
         return assess(self.questions, replies, verdict_by_id)
 
     def _ask_judge(self, prompt: str) -> str:
-        """The judge's words; it is asked again where they hold no rating."""
+        """Return the judge's reply; the judge is asked again if it contains no rating."""
         words = ""
         for _ in range(RATING_ATTEMPTS):
             words = self.judge.ask(prompt)
@@ -286,9 +304,13 @@ class MTBench:
 def assess(
     questions: Sequence[Question], replies: Mapping[str, str], verdicts: Mapping[str, str]
 ) -> Measurement:
-    """The mean of the ratings that could be read, and of each category's."""
+    """Average the ratings that could be read, over all questions and for each category.
+
+    Raises:
+        UserError: no rating could be read.
+    """
     items: list[Item] = []
-    # Answers without a rating are in neither mean.
+    # Answers without a rating are excluded from both means.
     scores: list[float] = []
     scores_by_category: dict[str, list[float]] = {}
     for question in questions:
@@ -300,8 +322,8 @@ def assess(
             scores_by_category.setdefault(question.category, []).append(score)
     if not scores:
         raise UserError(
-            "no rating could be read in what the judge said (it is asked for [[N]]): give another"
-            " --judge_model."
+            "none of the judge's replies contains a rating in the requested form [[N]]: give"
+            " another --judge_model."
         )
     metrics = {
         f"category {category}": mean(scores_by_category[category])

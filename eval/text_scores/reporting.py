@@ -1,5 +1,6 @@
-"""Tables of scores after the paper's Tables 1 to 3. Differences are over seeds, or over items where
-there are not two common seeds.
+"""Tables of scores in the form of the paper's Tables 1 to 3.
+
+Differences are paired over seeds, or over items if there are fewer than two common seeds.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ def summaries(
     control: str,
     confidence: float = CONFIDENCE,
 ) -> list[Summary]:
-    """Means over seeds, and each row's difference to the control's.
+    """Compute the means over seeds, and each group's difference from the control.
 
     Args:
-        rows: those without an item are scores, those with one are questions.
-        benchmarks: the metrics that have items.
-        confidence: level of the differences' intervals.
+        rows: rows of the result; a row without an item is a score, others are single questions.
+        benchmarks: names of the metrics that may have items.
+        control: group that the others are compared with.
+        confidence: confidence level of the intervals.
     """
     scores = []
     groups_with_items = set()
@@ -49,7 +51,7 @@ def summaries(
     summaries = []
     for line in compare.summaries(scores, control, confidence=confidence):
         key = line.group, line.metric
-        # One pair of seeds has no interval; pairs of the same questions have one.
+        # A single pair of seeds has no interval, but pairs of questions do.
         if line.metric in benchmarks and key in groups_with_items and line.pairs < 2:
             line = with_difference(line, over_items.get(key, Summary(*key)))
         summaries.append(line)
@@ -57,7 +59,10 @@ def summaries(
 
 
 def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
-    """The items of groups in which every score is the mean of its items, which pairs need."""
+    """Return the items of groups whose every score is the mean of its items.
+
+    Only for these groups, a difference over items is also the difference of the scores.
+    """
     items, scores = [], []
     values: dict[str, list[float]] = {}  # subject -> the values of its items
     for row in rows:
@@ -70,7 +75,7 @@ def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
         if row.value is not None:
             values.setdefault(row.subject, []).append(row.value)
 
-    # Some scores of the harness are not a mean of their items.
+    # Some scores of the harness are not the mean of their items.
     excluded_groups = set()
     for row in scores:
         item_values = values.get(row.subject)
@@ -81,7 +86,7 @@ def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
 
 
 def with_difference(line: Summary, over_items: Summary) -> Summary:
-    """A summary whose difference to the control is that over items."""
+    """Replace a summary's difference from the control with the difference over items."""
     return replace(
         line,
         over=compare.ITEM,
@@ -96,11 +101,11 @@ def with_difference(line: Summary, over_items: Summary) -> Summary:
 
 
 def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None) -> list[str]:
-    """Sentences to be read before the table."""
+    """Return the notes above the table."""
     sentences = []
     if limit is not None and any(row.item for row in rows):
         sentences.append(
-            f"Only the first {limit} items of each task were asked (--limit): this is a trial,"
+            f"Only the first {limit} items of each task were used (--limit), so this is a trial and"
             " not a result."
         )
     for name, metric in metrics.items():
@@ -112,40 +117,42 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
             elif row.metric == name and row.item:
                 items.append(row)
         if unparsed:
-            # A judge's missing rating is not a score; a harness's missing answer is a wrong one.
+            # A missing rating of the judge is no score; a missing answer in the harness is wrong.
             are_left_out = any(row.value is None for row in items)
             consequence = "are left out" if are_left_out else "count as wrong"
             sentences.append(
-                f"{metric.title}: in {unparsed} of {len(items)} items no answer could be read; they"
-                f" {consequence}."
+                f"{metric.title}: no answer could be read in {unparsed} of {len(items)} items;"
+                f" these {consequence}."
             )
     labels: dict[str, None] = {}  # of adapters without effect, each once
     for row in rows:
         if row.metric.endswith(f" {EFFECT}") and row.value == 0:
             labels[row.subject] = None
     for label in labels:
-        sentences.append(f"The adapter of {label} is zero: it is the base model.")
+        sentences.append(f"The adapter of {label} is zero, so {label} equals the base model.")
     return sentences
 
 
 def introduction(result: Result) -> str:
-    """Notes, and an explanation of the table's cells."""
+    """Return the notes, and an explanation of the table's cells."""
     legend = (
-        f"Mean over seeds with {INTERVALS}; percentages, but for points, losses and perplexities."
-        " Difference: to"
-        f" {escape_table_cell(result.control)}, over common seeds, or over items (the same"
-        " questions, where there are not two common seeds), and in how many of them"
-        " it is better; items say how sure a difference of these runs is, not what another seed"
-        " would bring. Cost: gradient steps per training iteration. Peak memory: the most that a"
-        " run took to train, on a CPU by its process."
+        f"Means over seeds with {INTERVALS}; in percent, except for points, losses and"
+        f" perplexities. Differences are from {escape_table_cell(result.control)}, paired over"
+        " common seeds or, with fewer than two common seeds, over items (the same questions); the"
+        " cell also counts the pairs with a better score. An interval over items covers the choice"
+        " of questions, not the variation between seeds. Cost: gradient steps per training"
+        " iteration. Peak memory: the maximum that a run's training took (on a CPU, the memory of"
+        " the process)."
     )
     quotes = [f"> {note}" for note in result.notes]
     return "\n\n".join([*quotes, legend])
 
 
 def averages(result: Result) -> str:
-    """Mean over training sets of each row's first recorded metric, as in the paper's Tables 1, 2
-    and 6; "" where there are not several sets with one.
+    """Return a table of each group's mean over training sets; "" for fewer than two sets.
+
+    It averages the first recorded metric of each set, as the paper's Tables 1, 2 and 6 do. Losses
+    are not averaged.
     """
     metric_by_set: dict[str, str] = {}
     for name, settings in result.settings["benchmarks"].items():
@@ -162,7 +169,7 @@ def averages(result: Result) -> str:
             summary = result.summary(group, name)
             if summary is not None and summary.mean is not None:
                 values.append(summary.mean * result.metric(name).scale)
-        # A mean over fewer training sets can't be compared.
+        # A mean over fewer training sets would not be comparable.
         is_complete = len(values) == len(names)
         lines.append([group, f"{compare.mean(values):.2f}" if is_complete else ABSENT])
     titles = ", ".join(result.metric(name).title for name in names)
@@ -170,7 +177,7 @@ def averages(result: Result) -> str:
 
 
 def cost(result: Result, group: str) -> str:
-    """Gradient steps per iteration, where all runs of a group have the same."""
+    """Return the gradient steps per iteration; a dash if a group's runs differ or lack them."""
     costs = {entry.about.get("cost") for entry in result.members(group)}
     if len(costs) != 1 or None in costs:
         return ABSENT
@@ -178,13 +185,13 @@ def cost(result: Result, group: str) -> str:
 
 
 def memory(result: Result, group: str) -> str:
-    """The most memory that a run of the group took to train."""
+    """Return the maximum peak memory of the group's training runs; a dash if it is unknown."""
     peak = max(entry.about.get("peak_memory") or 0 for entry in result.members(group))
     return f"{peak / 2**30:.2f} GiB" if peak else ABSENT
 
 
 def settings_of_benchmarks(result: Result) -> str:
-    """A line per benchmark: how it was asked."""
+    """Return a list with one line per benchmark that shows its settings."""
     lines = []
     for name, settings in result.settings["benchmarks"].items():
         words = [f"{key} {value}" for key, value in settings.items() if value is not None]

@@ -355,7 +355,7 @@ def with_adapter():
         (
             tiny_mlp,
             {"rank": 3, "init": "lora-ga", "target_modules": TARGETS},
-            r"last is 5 x 8.*needs 6 on each",
+            r"last is 5 x 8.*at least 6 on each",
         ),
         (tied, {}, "weight of 0 is shared"),
         (quantized, {}, "weight of 0 is quantized"),

@@ -55,7 +55,7 @@ def images_of(table):
 def test_each_image_uses_its_checkpoint_and_strength(grid):
     *rows, (status, table) = sample(grid)
     assert [row_table.count("<img") for _, row_table in rows] == [0, 2]
-    assert "a fox, seed 3, by run (Bi-LoRA, seed 0)" in status
+    assert "a fox, seed 3, sampled with run (Bi-LoRA, seed 0)" in status
     images = images_of(table)
     assert list(images) == [
         "step 1, strength 0.5",
@@ -109,7 +109,7 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         "number of images is 66": {"strengths": ",".join(strengths)},  # at two steps
         'guidance from is "2": give adapter, base or a number from 0 to 1': {"sources": "2"},
         "no checkpoint is chosen": {"steps": []},
-        "checkpoint of step 7 no longer exists": {"steps": [1, 7]},
+        "checkpoint at step 7 no longer exists": {"steps": [1, 7]},
         'the run "young" no longer exists': {"run": "young"},
     }.items():
         with pytest.raises(gr.Error) as caught:

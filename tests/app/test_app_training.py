@@ -118,7 +118,7 @@ def test_the_loss_of_steps_is_faint_and_differences_are_to_lora_of_the_same_seed
     ]
     # Only at steps that both runs have
     assert charts(runs, window=1)["loss-difference"] == [
-        Line("LoRA of the same seed", [(1, 0.0), (2, 0.0)], GREY),
+        Line("LoRA with the same seed", [(1, 0.0), (2, 0.0)], GREY),
         Line("ours", [(1, -0.25), (2, -0.25)], COLORS[2]),
     ]
     # LoRA with another seed or on other data is no control.

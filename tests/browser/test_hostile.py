@@ -30,11 +30,11 @@ def test_names_are_text_on_every_tab_and_another_web_site_is_refused(tmp_path, s
     names = [run.name for run in Catalog(tmp_path).scan.runs]
     good_name = next(name for name in names if name.startswith("good/bilora"))
     evil_name = next(name for name in names if "<img" in name)
-    for name in (good_name, evil_name):
-        page.locator("#training-runs input").click()
-        page.get_by_role("option", name=name, exact=True).click()
-        page.locator("#training-runs input").blur()
-        expect(page.locator("#training-cards")).to_contain_text(name)
+    expect(page.locator("#training-cards")).to_contain_text(good_name)  # of the first choice
+    page.locator("#training-runs input").click()
+    page.get_by_role("option", name=evil_name, exact=True).click()
+    page.locator("#training-runs input").blur()
+    expect(page.locator("#training-cards")).to_contain_text(evil_name)
     expect(page.locator("#training-loss svg.marks")).to_be_visible()
     curve = page.locator("#training-loss").bounding_box()  # the plot itself is redrawn
     for step in range(1, 20):  # the tooltip shows names as text too

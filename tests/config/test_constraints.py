@@ -40,6 +40,7 @@ BAD_COMMAND_LINES = [
     ),
     (f"{TEXT} --adam_weight_decay 1.5e5", ["(did you mean 1.5e-5?)"]),
     (f"{IMAGE} --rank=-{'1' * 400}", ["400 digits", "1 or more"]),
+    (f"{IMAGE} --learning_rate 1e-40", ["1e-40", "give at least 1.2e-38"]),
     (f"{IMAGE} --train_batch_size 60000 --gradient_accumulation_steps 60000", ["60000", "smaller"]),
     (f"{TEXT} --hub_model_id {LATIN}", ["--hub_model_id"]),
     (f"{IMAGE} --output_dir a\0b", ["--output_dir"]),
@@ -49,7 +50,7 @@ BAD_COMMAND_LINES = [
     (f"{IMAGE} --push_to_hub", ["--push_to_hub", "hf auth login"]),
     (f"{IMAGE} --push_to_hub --hub_token hf_x --report_to wandb", ["--hub_token", "hf auth login"]),
     # Images and models; tests/image has more of sets.
-    (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset is given twice", "list of concepts"]),
+    (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset is given twice", "as concepts"]),
     (
         f"{FOLDER} a/b --instance_data_dir x --instance_data_dir y",
         ["--instance_data_dir is given twice"],

@@ -60,7 +60,7 @@ def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path):
         assert needed < 0.9 * size
         sizes.append(size)
     assert sizes == [24, 16]
-    assert "# Rate" in text  # and where it comes from
+    assert "# Learning rate" in text  # and where it comes from
 
 
 def test_a_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
     assert result.figures == [checkpoints.FIGURE]
     assert (out / checkpoints.FIGURE).stat().st_size > 1000
     by_accuracy, by_loss = result.settings["best_steps"]
-    assert "best at step 10 (40.00), to the last step +10.00" in by_accuracy
+    assert "best at step 10 (40.00), difference from the last step +10.00" in by_accuracy
     assert "best at step 20 (0.0500), the last" in by_loss
     assert str(tmp_path) not in (out / table.FILE).read_text()
 
@@ -105,7 +105,7 @@ def test_steps_without_a_held_out_figure_are_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run", steps=(5, 15))
     words = [str(run), "--steps", "all", "--output_dir", str(tmp_path / "out")]
     assert text_scores.main(words) == 2
-    assert "no held-out figure" in capsys.readouterr().err
+    assert "no held-out metric" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_named_with_both_numbers(tmp_path):
@@ -156,8 +156,10 @@ def test_the_best_step_and_how_sure_it_is(advantage, verb, tmp_path):
     curves = curves_of_one_run(advantage)
     score, loss = checkpoints.best(curves)
     assert score.startswith("score: best at step 20 (")
-    assert score.endswith(f"/12 items better: the interval {verb} zero.")
-    assert loss.startswith("held-out loss: best at step 10 (1.0000), to the last step -2.0000")
+    assert score.endswith(f"/12 items better; the interval {verb} zero.")
+    assert loss.startswith(
+        "held-out loss: best at step 10 (1.0000), difference from the last step -2.0000"
+    )
     points = curves.over_training("dog", "i2t")
     assert [point.step for point in points] == [10, 20, 30]
     for point in points:
@@ -214,7 +216,7 @@ ANSWERS = {
     "truth, not surely better": (
         {"truth": {10: UNSURE, 20: -SURE, 30: 0}, "i2t": {10: UNSURE, 20: UNSURE, 30: 0}},
         10,
-        r"No step is surely better than the last \(30\) by truth \(the best of the others is step"
+        r"No step is clearly better than the last \(30\) by truth \(the best of the others is step"
         r" 10, \+0\.50 \[-.*\]\): keep the last, and look at the images\.",
     ),
     "truth, not surely better, and the other scores say otherwise": (
@@ -224,7 +226,7 @@ ANSWERS = {
             "nearest": {10: -SURE, 30: 0},
         },
         10,
-        r"No step is surely better .*\), though step 10 is by I2T, \+10.*: keep the last, and look",
+        r"No step is clearly better .*\), though step 10 is by I2T, \+10.*: keep the last, and",
     ),
     "truth, all others worse": (
         {"truth": {10: -SURE, 20: -0.05, 30: 0}, "i2t": {10: SURE, 20: SURE, 30: 0}},
@@ -234,7 +236,7 @@ ANSWERS = {
     "without truth, surely better": (
         {"i2t": {10: UNSURE, 20: SURE, 30: 0}, "nearest": {10: -SURE, 20: -SURE, 30: 0}},
         20,
-        r"By I2T step 20 is better .*; without held-out pictures no score shows whether it has"
+        r"By I2T step 20 is better .*; without held-out pictures, no score shows whether it has"
         r" learned as much: look at the images of both\.",
     ),
     "without truth, surely better, and copies more": (
@@ -245,7 +247,7 @@ ANSWERS = {
     "without truth, not surely better, and copies less": (
         {"i2t": {20: UNSURE, 30: 0}, "nearest": {20: -SURE, 30: 0}},
         20,
-        r"No step is surely better than the last \(30\) by I2T .*: keep the last",
+        r"No step is clearly better than the last \(30\) by I2T .*: keep the last",
     ),
     "one step": ({"i2t": {30: 0}}, 30, r"Only step 30 was scored"),
 }
@@ -269,10 +271,10 @@ def test_an_interval_of_the_answer_is_wider_the_more_steps_there_are_to_choose_f
     assert of_two.sentence.startswith("By truth step 10 is better")
     steps = {10: advantage, **dict.fromkeys((20, 30, 40, 50), -SURE), 60: 0}
     (of_six,) = answers_of({"truth": steps})
-    assert of_six.sentence.startswith("No step is surely better")
+    assert of_six.sentence.startswith("No step is clearly better")
 
 
 def test_a_single_prompt_shows_no_step_to_be_better():
     (answer,) = answers_of({"truth": {10: SURE, 30: 0}}, count=1)
-    assert answer.sentence.startswith("No step is surely better than the last (30) by truth")
+    assert answer.sentence.startswith("No step is clearly better than the last (30) by truth")
     assert answers_of({"nearest": {10: SURE, 30: 0}}) == [], "no score that decides"

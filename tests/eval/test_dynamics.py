@@ -244,7 +244,7 @@ def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(res
     file.write_text(file.read_text().replace('"digest": "0-', '"digest": "other-'))
     result = measure(tmp_path, runs)
     assert all(line.difference is None for line in result.summaries)
-    assert any("saw other data or noise" in note for note in result.notes)
+    assert any("saw different data or noise" in note for note in result.notes)
     assert "not paired" in (tmp_path / "out" / "report.md").read_text()
 
 

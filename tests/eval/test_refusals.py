@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, str]] = {
     "text_scores": {
         "steps --steps 10,15": "no checkpoint of step 15; it has 10, 20",
         "empty --steps all": "has no checkpoints",
-        "--benchmarks heldout": "nothing is given",
+        "--benchmarks heldout": "there is nothing to score",
         "steps --benchmarks toy": 'no benchmark "toy"',
         "icons --benchmarks heldout": "eval.clip_scores",
         "steps --steps soon": '"soon"',
@@ -90,7 +90,7 @@ CASES: dict[str, dict[str, str]] = {
     "sweep": {
         "none.yaml": 'there is no experiment "none.yaml"',
         f"{EXPERIMENT} --set metod=lora": 'unknown option "--metod"',
-        f"{EXPERIMENT} --runs_dir file": "is not a folder that can be written",
+        f"{EXPERIMENT} --runs_dir file": "is not a writable folder",
     },
 }
 

@@ -58,7 +58,7 @@ HEAD = "subject,group,seed,metric,item,step,value,note\n"
         ("rows.csv", f"{HEAD}a,b,0,c,,,high,\n", "rows.csv is damaged"),
         ("rows.csv", "subject,group\na,b\n", "is damaged"),
         ("summary.csv", "\x00", "summary.csv is damaged"),
-        (table.FILE, None, r"holds no result\.json"),
+        (table.FILE, None, r"has no readable result\.json"),
         (table.FILE, '{"schema_version": 9, "kind": "sweep"}', r"version 9, .* eval\.sweep"),
         (table.FILE, "{}", "is damaged"),
         (table.FILE, "{", "is damaged"),

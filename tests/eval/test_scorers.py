@@ -140,7 +140,7 @@ def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
     assert str(entry.revision).startswith(f"{scorer.entry.revision}, captions ")
     assert entry.revision != captioners.retrieval(scorer, bank[1:]).entry.revision
     assert entry.name == f"{mini.NAME} retrieval"
-    assert "nearest of 20, not generated" in entry.note
+    assert "nearest of 20 captions" in entry.note
 
 
 class Boom:

@@ -113,7 +113,7 @@ def test_captions_of_training_images_are_the_last_resort(tmp_path):
     assert len(question.prompts) == 20
     assert question.prompts[0] == Prompt("TOK dog 0")  # its picture was learned: no ground truth
     bare = run(instance_data_dir=captioned(tmp_path / "bare", [" "]))
-    with pytest.raises(UserError, match=r"dog has neither .*: give --prompts"):
+    with pytest.raises(UserError, match=r"dog has no .*: give --prompts"):
         of_subjects([bare], "mini")
 
 
@@ -121,7 +121,7 @@ def test_runs_on_other_images_are_named_and_files_say_nothing():
     dog, cat = run(**VALIDATION), run("cat", validation_prompts=["TOK cat"])
     assert of_subjects([dog, run("dog-2", **VALIDATION)], "mini").note == ""
     question = of_subjects([dog, cat, cat], "mini")
-    assert "those of dog; scored alone, cat would" in question.note
+    assert "from dog; scored alone, cat would" in question.note
     assert of_subjects([FILE], "mini").name == "3d_icon"
     with pytest.raises(UserError, match="give --prompts"):
         of_subjects([FILE], "some/model")

@@ -63,7 +63,7 @@ def test_variants_are_read_and_the_control_is_found_by_label(plan):
     # use_dora takes a word and cache_latents is a switch; YAML gives true for both.
     assert sweep_plan.runs[1].flags == ("--use_dora=yes", "--cache_latents=yes", "--seed=7")
     assert plan(f"{text}\ncontrol: plain").control == "plain"
-    with pytest.raises(UserError, match=r'none of the variants \(did you mean "LoRA"\?\)'):
+    with pytest.raises(UserError, match=r'is not a variant \(did you mean "LoRA"\?\)'):
         plan(f"{text}\ncontrol: LoR")
     changed = plan(text, "", "rank=2", seeds="0,4..5", metric="loss")
     assert (changed.seeds, changed.experiment.metric) == ((0, 4, 5), "loss")
@@ -91,12 +91,12 @@ REFUSED = {
     "axes: {rho: 1}": '"axes.rho" can\'t be',
     "variants: {a: [1]}": '"variants.a" can\'t be',
     "options: {seed: 1}": "options: an option sets the seed: give seeds",
-    "variants: {a: {output_dir: x}}": "output_dir, which the sweep does",
+    "variants: {a: {output_dir: x}}": "output_dir, which the sweep itself sets",
     "seeds: 4..1": '"4..1" is not a list of numbers: write a..b with a <= b',
     "seeds: 0..99999": "at most 10000",
-    "seeds: [1, 1]": "with 1 twice",
-    "axes: {rank: [2, 2]}": "stands twice",
-    "axes: {rank: [2, 4]}\nvariants: {a: {rank: 8}}": '"rank" is an axis and set elsewhere too',
+    "seeds: [1, 1]": "give 1 only once",
+    "axes: {rank: [2, 2]}": "more than once",
+    "axes: {rank: [2, 4]}\nvariants: {a: {rank: 8}}": '"rank" is an axis and is also set elsewhere',
     "options: {validation_dataset: none, validation_loss_steps: 0}": "would have no heldout_loss",
     "variants: {odd: {method: lorra}}": 'in the variant "odd": .*did you mean "lora"',
     "script: nowhere.py": 'no script "nowhere.py"',

@@ -82,8 +82,8 @@ REFUSED = {
         '"best:4" is not a kind of guidance: write adapter:4, base:2 or 0.5:4',
     ),
     "max_prompts": ("none", '"scores.max_prompts" can\'t be'),
-    "options": ({"seeds": 1}, "scores.options: an option sets seeds, which the other keys"),
-    "conditions": ({"a": {"prompts": "x"}}, "conditions.a: an option sets prompts, which the"),
+    "options": ({"seeds": 1}, "scores.options: an option sets seeds: use the other keys"),
+    "conditions": ({"a": {"prompts": "x"}}, "conditions.a: an option sets prompts: use the"),
     "promts": ("mini", r'no key "scores.promts" \(did you mean "prompts"\?\)'),
 }
 
@@ -205,10 +205,10 @@ def test_the_report_has_what_each_condition_changes(plan, tmp_path):
         ),
         ("pictures_duotone --guidances best:4", '"best:4" is not a kind of guidance'),
         ("pictures_duotone --guidances 2:4", '"2:4" is not a kind of guidance'),
-        ("pictures_duotone --guidances base:2,0:2", "stands twice in a list"),
+        ("pictures_duotone --guidances base:2,0:2", "in a list more than once"),
         ("pictures_duotone --steps a", "is not a list of numbers: write whole numbers"),
-        ("lora_bilora --steps 4", "it has no scores, to which --steps belongs"),
-        ("lora_bilora --processes 1", "--processes is for samples"),
+        ("lora_bilora --steps 4", "it has no scores, but --steps belongs to scores"),
+        ("lora_bilora --processes 1", "--processes is for sampling"),
         ("lora_bilora --variants X", '--variants has "X"'),
     ],
 )
@@ -225,7 +225,7 @@ def test_text_has_no_samples(tmp_path):
     path = tmp_path / "text.yaml"
     content = {"recipe": str(ROOT / "recipes" / "trec.yaml"), "script": "train_text_bilora.py"}
     path.write_text(json.dumps({**content, "scores": SCORES}))
-    with pytest.raises(UserError, match="scores are those of images"):
+    with pytest.raises(UserError, match="scores are for images"):
         load(path)
 
 

@@ -123,7 +123,7 @@ def test_answers_are_rated_and_an_unread_rating_is_asked_again_and_counted(tmp_p
     assert "right answer" not in haiku_request
     sum_request = endpoint.asked[1]["messages"][0]["content"]
     assert "# A right answer, for comparison\n5" in sum_request
-    with judge("nice") as endpoint, pytest.raises(UserError, match="no rating could be read"):
+    with judge("nice") as endpoint, pytest.raises(UserError, match="none of the judge's replies"):
         measure(endpoint.url, tmp_path / "other")
 
 
@@ -160,5 +160,5 @@ def test_questions_are_read_from_a_file(tmp_path):
     path.write_text('{"turns": ["a"]}\nno JSON', encoding="utf-8")
     with pytest.raises(UserError, match=r"line 2 .* JSON"):
         mtbench.questions(str(path))
-    with pytest.raises(UserError, match="by --mtbench_questions"):
+    with pytest.raises(UserError, match="with --mtbench_questions"):
         mtbench.questions(None)  # the hub is out of reach in tests

@@ -197,7 +197,7 @@ def test_refusals_of_save(models, tmp_path):
         ("new", {"text_encodr": models["unet"]}, "text_encodr.*text_encoder"),
         ("new", {"unet": small.make_unet()}, 'no adapter "default"'),
         ("new", {"unet": broken}, "not finite"),
-        ("new", untrained, "adapter of unet .* all of its B are zero"),
+        ("new", untrained, "adapter of unet .* every B is zero"),
         ("file", models, "is a file"),
     ):
         with pytest.raises((UserError, TrainingError), match=sentence):
@@ -229,8 +229,8 @@ def add_auxiliary(tensors, metadata):
     [
         (change_values, "differs"),
         (drop_layer, "agree"),
-        (add_tensor, "alone"),
-        (add_auxiliary, "alone"),
+        (add_tensor, "only the primary"),
+        (add_auxiliary, "only the primary"),
     ],
 )
 def test_a_file_that_differs_from_the_models_is_refused(models, folder, tmp_path, change, sentence):

@@ -203,7 +203,7 @@ def test_refusals_of_convert(folder, tmp_path):
     foreign_file = kohya_file(tmp_path / "foreign.safetensors")
     for path, format_, output, sentence in (
         (foreign_file, "kohya", folder / "icons.safetensors", "icons.safetensors exists"),
-        (mixed, "peft", None, "as diffusers does"),
+        (mixed, "peft", None, "with diffusers' names"),
         (folder / FILE_NAME, "kohya", tmp_path / "lora.bin", "pickle"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -257,7 +257,7 @@ def test_an_adapter_that_no_step_has_trained_is_not_exported(tmp_path):
     base = save_llama(tmp_path / "base")
     model = load_text_model(str(base)).model
     adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
-    with pytest.raises(TrainingError, match="all of its B are zero"):
+    with pytest.raises(TrainingError, match="every B is zero"):
         save_adapter(tmp_path, model, base_model="some/llama", kind="causal")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

@@ -203,7 +203,7 @@ def test_the_weights_are_refused_on_another_kind_of_model():
 @pytest.mark.slow
 def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path):
     (tmp_path / "transformer").mkdir()
-    with pytest.raises(UserError, match="no run of full fine-tuning wrote it"):
+    with pytest.raises(UserError, match="was not written by full fine-tuning"):
         guard(tmp_path, None, exports_weights=True)
     (tmp_path / "run.json").write_text((run("whole") / "run.json").read_text())
     for ending in ("comfy.json", "base.comfy.json"):

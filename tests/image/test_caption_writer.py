@@ -126,7 +126,7 @@ def test_missing_captions_are_written_and_others_left(tmp_path, blip, capsys):
     assert "3 captions written" in output
     assert "Without a caption: 02.webp" in output
     assert output.splitlines()[-1].startswith("Read and correct the captions")
-    assert "word31 stands for" in output
+    assert "word31 comes to mean" in output
 
     # The second time nothing is missing, and no model is loaded.
     assert main([str(folder), "--model", "tests/absent"]) == 0
@@ -157,7 +157,7 @@ def test_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
 
     write_captions_by(monkeypatch, caption)
     assert main([str(folder), "--batch_size", "2"]) == 130
-    assert "2 of 5 captions are written: give the same command again" in capsys.readouterr().err
+    assert "2 of 5 captions are written: run the same command again" in capsys.readouterr().err
     assert texts(folder) == {"00.txt": "caption 1\n", "01.txt": "caption 2\n"}
     assert main([str(folder), "--batch_size", "2"]) == 0
     written = texts(folder)
@@ -267,7 +267,7 @@ def test_a_broken_image_is_skipped_where_training_would(tmp_path, monkeypatch, c
         (["empty"], "holds no images"),
         (["tables"], "in tables"),
         (["photos", "--model", "tests/absent"], "--model tests/absent can't be loaded"),
-        (["photos", "--model", "dino"], "of the kind dinov2, which writes no captions"),
+        (["photos", "--model", "dino"], "of type dinov2, which writes no captions"),
         (["photos", "--model", "microsoft/Florence-2-base"], "florence-community/Florence-2-base"),
         (["photos", "--model", "florence", "--prompt", "a dog"], "not a task of Florence-2"),
         (["photos", "--model", "florence", "--max_new_tokens", "600"], "fewer than 512"),

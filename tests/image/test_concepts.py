@@ -182,9 +182,9 @@ def cat_with(options):
     ("text", "flags", "sentence"),
     [
         # the file
-        ("dataset: dog", "", "concepts.yaml holds no list"),
+        ("dataset: dog", "", "concepts.yaml is not a list of concepts"),
         ("- dataset: [", "", "concepts.yaml.* can't be read .line 1"),
-        (DOG + "- cat", "", 'concept 2: it is "cat"'),
+        (DOG + "- cat", "", 'concept 2: "cat" names no options'),
         # options
         (cat_with("repeat: 2"), "", 'concept 2: .*"repeats"'),
         (
@@ -210,13 +210,13 @@ def cat_with(options):
             'concept 2: .*"./dog/", are those of conc.* 1',
         ),
         # the class
-        (cat_with("class_data_dir: dog"), CLASS, "concept 2: .*training images of concept 1"),
+        (cat_with("class_data_dir: dog"), CLASS, "concept 2: .*training images in one folder"),
         (cat_with("class_prompt: b"), CLASS, "concept 2: .*prompts differ"),
         # the images, before a model is read
         (
             two_concepts("dataset: links, instance_prompt: a"),
             "",
-            "concept 2: .* is one of concept 1 too",
+            "concept 2: .* is also in concept 1",
         ),
         (
             two_concepts("dataset: broken, instance_prompt: a"),

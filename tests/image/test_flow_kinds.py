@@ -87,7 +87,7 @@ def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path):
 def test_prompts_longer_than_lumina_2_has_positions_are_refused():
     pipeline = make_pipeline(LUMINA)
     family = family_of(pipeline)
-    with pytest.raises(UserError, match=r"--max_sequence_length 300 .* give 299 at most"):
+    with pytest.raises(UserError, match=r"--max_sequence_length 300 .* give at most 299"):
         replace(family, max_sequence_length=300).embed(pipeline, ["an icon"])
     conditions = replace(family, max_sequence_length=299).embed(pipeline, ["an icon " * 99])
     (rows,) = conditions["sequence"]

@@ -84,7 +84,7 @@ def test_groups_and_names(kind):
     [
         ("to_qq", 'did you mean "to_q"'),
         ("resnets.0.con1", 'did you mean "resnets.0.conv1"'),
-        ("xyz", f"give {', '.join(LAYER_GROUPS)}, or the ends"),
+        ("xyz", f"give {', '.join(LAYER_GROUPS)}, or endings"),
     ],
 )
 def test_a_word_that_is_nothing_beside_one_that_is(word, sentence):

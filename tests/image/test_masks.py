@@ -135,7 +135,7 @@ def test_masks_are_the_alpha_of_images(photos, tmp_path):
     ("mask", "name", "sentence"),
     [
         (half().resize((32, 32)), "a.mask.png", "its mask is 32 x 32 pixels"),
-        (Image.new("L", (SIDE, SIDE)), "a.mask.png", "black all over"),
+        (Image.new("L", (SIDE, SIDE)), "a.mask.png", "all black"),
         (half(), "a.mask.bmp", "a.mask.bmp.*a.mask.png.*keep one"),
     ],
 )
@@ -147,7 +147,7 @@ def test_a_mask_that_does_not_fit_is_refused(photos, mask, name, sentence):
 
 def test_a_mask_in_metadata_is_no_image(photos):
     (photos / "metadata.csv").write_text("file_name\na.mask.png")
-    with pytest.raises(UserError, match=r"line 2.*a mask by"):
+    with pytest.raises(UserError, match=r"line 2.*the name of a mask"):
         open_images(str(photos))
 
 

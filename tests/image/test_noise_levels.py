@@ -201,6 +201,7 @@ def test_a_range_of_a_diffusion_models_timesteps_keeps_them_even(words, low, hig
     latents = torch.zeros(len(numbers), 4, 1, 1)
     inputs = {"latents": latents, "noise": latents, "level_index": numbers}
     _, timesteps = schedule.add_noise(inputs)
+    assert torch.equal(schedule.logged_level(numbers), timesteps.long())
     shares = timesteps.double() / LEVELS
     assert shares.min() >= low
     assert shares.max() <= high
@@ -233,7 +234,7 @@ def test_the_held_out_grid_has_all_levels_whatever_the_range():
 NO_RANGES = {
     **dict.fromkeys(["0.8 0.2", "0.5 0.5", "0.5", "0.0 0.5 1.0"], "give two numbers from 0 to 1"),
     "-0.1 0.8": "is -0.1: give 0 or more",
-    "0 1.5": "is 1.5: give at most 1, since it is the full noise",
+    "0 1.5": "is 1.5: give at most 1, since 1 is the full noise",
     "nan 1": "is nan: give a finite number",
     "low high": '"low": give a number',
 }
@@ -269,7 +270,7 @@ def test_a_range_without_samples_is_refused():
 def test_a_range_on_a_model_with_native_edm_is_refused():
     pipeline = SimpleNamespace(scheduler=EDMEulerScheduler(num_train_timesteps=LEVELS))
     cfg = configuration("mini", "--timestep_range 0.2 0.8")
-    with pytest.raises(UserError, match="an EDMEulerScheduler, whose noise levels are not shares"):
+    with pytest.raises(UserError, match="an EDMEulerScheduler, whose noise levels are not"):
         noise_schedule(cfg, StableDiffusionXL(), pipeline)
 
 

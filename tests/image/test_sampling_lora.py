@@ -137,7 +137,7 @@ def test_a_validation_model_of_another_shape_or_kind_is_refused(turbo, tmp_path)
             config_of("--validation_model", turbo, *words.split())
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     pipeline.unet.conv_in = torch.nn.Conv2d(4, 8, 3)
-    with pytest.raises(UserError, match=r"another shape than the base model at conv_in"):
+    with pytest.raises(UserError, match=r"differs in shape from the base model at conv_in"):
         load_validation_model(config_of("--validation_model", turbo), pipeline, torch.float32)
 
 

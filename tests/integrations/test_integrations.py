@@ -105,7 +105,8 @@ def test_trls_preference_trainer_takes_the_steps_of_a_loop(make, arguments, tmp_
     assert trainers.losses(trainer) == pytest.approx(expected, abs=1e-5)
     assert expected[0] == pytest.approx(math.log(2))  # the reference's own loss
     assert abs(expected[-1] - expected[0]) > 1e-3
-    assert trainers.difference(bilora, reference) < 1e-5
+    # The adapters move by up to 6 * RATE; how products are rounded depends on the processor.
+    assert trainers.difference(bilora, reference) < 1e-3 * 6 * trainers.RATE
     assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-4)
 
 

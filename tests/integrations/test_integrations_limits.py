@@ -184,7 +184,7 @@ def test_an_adapter_that_trl_copied_as_its_reference_is_refused(tmp_path):
     [
         (lambda folder, bilora: {}, "got a dict"),
         (trainers.with_bilora, "already"),
-        (lambda folder, bilora: trainers.plain(folder, tiny_llm()), "gave to attach"),
+        (lambda folder, bilora: trainers.plain(folder, tiny_llm()), "passed to attach"),
         (
             lambda folder, bilora: trainers.plain(folder, bilora.model, "sft", peft_config=TARGETS),
             "peft_config",

@@ -148,9 +148,9 @@ def test_bind_refuses_groups_that_would_train_otherwise():
         ([{"params": primary}], "lacks 4"),
         ([ascending], "lacks 4"),
         ([{"params": primary}, descending], "maximize=False"),
-        ([{"params": primary + auxiliary, "maximize": True}], "foreign"),
+        ([{"params": primary + auxiliary, "maximize": True}], "other parameters"),
         ([{"params": primary}, {**ascending, "weight_decay": 0.1}], "decay=0.1"),
-        ([{"params": primary, "maximize": True}, ascending], "of the primary"),
+        ([{"params": primary, "maximize": True}, ascending], "the primary's"),
     ):
         with pytest.raises(UserError, match=words):
             run.method.bind(torch.optim.SGD(groups, lr=0.1))

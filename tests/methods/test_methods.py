@@ -50,7 +50,7 @@ def test_registry(monkeypatch):
     assert create("bilora").name == "bilora"
     with pytest.raises(UserError, match='did you mean "bilora"'):
         create("bi-lora")
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register("lora")(Method)
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 

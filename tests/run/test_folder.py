@@ -146,7 +146,7 @@ def test_the_same_run_is_called_so_and_another_by_what_differs(tmp_path):
     refused(difference, auto, folder=tmp_path, settings={**settings, "rank": 8})
     log.start(config, "lora", 0, 200, num_steps=500)
     log.close("finished")
-    refused(f"{same_run}finished", auto, folder=tmp_path, settings=settings)
+    refused(f"{same_run}which is finished", auto, folder=tmp_path, settings=settings)
 
 
 def finished_run(folder):

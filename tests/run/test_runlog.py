@@ -180,7 +180,7 @@ ENDS = [
     (
         {"validation_dataset": "x"},
         RISING_LOSSES,
-        "does not show which step samples best.* compare .*--keep_best",
+        "does not show which step has the best images.* compare .*--keep_best",
     ),
     ({}, {}, "give data that is not trained on as --validation_dataset"),
 ]

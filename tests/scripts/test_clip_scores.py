@@ -88,8 +88,8 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     command = command_line(output, tiny_models)
     result = score(command)
     stdout = capsys.readouterr().out
-    assert "18 of 18 images are to be made" in stdout
-    assert "No adapter was named" in stdout
+    assert "18 of 18 images will be generated" in stdout
+    assert "No adapter is given" in stdout
 
     subjects = [(subject.label, subject.kind) for subject in result.subjects]
     assert subjects == [("LoRA", "run"), ("Bi-LoRA", "run"), ("base model", "base")]
@@ -122,7 +122,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     copy = shutil.copyfile(demo_runs / "demo" / "lora" / LORA, tmp_path / "copy.safetensors")
     renamed = f"demo/bilora LoRA=demo/lora base copy={copy} --control LoRA --train_data mini"
     repeated = score(f"{renamed} {command}")
-    assert capsys.readouterr().out.count("0 of 18 images are to be made") == 2
+    assert capsys.readouterr().out.count("0 of 18 images will be generated") == 2
     assert write_times(output) == images
     values = values_of(repeated)
     copy_values = {key: value for key, value in values.items() if key[0] == "copy"}
@@ -140,7 +140,7 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     command = command_line(tmp_path / "scores", f"{run} {tiny_models}")
     result = score(f"{command} --max_prompts 2 --steps all")
     stdout = capsys.readouterr().out
-    assert "10 of 10 images are to be made" in stdout  # with the base model's
+    assert "10 of 10 images will be generated" in stdout  # with the base model's
     assert [subject.label for subject in result.subjects] == result.groups == ["step 1", "step 2"]
     assert result.subjects[1].digest == find(str(run)).digest  # the run's own end
     recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(run)}
@@ -209,7 +209,7 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert not (output / table.FILE).exists()
 
     continued = score(command)
-    assert f"{15 - len(before)} of 15 images are to be made" in capsys.readouterr().out
+    assert f"{15 - len(before)} of 15 images will be generated" in capsys.readouterr().out
     after = write_times(output)
     assert len(after) == 15
     assert before.items() <= after.items()

@@ -53,7 +53,7 @@ def test_the_control_has_the_options_of_its_own_command(caplog):
     ("flags", "part"),
     [
         ("--compare bilora", "name another"),
-        ("--compare full", "by a separate command"),
+        ("--compare full", "with a separate command"),
         ("--compare lora --resume_from_checkpoint latest", "auto"),
         ("--compare lor", 'did you mean "lora"'),
     ],
@@ -104,7 +104,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
         train(parts, **flags)
     with monkeypatch.context() as patch:
         patch.setattr(DREAMBOOTH, "write_card", interrupted_write_card)
-        with pytest.raises(KeyboardInterrupt, match=r"(?s)parts-lora not yet begun.*auto"):
+        with pytest.raises(KeyboardInterrupt, match=r"(?s)parts-lora started.*auto"):
             train(parts, **flags)
     record = (parts / runlog.RUN).read_bytes()
     with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 .*parts-lora, .*auto"):

@@ -149,7 +149,7 @@ def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(dry_run, "build_accelerator", lambda _: SimpleNamespace(num_processes=2))
-    with pytest.raises(UserError, match="one process"):
+    with pytest.raises(UserError, match="single process"):
         dry_run.run(DREAMBOOTH, [resolve(["--dataset", "mini"])])
 
 

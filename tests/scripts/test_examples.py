@@ -134,7 +134,7 @@ def test_a_wrong_argument_is_one_sentence(line, part, tmp_path):
 def test_prompts_without_completions_are_refused(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "1 + 1", "answer": "2"}))
-    with pytest.raises(UserError, match="none of the name completion"):
+    with pytest.raises(UserError, match="no column completion"):
         example(SFT).main(["--model", "smollm2", "--data", str(rows)])
 
 
@@ -187,7 +187,7 @@ def test_text_prints_answers_before_and_after(tmp_path, capsys):
     argv = f"--output_dir {folder} --model_name_or_path {model} {SHORT_DEMO}".split()
     assert example("2_text").main(argv) == 0
     stdout = capsys.readouterr().out
-    for part in ("Question:", "Before:", "After:", "Wanted:", "loss per token", "right answers"):
+    for part in ("Question:", "Before:", "After:", "Expected:", "loss per token", "correct"):
         assert part in stdout
     assert (folder / "adapter_model.safetensors").exists()
     for step in (0, 2):

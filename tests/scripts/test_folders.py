@@ -32,7 +32,7 @@ TRAINS = (BEGINS, RESUMES)
 NO_CHECKPOINT = "checkpoint 'latest' does not exist"
 UNSAVED_RUN = "holds this run, interrupted before its first checkpoint"
 SAVED_RUN = "holds this run, interrupted and saved up to step 1 of 2"
-DONE_RUN = "holds this run, finished"
+DONE_RUN = "holds this run, which is finished"
 # By the folder's state; one outcome for each of STARTS, in their order.
 OUTCOMES = {
     "empty": (BEGINS, NO_CHECKPOINT, BEGINS, BEGINS, DRY),

@@ -66,7 +66,7 @@ def test_a_run_is_pushed_to_the_repository_of_its_name(tmp_path, stub_hub):
 def test_a_refused_repository_is_a_sentence_before_training(tmp_path, stub_hub):
     stub_hub.errors["create_repo"] = OSError("403 Forbidden.")
     values = {**material("classification"), **PUSH, "hub_model_id": "them/run"}
-    sentence = r"--push_to_hub cannot make the repository 'them/run' \(403 Forbidden\): log in"
+    sentence = r"--push_to_hub cannot create the repository 'them/run' \(403 Forbidden\): log in"
     with pytest.raises(UserError, match=sentence):
         train_text(tmp_path / "run", **values)
     assert [name for name, _ in stub_hub.calls] == ["create_repo"]
@@ -80,7 +80,7 @@ def test_a_failed_upload_leaves_the_run_whole_and_names_the_command(name, tmp_pa
     with pytest.raises(UserError) as error:
         train_text(folder, **material("classification"), **PUSH, hub_model_id="them/run")
     sentence = str(error.value)
-    assert f"{folder} is whole, but the upload to 'them/run' failed (no connection)" in sentence
+    assert f"{folder} is complete, but the upload to 'them/run' failed (no connection)" in sentence
     # Nor does the command upload checkpoints, or files with paths of this machine.
     for pattern in ("'checkpoints/*'", "run.json"):
         assert re.search(rf"hf upload them/run {folder} .*--exclude {re.escape(pattern)}", sentence)

@@ -190,7 +190,7 @@ def test_a_run_goes_on_when_there_is_room_again(tmp_path, disk, monkeypatch):
         return save(run, state)
 
     monkeypatch.setattr(checkpoint, "save", save_on_a_full_disk)
-    with pytest.raises(TrainingError, match=f"{folder} is full: make room and resume"):
+    with pytest.raises(TrainingError, match=f"{folder} is full: free some space and resume"):
         train(folder, **values)
     assert saved_steps == [2, 4]
     assert checkpoint.load(folder / "checkpoints" / "step-2").step == 2

@@ -128,7 +128,7 @@ def test_scores_take_the_sampler_that_all_runs_have(run, file, tmp_path):
     with pytest.raises(UserError, match="is not a file"):
         sampler_of_runs([{**config, "sampling_lora": str(moved)}])
     rewrite(file, moved, lambda tensors, _: next(iter(tensors.values())).mul_(2))
-    with pytest.raises(UserError, match="another file"):
+    with pytest.raises(UserError, match="is not the file that"):
         sampler_of_runs([{**config, "sampling_lora": str(moved)}])
 
 

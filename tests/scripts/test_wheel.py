@@ -90,7 +90,7 @@ COMMANDS = {
     "trian": (2, 'did you mean "train"'),
     "export run --step last": (2, 'error: --step is "last"'),
     "demo --seed x": (2, 'error: --seed is "x"'),
-    "train --config mini_flow": (2, "mini-flow is in the repository only"),
+    "train --config mini_flow": (2, "mini-flow is only in the repository"),
 }
 
 

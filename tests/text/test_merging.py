@@ -97,8 +97,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     random_adapter(base, tmp_path / "adapter")
     random_adapter(tied, tmp_path / "head", target_modules=["lm_head"])
     for model, adapter, sentence in (
-        (narrow, "adapter", "has another shape; restore the base"),
-        (save_gpt2(tmp_path / "gpt2"), "adapter", "no plain layer model.layers.0"),
+        (narrow, "adapter", "does not have the trained shape; restore the base"),
+        (save_gpt2(tmp_path / "gpt2"), "adapter", "no unquantized layer model.layers.0"),
         (tied, "head", "lm_head shares its weight with model.embed_tokens"),
     ):
         text_model = load_text_model(str(model))
@@ -196,10 +196,10 @@ def test_refusals_of_a_merge(tmp_path, capsys):
         assert export([*map(str, argv), "--to", "merged"]) == 2
         return capsys.readouterr().err
 
-    assert "is a run on images" in refusal(train_once())
+    assert "is an image run" in refusal(train_once())
     assert "no run.json" in refusal(tmp_path)
     full = train_text_once("causal", "full", method="full", learning_rate=1e-4)
-    assert "is the whole model" in refusal(full)
+    assert "use the whole model" in refusal(full)
     shared = train_text_once("causal", validation_file=heldout("causal"), checkpointing_steps=1)
     run = copied(shared, tmp_path / "run")
     assert "no checkpoint of step 7" in refusal(run, "--step", 7)

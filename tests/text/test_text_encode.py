@@ -172,7 +172,7 @@ def test_blank_answers_are_left_out_with_a_note(caplog):
     rows = texts.encoded(examples, texts.chat_tokenizer())
     assert (len(rows), rows.dropped) == (1, 2)
     assert (rows.name(0), rows.example(0)) == ("row 2", examples[1])
-    assert "2 of 3 rows are left out" in caplog.text
+    assert "2 of 3 rows are skipped" in caplog.text
 
 
 def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ REWRITES = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}{% e
             ONE_EXAMPLE,
             {"chat_template": REWRITES},
             {},
-            "the turns of row 1 in another way.*--template alpaca",
+            "the turns of row 1 differently.*--template alpaca",
         ),
     ],
 )

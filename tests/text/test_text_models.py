@@ -151,11 +151,11 @@ def has_a_layer_of_another_shape(base):
 @pytest.mark.parametrize(
     ("save", "sentence"),
     [
-        (has_fewer_tokens_than_its_tokenizer, "the model knows 7 tokens only: .*--tokenizer_name"),
-        (lacks_its_tokenizer, "knows no words.*--tokenizer_name"),
+        (has_fewer_tokens_than_its_tokenizer, "has only 7 embeddings: .*--tokenizer_name"),
+        (lacks_its_tokenizer, "has no words.*--tokenizer_name"),
         (has_pickled_weights, r"pytorch_model\.bin.* convert it"),
         # A head may be new; Transformers would fill in anything else at random with no error.
-        (lacks_a_block, r"holds no weights for decoder\.block\.1"),
+        (lacks_a_block, r"has no weights for decoder\.block\.1"),
         (has_a_layer_of_another_shape, "no weights for bert.encoder.layer.1"),
     ],
 )

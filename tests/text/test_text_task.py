@@ -257,7 +257,7 @@ def test_examples_go_where_they_leave_the_least_room():
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("jamba", "lets a token see the example before its own"),
+        ("jamba", "lets a token see the preceding example"),
         ("mamba", "takes no position_ids"),
         ("llama", "--attn_implementation sdpa"),
     ],

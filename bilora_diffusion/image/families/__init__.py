@@ -1,7 +1,8 @@
-"""The families of image models that can be trained, by the class of their pipeline.
+"""The families of image models that can be trained, by the name of their pipeline class.
 
-A family needs one row here and one file in this folder; training, evaluation and viewer use it from
-there. A file is imported when it is used, since options are checked before torch is imported.
+A family needs one row here and one file in this folder; training, evaluation and the viewer need
+nothing else. A family's file is imported only when the family is used, since options are checked
+before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from ...core.errors import UserError, did_you_mean
 
 SDXL = "StableDiffusionXLPipeline"
-# Class of a pipeline -> file of its family, and class in the file.
+# Pipeline class -> the family's file, and the family's class in that file.
 FAMILIES: dict[str, tuple[str, str]] = {
     SDXL: ("sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
@@ -26,25 +27,25 @@ FAMILIES: dict[str, tuple[str, str]] = {
 
 
 def family_class(pipeline: str, model: str) -> Any:
-    """The family of a pipeline, a subclass of ``base.Family``.
+    """Return the family class of a pipeline, a subclass of ``base.Family``.
 
     Args:
-        pipeline: name of the pipeline's class.
-        model: name of the model, for the message.
+        pipeline: name of the pipeline class.
+        model: name of the model, for the error message.
 
     Raises:
-        UserError: the pipeline's class is not known.
+        UserError: no family has this pipeline class.
     """
     if pipeline not in FAMILIES:
         raise UserError(
             f'"{model}" is a {pipeline}{did_you_mean(pipeline, FAMILIES)}, which can\'t be trained'
-            f" here: give the model of a {', '.join(FAMILIES)}."
+            f" here: give a model whose pipeline is one of {', '.join(FAMILIES)}."
         )
     module, kind = FAMILIES[pipeline]
     return getattr(import_module(f"{__name__}.{module}"), kind)
 
 
 def family_of(pipeline: Any) -> Any:
-    """The family of a loaded pipeline with its usual settings: a ``base.Family``."""
+    """Return the family of a loaded pipeline, a ``base.Family`` with its default settings."""
     name = type(pipeline).__name__
     return family_class(name, getattr(pipeline, "name_or_path", name))()

@@ -1,7 +1,7 @@
 """The interface of a family of image models: its parts, prompts, latents and forward call.
 
-Images, noise, methods, held-out loss and export are the same for all families. A family is one file
-here and one row in the table of this package.
+All families share everything else: images, noise, training methods, held-out loss and export. A
+family is one file in this folder and one row of the table in ``__init__.py``.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from .tensors import Conditions, unpack
 
-STEPS = 25  # default of the sampler
-# Projections of attention, by diffusers' names.
+STEPS = 25  # default number of sampling steps
+# Attention projections, by diffusers' names.
 ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
-# Projections of the prompt's tokens, in models that have separate ones.
+# Attention projections of the prompt tokens, in models that have separate ones.
 PROMPT_LAYERS = ("add_k_proj", "add_q_proj", "add_v_proj")
-# Configurations of denoiser and autoencoder, by the part's name.
+# Configurations of the denoiser and the autoencoder, by the part's name.
 Configs = Mapping[str, Mapping[str, Any]]
 
 
 class Unconditional(Enum):
-    """Where a pipeline computes guidance's unconditional prediction."""
+    """Where a pipeline computes the unconditional prediction of classifier-free guidance."""
 
     FIRST_ROWS = "the first half of each batch's rows"
-    LAST_ITEMS = "the second half of lists, which the denoiser joins, so that rows are lost"
+    # The denoiser joins the items, so its layers do not see one row for each item.
+    LAST_ITEMS = "the second half of the lists of images and prompts"
     SECOND_CALL = "every second call"
     NONE = "nowhere"
 
 
 def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
-    """Logarithm of the shift, linear in the number of tokens; for {} with FLUX.1's values.
+    """Return the logarithm of the noise-level shift, which is linear in the number of tokens.
 
+    Entries that ``config`` lacks have FLUX.1's values:
     https://github.com/black-forest-labs/flux/blob/main/src/flux/sampling.py
     """
     few_tokens = config.get("base_image_seq_len", 256)
@@ -47,52 +49,52 @@ def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
 
 
 def latent_pixels(vae: Mapping[str, Any]) -> int:
-    """Pixels per latent along a side, from an autoencoder's configuration."""
+    """Return the number of pixels per latent along a side, from an autoencoder's configuration."""
     _, levels = read_entry(vae, ("block_out_channels", "dim_mult"), "its autoencoder")
-    # Each level but the last halves the sides.
+    # Each level except the last one halves the sides.
     return 2 ** (len(levels) - 1)
 
 
 def autoencoder_width(vae: Mapping[str, Any]) -> int:
-    """Channels of an autoencoder's outermost layer, from its configuration."""
+    """Return the number of channels of an autoencoder's outermost layer, from its configuration."""
     name, value = read_entry(vae, ("base_dim", "block_out_channels"), "its autoencoder")
     return value[0] if name == "block_out_channels" else value
 
 
 def read_entry(config: Mapping[str, Any], names: Sequence[str], model: str) -> tuple[str, Any]:
-    """Name and value of the first of these entries that a model's configuration has.
+    """Return the name and value of the first of these entries that a configuration has.
 
     Args:
-        config: the configuration.
-        names: of entries with the same meaning in different classes of models.
-        model: what the configuration belongs to, for the message.
+        config: the configuration of a model.
+        names: names of entries that mean the same in different model classes.
+        model: name of the model, for the error message.
 
     Raises:
-        UserError: it has none of them.
+        UserError: the configuration has none of the entries.
     """
     for name in names:
         if config.get(name):
             return name, config[name]
     raise UserError(
         f"the configuration of {model} has none of {', '.join(names)}: give another model, or"
-        " extend the reader of the entry in bilora_diffusion/image/families."
+        " add the name that it uses to bilora_diffusion/image/families/base.py."
     )
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Encoding and decoding with an autoencoder, and the denoiser's scale of latents."""
+    """Conversion between images, an autoencoder's latents and the denoiser's scaled latents."""
 
-    scale: float  # factor of centered latents
-    mean: Tensor | None = None  # of each channel, (1, c, 1, 1), if the autoencoder has it
-    std: Tensor | None = None  # of each channel, (1, c, 1, 1), if the autoencoder has it
-    shift: float = 0.0  # of all channels
-    # Latents are sampled from an image's Gaussian; else they are its mean.
+    scale: float  # factor of the centered latents
+    mean: Tensor | None = None  # per channel, (1, c, 1, 1); None if the autoencoder has none
+    std: Tensor | None = None  # per channel, (1, c, 1, 1); None if the autoencoder has none
+    shift: float = 0.0  # subtracted from all channels if there is no mean
+    # Whether latents are sampled from the encoder's Gaussian; otherwise they are its mean.
     samples_posterior: bool = True
 
     @classmethod
     def from_config(cls, vae: Any, *, samples_posterior: bool = True) -> Self:
-        """Read the scaling from the autoencoder's configuration."""
+        """Build the latent space from the scaling in the autoencoder's configuration."""
 
         def per_channel(name: str) -> Tensor | None:
             values = getattr(vae.config, name, None)
@@ -103,25 +105,29 @@ class LatentSpace:
         mean = per_channel("latents_mean")
         std = per_channel("latents_std")
         if (mean is None) != (std is None):
-            raise ValueError("its autoencoder has one of latents_mean and latents_std alone")
+            raise ValueError("its autoencoder has only one of latents_mean and latents_std")
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
         return cls(scale, mean, std, shift, samples_posterior)
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Convert latents of the autoencoder, (n, c, h, w), to the denoiser's scale."""
+        """Convert the autoencoder's latents, (n, c, h, w), to the denoiser's scale."""
         if self.mean is None or self.std is None:
             return (latents - self.shift) * self.scale
         return (latents - self.mean.to(latents)) * self.scale / self.std.to(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Convert latents of the denoiser, (n, c, h, w), to the autoencoder's scale."""
+        """Convert the denoiser's latents, (n, c, h, w), to the autoencoder's scale."""
         if self.mean is None or self.std is None:
             return latents / self.scale + self.shift
         return latents * self.std.to(latents) / self.scale + self.mean.to(latents)
 
     def distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents of images (n, 3, H, W), (n, c, h, w) each."""
+        """Return mean and standard deviation, (n, c, h, w) each, of the latents of images.
+
+        Args:
+            pixels: images in [-1, 1], (n, 3, H, W).
+        """
         posterior = vae.encode(pixels).latent_dist
         return posterior.mean, posterior.std
 
@@ -132,82 +138,83 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class Activations:
-    """Memory of a training step's activations, for ``--dry_run``.
+    """Coefficients of the activation memory of a training step, for ``--dry_run``.
 
-    The coefficients, fitted to the tensors of traced steps (results/dry_run_memory), are numbers
-    per token and unit of the model's width.
+    Those after ``prompt_tokens`` count stored values per token and unit of the denoiser's width.
+    They were fitted to the tensors of traced training steps (results/dry_run_memory).
     """
 
-    prompt_tokens: int
+    prompt_tokens: int  # tokens of a prompt, added to the tokens of each image
     checkpointed: float  # for each block, with gradient checkpointing
-    recomputed: float  # in addition, for the block that is computed again
+    recomputed: float  # with gradient checkpointing, once, for the block that is recomputed
     block: float  # for each block, without gradient checkpointing
 
 
 @dataclass(frozen=True)
 class ComfyUI:
-    """ComfyUI's nodes and files for a family of models."""
+    """Names of ComfyUI's nodes and files for a family of models."""
 
-    checkpoints: Mapping[str, str] = field(default_factory=dict)  # file, by the id on the hub
-    text_encoders: tuple[str, ...] = ()  # files; () if the checkpoint includes them
-    text_encoder_type: str = ""  # for their loader
-    # Files for checkpoints whose name contains a word, by the word.
+    checkpoints: Mapping[str, str] = field(default_factory=dict)  # file name by hub id
+    text_encoders: tuple[str, ...] = ()  # file names; () if the checkpoint includes them
+    text_encoder_type: str = ""  # input of the node that loads the text encoders
+    # Text encoder files of checkpoints whose name contains a word, by that word.
     text_encoders_by_size: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    autoencoder: str | None = None  # file; None if the checkpoint includes it
+    autoencoder: str | None = None  # file name; None if the checkpoint includes it
     latent_node: str = "EmptySD3LatentImage"
-    shift_node: str = ""  # shifts the noise levels; "" without a shift
-    scheduler: str = "simple"  # of the node KSampler
-    scheduler_node: str = ""  # instead of KSampler's scheduler
-    embeds_guidance: bool = False  # the model has an embedding of guidance, no negative prompt
-    # Groups of --lora_layers that it reads only in part
+    shift_node: str = ""  # node that shifts the noise levels; "" for no shift
+    scheduler: str = "simple"  # input of the node KSampler
+    scheduler_node: str = ""  # node that replaces KSampler's scheduler; "" for none
+    embeds_guidance: bool = False  # the model has a guidance embedding and no negative prompt
+    # Groups of --lora_layers that ComfyUI reads only in part.
     unread_groups: frozenset[str] = frozenset()
-    unread_layers: str = ""  # the layers of these groups that it does not read, for a message
+    unread_layers: str = ""  # layers of these groups that ComfyUI does not read, for a message
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of image models. Fields are the settings that a run can change."""
+    """A family of image models. Its instance fields are the settings that a run can change."""
 
     title: ClassVar[str]
-    pipeline: ClassVar[str]  # diffusers' class, as in ``model_index.json``
-    examples: ClassVar[Mapping[str, str]] = {}  # for the tables of models: name -> id on the hub
-    tested_on: ClassVar[str] = "tiny weights"  # for these tables
-    parts: ClassVar[Mapping[str, str]] = {}  # name -> class of its models
-    optional: ClassVar[frozenset[str]] = frozenset()  # parts that a pipeline may lack
-    # The trained model; keys in LoRA files begin with its name.
+    pipeline: ClassVar[str]  # diffusers' class name, as in ``model_index.json``
+    examples: ClassVar[Mapping[str, str]] = {}  # name -> hub id, for tables of models
+    tested_on: ClassVar[str] = "tiny weights"  # cell of the same tables
+    parts: ClassVar[Mapping[str, str]] = {}  # name -> class of the part
+    # Parts and tokenizers that a pipeline may lack.
+    optional: ClassVar[frozenset[str]] = frozenset()
+    # Name of the trained part; keys in LoRA files begin with it.
     denoiser: ClassVar[str] = "transformer"
-    # Projections of attention, which get adapters by default.
+    # Layers that get adapters by default.
     targets: ClassVar[tuple[str, ...]] = ATTENTION_LAYERS
     # Modules whose linear layers are the feed-forward layers.
     feed_forward: ClassVar[tuple[str, ...]] = ("ff",)
-    flow: ClassVar[bool] = True  # predicts a velocity (`noise_schedules.FlowMatching`)
+    flow: ClassVar[bool] = True  # whether it predicts a velocity (`FlowMatching`)
     weighting: ClassVar[str] = "none"  # default of --weighting_scheme
-    default_guidance: ClassVar[float] = 5.0  # default guidance scale of images
+    default_guidance: ClassVar[float] = 5.0  # default guidance scale for sampling
     unconditional: ClassVar[Unconditional] = Unconditional.SECOND_CALL
-    unguided_scale: ClassVar[float] = 1.0  # the largest scale without unconditional prediction
-    reads_negative_prompt: ClassVar[bool] = True  # used in the unconditional prediction
-    few_steps: ClassVar[int] = STEPS  # default number of steps of distilled models
-    # The model to train in place of a distilled one, for a message
-    undistilled_model: ClassVar[str] = "the model that it was made from"
-    patch: ClassVar[int] = 16  # pixels; the resolution is a multiple of it
+    unguided_scale: ClassVar[float] = 1.0  # largest scale without an unconditional prediction
+    reads_negative_prompt: ClassVar[bool] = True  # for the unconditional prediction
+    few_steps: ClassVar[int] = STEPS  # default number of sampling steps of distilled models
+    # The model to train instead of a distilled one, as a message names it.
+    undistilled_model: ClassVar[str] = "the model it was distilled from"
+    patch: ClassVar[int] = 16  # pixels; the resolution must be a multiple of it
     side: ClassVar[int] = 1024  # default resolution in pixels, if the configuration has none
     activations: ClassVar[Activations]
-    comfyui: ClassVar[ComfyUI | None] = None  # None: ComfyUI has no names for its layers
+    comfyui: ClassVar[ComfyUI | None] = None  # None if ComfyUI has no names for the layers
 
-    max_sequence_length: int = 512  # tokens of a prompt that are read
-    guidance_scale: float = 3.5  # for models with a guidance embedding, in training
+    max_sequence_length: int = 512  # maximum number of prompt tokens
+    guidance_scale: float = 3.5  # in training, for models with a guidance embedding
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """The text encoders among the parts."""
+        """Names of the text encoders among the parts."""
         return tuple(name for name in self.parts if name.startswith("text_encoder"))
 
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        """Embed prompts with the pipeline's encoders and their adapters, on their device."""
+        """Embed prompts with the text encoders and their adapters, on the encoders' device."""
         raise NotImplementedError
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], **options: Any) -> Any:
-        """Call the pipeline's ``encode_prompt``."""
+        """Call the pipeline's ``encode_prompt`` with the family's prompt length."""
         return pipeline.encode_prompt(
             list(prompts),  # a new list: some pipelines write into it
             device=pipeline.text_encoder.device,
@@ -216,43 +223,48 @@ class Family:
         )
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        """Embeddings of the default negative prompt, from those of empty prompts."""
+        """Return the embeddings of the default negative prompt, given those of empty prompts."""
         return empty
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
-        """Predict, (n, c, h, w): a flow model predicts the velocity, noise minus image.
+        """Return the model's prediction, (n, c, h, w).
+
+        A flow model predicts the velocity, noise minus image.
 
         Args:
             model: the denoiser.
             noisy: latents in the model's dtype, (n, c, h, w).
-            levels: (n,); sigma in [0, 1] for a flow model, else the timestep.
-            conditions: conditions of the n rows, on the model's device.
+            levels: noise levels, (n,): sigma in [0, 1] for a flow model, otherwise the timestep.
+            conditions: inputs other than the noisy latents, for n rows, on the model's device.
         """
         raise NotImplementedError
 
     def latent_space(self, vae: Any) -> LatentSpace:
-        """The latent space of the denoiser."""
+        """Return the denoiser's latent space."""
         return LatentSpace.from_config(vae)
 
     def tokens(self, height: int, width: int) -> int:
-        """Number of tokens of an image; height and width are in pixels."""
+        """Return the number of tokens of an image; height and width are in pixels."""
         return height // self.patch * (width // self.patch)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        """Logarithm of the shift in sampling, if it depends on the number of tokens."""
+        """Return the logarithm of the sampling shift, which can depend on the number of tokens."""
         return mu_of(tokens, pipeline.scheduler.config)
 
     def training_shift(self, tokens: int) -> float | None:
-        """The shift s in training, of levels s t / (1 + (s - 1) t); None: as in sampling."""
+        """Return the shift s of the training levels s t / (1 + (s - 1) t).
+
+        None if training uses the sampling shift.
+        """
         return None
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        """Arguments of the pipeline's call for embedded prompts and a guidance scale.
+        """Return the arguments of the pipeline's call for embedded prompts and a guidance scale.
 
-        The default is for pipelines that take a sequence for each prompt, and optionally a pooled
-        vector.
+        This default is for pipelines that take a sequence and, optionally, a pooled vector for
+        each prompt.
         """
         names = {"sequence": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
         arguments: Conditions = {names[name]: values for name, values in positive.items()}
@@ -261,37 +273,36 @@ class Family:
         return {**arguments, "guidance_scale": guidance}
 
     def prepare_sampler(self, sampler: Any) -> None:
-        """Add what the call of a pipeline with only denoiser and scheduler needs."""
+        """Add attributes that a pipeline without encoders and autoencoder needs for a call."""
 
     def unpack_output(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Convert a pipeline's output of the type "latent" to latents (n, c, h, w).
+        """Convert a pipeline's output of type "latent" to latents, (n, c, h, w).
 
         Args:
-            latents: latents, or tokens of 2 x 2 latents.
+            latents: latents, or tokens that are patches of 2 x 2 latents.
             height, width: size of the images in pixels.
         """
         if latents.ndim == 4:
             return latents
-        # A token is a patch of 2 x 2 latents.
         return unpack(latents, 2 * (height // self.patch), 2 * (width // self.patch))
 
     def native_side(self, pipeline: Any) -> int:
-        """Resolution in pixels that a loaded pipeline was trained on."""
+        """Return the resolution in pixels that a loaded pipeline was trained on."""
         return self.side_of(self.configs(pipeline))
 
     def configs(self, pipeline: Any) -> Configs:
-        """The configurations of a loaded pipeline's denoiser and autoencoder."""
+        """Return the configurations of a loaded pipeline's denoiser and autoencoder."""
         return {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
 
     def side_of(self, configs: Configs) -> int:
-        """Resolution in pixels that a model was trained on, from its configurations."""
+        """Return the resolution in pixels that a model was trained on, from its configurations."""
         side = configs[self.denoiser].get("sample_size")
         if not isinstance(side, int):
             return self.side
         return side * latent_pixels(configs["vae"])
 
     def width(self, config: Mapping[str, Any]) -> int:
-        """Width of the denoiser's tokens, from its configuration."""
+        """Return the width of the denoiser's tokens, from the denoiser's configuration."""
         names = ("dim", "hidden_size", "num_attention_heads")
         name, value = read_entry(config, names, f"this {self.title}'s denoiser")
         if name == "num_attention_heads":
@@ -299,23 +310,23 @@ class Family:
         return value
 
     def model(self, pipeline: Any) -> Any:
-        """The denoiser of a pipeline."""
+        """Return a pipeline's denoiser."""
         return getattr(pipeline, self.denoiser)
 
     def is_distilled(self, pipeline: Any) -> bool:
-        """Test that a loaded model is distilled to a few steps without guidance."""
+        """Return whether a loaded model is distilled to a few steps without guidance."""
         return bool(pipeline.config.get("is_distilled", False))
 
     def usual_sampling(self, pipeline: Any) -> tuple[int, float]:
-        """Default number of steps and guidance scale of a loaded model's images."""
+        """Return the default number of sampling steps and guidance scale of a loaded model."""
         if self.is_distilled(pipeline):
             return self.few_steps, 0.0
         return STEPS, self.default_guidance
 
     def precision(self, device: torch.device) -> torch.dtype:
-        """Default dtype of sampling on a device: 16 bits on a GPU, fp32 on a CPU.
+        """Return the default dtype for sampling on a device: 16 bits on a GPU, fp32 on a CPU.
 
-        Flow models need bf16, since fp16's range is too small.
+        Flow models need bf16, since fp16's range is too small; on a GPU without bf16 they get fp32.
         """
         if device.type not in ("cuda", "mps"):
             return torch.float32
@@ -328,7 +339,7 @@ class Family:
         return torch.bfloat16 if has_bf16 else torch.float32
 
     def is_guided(self, guidance: float, index: Mapping[str, Any], configs: Configs) -> bool:
-        """Test that a model's pipeline makes an unconditional prediction at this guidance scale.
+        """Return whether a pipeline makes an unconditional prediction at this guidance scale.
 
         Args:
             index: the pipeline's configuration, as in ``model_index.json``.
@@ -336,11 +347,11 @@ class Family:
         return self.unconditional is not Unconditional.NONE and guidance > self.unguided_scale
 
     def embeds_guidance(self, configs: Configs) -> bool:
-        """Test that a model has a guidance embedding, so that training must give a scale."""
+        """Return whether a model has a guidance embedding, which needs a scale in training."""
         return False
 
     def remark(self, name: str, pipeline: Any) -> str | None:
-        """A warning about a model before it is trained, as one sentence, or None.
+        """Return a warning to print before a model is trained, as one sentence, or None.
 
         Args:
             name: name of the model, as the user gave it.
@@ -348,16 +359,16 @@ class Family:
         if not self.is_distilled(pipeline):
             return None
         return (
-            f'"{name}" is distilled to a few steps without guidance, which training undoes: train'
-            f" on {self.undistilled_model}, and sample with this one, or give --assistant_lora a"
-            " training adapter for it."
+            f'"{name}" is distilled to a few steps without guidance, and training undoes that:'
+            f" train on {self.undistilled_model} and sample with this model, or give"
+            " --assistant_lora a training adapter for this model."
         )
 
     def require_resolution(self, resolution: int, configs: Configs) -> None:
-        """Refuse a resolution in pixels that the model does not support."""
+        """Raise UserError if the model does not support a resolution in pixels."""
         if resolution % self.patch:
             nearest = max(self.patch, resolution // self.patch * self.patch)
             raise UserError(
-                f"a side of {resolution} pixels does not divide into {self.title}'s patches of"
-                f" {self.patch} pixels: give {nearest}, a multiple of {self.patch}."
+                f"a side of {resolution} pixels is not a multiple of {self.title}'s patch size of"
+                f" {self.patch} pixels: give {nearest}."
             )

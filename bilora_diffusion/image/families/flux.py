@@ -1,4 +1,4 @@
-"""FLUX.1: CLIP embeds a prompt as one vector, T5 as a sequence; FLUX.1-dev embeds its guidance."""
+"""FLUX.1: CLIP embeds a prompt as a vector, T5 as a sequence; FLUX.1-dev embeds the guidance."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from .base import (
 )
 from .tensors import Conditions, pack, unpack
 
-SINGLE_BLOCKS = 38  # of FLUX.1; smaller models have fewer
+SINGLE_BLOCKS = 38  # in FLUX.1; smaller models have fewer
 
 
 @dataclass(frozen=True)
 class Flux(Family):
-    """https://github.com/black-forest-labs/flux
+    """FLUX.1, https://github.com/black-forest-labs/flux
 
-    Default targets are the projections of attention, in double and single blocks. In single blocks
-    attention and feed-forward share their output layer, ``proj_out``, which counts as feed-forward.
+    The default targets are the attention projections of the double and single blocks. In a single
+    block, attention and feed-forward layers share one output layer, ``proj_out``, which counts as
+    feed-forward.
 
-    It was trained with the shift of sampling, which depends on the resolution: its authors' word in
-    https://github.com/Nerogar/OneTrainer/pull/1516.
+    According to its authors, the model was trained with the sampling shift, which depends on the
+    resolution: https://github.com/Nerogar/OneTrainer/pull/1516.
     """
 
     title: ClassVar[str] = "FLUX.1"
@@ -52,9 +53,9 @@ class Flux(Family):
     )
     default_guidance: ClassVar[float] = 3.5
     unconditional: ClassVar[Unconditional] = Unconditional.NONE  # guidance is embedded
-    unguided_scale: ClassVar[float] = 100.0  # no scale makes an unconditional prediction
+    unguided_scale: ClassVar[float] = 100.0  # no allowed guidance scale is larger
     reads_negative_prompt: ClassVar[bool] = False
-    few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
+    few_steps: ClassVar[int] = 4  # for FLUX.1-schnell
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=512, checkpointed=1, recomputed=27, block=14.6
     )
@@ -83,11 +84,11 @@ class Flux(Family):
             guidance = noisy.new_full((count,), self.guidance_scale)
         tokens = model(
             hidden_states=pack(noisy),  # (n, h/2 w/2, 4 c)
-            timestep=levels,  # the model takes it a thousandfold
+            timestep=levels,  # the model multiplies it by 1000
             guidance=guidance,
             pooled_projections=conditions["pooled"],
             encoder_hidden_states=sequence,
-            txt_ids=levels.new_zeros(sequence.shape[1], 3),  # tokens of text have no position
+            txt_ids=levels.new_zeros(sequence.shape[1], 3),  # text tokens have no position
             img_ids=positions(1, height // 2, width // 2, device=levels.device),
         ).sample
         return unpack(tokens, height, width)
@@ -109,13 +110,17 @@ class Flux(Family):
         if not self.is_distilled(pipeline):
             return None
         return (
-            f'"{name}" has no guidance embedding, as FLUX.1-schnell, which is distilled to a few'
-            " steps: training undoes that, so train on FLUX.1-dev, or give --assistant_lora a"
-            " training adapter for it."
+            f'"{name}" has no guidance embedding, like FLUX.1-schnell, which is distilled to a few'
+            " steps, and training undoes that: train on FLUX.1-dev, or give --assistant_lora a"
+            " training adapter for this model."
         )
 
 
 def positions(*counts: int, device: torch.device) -> Tensor:
-    """Positions of tokens on axes of these lengths, (product of the lengths, axes)."""
+    """Return the positions of tokens on a grid, (number of tokens, number of axes).
+
+    Args:
+        counts: number of positions along each axis of the grid.
+    """
     axes = [torch.arange(count, device=device) for count in counts]
     return torch.cartesian_prod(*axes)

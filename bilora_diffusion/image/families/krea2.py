@@ -1,4 +1,4 @@
-"""Krea 2: Qwen-Image's autoencoder, and hidden states of several layers of Qwen3-VL."""
+"""Krea 2: Qwen-Image's autoencoder; prompts are hidden states of several Qwen3-VL layers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .tensors import Conditions, pack, pad, pad_if_needed, unpack, unpad
 
 @dataclass(frozen=True)
 class Krea2(Family):
-    """https://www.krea.ai/blog/krea-2-technical-report
+    """Krea 2, https://www.krea.ai/blog/krea-2-technical-report
 
-    An embedded prompt has no padding, (tokens, layers, width). Most prompts are short, and padding
-    changes nothing: the transformer masks it, and gives tokens of text no positions.
+    Embedded prompts, (tokens, layers, width), have no padding, since most prompts are short.
+    Padding would change nothing: the transformer masks it and gives text tokens no positions.
 
-    Turbo was trained with the shift of sampling
-    (https://github.com/krea-ai/krea-2/blob/main/sampling.py). That of Raw in training is not
-    published; here it is that of sampling, as ``krea2_shift`` of
+    Turbo was trained with the sampling shift
+    (https://github.com/krea-ai/krea-2/blob/main/sampling.py). Raw's training shift is not
+    published; here it is the sampling shift, like ``krea2_shift`` in
     https://github.com/kohya-ss/musubi-tuner/blob/main/docs/krea2.md.
     """
 
@@ -39,8 +39,8 @@ class Krea2(Family):
     targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, "to_gate")
     default_guidance: ClassVar[float] = 4.5
     unguided_scale: ClassVar[float] = 0.0
-    few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
-    undistilled_model: ClassVar[str] = "the model that it was made from, Krea 2 RAW"
+    few_steps: ClassVar[int] = 8  # for Krea 2 Turbo
+    undistilled_model: ClassVar[str] = "Krea 2 Raw, the model it was distilled from,"
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=1.2, recomputed=29, block=22
     )
@@ -82,7 +82,7 @@ class Krea2(Family):
         return super().mu(pipeline, tokens)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        # Padded together, since the pipeline gives both the same positions.
+        # Padded to one length, since the pipeline uses the same positions for both.
         sequences, masks = pad([*positive["sequence"], *negative["sequence"]])
         positive_sequence, negative_sequence = sequences.chunk(2)
         positive_mask, negative_mask = masks.bool().chunk(2)

@@ -17,7 +17,7 @@ from .tensors import Conditions, pad, unpad
 
 @dataclass(frozen=True)
 class Lumina2(Family):
-    """https://arxiv.org/abs/2503.21758"""
+    """Lumina-Image 2.0, https://arxiv.org/abs/2503.21758"""
 
     title: ClassVar[str] = "Lumina 2"
     pipeline: ClassVar[str] = "Lumina2Pipeline"
@@ -29,7 +29,7 @@ class Lumina2(Family):
     }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     default_guidance: ClassVar[float] = 4.0
-    # `embed` puts the system prompt in front, which a negative prompt must not have.
+    # `embed` prepends the system prompt, which a negative prompt must not have.
     reads_negative_prompt: ClassVar[bool] = False
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=3.3, recomputed=45, block=35
@@ -39,12 +39,12 @@ class Lumina2(Family):
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        # The image's tokens follow one position after the last token of the text.
+        # All image tokens take the position after the last text token.
         positions = pipeline.transformer.config.axes_lens[0] - 1
         if self.max_sequence_length > positions:
             raise UserError(
-                f"--max_sequence_length {self.max_sequence_length} is more than this {self.title}"
-                f" has positions for: give {positions} at most."
+                f"--max_sequence_length {self.max_sequence_length} is more tokens than this"
+                f" {self.title} has positions for: give at most {positions}."
             )
         sequence, mask, _, _ = self.encode_prompts(
             pipeline, prompts, do_classifier_free_guidance=False
@@ -52,15 +52,15 @@ class Lumina2(Family):
         return {"sequence": unpad(sequence, mask)}
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        # The pipeline puts no system prompt in front of a negative prompt, so that "" is one token,
-        # with which all texts begin. Its hidden state does not depend on the tokens after it.
+        # The pipeline prepends no system prompt to a negative prompt, so "" is a single token.
+        # All texts begin with this token, and its hidden state does not depend on later tokens.
         return {"sequence": [row[:1] for row in empty["sequence"]]}
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
         sequence, mask = pad(conditions["sequence"])
-        # The model's time runs from noise to image, so its velocity has the other sign.
+        # The model's time runs from noise to image, so its velocity has the opposite sign.
         return -model(
             noisy,
             timestep=1 - levels,
@@ -69,16 +69,16 @@ class Lumina2(Family):
         ).sample
 
     def training_shift(self, tokens: int) -> float | None:
-        # FLUX.1's: `do_shift` in its authors' transport/transport.py. The scheduler's shift of 6 is
-        # for sampling: https://github.com/Alpha-VLLM/Lumina-Image-2.0/issues/42
+        # FLUX.1's shift, as `do_shift` in the authors' transport/transport.py. The scheduler's
+        # shift of 6 is for sampling: https://github.com/Alpha-VLLM/Lumina-Image-2.0/issues/42
         return math.exp(mu_of(tokens, {}))
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        # The pipeline passes the channels of its latents as the number of tokens.
+        # The pipeline passes its number of latent channels as the number of tokens.
         return super().mu(pipeline, pipeline.transformer.config.in_channels)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        # Padded together, since the pipeline demands equal lengths.
+        # Padded to one length, since the pipeline requires equal lengths.
         sequences, masks = pad([*positive["sequence"], *negative["sequence"]])
         positive_sequence, negative_sequence = sequences.chunk(2)
         positive_mask, negative_mask = masks.chunk(2)

@@ -1,4 +1,4 @@
-"""Qwen-Image: an autoencoder of videos, and Qwen2.5-VL as its text encoder."""
+"""Qwen-Image: a video autoencoder, and Qwen2.5-VL as the text encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .tensors import Conditions, pack, pad, pad_if_needed, unpack, unpad
 
 
 class VideoSpace(LatentSpace):
-    """Latents of an autoencoder of videos, to which an image is one frame: (n, c, 1, h, w)."""
+    """The latent space of a video autoencoder, which takes images as frames, (n, c, 1, h, w)."""
 
     def distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = super().distribution(vae, pixels.unsqueeze(2))
@@ -35,9 +35,9 @@ class VideoSpace(LatentSpace):
 
 @dataclass(frozen=True)
 class QwenImage(Family):
-    """https://arxiv.org/abs/2508.02324
+    """Qwen-Image, https://arxiv.org/abs/2508.02324
 
-    The shift in training is not published. Here it is that of sampling, as ``qwen_shift`` of
+    The training shift is not published. Here it is the sampling shift, like ``qwen_shift`` in
     https://github.com/kohya-ss/musubi-tuner/blob/main/docs/qwen_image.md.
     """
 
@@ -49,7 +49,7 @@ class QwenImage(Family):
         "vae": "AutoencoderKLQwenImage",
         "text_encoder": "Qwen2_5_VLForConditionalGeneration",
     }
-    # Without to_add_out: nothing reads it in the last block, and with several processes all
+    # Without to_add_out, whose output is unused in the last block: with several processes, DDP
     # would wait for its gradient.
     targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, *PROMPT_LAYERS)
     feed_forward: ClassVar[tuple[str, ...]] = ("img_mlp", "txt_mlp")
@@ -68,7 +68,7 @@ class QwenImage(Family):
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         sequence, mask = self.encode_prompts(pipeline, prompts)
-        if mask is None:  # nothing is padded
+        if mask is None:  # no prompt is padded
             return {"sequence": list(sequence)}
         return {"sequence": unpad(sequence, mask)}
 
@@ -98,14 +98,14 @@ class QwenImage(Family):
             "negative_prompt_embeds": negative_sequence,
             "negative_prompt_embeds_mask": negative_mask,
             "true_cfg_scale": guidance,
-            # Otherwise the pipeline cuts the embedded prompts to 512 tokens.
+            # Otherwise the pipeline truncates the embedded prompts to 512 tokens.
             "max_sequence_length": max(positive_sequence.shape[1], negative_sequence.shape[1]),
         }
 
     def embeds_guidance(self, configs: Configs) -> bool:
         if configs["transformer"].get("guidance_embeds"):
             raise UserError(
-                "this Qwen-Image has guidance_embeds, with which diffusers can't run it: give"
+                "this Qwen-Image has guidance_embeds, which diffusers can't run: give"
                 " another --pretrained_model_name_or_path."
             )
         return False

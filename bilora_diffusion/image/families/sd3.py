@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, which a pipeline may lack."""
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and an optional T5 encoder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .tensors import Conditions
 
 @dataclass(frozen=True)
 class StableDiffusion3(Family):
-    """https://arxiv.org/abs/2403.03206
+    """Stable Diffusion 3 and 3.5, https://arxiv.org/abs/2403.03206
 
-    Its noise levels have the shift of 3 in training too, at 1024 pixels (Section 5.3.2).
+    At 1024 pixels, the noise levels have a shift of 3 in training as in sampling (Section 5.3.2).
     """
 
     title: ClassVar[str] = "Stable Diffusion 3"
@@ -67,7 +67,7 @@ class StableDiffusion3(Family):
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         sequence, _, pooled, _ = pipeline.encode_prompt(
-            # A list for each text encoder.
+            # One list for each text encoder.
             list(prompts),
             list(prompts),
             list(prompts),
@@ -82,7 +82,7 @@ class StableDiffusion3(Family):
     ) -> Tensor:
         return model(
             noisy,
-            timestep=1000 * levels,  # its embedding of time goes up to 1000
+            timestep=1000 * levels,  # the timestep embedding takes 0 to 1000
             encoder_hidden_states=conditions["sequence"],
             pooled_projections=conditions["pooled"],
         ).sample
@@ -90,11 +90,11 @@ class StableDiffusion3(Family):
     def require_resolution(self, resolution: int, configs: Configs) -> None:
         super().require_resolution(resolution, configs)
         config = configs["transformer"]
-        # There are position embeddings for so many patches along a side.
+        # Number of latents along a side for which there are position embeddings.
         latents = config.get("pos_embed_max_size", 96) * config.get("patch_size", 2)
         largest_side = latents * latent_pixels(configs["vae"])
         if resolution > largest_side:
             raise UserError(
                 f"a side of {resolution} pixels is more than this {self.title} has positions for:"
-                f" give {largest_side} at most."
+                f" give at most {largest_side}."
             )

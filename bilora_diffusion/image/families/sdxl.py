@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: a UNet that reads two CLIP encoders, sizes and crops."""
+"""Stable Diffusion XL: a UNet conditioned on two CLIP encoders and on sizes and crops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class StableDiffusionXL(Family):
-    """https://arxiv.org/abs/2307.01952"""
+    """Stable Diffusion XL, https://arxiv.org/abs/2307.01952"""
 
     title: ClassVar[str] = "Stable Diffusion XL"
     pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
@@ -35,7 +35,7 @@ class StableDiffusionXL(Family):
     flow: ClassVar[bool] = False
     unconditional: ClassVar[Unconditional] = Unconditional.FIRST_ROWS
     patch: ClassVar[int] = 8
-    # The whole UNet counts as one block, and a latent as a token.
+    # The whole UNet counts as one block, and each latent as one token.
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=0, checkpointed=46, recomputed=7, block=540
     )
@@ -52,7 +52,7 @@ class StableDiffusionXL(Family):
         return encode([getattr(pipeline, name) for name in ENCODERS], ids)
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        if not pipeline.config.force_zeros_for_empty_prompt:  # SDXL base has it
+        if not pipeline.config.force_zeros_for_empty_prompt:  # true for SDXL base
             return empty
         return {name: torch.zeros_like(values) for name, values in empty.items()}
 
@@ -63,8 +63,8 @@ class StableDiffusionXL(Family):
         return model(noisy, levels, conditions["sequence"], added_cond_kwargs=added).sample
 
     def is_guided(self, guidance: float, index: Mapping[str, Any], configs: Configs) -> bool:
-        # A model with an embedding of guidance, such as a latent consistency model, makes one
-        # prediction.
+        # A model with a guidance embedding, such as a latent consistency model, makes only the
+        # conditional prediction.
         embeds_guidance = configs["unet"].get("time_cond_proj_dim") is not None
         return super().is_guided(guidance, index, configs) and not embeds_guidance
 
@@ -74,12 +74,15 @@ class StableDiffusionXL(Family):
     def side_of(self, configs: Configs) -> int:
         side = configs["unet"].get("sample_size")
         if not (isinstance(side, int) and side > 0):
-            raise ValueError(f"its sample_size is {side!r}, and that of Stable Diffusion XL 128")
+            raise ValueError(f"its sample_size is {side!r}, but Stable Diffusion XL's is 128")
         return side * latent_pixels(configs["vae"])
 
 
 def tokenize(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-    """Token ids of each tokenizer, (n, tokens), padded and cut to the model's length."""
+    """Return the token ids from both tokenizers, (n, tokens) each.
+
+    They are padded or truncated to the model's length.
+    """
     ids = []
     for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
         tokens = tokenizer(
@@ -97,8 +100,8 @@ def encode(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
     """Embed token ids as ``StableDiffusionXLPipeline.encode_prompt`` does.
 
     Returns:
-        ``sequence``, the penultimate hidden states of both encoders side by side, (n, tokens,
-        widths), and ``pooled``, the projected pooled output of the second, (n, width).
+        ``sequence``: the penultimate hidden states of both encoders, concatenated to (n, tokens,
+        sum of the widths). ``pooled``: the second encoder's projected output, (n, width).
     """
     outputs = []
     for encoder, tokens in zip(encoders, ids, strict=True):

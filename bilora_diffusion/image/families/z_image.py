@@ -1,4 +1,4 @@
-"""Z-Image: time runs from noise to image, and embedded prompts are a list without padding."""
+"""Z-Image: time runs from noise to image, and embedded prompts are an unpadded list."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .tensors import Conditions
 
 @dataclass(frozen=True)
 class ZImage(Family):
-    """https://arxiv.org/abs/2511.22699
+    """Z-Image, https://arxiv.org/abs/2511.22699
 
-    The shift in training has no published number. The paper (pre-training) names FLUX.1's strategy
-    and levels by "logit_normal"; diffusers' script trains with the shift of sampling, 6, as here.
+    The training shift is not published. For pre-training, the paper names FLUX.1's strategy and
+    logit-normal levels. Here, as in diffusers' script, it is the sampling shift, 6.
     """
 
     title: ClassVar[str] = "Z-Image"
@@ -34,8 +34,8 @@ class ZImage(Family):
     default_guidance: ClassVar[float] = 5.0
     unconditional: ClassVar[Unconditional] = Unconditional.LAST_ITEMS
     unguided_scale: ClassVar[float] = 0.0
-    few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
-    undistilled_model: ClassVar[str] = "Z-Image, the model that it was made from"
+    few_steps: ClassVar[int] = 8  # for Z-Image-Turbo
+    undistilled_model: ClassVar[str] = "Z-Image, the model it was distilled from,"
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=1, recomputed=37, block=29
     )
@@ -55,8 +55,8 @@ class ZImage(Family):
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
-        # A list of images of one frame, (c, 1, h, w) each. The model's time runs from noise to
-        # image, so its velocity has the other sign.
+        # The model takes and returns a list of one-frame videos, (c, 1, h, w) each. Its time runs
+        # from noise to image, so its velocity has the opposite sign.
         frames = model(list(noisy.unsqueeze(2)), 1 - levels, conditions["sequence"]).sample
         return -torch.stack(frames).squeeze(2)
 
@@ -64,5 +64,5 @@ class ZImage(Family):
         return LatentSpace.from_config(vae, samples_posterior=False)
 
     def is_distilled(self, pipeline: Any) -> bool:
-        # Nothing but the name says so.
+        # The configuration does not show it; only the name does.
         return "turbo" in Path(pipeline.name_or_path or "").name.lower()

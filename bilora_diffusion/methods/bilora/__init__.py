@@ -1,1 +1,1 @@
-"""Bi-LoRA: the algorithm, its auxiliary, and the ball that bounds it."""
+"""Bi-LoRA: the algorithm, the auxiliary adapter, and the ball that bounds the auxiliary."""

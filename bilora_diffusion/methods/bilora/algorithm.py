@@ -28,18 +28,18 @@ from .auxiliary import (
 class BiLoRA(CountingMethod):
     """min over B1, A1, max over ||B2 A2||_F <= rho of L(W0 + B1 A1 + B2 A2)  (Eqs. 7 and 8).
 
-    The norm is over the layers of all targets. Gradient clipping sees the primary only.
+    The norm covers the layers of all targets. Only the primary's gradients are clipped.
 
     Attributes:
-        optimizer: the torch optimizer that it is bound to; None before `bind`.
-        projection: the last step's projection onto the ball; None before the first.
+        optimizer: torch optimizer that the method is bound to; None before `bind`.
+        projection: last projection onto the ball; None before the first one.
     """
 
     title = "Bi-LoRA"
     summary = (
-        "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary one "
-        "within a ball of radius rho maximizes it. The file has the primary adapter only, so it is "
-        "used like any LoRA file."
+        "Trained with Bi-LoRA: the primary adapter minimizes the loss while an auxiliary adapter "
+        "maximizes it within a ball of radius rho. The file contains only the primary adapter, so "
+        "it works like any LoRA file."
     )
     adapters = (PRIMARY, AUXILIARY)
     reads: ClassVar[frozenset[str]] = frozenset(
@@ -77,29 +77,29 @@ class BiLoRA(CountingMethod):
         return groups
 
     def auxiliary_parameters(self) -> list[nn.Parameter]:
-        """B2 and A2 of all targets."""
+        """Return A2 and B2 of all targets."""
         parameters: list[nn.Parameter] = []
         for target in self.targets:
             parameters += adapters.parameters(target.model, AUXILIARY)
         return parameters
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Ascend on the auxiliary and project it in each step of `optimizer` that is taken.
+        """Make each step that `optimizer` takes ascend on the auxiliary and project it.
 
         Raises:
-            UserError: it is bound already, its groups are not those of `param_groups`, or it can't
-                have hooks.
+            UserError: the optimizer is already bound, its groups are not those of `param_groups`,
+                or it can't have hooks.
         """
         optimizer = unwrap(optimizer)
         if optimizer is self.optimizer:
-            raise UserError("bind got the same optimizer twice; call it once, after making it.")
+            raise UserError("bind got the same optimizer twice; call it once per optimizer.")
         check_groups(optimizer, self.result_parameters(), self.auxiliary_parameters())
         super().bind(optimizer)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        # Hooks run in the order of their registration, with unscaled and clipped gradients; none
-        # runs in a step that a gradient scaler skips.
+        # Hooks run in the order of their registration, on unscaled and clipped gradients. They do
+        # not run in a step that a gradient scaler skips.
         if "maximize" not in optimizer.defaults:
             self._hooks += turn_gradients(optimizer, self.auxiliary_parameters())
         self._hooks.append(optimizer.register_step_post_hook(self._project))
@@ -112,12 +112,12 @@ class BiLoRA(CountingMethod):
         self.projection = ball.project_(factors, self.rho)
 
     def auxiliary_norm(self) -> float:
-        """The auxiliary's norm over all layers, in the units of `rho_norm`."""
+        """Return the auxiliary's norm over all layers, in the units of `rho_norm`."""
         factors = auxiliary_factors(self.layers, self.options.rho_norm)
         return float(ball.frobenius_norm(factors))
 
     def metrics(self) -> dict[str, float]:
-        """Norms before and after the last projection; {} before the first."""
+        """Return the norms before and after the last projection; {} before the first one."""
         if self.projection is None:
             return {}
         return {
@@ -137,14 +137,14 @@ class BiLoRA(CountingMethod):
 
 
 def auxiliary_rate(options: MethodOptions, rate: float, first_rate: float) -> float:
-    """eta_2 of Eq. 9 for one of the models that are trained together.
+    """Return the auxiliary's learning rate, eta_2 of Eq. 9, for one of several trained models.
 
-    A rate that is given is that of the first model. The others' keep the ratio that the primaries
-    have: text encoders are trained more slowly than the denoiser.
+    A given rate applies to the first model. The other models' rates keep the ratios of the
+    primaries' rates: text encoders are trained more slowly than the denoiser.
 
     Args:
-        options: the method's, with ``auxiliary_learning_rate``.
-        rate: learning rate of the model's primary.
+        options: the method's options, with ``auxiliary_learning_rate``.
+        rate: learning rate of this model's primary.
         first_rate: learning rate of the first model's primary.
 
     Raises:
@@ -158,6 +158,6 @@ def auxiliary_rate(options: MethodOptions, rate: float, first_rate: float) -> fl
     if first_rate == 0:
         raise UserError(
             "The learning rate of the first model is 0, so auxiliary_learning_rate"
-            f" {given_rate} has no ratio to keep for the others; leave it out."
+            f" {given_rate} defines no rate for the other models; leave it out."
         )
     return given_rate * rate / first_rate

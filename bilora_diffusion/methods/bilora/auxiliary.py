@@ -1,4 +1,4 @@
-"""The auxiliary adapter: its shape, its norm, and how an optimizer ascends."""
+"""The auxiliary adapter: its shape, its factors, and the optimizer's ascent on it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..base import MethodOptions
 def auxiliary_spec(options: MethodOptions, primary: AdapterSpec) -> AdapterSpec:
     """Return the shape of the auxiliary for a primary of this shape.
 
-    Whatever the primary's init, A2 is kaiming-uniform and B2 zero. It has no dropout, since B2 A2
-    perturbs the weights for every input alike.
+    For every init of the primary, A2 is kaiming-uniform and B2 is zero. The auxiliary has no
+    dropout, since B2 A2 perturbs the weights in the same way for every input.
     """
     return replace(
         primary,
@@ -36,10 +36,10 @@ def auxiliary_spec(options: MethodOptions, primary: AdapterSpec) -> AdapterSpec:
 def auxiliary_factors(
     layers: Sequence[tuple[str, adapters.LoraLayer]], rho_norm: str
 ) -> list[adapters.Factors]:
-    """A2 and B2 of each layer, with the factor on the norm of B2 A2 that `rho_norm` asks for."""
+    """Return A2 and B2 of each layer, with the scale that `rho_norm` selects for their norm."""
     factors = adapters.factors_of(layers, AUXILIARY)
     if rho_norm == "unscaled":
-        # Eq. 10 to the letter: the paper leaves s out after Eq. 1.
+        # Eq. 10 as printed: the paper omits s after Eq. 1.
         return [layer_factors._replace(scale=1.0) for layer_factors in factors]
     return factors
 
@@ -47,13 +47,13 @@ def auxiliary_factors(
 def check_groups(
     optimizer: Optimizer, primary: Sequence[nn.Parameter], auxiliary: Sequence[nn.Parameter]
 ) -> None:
-    """Refuse an optimizer that would not move the adapters as Eq. 9 does.
+    """Check that an optimizer moves the adapters as in Eq. 9.
 
     Raises:
-        UserError: its groups are not those of `param_groups`.
+        UserError: the optimizer's groups are not those of `param_groups`.
     """
-    fix = "make the optimizer from param_groups() as it is."
-    # By identity: `==` of tensors compares their values.
+    fix = "create the optimizer from param_groups() without changing the groups."
+    # Parameters are compared by identity, since `==` compares the values of tensors.
     auxiliary_ids = set(map(id, auxiliary))
     primary_ids = set(map(id, primary))
     # A parameter that is in no group would never be trained.
@@ -61,19 +61,19 @@ def check_groups(
     for group in optimizer.param_groups:
         group_ids = set(map(id, group["params"]))
         missing_ids -= group_ids
-        # Groups that were not made by `param_groups` may lack these keys.
+        # Groups that do not come from `param_groups` may lack these keys.
         maximize = bool(group.get("maximize", False))
         decay = group.get("weight_decay", 0)
         foreign_ids = group_ids - auxiliary_ids
-        # Weight decay would pull the auxiliary to zero, against its ascent.
+        # Weight decay would pull the auxiliary towards zero, against its ascent.
         ascends = not foreign_ids and maximize and decay == 0
         if group_ids & auxiliary_ids and not ascends:
             raise UserError(
                 f"The auxiliary's group has maximize={maximize}, weight_decay={decay} and "
-                f"{len(foreign_ids)} foreign parameters; {fix}"
+                f"{len(foreign_ids)} other parameters; {fix}"
             )
         if group_ids & primary_ids and maximize:
-            raise UserError(f"A group with maximize=True holds parameters of the primary; {fix}")
+            raise UserError(f"A group with maximize=True contains the primary's parameters; {fix}")
     if missing_ids:
         raise UserError(f"The optimizer lacks {len(missing_ids)} parameters of the adapters; {fix}")
 
@@ -81,10 +81,13 @@ def check_groups(
 def turn_gradients(
     optimizer: Optimizer, auxiliary: Sequence[nn.Parameter]
 ) -> list[RemovableHandle]:
-    """Change the sign of the auxiliary's gradients during each step, and change it back.
+    """Add hooks that flip the sign of the auxiliary's gradients during each optimizer step.
 
-    For an optimizer that does not know ``maximize`` this is the same, since the auxiliary has no
-    weight decay.
+    For an optimizer without ``maximize``, the hooks have the same effect, since the auxiliary has
+    no weight decay.
+
+    Returns:
+        Handles of the hooks.
     """
 
     def change_signs(*_: Any) -> None:
@@ -92,13 +95,13 @@ def turn_gradients(
         if gradients:
             torch._foreach_neg_(gradients)
 
-    # `step(closure)` computes the gradients after the pre-hooks, so their signs would stay.
+    # `step(closure)` computes the gradients after the pre-hooks, so their signs would not flip.
     def refuse_closure(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step_arguments = [*args[1:], *kwargs.values()]  # without the optimizer itself
         if any(argument is not None for argument in step_arguments):
             raise UserError(
-                f"{type(optimizer).__name__} knows no maximize and was given a closure, in "
-                "which the auxiliary's gradients can't be turned; call step() without one."
+                f"{type(optimizer).__name__} has no maximize option and got a closure, in which "
+                "the sign of the auxiliary's gradients can't be flipped; call step() without one."
             )
 
     return [

@@ -1,8 +1,8 @@
-"""The ball that bounds the auxiliary: the norm of many B @ A, and the projection of Eq. 10.
+"""The ball that bounds the auxiliary: the joint norm of all B @ A, and the projection of Eq. 10.
 
 The products are never formed. With the Gram matrices G_B = B^T B and G_A = A A^T, both (r, r),
-||B A||_F^2 = tr(G_B G_A). Layers of one shape are stacked, so that 560 layers take few kernels, and
-nothing waits for the device.
+||B A||_F^2 = tr(G_B G_A). Layers of the same shape are stacked, so 560 layers need only a few
+kernels. No function waits for the device.
 """
 
 from __future__ import annotations
@@ -15,55 +15,55 @@ from torch import Tensor
 
 from ...adapters import Factors, exact_stack, group_equal, local_tensor
 
-# Elements of one stack. On a CPU a stack should stay in the cache, which halves the time; elsewhere
-# few large kernels are best, of stacks of at most 128 MiB in float64.
+# Largest number of elements in a stack. On a CPU, a stack that fits into the cache takes half the
+# time. On other devices, few large kernels are best; a stack has at most 128 MiB in float64.
 _STACK_ELEMENTS_ON_CPU = 2**18
 _STACK_ELEMENTS_ELSEWHERE = 2**24
 
 
 class Projection(NamedTuple):
-    """Outcome of a projection: 0-d float64 tensors on the factors' device."""
+    """The outcome of a projection: 0-d tensors in `exact_dtype` on the first factors' device."""
 
-    before: Tensor  # norm before it
-    after: Tensor  # norm after it
-    factor: Tensor  # what A and B were multiplied by; 1 inside the ball
+    before: Tensor  # norm before the projection
+    after: Tensor  # norm after the projection
+    factor: Tensor  # multiplier of every A and B; 1 inside the ball
 
 
 @torch.no_grad()
 def frobenius_norm(factors: Sequence[Factors]) -> Tensor:
-    """sqrt(sum_i ||s_i B_i A_i||_F^2), with s_i each layer's `Factors.scale`.
+    """Compute sqrt(sum_i ||s_i B_i A_i||_F^2), where s_i is layer i's `Factors.scale`.
 
     Args:
         factors: A (r, n) and B (m, r) of each layer; shapes, dtypes and devices may differ.
 
     Returns:
-        0-d float64 tensor on the first layer's device.
+        0-d tensor in `exact_dtype` on the first layer's device.
 
     Raises:
-        ValueError: no factors.
+        ValueError: there are no factors.
     """
     return squared_norms(factors).sum().clamp_min(0).sqrt()
 
 
 @torch.no_grad()
 def project_(factors: Sequence[Factors], rho: float) -> Projection:
-    """Equation 10, in place: if the norm c exceeds rho, multiply every A and B by sqrt(rho / c).
+    """Multiply every A and B by sqrt(rho / c) in place if the norm c exceeds rho (Eq. 10).
 
-    Inside the ball nothing changes, to the bit. Outside, a bound on what rounding the new factors
-    to their dtype adds is first added to c (about 1e-7 of it in fp32), so that the norm of the
+    Inside the ball no bit changes. Outside, c is first increased by a bound on the error from
+    rounding the new factors to their dtype (about 1e-7 of c in fp32), so that the norm of the
     stored factors does not exceed rho.
 
     Args:
         factors: as in `frobenius_norm`.
-        rho: the radius, in the units of that norm.
+        rho: radius of the ball, in the units of the norm.
 
     Raises:
-        ValueError: no factors.
+        ValueError: there are no factors.
     """
     squared_norm, squared_bound = _squared_terms(factors).sum(1)
     c = squared_norm.clamp_min(0).sqrt()
-    # Both factors and the multiplier of each are rounded by at most u of their values; 5 u leaves
-    # room for the products of these errors.
+    # Both factors and their multiplier are rounded with a relative error of at most u. 5 u also
+    # covers the products of these errors.
     u = max(torch.finfo(layer.A.dtype).eps for layer in factors) / 2
     rounding = 5 * u * squared_bound.sqrt()
     factor = torch.where(c > rho, (rho / (c + rounding)).sqrt(), 1.0)
@@ -73,19 +73,19 @@ def project_(factors: Sequence[Factors], rho: float) -> Projection:
 
 @torch.no_grad()
 def squared_norms(factors: Sequence[Factors]) -> Tensor:
-    """||s B A||_F^2 of each layer, (layers,); rounding can leave a small one below 0.
+    """Return ||s B A||_F^2 of each layer, (layers,). Rounding can make a small value negative.
 
     Raises:
-        ValueError: no factors.
+        ValueError: there are no factors.
     """
     return _squared_terms(factors)[0]
 
 
 def _squared_terms(factors: Sequence[Factors]) -> Tensor:
-    """Two terms of each layer, (2, layers), on the first one's device.
+    """Return two terms for each layer, (2, layers), on the first layer's device.
 
-    They are ||s B A||_F^2, and (s sum_k |b_k| |a_k|)^2 with b_k the columns of B and a_k the rows
-    of A, to which the rounding of the factors is proportional.
+    The first is ||s B A||_F^2. The second is (s sum_k |b_k| |a_k|)^2, where b_k are the columns of
+    B and a_k the rows of A. The factors' rounding error is proportional to its square root.
     """
     if not factors:
         raise ValueError("There are no factors to measure.")
@@ -106,13 +106,13 @@ def _squared_terms(factors: Sequence[Factors]) -> Tensor:
         terms = torch.stack((squared_norm, squared_bound)) * scale**2
         columns.append(terms.to(device))  # (2, stack)
         order += layers
-    # The stacks are sorted by shape; this restores the order of the layers.
+    # The stacks are grouped by shape; restore the order of the layers.
     places = torch.tensor(order).argsort()
     return torch.cat(columns, dim=1)[:, places.to(device, non_blocking=True)]
 
 
 def _stacks(factors: Sequence[Factors]) -> Iterator[list[int]]:
-    """Numbers of layers of one shape and scale, as many as are best multiplied at once."""
+    """Yield stacks of layers with the same shape and scale, as indices into `factors`."""
     keys = [(f.A.shape, f.B.shape, f.scale, f.A.dtype, f.A.device) for f in factors]
     for group in group_equal(keys):
         layer = factors[group[0]]
@@ -125,7 +125,7 @@ def _stacks(factors: Sequence[Factors]) -> Iterator[list[int]]:
 
 
 def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
-    """Multiply A and B of every layer by a number, 0-d, in place."""
+    """Multiply A and B of every layer by a 0-d tensor in place."""
     for group in group_equal((f.A.dtype, f.A.device) for f in factors):
         tensors: list[Tensor] = []
         for i in group:
@@ -134,7 +134,7 @@ def _multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
         if dtype in (torch.float32, torch.float64):
             torch._foreach_mul_(tensors, factor.to(tensors[0].device, dtype))
             continue
-        # The number itself must not be rounded to a narrow dtype.
+        # The multiplier itself must not be rounded to a narrow dtype.
         narrow_factor = factor.to(tensors[0].device, torch.float32)
         for tensor in tensors:
             tensor.copy_(tensor.float() * narrow_factor)
