@@ -124,7 +124,7 @@ class Sampler:
 
         Raises:
             UserError: the base model can't be loaded, or a request needs an adapter that can be
-                scaled and there is none.
+                scaled, but the subject was trained as a whole model.
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
@@ -169,7 +169,8 @@ class Sampler:
             print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
             raise UserError(
                 f"the base model {base.name} can't be loaded (the terminal has the reason):"
-                f" download it with hf download {base.name}, or put the model into that folder"
+                f" download it with hf download {base.name}, or, if this is a path, put the"
+                " model there"
             ) from error
         self._pipeline = pipeline.to(self.device)
         self._base = base
@@ -196,7 +197,7 @@ def find_folder(base: BaseChoice) -> str:
     Raises:
         UserError: the model is not on this machine.
     """
-    # If the parent folder can't be entered, `Path.exists` raises an error.
+    # Unlike `Path.exists`, this returns False if the parent folder can't be entered.
     if base.name in PIPELINES or os.path.exists(base.name):
         return base.name
     try:
@@ -206,7 +207,7 @@ def find_folder(base: BaseChoice) -> str:
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
         raise UserError(
             f'the base model "{base.name}" is not on this machine: download it with'
-            f" hf download {base.name}, or put the model into that folder"
+            f" hf download {base.name}, or, if this is a path, put the model there"
         ) from error
 
 
@@ -248,7 +249,7 @@ def find_comparison(catalog: Catalog, a: str, b: str, uses_run_sampler: bool = T
     if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
-            " choose two with the same"
+            " choose two with the same base model"
         )
     if not bases:
         # Both sides are the base model: use the base model of the first run, or the miniature.
@@ -279,7 +280,7 @@ def can_sample(run: RunItem) -> bool:
 
 @contextmanager
 def temporary_export(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
-    """Export a checkpoint's weights to a temporary file or folder, deleted after the context.
+    """Export a checkpoint's weights to a temporary file, which is deleted when the context exits.
 
     Raises:
         UserError: the checkpoint lacks a file, or a link leads out of the root.
@@ -332,4 +333,4 @@ def read_source(value: float | str) -> float | str:
     try:
         return read_guidance_source(value)
     except ValueError as error:
-        raise UserError(f"guidance from is {quoted(value)}: {error}") from error
+        raise UserError(f'"Guidance from" is {quoted(value)}: {error}') from error

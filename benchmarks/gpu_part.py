@@ -48,7 +48,7 @@ from bilora_diffusion.train.trainer import Trainer
 
 RANK = 4
 SAMPLING = "encoding or sampling"  # phase of `memory_by_phase`
-# Words in the messages of errors that mean a full memory but are not `torch.OutOfMemoryError`
+# Phrases in the messages of out-of-memory errors that are not a `torch.OutOfMemoryError`
 MEMORY_ERRORS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
@@ -126,7 +126,8 @@ def configuration(part: Part, device: torch.device, folder: Path) -> DreamBoothC
 def estimate(cfg: DreamBoothConfig, name: str, device: torch.device) -> dict[str, int]:
     """Estimate the bytes of a training step and of sampling, as ``--dry_run`` does.
 
-    On a GPU, CUDA's own memory is left out, since PyTorch's statistics do not include it.
+    On a GPU, the memory of the CUDA context is left out, since PyTorch's statistics do not
+    include it.
     """
     task = DreamBooth(cfg, build_pipeline(name), TrainingStream(cfg, training_images(cfg)))
     _, trained = attach_copy(task, cfg.max_train_steps or 1)
@@ -141,7 +142,8 @@ def measure(part: Part, device: torch.device, report: Callable[[dict[str, Any]],
     Args:
         part: Settings of the part.
         device: Device of the run.
-        report: Function that gets the results so far, after the steps and after the image.
+        report: Function that is called with the results so far, after the steps and after the
+            image.
     """
     with TemporaryDirectory() as temporary_folder:
         folder = Path(temporary_folder)
@@ -185,8 +187,9 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
     """Train the steps of a part.
 
     Returns:
-        Seconds of each measured step and their median, seconds of the warm-up steps, operations of
-        a step, peak memory in bytes and losses.
+        Seconds of each measured step and their median, seconds of the warm-up steps after the
+        first, operations of a step, peak memory in bytes (on a GPU also the reserved memory), and
+        losses.
     """
     device = trainer.accelerator.device
     compiled_models = []
@@ -228,7 +231,7 @@ def train(trainer: Trainer, lengths: Lengths) -> dict[str, Any]:
 
 @contextmanager
 def counted_operations() -> Iterator[FlopCounterMode]:
-    """Count the floating-point operations of matrix products and attention within a context.
+    """Count the operations of matrix products, convolutions and attention within a context.
 
     Compiled blocks run uncompiled, since the counter can't see into their kernels.
     """
@@ -238,7 +241,7 @@ def counted_operations() -> Iterator[FlopCounterMode]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Reset the peak of a GPU's memory. The peak of a CPU process can't be reset."""
+    """Reset the peak memory statistics of a GPU. The peak of a CPU process can't be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -256,7 +259,7 @@ def failure(error: BaseException) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the part that the command line describes, and write its results."""
-    parser = argparse.ArgumentParser(description="Measure one part; gpu_day.py calls it.")
+    parser = argparse.ArgumentParser(description="Measure one part; gpu_day.py runs this script.")
     parser.add_argument("part", type=json.loads, help="fields of `Part`, as JSON")
     parser.add_argument("--device", choices=LENGTHS, required=True)
     parser.add_argument("--json", type=Path, required=True, help="result file")

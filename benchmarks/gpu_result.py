@@ -99,7 +99,7 @@ def table(results: Mapping[str, Any]) -> str:
         f"{device['name']}, torch {versions['torch']}, diffusers {versions['diffusers']}. Random"
         " weights, bf16, rank 4, gradient checkpointing, no text encoders. The time of a step is"
         " the median, with the lowest and highest value. The share of the peak counts operations of"
-        " matrix products and attention, including those that checkpointing repeats."
+        " matrix products, convolutions and attention, including those that checkpointing repeats."
     )
     return "\n\n".join(lines) + "\n"
 

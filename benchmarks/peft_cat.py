@@ -3,9 +3,9 @@
     python benchmarks/peft_cat.py        # downloads 20 pictures of a cat into peft_cat/
 
 This writes the folders ``train`` (14 pictures), ``valid`` (2, not used by any experiment) and
-``heldout`` (4, whose captions are sampled). Each picture has its caption in a .txt file. The split
-and the captions come from method_comparison/image-gen in https://github.com/huggingface/peft
-(Apache-2.0).
+``heldout`` (4, whose captions are the prompts of the samples). Each picture has its caption in a
+.txt file. The split and the captions come from method_comparison/image-gen in
+https://github.com/huggingface/peft (Apache-2.0).
 """
 
 from __future__ import annotations

@@ -157,7 +157,10 @@ class BiLoRA:
         return self._method.auxiliary_norm()
 
     def clip_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters to clip: the primary's, since the ball bounds the auxiliary."""
+        """Return the parameters to clip: the primary and `modules_to_save`.
+
+        The auxiliary is not clipped, since the ball bounds it.
+        """
         return self._method.result_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@
     texts = captioner.captions(images)
 
 There are three kinds: BLIP, Florence-2, and vision chat models such as Qwen2.5-VL. Decoding is
-deterministic, so an image gets the same caption each time. In 16 bits, the caption can still depend
-on the batch size, which changes how sums are rounded.
+deterministic, so an image gets the same caption each time. In half precision, the caption can still
+depend on the batch size, which changes how sums are rounded.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..train.soundness import require_words
 from .hub_models import HubModel, find_model, load_processor, load_weights
 
 BLIP, FLORENCE, CHAT = "blip", "florence2", "chat"
-# Number of beams, and minimum number of tokens of a caption, including start and end. These are the
-# settings of BLIP's authors; Florence-2's authors use three beams too.
+# Number of beams, and minimum number of tokens of a caption, including the start token but not the
+# end token. Both are from BLIP's COCO configuration; Florence-2's authors use three beams too.
 BEAMS = 3
 MIN_TOKENS = 5
-# Maximum number of new tokens of a caption. BLIP's limit is that of its authors, 30 with the start
-# token; the model was trained on single sentences and repeats itself in longer captions.
+# Maximum number of new tokens of a caption. BLIP's limit is the default of its authors' `generate`,
+# 30 with the start token; it was trained on single sentences and repeats itself in longer captions.
 MAX_TOKENS = {BLIP: 29, FLORENCE: 256, CHAT: 256}
 # Default prompts. Florence-2 has a fixed word for each of its tasks. BLIP's captions begin with the
 # prompt, so there is none by default.
@@ -39,7 +39,7 @@ PROMPTS = {
 }
 FLORENCE_TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
 # Maximum side in pixels of a chat model's images. For Qwen2.5-VL, an image of 12 megapixels would
-# be 16,000 tokens.
+# be about 15,500 tokens.
 MAX_SIDE = 1024
 SUGGESTION = (
     "give BLIP, Florence-2 or a vision chat model, such as"
@@ -51,7 +51,7 @@ Generate = Callable[[Sequence[Image]], list[str]]
 
 @dataclass(frozen=True)
 class ImageCaptioner:
-    """A model that writes captions, which depend only on the images."""
+    """A model that writes captions with deterministic decoding."""
 
     model: HubModel
     kind: str  # BLIP, FLORENCE or CHAT

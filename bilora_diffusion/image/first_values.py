@@ -55,7 +55,7 @@ def read_start(
             alphas=alphas,
             use_dora=part.use_dora,
         )
-        # B in the file includes the scale, and the layer multiplies by the scale again.
+        # `read` has multiplied B by the scale, and the layer will multiply by it again.
         scale = target.spec.alpha / target.spec.rank
         layers = [layer._replace(B=layer.B.double() / scale) for layer in part.layers]
         start[target.name], _ = peft_adapter(target.name, Part(layers), "")
@@ -81,8 +81,11 @@ def _require_same_models(
 
 
 def _alphas(contents: Contents, component: str, ranks: set[int]) -> set[float]:
-    """Return the distinct alphas of a model's layers, as in training if the file records them."""
-    # In this package's files, B includes the scale of training, and the metadata hold its alpha.
+    """Return the distinct alphas of a model's layers.
+
+    If the file records the alpha of training, it is adjusted to the file's rank.
+    """
+    # In this package's files, B includes the scale, and the metadata has the alpha of training.
     original_alphas = json.loads(contents.metadata.get("bilora.original_alpha", "{}"))
     # An init that changed the base weights doubled the rank, but not the scale.
     original_ranks = json.loads(contents.metadata.get("bilora.original_rank", "{}"))

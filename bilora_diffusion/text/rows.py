@@ -109,11 +109,11 @@ def _file_rows(cfg: TextConfig) -> Rows:
 
 
 def hold_out(rows: Rows, share: float) -> Rows:
-    """Hold out approximately a share of the training rows, chosen by a hash of their content.
+    """Hold out approximately the given share of training rows, chosen by a hash of their content.
 
     A row is held out if its hash, as a number in [0, 1), is below the share. The choice does not
-    depend on other rows or on a seed. Equal rows stay together, and a larger share keeps all rows
-    that a smaller share holds out.
+    depend on other rows or on a seed. Equal rows stay together, and a larger share also holds out
+    all rows that a smaller share holds out.
 
     Raises:
         UserError: one side would have no rows.
@@ -157,7 +157,7 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
     Args:
         values: values to choose from.
         size: number of values; None for all of them.
-        purpose: part of the seed, so that the choice differs between datasets.
+        purpose: part of the seed, so that training and validation rows are chosen independently.
     """
     if size is None or size >= len(values):
         return list(values)

@@ -1,4 +1,7 @@
-"""Scores of stored images. A file's scores do not depend on the order or the batch."""
+"""Scores of stored images.
+
+Up to rounding, a file's scores do not depend on the order or the batch.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ class ImageJudge:
         training: label of a run -> its training images.
         originals: jobs of the base model for the general prompts; drift is measured from their
             images.
-        image_model: DINOv2; None for no scores by it.
+        image_model: image model, such as DINOv2; None to leave out its scores.
     """
 
     def __init__(
@@ -136,8 +139,8 @@ class ImageJudge:
     def truth_i2t(self) -> float | None:
         """Return the mean "i2t" score of the held-out pictures themselves; None without pictures.
 
-        Samples that equal their held-out pictures get this score, so a higher score than this is
-        no improvement.
+        Samples that equal their held-out pictures get this score, so a score above this is not
+        an improvement.
         """
         truths = self._pictures.truths
         if not truths:
@@ -165,7 +168,7 @@ class ImageJudge:
     def _likeness(
         self, subject: Subject, job: Job, vector: Tensor, pictures: Pictures, prefix: str = ""
     ) -> Iterator[Row]:
-        """Yield one model's cosines with the held-out and the nearest training picture."""
+        """Yield an image's cosines, under one model, to held-out and nearest training picture."""
         if job.prompt.text in pictures.truths:
             truth = pictures.truths[job.prompt.text]
             yield self._row(subject, job, f"{prefix}truth", cosine(vector, truth))
@@ -184,7 +187,7 @@ class ImageJudge:
     ) -> Iterator[tuple[Job, EmbeddedImage]]:
         """Yield each job with its embedded image.
 
-        Identical images are embedded once, so their scores are bitwise equal.
+        Identical images are embedded once, so their embeddings are bitwise equal.
 
         Args:
             jobs: jobs whose images are stored.

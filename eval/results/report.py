@@ -13,10 +13,11 @@ from bilora_diffusion.core.statistics import BOOTSTRAP_FROM, Interval
 from .table import Metric, Provenance, Result, Summary
 
 NOT_AVAILABLE = "n/a"
-# Maximum number of decimals beyond the metric's own; smaller intervals are only rounding errors
+# Maximum number of decimals beyond the metric's own. An interval that is too narrow to show with
+# these is only rounding error.
 MAX_FURTHER_DECIMALS = 2
 # End of a sentence; see `core.statistics.mean_interval`
-INTERVALS = f"a 95 % interval (Student's t; for {BOOTSTRAP_FROM} or more values a BCa bootstrap)"
+INTERVALS = f"a 95 % interval (Student's t; for {BOOTSTRAP_FROM} or more values, a BCa bootstrap)"
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def comparison(
         result: result that the table shows.
         columns: columns of metrics.
         facts: further columns, before the metrics: heading -> function from a group to its cell.
-            The default is a column "seeds" with the number of runs in the group; only in this case,
-            groups without any of the metrics are left out.
+            The default is a column "seeds" with the number of runs in the group; only in this case
+            are groups without any of the metrics left out.
         control_mark: word that marks the control, after its name.
     """
     columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
@@ -177,7 +178,10 @@ def comparison(
 
 
 def sources(result: Result) -> list[str]:
-    """Return a sentence for each subject: its kind, source, method, base model and weights."""
+    """Return a sentence for each subject.
+
+    It names the kind, source, method, base model, quantization and weights.
+    """
     sentences = []
     for entry in result.subjects:
         facts = [entry.kind, entry.source, entry.method]
@@ -217,6 +221,6 @@ def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) 
     if provenance.differing:
         differences = ", ".join(provenance.differing).replace("_", " ")
         lines.append(
-            f"The runs differ in {json.dumps(differences)}; the values are from the first run."
+            f"The runs differ in {json.dumps(differences)}; the lines above describe the first run."
         )
     return lines

@@ -34,7 +34,7 @@ class BaseModel:
     template: str = "auto"
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that a score depends on, without the paths of files."""
+        """Return the base model's fields that a score depends on, without file paths."""
         return asdict(self) | {"cache_dir": None, "name": without_paths(self.name)}
 
 
@@ -45,10 +45,10 @@ def read_subjects(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Su
         args: the command's options.
         only_heldout: whether only recorded metrics are shown. Then runs with different training
             sets share a row, as in the paper's Table 1, and the base model's metrics are those that
-            the runs of each seed measured before their first step.
+            the first run of each training set and seed measured before its first step.
     """
     if not args.runs and not args.group:
-        raise UserError("there is nothing to score: name run folders, adapters, or base.")
+        raise UserError('there is nothing to score: name run folders, adapters, or "base".')
     of_checkpoints = args.steps is not None
     words = []
     for word in args.runs:
@@ -196,7 +196,8 @@ def base_subjects(runs: Sequence[Subject], only_heldout: bool) -> list[Subject]:
     """Return the base model as one or more subjects.
 
     For recorded metrics, there is one subject per training set and seed, because the model before
-    training can depend on both: for example, a new head is initialized by the seed.
+    training can depend on both: for example, the initial values of a new head depend on
+    the seed.
     """
     run_by_seed: dict[tuple[str, int | None], Subject] = {}
     for run in runs:

@@ -266,7 +266,7 @@ def test_bad_values_and_missing_models_are_refused():
         with pytest.raises(UserError, match=f"steps is {steps}"):
             read_form(PROMPT, 0, steps, 4, 1)
     for source in ("both", 1.1):
-        with pytest.raises(UserError, match=f'guidance from is "{source}"'):
+        with pytest.raises(UserError, match=f'"Guidance from" is "{source}"'):
             read_form(PROMPT, 0, 25, 4, 1, source)
     # The slider's ends are the words, with which images are recorded.
     sources = [read_form(PROMPT, 0, 25, 4, 1, value).guidance_from for value in (0, 0.5, 1)]

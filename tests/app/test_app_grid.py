@@ -107,7 +107,7 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         'the strength ""': {"strengths": ""},
         "a strength is nan": {"strengths": "nan"},
         "number of images is 66": {"strengths": ",".join(strengths)},  # at two steps
-        'guidance from is "2": give adapter, base or a number from 0 to 1': {"sources": "2"},
+        '"Guidance from" is "2": give adapter, base or a number from 0 to 1': {"sources": "2"},
         "no checkpoint is chosen": {"steps": []},
         "checkpoint at step 7 no longer exists": {"steps": [1, 7]},
         'the run "young" no longer exists': {"run": "young"},
