@@ -18,9 +18,10 @@ class AdapterProduct(torch.autograd.Function):
 
     A, (R, in), and B, (out, R), are joined from all adapters; R is the sum of the ranks.
 
-    B is stored transposed, (R, out), and so is its gradient: on a CPU, a product with few columns
-    takes two to four times as long. The factors of each trained adapter get their own gradients, in
-    their own precision. Frozen adapters come last, and their factors get no gradients.
+    The joined B is stored as B^T, (R, out), and so is its gradient: on a CPU, a product with the
+    narrow matrix (out, R) takes two to four times as long. The factors of each trained adapter get
+    their own gradients, in their own precision. Frozen adapters come last, and their factors get no
+    gradients.
     """
 
     @staticmethod

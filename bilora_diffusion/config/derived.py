@@ -10,10 +10,10 @@ This module handles every learning rate of a run, from its default to the optimi
                                   images, 5e-4 for text, 1 with Prodigy
     --text_encoder_lr          -> the primaries of trained text encoders. Default: 5e-6; with
                                   Prodigy always --learning_rate
-    --auxiliary_learning_rate  -> the auxiliary of the denoiser or language model; the auxiliaries
-                                  of text encoders keep its ratio to the primary's rate. Default:
-                                  each auxiliary has its primary's rate. With Prodigy any other
-                                  value is refused
+    --auxiliary_learning_rate  -> the auxiliary of the denoiser or language model. That of a text
+                                  encoder gets text_encoder_lr * auxiliary_learning_rate /
+                                  learning_rate. Default: each auxiliary has its primary's rate.
+                                  With Prodigy, a value other than --learning_rate is refused
     --scale_lr                 -> multiplies the rates by the samples per step; the rates of text
                                   encoders only with Prodigy
 

@@ -5,7 +5,8 @@ neither is an error. A caption is read from ``--caption_column`` in the metadata
 in a folder without metadata, from the ``.txt`` file next to the image (see `opening`). A blank
 caption counts as none. The trigger word is put in front of a text that does not contain it. In
 training, the tags of a text can be shuffled, and a text can be dropped, that is, replaced by the
-family's negative prompt. A class image has the class prompt.
+family's negative prompt. A class image always has the class prompt. `TrainingStream.sample` (in
+`stream`) chooses the text of each sample.
 
 Frozen text encoders embed each text once (`PromptCache`); trained ones embed texts at each step
 (`loss`).
@@ -225,15 +226,15 @@ class PromptCache:
             encoder.to("cpu")
 
     def embed(self, prompts: Sequence[str]) -> Conditions:
-        """Return the embeddings of prompts, n rows on the CPU; "" is the empty prompt."""
+        """Return the embeddings of prompts, n rows on the CPU; "" is embedded as an empty text."""
         self.add(prompts)
         return join_rows([self._embeddings[prompt] for prompt in prompts])
 
     def embed_captions(self, captions: Sequence[str]) -> Conditions:
-        """Return the embeddings of captions, n rows on the CPU; "" is guidance's negative prompt.
+        """Return the embeddings of captions, n rows on the CPU; "" is a dropped caption.
 
-        Some families embed the negative prompt differently from the empty prompt, for example as
-        zeros (`Family.negative`).
+        A dropped caption gets the embedding of guidance's negative prompt (`Family.negative`), for
+        example zeros.
         """
         self.add(captions)
         if "" not in captions:

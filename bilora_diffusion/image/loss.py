@@ -115,8 +115,8 @@ class DreamBoothModule(nn.Module):
                 base_predictions[prompt] = self.base_prediction(conditions, noisy, levels)
         if GUIDANCE_SHARE in inputs:
             share = inputs[GUIDANCE_SHARE].view(-1, 1, 1, 1)  # 1 - 1/S
-            # Measured against the plain target, the result has the same error as the original
-            # prediction has against the guided target.
+            # (prediction - share * change) - target = prediction - (target + share * change): the
+            # plain loss of the result is the loss of the prediction for the guided target.
             prediction = prediction.float()
             change = prediction.detach() - base_predictions[UNCONDITIONAL]
             prediction = prediction - share * change
@@ -212,8 +212,8 @@ def prompt_conditions(inputs: dict[str, Any], name: str) -> Conditions:
 def grid_level_indices(total: int) -> list[int]:
     """Return the indices of the grid's noise levels in a schedule of ``total`` levels.
 
-    The schedule is split into `NOISE_LEVELS` equal parts. Each index is the middle of a part, minus
-    a fortieth of ``total``.
+    The schedule is split into `NOISE_LEVELS` equal parts, and each index is a quarter into its
+    part: 25, 125, ..., 925 of 1,000.
     """
     indices = []
     for part in range(NOISE_LEVELS):

@@ -1,8 +1,20 @@
 """Ctrl-C and SIGTERM: a run finishes its step, saves a checkpoint and prints how to resume.
 
-The first signal only stores its number, which the loop reads between two steps; a second Ctrl-C
-stops immediately. Before the first step there is nothing to save, so the first signal stops a
-single process immediately; several processes stop together after a step.
+A Ctrl-C during step 137 leads to the following:
+
+1. `Interruption` stores the number of the signal and prints that the run stops after this step. A
+   second Ctrl-C stops immediately.
+2. `train.loop` logs step 137 and takes the measurements that are due. `Trainer.stop_signal` then
+   returns the number, and `train.resume.save` writes ``checkpoints/step-137``.
+3. `train.setup` raises `Interrupted`, and `train.loop.record_outcome` records the status
+   "interrupted" in run.json.
+4. `train.command` releases the engine and the run folder, and adds the command that resumes
+   (`describe_interruption`).
+5. `core.errors.report_errors` prints the message. The exit code is 128 plus the number of the
+   signal: 130.
+
+Before the first step there is nothing to save, so the first signal stops a single process
+immediately; several processes stop together after a step.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
     # Use one kernel for all parameters. On a CPU, the default updates them one at a time, and the
     # update of Bi-LoRA would take twice as long as that of LoRA.
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
-    # If this flag were set, the kernel itself would skip a step for a gradient scaler, and the
-    # hooks after the step would still run.
+    # With this flag, the kernel itself would skip a step for a gradient scaler. `step` would return
+    # normally, and the hooks after it would count and project a step that was not taken.
     cast(Any, optimizer)._step_supports_amp_scaling = False
     return optimizer
 

@@ -96,7 +96,8 @@ def run(
         repo_id: hub repository that the folder is pushed to.
 
     Raises:
-        Interrupted: a signal ended the run, or came too late to end it.
+        Interrupted: a signal ended the run, or came during the export: then the run is finished,
+            but the command must not start the next one.
     """
     cfg = task.cfg
     with explain_setup_errors(cfg.base_model):

@@ -1,8 +1,8 @@
 """The families of image models that can be trained, by the name of their pipeline class.
 
-A family needs one row here and one file in this folder; training, evaluation and the viewer need
-nothing else. A family's file is imported only when the family is used, since options are checked
-before torch is imported.
+The code of a family is one row here and one file in this folder. CONTRIBUTING.md lists the tests,
+recipes and pages in which it also needs an entry. A family's file is imported only when the family
+is used, since options are checked before torch is imported.
 """
 
 from __future__ import annotations
