@@ -196,7 +196,8 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def memory_of(kind: str, args: argparse.Namespace) -> int:
     """Measure a variant's peak memory in bytes, in its own process.
 
-    Call this before the current process holds a model: a child's peak includes its parent's memory.
+    Call this before the current process holds a model: outside of Linux, the peak of a child can
+    include the memory of its parent.
     """
     command = [sys.executable, __file__, "--variant", kind]
     for name in ("model", "dtype", "batch", "length"):

@@ -59,7 +59,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper (C1 to C13), or a finding of our own (F1 and so on)."""
+    """A claim of the paper (C1 to C13), or a finding of this project (F10 to F19)."""
 
     name: str
     # The claim as a sentence
@@ -72,7 +72,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % interval.
+
+    For a benchmark it is a median of ratios, or a single ratio, which is both ends of the interval.
+    """
 
     mean: float
     low: float
@@ -87,6 +90,7 @@ def figure(check: Check) -> Figure:
 
     Raises:
         ValueError: The result has no such group or metric, or no interval.
+        KeyError: The benchmark has no such variant or value.
     """
     path = ROOT / check.result
     if path.suffix == ".json":  # a benchmark, which has no rows
@@ -137,7 +141,7 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
 
 
 def verdict(check: Check, figure: Figure) -> str:
-    """Return the verdict on a check: decided only if the whole interval is on one side."""
+    """Return the verdict on a check: decided only if the bounds hold, or fail, in all of it."""
     lower, upper = check.lower, check.upper
     if check.tolerance is not None:
         # A tolerance is the same in both directions.
@@ -191,8 +195,8 @@ def page() -> Iterable[str]:
             f"```bash\n{claim.command.strip()}\n```",
         ]
     return [
-        table(("claim", "of the paper", "verdict"), rows["C"]),
-        table(("finding", "of this project", "verdict"), rows["F"]),
+        table(("claim", "what the paper says", "verdict"), rows["C"]),
+        table(("finding", "what was found here", "verdict"), rows["F"]),
         *sections,
     ]
 
@@ -201,7 +205,7 @@ def _line(check: Check, figure: Figure, result: str) -> tuple[str, ...]:
     """Return the row of a check in its claim's table."""
     number = f"{figure.mean:.4g} ({figure.low:.4g} to {figure.high:.4g})"
     if check.tolerance is not None:
-        bound = f"at most {check.tolerance:.0%} of the control's"
+        bound = f"at most {check.tolerance:.0%} of the control's mean, either way"
     elif check.upper < inf:
         bound = f"below {check.upper:g}"
     else:

@@ -1,7 +1,7 @@
 """Bi-LoRA (Algorithm 1 of the paper) in one file of plain PyTorch.
 
     pip install torch safetensors scikit-learn
-    python examples/minimal.py              # 15 seconds on a CPU; nothing is downloaded
+    python examples/minimal.py              # less than a minute on a CPU; nothing is downloaded
 
 A network trained on upright digits learns from 40 images to recognize digits that are rotated by 90
 degrees. The script trains it with LoRA and with Bi-LoRA and tests both on the other images. On this
@@ -81,7 +81,8 @@ def auxiliary_norm(layers: dict[str, BiLoRALinear]) -> float:
 @torch.no_grad()
 def project(layers: dict[str, BiLoRALinear], rho: float) -> None:
     """Project the auxiliary onto the ball of radius rho."""
-    # Eq. 10: if c > rho, multiply B2 and A2 of every layer by sqrt(rho / c).
+    # Eq. 10, with the scale s inside the norm: if c > rho, multiply B2 and A2 of every layer by
+    # sqrt(rho / c).
     norm = auxiliary_norm(layers)
     if norm > rho:
         for layer in layers.values():
@@ -111,7 +112,8 @@ def train(
     model.train()
     for inputs, labels in batches:
         F.cross_entropy(model(inputs), labels).backward()
-        # Clip the primary alone: in a joint norm the auxiliary would reduce the primary's gradient.
+        # Clip the primary alone: in a joint norm, the auxiliary's gradients would make the clipping
+        # of the primary's stronger.
         nn.utils.clip_grad_norm_(primary, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Setting of every test: no network, one thread per process, caches of their own.
+"""Settings of all tests: no network, one thread per process, separate caches.
 
 The environment is set here, at import, because the libraries read it when they are first imported,
 and because the processes that tests start inherit it.
@@ -17,7 +17,7 @@ import pytest
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 os.environ.update(
-    HF_HUB_OFFLINE="1",  # huggingface_hub, transformers, diffusers and datasets all heed it
+    HF_HUB_OFFLINE="1",  # huggingface_hub, transformers, diffusers and datasets obey it
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     WANDB_MODE="disabled",
@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not _IS_WORKER:  # workers share the folder of the process that started them
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bilora-tests-")
     os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["HF_HOME"], "cache")
-# A launcher's variables would make the scripts under test believe that they are one of several.
+# With a launcher's variables, a script under test would act as one of several processes.
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
 
@@ -42,8 +42,9 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub of which every image model is the miniature, and every language model a causal one
-    unless another kind is asked for.
+    """Simulate a hub on which the miniature is every image model, and every language model exists.
+
+    The kind of a language model is that of `--task_type`; the default is causal.
     """
     from bilora_diffusion import mini
     from bilora_diffusion.text import models
@@ -62,8 +63,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _foreground() -> Iterator[None]:
-    """Ctrl-C interrupts, here and in child processes, though a shell has its background jobs ignore
-    it; whatever a test makes of it ends with the test.
+    """Make Ctrl-C interrupt this process and its children, and restore its handler after the test.
+
+    A shell starts its background jobs with Ctrl-C ignored.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -71,12 +73,12 @@ def _foreground() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files that hold slow tests first, so that no process is left with one at the end."""
+    """Put files with slow tests first, so that no process starts one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)  # a stable sort keeps files together
 
 
 def pytest_unconfigure() -> None:
-    """Removes the caches that the tests filled."""
+    """Remove the caches that the tests filled."""
     if not _IS_WORKER:
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Files of any bytes that others wrote: one sentence, or success."""
+"""An input file of any bytes is read, or refused in one sentence."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-# Lines of JSON, the record of a run with odd options, and traps: depth, a long number, a short row.
+# JSON lines, a run record with odd options, and traps: deep nesting, a long number, bad CSV rows.
 ROWS = st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4) | VALUES, max_size=3)
 TEXTS = (
     ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)))
@@ -61,7 +61,7 @@ def read_images(path):
 
 
 def read_run(path):
-    """Read a run as evaluation and viewer do, and plot it."""
+    """Read a run as the evaluations and the viewer do, and plot it."""
     folder = path.parent
     run = open_run(folder, "run")
     run.settings()
@@ -91,7 +91,7 @@ READERS: dict[str, Callable[[Any], object]] = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of two images, and of a run."""
+    """Return a folder with two images and a run's record."""
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "run.json").write_text(json.dumps(RUN))
@@ -105,7 +105,7 @@ def folder(tmp_path):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(content=CONTENT)
-def test_a_file_of_any_bytes(name, content, folder):
+def test_a_file_of_any_bytes_is_read_or_refused_in_one_sentence(name, content, folder):
     (folder / name).write_bytes(content)
     sentence = ""
     try:

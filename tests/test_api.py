@@ -1,4 +1,4 @@
-"""api: attach on the models that people bring, and what comes out."""
+"""`attach` on models of different kinds, and the LoRA that it trains and saves."""
 
 import copy
 import subprocess
@@ -17,7 +17,7 @@ from bilora_diffusion.core.errors import UserError
 from tests.contract.models import CASES, tiny_mlp
 
 
-def test_the_core_needs_no_bitsandbytes():
+def test_the_package_is_imported_without_bitsandbytes():
     script = "import sys; sys.modules['bitsandbytes'] = None; import bilora_diffusion"
     subprocess.run([sys.executable, "-c", script], check=True)
     assert sorted(bilora_diffusion.__all__) == ["BiLoRAConfig", "__version__", "attach"]
@@ -78,11 +78,11 @@ def test_the_config_reaches_both_adapters():
     primary, auxiliary = bilora.param_groups(lr=0.1, weight_decay=0.3)
     assert (primary["lr"], primary["weight_decay"]) == (0.1, 0.3)
     assert (auxiliary["lr"], auxiliary["weight_decay"]) == (0.5, 0.0)
-    assert len(primary["params"]) == 3  # A, B and the magnitude of DoRA
+    assert len(primary["params"]) == 3  # A, B and DoRA's magnitude
     assert any("magnitude" in key for key in bilora.primary_state_dict())
 
 
-def test_attach_refuses_a_model_without_matches_and_a_second_time():
+def test_attach_refuses_a_model_without_matching_layers_and_a_second_call():
     with pytest.raises(UserError, match="matches no layer"):
         attach(nn.Sequential(nn.ReLU()))
     model = tiny_mlp()

@@ -1,4 +1,4 @@
-"""How a script ends, and how files are written: whole or not at all."""
+"""How a script ends, and how files are written: completely or not at all."""
 
 import errno
 import os
@@ -24,7 +24,9 @@ from bilora_diffusion.core.errors import Interrupted, TrainingError, UserError, 
         (Interrupted("saved: go on with x", signal.SIGTERM), 143, "saved: go on with x"),
     ],
 )
-def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, exit_code, message, capsys):
+def test_an_error_ends_a_script_with_one_sentence_and_an_exit_code(
+    error, exit_code, message, capsys
+):
     def main():
         raise error
 
@@ -35,7 +37,7 @@ def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, exit_code, m
     assert err.count("\n") == 1
 
 
-def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
+def test_an_unexpected_exception_gives_one_sentence_and_a_file_with_its_traceback(
     capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -57,8 +59,8 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_output_that_nobody_reads_ends_a_script_in_silence():
-    # A megabyte is more than a pipe holds, so that the write fails.
+def test_a_closed_output_pipe_ends_a_script_silently():
+    # A pipe holds less than a megabyte, so the write fails.
     script = """
 import sys
 from bilora_diffusion.core.errors import run_cli
@@ -69,7 +71,7 @@ sys.exit(run_cli(lambda: print("x" * 2**20)))
     )
     script.stdout.close()
     assert script.stderr.read() == b""
-    assert script.wait() == 141  # 128 + SIGPIPE, as a shell says it
+    assert script.wait() == 141  # 128 + SIGPIPE, as in a shell
 
 
 def write(path, text, failure=None):
@@ -81,7 +83,7 @@ def write(path, text, failure=None):
             raise failure
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     durable.write_text(path, "old")
     for failure in (OSError(errno.ENOSPC, "full"), ValueError("wrong"), KeyboardInterrupt()):
@@ -102,7 +104,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         (OSError(errno.EACCES, "No rights"), False),
     ],
 )
-def test_a_full_disk_is_known_also_as_a_cause(error, full):
+def test_a_full_disk_is_recognized_even_as_the_cause_of_another_error(error, full):
     outer = RuntimeError("while writing")
     outer.__cause__ = error
     assert durable.disk_is_full(error) is durable.disk_is_full(outer) is full

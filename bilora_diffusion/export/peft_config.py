@@ -1,4 +1,4 @@
-"""Reading and checking of PEFT's adapter configuration, without torch."""
+"""Read and check PEFT's adapter configuration, without importing torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from ..core.errors import UserError, as_user_error
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
-# Matches expressions with a repeated group or four repeats, whose search may not end.
+# Matches expressions with a repeated group or at least four quantifiers: matching them can take
+# exponential time.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 
 
 def _pattern(text: object) -> re.Pattern[str]:
-    """Compile a regular expression that PEFT matches with the end of a layer's name."""
+    """Compile a regular expression that PEFT matches against the end of a layer's name."""
     # pydantic converts a ValueError to a validation error.
     if not isinstance(text, str) or _COSTLY.search(text):
         raise ValueError("this is not a layer name, or it is an expression with too many repeats")
@@ -35,7 +36,7 @@ Pattern = Annotated[re.Pattern[str], BeforeValidator(_pattern)]
 
 
 class PeftConfig(BaseModel):
-    """The fields of an adapter's configuration that this package reads, with PEFT's defaults."""
+    """The fields of an adapter's configuration that are checked, with PEFT's defaults."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 

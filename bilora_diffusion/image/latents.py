@@ -45,7 +45,7 @@ class Encoder:
         vae: the autoencoder, which is moved to the device while it encodes.
         space: scale of the latents, and how the autoencoder encodes.
         device: device to encode on.
-        is_cached: returns whether a sample's posterior is cached for all samples with the same
+        is_cached: returns whether a sample's posterior is encoded once for all samples with its
             content. Such posteriors are encoded one at a time, so they do not depend on which other
             samples were missing from the cache.
         disk: cache on disk, for later runs.

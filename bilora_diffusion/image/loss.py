@@ -36,8 +36,8 @@ from .stream import TrainingSample, centered_samples
 
 # Names of the inputs with the conditions of the class prompt and of the empty prompt.
 PRIOR, UNCONDITIONAL = "prior", "unconditional"
-# Name of the input with the loss weights that hold predictions at the base model's: a mapping from
-# `PRIOR` or `UNCONDITIONAL` to (n,).
+# Name of the input with the weights of the loss terms that keep predictions close to those of the
+# base model: a mapping from `PRIOR` or `UNCONDITIONAL` to (n,).
 HELD_WEIGHTS = "held_weights"
 # Name of the input for the guided target, (n,): 1 - 1/S, or 0 for a row with the plain target.
 GUIDANCE_SHARE = "guidance_share"
@@ -55,7 +55,7 @@ NO_CONDITIONS = frozenset(
         GUIDANCE_SHARE,
     )
 )
-# Number of pixels per batch of the held-out loss, small enough for the memory of any run.
+# Approximate number of pixels per batch of the held-out loss; a larger image is a batch of its own.
 PIXELS_AT_ONCE = 2**18
 
 
@@ -74,7 +74,8 @@ class DreamBoothModule(nn.Module):
     - `PRIOR` and `UNCONDITIONAL`, conditions of the class prompt and of the empty prompt, in runs
       and steps that use them
     - `GUIDANCE_SHARE`, (n,), with a guided target; it requires `UNCONDITIONAL`
-    - `HELD_WEIGHTS`, weights (n,) by prompt, in steps that hold predictions at the base model's
+    - `HELD_WEIGHTS`, weights (n,) by prompt, in steps that keep predictions close to those of the
+      base model
 
     The loss of a slot is the loss of its instance image, plus ``prior_loss_weight`` times the loss
     of its class image. Each held prompt adds its weight times the mean squared change that the
@@ -82,7 +83,7 @@ class DreamBoothModule(nn.Module):
 
     Args:
         family: the family of the base model, which calls the denoiser.
-        denoiser: UNet or transformer, with adapters.
+        denoiser: the UNet or transformer that is trained; it may have adapters.
         text_encoders: the trained text encoders; () if they are frozen.
         noise_schedule: noise levels and the loss of a prediction.
         prior_loss_weight: weight of the class images; None without class images.
@@ -133,7 +134,7 @@ class DreamBoothModule(nn.Module):
         return losses
 
     def base_prediction(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
-        """Return the prediction without trained adapters and gradients, (n, c, h, w) in float32.
+        """Return the prediction with trained adapters off, without gradient, (n, c, h, w) in fp32.
 
         It is the reference for held predictions and for the guided target. An assistant stays
         active, since the run trains on top of the base model with the assistant.
@@ -226,7 +227,7 @@ class GridImage(NamedTuple):
     """An encoded image of the grid."""
 
     sample: TrainingSample
-    latent: Tensor  # latent without noise, in the denoiser's scale, (c, h, w)
+    latent: Tensor  # latent without noise, scaled as the denoiser takes it, (c, h, w)
     mask: Tensor | None  # mask in [0, 1], (1, h, w)
 
 
@@ -306,7 +307,7 @@ class GridLoss:
         return torch.cat(tables, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
-        """Yield consecutive images of the same shape, about `PIXELS_AT_ONCE` pixels at a time."""
+        """Yield consecutive images of one shape: about `PIXELS_AT_ONCE` pixels, or one image."""
         size = max(1, PIXELS_AT_ONCE // self.task.cfg.resolution**2)
         for _, group in itertools.groupby(images, key=lambda image: image.latent.shape):
             same_shape = list(group)
@@ -317,7 +318,8 @@ class GridLoss:
         """Return the loss of each image at one noise level, (images,), on the CPU."""
         noise = []
         for image in images:
-            # The seed is the image's name, so the noise is the same in every run and set.
+            # The key is the image's name and the level, so the noise is the same in every run and
+            # set.
             random = generator("grid", image.sample.name, level_index)
             noise.append(torch.randn(image.latent.shape, generator=random))
         inputs = self.task.inputs(

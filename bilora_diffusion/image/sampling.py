@@ -56,8 +56,8 @@ def generate(
         steps: number of sampler steps; None for the model's default.
         guidance_scale: scale of guidance; None for the model's default.
         guidance_from: model for the unconditional prediction: "adapter" for the adapted model,
-            "base" for the model without its adapters, or a number between 0 and 1, the strength of
-            the adapters in this prediction.
+            "base" for the model without its trained adapters, or a number between 0 and 1, the
+            strength of the trained adapters in this prediction.
         scheduler: a value of ``--sampling_scheduler``; None for the pipeline's scheduler.
         embeddings: embeddings of the prompts and of the negative prompts, (n, ...) each.
         batch: maximum number of images to generate at a time.
@@ -65,10 +65,10 @@ def generate(
         on_step: called after each step with the number of the step, starting at 1.
 
     Returns:
-        n RGB images of PIL.
+        n PIL images in RGB mode.
 
     Raises:
-        TrainingError: an image is not finite, or the memory is full.
+        TrainingError: an image is not finite, or the device runs out of memory.
         UserError: ``guidance_from`` needs an unconditional prediction, but there is none at this
             scale; or the scheduler does not fit the model.
     """
@@ -91,8 +91,8 @@ def generate(
         request = f"guidance from {guidance_title(guidance_from)}"
         require_unconditional(family, guidance, pipeline.config, family.configs(pipeline), request)
     sampler = bare_sampler(family, pipeline, scheduler)
-    # Pipelines convert latents to the dtype of the first floating-point weight. With 4-bit base
-    # weights, this can be the weight of an adapter, in fp32.
+    # Some pipelines convert latents to the dtype of the denoiser's first floating-point weight.
+    # With 4-bit base weights, this can be the weight of an adapter, in fp32.
     is_mixed = getattr(denoiser, "is_loaded_in_4bit", False) and dtype != torch.float32
     computation = torch.autocast(denoiser.device.type, dtype, enabled=is_mixed)
 
@@ -165,7 +165,7 @@ def bare_sampler(family: Family, pipeline: Any, scheduler: str | None = None) ->
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image]:
-    """Decode latents in the denoiser's scale, (n, c, h, w), to PIL images.
+    """Decode latents, (n, c, h, w), scaled as the denoiser returns them, to PIL images.
 
     The computation is in the autoencoder's dtype.
 
@@ -173,7 +173,7 @@ def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[I
         names: names of the images, for messages.
 
     Raises:
-        TrainingError: an image is not finite, or the memory is full.
+        TrainingError: an image is not finite, or the device runs out of memory.
     """
     vae = pipeline.vae
     home_device = vae.device

@@ -89,7 +89,7 @@ class TrainingSample:
     def read(self, resized_images: ResizedImages | None = None) -> PixelsAndMask:
         """Return the pixels, (3, H, W) in [-1, 1], and the mask, (1, H, W) in [0, 1] or None.
 
-        The file is read unless the data loader has already read it.
+        The file is read unless the data loader has already read it, or its resized image is cached.
 
         Args:
             resized_images: cache of resized images; None for no cache.
@@ -105,7 +105,7 @@ class TrainingSample:
         return pixels, mask
 
     def digest(self, noise: str) -> str:
-        """Return a hash of the sample's data and of ``noise``, the hash of its noise."""
+        """Return a hash of the sample's data and of ``noise``, the hash of its noise and level."""
         # Sizes differ only with buckets.
         size = self.size if self.cfg.aspect_ratio_buckets else ()
         place = repr((self.kind, self.index, *self.crop, *size))
@@ -113,7 +113,10 @@ class TrainingSample:
 
 
 class TrainingStream:
-    """The order, crops and captions of the images, which depend only on the seed and the data.
+    """The order, crops and captions of the images.
+
+    They depend on the seed, the data, the options of the images and the size of a step, but not on
+    the method or on the number of processes.
 
     Args:
         cfg: configuration of the run.
@@ -121,7 +124,8 @@ class TrainingStream:
         classes: the class images; None without prior preservation.
 
     Raises:
-        UserError: an image has no prompt, or the latents can't be cached as requested.
+        UserError: an image has neither a caption nor an instance prompt, there are no tags to
+            shuffle, or the latents can't be cached as requested.
     """
 
     def __init__(
@@ -170,11 +174,12 @@ class TrainingStream:
             )
         fits = sum(map(len, image_sets)) <= MAX_CACHED_LATENTS
         self._has_cache = choice == "yes" or (choice == "auto" and fits)
-        # If all latents are cached, no image is read after the first epoch.
+        # If all latents are cached, an image is read only until each of its crops (with
+        # --random_flip, also the mirrored one) is in the cache.
         self._reads_ahead = varying is not None or not self._has_cache
 
     def is_cached(self, sample: TrainingSample) -> bool:
-        """Return whether a sample's latents are cached for all samples with the same content."""
+        """Return whether a sample's latents are encoded once for all samples with its content."""
         original_size = sample.images.entries[sample.index].size
         return self._has_cache and has_one_crop(self.cfg, original_size, sample.size)
 
@@ -295,7 +300,7 @@ def _ignore_signals(_: int) -> None:
 class _Pictures(Dataset):
     """A data set of micro-batches: each sample's pixels and mask, or None if latents are cached.
 
-    Data loader processes read the images, if there are any. The processes return pixels and masks,
+    If there are data loader processes, they read the images. They return pixels and masks,
     not samples, since each sample would bring its image set along.
     """
 
@@ -345,5 +350,5 @@ def target_sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[Size]:
 
 
 def has_one_crop(cfg: DreamBoothConfig, size: Size, target: Size) -> bool:
-    """Return whether all samples of an image of this size have the same crop."""
+    """Return whether all samples of an image of this size are cropped at the same position."""
     return cfg.center_crop or covering_size(size, target) == target

@@ -55,7 +55,7 @@ def get(name: str) -> type[Method]:
     removed.refuse_method(name)
     if name not in _METHODS:
         hint = did_you_mean(name, _METHODS)
-        raise UserError(f'method is "{name}"{hint}; use one of {", ".join(names())}.')
+        raise UserError(f'there is no method "{name}"{hint}: use one of {", ".join(names())}.')
     return _METHODS[name]
 
 

@@ -1,8 +1,8 @@
 """The run folder: its content, and what a command may do in it.
 
-A folder with ``run.json`` holds a run. In any other folder, a file that has the name of a run's
-file belongs to someone else and is neither replaced nor deleted. The same applies to a
-``README.md`` that the run did not write.
+A folder with ``run.json`` holds a run, and one with only checkpoints may hold one. In any other
+folder, files with the names of a run's files belong to someone else and are neither replaced nor
+deleted. A ``README.md`` that the run did not write is always kept.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ def guard(
 
     - Without ``resume``, a run starts in a folder that holds no run; ``overwrite`` also allows one
       that does.
-    - With ``resume``, a run continues from one of its checkpoints. "auto" starts a run that has no
-      checkpoint yet.
+    - With ``resume``, a run continues from one of its checkpoints, or from another run's checkpoint
+      if the folder holds no run. "auto" starts a run that has no checkpoint yet.
     - Files that no run wrote are never replaced.
 
     Args:
-        folder: ``--output_dir``, which is locked and need not exist.
+        folder: ``--output_dir``, which need not exist; if it does, the caller has locked it.
         resume: ``--resume_from_checkpoint``.
-        settings: options that a resumed run may not change (`RunConfig.resume_settings`); a
-            recorded run with the same options is this run.
+        settings: options that are compared with the recorded ones (`RunConfig.resume_settings`);
+            if they are equal, the recorded run is this run.
         overwrite: ``--overwrite_output_dir``. With a checkpoint, the run's later steps will be
             deleted (`rewind`); without one, the whole run (`clear`).
         exports_weights: whether the method exports whole models.
@@ -106,38 +106,44 @@ def guard(
             " --resume_from_checkpoint auto, move them away, or give another --output_dir"
         )
     if resume is None and record is not None and not overwrite:
-        raise UserError(_describe_occupied(folder, record, settings or {}))
+        raise UserError(_describe_occupied(folder, record, settings or {}, has_checkpoint))
     if exports_weights:
         _refuse_foreign_models(folder)
     if resume is None:
         return None
 
     if not has_checkpoint and record is not None and record["status"] == "finished":
-        raise UserError(f"{folder} holds a finished run without a checkpoint: {OR_ANOTHER}")
+        raise UserError(
+            f"{folder} holds a finished run without a checkpoint to resume from: give another"
+            " --output_dir, or start again with --overwrite_output_dir and without"
+            " --resume_from_checkpoint"
+        )
     chosen = checkpoint.resolve(folder, resume)
     if chosen is None:
         return None
-    # A new run may start from another run's checkpoint, but only in an empty folder.
+    # A new run may start from another run's checkpoint, but only in a folder without a run.
     root = folder / checkpoint.CHECKPOINTS
     is_empty = record is None and not has_checkpoint
     if not is_empty and root.resolve() not in chosen.resolve().parents:
         raise UserError(
-            f"{folder} holds another run than that of the checkpoint {chosen}: give another"
+            f"the checkpoint {chosen} does not belong to the run in {folder}: give another"
             f" --output_dir, or a checkpoint in {root}"
         )
     later_steps = [] if overwrite else checkpoint.later_steps(folder, chosen)
     if later_steps:
         later = ", ".join(f"step-{step}" for step in later_steps)
         raise UserError(
-            f"{folder} holds later checkpoints than {chosen.name} ({later}): resume from the newest"
+            f"{folder} holds checkpoints later than {chosen.name} ({later}): resume from the newest"
             " with --resume_from_checkpoint auto, or delete the later steps with"
             " --overwrite_output_dir"
         )
     return chosen
 
 
-def _describe_occupied(folder: Path, record: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Return the message for a folder that holds this run or another one, with its options."""
+def _describe_occupied(
+    folder: Path, record: Mapping[str, Any], settings: Mapping[str, Any], has_checkpoint: bool
+) -> str:
+    """Return the message for a folder with a run: this one, or one with other options."""
     # The record also has options that are not in ``settings``.
     recorded_settings = {}
     for name in settings.keys() & record["config"].keys():
@@ -149,8 +155,10 @@ def _describe_occupied(folder: Path, record: Mapping[str, Any], settings: Mappin
             f" --resume_from_checkpoint auto if these options may change, {OR_ANOTHER}"
         )
     if record["status"] == "finished":
+        if not has_checkpoint:
+            return f"{folder} holds this run, which is finished: {OR_ANOTHER}"
         return (
-            f"{folder} holds this run, which is finished: create only its missing files with"
+            f"{folder} holds this run, which is finished: export it again with"
             f" --resume_from_checkpoint auto, {OR_ANEW}"
         )
     end = "failed" if record["status"] == "failed" else "interrupted"
@@ -190,10 +198,10 @@ def _names_after_folder(folder: Path) -> tuple[str, ...]:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the folder's ``run.json``; None if there is none, or if no run wrote it.
+    """Return the folder's ``run.json``; None if there is none, or if it is not a run's JSON.
 
     Raises:
-        UserError: the record is damaged, or another version wrote it.
+        UserError: a value has the wrong type, or another version wrote the record.
     """
     try:
         record = json.loads((folder / RUN).read_bytes())
@@ -231,7 +239,7 @@ def _trained_whole(folder: Path) -> bool:
 
 
 def clear(folder: Path, overwrite: bool) -> None:
-    """Delete the earlier run if `guard` allowed a new one; keep files that no run wrote.
+    """Delete the earlier run after `guard` has allowed a new one; keep files that no run wrote.
 
     ``run.json`` is deleted last, so that after a crash the folder still counts as a run folder.
 
@@ -268,7 +276,8 @@ def rewind(folder: Path, step: int) -> None:
         for name in _result_names(folder):
             _delete(folder / name)
     discard_later_steps(folder / EXPORTS, step)
-    # Last, so that after a crash the command is refused or repeated until the rest is deleted.
+    # Last: after a crash, the remaining checkpoints show that the deletion is incomplete, and this
+    # step can be resumed only with --overwrite_output_dir, which deletes the rest.
     discard_later_steps(folder / checkpoint.CHECKPOINTS, step)
 
 

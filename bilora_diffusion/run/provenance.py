@@ -36,7 +36,7 @@ def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
 
     Returns:
         Both are None outside a checkout, without git, or if the checkout belongs to another
-        project, as for a package in a virtual environment.
+        project, for example if the package is installed in that project's virtual environment.
     """
     package = package or Path(__file__).resolve().parents[1]
     # If git tracks a file of the package, the checkout belongs to the package.
@@ -113,7 +113,10 @@ def _cpu_model() -> str:
 
 
 def peak_memory(training_device: torch.device | str | None = None) -> int:
-    """Return the peak memory so far, in bytes: the GPU's if a GPU trains, else this process's."""
+    """Return the peak memory so far, in bytes.
+
+    If a GPU trains, this is the memory that PyTorch has allocated on it; else that of this process.
+    """
     on_gpu = training_device is None or torch.device(training_device).type == "cuda"
     if on_gpu and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(training_device)

@@ -2,12 +2,13 @@
 
 There is one file for each recorded step, which is written atomically. It contains
 
-    factors/ADAPTER/TARGET.MODULE.A, .B     the trained factors, not averages, as matrices
+    factors/ADAPTER/TARGET.MODULE.A, .B     the trained factors, as matrices
     layers/NAME                             one value per layer, float64; see `train.dynamics`
 
 Its metadata contains, as JSON, the step, the names of the layers and each adapter's scales. The
-factors are in float32, so that cosines to the final weights are exact. They take 23 MB for SDXL's
-560 layers at rank 4, and twice as much with an auxiliary.
+factors keep the dtype in which they are trained, normally float32, so that cosines to the final
+weights are exact. They take 23 MB for SDXL's 560 layers at rank 4, and twice as much with an
+auxiliary.
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ def initialise(
         task: task that was prepared by `accelerator`.
         targets: the task's models after `Method.setup`.
         cfg: training configuration.
-        accelerator: engine.
+        accelerator: the run's accelerator.
 
     Raises:
         UserError: the loss depends on no layer of a model.
-        TrainingError: a loss or a gradient is not finite.
+        TrainingError: a weight, a loss or a gradient is not finite.
     """
     initialised = [target for target in targets if adapters.layers(target.model, INITIAL)]
     gradients: Mapping[str, Mapping[str, Tensor]] = {}
@@ -67,7 +67,7 @@ def initialise(
 def mean_gradients(
     task: Task, models: Mapping[str, nn.Module], cfg: RunConfig, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """Compute the mean gradient of a task's loss over `lora_ga_samples`, at the base weights.
+    """Compute a loss's mean gradient over `lora_ga_samples` samples, at the base weights.
 
     The samples belong to a step that no run reaches, so training uses the same data as without this
     pass. They depend neither on the batch size nor on the number of processes.
@@ -124,9 +124,10 @@ def mean_gradients(
                     # In place, since all gradients together are as large as the models in fp32.
                     gradient.div_(scale)
             return sums
+    other_precision = "--mixed_precision bf16 or no, or " if has_fp16_layers(models) else ""
     raise TrainingError(
         f"the gradient of {infinite_layers[0]} is not finite, so lora-ga can't use it: give"
-        " --mixed_precision bf16 or no, or another --init_lora_weights."
+        f" {other_precision}another --init_lora_weights."
     )
 
 

@@ -1,8 +1,8 @@
 """Variants of a run that are trained for comparison by ``--compare``, the demo and eval.sweep.
 
-A variant is a label with its own options. All other options are the same, so runs with the same
-seed use the same data, noise and initial values. A finished run is not repeated
-(`resume.holds_finished_run`).
+A variant is a label with its own options. All other options are the same. Unless the variants'
+options change them, runs with the same seed use the same data, noise and initial values. With
+several runs and ``--resume_from_checkpoint auto``, `plan` skips the finished ones.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class PlannedRun:
         """Check that a finished run used the task's data, so that it can be compared with others.
 
         Raises:
-            UserError: the run used other data than the task.
+            UserError: the run used different training data, or chose its weights with different
+                held-out data.
         """
         if not self.is_finished:
             return
@@ -87,11 +88,12 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
     """Plan the runs of a command from the content of their folders, without changing the folders.
 
     Args:
-        configs: configuration of each run. With ``--resume_from_checkpoint auto``, a single
-            finished run is resumed too, which exports it again.
+        configs: configuration of each run. With ``--resume_from_checkpoint auto``, finished
+            runs of several are skipped; a single one is resumed, which exports it again.
 
     Raises:
-        UserError: a folder has other content, or a checkpoint does not exist.
+        UserError: the content of a folder does not allow its run (`folder.guard`), or a checkpoint
+            does not exist.
     """
     runs = []
     for cfg in configs:
@@ -133,7 +135,7 @@ def to_flags(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Return options as ``--name=value``; booleans become yes and no."""
     flags = []
     for name, value in options.items():
-        # Both switches and options with choices accept these words.
+        # Boolean options, and options with the choices yes and no, accept these words.
         if isinstance(value, bool):
             value = "yes" if value else "no"
         flags.append(f"--{name}={value}")
@@ -168,8 +170,7 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
     """Create the configuration of the control: that of the command line with the other method.
 
     An option that both methods read, such as a radius, has a different meaning in each of them. So
-    the control uses its method's default instead of a typed value, as with a recipe for another
-    method.
+    the control uses its method's default instead of the value on the command line.
 
     Args:
         script: training script.
@@ -177,7 +178,7 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
         cfg: configuration of the run, which was read from the arguments.
 
     Raises:
-        UserError: the other method can't be trained with these options.
+        UserError: the other method can't be used with these options.
     """
     shared_options = methods.reads(cfg.method) & methods.reads(cfg.compare)
     typed_options = type(cfg).parser().explicit(argv)

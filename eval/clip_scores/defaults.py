@@ -1,10 +1,11 @@
 """Default prompts for a comparison without ``--prompts``: they fit the first run's training images.
 
-They are the first of these that the run has:
+The first of the following that is available is used:
 
-1. the prompt set of the shipped images that the run learned: ``3d_icon`` for icons in their own
-   colors, or the held-out captions for icons in other colors and for animals;
-2. the captions of its held-out images, which are then the ground truth;
+1. the shipped prompts for the paper's or the miniature's images, if the run learned them:
+   ``3d_icon`` for icons in their own colors, or the held-out captions for icons in other colors and
+   for animals;
+2. the captions of its held-out images; these images are then the ground truth;
 3. its instance prompt or trigger word in the contexts of ``eval/prompts/contexts.txt``, because
    scores over one or two validation prompts are too noisy;
 4. its validation prompts;
@@ -49,21 +50,25 @@ class Question:
     name: str
     # Scored prompts; `settings.question` adds the general ones.
     prompts: Sequence[Prompt]
-    # Whether the runs learned shipped icons, which have shipped general prompts
+    # Whether the first run learned icons for which general prompts are shipped; without a run,
+    # whether the base model is a miniature
     is_of_icons: bool = False
     # Sentences that the report shows above the scores; "" for none
     note: str = ""
 
 
 def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
-    """Choose the prompts by the first run; the note names runs that would get other prompts alone.
+    """Choose the prompts for the first run.
+
+    The note names the runs that would get different prompts if they were scored alone.
 
     Args:
         subjects: all scored subjects. Only run folders have a record of their training.
         base: the base model. If there is no run folder, a miniature gets the prompts of its icons.
 
     Raises:
-        UserError: there is no run folder, or the first run has no prompts or captions.
+        UserError: there is no run folder and the base model is not a miniature, or the first run
+            has no prompts or captions.
     """
     runs = _runs(subjects)
     if not runs:
@@ -108,7 +113,9 @@ def in_contexts(subjects: Sequence[Subject]) -> Question:
 
 
 def learned_icons(subjects: Sequence[Subject], base: str) -> bool:
-    """Return whether the first run learned shipped icons; without a run, whether it is a miniature.
+    """Return whether the first run learned the paper's or the miniature's icons.
+
+    Without a run, return whether the base model is a miniature.
 
     Args:
         subjects: all scored subjects.
@@ -130,7 +137,7 @@ def _runs(subjects: Sequence[Subject]) -> list[Subject]:
 
 
 def _icon_set(run: Subject) -> str:
-    """Return the name of the prompt set for the shipped images of a run; "" for other images."""
+    """Return the name of the prompt set for the paper's or a miniature's images; "" for others."""
     datasets = {_text(concept, "dataset_name") for concept in _concepts(run)}
     if datasets <= {ICONS, mini.MINI}:
         return ICON_PROMPTS
@@ -157,18 +164,18 @@ def _of_run(run: Subject) -> Question:
         note = ""
         if num_left_out:
             note = (
-                f"{name} has {counted(num_left_out, 'held-out image')} without a caption in a file."
-                " The run used its instance prompt to measure the loss on them. Here no sample is"
-                " compared with them, because that prompt describes no single picture: give each"
-                " image a caption (docs/data.md)."
+                f"{name} has {counted(num_left_out, 'held-out image')} that have no caption of"
+                " their own or are not local files, so no sample is compared with them: give a"
+                " folder of images, each with a caption (docs/data.md)."
             )
         return Question(title, heldout[:MAX_HELDOUT_PROMPTS], note=note)
 
     note = ""
     if any(_text(concept, "validation_dataset") for concept in concepts):
         note = (
-            f"The held-out images of {name} have no captions of their own in files, so no sample"
-            " is compared with them: give each image a caption (docs/data.md)."
+            f"The held-out images of {name} have no captions of their own or are not local files,"
+            " so no sample is compared with them: give a folder of images, each with a caption"
+            " (docs/data.md)."
         )
     contexts = _contexts(concepts)
     if contexts:
@@ -206,7 +213,7 @@ def _icons(name: str) -> Question:
 
 
 def _heldout(run: Subject, concepts: Sequence[Config]) -> tuple[list[Prompt], int]:
-    """Read the captions of the run's held-out images; each prompt gets the first image with it.
+    """Read the captions of the run's held-out images; each prompt gets the first of its images.
 
     Returns:
         The distinct captions as prompts, and the number of images without a caption or without a
@@ -255,7 +262,8 @@ def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
     """Put each concept's instance prompt, or its trigger word, into the contexts.
 
     "a TOK icon, in the style of TOK" becomes "a TOK icon in fresh snow, in the style of TOK". With
-    many concepts, each gets fewer contexts to keep about `MAX_HELDOUT_PROMPTS` prompts in total.
+    many concepts, each gets fewer contexts, so that there are about `MAX_HELDOUT_PROMPTS` prompts
+    in total.
     """
     contexts = numbered_lines(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)
     count = max(1, MAX_HELDOUT_PROMPTS // len(concepts))

@@ -5,9 +5,9 @@ read("3d_icon")                      # the paper's instances and 194 more (Table
 read("my_prompts.csv")
 read("mini-duotone-heldout")         # 128 captions, each with the picture that it describes
 
-``eval/prompts/NAME.txt`` is a shipped set. ``NAME_references.csv`` in the same folder names the
-miniature's held-out picture of each instance. ``contexts.txt`` is not a prompt set: it has contexts
-for a run's instance prompt; see `defaults`.
+``eval/prompts/NAME.txt`` is a shipped set. ``3d_icon_references.csv`` in the same folder names the
+miniature's held-out picture of an instance, if there is one. ``contexts.txt`` is not a prompt set:
+it has contexts for a run's instance prompt; see `defaults`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bilora_diffusion.mini import FOLDERS, HELDOUT_SUFFIX, color_map, heldout_di
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"
 GENERAL = "general"
 CONTEXTS = "contexts"
-# The paper's prompts
+# The paper's prompts and further ones like them
 ICON_PROMPTS = "3d_icon"
 # Column with the prompts in a CSV file, and in the metadata of held-out images
 PROMPT = "prompt"
-# Maximum size of a prompt file
+# Maximum size of a text file with prompts, in bytes
 MAX_BYTES = 100_000_000
 # Matches "of a Fluffy Rabbit, ..."
 _INSTANCE = re.compile(r"\bof an? ([^,]+)")
@@ -43,8 +43,8 @@ class Prompt:
     text: str
     # Subject of the prompt, such as "Fluffy Rabbit"; None if unknown
     instance: str | None = None
-    # Picture of the instance in the trained style. The references of the shipped sets belong to the
-    # miniature and are not used for other base models.
+    # Picture of the instance; with ``colors`` applied, it has the trained style. The references of
+    # the shipped sets belong to the miniature and are not used for other base models.
     reference: Path | None = None
     # Whether the prompt is unrelated to the training images, so its images should not change
     general: bool = False
@@ -105,8 +105,8 @@ def read(source: str | Path) -> list[Prompt]:
         first_place = first_places.setdefault(prompt.text, place)
         if first_place != place:
             raise UserError(
-                f'{name} has the prompt "{prompt.text[:200]}" twice, at {first_place} and at'
-                f" {place}: remove one of them."
+                f'{name} has the prompt "{prompt.text[:200]}" twice ({first_place} and {place}):'
+                " remove or change one of them."
             )
     plain = [prompt for _, prompt in prompts]
     if is_shipped:

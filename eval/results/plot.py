@@ -154,7 +154,7 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
 
 
 def positive(curve: Sequence[Summary]) -> list[Summary]:
-    """Return a curve for a logarithmic axis: zero means become gaps, and bands end above zero."""
+    """Return a curve for a logarithmic axis: means of 0 become gaps, and bands stay above 0."""
     points = []
     for point in curve:
         if point.mean and point.error is not None:
@@ -171,7 +171,7 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Itera
 
     Args:
         path: file of the picture.
-        rows, columns: number of axes in both directions.
+        rows, columns: numbers of rows and of columns of axes.
         options: options of the figure (``figsize``, ``layout``) and of its `subplots`.
 
     Yields:
@@ -192,7 +192,7 @@ def group_styles(groups: Sequence[str], control: str = "") -> dict[str, dict[str
     styles: dict[str, dict[str, Any]] = {}
     colored_groups = [group for group in groups if group != control]
     for number, group in enumerate(colored_groups):
-        turn = number // COLORS  # how often all colors have been used before
+        turn = number // COLORS  # how many times all colors have been used
         styles[group] = {
             "color": colors(number % COLORS),
             "marker": MARKERS[turn % len(MARKERS)],

@@ -1,4 +1,4 @@
-"""adapters: targets, injection, order, state, files and restoring, on the usual models."""
+"""Adapters on small models: targets, injection, activation, saved files, and restoring."""
 
 import contextlib
 import copy
@@ -41,14 +41,14 @@ def test_adapters_are_fp32_or_wider(base, use_dora):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
 
 
-def test_dora_on_a_bf16_model_starts_at_its_base():
+def test_dora_on_a_bf16_model_starts_with_the_base_models_output():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
     x = torch.randn(9, 64, dtype=torch.bfloat16)
     base_output = model(x)
     adapters.inject(model, AdapterSpec(use_dora=True))
     layer: Any = adapters.layers(model)[0][1]
-    # PEFT takes the norm in the base's precision; DoRA then starts off its base by bf16's rounding.
+    # PEFT computes this norm in the base's precision, so its DoRA starts with a rounding error.
     norm = layer.base_layer.weight.float().norm(dim=1)
     magnitude = layer.lora_magnitude_vector[PRIMARY].weight
     torch.testing.assert_close(magnitude, norm, rtol=1e-6, atol=0)
@@ -62,7 +62,7 @@ def test_dora_on_a_bf16_model_starts_at_its_base():
         ("default", (3 * 400) ** -0.5),  # uniform in +- 1 / sqrt(inputs)
     ],
 )
-def test_the_init_is_as_named(init, deviation):
+def test_each_init_gives_a_its_distribution_and_zeros_to_b(init, deviation):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(400, 40))
     adapters.inject(model, AdapterSpec(rank=8, init=init))
@@ -73,7 +73,7 @@ def test_the_init_is_as_named(init, deviation):
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("names", [(PRIMARY,), (), BOTH[::-1]])
-def test_only_restores_order_flags_and_switches(enabled, names):
+def test_active_adapters_and_trainable_parameters_are_restored_after_only(enabled, names):
     model = two_adapters(tiny_mlp(), use_dora=True)
     adapters.parameters(model, PRIMARY)[0].requires_grad_(False)
     for _, layer in adapters.layers(model):
@@ -86,12 +86,12 @@ def test_only_restores_order_flags_and_switches(enabled, names):
     before = state()
     with contextlib.suppress(KeyError), adapters.only(model, names):
         assert adapters.active(model) == names
-        # The state comes back after an error too.
+        # The state is restored even after an error.
         raise KeyError
     assert state() == before
 
 
-def test_switches_leave_a_frozen_adapter_on_and_joined_by_adds_it():
+def test_off_and_scaled_leave_a_frozen_adapter_active_and_joined_by_adds_it():
     model = two_adapters(tiny_mlp())
     adapters.inject(model, AdapterSpec(rank=2, target_modules=("first",)), ASSISTANT)
     for parameter in adapters.parameters(model, ASSISTANT):
@@ -110,20 +110,20 @@ def test_switches_leave_a_frozen_adapter_on_and_joined_by_adds_it():
     with adapters.only(model, (PRIMARY,)):
         with adapters.joined_by(model, ASSISTANT):
             assert adapters.active(model) == (PRIMARY, ASSISTANT)
-        with adapters.joined_by(model, SAMPLING):  # which the model does not have
+        with adapters.joined_by(model, SAMPLING):  # not on this model
             assert adapters.active(model) == (PRIMARY,)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert not any(p.requires_grad for p in adapters.parameters(model, ASSISTANT))
 
 
-def test_a_saved_primary_is_a_plain_peft_adapter_that_others_may_read(tmp_path):
+def test_a_saved_primary_is_a_plain_peft_adapter_with_the_usual_file_permissions(tmp_path):
     adapters.save_pretrained(two_adapters(tiny_mlp()), tmp_path / "out")
     weights = tmp_path / "out" / "adapter_model.safetensors"
     config_file = tmp_path / "out" / "adapter_config.json"
     assert set((tmp_path / "out").iterdir()) == {weights, config_file}
     config = json.loads(config_file.read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6, "LORA")
-    # The same permissions as those of any new file.
+    # The permissions are those of any new file.
     (tmp_path / "plain").touch()
     mode = (tmp_path / "plain").stat().st_mode
     assert weights.stat().st_mode == config_file.stat().st_mode == mode
@@ -154,12 +154,12 @@ def test_a_peft_models_adapter_is_adopted():
         ({"target_modules": "all-linear"}, "target_modules"),
     ],
 )
-def test_a_peft_models_adapter_of_another_shape_is_refused(changes, words):
+def test_a_peft_models_adapter_with_other_settings_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         adapters.adopt(peft_model(), replace(PEFT_SPEC, **changes))
 
 
-def test_gpt2_style_conv1d_is_linear():
+def test_adapters_work_on_gpt2s_conv1d():
     model = two_adapters(nn.Sequential(Conv1D(5, 6)))
     layer: Any = adapters.layers(model)[0][1]
     delta = layer.get_delta_weight(PRIMARY) + layer.get_delta_weight(AUXILIARY)
@@ -168,7 +168,7 @@ def test_gpt2_style_conv1d_is_linear():
 
 
 class UnsupportedLayers(nn.Module):
-    """One layer that adapters are made for, and others."""
+    """A model with one supported layer, `plain`, and several unsupported ones."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +192,7 @@ class UnsupportedLayers(nn.Module):
         (("to_q",), "matches no layer of UnsupportedLayers"),
     ],
 )
-def test_targets_that_have_no_adapter_are_refused(targets, words):
+def test_invalid_or_unsupported_targets_are_refused(targets, words):
     with pytest.raises(UserError, match=words):
         adapters.inject(UnsupportedLayers(), AdapterSpec(target_modules=targets))
 
@@ -208,8 +208,8 @@ def test_targets_that_have_no_adapter_are_refused(targets, words):
         (tiny_unet, ("conv1", "to_k"), {"conv1", "to_k"}),
     ],
 )
-def test_targets(make, targets, expected):
-    """The last parts of the targets' paths are these names, and each name has a target."""
+def test_target_modules_select_the_expected_layers(make, targets, expected):
+    """`expected` has the endings of the targets' paths; each ending has at least one target."""
     ends = set()
     for path in adapters.target_layers(make(), AdapterSpec(target_modules=targets)):
         matching_ends = [end for end in expected if f".{path}".endswith(f".{end}")]
@@ -219,7 +219,7 @@ def test_targets(make, targets, expected):
 
 
 @pytest.mark.parametrize("make", [tiny_t5, tiny_clip])
-def test_all_linear_leaves_the_output_head_out_as_peft_does(make):
+def test_all_linear_skips_the_output_head_as_peft_does(make):
     config = LoraConfig(target_modules="all-linear", task_type=None)
     peft_layers = adapters.layers(get_peft_model(make(), config))
     peft_targets = [path.removeprefix("base_model.model.") for path, _ in peft_layers]
@@ -236,7 +236,7 @@ def test_a_second_adapter_of_the_same_name_is_refused():
 
 
 class Small(nn.Module):
-    """A frozen model in bf16 with a head that may be trained whole."""
+    """A frozen bf16 model with a head that can be trained in full."""
 
     def __init__(self):
         super().__init__()
@@ -258,7 +258,7 @@ class Small(nn.Module):
     ],
 )
 @pytest.mark.parametrize("method", ["lora", "bilora"])
-def test_a_model_is_afterwards_as_it_came(method, values):
+def test_restored_leaves_the_model_bit_for_bit_unchanged(method, values):
     torch.manual_seed(0)
     model = Small()
     initial_state = copy.deepcopy(model.state_dict())
@@ -270,7 +270,7 @@ def test_a_model_is_afterwards_as_it_came(method, values):
             for group in groups:
                 for parameter in group["params"]:
                     parameter.data += 1
-            if spec.changes_base:  # as PiSSA takes its start out of the base
+            if spec.changes_base:  # PiSSA changes the base weights too
                 for _, layer in adapters.layers(model, INITIAL):
                     adapters.base_weight(layer).data *= 2
         assert [type(module) for module in model.modules()] == classes

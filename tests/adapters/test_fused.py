@@ -1,4 +1,4 @@
-"""fused: one product for all adapters, equal to PEFT's forward, which serves all other states."""
+"""The fused forward, compared with PEFT's own, which still handles all other states."""
 
 import copy
 import pickle
@@ -20,12 +20,12 @@ from bilora_diffusion.adapters import ASSISTANT, AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
 
 BOTH = (PRIMARY, AUXILIARY)
-# Largest error of a result, relative to its norm: a few roundings of its dtype.
+# Largest allowed error of a result, relative to its norm: a few roundings in its dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def adapted(base, ranks=(3, 2), alphas=(6, 3), active=BOTH, **options):
-    """`base` with two filled adapters on layer "0"; the options are the primary's."""
+def adapted_model(base, ranks=(3, 2), alphas=(6, 3), active=BOTH, **options):
+    """Wrap `base` as layer "0" with two random adapters; the options apply to the primary."""
     model = nn.Sequential(base)
     for name, rank, alpha in zip(BOTH, ranks, alphas, strict=True):
         spec = AdapterSpec(rank=rank, alpha=alpha, target_modules=("0",))
@@ -39,11 +39,11 @@ def adapted(base, ranks=(3, 2), alphas=(6, 3), active=BOTH, **options):
 
 
 def results(model, x, autocast=None, forward=None):
-    """Output, and gradients of every factor and of x, for a fixed loss linear in the output."""
+    """Return the output and the gradients of x and all factors, for a loss linear in the output."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         output = (forward or model)(x)
-    # A loss in float64, so that no rounding of its sum reaches the gradients.
+    # The loss is in float64 so that rounding in its sum does not affect the gradients.
     direction = torch.linspace(-1, 1, output.numel()).view(output.shape)
     model.zero_grad()
     (output.double() * direction).sum().backward()
@@ -84,18 +84,21 @@ AUTOCAST = st.sampled_from([torch.bfloat16, torch.float16])
     active=st.sampled_from([BOTH, BOTH[::-1], (PRIMARY,), (AUXILIARY,)]),
     transposed=st.booleans(),
 )
-def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transposed):
-    """`dtypes`: of the weights, x, autocast; `kernel`: a convolution's, with stride and padding."""
+def test_the_fused_forward_equals_pefts(
+    dtypes, ranks, alphas, shape, kernel, bias, active, transposed
+):
+    """`dtypes` are those of the weights, x and autocast; `kernel` is (size, stride, padding)."""
     torch.manual_seed(0)
     weight_dtype, x_dtype, autocast = dtypes
     layer: nn.Module = nn.Linear(12, 7, bias=bias)
     if kernel is not None:
         layer = nn.Conv2d(12, 7, *kernel, bias=bias)
         shape = (2, 12, 6, 5)
-    model = adapted(layer.to(weight_dtype), ranks, alphas, active)
+    model = adapted_model(layer.to(weight_dtype), ranks, alphas, active)
     peft_class = type(model[0])
-    # After the weights: of other values a gradient of rank 1 may cancel to a twentieth of its
-    # terms, where bf16's rounding is over the tolerance in PEFT's forward too.
+    # x must be drawn after the weights. With other values, the terms of a rank-1 gradient can
+    # cancel to a twentieth of their size, and bf16's rounding then exceeds the tolerance, even in
+    # PEFT's forward.
     x = torch.randn(shape, dtype=x_dtype)
     if transposed and kernel is not None:
         x = x.to(memory_format=torch.channels_last)
@@ -111,7 +114,7 @@ def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transp
 
 @each_layer
 def test_x_is_not_copied_to_fp32(layer, shape):
-    model = adapted(copy.deepcopy(layer).to(torch.bfloat16))
+    model = adapted_model(copy.deepcopy(layer).to(torch.bfloat16))
     x = torch.randn(shape, dtype=torch.bfloat16)
     shapes_in_fp32 = []
     addresses = []
@@ -131,9 +134,9 @@ def test_x_is_not_copied_to_fp32(layer, shape):
 
 @each_layer
 @pytest.mark.parametrize("active", [(*BOTH, ASSISTANT), (ASSISTANT,)])
-def test_a_frozen_adapter_is_further_rows_without_gradients(layer, shape, active):
+def test_a_frozen_adapter_joins_the_product_without_gradients(layer, shape, active):
     torch.manual_seed(0)
-    model = adapted(layer, active=(PRIMARY,))
+    model = adapted_model(layer, active=(PRIMARY,))
     adapters.inject(model, AdapterSpec(rank=5, alpha=2, target_modules=("0",)), ASSISTANT)
     for parameter in adapters.parameters(model, ASSISTANT):
         nn.init.normal_(parameter, std=0.3)
@@ -168,7 +171,7 @@ def merge(model):
 
 
 def use_dora(model):
-    model[0] = adapted(nn.Linear(12, 7), use_dora=True)[0]
+    model[0] = adapted_model(nn.Linear(12, 7), use_dora=True)[0]
     fuse(model)
 
 
@@ -184,25 +187,25 @@ STATES = [
 
 
 @pytest.mark.parametrize("change_state", STATES)
-def test_other_states_are_left_to_peft(change_state):
+def test_pefts_own_forward_handles_all_other_states(change_state):
     torch.manual_seed(0)
-    model = adapted(nn.Linear(12, 7))
+    model = adapted_model(nn.Linear(12, 7))
     fuse(model)
     change_state(model)
     x = torch.randn(5, 12, dtype=next(model.parameters()).dtype)
     with unfused(model):
         expected = model(x)
     with mock.patch.object(lora.Linear, "forward", autospec=True) as forward:
-        # PEFT's forward is called once, and its output is the layer's.
+        # PEFT's forward is called once, and the layer returns its output.
         forward.side_effect = lambda *_: expected.clone()
         assert torch.equal(model(x), expected)
     assert forward.call_count == 1
 
 
-def test_dora_primary_with_plain_auxiliary_adds_the_auxiliary_outside():
-    """m (W + D) / ||W + D|| + E: the order of the adapters decides, and is [primary, auxiliary]."""
+def test_a_plain_auxiliary_is_added_outside_of_a_dora_primarys_norm():
+    """The weight is m (W + D) / ||W + D|| + E, since the primary's D comes before E."""
     torch.manual_seed(0)
-    model = adapted(nn.Linear(12, 7), use_dora=True)
+    model = adapted_model(nn.Linear(12, 7), use_dora=True)
     x = torch.randn(5, 12)
     fuse(model)
     auxiliary = adapters.factors(model, AUXILIARY)[0]
@@ -212,8 +215,8 @@ def test_dora_primary_with_plain_auxiliary_adds_the_auxiliary_outside():
     torch.testing.assert_close(model(x), expected)
 
 
-def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too():
-    model = adapted(nn.Linear(12, 7))
+def test_unfuse_restores_pefts_class_and_copies_stay_fused():
+    model = adapted_model(nn.Linear(12, 7))
     x = torch.randn(5, 12)
     assert fuse(model) == fuse(model) == 1
     for model_copy in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -238,9 +241,9 @@ def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too():
     ids=["checkpointed", "compiled without breaks"],
 )
 @each_layer
-def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
+def test_checkpointing_and_compilation_do_not_change_the_results(wrap, autocast, layer, shape):
     torch.manual_seed(0)
-    model, x = adapted(copy.deepcopy(layer)), torch.randn(shape)
+    model, x = adapted_model(copy.deepcopy(layer)), torch.randn(shape)
     fuse(model)
     expected = results(model, x, autocast)
     actual = results(model, x, autocast, wrap(model))

@@ -1,5 +1,6 @@
-"""inits: PiSSA and LoRA-GA against PEFT, whole decompositions and a literal reference; in use on
-models, from a task's loss, through the API, and refused.
+"""PiSSA and LoRA-GA, compared with PEFT, exact decompositions and a literal reference.
+
+Further tests use them on models, with a task's loss and through the API, and check refusals.
 """
 
 import copy
@@ -31,7 +32,7 @@ def random(*shape, seed=0):
 
 
 def falling_spectrum(size, lowest):
-    """A matrix with singular values from 1 down to 10^lowest, no two of them alike."""
+    """Return a square matrix whose singular values fall from 1 to 10^lowest, all different."""
     left_vectors = torch.linalg.qr(random(size, size, seed=1)).Q
     right_vectors = torch.linalg.qr(random(size, size, seed=2)).Q
     values = torch.logspace(0, lowest, size, dtype=torch.float64)
@@ -39,28 +40,28 @@ def falling_spectrum(size, lowest):
 
 
 def assert_same_components(rows, expected, tolerance=1e-5):
-    """Equal up to the sign of each row, which a singular value decomposition leaves open."""
+    """Check equality up to each row's sign, which a singular value decomposition does not fix."""
     signs = (rows * expected).sum(1).sign()
     torch.testing.assert_close(signs[:, None] * rows, expected, rtol=tolerance, atol=tolerance)
 
 
 def weight_of(model, index=0):
-    """The weight of one layer of a sequence, without adapters."""
+    """Return the weight of one layer of a `Sequential` without adapters."""
     return cast(Any, model)[index].weight.detach()
 
 
 def base_weight_of(model, index=0):
-    """The weight below the adapters of one layer of a sequence."""
+    """Return the base weight of one adapted layer of a `Sequential`."""
     return adapters.base_weight(cast(Any, model)[index]).detach()
 
 
 def delta_of(layer, name=INITIAL):
-    """s B A as a weight."""
+    """Return s B A in the weight's shape."""
     return layer.get_delta_weight(name).detach()
 
 
 def start(model, spec, gradients=None):
-    """Start from an init as a method and a new run do, without a method."""
+    """Apply an init as a new run does, but without a method."""
     adapters.inject(model, spec)
     inits.prepare(model, spec)
     inits.compute(model, spec, gradients)
@@ -68,7 +69,7 @@ def start(model, spec, gradients=None):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_pissa_is_pefts_up_to_signs(transposed):
+def test_pissa_equals_pefts_up_to_signs(transposed):
     torch.manual_seed(0)
     peft_model = nn.Sequential(Conv1D(12, 9) if transposed else nn.Linear(9, 12))
     model = copy.deepcopy(peft_model)
@@ -98,11 +99,13 @@ def lora_ga_of_rank_4(gradient, **options):
 
 
 INITS = {pissa_of_rank_4: 1e-5, lora_ga_of_rank_4: 1e-3}
-"""Init -> the error of its randomized decomposition."""
+"""Init -> largest allowed error of its randomized decomposition."""
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_of_a_large_weight_it_is_close_repeatable_and_quiet(init, monkeypatch):
+def test_randomized_decompositions_are_close_repeatable_and_keep_the_global_rng_state(
+    init, monkeypatch
+):
     weight = falling_spectrum(60, lowest=-3)
     exact_A, exact_B = init(weight)
     monkeypatch.setattr("bilora_diffusion.adapters.inits.EXACT_UP_TO", 59)
@@ -119,7 +122,7 @@ def test_of_a_large_weight_it_is_close_repeatable_and_quiet(init, monkeypatch):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_rounding_of_the_input_turns_no_sign(init):
+def test_rounding_of_the_input_flips_no_sign(init):
     matrix = falling_spectrum(12, lowest=-4)
     exact = init(matrix)
     for seed in range(20):
@@ -127,7 +130,7 @@ def test_rounding_of_the_input_turns_no_sign(init):
         torch.testing.assert_close(noisy, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_lora_ga_is_the_reference_from_the_loss_on():
+def test_lora_ga_equals_the_reference_from_the_loss_to_the_residual():
     W1, W2 = random(10, 12, seed=1), random(9, 10, seed=2)
     x, y = random(6, 12, seed=3), random(6, 9, seed=4)
     model = nn.Sequential(nn.Linear(12, 10, bias=False), nn.Tanh(), nn.Linear(10, 9, bias=False))
@@ -139,7 +142,7 @@ def test_lora_ga_is_the_reference_from_the_loss_on():
     adapters.inject(model, spec)
     inits.prepare(model, spec)
     with collecting(model) as gradients:
-        for rows in torch.arange(6).chunk(3):  # cut into three passes
+        for rows in torch.arange(6).chunk(3):  # in three passes
             ((model(x[rows]) - y[rows]).square().sum() / 6).backward()
     G1, G2 = reference.mean_gradients(W1, W2, x, y)
     torch.testing.assert_close(gradients, {"0": G1, "2": G2})
@@ -152,14 +155,14 @@ def test_lora_ga_is_the_reference_from_the_loss_on():
         assert_same_components(factors.B.T, B0.T, 1e-6)
         residual = reference.initial_weight(W, factors.A, factors.B, alpha=3)
         torch.testing.assert_close(base_weight_of(model, index), residual)
-        # The unit of the loss plays no part.
+        # The scale of the loss does not matter.
         torch.testing.assert_close(lora_ga(1e9 * G, 2), lora_ga(G, 2))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("init", CHANGE_BASE)
-def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init):
+def test_a_convolution_is_decomposed_as_a_matrix_of_its_kernels(layout, use_dora, init):
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
     model.to(memory_format=layout)
@@ -173,7 +176,7 @@ def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init):
     delta = delta_of(model[0])
     torch.testing.assert_close(base_weight_of(model) + delta, weight)
     if init == "pissa":
-        # Eckart-Young: the residual of the best rank 2 has the other singular values.
+        # Eckart-Young: the best rank-2 approximation's residual has the other singular values.
         other_values = torch.linalg.svdvals(weight.flatten(1))[2:]
         torch.testing.assert_close((weight - delta).norm(), other_values.norm())
     else:
@@ -183,7 +186,7 @@ def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_narrow_base_moves_by_one_rounding(dtype):
+def test_a_half_precision_base_weight_is_rounded_only_once(dtype):
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(64, 48)).to(dtype)
     weight = weight_of(model).double()
@@ -199,7 +202,7 @@ def test_a_narrow_base_moves_by_one_rounding(dtype):
 TARGETS = ("first", "conv", "last")
 
 
-def test_collecting_gives_the_gradients_of_the_model_as_it_came():
+def test_collecting_returns_the_base_models_gradients_and_restores_the_model():
     case = CASES["unet"]
     base, model = case.make().train(), case.make().train()
 
@@ -215,7 +218,7 @@ def test_collecting_gives_the_gradients_of_the_model_as_it_came():
     inits.prepare(model, spec)
     flags_before = flags()
     for parameter in adapters.parameters(model, PRIMARY):
-        parameter.data.add_(0.1)  # must not act while gradients are collected
+        parameter.data.add_(0.1)  # must have no effect while gradients are collected
     with collecting(model) as gradients:
         backward(model)
         backward(model)
@@ -233,7 +236,7 @@ def test_collecting_gives_the_gradients_of_the_model_as_it_came():
 
 
 class Toy:
-    """A task whose samples are random vectors keyed by their slot."""
+    """A task whose samples are random vectors, seeded by their slots."""
 
     num_samples = 5
 
@@ -269,7 +272,7 @@ def gradient_of(task, micro_batch=2):
     return mean_gradients(cast(Any, task), models, cfg, device)["toy"]
 
 
-def test_the_tasks_mean_gradient_depends_on_the_samples_alone():
+def test_the_tasks_mean_gradient_depends_only_on_the_samples():
     plain = Toy()
     plain.module({"x": plain.rows(range(7))}).mean().backward()
     for micro_batch in (1, 3):
@@ -280,16 +283,16 @@ def test_the_tasks_mean_gradient_depends_on_the_samples_alone():
         assert task.requested_slots == list(range(7))
         first_position = task.first_positions[0]
         assert first_position % Toy.num_samples == 0  # a whole number of epochs
-        assert first_position > 10**9  # which no run reaches
+        assert first_position > 10**9  # further than any run gets
 
 
-def test_fp16_gradients_are_scaled_and_scaled_back(monkeypatch):
+def test_fp16_gradients_are_scaled_and_unscaled(monkeypatch):
     exact = gradient_of(Toy())
-    for scale in (1.0, 1e4):  # the second overflows at the first scale that is tried
+    for scale in (1.0, 1e4):  # the second one overflows at the first scale that is tried
         gradients = gradient_of(Toy(scale=scale, dtype=torch.float16))
         for path, gradient in gradients.items():
             torch.testing.assert_close(gradient / scale, exact[path], rtol=0.05, atol=2e-3)
-    # The sentence names the samples whose loss it is.
+    # The message names the samples of the batch.
     with pytest.raises(TrainingError, match="not finite for 0, 1"):
         gradient_of(Toy(scale=float("nan")))
     monkeypatch.setattr(gradients_module, "FP16_SCALES", (2.0**20,))
@@ -333,19 +336,19 @@ def test_lora_ga_through_the_api_needs_a_gradient_and_leaves_other_layers_alone(
         bilora.initialise(no_backward)
 
 
-def tied():
+def tied_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     cast(Any, model[1]).weight = model[0].weight
     return model
 
 
-def quantized():
+def quantized_model():
     model = nn.Sequential(nn.Linear(8, 8))
     quantize(model, torch.float32)
     return model
 
 
-def with_adapter():
+def adapted_model():
     return get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
 
 
@@ -357,18 +360,18 @@ def with_adapter():
             {"rank": 3, "init": "lora-ga", "target_modules": TARGETS},
             r"last is 5 x 8.*at least 6 on each",
         ),
-        (tied, {}, "weight of 0 is shared"),
-        (quantized, {}, "weight of 0 is quantized"),
-        (with_adapter, {}, 'init "pissa" would replace'),
+        (tied_model, {}, "weight of 0 is shared"),
+        (quantized_model, {}, "weight of 0 is quantized"),
+        (adapted_model, {}, 'init "pissa" would replace'),
     ],
 )
-def test_what_an_init_can_not_start_is_refused(make, values, words):
+def test_models_that_an_init_does_not_support_are_refused(make, values, words):
     options = {"rank": 2, "alpha": 8, "init": "pissa", "target_modules": ("0",)} | values
     with pytest.raises(UserError, match=words):
         attach(make(), BiLoRAConfig(**options))
 
 
-def test_the_initial_adapter_never_acts():
+def test_the_initial_adapter_can_not_be_activated():
     model = tiny_mlp()
     attach(model, BiLoRAConfig(rank=2, init="pissa", target_modules=TARGETS))
     with pytest.raises(UserError, match="counted twice"):

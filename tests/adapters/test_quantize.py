@@ -1,4 +1,4 @@
-"""quantize: weights that are really held in 4 bits, and adapters on them that act as on floats."""
+"""Weights are stored in 4 bits, and adapters on them act as on the rounded float weights."""
 
 import copy
 import importlib.util
@@ -20,7 +20,7 @@ from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
 from tests.contract.harness import Run
 from tests.contract.models import tiny_t5, tiny_unet
 
-INPUTS, OUTPUTS = 96, 80  # a row is one block of 64 and a half
+INPUTS, OUTPUTS = 96, 80  # a row is one and a half blocks of 64 weights
 
 
 def linear(dtype=torch.float32):
@@ -28,21 +28,21 @@ def linear(dtype=torch.float32):
     return nn.Sequential(nn.Linear(INPUTS, OUTPUTS).to(dtype))
 
 
-def four_bit(dtype=torch.float32):
+def four_bit_model(dtype=torch.float32):
     model = linear(dtype)
     quantize(model, dtype)
     return model
 
 
-def rounded(dtype=torch.float32):
-    """The model as 4 bits make it, with ordinary weights."""
+def rounded_model(dtype=torch.float32):
+    """Return the model with ordinary weights that have the values of the 4-bit weights."""
     model = linear(dtype)
-    model[0].weight.data = dequantize_module_weight(four_bit(dtype)[0])
+    model[0].weight.data = dequantize_module_weight(four_bit_model(dtype)[0])
     return model
 
 
 def adapt(model, dora=False, filled=True):
-    """Both adapters on layer "0", the same values each time."""
+    """Add both adapters to layer "0", with the same values in each call."""
     torch.manual_seed(1)
     for name in BOTH:
         spec = AdapterSpec(rank=3, target_modules=("0",), use_dora=dora and name == PRIMARY)
@@ -56,23 +56,23 @@ def adapt(model, dora=False, filled=True):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype):
+def test_a_weight_takes_half_a_byte_and_has_an_error_of_9_percent(dtype):
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(512, 640), nn.LayerNorm(640)).to(dtype)
-    # NF4's levels are the quantiles of normal values.
+    # NF4's levels are quantiles of the normal distribution.
     nn.init.normal_(model[0].weight)
     weight, bias = copy.deepcopy(model[0]).parameters()
     assert quantize(model, dtype) == 1
     layer = model[0]
     state = layer.weight.quant_state
-    # 4 bits, 8 for each 64 weights, 32 for each 256 of these; without the two code tables
+    # 4 bits per weight, 8 per 64 weights, and 32 per 256 * 64; the two code tables don't count
     parts = (layer.weight, state.absmax, state.offset, state.state2.absmax)
     bits = 8 * sum(part.nbytes for part in parts)
     assert bits / (512 * 640) == pytest.approx(4.127, abs=2e-3)
     rounded_weight: Any = dequantize_module_weight(layer)
     assert rounded_weight.dtype == dtype
     relative_error = float((rounded_weight - weight).norm() / weight.norm())
-    assert 0.085 < relative_error < 0.1  # of normal weights
+    assert 0.085 < relative_error < 0.1  # for normally distributed weights
     assert torch.equal(rounded_weight, round_to_nf4(weight.detach()))
     assert torch.equal(layer.bias, bias)
     assert not layer.weight.requires_grad
@@ -89,7 +89,7 @@ def test_some_layers_of_a_model_stay_in_full_precision(make, names):
             assert is_quantized(module) == names.isdisjoint(path.split(".")), path
 
 
-def test_a_layer_in_two_places_is_quantized_once_and_skipped_ones_are_not():
+def test_a_shared_layer_is_quantized_once_and_a_skipped_layer_is_not_quantized():
     layer = linear()[0]
     model: Any = nn.ModuleDict({"a": layer, "b": linear(), "c": nn.MultiheadAttention(8, 2)})
     model["d"] = nn.Sequential(layer)
@@ -107,9 +107,11 @@ def test_a_layer_in_two_places_is_quantized_once_and_skipped_ones_are_not():
 )
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("active", [BOTH[::-1], (PRIMARY,)], ids="-".join)
-def test_adapters_act_as_on_the_rounded_weight_fused_or_not(active, dora, dtype, autocast):
-    model = adapt(four_bit(dtype), dora)
-    plain = adapt(rounded(dtype), dora)
+def test_adapters_on_4_bit_weights_act_as_on_rounded_weights_fused_or_not(
+    active, dora, dtype, autocast
+):
+    model = adapt(four_bit_model(dtype), dora)
+    plain = adapt(rounded_model(dtype), dora)
     for network in (model, plain):
         adapters.activate(network, active)
         assert fuse(network) == 1
@@ -119,17 +121,17 @@ def test_adapters_act_as_on_the_rounded_weight_fused_or_not(active, dora, dtype,
     with unfused(model), unfused(plain):
         expected = results(plain, x, autocast)
         actual = results(model, x, autocast)
-    # PEFT's layers for 4 bits give the output in another precision under autocast.
+    # Under autocast, PEFT's 4-bit layers return the output in another precision.
     actual["output"] = actual["output"].to(expected["output"].dtype)
     assert_same(actual, expected, tolerance)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dora_starts_exactly_as_its_base(autocast, monkeypatch):
-    # PEFT asks for CUDA's autocast; here it gets the CPU's.
+def test_dora_starts_with_exactly_the_base_output(autocast, monkeypatch):
+    # PEFT reads the state of CUDA's autocast; here it reads the CPU's.
     is_enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": is_enabled(kind))
-    model: Any = adapt(four_bit(torch.bfloat16), dora=True, filled=False)
+    model: Any = adapt(four_bit_model(torch.bfloat16), dora=True, filled=False)
     fuse(model)
     x = torch.randn(5, INPUTS, dtype=torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -137,7 +139,7 @@ def test_dora_starts_exactly_as_its_base(autocast, monkeypatch):
 
 
 def train(checkpointing=False, evaluated=False):
-    """The losses of three steps of Bi-LoRA on 4-bit weights."""
+    """Return the losses of three Bi-LoRA steps on 4-bit weights."""
     run: Any = Run("bilora", "nf4", "llm")
     if checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -151,17 +153,17 @@ def train(checkpointing=False, evaluated=False):
     return losses
 
 
-def test_checkpointing_and_evaluations_change_nothing(monkeypatch):
+def test_checkpointing_and_evaluations_do_not_change_the_losses(monkeypatch):
     losses = train()
     assert losses[2] < losses[1] < losses[0]
     assert train(checkpointing=True) == losses
-    # As on a CPU with AVX512-BF16, where bitsandbytes repacks the weights in an evaluation unless
-    # it is kept from that. Repacked weights would pass no gradient on.
+    # On a CPU with AVX512-BF16, which is simulated here, bitsandbytes repacks the weights in an
+    # evaluation unless this is prevented. Gradients can't pass through repacked weights.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     assert train(evaluated=True) == losses
 
 
-def test_without_bitsandbytes_it_is_named(monkeypatch):
+def test_an_error_names_bitsandbytes_if_it_is_missing(monkeypatch):
     find_spec = importlib.util.find_spec
 
     def find_others(name, *arguments):
@@ -172,4 +174,4 @@ def test_without_bitsandbytes_it_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"pip install.*bitsandbytes"):
         resolve(["--dataset", "mini", "--quantize", "nf4"])
     with pytest.raises(UserError, match=r"pip install.*bitsandbytes"):
-        four_bit()
+        four_bit_model()

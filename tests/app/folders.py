@@ -1,4 +1,4 @@
-"""Folders for tests of the viewer: runs, scored images and results, as the commands write them."""
+"""Write folders for tests of the viewer: runs, scored images and results."""
 
 import io
 import json
@@ -20,12 +20,12 @@ from eval.results.table import Entry, Result, Row
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LABELS = ("lora", "bilora")
+# Color of each adapter's images
 COLORS = ("teal", "orange", "maroon")
-"""Colors of the images of each adapter."""
 
 
 def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
-    """Write the record of a run and an empty file of weights."""
+    """Write a run's record, changed by ``changes``, and an empty weights file."""
     record: dict[str, Any] = {
         "schema_version": 1,
         "method": method,
@@ -42,7 +42,7 @@ def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
 
 
 def make_images(folder: Path, step: int | str, count: int = 1) -> None:
-    """Write validation images of a step, each with another color."""
+    """Write the validation images of a step, each in another color."""
     images_folder = folder / "validation" / f"step-{step}"
     images_folder.mkdir(parents=True, exist_ok=True)
     red = step if isinstance(step, int) else 0
@@ -51,7 +51,7 @@ def make_images(folder: Path, step: int | str, count: int = 1) -> None:
 
 
 def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
-    """Write an image run with all files that the tabs read."""
+    """Write an image run with all the files that the tabs read."""
     config = {"validation_prompts": ["a hat"], "num_validation_images": 1, "rho": 0.05}
     make_run(folder, method, **({"config": config} | changes))
     make_images(folder, 2)
@@ -66,7 +66,7 @@ def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
 
 
 def make_result(folder: Path, report: str = "# Report", **changes: Any) -> Path:
-    """Write a result of ``eval.landscape`` with one figure."""
+    """Write a result of ``eval.landscape`` with one figure; ``changes`` go into its record."""
     folder.mkdir(parents=True, exist_ok=True)
     table.write(Result("landscape", figures=["figure.png"]), folder, report)
     record = json.loads((folder / table.FILE).read_text("utf-8"))
@@ -82,10 +82,14 @@ def make_scores(
     seeds: Sequence[int] = (0,),
     file: str | None = None,
 ) -> Scores:
-    """Write scored images of adapters, each in its color of `COLORS`.
+    """Write scored images of adapters, each adapter in its color in `COLORS`.
 
     Args:
-        file: name of the file in the rows of all images; by default, each has another one.
+        folder: folder of the result.
+        labels: names of the adapters.
+        texts: prompts.
+        seeds: seeds of the images.
+        file: file name in the rows of all images; by default, each row names its image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
@@ -110,7 +114,7 @@ def scores_of(
     images: Mapping[Key, ScoredImage],
     seeds: Sequence[int],
 ) -> Scores:
-    """Scores of images, as the tabs read them."""
+    """Return the scores of images as the tabs read them."""
     rows = []
     for (label, text, seed), image in images.items():
         values: dict[str, tuple[float | None, str]] = {"image": (None, image.file)}
@@ -132,11 +136,11 @@ def write(scores: Scores, folder: Path) -> Scores:
 
 
 def write_bomb(path: Path) -> Path:
-    """Write a picture of a few bytes whose header says that it has 20,000 x 20,000 pixels."""
+    """Write a picture of a few bytes whose header claims 20,000 x 20,000 pixels."""
     file = io.BytesIO()
     Image.new("1", (1, 1)).save(file, "PNG")
     content = file.getvalue()
-    # Bytes 12 to 29 are the chunk IHDR: its name, width, height and format; its CRC follows.
+    # Bytes 12 to 28 are the name, width, height and format of the chunk IHDR; its CRC follows.
     header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + content[24:29]
     path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
     return path

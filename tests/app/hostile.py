@@ -1,4 +1,4 @@
-"""Folders that are damaged, or made by somebody who attacks the viewer."""
+"""Damaged folders, and hostile folders from an attacker of the viewer."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ FORMULA = r"$$\rlap{\smash{\rule{999em}{999em}}}$$"
 
 
 def replaced(make: Callable[[Path], Any], file: str, spoil: Callable[[Path], Any]) -> Any:
-    """A function that makes a good folder, and replaces a file of it by the output of ``spoil``."""
+    """Return a function that makes a good folder and lets ``spoil`` write one of its files."""
 
     def damage(folder: Path) -> None:
         make(folder)
@@ -40,7 +40,7 @@ def written(text: str) -> Any:
 
 
 def changed(file: str, old: str, new: str) -> Any:
-    """A function that makes scores with other words in a file."""
+    """Return a function that makes scores and replaces a text in one of their files."""
 
     def damage(folder: Path) -> None:
         make_scores(folder)
@@ -53,13 +53,13 @@ def changed(file: str, old: str, new: str) -> Any:
 
 
 def sparse(path: Path) -> None:
-    """Write a file with a size of one terabyte."""
+    """Write a sparse file with a size of one terabyte."""
     with path.open("wb") as file:
         file.truncate(2**40)
 
 
 def in_folder(name: str | bytes) -> Any:
-    """A function that makes a good run and good scores in a folder with this name."""
+    """Return a function that makes a good run and good scores in a subfolder with this name."""
 
     def damage(folder: Path) -> None:
         folder.mkdir()
@@ -71,7 +71,7 @@ def in_folder(name: str | bytes) -> Any:
 
 
 def loops(folder: Path) -> None:
-    """Make links to themselves, to parent folders, to each other and out of the root."""
+    """Make a run with links to themselves, to parent folders, to each other and out of the root."""
     make_run(folder)
     links = {"a": "a", "b": "..", "c": "d", "d": "c", "e": "/", "validation/x": "."}
     links |= {"run.json": "metrics.jsonl", "metrics.jsonl": "run.json"}
@@ -81,14 +81,14 @@ def loops(folder: Path) -> None:
 
 
 def closed(folder: Path) -> None:
-    """Make files and folders that nobody may read."""
+    """Make a run with files and folders that nobody has permission to read."""
     make_run(folder)
     for name in ("metrics.jsonl", "validation", "run.json"):
         (folder / name).chmod(0)
 
 
 HALF_OF_A_PAIR = "\ud800"
-# File -> a function that makes a folder with it
+# File -> a function that makes a folder with this file
 FILES = {
     "run.json": make_run,
     "metrics.jsonl": make_run,
@@ -107,7 +107,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def damaged_files() -> dict[str, Callable[[Path], Any]]:
-    """Functions that make folders, with each kind of damage in each file."""
+    """Return name -> a function that makes a folder, for each kind of damage in each file."""
     folders = {}
     for file, make in FILES.items():
         for name, damage in DAMAGES.items():
@@ -115,7 +115,7 @@ def damaged_files() -> dict[str, Callable[[Path], Any]]:
     return folders
 
 
-# Damage -> a function that makes a folder with it
+# Kind of damage -> a function that makes a folder with it
 HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
     "a picture that fills the memory": replaced(make_run, "validation/step-2/000.png", write_bomb),
     # runs
@@ -150,7 +150,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
     "score is not a number": changed("rows.csv", "0.25", "nan"),
     "settings are lost": changed("result.json", '"seeds"', '"grains"'),
     "scored image leads out": partial(make_scores, file="../../../../etc/passwd"),
-    # names, links, rights, numbers
+    # names, links, permissions
     "name is markup": in_folder(EVIL.replace("/", "|")),
     "name of other bytes": in_folder(b"\xff\xfe\x80"),
     "name of a Windows path": in_folder("a\\b"),
@@ -162,7 +162,7 @@ HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
 
 
 def make_good(root: Path) -> None:
-    """Make two runs, their scores and a result, which all tabs show."""
+    """Make two runs, their scores and a result, so each tab has a good folder to show."""
     for method in LABELS:
         make_run(root / "good" / method, method)
     make_scores(root / "good" / "scores")

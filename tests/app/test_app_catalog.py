@@ -1,4 +1,4 @@
-"""Folders below the viewer's root: the scan, its checks, and paths that lead out of the root."""
+"""Folders below the viewer's root: the scan, broken folders, and paths that leave the root."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def paths(catalog):
     return [run.path for run in catalog.scan.runs]
 
 
-def test_a_scan_finds_runs_and_results_but_not_in_checkpoints_or_too_deep(tmp_path):
+def test_a_scan_finds_runs_and_results_but_skips_checkpoints_and_very_deep_folders(tmp_path):
     make_run(tmp_path / "b" / "lora")
     make_run(tmp_path / "a", method="bilora", status="running")
     deep = tmp_path.joinpath(*"cdefghij"[:DEPTH])
@@ -86,9 +86,9 @@ def test_the_first_pair_has_the_same_data_or_else_the_same_prompts(tmp_path):
     for path in ("dog", "dog-lora", "concepts"):
         (tmp_path / path / "metrics.jsonl").unlink()
     make("other", "bilora")
-    assert first() == {"other", "dog-lora"}, "the same prompts"
+    assert first() == {"other", "dog-lora"}, "the runs must have the same prompts"
     make("seed-1", "bilora", seed=1)
-    assert first() == {"other", "dog-lora"}, "the same prompts and seed"
+    assert first() == {"other", "dog-lora"}, "the runs must have the same prompts and seed"
     times = ["2026-01-02T00:00:00+00:00", "2026-01-03T00:00:00+00:00", "2026-01-04T00:00:00+00:00"]
     make("new", "bilora", "a0", started_at=times[0])
     make("new-lora", "lora", "a0", started_at=times[1])
@@ -96,10 +96,10 @@ def test_the_first_pair_has_the_same_data_or_else_the_same_prompts(tmp_path):
     make("dog", "bilora", "d0", started_at=times[0])
     make("dog-lora", "lora", "d0")
     make("newest", "bilora", "e0", started_at=times[2])
-    assert first() == {"new", "new-lora"}, "the newest pair on the same data"
+    assert first() == {"new", "new-lora"}, "the pair must be the newest on the same data"
     config = {"validation_prompts": ["a dog"], "num_validation_images": 1, "guided_target": 1.5}
     make("new-guided", "lora", "a0", started_at=times[2], config=config)
-    assert first() == {"new", "new-lora"}, "not a run with another target"
+    assert first() == {"new", "new-lora"}, "a run with another target must not be chosen"
 
 
 def test_runs_without_images_are_listed_with_the_flag_that_adds_them(tmp_path):
@@ -121,7 +121,7 @@ def test_the_heading_counts_each_folder_once(tmp_path):
     assert heading_html(Catalog(tmp_path)).endswith("</b> · 1 run, 1 result</p>")
 
 
-def test_the_picture_of_the_demo_is_a_result(tmp_path):
+def test_the_demos_picture_is_listed_as_a_result(tmp_path):
     picture = tmp_path / "grid.png"
     Image.new("RGB", (8, 8)).save(picture)
     write_result(picture, ["Both runs saw the same data.", "LoRA     1.0"])
@@ -133,13 +133,13 @@ def test_the_picture_of_the_demo_is_a_result(tmp_path):
     assert results.figures_html(catalog, item).count("<img") == 1
 
 
-def test_a_scan_notices_changes_and_reads_no_unchanged_file_again(tmp_path, monkeypatch):
+def test_a_scan_detects_changes_and_does_not_read_unchanged_files_again(tmp_path, monkeypatch):
     run = make_run(tmp_path / "lora", status="running")
     catalog = Catalog(tmp_path)
     hashes = {}
 
     def changed_kinds():
-        """The kinds of content that have changed since the last call."""
+        """Return the kinds of content that have changed since the last call."""
         catalog.refresh()
         changed = set()
         for kind in ("runs", "scores", "results"):
@@ -180,7 +180,7 @@ def test_commands_quote_their_paths_for_the_shell(tmp_path, monkeypatch):
     for method in ("lora", "bilora"):
         assert f"--output_dir 'my runs'/{method}" in text
     assert text.count("--validation_prompt") == 2
-    # Runs of the demo get the command that the demo prints.
+    # For the demo's runs, the command is the one that the demo prints.
     heldout = "mini-duotone-heldout"
     config = {"pretrained_model_name_or_path": "mini", "validation_dataset": heldout}
     for method in ("lora", "bilora"):
@@ -190,7 +190,7 @@ def test_commands_quote_their_paths_for_the_shell(tmp_path, monkeypatch):
     assert command in unescape(parts.empty_notice(Catalog(root), "", "clip_scores"))
     monkeypatch.chdir(root)
     assert Catalog(root).command_path("lora") == "lora"
-    # In another working folder the path is absolute; on a public page it has no parent folders.
+    # Outside the working folder, the path is absolute; on a public page it has no parent folders.
     monkeypatch.chdir("/")
     monkeypatch.setattr(Path, "cwd", lambda: Path("/elsewhere"))
     assert Catalog(root).command_path("lora") == f"{root}/lora"
@@ -206,7 +206,7 @@ def test_validation_images_are_next_to_those_of_the_base_model(tmp_path):
     catalog = Catalog(tmp_path)
     runs = sort_runs(validation.runs_with_images(catalog))
     assert validation.all_steps(runs) == [50, 100]
-    assert validation.first_step(runs) == 50, "the last step that both have"
+    assert validation.first_step(runs) == 50, "the step must be the last one of both runs"
     assert validation.first_step(runs[1:]) == 100
     table = validation.images_html(catalog, runs, 50)
     assert table.count("<section") == 2
@@ -215,7 +215,7 @@ def test_validation_images_are_next_to_those_of_the_base_model(tmp_path):
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
     assert validation.images_html(catalog, runs, 100).count("no image at step 100") == 2
-    # Those of the base model may be another run's.
+    # The base model's images may come from another run.
     assert "<figcaption>base model" in validation.images_html(catalog, runs[1:], 50)
     config["pretrained_model_name_or_path"] = "another"
     make_run(tmp_path / "bilora", method="bilora", config=config)
@@ -252,7 +252,7 @@ def test_images_of_the_same_prompt_are_labeled_with_their_seeds(tmp_path):
     assert heads("old") == (["image 1", "image 2"], ["", ""])
 
 
-def test_both_kinds_of_guidance_are_rows_and_the_truth_is_a_column(tmp_path):
+def test_each_kind_of_guidance_is_a_row_and_the_ground_truth_is_a_column(tmp_path):
     prompts = ["a TOK icon of a rabbit, in the style of TOK", "no caption of an icon"]
     config = {
         "pretrained_model_name_or_path": "mini",
@@ -275,16 +275,16 @@ def test_both_kinds_of_guidance_are_rows_and_the_truth_is_a_column(tmp_path):
     kinds = ["guidance from the base model, scale 2", "guidance from the adapter, scale 4.5"]
     assert re.findall("<h3>([^<]*)", table) == kinds * 2
     assert table.count("<img") == 4 * 2 + 2
-    assert table.count("<figcaption>ground truth") == 2, "one for each row of the caption"
+    assert table.count("<figcaption>ground truth") == 2, "in both rows of the first prompt"
     image = validation.ValidationImage("x.png", "a cat", guidance_from=0.5)
     assert validation.image_labels(image) == ("", "guidance from the adapter at strength 0.5")
-    # The truth of another model's runs is not known.
+    # The ground truth of runs of another model is unknown.
     make_run(tmp_path / "lora", config=config | {"pretrained_model_name_or_path": "sdxl"})
     catalog.refresh()
     assert "ground truth" not in validation.images_html(catalog, catalog.scan.runs, 5)
 
 
-def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
+def test_the_index_of_a_step_assigns_files_to_prompts(tmp_path):
     config = {"validation_prompts": ["a rabbit"], "num_validation_images": 1}
     make_images(make_run(tmp_path / "lora", config=config), 50, 2)
     index = tmp_path / "lora" / "validation" / "step-50" / INDEX
@@ -298,7 +298,7 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
         return {key: image.file for key, image in column.images.items()}
 
     assert files() == {("a cat", 0): "001.png", ("a dog", 0): "000.png"}
-    # Files outside of the folder of the index are not used.
+    # Files outside the index's folder are not used.
     index.write_text('{"images": [{"file": "../../run.json", "prompt": "a cat"}]}')
     assert files() == {}
     index.unlink()
@@ -308,7 +308,7 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
 
 def test_broken_folders_are_listed_and_the_others_are_shown(tmp_path):
     head = '{"schema_version": 1, "kind": '
-    # Folder -> file, its content, and words of the reason
+    # Folder -> file, its content, and a fragment of the reason
     broken = {
         "0": ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
         "1": ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),

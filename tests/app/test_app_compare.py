@@ -17,7 +17,7 @@ from tests.app.folders import scores_of, write
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
 RABBIT, CLOUD, LION = "an icon of a rabbit", "an icon of a Cloud", "an icon of a lion"
 PROMPTS = [Prompt(RABBIT, "rabbit"), Prompt(CLOUD, "Cloud"), Prompt(LION, "lion")]
-# Prompt -> seed -> score of the first and the second adapter
+# Prompt -> seed -> scores of the first and second adapters
 I2T = {
     RABBIT: {0: (0.30, 0.32), 1: (0.30, 0.30)},
     CLOUD: {0: (0.40, 0.35)},
@@ -27,7 +27,7 @@ VIEW = data.View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
 def make_scores(i2t):
-    """Scores of three adapters; the last one has images without scores."""
+    """Return scores of two adapters, and of the base model, whose images have no scores."""
     images: dict[Key, ScoredImage] = {}
     for text, seeds in i2t.items():
         for seed, values in seeds.items():
@@ -51,7 +51,7 @@ def test_a_change_is_a_mean_over_common_seeds_and_prompts_without_one_are_last(r
     assert data.compare_prompts(result, LORA, LORA, "i2t")[0].change == 0
     for row in data.compare_prompts(result, LORA, BASE, "i2t"):
         assert (row.b, row.change) == (None, None)
-    # Only one adapter has a score of seed 7.
+    # Only one adapter has a score for seed 7.
     with_lone_seed = make_scores(I2T | {RABBIT: I2T[RABBIT] | {7: (0.9,)}})
     assert data.compare_prompts(with_lone_seed, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3)
     without_change = make_scores(I2T | {LION: {0: (0.2,)}})
@@ -79,7 +79,7 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result):
     assert set(data.ORDERS) == set(orders)
     for order, expected in orders.items():
         assert texts("i2t", order) == expected
-    assert texts("nearest", "gain") == orders["loss"], "less memorization is the gain"
+    assert texts("nearest", "gain") == orders["loss"], "less memorization must be a gain"
     assert texts("nearest", "loss") == orders["gain"]
     assert texts("i2t", "list", "ICON cloud") == [CLOUD]
     assert texts("i2t", "list", "cloud lion") == []
@@ -87,7 +87,7 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result):
     assert data.find_neighbor(listed, LION, 1) == RABBIT
     assert data.find_neighbor(listed, LION, -1) == LION
     assert data.find_neighbor(listed, CLOUD, 1) == CLOUD
-    assert data.find_neighbor(listed[:1], CLOUD, 1) == LION  # not in the list: the first prompt
+    assert data.find_neighbor(listed[:1], CLOUD, 1) == LION  # an unlisted prompt leads to the first
     assert data.find_neighbor([], CLOUD, 1) == CLOUD
 
 
@@ -99,12 +99,12 @@ def test_a_link_opens_its_view_and_missing_names_are_reported(result):
     assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%252C+plain&prompt=")
     assert data.read_query(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
     assert data.read_query({}, "scores", result) == (first, [])
-    # A label may be a part of another label that has commas.
+    # A label with commas may contain other labels.
     nested = scores_of(("a", "b", "c", "x,b,c", "50%2Cb"), PROMPTS, {}, (0,))
     for also in (("x,b,c",), ("50%2Cb",), ("c", "x,b,c")):
         query = dict(parse_qsl(data.write_query(replace(VIEW, a="a", b="a", also=also))[1:]))
         assert data.read_query(query, "scores", nested)[0].also == also
-    # Names that the scores no longer have
+    # Names that are no longer in the scores
     lost = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
     view, missing = data.read_query(lost, "scores", result)
     assert view == replace(first, also=())
@@ -166,12 +166,12 @@ def test_html_has_the_scores_and_escapes_names(result):
 @pytest.mark.parametrize(
     ("gains", "tone"),
     [
-        ((0.5,), "even"),  # one seed says nothing
+        ((0.5,), "even"),  # one seed is not enough
         ((0.1, -0.09, 0.1), "even"),
         ((0.1, 0.11, 0.09), "up"),
         ((-0.1, -0.11, -0.09), "down"),
     ],
 )
-def test_a_difference_that_chance_explains_has_no_color(gains, tone):
+def test_a_difference_that_may_be_due_to_chance_has_no_color(gains, tone):
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
     assert data.compare_prompts(make_scores(scores), LORA, BILORA, "i2t")[0].tone == tone

@@ -1,4 +1,4 @@
-"""Requests of the tab Generate, and sampling that can be cancelled, on the miniature."""
+"""The tab Generate with the miniature: its form, sampled images, and cancelled work."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -37,11 +37,11 @@ REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
 
 @pytest.fixture(scope="module")
 def sampler():
-    """The miniature, loaded once."""
+    """Return a sampler for all tests, so the miniature is loaded only once."""
     return Sampler("cpu")
 
 
-def test_an_image_equals_that_of_the_evaluation_also_after_cancelled_work(sampler):
+def test_an_image_equals_that_of_the_evaluation_even_after_cancelled_work(sampler):
     steps = []
 
     def on_step(step):
@@ -52,22 +52,22 @@ def test_an_image_equals_that_of_the_evaluation_also_after_cancelled_work(sample
     mini = BaseChoice("mini")
     with pytest.raises(Stopped):
         sampler.sample(mini, None, [replace(REQUEST, steps=50)], on_step)
-    assert steps == [1, 2], "the work ends before the next step"
+    assert steps == [1, 2], "the work must end before the next step"
     (image,) = sampler.sample(mini, None, [REQUEST], steps.append)
-    assert steps == [1, 2, 1, 2]  # the callback of the cancelled work is not called any more
+    assert steps == [1, 2, 1, 2]  # the cancelled work's callback is not called again
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
 def test_steps_and_guidance_are_those_of_the_model(tmp_path):
-    """Scores, this tab and validation images use the same values; none of them needs weights."""
+    """Scores and this tab use the same values and read them without weights."""
     sd3 = str(saved("StableDiffusion3Pipeline", tmp_path / "sd3"))
-    turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
+    turbo = tmp_path / "snapshots" / "3a1f"  # as in the hub's cache
     saved("ZImagePipeline", turbo)
     model = replace(read_base_model(str(turbo)), name="owner/Z-Image-Turbo")
     assert settings.usual(model) == (8, 0.0)
-    # The miniature has another guidance scale than SDXL.
+    # The miniature's guidance scale differs from SDXL's.
     for base, usual_values in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
         assert settings.usual(BaseChoice(base).read_base_model()) == usual_values
         for flags, expected in (((None, None), usual_values), ((3, 0.0), (3, 0.0))):
@@ -94,14 +94,14 @@ def test_images_appear_one_by_one_and_work_can_be_cancelled(tmp_path, monkeypatc
     with gr.Blocks() as page:
         work = Work(Catalog(tmp_path), page, "cpu")
         tab = Tab(work, page.load)
-    request: Any = SimpleNamespace(session_hash="me")  # stands for Gradio's request
+    request: Any = SimpleNamespace(session_hash="me")  # in place of Gradio's request
     steps: list[tuple[int, int]] = []
 
     def show_progress(progress, desc, unit):
         steps.append(progress)
 
     def begin(b=BASE):
-        """Updates of the tab, (status, cards, slider), for two images of two steps."""
+        """Generate two images in two steps; yields the tab's updates (status, cards, slider)."""
         number = work.begin(request)
         return tab.generate(
             number, PROMPT, BASE, b, 3, 2, 4.0, 0.5, 1.0, True, request, show_progress
@@ -114,7 +114,7 @@ def test_images_appear_one_by_one_and_work_can_be_cancelled(tmp_path, monkeypatc
     assert "Done." in status
     assert "<img" in slider
     assert steps == [(0, 2), (1, 2), (2, 2)] * 2
-    # New work of a visitor ends the earlier work.
+    # A visitor's new work cancels the earlier work.
     older, newer = begin(), begin()
     assert "Cancelled." in next(older)[0]
     next(newer)
@@ -125,7 +125,7 @@ def test_images_appear_one_by_one_and_work_can_be_cancelled(tmp_path, monkeypatc
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path):
+def test_the_suggested_prompt_is_the_chosen_runs_until_the_user_writes_one(tmp_path):
     images = {"validation_prompts": ["a cat", "a hat"], "num_validation_images": 1}
     configs = {"cat": images, "dog": {"instance_prompt": "a photo of TOK"}, "old": {}}
     for name, config in configs.items():
@@ -143,7 +143,7 @@ def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path
     assert suggested(BASE, BASE, "a fox") == "a fox"
 
 
-def test_no_guidance_is_suggested_where_all_chosen_runs_have_it_in_them(tmp_path):
+def test_no_guidance_is_suggested_if_all_chosen_runs_have_a_guided_target(tmp_path):
     for name, scale in {"plain": 1.0, "guided": 1.5}.items():
         config = {"guided_target": scale, "pretrained_model_name_or_path": "mini"}
         make_run(tmp_path / name, config=config)
@@ -155,12 +155,12 @@ def test_no_guidance_is_suggested_where_all_chosen_runs_have_it_in_them(tmp_path
 
     assert suggested(BASE, "guided", "mini") == [1.0, "mini, guided"]
     assert suggested("plain", "guided", "mini, guided") == [4.0, "mini"]
-    # What the user has set stays while the choice asks for the same.
+    # The user's values are kept while the choice of runs suggests the same defaults.
     assert suggested(BASE, "guided", "mini, guided") == [gr.skip(), gr.skip()]
     assert suggested(BASE, "plain", "mini") == [gr.skip(), gr.skip()]
 
 
-def test_the_sampler_of_the_runs_can_be_left_out(tmp_path):
+def test_the_sampler_of_the_runs_can_be_turned_off(tmp_path):
     four_steps = {"validation_num_inference_steps": 4, "validation_guidance_scale": 1.0}
     configs = {
         "plain": {},
@@ -181,7 +181,7 @@ def test_the_sampler_of_the_runs_can_be_left_out(tmp_path):
     assert suggested("few", True) == ([4, 1.0], True)
     assert suggested("few", False) == ([25, 4.0], True)
     assert find_comparison(catalog, "few", BASE).sampler.scheduler == "LCMScheduler"
-    # A run whose file is gone can be sampled without it.
+    # A run whose sampling LoRA is gone can be sampled without that LoRA.
     with pytest.raises(UserError, match="gone"):
         find_comparison(catalog, "lost", BASE)
     assert suggested("lost", True) == ([gr.skip(), gr.skip()], True)
@@ -211,12 +211,12 @@ def test_the_first_choice_is_a_run_and_its_control_and_runs_without_weights_are_
     (make("dog-lora", "lora", 2, "d0", status="interrupted") / WEIGHTS).unlink()
     make("try", "lora", 3, "e0")
     a, b, absent = first()
-    assert (a, b) == ("try", BASE), "a run on other data is no control"
+    assert (a, b) == ("try", BASE), "a run on other data must not be the control"
     assert "dog-lora (LoRA, seed 0), interrupted" in absent
     (tmp_path / "dog-lora" / WEIGHTS).touch()
     assert first() == ("dog", "dog-lora", "")
     a, b, _, _ = tab.fill("try", "dog")
-    assert (a["value"], b["value"]) == ("try", "dog"), "a choice stays"
+    assert (a["value"], b["value"]) == ("try", "dog"), "the user's choice must be kept"
 
 
 def test_a_comparison_has_one_base_model_and_run_folders_below_the_root(tmp_path):
@@ -225,7 +225,7 @@ def test_a_comparison_has_one_base_model_and_run_folders_below_the_root(tmp_path
     make_run(root / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
     text = make_run(root / "text")
     (text / WEIGHTS).rename(text / "adapter_model.safetensors")
-    # A run without weights, and one whose weights are outside of the root
+    # A run without weights, and a run whose weights are outside the root
     for name in ("young", "linked"):
         (make_run(root / name) / WEIGHTS).unlink()
     (root / "linked" / WEIGHTS).symlink_to(make_run(tmp_path / "outside") / WEIGHTS)
@@ -243,8 +243,8 @@ def test_a_comparison_has_one_base_model_and_run_folders_below_the_root(tmp_path
             find_comparison(catalog, a, b)
 
 
-def test_a_message_does_not_reveal_files_outside_of_the_root(sampler, tmp_path, capfd):
-    # The message is the same whether the folder exists or not; the terminal has the reason.
+def test_a_message_does_not_reveal_files_outside_the_root(sampler, tmp_path, capfd):
+    # The message does not depend on whether the folder exists; the reason is in the terminal.
     (tmp_path / "present").mkdir()
     messages = []
     for name in ("present", "absent"):
@@ -268,7 +268,7 @@ def test_bad_values_and_missing_models_are_refused():
     for source in ("both", 1.1):
         with pytest.raises(UserError, match=f'"Guidance from" is "{source}"'):
             read_form(PROMPT, 0, 25, 4, 1, source)
-    # The slider's ends are the words, with which images are recorded.
+    # The ends of the slider become words, as in the records of images.
     sources = [read_form(PROMPT, 0, 25, 4, 1, value).guidance_from for value in (0, 0.5, 1)]
     assert sources == ["base", 0.5, "adapter"]
     with pytest.raises(UserError, match="hf download owner/absent"):

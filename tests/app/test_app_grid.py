@@ -1,4 +1,4 @@
-"""The grid of checkpoints against strengths, on a run of the miniature."""
+"""The grid of checkpoints and strengths, with a run of the miniature."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGE = re.compile(r'<img src="([^"]*)" alt="([^"]*)"')
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    """A grid of a run with a checkpoint at each of its two steps, and a run without checkpoints."""
+    """Return a grid for a run with checkpoints at both its steps and a run without checkpoints."""
     monkeypatch.setattr("app.grid.usual", lambda _: (2, 4.0))
     copied(train_once(checkpointing_steps=1), tmp_path / "run")
     make_run(tmp_path / "young")
@@ -35,7 +35,7 @@ def grid(tmp_path, monkeypatch):
 
 
 def sample(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", sources="adapter"):
-    """The updates of a grid, (status, table), while it samples with two sampler steps."""
+    """Sample a grid with two sampler steps; yields its updates (status, table)."""
 
     def ignore_progress(*_, **__):
         pass
@@ -47,7 +47,7 @@ def sample(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", sources="adapte
 
 
 def images_of(table):
-    """Label -> URI of each image of a grid, in its order."""
+    """Return label -> URI of the images of a grid, in the grid's order."""
     return {label: uri for uri, label in IMAGE.findall(table)}
 
 
@@ -90,7 +90,7 @@ def test_the_work_ends_between_sampler_steps(grid):
     assert "Cancelled." in next(updates)[0]
 
 
-def test_the_form_keeps_the_choices_that_the_run_has(grid):
+def test_the_form_keeps_the_chosen_steps_that_the_run_has(grid):
     first_form = grid.fill(None, [], "")
     assert first_form[grid.run]["choices"] == [("run (Bi-LoRA, seed 0)", "run")]
     assert first_form[grid.steps]["value"] == [1, 2]
@@ -115,7 +115,7 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         with pytest.raises(gr.Error) as caught:
             list(sample(grid, **values))
         assert sentence in unescape(str(caught.value))
-    # A damaged checkpoint, and one outside of the root
+    # A damaged checkpoint, and one outside the root
     checkpoint = grid.catalog.root / "run" / CHECKPOINTS / "step-1"
     (checkpoint / "state.json").write_text("{}")
     with pytest.raises(gr.Error, match=r"'run/checkpoints/step-1/state.json can"):

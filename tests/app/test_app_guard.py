@@ -1,4 +1,4 @@
-"""The viewer's server: it only answers its own page under its own names, and serves no files."""
+"""The viewer's server answers only its own page under its own host names, and serves no files."""
 
 import http.client
 import io
@@ -30,7 +30,7 @@ from tests.app.visitor import LOCAL, Visitor
 EVIL = "http://evil.example"
 SECRET = "nobody may read this"
 JOIN = "/gradio_api/queue/join"
-# A server that reads an endless file never answers; a busy machine may take some seconds.
+# A response takes some seconds on a busy machine. Reading an endless file would never finish.
 PATIENCE_SECONDS = 15
 # Ports of the servers of this process
 OWN_PORTS: set[int] = set()
@@ -38,13 +38,13 @@ OWN_PORTS: set[int] = set()
 
 @dataclass(frozen=True)
 class Served(Visitor):
-    """A viewer in this process: its port, its root, and the addresses it tried to connect to."""
+    """A viewer in this process; ``calls`` has the addresses that it tried to connect to."""
 
     root: Path
     calls: list[Any]
 
     def files(self) -> list[str]:
-        """Paths that nobody may read: outside of the root, through a link, a pipe and a device."""
+        """Return paths that nobody may read: outside the root, via a link, a pipe and a device."""
         outside = self.root.parent
         names = ("secret.txt", "own.txt", "root/link/secret.txt", "root/../secret.txt", "pipe")
         return [*(f"{outside}/{name}" for name in names), "/dev/zero"]
@@ -52,7 +52,7 @@ class Served(Visitor):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A root with a run and scores, next to files that nobody may read."""
+    """Make a root with a run and scores, next to files that nobody may read."""
     root = tmp_path_factory.mktemp("served") / "root"
     make_run(root / "lora")
     make_scores(root / "scores")
@@ -67,7 +67,7 @@ def root(tmp_path_factory):
 
 @contextmanager
 def serving(server: uvicorn.Server, root: Path) -> Iterator[Served]:
-    """Run a server in a thread; its connections to other machines are recorded and refused."""
+    """Run a server in a thread; connections to other servers are recorded and refused."""
     listener = socket.create_server((LOCAL, 0))
     port = listener.getsockname()[1]
     OWN_PORTS.add(port)
@@ -93,7 +93,7 @@ def serving(server: uvicorn.Server, root: Path) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def served(root):
-    """The viewer."""
+    """Serve the viewer."""
     server = page.build_server(Catalog(root), host=LOCAL, public=False, device=None)
     with serving(server, root) as served:
         yield served
@@ -101,7 +101,7 @@ def served(root):
 
 @pytest.fixture(scope="module")
 def unguarded(root):
-    """The viewer without its guard."""
+    """Serve the viewer without its guard."""
     app = page.build_app(page.build(Catalog(root)))
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
     with serving(page.Server(config), root) as served:
@@ -129,7 +129,7 @@ def test_the_viewer_serves_no_file_reveals_no_path_and_connects_to_nobody(served
 
 
 def file_objects(path: str) -> list[Any]:
-    """Objects that versions of Gradio take for a file or a URL."""
+    """Return objects that some version of Gradio treats as a file or a URL."""
     meta = {"meta": {"_type": "gradio.FileData"}}
     return [
         {"path": path, **meta},
@@ -140,7 +140,7 @@ def file_objects(path: str) -> list[Any]:
 
 
 def with_file(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
-    """Events with a file instead of one of the values, or as the data of a click."""
+    """Yield events with a file in place of each value, after the values, and as event data."""
     body = {"data": values, "fn_index": event, "trigger_id": 1, "session_hash": "visitor"}
     for position in range(len(values) + 1):
         yield body | {"data": [*values[:position], file_object, *values[position + 1 :]]}
@@ -148,7 +148,7 @@ def with_file(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
 
 
 def with_file_anywhere(event: int, values: list[Any], file_object: Any) -> Iterator[Any]:
-    """Events with a file in one of the fields, also inside of lists and objects."""
+    """Yield events with a file in each field, or inside a list or an object."""
     for value in ([file_object], [[file_object]], {"value": file_object}):
         yield from with_file(event, values, value)
     body = next(with_file(event, values, None))
@@ -157,13 +157,13 @@ def with_file_anywhere(event: int, values: list[Any], file_object: Any) -> Itera
 
 
 def copies() -> set[Path]:
-    """Copies of files that nobody may read in Gradio's cache."""
+    """Return the copies, in Gradio's cache, of files that nobody may read."""
     names = ("secret.txt", "own.txt", "pipe", "zero", "passwd")
     return {path for path in Path(get_upload_folder()).rglob("*") if path.name in names}
 
 
 def is_read(pipe: Path) -> bool:
-    """Test whether a pipe is open for reading."""
+    """Return whether a pipe is open for reading."""
     try:
         os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
     except OSError:
@@ -172,7 +172,7 @@ def is_read(pipe: Path) -> bool:
 
 
 @pytest.mark.timeout(60)  # a pipe or a device blocks the reader
-def test_no_event_takes_a_file_or_a_url(served):
+def test_no_event_accepts_a_file_or_a_url(served):
     copies_before = copies()
     paths = [*served.files(), f"http://{LOCAL}:9/a.png", f"{EVIL}/a.png"]
     forms = itertools.cycle(file_objects(served.files()[0]))
@@ -195,8 +195,8 @@ def test_no_event_takes_a_file_or_a_url(served):
 
 
 @pytest.mark.timeout(60)  # a pipe or a device blocks the reader
-def test_gradio_itself_refuses_files_that_it_has_not_made(unguarded):
-    """Only the guard refuses URLs: Gradio fetches those of public servers."""
+def test_gradio_itself_refuses_files_that_it_did_not_create(unguarded):
+    """URLs are not tested, because only the guard refuses them: Gradio fetches public URLs."""
     copies_before = copies()
     paths = itertools.cycle(unguarded.files())
     for event, values in unguarded.events():
@@ -227,7 +227,7 @@ def test_gradio_itself_refuses_files_that_it_has_not_made(unguarded):
         ({"fn_index": 1, "data": [["x" * (MAX_TEXT_LENGTH + 1)]]}, "10,001 characters"),
     ],
 )
-def test_events_that_the_page_does_not_send_are_refused_in_a_sentence(served, body, sentence):
+def test_events_that_the_page_does_not_send_are_refused_with_a_reason(served, body, sentence):
     content = body if isinstance(body, str | bytes) else json.dumps(body)
     connection = http.client.HTTPConnection(LOCAL, served.port, timeout=5)
     connection.request("POST", JOIN, content, {"Content-Type": "application/json"})
@@ -239,19 +239,19 @@ def test_events_that_the_page_does_not_send_are_refused_in_a_sentence(served, bo
 @pytest.mark.parametrize(
     ("listens_on", "host", "origin", "status"),
     [
-        # Names of this machine. Another name may be that of a web site (DNS rebinding).
+        # Names of this machine. Any other name may belong to a website (DNS rebinding).
         (LOCAL, "LOCALHOST:7860", "http://localhost:7860", 200),
         (LOCAL, "[::1]:7860", None, 200),
         (LOCAL, "evil.example", None, 403),
         (LOCAL, "localhost.evil.example", None, 403),
         (LOCAL, "192.168.0.5:7860", None, 403),
-        # Requests of a page with another origin
+        # Requests from a page with another origin
         (LOCAL, "localhost:7860", EVIL, 403),
         (LOCAL, "localhost:7860", "http://localhost:7861", 403),
         (LOCAL, "localhost:7860", "null", 403),
-        # By --allow_host
+        # A name given with --allow_host
         (LOCAL, "Lab.Example:443", "https://lab.example:443", 200),
-        # Open to the network: the name of the host and all addresses
+        # A server open to the network answers to its host name and to all addresses.
         ("0.0.0.0", f"{socket.gethostname()}:7860", None, 200),
         ("0.0.0.0", f"{LOCAL}:7860", "http://1.2.3.4:7860", 403),
         ("0.0.0.0", "192.168.0.5:7860", "http://192.168.0.5:7860", 200),
@@ -259,7 +259,7 @@ def test_events_that_the_page_does_not_send_are_refused_in_a_sentence(served, bo
         ("0.0.0.0", "evil.example@192.168.0.5", None, 403),
     ],
 )
-def test_other_host_names_and_web_sites_are_refused(listens_on, host, origin, status):
+def test_other_host_names_and_websites_are_refused(listens_on, host, origin, status):
     is_public = listens_on != LOCAL
     app = add_guards(PlainTextResponse("here"), [1], listens_on, is_public, ["Lab.Example"])
     headers = {"Host": host}
@@ -298,13 +298,13 @@ def test_values_from_a_browser_are_short_and_harmless_in_the_terminal():
     assert len(long_line) == MAX_LINE_LENGTH
 
 
-def test_large_and_endless_bodies_are_refused(served):
+def test_large_bodies_are_refused_even_without_a_content_length(served):
     text = "x" * MAX_TEXT_LENGTH
     body = {"fn_index": 1, "session_hash": "large", "data": [text] * 9}
     assert served.ask(JOIN, "POST", body).status == 200
     body["data"] = [text] * 10
     assert served.ask(JOIN, "POST", body).status == 413
-    # A body in pieces, without a header for its length
+    # A body in chunks, without a Content-Length header
     connection = http.client.HTTPConnection(LOCAL, served.port, timeout=30)
     pieces = iter([b"x" * 2**14] * 20)
     connection.request("POST", JOIN, pieces, encode_chunked=True)

@@ -1,4 +1,4 @@
-"""All tabs show the good folders next to damaged and hostile ones."""
+"""All tabs of the viewer, with damaged and hostile folders."""
 
 import re
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from app.catalog import Catalog
 from app.generate import Work
 from tests.app.hostile import HOSTILE, LAST_LINE, make_good
 
-pytestmark = pytest.mark.timeout(60)  # a pipe blocks the reader
+pytestmark = pytest.mark.timeout(60)  # reading a pipe blocks
 
 
 class Tabs:
@@ -28,7 +28,7 @@ class Tabs:
             self.training = training.Tab(self.catalog, changed)
 
     def contents(self):
-        """Part -> the browser's data after each tab is opened and each choice in it was made."""
+        """Open each tab and make each choice; return part -> data that the browser gets."""
         values = {
             "page": [page.heading_html(self.catalog), page.broken_html(self.catalog)],
             "images": [],
@@ -49,7 +49,7 @@ class Tabs:
         return {part: event_json(part_values) for part, part_values in values.items()}
 
     def _scores(self):
-        """Data of the tab Compare, with each score folder opened."""
+        """Return the data of the tab Compare with each folder of scores."""
         request: Any = SimpleNamespace(query_params={})
         compared = list(self.compare.open(request).values())
         for item in self.catalog.scan.scores:
@@ -59,7 +59,7 @@ class Tabs:
         return compared
 
     def _curves(self):
-        """Data of the tab Training, with six runs at a time next to the good ones."""
+        """Return the data of the tab Training: the good runs with six other runs at a time."""
         paths = [run.path for run in self.catalog.scan.runs]
         good_paths = [path for path in paths if path.startswith("good/")]
         cards, curves = [], []
@@ -74,7 +74,7 @@ class Tabs:
 
 
 def event_json(values):
-    """An event's values for the browser, as Gradio writes them."""
+    """Return an event's values as Gradio sends them to the browser."""
     return orjson.dumps(values, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
@@ -97,12 +97,12 @@ def test_tabs_show_the_good_folders_next_to_damaged_and_hostile_ones(tmp_path, m
         assert "(LoRA, seed 0" in contents[part]
         assert "(Bi-LoRA, seed 0" in contents[part]
     # Nothing from the hostile folders is executed.
-    for part in ("page", "images", "cards"):  # the texts of the others are no HTML
+    for part in ("page", "images", "cards"):  # the other parts are not HTML
         assert "<script" not in contents[part], part
-    assert "<" not in contents["reports"], "Markdown may contain HTML"
-    # A thousand levels of nesting exhaust the browser's stack.
+    assert "<" not in contents["reports"], "reports must not contain HTML"
+    # Thousands of nested levels would exhaust the browser's stack.
     assert LAST_LINE in contents["reports"]
     assert not re.search(r"(> ?|- |1\. ){100}", contents["reports"])
     for part, text in contents.items():
-        assert "rm -rf" not in text, f"a command to copy in {part}"
-        assert str(tmp_path) not in text, f"{part} has the path of the root"
+        assert "rm -rf" not in text, f"{part} must not have a dangerous command to copy"
+        assert str(tmp_path) not in text, f"{part} must not have the root's path"

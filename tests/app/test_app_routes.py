@@ -1,4 +1,4 @@
-"""The routes of Gradio's application: all are listed here, and only those of the page are open."""
+"""The routes of Gradio's app: all are listed here, and the guard opens only those of the page."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ from app.catalog import Catalog
 from app.guard import add_guards
 from tests.app.visitor import LOCAL
 
-# The routes of Gradio that the page needs
+# Gradio's routes that the page needs
 PAGE_ROUTES = {
     "GET /",
     "HEAD /",
@@ -29,7 +29,7 @@ PAGE_ROUTES = {
     "GET /theme.css",
     "POST /gradio_api/queue/join",
 }
-# All other routes; of `run` only the path `predict` is open.
+# All other routes. Of /gradio_api/run/{api_name}, the guard opens only "predict".
 CLOSED_ROUTES = {
     "GET /config/",
     "GET /gradio_api/app_id/",
@@ -106,7 +106,7 @@ def test_each_route_of_gradio_is_listed_and_only_those_of_the_page_are_open(tmp_
     mount: Any = page.build_app(page.build(Catalog(tmp_path))).routes[-1]
     routes = set()
     for route in iter_route_contexts(mount.app.routes):
-        # A route without methods is one of web sockets.
+        # A route without methods is a WebSocket route.
         routes |= {f"{method} {route.path}" for method in route.methods or {"WEBSOCKET"}}
     new_routes = sorted(routes - PAGE_ROUTES - CLOSED_ROUTES)
     assert not new_routes, (

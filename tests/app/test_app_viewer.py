@@ -45,10 +45,10 @@ def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, 
     ("signal_number", "is_ignored"),
     [(signal.SIGTERM, False), pytest.param(signal.SIGHUP, True, marks=pytest.mark.matrix)],
 )
-def test_it_serves_without_its_proxy_and_a_signal_ends_it_as_ctrl_c_does(
+def test_the_viewer_ignores_a_dead_proxy_and_a_signal_ends_it_like_ctrl_c(
     tmp_path, monkeypatch, signal_number, is_ignored
 ):
-    # A proxy that does not answer
+    # A proxy that does not respond
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
@@ -66,7 +66,7 @@ def test_it_serves_without_its_proxy_and_a_signal_ends_it_as_ctrl_c_does(
     try:
         assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
         assert Visitor(port).ask("/config").status == 200
-        # An event that fails: Gradio prints a traceback with the values that were sent.
+        # This event fails, and Gradio prints a traceback with the sent values.
         Visitor(port).send(1, [["x" * 9_000] * 10])
         process.send_signal(signal_number)
         if is_ignored:
@@ -79,10 +79,10 @@ def test_it_serves_without_its_proxy_and_a_signal_ends_it_as_ctrl_c_does(
         assert len(errors) < 10_000
     finally:
         process.kill()
-    assert not list(temporary.iterdir()), "no temporary file is left"
+    assert not list(temporary.iterdir()), "no temporary file may be left"
 
 
-def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_gradio_the_command_names_the_extra_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)  # importing it now raises ImportError
     assert viewer.main([str(tmp_path), "--port", str(free_port())]) == 2
     assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A visitor of a viewer, without a browser."""
+"""A visitor of the viewer without a browser."""
 
 import http.client
 import json
@@ -10,14 +10,14 @@ LOCAL = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Visitor:
-    """Sends requests and events to the viewer on a port of this machine."""
+    """A client that sends requests and events to the viewer on a local port."""
 
     port: int
 
     def ask(
         self, path: str, method: str = "GET", body: Any = None, **headers: str
     ) -> http.client.HTTPResponse:
-        """Send a request with unchanged path and headers, and return the response."""
+        """Send a request, without normalizing its path, and return the response."""
         connection = http.client.HTTPConnection(LOCAL, self.port, timeout=120)
         content = None if body is None else json.dumps(body)
         headers = {"Content-Type": "application/json", **headers}
@@ -25,7 +25,7 @@ class Visitor:
         return connection.getresponse()
 
     def events(self, element: str | None = None) -> list[tuple[int, list[Any]]]:
-        """The events of the element with this id; without an id, all events of the server.
+        """Return the events of the element with this id; without an id, all events of the server.
 
         Returns:
             The number of each event, and the values of its inputs on a new page.

@@ -1,4 +1,4 @@
-"""The viewer in a process of its own, and a real browser that looks at it."""
+"""Fixtures: a viewer in a separate process, and a real browser."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,24 +24,24 @@ class Viewer(NamedTuple):
 
 
 def fits(page: Page) -> bool:
-    """Test whether nothing is wider than the window."""
+    """Return whether nothing on the page is wider than the window."""
     widths = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     return widths[0] <= widths[1]
 
 
 @contextmanager
 def serving(root: Path, log: Path, port: int) -> Iterator[Viewer]:
-    """Run a viewer on this port within the context."""
+    """Context manager: run a viewer on this port."""
     with driver.serving(root, log, port) as url:
         yield Viewer(url, root)
 
 
 @pytest.fixture(scope="session")
 def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with two short runs (``lora``, ``bilora``), ``scores``, and a wide report."""
+    """Make a root with two short runs (``lora``, ``bilora``), ``scores``, and a wide report."""
     root = tmp_path_factory.mktemp("viewer") / "studio"
     values: dict[str, Any] = {
-        "learning_rate": 0.02,  # enough to see it
+        "learning_rate": 0.02,  # large enough to change the images visibly
         "num_validation_images": 1,
         "checkpointing_steps": 2,
     }
@@ -55,7 +55,10 @@ def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Viewer]]:
-    """``start(root)`` runs a viewer until the tests of a file end; idle viewers use the CPU too."""
+    """Yield ``start(root)``, which runs a viewer until the tests of the file end.
+
+    Viewers do not run longer, because even an idle viewer uses the CPU.
+    """
     logs = tmp_path_factory.mktemp("logs")
     with ExitStack() as stack:
 
@@ -68,20 +71,20 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
 
 @pytest.fixture(scope="module")
 def viewer(full_root: Path, start: Callable[[Path], Viewer]) -> Viewer:
-    """A viewer of ``full_root``, shared by the tests of a file."""
+    """Start a viewer of ``full_root`` that the tests of a file share."""
     return start(full_root)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium."""
+    """Run headless Chromium."""
     with driver.chromium() as browser:
         yield browser
 
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """``visit(phone=False, dark=False)`` opens a page for a new visitor."""
+    """Yield ``visit(phone=False, dark=False)``, which opens a page for a new visitor."""
     with ExitStack() as stack:
 
         def enter(phone: bool = False, dark: bool = False) -> Page:

@@ -1,4 +1,4 @@
-"""A viewer in a process of its own and a browser that looks at it, for tests and documentation."""
+"""A viewer in a separate process and a browser, for the tests and for pictures in the docs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# For a browser that runs as root and connects to this machine only
+# Arguments for a browser that runs as root and connects only to this machine
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -27,17 +27,17 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
 ]
-# Time that a viewer may take to start: it imports PyTorch and Gradio.
+# Maximum time for the start of a viewer, which imports PyTorch and Gradio
 START_SECONDS = 280.0
-# Time that a part of a page may take on a machine with other work
+# Maximum time for a part of a page to load on a busy machine
 LOADED_MS = 60_000
-# Time that two small images may take there
+# Maximum time for two small images on a busy machine
 GENERATED_MS = 600_000
 
 
 @contextmanager
 def serving(root: Path, log: Path, port: int) -> Iterator[str]:
-    """Run a viewer of a folder within the context; yields its address.
+    """Context manager: run a viewer of a folder; yields its URL.
 
     Args:
         root: folder of the viewer.
@@ -77,7 +77,7 @@ def _answers(url: str) -> bool:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Run headless Chromium within the context.
+    """Context manager: run headless Chromium.
 
     Raises:
         RuntimeError: Chromium is not installed.
@@ -93,7 +93,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def go(page: Page, address: str, tab: str | None = None) -> Page:
-    """Open an address, wait until the page has loaded, and choose a tab."""
+    """Open a URL, wait until the page has loaded, and choose a tab."""
     page.goto(address)
     page.locator("#frame-title h1").wait_for()
     if tab is not None:
@@ -102,7 +102,7 @@ def go(page: Page, address: str, tab: str | None = None) -> Page:
 
 
 def pick(page: Page, field: str, option: str) -> None:
-    """Choose an option of a drop-down list."""
+    """Choose an option in a drop-down list."""
     page.locator(f"#{field} input").click()
     page.get_by_role("option", name=option, exact=True).click()
-    expect(page.get_by_role("option")).to_have_count(0)  # the list fades away
+    expect(page.get_by_role("option")).to_have_count(0)  # the list has faded out

@@ -1,4 +1,4 @@
-"""The viewer in a browser, with damaged and hostile folders, and next to a hostile web site."""
+"""The viewer in a browser with damaged and hostile folders, and with a hostile website open."""
 
 import http.server
 import threading
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 LOCALHOST = "127.0.0.1"
 
 
-def test_names_are_text_on_every_tab_and_another_web_site_is_refused(tmp_path, start, visit):
+def test_names_are_text_on_every_tab_and_another_website_is_refused(tmp_path, start, visit):
     make_good(tmp_path)
     for number, damage in enumerate(HOSTILE.values()):
         damage(tmp_path / f"{number:03}")
@@ -30,20 +30,20 @@ def test_names_are_text_on_every_tab_and_another_web_site_is_refused(tmp_path, s
     names = [run.name for run in Catalog(tmp_path).scan.runs]
     good_name = next(name for name in names if name.startswith("good/bilora"))
     evil_name = next(name for name in names if "<img" in name)
-    expect(page.locator("#training-cards")).to_contain_text(good_name)  # of the first choice
+    expect(page.locator("#training-cards")).to_contain_text(good_name)  # chosen by default
     page.locator("#training-runs input").click()
     page.get_by_role("option", name=evil_name, exact=True).click()
     page.locator("#training-runs input").blur()
     expect(page.locator("#training-cards")).to_contain_text(evil_name)
     expect(page.locator("#training-loss svg.marks")).to_be_visible()
     curve = page.locator("#training-loss").bounding_box()  # the plot itself is redrawn
-    for step in range(1, 20):  # the tooltip shows names as text too
+    for step in range(1, 20):  # the tooltip also shows names as text
         share = step / 20
         page.mouse.move(curve["x"] + share * curve["width"], curve["y"] + share * curve["height"])
     go(page, hostile.url, "Results")
     pick(page, "results-result", f"Landscape: {list(HOSTILE).index('report is a page'):03}")
     report = page.locator("#results-report")
-    for text in ("log in", "overlay", "graph TD", r"\rule", "<script>"):  # as text
+    for text in ("log in", "overlay", "graph TD", r"\rule", "<script>"):  # all as text
         expect(report).to_contain_text(text)
     expect(report.locator("form, img, svg, .katex, .mermaid, [style*=fixed]")).to_have_count(0)
     pick(
@@ -57,11 +57,11 @@ def test_names_are_text_on_every_tab_and_another_web_site_is_refused(tmp_path, s
     for url in requested_urls:
         assert url.startswith((hostile.url, "data:", "blob:"))
 
-    page.goto("about:blank")  # the last requests of the viewer's page end
+    page.goto("about:blank")  # ends the last requests of the viewer's page
     page.wait_for_timeout(1000)
     answers: list[Response] = []
     page.on("response", lambda answer: answers.append(answer))
-    # Another web site that the visitor has opened
+    # Another website that the visitor has opened
     handler = http.server.SimpleHTTPRequestHandler
     with http.server.ThreadingHTTPServer((LOCALHOST, 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Smoke tests of the viewer in a real browser; ``tests/app`` tests its data."""
+"""Smoke tests of the viewer in a real browser; ``tests/app`` tests the data of its tabs."""
 
 import re
 from itertools import pairwise
@@ -13,7 +13,7 @@ from tests.scripts.runs import free_port
 
 pytestmark = pytest.mark.slow
 
-# Visible text whose contrast with its background is below WCAG's 4.5
+# Visible texts whose contrast with the background is below WCAG's minimum of 4.5
 CONTRAST = """() => {
   const parts = (color) => color.match(/[0-9.]+/g).map(Number);
   const channel = (value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -38,7 +38,7 @@ CONTRAST = """() => {
   }
   return low;
 }"""
-# Visible controls without a name for a screen reader
+# Visible controls that have no name for a screen reader
 NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [role=button]")]
   .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
   .filter((element) => ![
@@ -47,7 +47,7 @@ NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [
     ...[...(element.labels || [])].map((label) => label.textContent),
   ].some((name) => name && name.trim()))
   .map((element) => element.outerHTML.slice(0, 200))"""
-# Visible buttons smaller than the 24 pixels of WCAG 2.2
+# Visible buttons smaller than WCAG 2.2's minimum of 24 pixels
 SMALL = """() => [...document.querySelectorAll(
     ".token-remove, .reset-button, .icon-button, .label-wrap"
   )]
@@ -57,18 +57,18 @@ SMALL = """() => [...document.querySelectorAll(
     return Math.min(width, height) < 24;
   })
   .map((element) => element.outerHTML.slice(0, 200))"""
-# Levels of the visible headings, in the order of the page
+# Levels of the visible headings, in page order
 LEVELS = """() => [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")]
   .filter((element) => element.checkVisibility())
   .map((element) => Number(element.tagName[1]))"""
-# Tab -> a part that is there when the tab is filled
+# Tab -> a part of the page that is visible when the tab has loaded
 FILLED = {
     "Compare": "#compare-cards figure.card img",
     "Generate": "#generate-a input",
     "Training": "#training-loss svg.marks",
     "Results": "#results-result input",
 }
-# Left and right edges of the labels of a plot's steps, in pixels and in order
+# Left and right edges of a plot's step labels, in pixels, from left to right
 LABEL_EDGES = """(plot) => [
     ...plot.querySelectorAll('g[aria-label^="X-axis"] .role-axis-label text')
   ]
@@ -80,7 +80,7 @@ CARD = "#compare-cards figure.card"
 
 
 def check_training_on_a_phone(page):
-    """The widgets are one below the other and have the same width."""
+    """Check that the widgets are stacked and have the same width."""
     runs = page.locator("#training-runs").bounding_box()
     window = page.locator("#training-window").bounding_box()
     assert runs["y"] + runs["height"] <= window["y"]
@@ -91,12 +91,12 @@ def check_results(page):
     pick(page, "results-result", "Landscape: landscape")
     expect(page.locator("#results-report table")).to_contain_text("very wide")
     cell = page.locator("#results-report td").first.bounding_box()
-    assert cell["height"] < 60, "the words are in one line"
+    assert cell["height"] < 60, "the words must be on one line"
     expect(page.locator("#results-figures img.zoom")).to_have_count(1)
     padding = page.locator("#results-result input").evaluate(
         "input => parseFloat(getComputedStyle(input).paddingRight)"
     )
-    assert padding >= 24, "a long name ends before the arrow"
+    assert padding >= 24, "a long name must end before the arrow"
 
 
 def check_accessible(page):
@@ -110,7 +110,7 @@ def check_accessible(page):
 
 
 @pytest.mark.parametrize("is_dark_phone", [False, True])
-def test_every_tab_is_readable_fits_and_requests_nothing_from_others(viewer, visit, is_dark_phone):
+def test_tabs_are_accessible_fit_and_request_nothing_from_other_sites(viewer, visit, is_dark_phone):
     page = visit(phone=is_dark_phone, dark=is_dark_phone)
     messages: list[ConsoleMessage] = []
     requests: list[Request] = []
@@ -133,7 +133,7 @@ def test_every_tab_is_readable_fits_and_requests_nothing_from_others(viewer, vis
     page.go_back()
     expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")
     for answer in answers:
-        assert answer.ok, answer.url  # all routes that the page needs are open
+        assert answer.ok, answer.url  # every route that the page needs is open
     for message in messages:
         assert "Content Security Policy" not in message.text
 
@@ -157,7 +157,7 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     page.locator("#compare-list button.prompt", has_text="frog").click()
     expect(page.locator("#compare-prompt")).to_contain_text("frog")
 
-    # The slider between two images moves by 1 % of their width.
+    # An arrow key moves the slider between two images by 1 % of their width.
     page.locator("#compare-slider input").focus()
     page.keyboard.press("ArrowRight")
     front_image = page.locator("#compare-slider img.over")
@@ -176,9 +176,7 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     expect(linked.locator("#compare-prompt")).to_contain_text("frog")
 
 
-def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_closed(
-    viewer, visit
-):
+def test_images_are_generated_and_work_ends_if_it_is_cancelled_or_its_page_is_closed(viewer, visit):
     first = go(visit(), viewer.url, "Generate")
     second = go(visit(phone=True, dark=True), viewer.url, "Generate")
 
@@ -195,11 +193,11 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     first.locator("#generate-cancel").click()
     expect(first.locator("#generate-status")).to_contain_text("Cancelled.")
     begin(first, 1000)
-    begin(second, 2)  # starts when the first page is closed
+    begin(second, 2)  # this work starts when the first page is closed
     first.close()
     expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=GENERATED_MS)
     expect(second.locator("#generate-slider img")).to_have_count(2)
-    begin(second, 0)  # clears the earlier images
+    begin(second, 0)  # this click clears the earlier images
     expect(second.get_by_test_id("toast-body")).to_contain_text("steps is 0")
     expect(second.locator("#generate-slider img")).to_have_count(0)
     expect(second.locator("#generate-status")).not_to_contain_text("Done.")
@@ -207,7 +205,7 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     expect(second.get_by_test_id("toast-body")).to_have_count(0)
 
 
-def test_curves_follow_a_run(tmp_path, start, visit):
+def test_curves_follow_a_running_run(tmp_path, start, visit):
     log = RunLog(tmp_path / "bilora", "cpu")
 
     def train(steps):
@@ -231,18 +229,18 @@ def test_curves_follow_a_run(tmp_path, start, visit):
     expect(card).to_contain_text("500 of 500 steps")
     expect(curve).not_to_have_attribute("d", path)
     page.set_viewport_size({"width": 1400, "height": 900})  # three plots side by side
-    page.wait_for_timeout(1000)  # milliseconds; until the plots are redrawn
+    page.wait_for_timeout(1000)  # in ms; until the plots are redrawn
     for chart in ("loss", "norm", "rate"):
         edges = page.locator(f"#training-{chart}").evaluate(LABEL_EDGES)
         assert len(edges) > 2
         for (_, end), (start, _) in pairwise(edges):
-            assert end + 5 < start, "labels of the steps do not touch"
+            assert end + 5 < start, "step labels must not touch"
     page.locator("#training-norm svg.marks").hover()
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
 
 
 @pytest.mark.matrix
-def test_a_page_reloads_when_its_server_was_restarted(tmp_path, visit):
+def test_a_page_reloads_after_its_server_restarts(tmp_path, visit):
     port, page = free_port(), visit()
     with serving(tmp_path, tmp_path / "first.log", port) as viewer:
         go(page, viewer.url, "Training")

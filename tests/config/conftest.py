@@ -1,4 +1,4 @@
-"""The machine that a command line is read on."""
+"""A simulated machine, on which the tests of this folder resolve command lines."""
 
 from collections.abc import Callable, Collection
 
@@ -9,9 +9,9 @@ from bilora_diffusion.config import machine as module
 
 @pytest.fixture(autouse=True)
 def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A CPU with every package and model, without launcher.
+    """Simulate a CPU with every package and model, and no launcher.
 
-    `machine(kind, ...)` pretends another device.
+    The fixture's value is a function: `machine(kind, ...)` simulates another device.
     """
 
     def pretend(kind: str, *, bf16: bool = True, missing: Collection[str] = ()) -> None:

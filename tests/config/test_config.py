@@ -1,4 +1,4 @@
-"""Meaning of a command line: defaults, presets, recipes, the machine, and which value wins."""
+"""How a command line is resolved: defaults, presets, recipes, the machine, and precedence."""
 
 import dataclasses
 import json
@@ -49,9 +49,9 @@ MEANINGS: list[Any] = [
     (text, "", {"rho": 0.05, "method": "bilora", "adam_weight_decay": 0.0, "warmup_ratio": 0.03}),
     (text, "", {"max_length": 256, "task_type": "causal", "targets": ALL_LINEAR}),
     (text, "", {"max_train_steps": None, "num_train_epochs": 3}),
-    # a batch that is Transformers' default stays with an accumulation, unlike diffusers'
+    # accumulation does not change the default batch size of text models
     (text, "--gradient_accumulation_steps 4", {"train_batch_size": 8}),
-    # the radius is the method's own, and the modality's
+    # the default radius depends on method and modality
     (mini, "--method lora", {"rho": None}),
     (mini, "--method bilora", {"rho": 0.05}),
     (mini, "--method lora-sam", {"rho": 0.05}),
@@ -60,7 +60,7 @@ MEANINGS: list[Any] = [
     (text, "--method bilora", {"rho": 0.05}),
     (text, "--method lora-sam", {"rho": 0.01}),
     (text, "--method flat-lora", {"rho": 0.05}),
-    # the miniature, and what overrides it
+    # the miniature, and options that override its defaults
     (mini, "", {"pretrained_model_name_or_path": "mini", "validation_dataset": "mini-heldout"}),
     (mini, "", {"resolution": 64, "caption_column": "prompt", "report_to": "tensorboard"}),
     (mini, "--instance_prompt icon", {"instance_prompt": "icon", "caption_column": None}),
@@ -70,28 +70,28 @@ MEANINGS: list[Any] = [
         "--validation_prompt one --validation_prompts two --validation_prompts three",
         {"validation_prompts": ["one", "two", "three"], "num_validation_images": 4},
     ),
-    # what the held-out loss decides measures it twenty times, unless given
+    # measurements that choose the weights: 5 per run with samples, 20 with the loss alone
     (mini, "--keep_best --max_train_steps 500", {"validation_loss_steps": 100}),
     (mini, "--keep_best --choose_by loss --max_train_steps 500", {"validation_loss_steps": 25}),
     (mini, "--keep_best --max_train_steps 9", {"validation_loss_steps": 1}),
     (mini, "--keep_best --validation_loss_steps 3", {"validation_loss_steps": 3}),
     # booleans
     (mini, "--no_output_kohya_format", {"output_kohya_format": False}),
-    (mini, "--method full", {"output_kohya_format": False}),  # which exports whole models
+    (mini, "--method full", {"output_kohya_format": False}),  # it exports a full model
     (mini, "--optimizer Prodigy", {"optimizer": "prodigy", "learning_rate": 1.0}),
     (mini, "--lora_target_modules attention+feed-forward", {"lora_layers": GROUPS}),
-    # steps and epochs; those of images, and rates, are compared in test_diffusers_command_lines.py
+    # steps and epochs of text models; test_diffusers_command_lines.py compares those of images
     (text, "--max_train_steps 9", {"max_train_steps": 9, "num_train_epochs": None}),
 ]
 
 
 @pytest.mark.parametrize(("read", "words", "expected"), MEANINGS)
-def test_what_a_command_line_means(read, words, expected):
+def test_a_command_line_is_resolved_to_these_values(read, words, expected):
     cfg = read(words)
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def test_spellings_mean_the_same_and_a_set_brings_its_prompts():
+def test_all_spellings_are_equivalent_and_a_data_set_sets_its_prompts():
     assert resolve(["--dataset_name=mini"]) == resolve(["--dataset-name", "mini"]) == mini()
     prompts = icons().validation_prompts
     assert (prompts[0], len(prompts)) == ("a TOK icon of a rabbit, in the style of TOK", 6)
@@ -116,7 +116,7 @@ ON_MACHINES: list[Any] = [
     (CUDA, {}, mini, "--resolution 512", {"gradient_checkpointing": True}),
     (CUDA, {}, mini, "--resolution 504", {"gradient_checkpointing": False}),
     (CPU, {}, mini, "--resolution 512", {"gradient_checkpointing": False}),
-    # the autoencoder that is mended for fp16 is for the base model of SDXL in fp16 alone
+    # the autoencoder that is fixed for fp16 is used only with SDXL's base model in fp16
     (CPU, {}, icons, "", FP32),
     (CUDA, {}, icons, "", BF16),
     (OLD_CUDA, {}, icons, "", FP16),
@@ -124,8 +124,8 @@ ON_MACHINES: list[Any] = [
     (CUDA, launched("no"), icons, "", BF16),
     (CUDA, launched("fp16"), icons, "--mixed_precision no", FP32),
     (CPU, launched("bf16"), icons, "", BF16),
-    # --scale_lr counts batch (1), accumulation (4) and processes (3); the rate of text encoders
-    # stays
+    # --scale_lr multiplies by batch (1), accumulation (4) and processes (3), but not the text
+    # encoders' rate
     (CUDA, THREE_PROCESSES, mini, SCALED, {ETA_2: None, "learning_rate": 24e-4}),
     (
         CUDA,
@@ -134,7 +134,7 @@ ON_MACHINES: list[Any] = [
         f"{SCALED} --{ETA_2} 1e-4",
         {ETA_2: 12e-4, "text_encoder_lr": 5e-6},
     ),
-    # Prodigy has one rate for all
+    # Prodigy has a single rate
     (
         CUDA,
         THREE_PROCESSES,
@@ -148,7 +148,9 @@ ON_MACHINES: list[Any] = [
 
 
 @pytest.mark.parametrize(("device", "launch", "read", "words", "expected"), ON_MACHINES)
-def test_what_a_machine_decides(device, launch, read, words, expected, machine, monkeypatch):
+def test_some_defaults_depend_on_the_machine(
+    device, launch, read, words, expected, machine, monkeypatch
+):
     machine(**device)
     for name, value in launch.items():
         monkeypatch.setenv(name, value)
@@ -159,24 +161,24 @@ def test_what_a_machine_decides(device, launch, read, words, expected, machine, 
 @pytest.mark.parametrize(
     ("words", "steps", "warmup_steps"),
     [
-        ("", 101, 4),  # a share of 0.03 is rounded up, as Transformers does
+        ("", 101, 4),  # 0.03 * 101 is rounded up, as in Transformers
         ("--warmup_ratio 0.5", 10, 5),
         ("--lr_warmup_steps 7", 100, 7),
         ("--lr_scheduler constant", 100, 0),
     ],
 )
-def test_warm_up_as_a_share_or_in_steps(words, steps, warmup_steps):
+def test_a_warm_up_is_given_as_a_ratio_or_in_steps(words, steps, warmup_steps):
     assert text(words).warmup_steps(steps) == warmup_steps
 
 
-def test_local_folders_take_the_place_of_the_hub(tmp_path, monkeypatch):
+def test_local_folders_take_precedence_over_the_hub(tmp_path, monkeypatch):
     (tmp_path / "mini").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "mini" / "a.png")
     monkeypatch.chdir(tmp_path)
     model = "--pretrained_model_name_or_path mini"
     cfg = resolve(f"--dataset ./mini --instance_prompt x {model}".split())
     assert cfg.dataset_name == "./mini"
-    folder = f"--instance_data_dir mini {model}".split()  # not the miniature
+    folder = f"--instance_data_dir mini {model}".split()  # a folder, not the miniature
     with pytest.raises(UserError, match=r"no prompt: .*--instance_prompt.*\.txt"):
         resolve(folder)
     (tmp_path / "mini" / "a.txt").write_text("a square")
@@ -186,7 +188,7 @@ def test_local_folders_take_the_place_of_the_hub(tmp_path, monkeypatch):
         assert getattr(cfg, name) is None
 
 
-def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_path):
+def test_the_record_gives_the_same_configuration_and_does_not_contain_the_token(tmp_path):
     flags = "--lora_target_modules q v --packing --rho 0.1 --push_to_hub --hub_token hf_secret"
     cfg = text(flags)
     assert cfg.hub_token == "hf_secret"
@@ -213,7 +215,7 @@ MEASURING = "--eval_steps 5 --max_eval_samples 9 --eval_batch_size 2 --preproces
         (text, MEASURING, ["--max_length 9", "--template plain", "--warmup_ratio 0.5"]),
     ],
 )
-def test_a_resume_may_change_what_does_not_change_the_training(read, harmless, changes):
+def test_a_resumed_run_may_change_only_options_without_effect_on_training(read, harmless, changes):
     default = read().resume_settings()
     cfg = read(f"{harmless} --output_dir x --report_to none")
     assert cfg.resume_settings() == default
@@ -221,17 +223,18 @@ def test_a_resume_may_change_what_does_not_change_the_training(read, harmless, c
         assert read(change).resume_settings() != default
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.rank = 5
-    assert pickle.loads(pickle.dumps(cfg)) == cfg  # for the workers that read images
+    # The workers that load images receive a pickled copy.
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
 
 
-def test_accelerate_on_the_cpu_is_the_cpu(monkeypatch):
+def test_accelerates_cpu_setting_selects_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: torch.device("cuda"))
     assert device_type() == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert device_type() == "cpu"
 
 
-def test_the_rates_that_the_docstring_of_the_rules_names_are_the_defaults():
+def test_the_default_rates_match_the_docstring_of_the_derivation_rules():
     image, text = (
         default_of(options.__dataclass_fields__["learning_rate"])
         for options in (DreamBoothConfig, TextConfig)

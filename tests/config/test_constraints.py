@@ -1,4 +1,4 @@
-"""Command lines that can't be honoured: one sentence each, with the value and the fix."""
+"""Bad command lines are refused in one sentence with the value and the fix."""
 
 import contextlib
 import json
@@ -22,11 +22,11 @@ TEXT = "--model_name_or_path gpt2 --task sst2"
 FOLDER = "--instance_prompt x --dataset"
 ROWS = "--model_name_or_path gpt2 --train_file"
 CONFIGS: dict[Any, str] = {DreamBoothConfig: IMAGE, TextConfig: TEXT}
-LATIN = os.fsdecode(b"caf\xe9")  # as Python hands over an argument in Latin-1
+LATIN = os.fsdecode(b"caf\xe9")  # how Python decodes an argument in Latin-1
 
-# A command line, and parts of the sentence that refuses it: the value, and the fix.
+# Command lines, and parts of their error messages: the value and the fix.
 BAD_COMMAND_LINES = [
-    # What argparse sees.
+    # Errors of the parser.
     (f"{IMAGE} --rnk 4", ["--rnk", "--rank"]),
     (f"{TEXT} --rank 4 stray", ["stray"]),
     (f"{IMAGE} --rho", ["--rho has no value"]),
@@ -49,7 +49,7 @@ BAD_COMMAND_LINES = [
     (f"{IMAGE} --optimizer prodigy", ["pip install 'prodigyopt'"]),
     (f"{IMAGE} --push_to_hub", ["--push_to_hub", "hf auth login"]),
     (f"{IMAGE} --push_to_hub --hub_token hf_x --report_to wandb", ["--hub_token", "hf auth login"]),
-    # Images and models; tests/image has more of sets.
+    # Images and models; tests/image has more on data sets.
     (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset is given twice", "as concepts"]),
     (
         f"{FOLDER} a/b --instance_data_dir x --instance_data_dir y",
@@ -75,7 +75,7 @@ BAD_COMMAND_LINES = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files and folders that are wrong in one way each."""
+    """Create files and folders with one error each."""
     for name in ("full", "other"):
         (tmp_path / name).mkdir()
     for name in ("full/a.png", "a.zip"):
@@ -91,15 +91,15 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["--validation_guidance_scale 2e2", "--snr_gamma 1e300"])
-def test_no_number_is_guessed_that_nobody_would_type(words):
-    """200 is no slip of an exponent, and 1e-300 is 0 in fp32."""
+def test_no_implausible_number_is_suggested(words):
+    """200 is not a mistyped exponent, and the alternative 1e-300 is 0 in fp32."""
     with pytest.raises(UserError) as error:
         DreamBoothConfig.resolve(f"{IMAGE} {words}".split())
     assert "did you mean" not in str(error.value)
 
 
 @pytest.mark.parametrize(("words", "parts"), BAD_COMMAND_LINES)
-def test_a_bad_command_line_is_one_sentence_with_the_value_and_the_fix(
+def test_a_bad_command_line_is_refused_in_one_sentence_with_the_value_and_the_fix(
     words, parts, folder, machine
 ):
     machine("cpu", missing={"prodigyopt"})
@@ -117,7 +117,7 @@ def test_a_bad_command_line_is_one_sentence_with_the_value_and_the_fix(
 
 
 @pytest.mark.parametrize("kind", ["mps", "cuda"])
-def test_a_machine_refuses_what_it_can_not_compute(kind, machine, monkeypatch):
+def test_options_that_the_device_does_not_support_are_refused(kind, machine, monkeypatch):
     machine(kind)
     if kind == "mps":
         with pytest.raises(UserError, match="the device mps"):
@@ -133,15 +133,15 @@ COMPARED = {
     "input_column": {"target_column": 1},
     "auxiliary_learning_rate": {"learning_rate": 0.5},
 }
-"""Values that the table compares an option with."""
+"""Values of the options that the table compares other options with."""
 
 
 def violating_facts(constraint):
-    """Facts that a constraint refuses."""
+    """Return facts that violate a constraint."""
     first = constraint.conditions[0]
     facts = dict(COMPARED[first.name]) if first.argument.startswith("--") else {}
     for condition in constraint.conditions:
-        # The values that the condition names, a number, or that the option is not given.
+        # Try the condition's values, two numbers, and None for an option that is not given.
         for value in (*condition.values, 1, 2, None):
             facts[condition.name] = value
             if condition.holds(facts):
@@ -150,8 +150,8 @@ def violating_facts(constraint):
 
 
 @pytest.mark.parametrize("constraint", table().constraints, ids=Constraint.markdown)
-def test_a_constraint_of_the_table(constraint):
-    """Violated by its facts together alone, and names options and choices that exist."""
+def test_a_constraint_of_the_table_is_exact(constraint):
+    """It is violated only if all its conditions hold, and its options and choices exist."""
     facts = violating_facts(constraint)
     assert first_violated(facts) is constraint
     sentence = constraint.sentence(facts)
@@ -173,17 +173,17 @@ def test_a_constraint_of_the_table(constraint):
 
 
 @pytest.mark.parametrize("method", names())
-def test_options_of_other_methods_may_stand(method):
+def test_options_of_other_methods_are_accepted(method):
     words = f"{IMAGE} --method {method} --auxiliary_rank 2 --bar_alpha 0.5"
     assert DreamBoothConfig.resolve(words.split()).method == method
 
 
 def number_options(script):
-    """Options whose type has a number in it."""
+    """Return the options whose type includes a number."""
     number_names = []
     hints = get_type_hints(script)
     for name in options_of(script.groups):
-        types = {hints[name], *get_args(hints[name])}  # those of `int | None`
+        types = {hints[name], *get_args(hints[name])}  # with the members of `int | None`
         if int in types or float in types:
             number_names.append(name)
     return number_names
@@ -198,7 +198,7 @@ def test_every_number_has_a_range(script):
         assert properties.range or properties.read
 
 
-# Small and huge numbers, infinities and NaN, and texts that look like numbers.
+# Small and huge numbers, infinities, NaN, and strings that look like numbers.
 NUMBERS = st.one_of(
     st.integers().map(str),
     st.integers(0, 400).map(lambda zeros: "1" + "0" * zeros),
@@ -209,7 +209,7 @@ NUMBERS = st.one_of(
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_number_is_a_configuration_or_a_sentence(data):
+def test_any_number_gives_a_configuration_or_a_user_error(data):
     script = data.draw(st.sampled_from(list(CONFIGS)))
     options = st.lists(st.sampled_from(number_options(script)), min_size=1, max_size=3)
     flags = [f"--{name}={data.draw(NUMBERS)}" for name in data.draw(options)]
@@ -217,7 +217,7 @@ def test_any_number_is_a_configuration_or_a_sentence(data):
         script.resolve(CONFIGS[script].split() + flags)
 
 
-def test_the_api_has_the_same_ranges_under_its_own_names():
+def test_the_api_checks_the_same_ranges_under_its_own_names():
     for name, value in (("rank", 0), ("rank", "four"), ("rho_norm", "scale")):
         with pytest.raises(UserError, match=f"^{name} is "):
             BiLoRAConfig(**cast(Any, {name: value}))

@@ -1,6 +1,6 @@
-"""A command line of diffusers' DreamBooth script means here what it means there.
+"""A command line of diffusers' DreamBooth script has the same meaning here.
 
-But for the one table of differences, which is held to be true and complete as well.
+The differences are in one table, which is also tested to be correct and complete.
 """
 
 import dataclasses
@@ -44,13 +44,13 @@ from tests.references.diffusers_flags import (
 FOREIGN = constraints.table().foreign["image"]
 RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
 OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
-# Sources of images and models, resumes and uploads.
+# Options for the sources of images and models, for resuming and for uploads.
 PLACES = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir
     instance_data_dir instance_prompt dataset_name caption_column
     resume_from_checkpoint push_to_hub hub_token
 """
-# What is sampled for a flag: what the record gives, and True for a bare flag.
+# Values to choose from for each flag: those of the record, or True for a bare flag.
 VALUES: dict[str, Any] = {}
 for flag_name in DEFAULTS:
     if flag_name not in PLACES.split():
@@ -76,7 +76,7 @@ VALUES |= {
 
 
 class Images(list[None]):
-    """So many images without any pixels."""
+    """Stand-in for a set of images: only their number counts."""
 
     label = "dog"
 
@@ -91,7 +91,7 @@ class Images(list[None]):
 
 @pytest.fixture(autouse=True)
 def images(machine, monkeypatch, tmp_path):
-    """A GPU, and a folder with images."""
+    """Simulate a GPU and create a folder with an image."""
     machine("cuda")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dog").mkdir()
@@ -99,7 +99,7 @@ def images(machine, monkeypatch, tmp_path):
 
 
 def random_flags(seed):
-    """About a third of the flags with values, and a number of processes."""
+    """Return about a third of the flags with random values, and a number of processes."""
     random_numbers = random.Random(seed)
     flags = {}
     for name, values in VALUES.items():
@@ -120,7 +120,7 @@ def words(flags):
 
 
 def ours(flags, processes, images, class_images):
-    """The meaning of the command line here, from the parts that the training itself asks."""
+    """Return the command line's meaning here, from the functions that the training itself calls."""
     launch = {"LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
     with mock.patch.dict(os.environ, launch):
         cfg = resolve(words(flags))
@@ -157,7 +157,7 @@ def ours(flags, processes, images, class_images):
 
 
 def course(cfg, rate, steps):
-    """Factor of the schedule on the rate at each step."""
+    """Return the schedule's factor on the rate at each step."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate, "weight_decay": 0.0}]
     optimizer = build_optimizer(cfg, groups)
     scheduler = build_scheduler(cfg, optimizer, steps)
@@ -175,7 +175,7 @@ def require_equal(meaning, expected):
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_a_command_line_drawn_at_random(seed):
+def test_a_random_command_line_means_the_same_as_in_diffusers(seed):
     flags, processes = random_flags(seed)
     theirs = {**DEFAULTS, **flags}
     if refuses(theirs):
@@ -190,14 +190,14 @@ def test_a_command_line_drawn_at_random(seed):
     counts = {"images": 5, "class_images": 200, "processes": processes}
     differing = default_here(theirs, frozenset(flags))
     require_equal(ours(flags, **counts), meaning({**theirs, **differing}, **counts))
-    # Whoever writes diffusers' defaults of what differs gets diffusers' run. Its alpha is the rank.
+    # If every default that differs is set to diffusers' value, the runs agree. Alpha's is the rank.
     spelled = {name: theirs.get(name, theirs["rank"]) for name in differing}
     if spelled.pop("max_train_steps", 0) is None:
         spelled["num_train_epochs"] = theirs["num_train_epochs"]
     require_equal(ours({**flags, **spelled}, **counts), meaning(theirs, **counts))
 
 
-def test_epochs_over_more_class_images_than_instance_images():
+def test_the_larger_of_instance_and_class_images_defines_an_epoch():
     flags = {
         "with_prior_preservation": True,
         "class_data_dir": "class-images",
@@ -207,13 +207,13 @@ def test_epochs_over_more_class_images_than_instance_images():
         "train_batch_size": 1,
     }
     assert ours(flags, 1, images=5, class_images=200).steps == 800
-    assert ours(flags, 1, images=5, class_images=300).steps == 800  # no more than were asked for
-    # 5 * 60 = 300 samples of the instance are more than 200.
+    assert ours(flags, 1, images=5, class_images=300).steps == 800  # 200 of the 300 are used
+    # 5 * 60 = 300 instance samples are more than 200 class images.
     assert ours({**flags, "repeats": 60}, 1, images=5, class_images=200).steps == 1200
 
 
 @pytest.mark.parametrize("name", OF_ALL_SCRIPTS)
-def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(name, tmp_path):
+def test_every_flag_of_diffusers_scripts_is_read_or_refused_with_an_alternative(name, tmp_path):
     value = OF_ALL_SCRIPTS[name]["given"]
     line = CommandLine(DreamBoothConfig.groups, "", "", FOREIGN)
     argv = [f"--{name}", *value, "--method", "lora"]
@@ -232,7 +232,7 @@ def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(name, 
 
 
 @pytest.mark.parametrize("twice", [True, False])
-def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice, tmp_path):
+def test_a_quantization_file_with_nf4_equals_quantize_nf4(twice, tmp_path):
     file = tmp_path / "bnb.json"
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": twice}
     file.write_text(json.dumps(nf4))
@@ -244,7 +244,7 @@ def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice, tmp_path):
         resolve(words({"bnb_quantization_config_path": file}))
 
 
-def test_a_final_prompt_is_drawn_at_the_end_alone():
+def test_images_of_the_final_prompt_are_generated_only_at_the_end():
     final = {"final_validation_prompt": "a dog"}
     cfg = resolve(words(final))
     assert cfg.validation_prompts == ["a dog"]
@@ -256,7 +256,7 @@ def test_a_final_prompt_is_drawn_at_the_end_alone():
     assert both.validates_at_checkpoints
 
 
-def test_the_tables_have_every_flag_and_name_every_default_that_differs():
+def test_the_tables_have_every_flag_and_every_default_that_differs():
     names = list(DEFAULTS) + list(TABLES["flow"]) + list(FOREIGN)
     assert sorted(names) == sorted(OF_ALL_SCRIPTS)
     for name, flag in OF_ALL_SCRIPTS.items():

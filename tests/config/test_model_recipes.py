@@ -1,4 +1,4 @@
-"""The recipe of each image model: found by name, dry-run, and with the memory in its head."""
+"""Each image model's recipe is found by name, completes a dry run and states its memory."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from tests.image.tiny import shared
 from tests.scripts.test_dry_run import without_weights
 
 RECIPE_OF = recipe_models(EXAMPLES)
-"""The recipe's path: the model's name in the tables."""
+"""Name of the model in the tables, for each recipe's path."""
 
 
 @pytest.mark.parametrize("path", RECIPE_OF, ids=lambda path: path.stem)
-def test_a_recipe_runs_dry_by_its_name(path, capsys, tmp_path, monkeypatch):
-    """On a tiny model of the same kind without weights; no path leads to the recipe from here."""
+def test_a_recipe_is_found_by_name_and_completes_a_dry_run(path, capsys, tmp_path, monkeypatch):
+    """The model is a tiny one without weights, and the working directory has no recipes."""
     kind = MODELS[RECIPE_OF[path]]["pipeline"]
     model = pipeline_dir() if kind == SDXL else shared(kind)
     base = without_weights(model, tmp_path / "base")
@@ -44,13 +44,13 @@ def test_a_recipe_runs_dry_by_its_name(path, capsys, tmp_path, monkeypatch):
 
 MEMORY_CASES = []
 for recipe_path in RECIPE_OF:
-    # Each dry run at full size takes seconds, so only one kind of model is tested.
+    # A dry run at full size takes seconds, so the fast tests run one model only.
     marks = () if recipe_path.stem == "lumina2" else pytest.mark.slow
     MEMORY_CASES.append(pytest.param(recipe_path, marks=marks))
 
 
 @pytest.mark.parametrize("path", MEMORY_CASES, ids=lambda path: path.stem)
-def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path):
+def test_the_memory_stated_in_a_recipe_matches_a_dry_run_and_fits(path):
     text = path.read_text(encoding="utf-8")
     assert text == updated_recipe(path, RECIPE_OF[path]), "run `python -m docs.make`"
     sizes = []
@@ -60,10 +60,10 @@ def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path):
         assert needed < 0.9 * size
         sizes.append(size)
     assert sizes == [24, 16]
-    assert "# Learning rate" in text  # and where it comes from
+    assert "# Learning rate" in text  # the comment that says where it comes from
 
 
-def test_a_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):
+def test_a_file_takes_precedence_over_a_recipe_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_recipe("t5_base/mrpc") == RECIPES / "t5_base" / "mrpc.yaml"
     (tmp_path / "sdxl").mkdir()
@@ -73,6 +73,6 @@ def test_a_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["flux2_klien", "a\0b"])
-def test_a_name_of_no_recipe_is_a_sentence(name):
+def test_an_unknown_recipe_name_is_refused_in_one_sentence(name):
     with pytest.raises(UserError, match=r"^--config .* is neither a file nor a recipe"):
         find_recipe(name)

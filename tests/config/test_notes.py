@@ -1,4 +1,4 @@
-"""Messages before a run: options without effect, and defaults that surprise."""
+"""Messages before a run: options without effect, and surprising defaults."""
 
 import pytest
 
@@ -12,7 +12,7 @@ TASK = "--model_name_or_path smollm2 --task sst2"
 
 
 def resolved(words, caplog):
-    """The configuration of a command line, and the messages about it."""
+    """Return a command line's configuration and the messages about it."""
     caplog.clear()
     read = resolve_text if words.startswith("--model_name_or_path") else resolve
     cfg = read(words.split())
@@ -41,20 +41,20 @@ def resolved(words, caplog):
     ],
 )
 def test_an_option_without_effect_is_named_and_ignored(words, ignored, fix, caplog):
-    """One line, and the run is that of the command line without it; diffusers accepts them too."""
+    """There is one message, and the configuration equals that without the option."""
     cfg_without, messages_without = resolved(words, caplog)
     cfg, messages = resolved(f"{words} {ignored}", caplog)
-    if TASK not in words:  # there it takes the place of the default share
+    if TASK not in words:  # for text it replaces the default ratio
         assert cfg == cfg_without
     assert cfg.warmup_steps(100) == cfg_without.warmup_steps(100)
     (message,) = [message for message in messages if message not in messages_without]
-    option = ignored.replace(" hf_x", "")  # a secret is not printed
+    option = ignored.replace(" hf_x", "")  # secrets are not printed
     assert message.replace('"', "").startswith(f"{option} has no effect")
     assert fix in message
     assert "hf_x" not in message
 
 
-def test_an_evaluation_without_rows_is_named(tmp_path, caplog):
+def test_evaluation_options_without_held_out_rows_are_named_and_ignored(tmp_path, caplog):
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
     words = f"--model_name_or_path smollm2 --train_file {tmp_path / 'rows.jsonl'}"
     ignored = "--eval_steps 5 --validation_epochs 1 --eval_on_start --eval_train_samples 3"
@@ -75,9 +75,7 @@ def test_an_evaluation_without_rows_is_named(tmp_path, caplog):
         (MINI, None),
     ],
 )
-def test_a_default_that_might_surprise_is_named_by_the_main_process(
-    words, part, monkeypatch, caplog
-):
+def test_only_the_main_process_names_a_surprising_default(words, part, monkeypatch, caplog):
     _, messages = resolved(words, caplog)
     if part is None:
         assert messages == []

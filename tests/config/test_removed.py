@@ -1,4 +1,4 @@
-"""Options and methods that earlier versions had."""
+"""Options, values and methods of earlier versions that were removed."""
 
 from argparse import Namespace
 
@@ -19,7 +19,7 @@ PARSERS = {"image": DreamBoothConfig.parser(), "text": TextConfig.parser()}
 
 @pytest.mark.parametrize("name", removed.OPTIONS)
 @pytest.mark.parametrize("script", PARSERS)
-def test_a_removed_option_is_refused_with_what_to_use(script, name, tmp_path):
+def test_a_removed_option_is_refused_with_its_replacement(script, name, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{name}: 1\n")
     for words in ([f"--{name}", "1"], [f"--{name}=1"], ["--config", str(recipe)]):
@@ -30,7 +30,7 @@ def test_a_removed_option_is_refused_with_what_to_use(script, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", removed.METHODS)
-def test_a_removed_method_is_refused_with_what_to_use(name):
+def test_a_removed_method_is_refused_with_its_replacement(name):
     with pytest.raises(UserError, match=f"{name} was removed: {removed.METHODS[name]}"):
         PARSERS["image"].read(["--method", name])
     with pytest.raises(UserError, match=f"{name} was removed: {removed.METHODS[name]}"):
@@ -45,7 +45,7 @@ def test_a_run_of_a_removed_method_is_refused(name):
         PARSERS["image"].read(["--compare", name])
 
 
-def test_a_positional_argument_is_read():
+def test_positional_arguments_are_parsed():
     parser = UserErrorParser()
     parser.add_argument("runs", nargs="*")
     parser.add_argument("count", type=int)
@@ -61,7 +61,7 @@ def test_no_option_and_no_method_of_this_version_counts_as_removed():
 
 
 @pytest.mark.parametrize("name", removed.OPTIONS)
-def test_a_recorded_option_is_ignored_only_where_it_had_no_effect(name):
+def test_a_removed_option_in_a_record_is_ignored_only_if_it_had_no_effect(name):
     option = removed.OPTIONS[name]
     cfg = DreamBoothConfig.resolve(["--dataset", "mini", "--keep_best"])
     recorded = cfg.to_dict()
@@ -79,7 +79,7 @@ def test_a_recorded_option_is_ignored_only_where_it_had_no_effect(name):
 
 @pytest.mark.parametrize(("name", "value"), removed.VALUES)
 @pytest.mark.parametrize("script", PARSERS)
-def test_a_removed_value_is_refused_with_what_to_use(script, name, value, tmp_path):
+def test_a_removed_value_is_refused_with_its_replacement(script, name, value, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{name}: {value}\n")
     for words in ([f"--{name}", value], ["--config", str(recipe)]):
@@ -91,14 +91,14 @@ def test_a_removed_value_is_refused_with_what_to_use(script, name, value, tmp_pa
         removed.require_neutral({name: value})
 
 
-def test_what_was_measured_matters_only_where_a_measurement_decides():
+def test_removed_measurement_options_matter_only_if_the_held_out_loss_decides():
     recorded = {"validation_part": "1/2"}
     removed.require_neutral(recorded, depends_on_heldout=False)
     with pytest.raises(UserError, match="validation_part 1/2, which was removed"):
         removed.require_neutral(recorded, depends_on_heldout=True)
 
 
-def test_an_option_that_a_record_lacks_counts_as_having_its_default():
+def test_an_option_missing_from_a_record_counts_as_its_default():
     flags = ["--dataset", "mini", "--keep_best"]
     cfg = DreamBoothConfig.resolve(flags)
     recorded = cfg.to_dict()

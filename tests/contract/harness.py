@@ -1,4 +1,4 @@
-"""A method on a small model, with one form of its adapters, ready to take steps."""
+"""Runs for the contract tests: a method on a small model, with one form of its adapters."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -28,21 +28,21 @@ SPECS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "nf4": {},
 }
-"""Forms of the adapters that every method is combined with, unless the table refuses it."""
+"""Adapter forms: every method is tested with each of them, unless the constraints refuse it."""
 MAIN_KINDS = ("unet", "t5", "llm")
 
 
 def allowed(name: str, adapter_form: str) -> bool:
-    """Test that the table of combinations lets a method and a form of the adapters through."""
+    """Return whether the constraints allow a method with this form of its adapters."""
     facts = {"method": name, "quantize": "nf4" if adapter_form == "nf4" else "none"}
     for key, value in SPECS[adapter_form].items():
-        # The table has the names of the command line.
+        # The constraints use the names of the command line.
         facts["init_lora_weights" if key == "init" else key] = value
     return constraints.first_violated(facts) is None
 
 
 def combos() -> list[tuple[str, str, str]]:
-    """(method, form of the adapters, kind of model): everything that is allowed."""
+    """Return every allowed triple (method, adapter form, kind of model)."""
     cases = []
     for name in names():
         for adapter_form in SPECS:
@@ -53,27 +53,27 @@ def combos() -> list[tuple[str, str, str]]:
 
 
 def rotation() -> list[tuple[str, str, str]]:
-    """Every method once, with forms of the adapters and kinds of models in turn."""
+    """Return one triple for each method; together they cover all adapter forms and kinds."""
     chosen = []
     for turn, name in enumerate(names()):
         cases = [case for case in combos() if case[0] == name]
-        # By these numbers the methods together meet every form and kind of model; a test holds it.
+        # With these numbers, the triples cover every form and kind of model, as a test checks.
         chosen.append(cases[(6 * turn + 10) % len(cases)])
     return chosen
 
 
 class Run:
-    """A method on a model with its optimizer; the batch of each step is the same.
+    """A method on a model, with its optimizer. Every step uses the same batch.
 
     Args:
-        options: of the method.
-        optimizer: one of torch by its name, or a function of the parameter groups.
-        micro_batches: micro-batches of a step.
-        overflow: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
-        compiled: True to compile the model's repeated blocks, by `engine.BACKEND`.
-        config: configuration of a script. Its method, learning rate and schedule over `steps`
+        options: options of the method.
+        optimizer: name of an optimizer of torch, or a function that takes the parameter groups.
+        micro_batches: number of micro-batches per step.
+        overflow: steps, counted from 0, with an overflowing gradient; None for no gradient scaler.
+        compiled: whether to compile the model's repeated blocks with `engine.BACKEND`.
+        config: a script's configuration. Its method, learning rate and schedule (over `steps`)
             replace the other arguments.
-        frozen: adapters that are active with the trained ones.
+        frozen: frozen adapters that are active together with the trained ones.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Run:
             self.method = for_run(vars(config), steps)
             lr = config.learning_rate
         spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[adapter_form])
-        torch.manual_seed(3)  # of the adapters' first values
+        torch.manual_seed(3)  # seeds the adapters' initial values
         groups = self.method.setup([Target("model", self.model, spec, lr, 0.01, frozen)])
         self.spec = spec
         self.optimizer: torch.optim.Optimizer
         if optimizer == "SGD":
-            self.optimizer = torch.optim.SGD(groups, momentum=0.5)  # which some methods read
+            self.optimizer = torch.optim.SGD(groups, momentum=0.5)
         elif isinstance(optimizer, str):
             self.optimizer = getattr(torch.optim, optimizer)(groups)
         else:
@@ -126,7 +126,7 @@ class Run:
         self.blocks = Blocks([self.model] if compiled else [])
 
     def initialise(self) -> Self:
-        """Do the work before the first step of a fresh run."""
+        """Prepare the first step of a new run and return the run."""
         if self.spec.changes_base and not self.method.exports_weights:
             with collecting(self.model) as gradients:
                 self._loss(self.rows).backward()
@@ -135,7 +135,7 @@ class Run:
         return self
 
     def resume(self, saved: dict[str, Any]) -> Self:
-        """Do the work before the first step of a run that goes on."""
+        """Restore the state of a checkpoint and return the run."""
         for key, tensor in self.method.tensors().items():
             tensor.copy_(saved["tensors"][key])
         adapters.subtract_initial(self.model)
@@ -155,7 +155,7 @@ class Run:
         )
 
     def share(self) -> Self:
-        """Let DDP average the gradients of two processes, each with half of the rows."""
+        """Give each of two processes half of the rows, and let DDP average their gradients."""
         rank = torch.distributed.get_rank()
         self.accelerator = Accelerator(cpu=True)
         self.forward_model = DistributedDataParallel(self.model)
@@ -163,14 +163,14 @@ class Run:
         return self
 
     def optimized_ids(self) -> set[int]:
-        """Identities of the parameters that the optimizer has."""
+        """Return the `id` of each parameter that the optimizer updates."""
         ids = set[int]()
         for group in self.optimizer.param_groups:
             ids.update(id(parameter) for parameter in group["params"])
         return ids
 
     def train(self, steps: int = STEPS) -> list[float]:
-        """Take steps; the loss of each."""
+        """Take this number of steps and return the loss of each."""
         losses = []
         for _ in range(steps):
             losses.append(float(self.method.step(self._forward_backward, self)))
@@ -178,7 +178,7 @@ class Run:
         return losses
 
     def step(self) -> None:
-        """Clip what the method wants clipped, then update; called by the method."""
+        """Clip the gradients of the method's result and update; the method calls this."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.method.result_parameters(), 1.0)
@@ -197,7 +197,7 @@ class Run:
         return (self.case.output(self.forward_model, rows) - 1).square().mean()
 
     def _forward_backward(self) -> Tensor:
-        """All micro-batches of a step, as the training loop takes them; the mean loss."""
+        """Run a step's micro-batches as the training loop does, and return the mean loss."""
         count = (self.rows.stop - self.rows.start) // self.micro_batches
         total = torch.zeros(())
         for start in range(self.rows.start, self.rows.stop, count):
@@ -209,7 +209,7 @@ class Run:
             for parameter in self.method.result_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
-        if torch.distributed.is_initialized():  # the loss is that of all processes, as the loop's
+        if torch.distributed.is_initialized():  # average over all processes, as the loop does
             torch.distributed.all_reduce(total)
             total /= torch.distributed.get_world_size()
         return total
@@ -218,7 +218,7 @@ class Run:
         return {key: value.clone() for key, value in self.method.tensors().items()}
 
     def base_weights(self) -> dict[str, Tensor]:
-        """Everything in the model that is not an adapter's, under the names of a plain model."""
+        """Return all weights but the adapters', under their names in a model without adapters."""
         weights = {}
         for name, parameter in self.model.named_parameters():
             if "lora_" not in name:
@@ -227,7 +227,8 @@ class Run:
 
 
 def sgd_run(name: str, adapter_form: str, kind: str, **settings: Any) -> Run:
-    """A run by SGD, since Adam's first steps turn the rounding of a small gradient into a whole
-    step.
+    """Return an initialized run with SGD.
+
+    Adam's first steps would turn the rounding error of a small gradient into a full step.
     """
     return Run(name, adapter_form, kind, lr=0.1, optimizer="SGD", **settings).initialise()

@@ -1,4 +1,4 @@
-"""Small models of each kind that the methods are used on, and a loss for each."""
+"""Small models of every kind that the methods adapt, each with a fixed batch of inputs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1")
 WORDS = 40
-"""Tokens of the text models; of `tiny_tokenizer` in `tests/integrations`, three are special."""
+"""Vocabulary size of the text models and of `tiny_tokenizer` in `tests/integrations`."""
 
 
 class MLP(nn.Module):
@@ -31,7 +31,7 @@ def tiny_mlp() -> nn.Module:
 
 
 def tiny_unet(**settings: Any) -> nn.Module:
-    """SDXL's kind of UNet, with further `settings`."""
+    """Return a small UNet of SDXL's kind; `settings` are further arguments of its class."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def tiny_clip(projection: bool = False) -> Any:
 
 
 ROWS = 4
-"""Samples of the fixed batch."""
+"""Number of samples in the fixed batch."""
 
 
 def _mlp_output(model: nn.Module, rows: slice) -> Tensor:
@@ -129,7 +129,7 @@ def _unet_output(model: Any, rows: slice) -> Tensor:
 
 
 def _tokens(rows: slice) -> Tensor:
-    """Different tokens in all places, none of them special."""
+    """Return rows of the fixed batch: all tokens differ, and none is padding."""
     return torch.arange(1, 1 + ROWS * 6).view(ROWS, 6)[rows]
 
 
@@ -147,14 +147,14 @@ def _clip_output(model: Any, rows: slice) -> Tensor:
 
 
 class Case(NamedTuple):
-    """A model, the layers to adapt, and what it makes of a fixed batch of ``ROWS``."""
+    """A model, the layers to adapt, and the outputs for a fixed batch of `ROWS` samples."""
 
     make: Callable[[], nn.Module]
     targets: str | tuple[str, ...]
     rows_output: Callable[[nn.Module, slice], Tensor]
 
     def output(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
-        """The outputs for these rows of the batch."""
+        """Return the model's outputs for these rows of the fixed batch."""
         return self.rows_output(model, rows)
 
 

@@ -1,4 +1,4 @@
-"""Promises of every registered method, with every form of its adapters, on each model."""
+"""Promises of every registered method, with every form of its adapters, on every kind of model."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ ROTATION = rotation()
 
 
 def cases(chosen):
-    """Cases of a test; those outside the rotation run with the whole matrix only."""
+    """Parametrize a test; cases outside the rotation get the mark `matrix`."""
     parameters = []
     for case in chosen:
         marks = () if case in ROTATION else pytest.mark.matrix
@@ -36,7 +36,7 @@ def cases(chosen):
 
 
 def require_equal(actual, expected):
-    """Tensors under the names of the expected ones are the same to the bit."""
+    """Check that `actual` has every expected tensor, equal to the last bit."""
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
@@ -54,40 +54,40 @@ def assert_trains_exports_and_resumes(folder, name, adapter_form, kind, compiled
     run = start()
     exports_adapter = not run.method.exports_weights
     if exports_adapter:
-        starts_as_the_model_came(run, is_quantized=adapter_form == "nf4")
+        require_unchanged_start(run, is_quantized=adapter_form == "nf4")
     else:
         run.initialise()
     initial = run.tensors()
     base = run.base_weights()
-    clipping_sees_the_result_only(run)
-    counts_what_it_trains(run)
+    require_result_is_clipped(run)
+    require_counted_memory(run)
     losses = run.train(2)
     state = run.checkpoint()
     assert all(isinstance(value, float) for value in run.method.metrics().values())
     if exports_adapter:
-        exports_the_primary_for_the_base_as_it_came(run, start().original, folder, adapter_form)
+        require_export_for_original_base(run, start().original, folder, adapter_form)
     losses += run.train(2)
     assert losses[-1] < losses[0]
-    learns_and_leaves_the_base_alone(run, initial, base)
+    require_trained_adapters_and_unchanged_base(run, initial, base)
     resumed = start().resume(state)
     assert resumed.train(2) == losses[2:]
     require_equal(run.tensors(), resumed.tensors())
     if exports_adapter:
-        evaluates_the_primary_alone_and_leaves_no_trace(run)
+        require_evaluation_of_primary(run)
 
 
-def starts_as_the_model_came(run, is_quantized):
+def require_unchanged_start(run, is_quantized):
     with torch.no_grad(), run.method.evaluating():
         before = run.case.output(run.model)
     run.initialise()
     with torch.no_grad(), run.method.evaluating():
         output = run.case.output(run.model)
         require_close(output, before)
-        if not is_quantized:  # rounding to 4 bits moves the base itself
+        if not is_quantized:  # 4-bit rounding changes the base itself
             require_close(output, run.case.output(run.original))
 
 
-def clipping_sees_the_result_only(run):
+def require_result_is_clipped(run):
     trained = run.optimized_ids()
     clipped = {id(p) for p in run.method.result_parameters()}
     if run.method.exports_weights:
@@ -97,8 +97,8 @@ def clipping_sees_the_result_only(run):
     assert trained == {id(p) for p in run.model.parameters() if p.requires_grad}
 
 
-def counts_what_it_trains(run):
-    """For `--dry_run`."""
+def require_counted_memory(run):
+    """Check the sizes that `--dry_run` prints."""
     trained_bytes = 0
     for group in run.optimizer.param_groups:
         trained_bytes += sum(parameter.nbytes for parameter in group["params"])
@@ -108,15 +108,15 @@ def counts_what_it_trains(run):
     assert memory.result <= memory.gradients <= trained_bytes
 
 
-def learns_and_leaves_the_base_alone(run, initial, base):
+def require_trained_adapters_and_unchanged_base(run, initial, base):
     final = run.tensors()
     assert initial.keys() == final.keys()
     has_moved = False
     for key, value in final.items():
         if f"/{INITIAL}/" in key:
             assert torch.equal(value, initial[key])
-        # A method's own memory, such as a running average, may still be what it was after few
-        # steps, and A's gradient is zero as long as B is.
+        # A method's own state, such as a running average, may be unchanged after a few steps, and
+        # A's gradient is zero while B is zero.
         elif is_trained(run.method, key) and ("lora_" not in key or "lora_B" in key):
             assert not torch.equal(value, initial[key])
             has_moved = True
@@ -127,11 +127,11 @@ def learns_and_leaves_the_base_alone(run, initial, base):
 
 
 def is_trained(method, key):
-    """Test that a tensor of a run is a weight that it trains, not what the method remembers."""
+    """Return whether a tensor of a run is a trained weight, not the method's own state."""
     return key.split("/")[1] in (*method.adapters, "whole", "full")
 
 
-def exports_the_primary_for_the_base_as_it_came(run, fresh, folder, adapter_form):
+def require_export_for_original_base(run, fresh, folder, adapter_form):
     adapters.save_pretrained(run.model, folder)
     if adapter_form == "nf4":
         quantize(fresh, torch.float32, skip=())
@@ -141,7 +141,7 @@ def exports_the_primary_for_the_base_as_it_came(run, fresh, folder, adapter_form
         require_close(run.case.output(loaded_model), run.case.output(run.model))
 
 
-def evaluates_the_primary_alone_and_leaves_no_trace(run):
+def require_evaluation_of_primary(run):
     def trainable():
         return {name for name, p in run.model.named_parameters() if p.requires_grad}
 
@@ -162,11 +162,11 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run):
 
 
 @cases(MATRIX)
-def test_the_life_of_a_run(name, adapter_form, kind, tmp_path):
+def test_a_run_trains_evaluates_exports_and_resumes(name, adapter_form, kind, tmp_path):
     assert_trains_exports_and_resumes(tmp_path, name, adapter_form, kind)
 
 
-def test_the_life_of_a_run_with_the_unscaled_norm(tmp_path):
+def test_a_run_with_the_unscaled_norm_trains_evaluates_exports_and_resumes(tmp_path):
     assert_trains_exports_and_resumes(tmp_path, "bilora", "default", "llm", rho_norm="unscaled")
 
 
@@ -178,41 +178,43 @@ for method_name in names():
 
 
 @pytest.mark.parametrize("name", COMPILED_CASES)
-def test_the_life_of_a_run_with_compiled_blocks(name, tmp_path, monkeypatch):
-    """Every state of the adapters goes through compiled blocks here: no graph serves two."""
-    monkeypatch.setattr(engine, "BACKEND", "aot_eager")  # without a compiler
+def test_a_run_with_compiled_blocks_trains_evaluates_exports_and_resumes(
+    name, tmp_path, monkeypatch
+):
+    """This uses compiled blocks in every state of the adapters; each state needs its own graph."""
+    monkeypatch.setattr(engine, "BACKEND", "aot_eager")  # needs no compiler
     assert_trains_exports_and_resumes(tmp_path, name, "default", "unet", compiled=True)
 
 
-def equal_but_for_rounding(method, actual, expected):
+def require_equal_up_to_rounding(method, actual, expected):
     assert actual.keys() == expected.keys()
     for key, value in actual.items():
         atol = 2e-5
         if not is_trained(method, key) and f"/{INITIAL}/" not in key:
-            # What a method remembers may be a direction: a small gradient's, with all its rounding.
+            # The method's state may be a small gradient's direction, with large rounding errors.
             atol = max(atol, 0.02 * float(value.abs().max()))
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=atol)
 
 
 @cases(MATRIX)
-def test_the_cut_into_micro_batches_changes_nothing(name, adapter_form, kind):
+def test_splitting_a_batch_into_micro_batches_changes_nothing(name, adapter_form, kind):
     uncut = sgd_run(name, adapter_form, kind)
     losses = uncut.train()
     for micro_batches in (2, 4):
         cut = sgd_run(name, adapter_form, kind, micro_batches=micro_batches)
         torch.testing.assert_close(cut.train(), losses, rtol=1e-5, atol=1e-6)
-        equal_but_for_rounding(cut.method, cut.tensors(), uncut.tensors())
+        require_equal_up_to_rounding(cut.method, cut.tensors(), uncut.tensors())
 
 
 def has_other_limit(name):
-    """Test that a method has adapters and is not LoRA, whose limit is LoRA itself."""
+    """Return whether a method trains adapters and is not LoRA itself."""
     return name != "lora" and not create(name).exports_weights
 
 
 @cases([case for case in MATRIX if has_other_limit(case[0])])
-def test_its_limit_is_lora(name, adapter_form, kind):
+def test_a_method_in_its_lora_limit_is_lora(name, adapter_form, kind):
     limit = create(name).lora_limit
-    assert limit, "a method on adapters has a limit in which it is LoRA"
+    assert limit, "a method that trains adapters needs a `lora_limit`"
     plain = sgd_run("lora", adapter_form, kind)
     limit_run = sgd_run(name, adapter_form, kind, options=limit)
     torch.testing.assert_close(limit_run.train(), plain.train(), rtol=1e-5, atol=1e-6)
@@ -233,7 +235,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(name, adapter_form, kind):
     state = run.method.state_dict()
     run.train(1)
     require_equal(run.tensors(), before)
-    if name != "flat-lora":  # whose noise follows the loop
+    if name != "flat-lora":  # its noise depends on the loop's step
         assert run.method.state_dict() == state
     run.train(1)
     after = run.tensors()
@@ -250,14 +252,14 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "adapter_form", "kind"), ROTATION)
-def test_two_processes_agree_with_one(name, adapter_form, kind, two_processes):
+def test_two_processes_give_the_same_result_as_one(name, adapter_form, kind, two_processes):
     single = sgd_run(name, adapter_form, kind)
     single.train()
     both = torch.load(two_processes / f"{name}-{adapter_form}-{kind}.pt")
-    equal_but_for_rounding(single.method, single.tensors(), both)
+    require_equal_up_to_rounding(single.method, single.tensors(), both)
 
 
-def test_the_rotation_meets_every_adapter_form_and_kind_of_model():
+def test_the_rotation_covers_every_adapter_form_and_kind_of_model():
     assert {adapter_form for _, adapter_form, _ in ROTATION} == set(SPECS)
     assert {kind for _, _, kind in ROTATION} == set(CASES)
 
@@ -272,12 +274,12 @@ FROZEN_PARAMETERS = [
 
 
 @pytest.mark.parametrize(("name", "adapter_form"), FROZEN_PARAMETERS)
-def test_a_frozen_adapter_acts_in_training_and_is_left_alone(name, adapter_form):
+def test_a_frozen_adapter_affects_training_and_stays_unchanged(name, adapter_form):
     frozen = frozen_adapter("unet")
     run = Run(name, adapter_form, "unet", frozen=(frozen,)).initialise()
     plain = Run(name, adapter_form, "unet").initialise()
     assert run.tensors().keys() == plain.tensors().keys()
-    if adapter_form == "default":  # LoRA-GA starts from the gradient, which depends on it
+    if adapter_form == "default":  # LoRA-GA's start depends on the frozen adapter
         require_equal(run.tensors(), plain.tensors())
     assert run.optimized_ids().isdisjoint(map(id, adapters.parameters(run.model, ASSISTANT)))
     base = run.base_weights()
@@ -293,7 +295,7 @@ def test_a_frozen_adapter_acts_in_training_and_is_left_alone(name, adapter_form)
 
 
 def frozen_adapter(kind):
-    """An assistant with random values, on layers that are trained and on one that is not."""
+    """Return an assistant adapter with random values, on some of the trained layers."""
     model = CASES[kind].make()
     spec = AdapterSpec(rank=3, alpha=3, target_modules=("to_q", "to_k", "conv1"))
     adapters.inject(model, spec, ASSISTANT)

@@ -1,4 +1,4 @@
-"""Promises of every optimizer that can be named, under methods that use it differently."""
+"""Promises of every optimizer that `--optimizer` accepts, with methods that use it differently."""
 
 import json
 from functools import partial
@@ -18,7 +18,7 @@ from tests.contract.harness import Run
 from tests.contract.models import CASES, Case
 
 WIDTH = 1100
-"""Factors of rank 4 are then large enough for bitsandbytes to keep their state in 8 bits."""
+"""Width of the layers, large enough for bitsandbytes to store 8-bit states of rank-4 factors."""
 
 
 def wide():
@@ -34,11 +34,11 @@ def _wide(monkeypatch):
 
 
 def make_run(name, method):
-    """The method on a wide model with the optimizer that a command line names."""
+    """Return a run of the method on a wide model, with the optimizer of a command line."""
     cfg = resolve(f"--dataset mini --optimizer {name} --method {method}".split())
     rho = 0.05
     lr = 1e-2
-    if name == "prodigy":  # it finds its rate itself, from very small steps on
+    if name == "prodigy":  # it estimates its own rate and starts with very small steps
         rho = 1e-4
         lr = 1.0
     return Run(
@@ -53,14 +53,14 @@ def make_run(name, method):
 
 @pytest.mark.parametrize("method", ["lora", "bilora", "lora-sam"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_descends_and_resumes_bit_exact(name, method):
+def test_every_optimizer_reduces_the_loss_and_resumes_exactly(name, method):
     uninterrupted = make_run(name, method)
     losses = uninterrupted.train(12)
     assert losses[-1] < losses[0]
     first = make_run(name, method)
     first.train(5)
     saved = first.checkpoint()
-    state, tensors = split(saved["optimizer"])  # as a checkpoint holds it
+    state, tensors = split(saved["optimizer"])  # as in a checkpoint
     saved["optimizer"] = join(json.loads(json.dumps(state)), tensors)
     assert ("8bit" in name) == any(t.dtype == torch.uint8 for t in tensors.values())
     resumed = make_run(name, method).resume(saved)
@@ -70,9 +70,9 @@ def test_it_descends_and_resumes_bit_exact(name, method):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_auxiliary_climbs_within_its_ball(name):
+def test_the_auxiliary_ascends_within_its_ball(name):
     run = make_run(name, "bilora")
-    # With the primary frozen the loss only follows the auxiliary, which ascends.
+    # With the primary frozen, only the auxiliary changes the loss, by ascent.
     for parameter in adapters.parameters(run.model, PRIMARY):
         parameter.requires_grad_(False)
     rho = run.method.rho
@@ -83,5 +83,5 @@ def test_the_auxiliary_climbs_within_its_ball(name):
         metrics = run.method.metrics()
         norms_before.append(metrics["auxiliary_norm_before"])
         assert metrics["auxiliary_norm"] <= rho * (1 + 1e-6)
-    assert max(norms_before) > rho, "the ball must have been at work"
+    assert max(norms_before) > rho, "the auxiliary never left the ball, so nothing was projected"
     assert losses[-1] > losses[0]

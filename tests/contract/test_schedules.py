@@ -1,7 +1,7 @@
-"""A method is not LoRA under any schedule of the learning rate, from the scripts' own defaults on.
+"""Every method differs from LoRA under every learning-rate schedule.
 
-A warm-up's first step has rate 0. Twice a method took its scale from that step and was LoRA for the
-rest of the run.
+The first step of a warm-up has rate 0. Twice, a method took its scale from this step and was plain
+LoRA for the rest of the run.
 """
 
 import functools
@@ -28,11 +28,11 @@ for method_name in names():
     if method_name != "lora" and not create(method_name).exports_weights:
         METHODS.append(method_name)
 LEAST_DIFFERENCE = 1e-6
-"""As a share of what LoRA learns; in float64 rounding is some 1e-15."""
+"""Relative to LoRA's own change of the primary; in float64, rounding is about 1e-15."""
 
 
 def resolve(script, method, schedule):
-    """The configuration of a script's command line with no other options than these."""
+    """Return a script's configuration for a method and a schedule, with defaults otherwise."""
     flags = f"--method {method} {SCHEDULES[schedule]}"
     if script == "image":
         return DreamBoothConfig.resolve(f"--dataset mini {flags}".split())
@@ -43,7 +43,7 @@ def resolve(script, method, schedule):
 
 
 def train(script, method, schedule):
-    """Primary before and after, and the auxiliary's norm in each step where there is one."""
+    """Return the primary before and after training, and the auxiliary's norm (or None) per step."""
     config = resolve(script, method, schedule)
     run = Run(method, "default", "mlp", dtype=torch.float64, config=config, steps=STEPS)
     start = primary(run)
@@ -55,7 +55,7 @@ def train(script, method, schedule):
 
 
 def primary(run):
-    """All numbers of the primary, in one row."""
+    """Return all values of the primary as one vector."""
     tensors = run.tensors()
     keys = sorted(key for key in tensors if f"/{PRIMARY}/" in key)
     return torch.cat([tensors[key].flatten() for key in keys])
@@ -63,12 +63,12 @@ def primary(run):
 
 @functools.cache
 def train_lora(script, schedule):
-    """`train` for LoRA, once for all methods that are compared with it."""
+    """Return the cached result of `train` for LoRA."""
     return train(script, "lora", schedule)
 
 
 def cases():
-    """Each script's own schedule, and on images every other one; the rest is for the matrix."""
+    """Yield each script with each schedule; some get the mark `slow` or `matrix`."""
     for script in ("image", "text"):
         for schedule in SCHEDULES:
             if schedule == "the script's own":
@@ -84,7 +84,7 @@ def cases():
 
 @pytest.mark.parametrize(("script", "schedule"), cases())
 @pytest.mark.parametrize("method", METHODS)
-def test_the_method_differs_from_lora(script, method, schedule):
+def test_a_method_differs_from_lora(script, method, schedule):
     start, end, _ = train_lora(script, schedule)
     method_start, method_end, norms = train(script, method, schedule)
     assert torch.equal(start, method_start)

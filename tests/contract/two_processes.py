@@ -1,4 +1,7 @@
-"""Train every method in two processes on the CPU: torchrun --nproc_per_node 2 THIS_FILE FOLDER."""
+"""Train every method in two processes on the CPU.
+
+torchrun --nproc_per_node 2 tests/contract/two_processes.py FOLDER
+"""
 
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ from tests.contract.harness import rotation, sgd_run
 
 
 def main(folder: Path) -> None:
-    """Write ``method-form-kind.pt``, the tensors after three steps, from the first process."""
+    """Train each case of the rotation and write its tensors to `METHOD-FORM-KIND.pt`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     for name, adapter_form, kind in rotation():

@@ -1,6 +1,6 @@
-"""The commands of a page, expanded by bash as a reader's shell would.
+"""The commands of a page, expanded by bash as in a reader's shell.
 
-Functions stand in the place of the programs and write down the arguments that they get.
+Shell functions replace the programs and record their arguments.
 """
 
 import importlib
@@ -49,26 +49,26 @@ SUBCOMMANDS = {
     "export": "bilora_diffusion.export",
     "demo": "bilora_diffusion.demo",
 }
-END = "\x1e"  # of a command's words
+END = "\x1e"  # marks the end of a command's words
 BASH = shutil.which("bash") or "bash"
 
 
 def scripts(page: Path) -> Iterator[str]:
-    """The bash blocks of a page and the commands within its sentences, in the page's order."""
-    # `activate` is a program here: a missing file would end a line before its other commands.
+    """Yield the bash blocks of a page and the commands in its sentences, in the page's order."""
+    # `activate` is a program here: without the file, `.` would skip the line's other commands.
     text = page.read_text(encoding="utf-8").replace(". .venv/bin/activate", "activate")
     text = text.replace(".venv/bin/", "")
     for match in re.finditer(f"{BLOCK.pattern}|{INLINE.pattern}", text, BLOCK.flags):
         language, body, command = match.groups()
         if command is not None:
-            # An ellipsis stands for whatever else a reader wants.
+            # An ellipsis represents a reader's other arguments.
             yield " ".join(command.replace(" ...", "").split())
         elif language == "bash":
             yield body
 
 
 def commands(script: str, folder: Path) -> list[list[str]]:
-    """The commands that a script starts in a folder, each as its words."""
+    """Return the commands that a script starts in a folder, each as a list of words."""
     record = folder / "started"
     record.write_text("")
     started = shlex.quote(str(record))
@@ -86,10 +86,9 @@ def commands(script: str, folder: Path) -> list[list[str]]:
 
 
 def program(words: list[str]) -> tuple[str, list[str]]:
-    """The script, module or program that a command starts in the end, and its arguments.
+    """Return the script, module or program that does a command's work, and its arguments.
 
-    The subcommands of `bilora` and what `accelerate launch` and `torchrun` start are named by the
-    script or module that does the work.
+    This looks through `python`, `accelerate launch`, `torchrun` and the subcommands of `bilora`.
     """
     name, *arguments = words
     if name in ("python", "python3"):
@@ -113,7 +112,7 @@ def load_program(name: str) -> ModuleType:
     """Import the script or module of a command; its `main` takes the arguments."""
     if name.endswith(".py"):
         script = ROOT / name
-        if str(script.parent) not in sys.path:  # where the benchmarks find each other
+        if str(script.parent) not in sys.path:  # the benchmarks import each other
             sys.path.insert(0, str(script.parent))
         return importlib.import_module(script.stem)
     module = importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""What is done with each kind of command of the pages, and the words that a test puts into it."""
+"""Rules for running the commands of the pages in tests, and the words that replace theirs."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with commands of one kind.
+    """How commands of one kind are run.
 
     Attributes:
-        pattern: Regular expression, searched in the words of a command after `STAND_INS`.
-        flags: Words that are added. Names in braces are those of `stand_ins.Materials`.
-        reason: Why such commands are not run; "" for those that are.
+        pattern: Regular expression that is searched in a command, after `STAND_INS` are replaced.
+        flags: Words to append. `stand_ins.stand_ins` yields the values of names in braces.
+        reason: Why such commands are not run; "" if they are run.
     """
 
     pattern: str
@@ -23,7 +23,7 @@ class Rule:
     reason: str = ""
 
 
-# Words of a page, and the words of the test in their place
+# Words of a page, and the words that replace them in the test
 STAND_INS = (
     ("make demo", "python -m bilora_diffusion.demo --output_dir demo"),
     ("make demo-text", "python examples/2_text.py --output_dir demo-text"),
@@ -42,7 +42,7 @@ STAND_INS = (
         "--config recipes/sdxl_3d_icon.yaml --pretrained_model_name_or_path mini"
         " --dataset mini --validation_dataset none",
     ),
-    # A hundredth of the recipe's 500 steps, and of the step that a page chooses
+    # A hundredth of the recipe's 500 steps, and of the step that a page names
     ("--config sdxl", "--config sdxl --max_train_steps 5 --checkpointing_steps 1"),
     ("--step 400", "--step 4"),
     ("--steps 80,120,280", "--steps 1,2"),
@@ -73,17 +73,17 @@ MINIATURE = "--pretrained_model_name_or_path mini"
 FEW_IMAGES = "--max_prompts 2 --num_inference_steps 1 --seeds 0 --general_prompts none"
 VIEWER = Rule("^python -m app.viewer")
 RULES = (
-    Rule("^(activate|python3 -m venv|pip|pre-commit)", reason="makes the tests' environment"),
+    Rule("^(activate|python3 -m venv|pip|pre-commit)", reason="creates the tests' environment"),
     Rule("^make (test|test-all|lint)$", reason="runs the tests"),
-    Rule("^make pictures", reason="makes what the pages show: half an hour"),
-    Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
+    Rule("^make pictures", reason="takes half an hour"),
+    Rule("^torchrun|--use_fsdp", reason="needs several devices: tests/scripts/test_fsdp.py"),
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
     Rule(
         "benchmarks/picture|eval/experiments/(pictures|guid|hold|flat|two|sdxl|flux2|peft)",
-        reason="samples, which take hours: tests/scripts/test_scored_sweep.py",
+        reason="samples for hours: tests/scripts/test_scored_sweep.py",
     ),
     Rule("benchmarks.gpu_day", reason="needs a GPU: tests/scripts/test_gpu_day.py"),
-    Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
+    Rule("eval.clip_scores --guidance_from base$", reason="names an option, without runs"),
     VIEWER,
     Rule("^python -m bilora_diffusion.caption", "--model {captioner}"),
     Rule("^python -m bilora_diffusion.export"),
@@ -91,7 +91,7 @@ RULES = (
     Rule(f"{IMAGE_SCRIPT}.*(--dataset mini|mini-flow)", FEW_STEPS),
     Rule(f"{IMAGE_SCRIPT}.* --config sdxl", f"{MINIATURE} {SHORT}"),
     Rule(IMAGE_SCRIPT, f"{MINIATURE} {FEW_STEPS}"),
-    # At the first step of a warm-up the rate is 0, and the scores of both steps may be equal.
+    # The first step of a warm-up has rate 0, so the scores of both steps could be equal.
     Rule(f"{TEXT_SCRIPT}.* --choose_by", "--max_train_steps 2 --max_length 48 --warmup_ratio 0"),
     Rule(TEXT_SCRIPT, "--max_train_steps 2 --max_length 48"),
     Rule("examples/5_sft.py", "--max_length 48 --per_device_train_batch_size 1"),

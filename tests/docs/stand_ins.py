@@ -1,9 +1,9 @@
-"""What stands in the place of large models, long runs and the hub where a page's commands run.
+"""Replacements for large models, long runs and the hub when a page's commands run in a test.
 
-- A sweep's runs are records of their configurations, with the weights of one short run.
-- The harness's tasks have no rows here: they give every model the same score.
-- Steps are timed on one narrow layer; losses of images are measured at one noise level, and the
-  demo samples two icons.
+- A sweep does not train: each run gets a record of its configuration and a short run's weights.
+- The harness's tasks have no rows: they give every model the same score.
+- Steps are timed on a narrow model, losses of images are measured at one noise level, and the demo
+  samples two icons.
 """
 
 import importlib
@@ -35,7 +35,7 @@ from tests.scripts.runs import train_once
 from tests.text.text_builders import ADAPTER, material, save_llama, train_text_once, write_rows
 
 IMAGE_LORA = "pytorch_lora_weights.safetensors"
-# Sizes of a Llama of two narrow layers
+# Sizes of a Llama with two narrow layers
 NARROW = {
     "hidden_size": 64,
     "intermediate_size": 172,
@@ -55,7 +55,7 @@ SCORES = {
 
 
 class RecordedRun:
-    """A run of a sweep that is over when it was started: a record and the weights of another."""
+    """Run of a sweep that ends immediately: it writes a record and copies another run's weights."""
 
     def __init__(self, runner: runs.Runner, run: plan.Run, slot: int) -> None:
         self.run, self.slot, self.popen = run, slot, None
@@ -72,7 +72,7 @@ class RecordedRun:
             file.write(json.dumps({"step": max(LOSSES), **SCORES}) + "\n")
 
     def record_text(self, argv: list[str]) -> None:
-        """The record of a text run, of any task, with the weights of a tiny causal model."""
+        """Write the record of a text run of any task, with the weights of a tiny causal model."""
         base = str(material("causal")["model_name_or_path"])
         changes = {"model_name_or_path": base, "task_type": "causal"}
         method = self.record(argv, changes, TextConfig.resolve)
@@ -85,7 +85,7 @@ class RecordedRun:
                 shutil.copy(source / name, self.folder)
 
     def record(self, argv: list[str], changes: dict[str, Any], read: Any = resolve) -> str:
-        """Write record, metrics and snapshots; returns the method."""
+        """Write the record, metrics and snapshots, and return the method."""
         config = read(argv)
         options = config.to_dict() | changes
         recorded_runs.make(
@@ -101,13 +101,13 @@ class RecordedRun:
 
 
 def measure_two_items(self: harness.Harness, *_: Any) -> Measurement:
-    """A score of two items in the place of a task's."""
+    """Return a score of two items instead of a task's score."""
     return Measurement(0.5, [Item("0", 1.0), Item("1", 0.0)])
 
 
 @contextmanager
 def stand_ins(folder: Path) -> Iterator[dict[str, str]]:
-    """Put all of it in place; yields the names that words of a command may have in braces."""
+    """Install all replacements, and yield the values of the names in braces in commands."""
     with pytest.MonkeyPatch.context() as patch, judge("[[8]]") as endpoint:
         patch.setattr(runs, "RunProcess", RecordedRun)
         patch.setattr(runs, "_end", lambda _: None)

@@ -1,6 +1,6 @@
-"""Every command in README and docs is understood by what it calls, and every Python block runs.
+"""Every command on the pages is accepted by its real parser, and every Python block compiles.
 
-Bash expands the commands (`tests.docs.pages`), and the parsers of the real commands read them.
+Bash expands the commands (`tests.docs.pages`).
 """
 
 import argparse
@@ -42,11 +42,11 @@ TRAINING = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
 
 
 class Understood(BaseException):
-    """A parser has taken all of its arguments."""
+    """Raised when a parser has accepted all arguments."""
 
 
 def check(words, monkeypatch):
-    """Let the real parser read one command; of those that train, check the options together too."""
+    """Check that a command is valid; for training commands, also the combination of options."""
     name, arguments = program(words)
     if name == "make":
         makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
@@ -62,7 +62,7 @@ def check(words, monkeypatch):
             assert not word.startswith("tests/") or (ROOT / word).exists()
     elif name == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
-    elif name in ("activate", "venv"):  # of the environment that `make` makes too
+    elif name in ("activate", "venv"):  # as for the environment that `make` creates
         assert arguments in ([], [".venv"])
     elif name in TRAINING:
         TRAINING[name](arguments)
@@ -71,7 +71,7 @@ def check(words, monkeypatch):
 
 
 def check_module(module, argv, monkeypatch):
-    """A command: stop it as soon as its parser is content."""
+    """Run a command, and stop it when its parser has accepted the arguments."""
     original = argparse.ArgumentParser.parse_known_args
 
     def stopping(self, *args, **kwargs):
@@ -87,7 +87,7 @@ def check_module(module, argv, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_is_understood(page, tmp_path, monkeypatch):
+def test_every_command_is_accepted_by_its_parser(page, tmp_path, monkeypatch):
     for name in ("my_photos", "held_out"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
@@ -104,7 +104,7 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
     for words in page_commands:
         check(words, monkeypatch)
     if page.name in ("README.md", "guide.md", "paper.md", "models.md"):
-        assert len(page_commands) > 3  # the pages that are made of commands
+        assert len(page_commands) > 3  # these pages consist mainly of commands
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -126,7 +126,7 @@ def test_the_docstring_of_an_example_shows_the_command_that_runs_it(example, tmp
 
 
 def anchors(page):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, in GitHub's form."""
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     names = set()
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
@@ -134,7 +134,7 @@ def anchors(page):
     return names
 
 
-def test_the_walk_has_a_rule_for_every_command_and_no_other(tmp_path):
+def test_the_walk_has_a_rule_for_every_command_and_no_unused_rule(tmp_path):
     rules = set()
     for page in (README, *DOCS):
         for script in scripts(page):
@@ -145,7 +145,7 @@ def test_the_walk_has_a_rule_for_every_command_and_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_somewhere_and_the_python_compiles(page):
+def test_every_link_has_a_target_and_the_python_compiles(page):
     text = page.read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
         if "://" in target:
@@ -165,7 +165,7 @@ def test_the_files_that_contributing_names_exist():
         files += [path.as_posix() for path in (ROOT / folder).rglob("*.*")]
     names = set(re.findall(r"`([\w./]+\.(?:py|toml|yaml))`", text))
     assert len(names) > 60
-    # Tables have names below a folder, and some only the file's name.
+    # Tables have paths below a folder, or only the file's name.
     missing = [name for name in names if not any(file.endswith(f"/{name}") for file in files)]
     assert missing == ["bilora_diffusion/methods/NAME.py"]
 
@@ -190,7 +190,7 @@ def test_the_readme_is_short_and_its_loop_trains():
 
 
 def generated_pages():
-    """The names of all pages; two of them count the memory of the largest models."""
+    """Return the names of all generated pages; two are slow, as they count large models' memory."""
     names = []
     for name in make.PAGES:
         is_slow = name in ("../README.md", "models.md")
@@ -199,9 +199,9 @@ def generated_pages():
 
 
 @pytest.mark.parametrize("name", generated_pages())
-def test_a_page_is_what_the_code_makes(name):
+def test_a_generated_page_is_up_to_date(name):
     content = (make.FOLDER / name).read_text(encoding="utf-8")
-    assert content == make.page(name), "an option has changed: run `python -m docs.make`"
+    assert content == make.page(name), "the page is out of date: run `python -m docs.make`"
 
 
 def test_every_picture_is_small_and_on_a_page():
@@ -211,7 +211,7 @@ def test_every_picture_is_small_and_on_a_page():
         assert path.stat().st_size < 200_000, path
 
 
-def test_the_pages_leave_nothing_out():
+def test_the_pages_list_every_flag_constraint_and_method():
     options = make.page("options.md")
     our_options, flags_of_diffusers = options.split("## Flags of diffusers' scripts")
     for name in DEFAULTS:

@@ -1,4 +1,4 @@
-"""The page of evidence."""
+"""The page of evidence: its figures, verdicts and claims."""
 
 from math import inf
 
@@ -13,7 +13,7 @@ RESULTS = sorted((evidence.ROOT / "results").rglob("result.json"))
 
 BELOW_ZERO = Check("", "", "", "", upper=0.0)
 ABOVE_TWO = Check("", "", "", "", lower=2.0)
-NEAR_ZERO = Check("", "", "", "", tolerance=0.1)  # a tenth of the size, which is 5 below
+NEAR_ZERO = Check("", "", "", "", tolerance=0.1)  # relative to the size, which is 5 below
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ NEAR_ZERO = Check("", "", "", "", tolerance=0.1)  # a tenth of the size, which i
         (NEAR_ZERO, 0.6, 0.7, FAILS),
     ],
 )
-def test_a_verdict_is_where_the_whole_interval_lies(check, low, high, verdict):
+def test_a_verdict_depends_on_where_the_whole_interval_is(check, low, high, verdict):
     assert evidence.verdict(check, Figure((low + high) / 2, low, high, 5, size=5.0)) == verdict
 
 
-def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
+def test_a_figure_is_the_mean_paired_difference_with_its_interval(tmp_path):
     rows = []
     for group, losses in (("LoRA", (3.0, 5.0, 4.0)), ("Bi-LoRA", (2.0, 4.5, 3.0))):
         for seed, loss in enumerate(losses):
@@ -46,7 +46,7 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
     figure = evidence.figure(Check("", str(tmp_path), "Bi-LoRA", "loss", control="LoRA", upper=0.0))
     assert figure.mean == pytest.approx((-1 - 0.5 - 1) / 3)
     assert (figure.count, figure.size) == (3, 4.0)  # the size is the control's mean
-    # Student's t of the differences -1, -0.5 and -1: 4.302653 of 2 degrees of freedom
+    # Student's t for the differences -1, -0.5 and -1: 4.302653 with 2 degrees of freedom
     half_width = 4.302653 * (0.25 / 3) ** 0.5 / 3**0.5
     assert figure.high - figure.mean == pytest.approx(half_width)
     assert figure.mean - figure.low == pytest.approx(half_width)
@@ -54,16 +54,16 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
         evidence.figure(Check("", str(tmp_path), "LoRA", "lossy"))
 
 
-def test_a_claim_is_what_its_checks_agree_in():
+def test_a_claim_s_verdict_is_that_of_its_checks_or_counts_them():
     assert evidence.overall([HOLDS, HOLDS]) == HOLDS
     assert evidence.overall([HOLDS, FAILS]) == f"1 of 2: {HOLDS}, 1 of 2: {FAILS}"
 
 
-def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side():
+def test_every_claim_of_the_paper_has_an_entry_and_each_check_has_one_bound():
     names = [claim.name for claim in evidence.claims()]  # C1 to C13 are the paper's
     assert names[:13] == [f"C{number}" for number in range(1, 14)]
     numbers = [int(name.removeprefix("F")) for name in names[13:]]
-    assert numbers == sorted(set(numbers)), "a number is not given again: F2 was taken back"
+    assert numbers == sorted(set(numbers)), "a number is not reused: F2 was withdrawn"
     for claim in evidence.claims():
         assert claim.where
         assert claim.command
@@ -74,7 +74,7 @@ def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.parent.name)
-def test_the_intervals_of_every_recorded_result_are_those_of_its_rows(file):
+def test_the_intervals_of_every_recorded_result_follow_from_its_rows(file):
     result = read(file.parent)
     lines = {}
     for over in {line.over for line in result.summaries}:

@@ -1,6 +1,6 @@
-"""results/paper.md: its experiments are all of them, with the paper's radii and rates.
+"""results/paper.md names every experiment, and the experiments have the paper's settings.
 
-`test_walk.py` runs its commands.
+`test_walk.py` runs the page's commands.
 """
 
 from itertools import pairwise
@@ -25,7 +25,7 @@ RADII: dict[tuple[str, str], float] = {
     ("superglue", "bilora"): 0.1,
     ("llama2_7b", "lora-sam"): 0.01,  # Appendix H.2, for Tables 3 and A2
     ("llama2_7b", "bilora"): 0.1,
-    ("llama2_7b", "flat-lora"): 0.05,  # Appendix H.4, for Table 5: that of Li et al. 2024b
+    ("llama2_7b", "flat-lora"): 0.05,  # Appendix H.4, for Table 5: the radius of Li et al. 2024b
     ("llama31_8b", "lora-sam"): 0.01,  # Appendix H.2, for Table 3
     ("llama31_8b", "bilora"): 0.05,
 }
@@ -37,7 +37,7 @@ RUNS_OF_TABLE_2 = {"boolq": 3, "wic": 3, "rte": 5, "cb": 20, "copa": 20}  # Sect
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder of a reader, with the repository's experiments and recipes."""
+    """Create a reader's working folder with the repository's experiments and recipes."""
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "experiments").symlink_to(ROOT / "eval" / "experiments")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def family(recipe: Path) -> str:
-    """The group of recipes that share the paper's radii."""
+    """Return the name of the recipe's group; the recipes of a group share the paper's radii."""
     if recipe.parent.name != "t5_base":
         return recipe.parent.name
     return "glue" if recipe.stem in GLUE else "superglue"
@@ -67,7 +67,7 @@ def test_every_variant_has_the_paper_s_radius_rate_and_number_of_runs(folder, hu
         if "rho" in planned.experiment.axes:
             assert set(planned.experiment.axes["rho"]) == TABLE_A1
             continue
-        for run in planned.runs[: len(planned.variants)]:  # of the first seed
+        for run in planned.runs[: len(planned.variants)]:  # the runs of the first seed
             words = ["--config", str(planned.recipe), "--output_dir", "run"]
             config = TextConfig.resolve(words + list(run.flags))
             if config.method == "full":
@@ -76,13 +76,13 @@ def test_every_variant_has_the_paper_s_radius_rate_and_number_of_runs(folder, hu
                 radius = radii.setdefault((group, config.method), config.rho)
                 assert config.rho == radius, f"{planned.recipe}, {config.method}: two radii"
             else:
-                assert config.method in ("lora", "lora-obar", "lora-nbar")  # without a radius
+                assert config.method in ("lora", "lora-obar", "lora-nbar")  # these have no radius
     assert radii == RADII
     assert rates == RATES_OF_FULL
     assert seeds == RUNS_OF_TABLE_2
 
 
-def test_every_experiment_is_on_the_page_and_no_command_writes_where_another_does(folder):
+def test_every_experiment_is_on_the_page_and_no_two_commands_share_an_output(folder):
     experiments, outputs = [], []
     for script in scripts(PAGE):
         for command in commands(script, folder):

@@ -1,4 +1,4 @@
-"""The commands of README and of each page run one after another, each page in a fresh folder."""
+"""The commands of README and of each page run in order, each page in a fresh folder."""
 
 import re
 
@@ -14,14 +14,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hub"), pytest.mark.time
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What words in braces stand for in commands; the stand-ins of all pages are in place."""
+    """Install the stand-ins for all pages, and yield the values of names in braces."""
     with stand_ins(tmp_path_factory.mktemp("stand_ins")) as names:
         yield names
 
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch, names):
-    """``reader(page)``: the steps of a page in a fresh folder; README's also starts the viewer."""
+    """Return ``reader(page)``, which runs a page's commands in a fresh folder and yields the steps.
+
+    The viewer is started only for README.
+    """
     monkeypatch.chdir(tmp_path)
 
     def read(page):
@@ -30,7 +33,7 @@ def reader(tmp_path, monkeypatch, names):
     return read
 
 
-def test_the_commands_of_the_readme_run_in_their_order_and_leave_the_files_that_it_names(
+def test_the_commands_of_the_readme_run_in_order_and_write_the_files_that_it_names(
     reader, tmp_path
 ):
     names = [step.name for step in reader(README)]
@@ -47,18 +50,18 @@ def test_the_commands_of_the_readme_run_in_their_order_and_leave_the_files_that_
 
 
 def pages():
-    """All pages but README; those of recorded results are long, and no user's first steps."""
+    """Yield all pages but README; the pages in results/ take long, so they are marked matrix."""
     for page in DOCS:
         marks = [pytest.mark.matrix] if page.parent.name == "results" else []
         yield pytest.param(page, marks=marks, id=str(page.relative_to(ROOT)))
 
 
 @pytest.mark.parametrize("page", list(pages()))
-def test_the_commands_of_a_page_run_in_their_order(page, reader, tmp_path):
+def test_the_commands_of_a_page_run_in_order(page, reader, tmp_path):
     for _ in reader(page):
         pass
     if page.name == "paper.md":
         glue = table.read(tmp_path / "runs" / "scores" / "glue")
         assert set(glue.groups) == {"LoRA", "LoRA-SAM", "Bi-LoRA", "Full FT"}
         for group in glue.groups:
-            assert len(glue.members(group)) == 5  # tasks of one seed
+            assert len(glue.members(group)) == 5  # five tasks with one seed

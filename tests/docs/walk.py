@@ -1,8 +1,8 @@
-"""A reader who runs the commands of a page one after another, in a fresh folder, in this process.
+"""A simulated reader who runs a page's commands in order, in a fresh folder and in this process.
 
-`RULES` says what is done with each command: the first rule whose pattern is found in it. A command
-without a rule fails the test, so that none comes into a page without being understood here.
-`STAND_INS` are words for what a reader has and a test has not, such as large models.
+The first of `RULES` whose pattern is found in a command says how the command is run. A command
+without a rule fails the test, so that each new command gets one. `STAND_INS` replaces words for
+things that a reader has and a test does not, such as large models.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from tests.text.text_builders import ADAPTER, heldout, rows_for, train_text_once
 
 TRAINING: dict[str, Any] = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
 
-# Programs that need nothing of a reader, with their default output folder. Each command is run once
-# for all pages.
+# Programs that need no files of the reader, with their default output folder. Each command is run
+# once for all pages.
 DEMOS = {"bilora_diffusion.demo": "demo", "examples/2_text.py": "demo-text"}
-# Names of runs that a page takes for granted, each with the method
+# Runs that pages assume to exist, each with its method
 METHOD_OF_RUN = {
     "lora": "lora",
     "lora-0": "lora",
@@ -48,7 +48,7 @@ METHOD_OF_RUN = {
     "sample-0": "bilora",
     "dog": "bilora",
 }
-# Flags of a run that a page takes for granted
+# Flags of image runs that pages assume to exist
 MEASURED: dict[str, Any] = {
     "validation_dataset": None,
     "max_eval_samples": 2,
@@ -59,7 +59,7 @@ MEASURED: dict[str, Any] = {
 
 
 def understood(command: list[str]) -> tuple[list[str], Rule]:
-    """The words of a command with `STAND_INS` in place, and its rule."""
+    """Return the words of a command, with `STAND_INS` replaced, and its rule."""
     words = command
     for pattern, stand_in in STAND_INS:
         sought = pattern.split()
@@ -71,12 +71,12 @@ def understood(command: list[str]) -> tuple[list[str], Rule]:
     for rule in RULES:
         if re.search(rule.pattern, " ".join(words)):
             return words, rule
-    pytest.fail(f"no rule of the walk is for this command: {' '.join(command)}")
+    pytest.fail(f"no rule of the walk matches this command: {' '.join(command)}")
 
 
 @dataclass
 class Step:
-    """A command that a page has: what was run in its place, and what it printed."""
+    """A command of a page: the command that was run instead, and its output."""
 
     words: list[str]
     name: str
@@ -85,11 +85,12 @@ class Step:
 
 
 class Walk:
-    """One reader in one folder, which must be the current one.
+    """A reader in a folder, which must be the current folder.
 
     Args:
-        names: What words in braces stand for; see `stand_ins`.
-        has_viewer: Whether the viewer is started where a page says so: it takes ten seconds.
+        folder: The reader's folder; it gets the repository's recipes, and data to train on.
+        names: Values of names in braces; see `stand_ins`.
+        has_viewer: Whether to run the commands that start the viewer, which takes ten seconds.
     """
 
     def __init__(self, folder: Path, names: dict[str, str], *, has_viewer: bool) -> None:
@@ -103,23 +104,23 @@ class Walk:
             write_rows(folder / f"{name}.jsonl", conversations(8, first))
 
     def page(self, path: Path) -> Iterator[Step]:
-        """Run the commands of a page; each is yielded when it has run."""
+        """Run the commands of a page, and yield each after it has run."""
         for script in scripts(path):
             for number in itertools.count():
-                # Expanded anew, since a command's globs match what those before it have made.
+                # Expand again: a command's globs match the files that earlier commands wrote.
                 script_commands = commands(script, self.folder)
                 if number == len(script_commands):
                     break
                 command = script_commands[number]
                 if command in self.started:
-                    continue  # a page may name a command again
+                    continue  # a page may repeat a command
                 self.started.append(command)
                 step = self.run(command)
                 if step is not None:
                     yield step
 
     def run(self, command: list[str]) -> Step | None:
-        """Run one command and check what it promises; None where a rule has a reason not to."""
+        """Run one command and check its results; return None if the command is not run."""
         words, rule = understood(command)
         if rule.reason or (rule is VIEWER and not self.has_viewer):
             return None
@@ -141,10 +142,10 @@ class Walk:
         return step
 
     def prepare(self, name: str, argv: list[str]) -> list[str]:
-        """Make what a page takes for granted: earlier runs, and what a resumed one goes on from.
+        """Create the runs that a command needs: those that it reads, or the one that it resumes.
 
         Returns:
-            The arguments, with the runs of a sweep that had to be made in place of their pattern.
+            The arguments, in which a pattern for the runs of a sweep is replaced by their folders.
         """
         if "--resume_from_checkpoint" in argv and "latest" in argv:
             with pytest.MonkeyPatch.context() as patch:
@@ -167,7 +168,7 @@ class Walk:
         return expanded
 
     def make_run(self, folder: Path, method: str, is_text: bool) -> None:
-        """A run of two steps with all that evaluations read."""
+        """Create a run of two steps with all files that evaluations read."""
         if is_text:
             options = {"validation_file": heldout("causal"), "checkpointing_steps": 1}
             run = train_text_once("causal", method, method=method, **options)
@@ -177,7 +178,7 @@ class Walk:
 
 
 def start(name: str, argv: Sequence[str]) -> None:
-    """Run a script or module in this process; a viewer in one of its own."""
+    """Run a script or module in this process, or the viewer in a separate process."""
     AcceleratorState._reset_state()  # accelerate keeps one precision for a whole process
     if name == IMAGE_SCRIPT:
         image_script.train(argv)
@@ -192,13 +193,13 @@ def start(name: str, argv: Sequence[str]) -> None:
 
 
 def without_option(argv: list[str], option: str) -> list[str]:
-    """The arguments without an option and its value."""
+    """Return the arguments without an option and its value."""
     position = argv.index(option)
     return argv[:position] + argv[position + 2 :]
 
 
 def run_demo(name: str, argv: list[str]) -> None:
-    """Run a demo, or copy what the same command has left on another page."""
+    """Run a demo, or copy its output if another page had the same command."""
     output = DEMOS[name]
     if "--output_dir" in argv:
         output = argv[argv.index("--output_dir") + 1]
@@ -211,7 +212,7 @@ def run_demo(name: str, argv: list[str]) -> None:
 
 
 def view(root: Path) -> None:
-    """Start the viewer: it answers on its port, lists the runs, and ends at a signal."""
+    """Start the viewer, and check that it answers, lists the runs, and ends at a signal."""
     run_names = sorted(path.parent.name for path in root.glob("*/run.json"))
     assert run_names
     port = free_port()
@@ -225,7 +226,7 @@ def view(root: Path) -> None:
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Files of a reader's folder, each with what changes when it is written."""
+    """Return the modification time and the size of each file in a reader's folder."""
     states = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -234,7 +235,7 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def photographs(folder: Path, numbers: range) -> None:
-    """Parts of the photographs that installed packages bring along, of many sizes and shapes."""
+    """Write crops of the photographs in installed packages, with many sizes, shapes and formats."""
     portrait: Any = get_sample_data("grace_hopper.jpg")
     with portrait as file:
         sources = [Image.open(file).convert("RGB")]
@@ -251,7 +252,7 @@ def photographs(folder: Path, numbers: range) -> None:
 
 
 def conversations(count: int, first: int) -> list[dict[str, Any]]:
-    """Rows of a question and an answer, in the form that every script reads."""
+    """Return rows of a question and an answer, in the format that every script reads."""
     rows = []
     for row in rows_for("causal", count, first):
         question = {"role": "user", "content": row["prompt"]}
@@ -260,10 +261,10 @@ def conversations(count: int, first: int) -> list[dict[str, Any]]:
 
 
 def check(step: Step, folder: Path, changed: set[Path]) -> None:
-    """Check that a command has left, or printed, what a page says of it."""
+    """Check that a command has written or printed the result that its page describes."""
     if step.name == "app.viewer":
-        return  # `view` has looked at it
-    assert changed or step.printed, f"{step.name} left nothing and printed nothing"
+        return  # `view` has checked it
+    assert changed or step.printed, f"{step.name} wrote nothing and printed nothing"
     if step.name in TRAINING:
         check_training(step, folder, changed)
     elif step.name.startswith("eval."):
@@ -275,7 +276,7 @@ def check(step: Step, folder: Path, changed: set[Path]) -> None:
     elif step.name == "bilora_diffusion.export" and {"--to", "--step"} & set(step.argv):
         lines = step.printed.splitlines()
         assert lines
-        if "merged" in step.argv:  # commands of llama.cpp follow the folder
+        if "merged" in step.argv:  # llama.cpp's commands follow the folder
             lines = lines[:1]
         for line in lines:
             assert (folder / line.rpartition(": ")[2]).exists()

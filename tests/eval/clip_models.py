@@ -1,4 +1,4 @@
-"""Small random models of the classes that score and caption, as folders on disk."""
+"""Small scorers and captioners with random weights, saved as folders on disk."""
 
 import json
 import shutil
@@ -16,23 +16,23 @@ from torch import nn
 
 from bilora_diffusion.mini import pipeline_dir
 
-SIZE = 32  # pixels of an image's side
+SIZE = 32  # side length of an image, in pixels
 PATCH = 8
 WIDTH = 32
 HEADS = 2
-DIMENSION = 24  # of an embedding
+DIMENSION = 24  # size of an embedding
 
-# CLIP in open_clip's words
+# Configuration of CLIP, with open_clip's keys
 VISION = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 16}
 TEXT = {
     "context_length": 32,
-    "vocab_size": 4115,  # of the miniature's tokenizer; its end token is the last
+    "vocab_size": 4115,  # as the miniature's tokenizer, whose last token is the end token
     "width": WIDTH,
     "heads": HEADS,
     "layers": 2,
     "hf_tokenizer_name": "mini",
 }
-# BLIP in transformers' words
+# Configuration of BLIP, with transformers' keys
 BLIP = {
     "hidden_size": WIDTH,
     "intermediate_size": 4 * WIDTH,
@@ -43,7 +43,7 @@ BLIP = {
 
 
 def pictures(count: int, size: int | None = SIZE) -> list[Image.Image]:
-    """Random images with large and small structure; of random width and height without a size."""
+    """Return random images, smooth colors with noise; without ``size``, each has a random size."""
     random = np.random.default_rng(0)
     images = []
     for _ in range(count):
@@ -56,15 +56,15 @@ def pictures(count: int, size: int | None = SIZE) -> list[Image.Image]:
 
 
 def sentences(count: int) -> list[str]:
-    """Distinct texts of different lengths."""
+    """Return distinct texts of different lengths."""
     things = ["rabbit", "cloud", "lion", "droplet", "frog", "sun", "red car"]
     styles = ["", ", in the style of TOK", " on a table", " with a very long tail and two hats"]
-    # 7 and 4 have no common divisor, so a thing meets every style.
+    # 7 and 4 have no common divisor, so each thing appears with every style.
     return [f"a ToK icon of {n} {things[n % 7]}{styles[n % 4]}" for n in range(count)]
 
 
 def shake(model: nn.Module, scale: float = 0.2) -> None:
-    """Weights so large that embeddings differ between images and between texts."""
+    """Add noise to the weights, to make embeddings of different images and texts differ."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,7 +73,7 @@ def shake(model: nn.Module, scale: float = 0.2) -> None:
 
 
 def save_open_clip(folder: Path) -> Path:
-    """A folder of open_clip with a random CLIP: configuration, weights and tokenizer."""
+    """Write a random CLIP in open_clip's format: configuration, weights and tokenizer."""
     config: dict[str, Any] = {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT}
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
@@ -88,7 +88,7 @@ def save_open_clip(folder: Path) -> Path:
 
 
 def save_blip(folder: Path) -> Path:
-    """A folder of transformers with a random BLIP and a small vocabulary."""
+    """Write a random BLIP with a small vocabulary in transformers' format."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words += [f"word{number}" for number in range(40)]
     words += ["[DEC]", "[ENC]"]
@@ -115,7 +115,7 @@ def save_blip(folder: Path) -> Path:
 
 
 def save_dinov2(folder: Path) -> Path:
-    """A folder of transformers with a random DINOv2 of three layers and its processor."""
+    """Write a random DINOv2 with three layers, and its processor, in transformers' format."""
     torch.manual_seed(0)
     config = hf.Dinov2Config(
         hidden_size=WIDTH,
@@ -135,7 +135,7 @@ def save_dinov2(folder: Path) -> Path:
 
 
 def put_on_hub(repository: str, folder: Path, commit: str) -> None:
-    """Fill huggingface_hub's cache as a download of ``folder`` would; the tests are offline."""
+    """Copy ``folder`` into huggingface_hub's cache like a download; tests are offline."""
     root = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     shutil.copytree(folder, root / "snapshots" / commit, dirs_exist_ok=True)
     (root / "refs").mkdir(exist_ok=True)

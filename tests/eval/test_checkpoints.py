@@ -1,4 +1,4 @@
-"""Checkpoints as subjects: which, what they are called, what is best, and what is refused."""
+"""Checkpoints as subjects: their choice and labels, the best step, and refused input."""
 
 import re
 from functools import partial
@@ -24,10 +24,10 @@ SUMMARIZE = partial(compare.summaries, unit=compare.ITEM)
 
 
 def make_run(folder, seed=0, steps=(5, 10, 20), interval=10):
-    """A text run with the checkpoints 10 and 20, held-out metrics of ``steps``, and no weights."""
+    """Write a text run with checkpoints at steps 10 and 20, and held-out metrics at ``steps``."""
     rows = []
     for step in steps:
-        accuracy = 0.5 + seed / 10 - step / 100  # falls, as the loss does
+        accuracy = 0.5 + seed / 10 - step / 100  # falls like the loss
         rows.append((step, {HELDOUT_LOSS: 1 / step, ACCURACY: accuracy}))
     save_record(folder, seed=seed, rows=rows, checkpointing_steps=interval)
     peft = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
@@ -48,7 +48,7 @@ def labels(subjects):
 
 
 @pytest.mark.parametrize("text", ["", "alle", "40,", "-40", "1.5", "40..80", "9" * 5000])
-def test_what_is_no_steps_is_refused(text):
+def test_malformed_lists_of_steps_are_refused(text):
     assert checkpoints.read_steps("200, 40,80,40") == [40, 80, 200]
     with pytest.raises(UserError, match=r"--steps is .*write all"):
         checkpoints.read_steps(text)
@@ -73,7 +73,7 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_an_interruption_saved_is_left_out_unless_it_is_named_or_the_last(
+def test_a_checkpoint_saved_by_an_interruption_is_skipped_unless_it_is_named_or_last(
     tmp_path, capsys
 ):
     make_run(tmp_path / "a")  # checkpoints 10 and 20
@@ -101,21 +101,21 @@ def test_seeds_of_one_method_at_one_step_are_one_group(tmp_path):
     assert line.interval == pytest.approx(mean_interval([0.3, 0.4]))
 
 
-def test_steps_without_a_held_out_figure_are_refused(tmp_path, capsys):
+def test_steps_without_a_held_out_metric_are_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run", steps=(5, 15))
     words = [str(run), "--steps", "all", "--output_dir", str(tmp_path / "out")]
     assert text_scores.main(words) == 2
     assert "no held-out metric" in capsys.readouterr().err
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_named_with_both_numbers(tmp_path):
+def test_the_message_for_a_run_without_checkpoints_has_its_last_step_and_interval(tmp_path):
     folder = recorded_runs.make(tmp_path, steps=(40,), config={"checkpointing_steps": 100})
     sentence = checkpoints.without_checkpoints(folder)
     assert "ended at step 40" in sentence
     assert "--checkpointing_steps 100" in sentence
 
 
-def test_runs_of_several_groups_stand_before_their_steps(tmp_path):
+def test_groups_of_checkpoints_are_named_by_group_and_step(tmp_path):
     words = ["--steps", "all"]
     for name in ("a", "b"):
         words += ["--group", f"row {name}={make_run(tmp_path / name)}"]
@@ -127,10 +127,12 @@ def test_runs_of_several_groups_stand_before_their_steps(tmp_path):
 
 
 def curves_of_one_run(advantage):
-    """Scores of twelve prompts at steps 10, 20 and 30, and a held-out loss at 10 and 30.
+    """Return curves of a run with scores at steps 10, 20 and 30, and losses at 10 and 30.
+
+    The scores are those of twelve prompts.
 
     Args:
-        advantage: how much higher the scores at step 20 are than those at the last step.
+        advantage: mean score at step 20 minus that at the last step.
     """
     metrics = {"i2t": Metric("score", "", True, 100, ".1f"), HELDOUT_LOSS: LOSS}
     rows, entries = [], []
@@ -138,7 +140,7 @@ def curves_of_one_run(advantage):
         name = f"step {step}"
         entries.append(Entry(name, name, about={"run": "dog", "step": step}))
         for number in range(12):
-            # Differences to the last step vary by 0.01, so that they have an interval.
+            # Differences from the last step vary by 0.01, so their interval has a width.
             noise = 0.0
             if step != 30:
                 noise = 0.01 * (-1) ** number
@@ -152,7 +154,7 @@ def curves_of_one_run(advantage):
 
 
 @pytest.mark.parametrize(("advantage", "verb"), [(0.1, "excludes"), (0.001, "includes")])
-def test_the_best_step_and_how_sure_it_is(advantage, verb, tmp_path):
+def test_the_best_step_is_reported_with_its_interval(advantage, verb, tmp_path):
     curves = curves_of_one_run(advantage)
     score, loss = checkpoints.best(curves)
     assert score.startswith("score: best at step 20 (")
@@ -177,11 +179,13 @@ METRICS_OF_IMAGES = {
 
 
 def answers_of(scores, count=12, runs=("dog",)):
-    """The answers on scores of checkpoints, each of ``count`` prompts.
+    """Return the answers for checkpoints that are scored on ``count`` prompts each.
 
     Args:
-        scores: metric -> step -> how much higher its mean is than at the last step. Single
-            prompts differ from this by 0.01 up and down.
+        scores: metric -> step -> mean difference from the last step. The difference of each
+            prompt is 0.01 above or below this mean.
+        count: number of prompts.
+        runs: names of the runs, all with the same scores.
     """
     rows, entries = [], {}
     for run in runs:
@@ -254,7 +258,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_one_sentence_says_which_step_is_best(name):
+def test_one_sentence_names_the_best_step(name):
     scores, candidate, sentence = ANSWERS[name]
     (answer,) = answers_of(scores)
     assert (answer.run, answer.last, answer.candidate) == ("dog", 30, candidate)
@@ -264,8 +268,9 @@ def test_one_sentence_says_which_step_is_best(name):
     assert [answer.sentence.partition(": ")[0] for answer in both] == ["dog", "cat"]
 
 
-def test_an_interval_of_the_answer_is_wider_the_more_steps_there_are_to_choose_from():
-    # The mean is 2.45 standard errors above zero: enough for one other step (2.20), not for five.
+def test_the_interval_of_an_answer_is_wider_if_there_are_more_steps_to_choose_from():
+    # The mean is 2.45 standard errors above zero. Half of the interval's width is 2.20 standard
+    # errors with one other step, and more than 2.45 with five.
     advantage = 2.45 * 0.01 * (12 / 11) ** 0.5 / 12**0.5
     (of_two,) = answers_of({"truth": {10: advantage, 60: 0}})
     assert of_two.sentence.startswith("By truth step 10 is better")
@@ -274,7 +279,7 @@ def test_an_interval_of_the_answer_is_wider_the_more_steps_there_are_to_choose_f
     assert of_six.sentence.startswith("No step is clearly better")
 
 
-def test_a_single_prompt_shows_no_step_to_be_better():
+def test_a_single_prompt_does_not_show_that_a_step_is_better():
     (answer,) = answers_of({"truth": {10: SURE, 30: 0}}, count=1)
     assert answer.sentence.startswith("No step is clearly better than the last (30) by truth")
-    assert answers_of({"nearest": {10: SURE, 30: 0}}) == [], "no score that decides"
+    assert answers_of({"nearest": {10: SURE, 30: 0}}) == [], "memorization must not decide"

@@ -14,7 +14,7 @@ from eval.results.table import Entry, Row, Summary
 
 
 @pytest.mark.parametrize(("count", "is_bootstrap"), [(2, False), (19, False), (20, True)])
-def test_the_interval_of_a_mean_is_student_s_t_of_few_values_and_scipy_s_bca_of_many(
+def test_the_interval_of_a_mean_is_students_t_for_few_values_and_scipys_bca_for_many(
     count, is_bootstrap
 ):
     values = np.random.default_rng(1).exponential(size=count)
@@ -25,7 +25,7 @@ def test_the_interval_of_a_mean_is_student_s_t_of_few_values_and_scipy_s_bca_of_
         expected = stats.bootstrap(
             (values,), np.mean, n_resamples=9999, method="BCa", rng=generator
         ).confidence_interval
-        tolerance = 0.05 * (expected.high - expected.low)  # other random resamples
+        tolerance = 0.05 * (expected.high - expected.low)  # for different random resamples
     else:
         expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
         tolerance = 1e-9
@@ -39,7 +39,7 @@ def test_the_interval_of_a_mean_is_student_s_t_of_few_values_and_scipy_s_bca_of_
     random=st.randoms(use_true_random=False),
 )
 @settings(max_examples=50)
-def test_the_interval_depends_on_neither_order_nor_unit_nor_offset(values, unit, offset, random):
+def test_the_interval_does_not_depend_on_order_unit_or_offset(values, unit, offset, random):
     interval = mean_interval(values)
     assert interval is not None
     moved = [unit * (value + offset) for value in random.sample(values, len(values))]
@@ -47,24 +47,24 @@ def test_the_interval_depends_on_neither_order_nor_unit_nor_offset(values, unit,
     assert mean_interval(moved) == pytest.approx(expected, rel=1e-7, abs=1e-7 * unit)
 
 
-def test_the_interval_of_five_differences_covers_their_mean_as_often_as_it_says():
+def test_the_interval_of_five_differences_covers_the_mean_in_95_percent_of_samples():
     samples = np.random.default_rng(0).normal(size=(4000, 5))
     covered = 0
     for values in samples:
         interval = mean_interval(values)
         assert interval is not None
         covered += interval.low <= 0 <= interval.high
-    # sqrt(0.95 * 0.05 / 4000) = 0.0034 is the standard error of the share.
+    # The standard error of the coverage is sqrt(0.95 * 0.05 / 4000) = 0.0034.
     assert covered / len(samples) == pytest.approx(0.95, abs=0.015)
 
 
-def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_differ():
+def test_an_interval_needs_two_values_and_has_no_width_if_all_are_equal():
     assert mean_interval([]) is mean_interval([1.0]) is None
     assert mean_interval([1.0, float("inf")]) is None
     for count in (5, 200):
         assert mean_interval([0.0] * count) == Interval(0.0, 0.0)
         assert mean_interval([0.25] * count) == Interval(0.25, 0.25)
-    noise = mean_interval([0.1 + 0.2, 0.3, 0.3])  # equal but for rounding
+    noise = mean_interval([0.1 + 0.2, 0.3, 0.3])  # equal except for rounding
     assert noise is not None
     assert noise.low == noise.high == pytest.approx(0.3)
 
@@ -75,13 +75,13 @@ def row(group, seed, value, **extra_fields):
 
 
 def compared(values, control_values):
-    """A group of runs by seed against the control."""
+    """Return the summary of a group against the control, from the values of each seed."""
     rows = [row("a", seed, value) for seed, value in values.items()]
     rows += [row("b", seed, value) for seed, value in control_values.items()]
     return summaries(rows, "b")[0]
 
 
-def test_only_common_units_are_paired():
+def test_only_common_seeds_are_paired():
     line = compared({3: 9.0, 0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5, 2: 7.0})
     assert (line.count, line.mean, line.pairs) == (3, 4.0, 2)
     assert line.error == pytest.approx(np.std([1, 2, 9], ddof=1) / np.sqrt(3))
@@ -95,7 +95,7 @@ def test_only_common_units_are_paired():
     assert (single.difference, single.difference_interval, single.lower) == (-2.0, None, 1)
 
 
-def test_what_is_not_defined_is_a_gap_in_a_curve_and_left_out_of_a_figure():
+def test_an_undefined_value_is_a_gap_in_a_curve_and_is_left_out_of_other_means():
     for step, count, mean in ((5, 2, None), (None, 1, 3.0)):
         (line,) = summaries([row("a", 0, None, step=step), row("a", 1, 3.0, step=step)])
         assert (line.count, line.mean) == (count, mean)
@@ -104,7 +104,7 @@ def test_what_is_not_defined_is_a_gap_in_a_curve_and_left_out_of_a_figure():
 
 
 def test_items_are_averaged_over_seeds_before_they_are_paired():
-    # group -> values of each prompt by seed
+    # group -> prompts -> values of each seed
     values = {"a": [[1.0, 3.0], [5.0, 5.0]], "b": [[0.0, 2.0], [5.0, 5.0]]}
     rows = []
     for group, prompts in values.items():
@@ -120,7 +120,7 @@ def test_items_are_averaged_over_seeds_before_they_are_paired():
     ("low", "high", "verdict"),
     [(0.1, 0.3, "worse"), (-0.3, -0.1, "better"), (-0.1, 0.1, "no difference shown")],
 )
-def test_a_verdict_needs_the_whole_interval(low, high, verdict):
+def test_a_verdict_needs_an_interval_without_zero(low, high, verdict):
     line = Summary("a", "b", difference=(low + high) / 2, difference_low=low, difference_high=high)
     assert compare.verdict(line, False) == verdict
     opposite = {"worse": "better", "better": "worse"}.get(verdict, verdict)
@@ -130,7 +130,7 @@ def test_a_verdict_needs_the_whole_interval(low, high, verdict):
     assert compare.verdict(Summary("a", "b"), True) is None
 
 
-def test_the_control():
+def test_the_control_is_chosen_by_name_or_method():
     def entry(group, method, kind="run"):
         return Entry(group, group, kind, method=method)
 
@@ -147,7 +147,7 @@ def test_the_control():
     ("training", "level", "expected"),
     [([10, 6, 9, 5], 8, 1.5), ([10, 6, 9, 5], 4, None), ([10, 11, 9], 10.5, None)],
 )
-def test_at_a_training_loss_the_first_fall_counts(training, level, expected):
+def test_a_metric_is_read_where_the_training_loss_first_falls_to_a_level(training, level, expected):
     metric = [1.0, 2.0, 3.0, 4.0][: len(training)]
-    # Between two points the metric is interpolated, as the training loss is.
+    # Between two points, the metric is interpolated linearly like the training loss.
     assert at_training_loss(training, metric, level) == expected

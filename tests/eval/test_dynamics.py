@@ -1,4 +1,4 @@
-"""eval.dynamics and eval.generalization against plain computations."""
+"""eval.dynamics and eval.generalization, compared with plain computations."""
 
 import json
 
@@ -24,11 +24,11 @@ COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
 
 
 @given(COSINES)
-def test_settling_is_the_start_of_the_last_stretch_above(values):
+def test_the_settling_step_is_the_start_of_the_last_stretch_above_the_level(values):
     steps = range(0, 2 * len(values), 2)
     settled_step = settles(steps, values, 0.5)
     points = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
-    # Backwards from the end to the last point below the level.
+    # Search backwards from the end for the last point below the level.
     stretch_start, last_below = None, None
     for step, value in reversed(points):
         if value < 0.5:
@@ -44,12 +44,12 @@ def test_settling_is_the_start_of_the_last_stretch_above(values):
         assert last_below <= settled_step <= stretch_start
 
 
-def test_settling_is_interpolated_on_the_straight_line():
+def test_the_settling_step_is_interpolated_linearly():
     assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
 
 
 def float64_cosine(left_tensors, right_tensors):
-    """The cosine of two lists of tensors, each as one vector."""
+    """Return the cosine of two lists of tensors, each concatenated into one vector."""
     left, right = (
         np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])
         for tensors in (left_tensors, right_tensors)
@@ -57,14 +57,14 @@ def float64_cosine(left_tensors, right_tensors):
     return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
 
 
-def test_cosines_are_those_of_the_whole_matrices():
+def test_cosines_equal_those_of_the_full_matrices():
     generator = torch.Generator().manual_seed(0)
     left, right = recorded_runs.factors(generator), recorded_runs.factors(generator)
 
     def tensors_of(factors):
         A = [layer.A for layer in factors]
         B = [layer.B for layer in factors]
-        # B A in full, (out, in), which the code under test never makes
+        # The full product B A, (out, in), which the tested code never computes
         product = [layer.B.double() @ layer.A.double() for layer in factors]
         return {"A": A, "B": B, "factors": A + B, "product": product}
 
@@ -74,14 +74,14 @@ def test_cosines_are_those_of_the_whole_matrices():
     for name, cosine in cosines.items():
         expected = float64_cosine(left_tensors[name], right_tensors[name])
         assert cosine == pytest.approx(expected, abs=1e-12)
-    # Factors of other ranks have no cosine, their products have one.
+    # Factors of different ranks have no cosine, but their products have one.
     wider = curves.cosines(left, recorded_runs.factors(generator, rank=3))
     assert [name for name, cosine in wider.items() if cosine is not None] == ["product"]
     zero = [layer._replace(B=torch.zeros_like(layer.B)) for layer in left]
     assert curves.cosines(zero, left)["product"] is None
 
 
-def test_curves_over_one_layer_and_over_all(tmp_path):
+def test_curves_equal_the_cosines_of_snapshots_for_one_layer_and_for_all(tmp_path):
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
     run_curves = curves.read(open_run(run, "run"), [layer])
@@ -102,21 +102,21 @@ def test_curves_over_one_layer_and_over_all(tmp_path):
         assert values["auxiliary_norm"][3] == 0.05
     with pytest.raises(UserError, match="lacks layer"):
         curves.read(open_run(run, "run"), ["layer.3"])
-    # Random subspaces of rank 2 overlap by 2 / size. This layer is (4, 7), the others have 6 rows.
+    # Random subspaces of rank 2 overlap by 2 / size. This layer is (4, 7); the others have 6 rows.
     assert run_curves[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
     mean_overlap = (2 / 6 + 2 / 6 + 2 / 4) / 3
     all_layers = run_curves[curves.ALL_LAYERS]
     assert all_layers.chance["column_overlap"] == pytest.approx(mean_overlap)
 
 
-def test_layers_with_curves_of_their_own_are_evenly_spaced():
+def test_layers_with_separate_curves_are_evenly_spaced():
     names = [f"layer.{index}" for index in range(10)]
     assert curves.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
     assert curves.spread(names[:2], 4) == names[:2]
 
 
 def auxiliary_share(step):
-    """Share of the auxiliary's way to its final weights: next to nothing before the last step."""
+    """Return the auxiliary's share of its way to the final weights, near 0 until the last step."""
     if step == 10:
         return 1.0
     return 0.1 * (step / 10) ** 20
@@ -124,19 +124,19 @@ def auxiliary_share(step):
 
 @pytest.fixture(scope="module")
 def late(tmp_path_factory):
-    """Three seeds of Bi-LoRA, whose auxiliary moves at the end only, and two of LoRA-SAM."""
+    """Measure three Bi-LoRA runs, whose auxiliaries move only at the end, and two of LoRA-SAM."""
     folder = tmp_path_factory.mktemp("late")
     runs = []
     course = {AUXILIARY: auxiliary_share}
     for seed in range(3):
         runs.append(recorded_runs.make(folder / f"b{seed}", "bilora", seed, course=course))
-    ratio = (100.0, 2e4, 3e4)  # two of three layers are above 1e4
+    ratio = (100.0, 2e4, 3e4)  # two of the three layers are above 1e4
     for seed in range(2):
         runs.append(recorded_runs.make(folder / f"sam{seed}", "lora-sam", seed, ratio=ratio))
     return folder, result_of(dynamics.main, folder / "out", *runs)
 
 
-def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
+def test_key_figures_agree_with_the_curves_and_all_files_are_written(late):
     folder, result = late
     for adapter in ("primary", "auxiliary"):
         for row in result.select(f"settled {adapter}/product"):
@@ -153,7 +153,7 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     assert [point.mean for point in curve] == pytest.approx(values.mean(axis=0))
     lag = result.summary("Bi-LoRA", "lag product")
     layers_above = result.summary("LoRA-SAM", "layers_above")
-    assert lag.low > 0  # the auxiliary settles later
+    assert lag.low > 0  # the auxiliary settles after the primary
     assert layers_above.mean == pytest.approx(2 / 3)
     assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
 
@@ -171,9 +171,9 @@ STEPS = (0, 10, 20, 30)
 
 
 def losses(method, seed):
-    """Step -> training and held-out loss.
+    """Return step -> (training loss, held-out loss).
 
-    Training loss falls; held-out loss falls and rises at the end, less so for Bi-LoRA.
+    The training loss falls. The held-out loss falls and rises at the end, less for Bi-LoRA.
     """
     rise = 0.002 if method == "lora" else 0.0015 + 1e-4 * seed
     losses_of_step = {}
@@ -186,7 +186,7 @@ def losses(method, seed):
 
 
 def heldout_losses(method):
-    """Held-out loss of four seeds, (seeds, steps)."""
+    """Return the held-out losses of four seeds, (seeds, steps)."""
     return np.array([[heldout for _, heldout in losses(method, s).values()] for s in range(4)])
 
 
@@ -207,11 +207,11 @@ def result(tmp_path_factory):
     return measure(folder, runs)
 
 
-def test_losses_gap_and_differences(result):
+def test_losses_gaps_and_differences_agree_with_the_logs(result):
     assert (result.groups, result.control) == (["Bi-LoRA", "LoRA"], "LoRA")
     for group, method in (("Bi-LoRA", "bilora"), ("LoRA", "lora")):
         heldout = heldout_losses(method).mean(axis=0)
-        training = np.array([losses(method, 0)[step][0] for step in STEPS])  # equal for all seeds
+        training = np.array([losses(method, 0)[step][0] for step in STEPS])  # equal for each seed
         for name, means in (
             (TRAINING_GRID_LOSS, training),
             (HELDOUT_LOSS, heldout),
@@ -226,13 +226,13 @@ def test_losses_gap_and_differences(result):
     assert (final.difference, final.lower) == (pytest.approx(differences.mean()), 4)
     best = result.summary("Bi-LoRA", f"best {HELDOUT_LOSS}")
     assert best.mean == pytest.approx(heldout.min(axis=1).mean())
-    # All runs reach the same training loss, at their end.
+    # All runs reach the same training loss at their last step.
     equal = result.summary("Bi-LoRA", f"equal_training {HELDOUT_LOSS}")
     assert equal.mean == pytest.approx(heldout[:, -1].mean())
     assert result.settings["equal_training"]["training_loss"] == pytest.approx(0.07)
 
 
-def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(result, tmp_path):
+def test_runs_on_different_data_are_not_paired_and_notes_name_the_kind_of_data(result, tmp_path):
     assert "held-out images" in result.notes[0]
     run_losses, config = losses("lora", 0), {"model_name_or_path": "smollm2"}
     text = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=run_losses)
@@ -248,7 +248,7 @@ def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(res
     assert "not paired" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_metrics_of_held_out_rows_are_drawn_over_training(tmp_path):
+def test_held_out_metrics_are_plotted_over_training(tmp_path):
     config = {"model_name_or_path": "smollm2"}
     runs = []
     for method, gain in (("lora", 0.0), ("bilora", 0.01)):
@@ -264,7 +264,7 @@ def test_metrics_of_held_out_rows_are_drawn_over_training(tmp_path):
             with (run / "metrics.jsonl").open("a") as log:
                 for step in STEPS[1:]:
                     log.write(f'{{"step": {step}, "heldout_accuracy": {step / 100 + gain}}}\n')
-                log.write(f'{{"step": {STEPS[-1]}, "heldout_f1": 0.5}}\n')  # at the end alone
+                log.write(f'{{"step": {STEPS[-1]}, "heldout_f1": 0.5}}\n')  # only at the end
             runs.append(run)
     result = measure(tmp_path, runs)
     curve = result.curve("Bi-LoRA", "heldout_accuracy")
@@ -278,14 +278,14 @@ def test_metrics_of_held_out_rows_are_drawn_over_training(tmp_path):
     assert "| held-out F1 | difference |" in (tmp_path / "out" / table.REPORT).read_text()
 
 
-def test_the_loss_by_noise_level_is_that_of_the_last_step(tmp_path):
+def test_the_report_has_the_last_steps_loss_by_noise_level(tmp_path):
     runs = []
     for method, at_level_125 in (("lora", 0.2), ("bilora", 0.15)):
         run = make(tmp_path, method, 0)
         log = run / "metrics.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         for line in lines:
-            # Only the last step's value may show.
+            # The report must have only the last step's value.
             is_last = line["step"] == STEPS[-1]
             line["heldout_loss_by_level/125"] = at_level_125 if is_last else 9.0
             line["heldout_loss_by_level/25"] = 0.5
@@ -294,5 +294,5 @@ def test_the_loss_by_noise_level_is_that_of_the_last_step(tmp_path):
     measure(tmp_path, runs)
     report = (tmp_path / "out" / table.REPORT).read_text()
     assert "| noise level | LoRA | Bi-LoRA minus LoRA |" in report
-    # Times 1000; levels in the order of their numbers.
+    # Losses are multiplied by 1000, and levels are in numerical order.
     assert report.index("| 25 | 500.00 |") < report.index("| 125 | 200.00 | -50.00 [n/a], 1/1 |")

@@ -1,4 +1,4 @@
-"""Images on disk: the same noise for all, made once, whatever the order, batch and processes."""
+"""The image store: the same noise for all subjects, and each image is generated only once."""
 
 import itertools
 import shutil
@@ -38,9 +38,9 @@ def new_store(root, pipeline, **changes):
 
 @pytest.fixture(scope="module")
 def store_and_jobs(pipeline, tmp_path_factory):
-    """A store of four subjects, and each one's jobs of three prompts and two seeds, by label.
+    """Return a store of four subjects' images, and label -> jobs of three prompts and two seeds.
 
-    Tests only read it.
+    Tests must not change it.
     """
     folder = tmp_path_factory.mktemp("loras")
     zero = write_lora(folder / "zero", pipeline, size=1e-20)
@@ -72,11 +72,11 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(store_and
     assert [(job.prompt, job.seed) for job in base] == expected
     assert base[0].file == Path("base-model/seed-0/001-a-tok-icon-of-a-owl-in-the-style-of-tok.png")
     assert zero[0].file.parts[0] == f"lora-{zero[0].subject.digest[:8]}"
-    general = replace(PROMPTS[0], general=True)  # another file than the scored prompt's
+    general = replace(PROMPTS[0], general=True)  # not the file of the scored prompt
     assert jobs(base[0].subject, [general], [0])[0].file != base[0].file
     base_pixels = pixels(store, base)
     assert len(set(base_pixels)) == 6
-    # An adapter that adds next to nothing gives the base model's images, so the noise is the same.
+    # An adapter close to zero gives the base model's images, so the noise is the same.
     assert pixels(store, zero) == base_pixels
     for label in ("Random", "Text"):
         for image, base_image in zip(pixels(store, by_label[label]), base_pixels, strict=True):
@@ -85,19 +85,19 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(store_and
         store.open(replace(base[0], file=Path("gone.png")))
 
 
-def test_rounded_weights_give_other_images(store_and_jobs, pipeline, tmp_path):
+def test_rounded_weights_give_different_images(store_and_jobs, pipeline, tmp_path):
     plain_store, by_label = store_and_jobs
     todo = [by_label["Random"][0], by_label["base model"][0], by_label["Zero"][0]]
     rounded = new_store(tmp_path, pipeline, base_precision="int3")
     rounded.generate(todo)
     random_image, base_image, zero_image = pixels(rounded, todo)
-    # Each subject starts from the base model's own weights.
+    # For each subject, the base model's original weights are rounded.
     assert base_image == zero_image != random_image
     for image, plain_image in zip(pixels(rounded, todo), pixels(plain_store, todo), strict=True):
         assert image != plain_image
 
 
-def test_only_what_is_missing_or_damaged_is_made_again(
+def test_only_missing_or_damaged_images_are_generated_again(
     store_and_jobs, pipeline, tmp_path, monkeypatch, capsys
 ):
     counts: list[int] = []
@@ -116,27 +116,27 @@ def test_only_what_is_missing_or_damaged_is_made_again(
     before = intact.stat().st_mtime_ns
     cut.write_bytes(cut.read_bytes()[:-20])
     content = flipped.read_bytes()
-    flipped.write_bytes(content[:-300] + bytes(8) + content[-292:])  # of the same size
+    flipped.write_bytes(content[:-300] + bytes(8) + content[-292:])  # the size stays
     Image.new("RGB", (64, 64)).save(unlabelled)
-    unfinished.rename(unfinished.with_name(f".tmp-{unfinished.name}"))  # as a kill leaves it
+    unfinished.rename(unfinished.with_name(f".tmp-{unfinished.name}"))  # as after a kill
     no_picture.write_bytes(b"no picture")
     assert store.missing(todo) == todo[1:]
     with ImageBar(store, store.missing(todo)) as bar:
-        # Of two processes the second is done first. The bar counts its images too.
+        # The second of two processes finishes first. The bar also counts its images.
         assert store.generate(todo, batch=3, process=(1, 2)) == 3
         assert store.generate(todo, batch=3, process=(0, 2), bar=bar) == 2
-    assert counts == [4, 4]  # five images, and what fills the denoiser's batches
+    assert counts == [4, 4]  # five images, and the padding of the denoiser's batches
     progress = capsys.readouterr().err
-    assert "0/5" in progress  # of the images that are to be made
+    assert "0/5" in progress  # missing images only
     assert "5/5" in progress
     assert pixels(store, todo) == pixels(whole_store, todo)
     assert intact.stat().st_mtime_ns == before
     assert not list(tmp_path.rglob(".tmp-*"))
-    monkeypatch.setattr(store, "pipeline", None)  # and none is asked for
+    monkeypatch.setattr(store, "pipeline", None)  # no pipeline is needed for 0 images
     assert store.generate(todo) == 0
 
 
-def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
+def test_images_are_generated_again_if_a_parameter_has_changed(store_and_jobs, pipeline):
     store, by_label = store_and_jobs
     todo = all_jobs(by_label)
     changes: dict[str, Any] = {
@@ -151,10 +151,10 @@ def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
     }
     for name, value in changes.items():
         assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo
-    # The base model, whose six jobs come first, has nothing to scale or to leave out.
+    # The base model, whose six jobs come first, has no adapter to scale or to leave out.
     for name, value in (("scale", 0.5), ("guidance_from", "base"), ("guidance_from", 0.5)):
         assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo[6:]
-    # Images of before there was the choice stay valid.
+    # Images from before these options existed stay valid.
     newer_names = {"guidance_from", "base_precision", "weight_noise"}
     assert newer_names.isdisjoint(store.parameters(todo[-1]))
     for job in todo:

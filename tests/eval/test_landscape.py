@@ -1,4 +1,4 @@
-"""eval.landscape from runs to result, on a loss that is known; what it caches."""
+"""eval.landscape from runs to result, with a known loss; the cache of measurements."""
 
 from types import SimpleNamespace
 
@@ -21,12 +21,12 @@ TINY = ["--points", "5", "--grid", "3", "--directions", "2", "--ascent_steps", "
 
 
 def icons_run(folder, images, method="lora", seed=0, **options):
-    """A run on these images as training leaves it, with weights that nothing was learned in."""
+    """Write a run on these images as training does, with arbitrary weights."""
     log = RunLog(folder)
     config = resolve(flags(folder, **images)).to_dict()
     log.start(config | options, method=method, seed=seed, resume_step=None)
     log.close("finished", steps=2)
-    # Only the hash of the weights is used, so that they differ by seed and method is enough.
+    # Only the hash of the weights is used, so it is enough that it depends on seed and method.
     weights = {
         "unet.mid_block.to_q.lora_A.weight": torch.full((2, 4), float(seed)),
         "unet.mid_block.to_q.lora_B.weight": torch.full((4, 2), float(len(method))),
@@ -41,7 +41,7 @@ def icons_run(folder, images, method="lora", seed=0, **options):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the runs of NAMES and one of full fine-tuning."""
+    """Write a folder with the runs in NAMES and a run of full fine-tuning."""
     root = tmp_path_factory.mktemp("landscape")
     images = {**two_icons(root), "validation_dataset": "none"}
     for name in NAMES:
@@ -53,9 +53,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def loaded_labels(monkeypatch):
-    """Models with the loss 1 + c ||W - 1||^2 / 2 in W, (2, 1); the labels of those loaded.
+    """Replace each model with the loss 1 + c ||W - 1||^2 / 2; the list gets each loaded label.
 
-    c is the method's curvature, and 0.01 more for each seed.
+    W is (2, 1). The curvature c is the method's in CURVATURES, plus 0.01 times the seed.
     """
     labels = []
 
@@ -80,14 +80,14 @@ def measure(out, *words):
 
 
 @pytest.mark.slow
-def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded_labels):
+def test_runs_are_summarized_by_space_and_paired_by_seed(runs, tmp_path, loaded_labels):
     names = [*NAMES, "full"]
     folders = [runs / name for name in names]
     result = measure(tmp_path, *folders, "base", "--rho", "0.1")
     assert result.groups == ["LoRA", "Bi-LoRA", "Full FT", "base"]
     assert loaded_labels == [entry.label for entry in result.subjects] == [*names, "base"]
-    # The two filters of W have norm 1. A direction has their norms; the range of positions is 1 in
-    # the space of LoRA and 0.3 in that of all weights. The mean curvature of two seeds is 0.305.
+    # The two filters of W have norm 1, and those of a direction have the same norms. Positions go
+    # up to 1 in the space "lora" and up to 0.3 in "full". The mean curvature of two seeds is 0.305.
     for space, step in (("lora", 1), ("full", 0.3)):
         line = result.summary("Bi-LoRA", "rise", space)
         assert line.mean == pytest.approx(0.305 * step**2)
@@ -98,10 +98,10 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
     profile = [row.value for row in result.select("profile", "LoRA", "lora")]
     positions = np.array([-1, -0.5, 0, 0.5, 1])
     first_seed, second_seed = 1 + 0.40 * positions**2, 1 + 0.41 * positions**2
-    # A line in each of two directions
+    # Each seed has a line in each of two directions.
     expected = [first_seed, first_seed, second_seed, second_seed]
     assert profile == pytest.approx(np.concatenate(expected))
-    # A plane is of a group's first seed.
+    # Only the first seed of a group has a plane.
     assert {row.subject for row in result.select("plane")} == {"lora-0", "bilora-0", "full", "base"}
     assert len(result.select("plane", "LoRA", "full")) == 9
     assert str(runs) not in (tmp_path / "result.json").read_text()
@@ -111,14 +111,14 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
 
 
 @pytest.mark.slow
-def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded_labels, monkeypatch):
+def test_a_cached_measurement_is_not_repeated(runs, tmp_path, loaded_labels, monkeypatch):
     measure_line = surface.line
     calls = 0
 
     def interrupted_line(*arguments):
-        """Ctrl-C in the second of the profile's lines."""
+        """Raise KeyboardInterrupt at the second line of the profile."""
         nonlocal calls
-        if len(arguments) == 4:  # a line of the plane has an offset too
+        if len(arguments) == 4:  # a line of a plane has a fifth argument, its offset
             calls += 1
             if calls == 2:
                 raise KeyboardInterrupt
@@ -133,7 +133,7 @@ def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded_labels,
     loaded_labels.clear()
     assert measure(tmp_path, *words).rows == first.rows
     assert (calls, loaded_labels) == (3, [])
-    # Another seed has other directions, and the same loss at the weights.
+    # Another seed has other directions, but the same loss at the weights themselves.
     second_seed = measure(tmp_path, *words, "--seed", "1")
     assert second_seed.select("loss") == first.select("loss")
     assert (calls, loaded_labels) == (5, ["lora-0"])

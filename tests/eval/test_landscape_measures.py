@@ -1,4 +1,4 @@
-"""Profiles, planes and sharpness on losses that are known exactly; exact restoring."""
+"""Profiles, planes and sharpness of exactly known losses; weights are restored exactly."""
 
 import contextlib
 
@@ -17,8 +17,8 @@ RHO = 0.3
 class Quadratic:
     """L(w) = w^T H w / 2 + b^T w + 3 in float64, as three terms.
 
-    w is a (4, 3) matrix, whose filters are its rows, and a (2, 4) matrix, whose filters are its
-    columns. H has eigenvalues of both signs unless it is convex.
+    w consists of a (4, 3) matrix, whose filters are its rows, and a (2, 4) matrix, whose filters
+    are its columns. H has eigenvalues of both signs unless ``is_convex``.
     """
 
     def __init__(self, seed, is_convex=False):
@@ -31,7 +31,7 @@ class Quadratic:
         self.weights = [
             Weight("a", self.tensors[0], filter_dim=0),
             Weight("b", self.tensors[1], filter_dim=1),
-            # The loss does not depend on it.
+            # The loss does not depend on this weight.
             Weight("unused", torch.zeros(1, 1, dtype=torch.float64)),
         ]
         root = normal(20, 20)
@@ -49,7 +49,7 @@ class Quadratic:
         return self._H.numpy()
 
     def flat(self, parts):
-        """The parts of the two matrices as one vector, (20,); that of the unused weight is last."""
+        """Concatenate the parts of the two matrices, (20,), without that of the unused weight."""
         return np.concatenate([part.detach().numpy().ravel() for part in parts])[:20]
 
     def gradient(self):
@@ -60,17 +60,17 @@ def directions(weights):
     return surface.Direction(weights, 0, 0), surface.Direction(weights, 0, 1)
 
 
-def test_each_filter_gets_the_norm_of_its_weight_by_hand():
+def test_each_filter_of_a_direction_has_the_norm_of_the_weights_filter():
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8]])
     noise = torch.tensor([[1.0, 0.0], [5.0, 5.0], [3.0, -4.0]])
     rows = torch.tensor([[5.0, 0.0], [0.0, 0.0], [0.6, -0.8]])
     torch.testing.assert_close(surface.filter_normalized(noise, weight), rows)
     columns = surface.filter_normalized(noise, weight, filter_dim=1)
-    # Squared norms of the columns by hand: 9.36 and 16.64 of the weight, 35 and 41 of the noise.
+    # Squared column norms, by hand: 9.36 and 16.64 for the weight, 35 and 41 for the noise.
     expected = noise * torch.tensor([(9.36 / 35) ** 0.5, (16.64 / 41) ** 0.5])
     torch.testing.assert_close(columns, expected)
     kernel, noise = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
-    direction = surface.filter_normalized(noise, kernel).flatten(1)  # a filter per output channel
+    direction = surface.filter_normalized(noise, kernel).flatten(1)  # one filter per output channel
     torch.testing.assert_close(direction.norm(dim=1), kernel.flatten(1).norm(dim=1))
     assert torch.cosine_similarity(direction, noise.flatten(1)).min() > 0.9999
 
@@ -88,7 +88,7 @@ def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian():
     assert 2 * fitted[0] == pytest.approx(d[1] @ problem.hessian @ d[1], rel=0.01)
     assert fitted[1] == pytest.approx(problem.gradient() @ d[1], rel=0.01)
 
-    # A plane: second differences on a grid of 5 x 5 points, w in the middle
+    # A plane: second differences on a grid of 5 x 5 points with w in the middle
     positions = surface.coordinates(1.0, 5)
     grid = np.array(surface.plane(problem.weights, problem.loss, both, positions))
     step = positions[1] - positions[0]
@@ -96,7 +96,7 @@ def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian():
         curvature = (middle_line[3] - 2 * middle_line[2] + middle_line[1]) / step**2
         assert curvature == pytest.approx(d[axis] @ problem.hessian @ d[axis], rel=0.01)
     corners = grid[3, 3] - grid[3, 1] - grid[1, 3] + grid[1, 1]
-    # d_0^T H d_1, the mixed derivative
+    # The mixed derivative is d_0^T H d_1.
     assert corners / (4 * step**2) == pytest.approx(d[0] @ problem.hessian @ d[1], rel=0.01)
     assert losses[10] == grid[2, 2] == surface.evaluate(problem.loss)
 
@@ -134,7 +134,7 @@ def test_weights_and_flags_are_restored_bit_for_bit(kind, fails_at):
 @pytest.mark.parametrize("is_convex", [True, False])
 @pytest.mark.parametrize("rho", [0.05, 2.0])
 def test_a_quadratics_sharpness_agrees_with_scipy(is_convex, rho):
-    """max over ||e|| <= rho of L(w + e) - L(w) = g^T e + e^T H e / 2."""
+    """Sharpness is the maximum of L(w + e) - L(w) = g^T e + e^T H e / 2 over ||e|| <= rho."""
     problem = Quadratic(seed=5, is_convex=is_convex)
     gradient, H = problem.gradient(), problem.hessian
 
@@ -142,16 +142,16 @@ def test_a_quadratics_sharpness_agrees_with_scipy(is_convex, rho):
         e = rho * x / max(1.0, float(np.linalg.norm(x)))  # maps all of R^20 onto the ball
         return -float(gradient @ e + e @ H @ e / 2)
 
-    # BFGS finds a local maximum; the highest from many starts is taken for the maximum.
+    # BFGS finds a local maximum; the highest one from many starts is used as the maximum.
     starts = [gradient, *np.random.default_rng(0).normal(size=(12, 20))]
     highest = max(-minimize(negative_rise, x, method="BFGS").fun for x in starts)
     assert sharpness(problem.weights, problem.loss, rho, 150) == pytest.approx(highest, rel=1e-4)
 
 
-def test_where_the_rise_is_known():
+def test_sharpness_finds_a_maximum_inside_the_ball_and_is_0_at_a_stationary_point():
     w = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     rise = sharpness([Weight("w", w)], lambda: [-(w**2).sum()], 5.0, steps=60)
-    # The maximum of -||w||^2 is 0, inside the ball: it is not left.
+    # The maximum of -||w||^2 is 0 and lies inside the ball; the ascent stays there.
     assert rise == pytest.approx(0.3**2 + 0.2**2, rel=1e-6)
-    w = torch.zeros(1, 3, dtype=torch.float64)  # no gradient leads away from a stationary point
+    w = torch.zeros(1, 3, dtype=torch.float64)  # the gradient is 0 at a stationary point
     assert sharpness([Weight("w", w)], lambda: [(w**2).sum()], RHO) == 0

@@ -1,4 +1,4 @@
-"""Bad input of every command: one sentence, exit code 2, and nothing made or changed."""
+"""Bad input of every command: one sentence, exit code 2, and no file is created or changed."""
 
 import json
 from importlib import import_module
@@ -18,12 +18,12 @@ from tests.scripts.runs import two_icons
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 EXPERIMENT = str(ROOT / "eval" / "experiments" / "lora_bilora.yaml")
-# Command -> arguments -> words of the sentence
+# Command -> arguments -> fragment of the error message
 CASES: dict[str, dict[str, str]] = {
     "clip_scores": {
         "icons --prompt x": 'did you mean "--prompts"',
         "icons --prompts nowhere.txt": "nowhere.txt",
-        "icosn": 'did you mean "icons"',  # and the hub is not asked
+        "icosn": 'did you mean "icons"',  # without a request to the hub
         "dataset": "dataset is not a run folder (it has no run.json)",
         "file": "file",
         "plain.safetensors": "no LoRA",
@@ -97,7 +97,7 @@ CASES: dict[str, dict[str, str]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Runs that are wrong in one way each, and some that are not."""
+    """Write runs that are each wrong in one way, and some good ones."""
     root = tmp_path_factory.mktemp("inputs") / "runs"
     images = {**two_icons(root), "validation_dataset": "none"}
     icons_run(root / "icons", images)
@@ -133,7 +133,7 @@ def change_record(run, **changes):
 
 
 def cases():
-    """Each command with its command lines, as parameters of a test."""
+    """Yield each command with each of its command lines, as parameters of a test."""
     for command, lines in CASES.items():
         for line in lines:
             # The harness's list of benchmarks takes seconds to load.
@@ -146,7 +146,7 @@ def modification_times(folder):
 
 
 @pytest.mark.parametrize(("command", "line"), cases())
-def test_bad_input_is_one_sentence(command, line, place, monkeypatch, capsys):
+def test_bad_input_is_refused_in_one_sentence(command, line, place, monkeypatch, capsys):
     before = modification_times(place)
     monkeypatch.chdir(place)
     words = line.split()

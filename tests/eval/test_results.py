@@ -1,4 +1,4 @@
-"""Subjects, results and caches: grouped, paired, read back as written; damaged ones are refused."""
+"""Subjects, results and caches: grouping, pairing, writing, reading, and damaged files."""
 
 import json
 import math
@@ -38,7 +38,7 @@ RESULT = Result(
 )
 
 
-def test_a_result_comes_back(tmp_path):
+def test_a_result_is_read_back_as_written(tmp_path):
     empty = Result("sweep", subjects=[], rows=[], summaries=[])
     for result in (empty, RESULT):
         table.write(result, tmp_path, "# Report")
@@ -64,7 +64,7 @@ HEAD = "subject,group,seed,metric,item,step,value,note\n"
         (table.FILE, "{", "is damaged"),
     ],
 )
-def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, sentence):
+def test_a_damaged_result_or_one_of_another_version_is_refused(tmp_path, file, text, sentence):
     table.write(RESULT, tmp_path, "")
     (tmp_path / file).unlink()
     if text is not None:
@@ -73,11 +73,11 @@ def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, sent
         table.read(tmp_path)
 
 
-def test_a_curve_has_the_steps_that_all_of_a_group_have():
+def test_a_curve_has_the_steps_that_all_runs_of_its_group_have():
     lines = [
         Summary("LoRA", "loss", step=5, count=2, mean=1.0),
         Summary("LoRA", "loss", step=0, count=2, mean=None),
-        Summary("LoRA", "loss", step=9, count=1, mean=2.0),  # a run has ended
+        Summary("LoRA", "loss", step=9, count=1, mean=2.0),  # one run ended earlier
     ]
     curve = replace(RESULT, summaries=lines).curve("LoRA", "loss")
     assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
@@ -87,16 +87,16 @@ def test_a_curve_has_the_steps_that_all_of_a_group_have():
     ("difference", "low", "high", "text"),
     [
         (-4e-6, -8e-6, -1e-6, "-0.0040 [-0.0080, -0.0010], 5/5"),
-        (-4e-6, None, None, "-0.0040 [n/a], 5/5"),  # the digits follow the difference itself
+        (-4e-6, None, None, "-0.0040 [n/a], 5/5"),  # digits of the difference itself
         (-1e-2, -3e-2, 1e-2, "-10.00 [-30.00, +10.00], 5/5"),
         (0.0, 0.0, 0.0, "+0.00 [+0.00, +0.00], 5/5"),
-        (1e-17, 0.0, 3e-17, "+0.0000 [+0.0000, +0.0000], 5/5"),  # no more than rounding
+        (1e-17, 0.0, 3e-17, "+0.0000 [+0.0000, +0.0000], 5/5"),  # only rounding errors
     ],
 )
 def test_a_difference_is_shown_with_the_digits_of_its_interval(difference, low, high, text):
     interval = {"difference_low": low, "difference_high": high}
     line = Summary("a", "loss", difference=difference, lower=5, **interval)
-    assert report.difference(line, RESULT.metrics["loss"]) == text  # times 1000
+    assert report.difference(line, RESULT.metrics["loss"]) == text  # multiplied by 1000
 
 
 def test_a_mean_is_shown_with_the_digits_of_its_interval():
@@ -106,7 +106,7 @@ def test_a_mean_is_shown_with_the_digits_of_its_interval():
     assert report.mean(line, metric, intervals=False) == "500.00"
 
 
-def test_one_result_does_not_replace_another(tmp_path):
+def test_a_result_does_not_replace_one_of_another_command(tmp_path):
     table.write(RESULT, tmp_path, "")
     command.require_free(tmp_path, "landscape")
     command.require_free(tmp_path / "new", "sweep")
@@ -114,11 +114,11 @@ def test_one_result_does_not_replace_another(tmp_path):
         command.require_free(tmp_path, "sweep")
 
 
-# What the cached values depend on
+# Settings on which the cached values depend
 ABOUT = {"digest": "abc", "levels": (1, 2)}
 
 
-def test_a_value_is_measured_once(tmp_path):
+def test_a_cached_value_is_measured_once(tmp_path):
     calls = []
 
     def make():
@@ -133,7 +133,7 @@ def test_a_value_is_measured_once(tmp_path):
     assert cache.get(["line", 1]) is None
     cache.put("none", None)
     assert Cache(tmp_path, ABOUT).item("none", pytest.fail) is None
-    # Values that depend on something else are not mixed with these, also of two commands at once.
+    # Values with other settings are separate, even if two commands run at the same time.
     other_cache = Cache(tmp_path, ABOUT | {"digest": "def"})
     assert "none" not in other_cache
     other_cache.put("none", 2.0)
@@ -142,7 +142,7 @@ def test_a_value_is_measured_once(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "b", "value": 2}', b"\xff\n"])
-def test_what_a_kill_tore_off_is_measured_again(tmp_path, torn):
+def test_a_value_truncated_by_a_kill_is_measured_again(tmp_path, torn):
     Cache(tmp_path, ABOUT).put("a", 1)
     (file,) = (tmp_path / FOLDER).iterdir()
     file.write_bytes(file.read_bytes() + torn)
@@ -153,13 +153,13 @@ def test_what_a_kill_tore_off_is_measured_again(tmp_path, torn):
 
 
 def parser_of(command_name):
-    """The parser of ``python -m eval.COMMAND_NAME``."""
+    """Return the parser of ``python -m eval.COMMAND_NAME``."""
     return import_module(f"eval.{command_name}").main.__self__.parser()
 
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
-    """Two runs in the folder ``demo`` of the working folder."""
+    """Create two runs in the folder ``demo`` of the working folder."""
     monkeypatch.chdir(tmp_path)
     for run in (Path("demo/lora"), Path("demo/bilora")):
         run.mkdir(parents=True)
@@ -178,7 +178,7 @@ def demo(tmp_path, monkeypatch):
         ("text_scores", "text_scores"),
     ],
 )
-def test_results_lie_beside_the_runs(name, folder, demo):
+def test_the_default_output_folder_is_next_to_the_runs(name, folder, demo):
     words, parser = ["demo/lora", "demo/bilora/"], parser_of(name)
     assert parser.read(words).output_dir == demo / folder
     assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
@@ -200,23 +200,23 @@ def test_results_lie_beside_the_runs(name, folder, demo):
         (f"demo/bilora/{FILE_NAME}", "scores-bilora"),
     ],
 )
-def test_other_questions_have_other_folders(words, folder, demo):
+def test_different_arguments_have_different_default_output_folders(words, folder, demo):
     assert parser_of("clip_scores").read(words.split()).output_dir == demo / folder
 
 
-def test_other_sets_of_many_runs_have_other_folders(demo):
+def test_different_sets_of_many_runs_have_different_default_output_folders(demo):
     names = ["r0", "r1", "r2", "r3", "r4"]
     parser = parser_of("clip_scores")
     folder, other_folder = (parser.read([*names, last]).output_dir for last in ("r6", "r7"))
     assert folder != other_folder
 
 
-def test_a_result_leaves_no_figure_of_the_last(tmp_path, capsys):
+def test_a_new_result_removes_the_figures_of_the_previous_result(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     for name in ("steps.png", "grid.png", "own.png", "../kept.png"):
         (out / name).touch()
-    # A damaged record may name a picture outside of the folder.
+    # A damaged record may name a picture outside the folder.
     figures = ["steps.png", "grid.png", "../kept.png"]
     table.write(replace(RESULT, figures=figures), out, "")
     command.remove_last_figures(out, "another command", ["grid.png"])
@@ -227,7 +227,7 @@ def test_a_result_leaves_no_figure_of_the_last(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
-def test_results_and_logs_among_runs_are_left_out(demo, capsys):
+def test_results_and_logs_among_the_runs_are_skipped(demo, capsys):
     for name in ("scores", "sweep"):
         (demo / name).mkdir()
         (demo / name / table.FILE).touch()
@@ -239,13 +239,13 @@ def test_results_and_logs_among_runs_are_left_out(demo, capsys):
     assert runs == ["demo/adapter.safetensors", "demo/bilora", "demo/lora", "demo/missing"]
     left_out = "demo/lora.log, demo/notes, demo/scores, demo/sweep, demo/sweep.json"
     assert left_out in capsys.readouterr().err
-    # A file that is named alone stays, to be refused by its name.
+    # A file given alone is not skipped, because the command must refuse it by name.
     assert parser.read(["demo/notes"]).runs == ["demo/notes"]
 
 
 @pytest.fixture
 def run(tmp_path):
-    """``run(name, method, seed, **config)``: the path of a run with these options."""
+    """Return ``run(name, method, seed, **config)``, which writes a run and returns its path."""
 
     def make_run(name, method, seed=0, **config):
         return str(recorded_runs.make(tmp_path / name, method, seed, steps=(), config=config))
@@ -258,7 +258,7 @@ def test_runs_are_grouped_by_method_and_settings(run):
         run("b1", "bilora", 1),
         run("b0", "bilora", 0),
         run("fast", "bilora", 0, auxiliary_learning_rate=1e-2),
-        # LoRA ignores rho, and where a run lies has no influence.
+        # LoRA ignores rho, and the output folder does not matter.
         run("l0", "lora", 0, rho=0.1, output_dir="0"),
         run("l1", "lora", 1, rho=0.2, output_dir="1"),
     ]
@@ -288,7 +288,7 @@ def test_runs_are_grouped_by_a_label(run):
             gather(words, groups)
 
 
-def test_runs_that_differ_in_more_than_the_method_are_named_with_the_settings(run):
+def test_a_note_names_runs_that_differ_in_more_than_the_method_and_their_settings(run):
     dog = {"rank": 8, "max_train_steps": 40, "dataset_name": "photos/dog"}
     lora = run("dog", "lora", rho=1.0, **dog)
     bilora = run("cat", "bilora", rank=4, max_train_steps=500, dataset_name="photos/cat")
@@ -303,10 +303,10 @@ def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):
     for method, seed in (("lora", 0), ("lora", 1), ("bilora", 0), ("bilora", 1), ("lora-sam", 5)):
         folder = tmp_path / f"{method}-{seed}"
         words.append(str(recorded_runs.make(folder, method, seed, steps=(1, 2))))
-    # LoRA-SAM has no seed of the control's.
+    # LoRA-SAM and the control have no seed in common.
     pairs = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
     assert check_pairing(gather(words), "LoRA") == pairs
     file = tmp_path / "bilora-1" / "metrics.jsonl"
-    for changed_digest in ('"other"', "null"):  # of other inputs, and not recorded
+    for changed_digest in ('"other"', "null"):  # other inputs, and no recorded digest
         file.write_text(re.sub('"digest": [^,]*', f'"digest": {changed_digest}', file.read_text()))
         assert check_pairing(gather(words), "LoRA") == pairs | {"Bi-LoRA": False}

@@ -1,4 +1,4 @@
-"""What an argument names and is called, and its weights in a pipeline and out again."""
+"""Adapters and whole models in a pipeline: digests, base models, loading, removal, rounding."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def files(pipeline, tmp_path_factory):
-    """LoRA files in the folders "unet" and "text" (both text encoders as well)."""
+    """Write LoRA files in the folders "unet" and "text" (with both text encoders)."""
     root = tmp_path_factory.mktemp("files")
     write_lora(root / "unet", pipeline, kohya=True)
     components = ("unet", "text_encoder", "text_encoder_2")
@@ -42,7 +42,7 @@ def files(pipeline, tmp_path_factory):
     return root
 
 
-def test_the_digest_is_of_the_weights_alone(files, tmp_path):
+def test_the_digest_depends_only_on_the_weights_and_their_scale(files, tmp_path):
     source = files / "unet" / FILE
     key = next(iter(load_file(source)))
 
@@ -58,11 +58,11 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
     assert altered(lambda tensors, metadata: metadata.pop("modelspec.date")) == digest
     assert altered(rescale) != digest
     assert altered(lambda tensors, _: tensors[key][0].add_(1e-6)) != digest
-    # In half precision, of the same values
+    # The same values in half precision
     assert altered(lambda tensors, _: tensors.update({key: tensors[key].half()})) != digest
 
 
-def test_all_adapters_belong_to_one_base(files, tmp_path):
+def test_all_adapters_must_have_the_same_base_model(files, tmp_path):
     weights = files / "unet" / FILE
     foreign_file, unnamed_file = tmp_path / "o.safetensors", tmp_path / "s.safetensors"
     rewrite(weights, foreign_file, lambda _, m: m.update({"ss_sd_model_name": "owner/other"}))
@@ -84,7 +84,7 @@ def test_all_adapters_belong_to_one_base(files, tmp_path):
 
 
 def sampled_pixels(pipeline):
-    """Pixels of one image of two steps, (64, 64, 3)."""
+    """Return the pixels of one image sampled in two steps, (64, 64, 3)."""
     (image,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     return np.asarray(image).astype(int)
 
@@ -95,7 +95,7 @@ def embedded_prompt(pipeline):
 
 @contextmanager
 def unchanged(pipeline):
-    """After the context the pipeline must be as before; gives its pixels and prompt of before."""
+    """Check that the block leaves the pipeline unchanged; yields its pixels and embedded prompt."""
     models = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     pixels, prompt = sampled_pixels(pipeline), embedded_prompt(pipeline)
@@ -111,7 +111,7 @@ def unchanged(pipeline):
 
 
 @pytest.mark.parametrize("name", ["unet", "text"])
-def test_an_adapter_acts_as_in_diffusers_and_the_base_is_as_before_even_after_an_error(
+def test_an_adapter_acts_as_in_diffusers_and_the_base_is_restored_even_after_an_error(
     name, pipeline, files
 ):
     subject = find(str(files / name))
@@ -133,7 +133,7 @@ def test_an_adapter_acts_as_in_diffusers_and_the_base_is_as_before_even_after_an
 
 
 @pytest.mark.slow
-def test_whole_models_act_as_trained_and_the_base_is_as_before_even_after_an_error(pipeline):
+def test_a_whole_model_acts_as_trained_and_the_base_is_restored_even_after_an_error(pipeline):
     run = train_once("full", method="full")
     subject = find(str(run))
     trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
@@ -158,11 +158,11 @@ def test_whole_models_act_as_trained_and_the_base_is_as_before_even_after_an_err
 
 @torch.no_grad()
 def predicted(unet):
-    """The UNet's prediction for random inputs."""
+    """Return the UNet's prediction for random inputs."""
     config, generator = unet.config, torch.Generator().manual_seed(0)
     sample = torch.randn(1, config.in_channels, 8, 8, generator=generator)
     prompt = torch.randn(1, 7, config.cross_attention_dim, generator=generator)
-    # The class embedding has the pooled prompt and six embedded numbers, sizes and crops of SDXL.
+    # The class embedding consists of the pooled prompt and SDXL's six embedded sizes and crops.
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     added = {
         "text_embeds": torch.randn(1, width, generator=generator),
@@ -173,11 +173,12 @@ def predicted(unet):
 
 @pytest.fixture(scope="module")
 def locon(pipeline, tmp_path_factory):
-    """A file in kohya's format, and the UNet with its change merged.
+    """Write a file in kohya's format; return it and a UNet with the adapter merged.
 
-    Alpha is 4 everywhere, rank 4, but 2 for queries and convolutions. The UNet has
-    W' = m (W + alpha / rank B A) / ||W + alpha / rank B A|| in each layer, where m is the layer's
-    magnitude (DoRA) and the norm is that of each output's row.
+    Alpha is 4 in all layers. The rank is 2 for queries and convolutions, and 4 for other layers.
+    Each adapted layer of the UNet has the weight
+    W' = m (W + alpha / rank B A) / ||W + alpha / rank B A||, where m is the layer's magnitude
+    (DoRA) and the norm is taken over each output's row.
     """
     generator = torch.Generator().manual_seed(0)
     alpha = 4.0
@@ -205,7 +206,7 @@ def locon(pipeline, tmp_path_factory):
     return file, reference
 
 
-def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, locon):
+def test_a_kohya_file_acts_with_the_rank_alpha_and_magnitude_of_each_layer(pipeline, locon):
     file, reference = locon
     base, expected = predicted(pipeline.unet), predicted(reference)
     predictions = []
@@ -226,7 +227,7 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, locon):
 )
 def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files, tmp_path):
     def change(tensors, _):
-        """Rename the tensors of one layer, or add those of a second adapter."""
+        """Rename the tensors of one layer, or add the tensors of a second adapter to it."""
         key = next(key for key in tensors if "to_q.lora_A" in key)
         layer = key.partition("to_q")[0]
         for name in list(tensors):
@@ -241,7 +242,7 @@ def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files,
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_each_row_is_rounded_to_the_nearest_of_its_values(bits):
+def test_each_row_is_rounded_to_its_nearest_representable_values(bits):
     torch.manual_seed(0)
     weight = torch.randn(5, 40) * torch.tensor([1.0, 10.0, 1e-3, 0.0, 1e30])[:, None]
     largest = 2 ** (bits - 1) - 1
@@ -258,7 +259,7 @@ def test_each_row_is_rounded_to_the_nearest_of_its_values(bits):
 
 
 def linear_weights(unet):
-    """A copy of the weight of each layer that is perturbed, by its path without adapters."""
+    """Return copies of the perturbed layers' weights, by the path in the model without adapters."""
     weights = {}
     for path, module in unet.named_modules():
         is_linear = isinstance(module, torch.nn.Linear) and "lora_" not in path
@@ -268,7 +269,7 @@ def linear_weights(unet):
 
 
 @pytest.mark.slow
-def test_merged_weights_are_rounded_and_the_base_is_as_before_even_after_an_error(
+def test_merged_weights_are_rounded_and_the_base_is_restored_even_after_an_error(
     pipeline, files, locon
 ):
     file, reference = locon
@@ -281,12 +282,12 @@ def test_merged_weights_are_rounded_and_the_base_is_as_before_even_after_an_erro
             for path, weight in linear_weights(pipeline.unet).items():
                 assert torch.allclose(weight, round_rows(merged[path], 4), atol=1e-6), path
             assert not torch.equal(predicted(pipeline.unet), separate_prediction)
-        # The adapter is active with the weights again.
+        # The adapter is separate from the restored weights again.
         assert torch.equal(predicted(pipeline.unet), separate_prediction)
         with pytest.raises(ZeroDivisionError), perturbation.acting(pipeline):
             raise ZeroDivisionError
         assert torch.equal(predicted(pipeline.unet), separate_prediction)
-    # Rounded to many bits, a merged adapter acts as a separate one.
+    # With almost no noise, a merged adapter acts like a separate one.
     subject = find(str(files / "unet"))
     with applied(pipeline, subject):
         prediction = predicted(pipeline.unet)
@@ -294,7 +295,7 @@ def test_merged_weights_are_rounded_and_the_base_is_as_before_even_after_an_erro
             assert torch.allclose(predicted(pipeline.unet), prediction, atol=1e-4)
 
 
-def test_all_subjects_get_the_same_noise(pipeline, files):
+def test_all_subjects_get_the_same_weight_noise(pipeline, files):
     perturbation = Perturbation(pipeline, noise=0.2)
     before = linear_weights(pipeline.unet)
     with perturbation.acting(pipeline):

@@ -1,4 +1,4 @@
-"""Scorers and captioners on small random models: against the libraries alone, and refused."""
+"""Scorers and captioners with small random models, compared with the libraries; refused models."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ from tests.eval.clip_models import DIMENSION, pictures, put_on_hub, save_open_cl
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A random model of each kind, by scheme."""
+    """Save a random model of each kind; return scheme -> folder."""
     root = tmp_path_factory.mktemp("models")
     return {
         "open_clip": save_open_clip(root / "ours"),
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
     }
 
 
-def test_a_model_is_named_by_its_weights_or_its_commit(folders):
+def test_a_model_is_identified_by_its_weights_or_its_commit(folders):
     loaders: dict[str, Any] = {
         "open_clip": models.load,
         "blip": captioners.load,
@@ -54,14 +54,14 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders):
         # The note says how captions are made.
         assert ("search" in entry.note) == (scheme == "blip")
     commit = "0123456789abcdef0123456789abcdef01234567"
-    put_on_hub(BLIP, folders["blip"], commit)  # in the real one's place
+    put_on_hub(BLIP, folders["blip"], commit)  # instead of the real model
     entry = captioners.load("blip").entry
     assert (entry.model, entry.revision) == (BLIP, commit)
 
 
 @torch.no_grad()
 def open_clip_cosine(folder, image, text):
-    """The cosine of an image and a text, by the library alone."""
+    """Compute the cosine of an image and a text with open_clip itself."""
     created: Any = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     model, preprocess = created
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([text])
@@ -70,7 +70,7 @@ def open_clip_cosine(folder, image, text):
     return float(image_vector @ text_vector / image_vector.norm() / text_vector.norm())
 
 
-def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders):
+def test_i2t_equals_the_librarys_for_any_batch_size_and_image_mode(folders):
     images, texts = pictures(3) + pictures(4, None), sentences(7)
     folder = folders["open_clip"]
     scorer = models.load(f"open_clip:{folder}", batch=3)
@@ -78,7 +78,7 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders):
     for index in (0, 1, 6):
         expected = open_clip_cosine(folder, images[index], texts[index])
         assert float(cosines[index, index]) == pytest.approx(expected, abs=1e-6)
-    assert cosines.std() > 0.05  # so that the lines before could fail
+    assert cosines.std() > 0.05  # otherwise the checks above could not fail
 
     # One batch, images with an alpha channel, and texts in another order
     scorer = models.load(f"open_clip:{folder}", batch=20)
@@ -89,13 +89,13 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders):
     torch.testing.assert_close(other_cosines, cosines, atol=1e-6, rtol=0)
 
 
-def test_blip_is_generate_of_transformers(folders, tmp_path):
-    """With three beams and 5 to 30 tokens, whatever the checkpoint's own settings are."""
+def test_blip_captions_equal_those_of_transformers(folders, tmp_path):
+    """Captions use three beams and 5 to 30 tokens, whatever the checkpoint's own settings are."""
     model: Any = BlipForConditionalGeneration.from_pretrained(folders["blip"])
     processor: Any = BlipProcessor.from_pretrained(folders["blip"])
     folder = clip_models.save_blip(tmp_path / "blip")
     changes = {"do_sample": True, "num_beams": 1, "max_length": 7, "repetition_penalty": 3.0}
-    for name in ("config.json", "generation_config.json"):  # old checkpoints have the first only
+    for name in ("config.json", "generation_config.json"):  # old checkpoints have only the first
         config = json.loads((folder / name).read_text())
         config.get("text_config", config).update(changes)
         (folder / name).write_text(json.dumps(config))
@@ -108,8 +108,8 @@ def test_blip_is_generate_of_transformers(folders, tmp_path):
 
 
 @torch.no_grad()
-def test_a_dinov2_embeds_as_that_of_transformers_whatever_the_batch(folders):
-    """By random weights in the real class: what DINOv2's own weights see is not tested."""
+def test_dinov2_embeddings_equal_those_of_transformers_for_any_batch_size(folders):
+    """The model class is the one of transformers, but the weights are random."""
     images = pictures(2) + pictures(3, None)
     model = Dinov2Model.from_pretrained(folders["dinov2"])
     processor: Any = BitImageProcessor.from_pretrained(folders["dinov2"])
@@ -118,13 +118,13 @@ def test_a_dinov2_embeds_as_that_of_transformers_whatever_the_batch(folders):
         inputs = processor(images=image, return_tensors="pt")
         class_token = model(**inputs).last_hidden_state[0, 0]  # of (1, tokens, d)
         torch.testing.assert_close(embedding, class_token / class_token.norm())
-    assert (embedded @ embedded.T).min() < 0.9  # so that the lines before could fail
+    assert (embedded @ embedded.T).min() < 0.9  # otherwise the checks above could not fail
 
 
-def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
+def test_retrieval_returns_the_nearest_caption(tmp_path, monkeypatch):
     folder = save_open_clip(tmp_path / "clip")
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
-    monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same form
+    monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same kind
     scorer = models.load("embedded")
     bank, images = sentences(20), pictures(9)
     nearest = (scorer.images(images) @ scorer.texts(bank).T).argmax(dim=1)  # (images,)
@@ -144,7 +144,7 @@ def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
 
 
 class Boom:
-    """Running this is what reading a pickle can do."""
+    """A pickle of this object writes a file when it is loaded."""
 
     def __reduce__(self):
         return (Path.write_text, (Path("exploded"), "x"))
@@ -152,7 +152,7 @@ class Boom:
 
 @pytest.fixture
 def models_here(folders, tmp_path, monkeypatch):
-    """The same in the working folder, to be damaged."""
+    """Copy the models into the working folder, where tests may damage them."""
     for folder in folders.values():
         shutil.copytree(folder, tmp_path / folder.name)
     monkeypatch.chdir(tmp_path)
@@ -170,7 +170,7 @@ def load(name):
 
 
 def check_refused(name, *words):
-    """A model is refused in one sentence that has each of the words, and runs no code."""
+    """Check that a model is refused in one sentence with each of the words, and runs no code."""
     with pytest.raises(UserError) as caught:
         load(name)
     sentence = str(caught.value)
@@ -180,7 +180,7 @@ def check_refused(name, *words):
     assert not Path("exploded").exists()
 
 
-def test_a_model_that_can_not_be_had_is_refused(models_here):
+def test_an_unavailable_or_unsupported_model_is_refused(models_here):
     check_refused("embeded", '"embeded"', 'did you mean "embedded"', "MODEL/TAG")
     check_refused("open_clip:ViT-B-32/opnai", '"opnai"', 'did you mean "openai"', "laion400m_e31")
     check_refused("blip:tests/absent", '"blip:tests/absent"', "connection")
@@ -189,7 +189,7 @@ def test_a_model_that_can_not_be_had_is_refused(models_here):
     check_refused("dinov2:blip", "a model of the kind blip", "dinov2:facebook/dinov2-base")
 
 
-def test_code_of_a_model_is_not_run(models_here):
+def test_code_in_a_models_folder_is_not_run(models_here):
     path = models_here / "dino" / "config.json"
     config = json.loads(path.read_text())
     config["model_type"] = "boom"
@@ -216,7 +216,7 @@ def test_damaged_weights_are_refused(name, damage, models_here):
     elif damage == "incomplete":
         tensors = load_file(file)
         del tensors[min(tensors)]
-        file.unlink()  # the tensors are still mapped from it
+        file.unlink()  # not overwritten: the loaded tensors still map it
         save_file(tensors, file, {"format": "pt"})
     else:
         file.unlink()

@@ -1,4 +1,4 @@
-"""Prompt sets, and scores of images by a scorer that sees nothing but the mean color."""
+"""Prompt sets, and scores of images from a scorer that sees only their mean color."""
 
 import json
 from pathlib import Path
@@ -29,17 +29,17 @@ BASE = Subject("base model", "base model", "base")
 
 
 def picture(color):
-    """A picture of one color."""
+    """Return a picture of one color."""
     return Image.new("RGB", (8, 8), COLORS[color])
 
 
 def mean_colors(images):
-    """Mean color of each image, (images, 3)."""
+    """Return the mean color of each image, (images, 3)."""
     return torch.tensor(np.stack([np.asarray(image).mean((0, 1)) for image in images])).float()
 
 
 def named_colors(texts):
-    """The color that each text names, (texts, 3)."""
+    """Return the color that each text names, (texts, 3)."""
     colors = []
     for text in texts:
         colors += [color for name, color in COLORS.items() if name in text.split()]
@@ -51,7 +51,7 @@ def color_scorer():
 
 
 def captions_by_color(images):
-    """Captions that name the strongest color."""
+    """Return captions that name the strongest color of each image."""
     names = list(COLORS)
     return [f"{names[index]} thing" for index in mean_colors(images).argmax(dim=1)]
 
@@ -71,7 +71,7 @@ ADAPTER = Subject("a", "a", method="a", digest="aaaaaaaa")
 
 
 def measure(prompts, colors, subjects, seeds=(0,), **options):
-    """The rows of all subjects, by a scorer of colors, with ``options`` of `ImageJudge`."""
+    """Return the rows of all subjects from the color scorer; ``options`` go to `ImageJudge`."""
     parts = {
         "scorer": color_scorer(),
         "captioner": None,
@@ -87,7 +87,7 @@ def measure(prompts, colors, subjects, seeds=(0,), **options):
     return rows
 
 
-def test_each_score_is_the_cosine_that_it_says(tmp_path):
+def test_each_score_is_the_cosine_that_its_name_promises(tmp_path):
     for color in COLORS:
         picture(color).save(tmp_path / f"{color}.png")
     colors = {("a", RED.text, 1): "green", ("a", GENERAL.text, 0): "blue"}
@@ -105,7 +105,7 @@ def test_each_score_is_the_cosine_that_it_says(tmp_path):
             values[row.subject, row.metric, row.item, row.seed] = row.value
     same_color = pytest.approx(1, abs=1e-6)
     other_color = pytest.approx(OTHER_COLOR, abs=1e-6)
-    # The base model has not trained on the images, and does not drift from itself.
+    # The base model has no training images and no drift from itself.
     assert values == {
         ("a", "i2t", RED.text, 0): same_color,
         ("a", "i2t", RED.text, 1): other_color,
@@ -128,11 +128,11 @@ def test_each_score_is_the_cosine_that_it_says(tmp_path):
 
 
 def strongest_colors(images):
-    """An image model that sees nothing but which of three colors is the strongest."""
+    """Embed images as an image model that sees only which of three colors is the strongest."""
     return torch.eye(3)[mean_colors(images).argmax(dim=1)]
 
 
-def test_an_image_model_compares_with_the_same_pictures(tmp_path):
+def test_an_image_model_compares_images_with_the_scorers_pictures(tmp_path):
     for color in ("green", "blue"):
         picture(color).save(tmp_path / f"{color}.png")
     colors = {("a", RED.text, 0): "blue"}
@@ -155,7 +155,7 @@ def test_an_image_model_compares_with_the_same_pictures(tmp_path):
     assert values["a", "truth"][0] == pytest.approx(OTHER_COLOR, abs=1e-6)
 
 
-def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):
+def test_the_miniatures_icons_are_not_ground_truth_for_another_model(tmp_path):
     own_picture = tmp_path / "own.png"
     picture("red").save(own_picture)
     rabbit = Prompt("a red rabbit", reference=heldout_dir() / "1f407.png")
@@ -182,7 +182,7 @@ PAPER = [
 
 
 def files_by_label(folder):
-    """Label -> file name of the miniature's icons."""
+    """Return label -> file name of the miniature's icons."""
     files = {}
     for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -190,7 +190,7 @@ def files_by_label(folder):
     return files
 
 
-def test_the_icons_are_200_of_one_form_and_were_not_trained_on():
+def test_the_200_icon_prompts_have_one_form_and_name_no_training_icon():
     icons = read("3d_icon")
     assert [icon.instance for icon in icons[:6]] == PAPER
     instances, references = set(), set()
@@ -206,7 +206,7 @@ def test_the_icons_are_200_of_one_form_and_were_not_trained_on():
     assert references == set(files_by_label(heldout_dir()).values())
 
 
-def test_the_general_prompts_are_24_without_the_trigger_word():
+def test_the_24_general_prompts_lack_the_trigger_word():
     general = read("general")
     assert len({prompt.text for prompt in general}) == len(general) == 24
     for prompt in general:
@@ -215,7 +215,7 @@ def test_the_general_prompts_are_24_without_the_trigger_word():
         assert "tok" not in prompt.text.lower()
 
 
-def test_captions_of_held_out_images_are_prompts_with_their_pictures(tmp_path, monkeypatch):
+def test_captions_of_held_out_images_become_prompts_with_their_pictures(tmp_path, monkeypatch):
     prompts = read("mini-duotone-heldout")
     assert [prompt.instance for prompt in prompts] == list(files_by_label(heldout_dir()))
     # The duotone's light color is the icons' background.
@@ -231,7 +231,7 @@ def test_captions_of_held_out_images_are_prompts_with_their_pictures(tmp_path, m
         read("own")
 
 
-def test_a_csv_has_columns(tmp_path):
+def test_a_csv_has_columns_for_prompt_instance_and_reference(tmp_path):
     owl_picture = tmp_path / "pictures" / "owl.png"
     owl_picture.parent.mkdir()
     picture("red").save(owl_picture)
@@ -255,7 +255,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
+def test_a_bad_prompt_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, words = REFUSED[name]
     if content is not None:
@@ -266,9 +266,9 @@ def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
         assert word in str(caught.value)
 
 
-def test_the_held_out_pictures_have_an_image_to_text_score_themselves():
+def test_the_held_out_pictures_have_their_own_image_to_text_score():
     arguments = {"captioner": None, "training": {}, "originals": []}
-    # Two pictures: one that its prompt describes, and one that it does not.
+    # The second prompt describes its picture, but the first one does not.
     truths = {RED.text: picture("green"), "a green one": picture("green")}
     judge = ImageJudge(ColorStore({}), color_scorer(), truths=truths, **arguments)
     assert judge.truth_i2t() == pytest.approx((OTHER_COLOR + 1) / 2, abs=1e-6)

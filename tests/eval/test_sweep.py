@@ -1,4 +1,4 @@
-"""eval.sweep from its command line to its result, with runs that take no time."""
+"""eval.sweep from its command line to its result, with recorded runs instead of trained ones."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from eval.results import table
 from eval.sweep.runs import Outcome, Runner
 
 RECIPE = ROOT / "recipes" / "mini.yaml"
-# Variant -> seed -> held-out and training loss before and after each step
+# Variant -> seed -> (held-out loss, training loss) before the first step and after each step
 CURVES = {
     "lora": {
         0: [(0.10, 0.20), (0.08, 0.16), (0.09, 0.12)],
@@ -28,9 +28,10 @@ CURVES = {
 
 @pytest.fixture
 def sweep_over(tmp_path, monkeypatch):
-    """``sweep_over(curves)``: exit code and result of a sweep over runs with these curves.
+    """Return ``sweep_over(curves)``, which returns a sweep's exit code and result.
 
-    An empty curve is a run that failed. All variants have the seeds of the first.
+    The runs have the losses in ``curves``; an empty list is a failed run. All variants have the
+    seeds of the variant "lora".
     """
 
     def run_sweep(curves):
@@ -60,7 +61,7 @@ def record_run(runs_dir, run, curves):
         if step:
             log.metric(step, digest=str(run.seed), seconds=0.1 * step)
         log.metric(step, heldout_loss=heldout, train_grid_loss=training)
-    # As of a run with --keep_best
+    # As for a run with --keep_best
     best: dict[str, Any] = {"best_step": 1} if run.variant == "kept" else {}
     log.close("finished", steps=len(curve) - 1, **best)
     return Outcome(run.name, run.variant, run.seed, "finished")
@@ -76,8 +77,8 @@ def test_variants_are_compared_seed_by_seed(sweep_over, tmp_path, capsys):
     assert (final.lower, final.pairs) == (2, 2)
     best = result.summary("bilora", "best heldout_loss")
     assert best.difference == pytest.approx(-0.01)  # 0.07 - 0.08 and 0.06 - 0.07
-    assert result.summary("bilora", "seconds_per_step").mean == pytest.approx(0.15)  # the median
-    # The slowest run sets the level, at which the others are between two points.
+    assert result.summary("bilora", "seconds_per_step").mean == pytest.approx(0.15)  # median
+    # The slowest run sets the level; the others reach it between two points.
     level = {"training_loss": pytest.approx(0.14), "set_by": "bilora"}
     assert result.settings["equal_training"] == level
     equal = result.summary("lora", "equal_training heldout_loss")
@@ -90,14 +91,14 @@ def test_variants_are_compared_seed_by_seed(sweep_over, tmp_path, capsys):
         assert file.suffix == ".png" or str(tmp_path) not in file.read_text()
 
 
-def test_the_final_loss_is_that_of_the_weights_that_a_run_left(sweep_over):
+def test_the_final_loss_is_that_of_the_saved_weights(sweep_over):
     _, result = sweep_over({"lora": CURVES["lora"], "kept": CURVES["lora"]})
     assert result.summary("lora", "final heldout_loss").mean == pytest.approx(0.085)
     assert result.summary("kept", "final heldout_loss").mean == pytest.approx(0.075)
     assert result.summary("kept", "best heldout_loss").mean == pytest.approx(0.075)
 
 
-def test_a_missing_run_leaves_the_other_seeds(sweep_over, capsys):
+def test_the_seeds_of_failed_runs_are_left_out(sweep_over, capsys):
     curves = {
         "lora": CURVES["lora"],
         "bilora": {0: CURVES["bilora"][0], 1: []},
@@ -115,7 +116,7 @@ def test_a_missing_run_leaves_the_other_seeds(sweep_over, capsys):
     assert result.settings["paired"]["bilora"] is True
 
 
-def test_a_sweep_without_a_finished_run_has_a_result(sweep_over):
+def test_a_sweep_without_a_finished_run_writes_a_result(sweep_over):
     exit_code, result = sweep_over({"lora": {0: []}, "bilora": {0: []}})
     assert (exit_code, result.provenance) == (1, None)
 

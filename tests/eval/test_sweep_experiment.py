@@ -1,4 +1,4 @@
-"""From an experiment's file to its runs: variants, axes, seeds, names of folders."""
+"""An experiment file and its plan: variants, axes, seeds, folder names."""
 
 import pytest
 
@@ -14,7 +14,7 @@ MEASURED = [path for path in EXPERIMENTS if path.parent.name == "experiments"]
 
 @pytest.fixture
 def plan(tmp_path):
-    """``plan(text, recipe, *settings)``: the plan of an experiment on a recipe of this text."""
+    """Return ``plan(text, recipe, ...)``: the plan of an experiment, from the text of each file."""
 
     def load_text(text="", recipe="", *settings, **keys):
         (tmp_path / "recipe.yaml").write_text(f"dataset: mini\n{recipe}")
@@ -30,7 +30,7 @@ def labels(sweep_plan):
     return [variant.label for variant in sweep_plan.variants]
 
 
-def test_the_product_comes_seed_by_seed_without_what_a_method_ignores(plan, caplog):
+def test_the_product_is_ordered_by_seed_and_skips_options_that_a_method_ignores(plan, caplog):
     sweep_plan = plan(
         "axes: {method: [lora, bilora], rank: [2, 4], rho: [0.1, 1]}\nseeds: 0..1\n"
         "options: {lr_scheduler: constant_with_warmup}"
@@ -60,7 +60,7 @@ def test_variants_are_read_and_the_control_is_found_by_label(plan):
     sweep_plan = plan(text)
     assert labels(sweep_plan) == ["LoRA", "Bi-LoRA", "plain"]
     assert (sweep_plan.seeds, sweep_plan.control) == ((7, 3), "LoRA")
-    # use_dora takes a word and cache_latents is a switch; YAML gives true for both.
+    # use_dora takes a word and cache_latents is a switch; YAML reads true for both.
     assert sweep_plan.runs[1].flags == ("--use_dora=yes", "--cache_latents=yes", "--seed=7")
     assert plan(f"{text}\ncontrol: plain").control == "plain"
     with pytest.raises(UserError, match=r'is not a variant \(did you mean "LoRA"\?\)'):
@@ -71,12 +71,12 @@ def test_variants_are_read_and_the_control_is_found_by_label(plan):
     assert plan("", "seed: 9").seeds == (9,)
 
 
-def test_a_folders_name_tells_what_is_run(plan):
+def test_a_folders_name_depends_on_the_options_that_affect_the_run(plan):
     def name(recipe="", text=""):
         return plan(text, recipe).runs[0].name
 
     assert name("rank: 4") == name("# only a comment")  # 4 is the default
-    assert name("num_validation_images: 0\noutput_dir: elsewhere") == name()  # learns the same
+    assert name("num_validation_images: 0\noutput_dir: elsewhere") == name()  # the same training
     names = {
         name(),
         name("rank: 8"),
@@ -109,7 +109,7 @@ def test_a_bad_experiment_is_refused(text, plan):
         plan(text)
 
 
-def test_the_repositorys_experiments_are_read():
+def test_the_repositorys_experiments_can_be_read_and_their_recipes_exist():
     for path in EXPERIMENTS:
         content = read_options(path, "the experiment", "the command line")
         recipes = parse(content, {}).recipe
@@ -120,9 +120,9 @@ def test_the_repositorys_experiments_are_read():
 
 
 def measured_experiments():
-    """Each experiment of the results; a set that takes a minute to generate is for a release."""
+    """Yield the published experiments; those with slowly generated data run only for a release."""
     for path in MEASURED:
-        # Its pictures are downloaded: tests/scripts/test_benchmarks.py.
+        # This one downloads its pictures; see tests/scripts/test_benchmarks.py.
         if path.stem == "peft_cat":
             continue
         mark = pytest.mark.matrix if "gsm" in path.stem else pytest.mark.slow
@@ -130,8 +130,8 @@ def measured_experiments():
 
 
 @pytest.mark.parametrize("path", measured_experiments())
-def test_an_experiment_of_the_results_has_its_variants(path, hub):
-    """By the training script's parser; `tests/docs/test_paper.py` has those of the paper."""
+def test_a_published_experiment_compares_variants_or_guidances(path, hub):
+    """The training script parses all options. `tests/docs/test_paper.py` tests the paper's runs."""
     (plan,) = load(path)
     scores = plan.experiment.scores
     assert len(plan.variants) > 1 or (scores is not None and len(scores.guidances) > 1)

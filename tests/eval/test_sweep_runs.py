@@ -1,7 +1,6 @@
-"""Runs as processes: finished ones are left alone, failing ones recorded, running ones ended.
+"""Runs in processes: finished, failing and interrupted ones.
 
-The training script is a stand-in that starts in no time; `tests/scripts/test_sweep.py` has the real
-one.
+The training script is replaced by a fast one; `tests/scripts/test_sweep.py` has the real one.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ record = {"schema_version": 1, "method": "lora", "status": "finished", "config":
 
 
 class DirectRunner(Runner):
-    """Starts the script without accelerate, whose import takes seconds."""
+    """A runner without accelerate's launcher, whose import takes seconds."""
 
     def command(self, run):
         words = super().command(run)
@@ -55,7 +54,7 @@ def make_runs(*names, flags=()):
     return [Run(name, "variant", 0, flags) for name in names]
 
 
-def test_a_failing_run_leaves_the_others_and_only_it_is_repeated(runner):
+def test_a_failing_run_does_not_stop_the_others_and_only_it_is_repeated(runner):
     a, c = make_runs("a", "c")
     (b,) = make_runs("b", flags=("--fail",))
     outcomes = runner.run_all([a, b, c])
@@ -64,7 +63,7 @@ def test_a_failing_run_leaves_the_others_and_only_it_is_repeated(runner):
     assert (outcomes[1].exit_code, outcomes[1].error) == (1, "no such thing: x.png")
     record = json.loads((runner.runs_dir / "sweep.json").read_text())
     assert [entry["status"] for entry in record["runs"]] == statuses
-    # A finished run is not repeated, and a failed one is, with a log of its own.
+    # Only the failed run is repeated, with a new log.
     run_record, log = runner.runs_dir / "a" / "run.json", runner.runs_dir / "a.log"
     before = run_record.stat().st_mtime_ns, log.stat().st_mtime_ns
     outcomes = runner.run_all(make_runs("a", "b", "c"))
@@ -77,14 +76,14 @@ def test_a_failing_run_leaves_the_others_and_only_it_is_repeated(runner):
     ("interruption", "sigint_handler"),
     [
         (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
+        (signal.SIGTERM, signal.SIG_IGN),  # as in a shell's background job
     ],
 )
 def test_an_interrupt_ends_all_running_processes(runner, interruption, sigint_handler):
     pid_files = [runner.runs_dir / "a" / "pid", runner.runs_dir / "b" / "pid"]
 
     def interrupt():
-        deadline = time.monotonic() + 100  # a busy machine may take long to start a process
+        deadline = time.monotonic() + 100  # processes start slowly on a busy machine
         while not all(file.exists() for file in pid_files) and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(os.getpid(), interruption)
@@ -99,7 +98,7 @@ def test_an_interrupt_ends_all_running_processes(runner, interruption, sigint_ha
         thread.join()
         signal.signal(signal.SIGINT, before)
     for file in pid_files:
-        # Empty if the script was ended between making the file and writing it.
+        # The file is empty if the script ended between creating it and writing to it.
         assert not psutil.pid_exists(int(file.read_text() or 0))
         assert runs.describe_state(file.parent) == "begins at step 0"
     assert not (runner.runs_dir / "c").exists()
@@ -117,11 +116,11 @@ LAUNCHER = "Traceback:\n  File x\nsubprocess.CalledProcessError: Command 'python
         ("", "no output"),
     ],
 )
-def test_the_error_is_the_scripts_sentence_or_the_last_line(output, sentence):
+def test_the_error_is_the_scripts_message_or_the_last_line(output, sentence):
     assert last_sentence(output) == sentence
 
 
-def test_runs_at_a_time_take_turns_with_cores_and_gpus(runner, monkeypatch):
+def test_simultaneous_runs_share_cores_and_gpus(runner, monkeypatch):
     monkeypatch.delenv(runs.THREADS, raising=False)
     monkeypatch.setenv(runs.GPUS, "4,5,7")
     monkeypatch.setattr(runs.os, "cpu_count", lambda: 16)

@@ -1,4 +1,4 @@
-"""Scores of an experiment: keys, checks before the training, recorded runs, rules, the report."""
+"""Scores of an experiment: keys, checks before training, recorded runs, step rules, the report."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ SCORES = {"prompts": "heldout", "steps": [4, 6], "guidances": ["adapter:4", "bas
 
 @pytest.fixture
 def plan(tmp_path):
-    """``plan(scores, **keys)``: the plan of an experiment with these scores."""
+    """Return ``plan(scores, ...)``, which plans an experiment with these scores."""
 
     def load_content(scores, keys=None, settings=(), **content):
         recipe = str(ROOT / "recipes" / "mini.yaml")
@@ -45,7 +45,7 @@ def test_runs_keep_the_checkpoints_that_are_sampled(plan):
     assert flags["checkpoints_total_limit"] == "0"
     assert flags["num_validation_images"] == "0"
     assert flags_of(plan(SCORES, {"steps": "20,50"}))["checkpointing_steps"] == "10"
-    # What the experiment says stays.
+    # The experiment's own options are kept.
     own_flags = flags_of(plan(SCORES, options={"max_train_steps": 12, "checkpointing_steps": 1}))
     assert (own_flags["max_train_steps"], own_flags["checkpointing_steps"]) == ("12", "1")
     for options in ({"max_train_steps": 5}, {"checkpointing_steps": 4}):
@@ -53,7 +53,7 @@ def test_runs_keep_the_checkpoints_that_are_sampled(plan):
             plan(SCORES, options=options)
 
 
-def test_the_held_out_prompts_are_those_of_the_data(plan):
+def test_the_held_out_prompts_belong_to_the_training_data(plan):
     def prompts(*settings):
         return plan(SCORES, settings=settings).experiment.scores.prompts
 
@@ -64,7 +64,7 @@ def test_the_held_out_prompts_are_those_of_the_data(plan):
 
 
 def test_guidances_are_named_by_their_sources_and_scales(plan):
-    """The ends of the strengths are words, so that earlier results stay comparable."""
+    """Strengths 0 and 1 are written as words, to keep earlier results comparable."""
     guidances = plan({**SCORES, "guidances": "1:4,0.5:4,0.25:2,0:2"}).experiment.scores.guidances
     assert [guidance.text for guidance in guidances] == ["adapter:4", "0.5:4", "0.25:2", "base:2"]
     assert [guidance.label for guidance in guidances] == [
@@ -119,7 +119,7 @@ CONDITIONS = {
 
 
 def conditional_scores(plan, **changes):
-    """Scores of one checkpoint in three conditions, of two prompts."""
+    """Plan the scores of one checkpoint in three conditions, with two prompts."""
     scores = {"prompts": "mini-heldout", "steps": [4], "guidances": ["adapter:4"]}
     scores |= {"conditions": CONDITIONS, "options": {"num_inference_steps": 9}, "max_prompts": 2}
     return plan({**scores, **changes}).experiment.scores
@@ -137,26 +137,26 @@ def test_each_condition_has_its_flags_and_folder(plan, tmp_path):
     flags = [" ".join(conditioned.flags(condition)) for condition in conditioned.conditions]
     assert [("--base_precision int8" in words) for words in flags[:3]] == [False, True, False]
     steps = [int(words.split("--num_inference_steps ")[1].split()[0]) for words in flags[:3]]
-    assert steps == [9, 9, 5]  # a condition's options win
+    assert steps == [9, 9, 5]  # a condition's options have priority
     assert conditioned.num_images == 6 * 2
     assert conditioned.settings()["conditions"]["int8"] == {"base_precision": "int8"}
-    # Without conditions everything is as in earlier results.
+    # Without conditions, labels, folders and settings are as in earlier results.
     plain = scoring.Scoring(conditional_scores(plan, conditions={}), tmp_path)
     assert [condition.label for condition in plain.conditions] == ["guidance 4"]
     assert [condition.folder for condition in plain.conditions] == ["scores-adapter-4"]
     assert "conditions" not in plain.settings()
 
 
-def test_precision_and_guidance_from_the_base_are_refused_before_the_training(plan, tmp_path):
+def test_base_precision_with_guidance_from_the_base_is_refused_before_training(plan, tmp_path):
     scores = conditional_scores(plan, guidances=["base:2"])
     with pytest.raises(UserError, match="--base_precision merges the adapter"):
         scoring.Scoring(scores, tmp_path).check([], "mini")
 
 
-def test_the_report_has_what_each_condition_changes(plan, tmp_path):
+def test_the_report_has_the_change_in_each_condition(plan, tmp_path):
     scores = conditional_scores(plan)
     conditioned = scoring.Scoring(scores, tmp_path)
-    # Ground truth of each run in each condition
+    # Run -> ground-truth score in each condition
     truths = {"LoRA": (0.5, 0.3, 0.4), "Bi-LoRA": (0.5, 0.45, 0.4)}
     subjects = [Subject(f"{group} 0", group, seed=0) for group in truths]
     for i, condition in enumerate(conditioned.conditions):
@@ -212,7 +212,7 @@ def test_the_report_has_what_each_condition_changes(plan, tmp_path):
         ("lora_bilora --variants X", '--variants has "X"'),
     ],
 )
-def test_a_wrong_word_is_one_sentence(words, sentence, tmp_path, capsys):
+def test_a_wrong_argument_is_refused_in_one_sentence(words, sentence, tmp_path, capsys):
     name, *flags = words.split()
     exit_code = sweep.main(
         [str(EXPERIMENTS / f"{name}.yaml"), *flags, "--output_dir", str(tmp_path)]
@@ -221,7 +221,7 @@ def test_a_wrong_word_is_one_sentence(words, sentence, tmp_path, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_text_has_no_samples(tmp_path):
+def test_scores_of_a_text_experiment_are_refused(tmp_path):
     path = tmp_path / "text.yaml"
     content = {"recipe": str(ROOT / "recipes" / "trec.yaml"), "script": "train_text_bilora.py"}
     path.write_text(json.dumps({**content, "scores": SCORES}))
@@ -233,7 +233,7 @@ def common_settings(result):
     return {name: result.settings[name] for name in ("recipe", "options", "scores")}
 
 
-def test_runs_that_can_not_stand_beside_recorded_ones_are_refused():
+def test_runs_that_are_not_comparable_with_recorded_ones_are_refused():
     record = Record(ICONS, "sweep")
     assert record.result is not None
     entries = record.result.subjects
@@ -246,17 +246,17 @@ def test_runs_that_can_not_stand_beside_recorded_ones_are_refused():
     scores = {**settings["scores"], "steps": [1000]}
     with pytest.raises(UserError, match=r"has a result with scores.steps \[100, 300, 500, 1000\]"):
         record.require_alike({**settings, "scores": scores}, planned)
-    # The same variant and seed under another name, which has a hash of the options
+    # The same variant and seed with another hash of options in its name
     other_runs = [Run("lora-seed0-0", first.group, first.seed or 0, ())]
     with pytest.raises(UserError, match=f"has LoRA with seed 0 .*{first.label}"):
         record.require_alike(settings, other_runs)
-    # Losses alone, which have no scores
+    # A result with losses but without scores
     losses = Record(ROOT / "results" / "methods", "sweep")
     with pytest.raises(UserError, match="has a result with"):
         losses.require_alike(settings, planned)
 
 
-def test_an_extended_result_names_what_differs_in_its_provenance():
+def test_an_extended_result_lists_the_differences_in_its_provenance():
     record = Record(ICONS, "sweep")
     assert record.result is not None
     recorded = record.result.provenance
@@ -273,8 +273,8 @@ def test_an_extended_result_names_what_differs_in_its_provenance():
     ("name", "folder"),
     [("pictures_duotone", "pictures_duotone"), ("guided_target", "guided_target_icons")],
 )
-def test_recorded_runs_are_those_of_the_experiment(name, folder):
-    """So that a seed or a variant can be added to the published result."""
+def test_recorded_runs_match_the_experiment(name, folder):
+    """Otherwise no seed or variant could be added to the published result."""
     result = table.read(ROOT / "results" / folder)
     recorded = {entry.label: (entry.group, entry.seed) for entry in result.subjects}
     (sweep_plan,) = load(EXPERIMENTS / f"{name}.yaml")
@@ -289,7 +289,7 @@ def test_recorded_runs_are_those_of_the_experiment(name, folder):
     assert common_settings(result) == settings
 
 
-def test_a_result_of_recorded_runs_stays_as_it_is(tmp_path, capsys):
+def test_a_sweep_with_only_recorded_runs_leaves_the_result_unchanged(tmp_path, capsys):
     (tmp_path / "result").mkdir()
     for name in (table.FILE, table.ROWS, table.SUMMARY):
         (tmp_path / "result" / name).write_bytes((ICONS / name).read_bytes())
@@ -299,7 +299,7 @@ def test_a_result_of_recorded_runs_stays_as_it_is(tmp_path, capsys):
     for name in (table.ROWS, table.SUMMARY):
         assert (tmp_path / "result" / name).read_bytes() == (ICONS / name).read_bytes()
     recorded, result = table.read(ICONS), table.read(tmp_path / "result")
-    # A recorded variant that the command leaves out is still there.
+    # Recorded variants that the command does not name are kept.
     assert set(result.groups) == set(recorded.groups)
     assert result.provenance == recorded.provenance
     line = result.summary("Bi-LoRA", "truth", "guidance 4", step=1000)
@@ -308,7 +308,7 @@ def test_a_result_of_recorded_runs_stays_as_it_is(tmp_path, capsys):
     assert f"{100 * line.mean:.2f} ({100 * line.difference:+.2f} [" in capsys.readouterr().out
 
 
-def test_a_run_without_a_sampled_checkpoint_is_refused_before_anything_is_trained(tmp_path):
+def test_a_run_that_lacks_a_checkpoint_to_sample_is_refused(tmp_path):
     scoring.require_checkpoints(tmp_path / "new", [500, 2000])
     (tmp_path / "checkpoints" / "step-2000").mkdir(parents=True)
     scoring.require_checkpoints(tmp_path, [2000, 4000])
@@ -316,7 +316,7 @@ def test_a_run_without_a_sampled_checkpoint_is_refused_before_anything_is_traine
         scoring.require_checkpoints(tmp_path, [500, 2000])
 
 
-def test_a_small_gpu_is_refused(monkeypatch):
+def test_a_gpu_with_too_little_memory_is_refused(monkeypatch):
     monkeypatch.setattr(scoring.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(scoring.torch.cuda, "mem_get_info", lambda: (1, 24e9))
     scoring.require_memory(20)
@@ -324,29 +324,29 @@ def test_a_small_gpu_is_refused(monkeypatch):
         scoring.require_memory(38)
 
 
-def test_the_regret_of_a_rule_is_what_the_best_step_has_more():
+def test_the_regret_of_a_rule_is_the_best_steps_score_minus_the_chosen_steps_score():
     rules = step_rules
-    # Step 20 is best for all captions, the loss is lowest at 10, and the last step is 30.
+    # Step 20 is the best on all captions, the loss is lowest at step 10, and the last step is 30.
     low = [0.5] * 16
     high = [0.75] * 16
     truths = {10: low, 20: high, 30: low}
-    # A loss between two checkpoints chooses none of them.
+    # A loss at a step without a checkpoint is ignored.
     regrets = rules.regrets(truths, {10: 1.0, 15: 0.5, 20: 2.0, 30: 3.0})
     assert regrets == {rules.LAST: 0.25, rules.BY_CAPTIONS: 0.0, rules.BY_LOSS: 0.25}
-    # Parts are every second caption: one part alone prefers step 10, and the other ones lose by it.
+    # Each of the two parts has every second caption, and the best step differs between them.
     misled = {10: [0.9, 0.5] * 8, 20: [0.5, 0.9] * 8}
     assert rules.regrets(misled, {})[rules.BY_CAPTIONS] == pytest.approx(0.4)
     assert rules.BY_LOSS not in rules.regrets(misled, {10: 1.0})
     assert rules.regrets({1: [0.5] * 8}, {}) == {}
-    # As of prompts without held-out pictures
+    # As for prompts without held-out pictures
     assert rules.regrets({}, {}) == {}
-    # Captions beyond the last whole part are not read.
+    # Captions beyond the last whole part are ignored.
     longer = {step: [*values, 99.0 * step] for step, values in misled.items()}
     assert rules.regrets(longer, {}) == rules.regrets(misled, {})
 
 
-def test_the_report_of_prompts_without_pictures(tmp_path):
-    """As of SDXL on the paper's prompts, whose ground truth is not known."""
+def test_the_report_for_prompts_without_pictures_has_no_ground_truth(tmp_path):
+    """An example is SDXL with the paper's prompts, whose ground truth is unknown."""
     result = table.read(ICONS)
     rows = [row for row in result.rows if row.metric in ("i2t", "nearest")]
     lines = [line for line in result.summaries if line.metric in ("i2t", "nearest")]

@@ -1,4 +1,4 @@
-"""Benchmarks, subjects, recorded metrics, comparisons and the report, without a model."""
+"""Benchmarks, subjects, recorded metrics, comparisons and the report; no model is loaded."""
 
 import json
 from dataclasses import replace
@@ -27,14 +27,14 @@ LOSS = "heldout_loss"
 
 
 def read_subjects(words, only_heldout=True):
-    """The subjects of a command line, each with its base model."""
+    """Return the subjects of a command line, each with its base model."""
     arguments = [str(word) for word in words]
     args = TextScores.parser().read([*arguments, "--benchmarks", "x"])
     return base_models.read_subjects(args, only_heldout)
 
 
 def make_run(folder, method="lora", seed=0, rows=ROWS, **config):
-    """A run folder whose weights mean nothing."""
+    """Write a run folder with arbitrary weights."""
     save_record(folder, method, seed, rows, **config)
     save_file({"A": torch.tensor([float(seed), len(method)])}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
@@ -42,17 +42,17 @@ def make_run(folder, method="lora", seed=0, rows=ROWS, **config):
 
 
 def make_adapter(folder):
-    """The same without the record of a run."""
+    """Write a folder with an adapter's files but without a run's record."""
     (make_run(folder) / "run.json").unlink()
     return folder
 
 
-def test_the_papers_settings():
+def test_benchmarks_and_methods_have_the_papers_settings():
     chosen = benchmarks.choose([*benchmarks.PAPER, "local_task"], ["local_task"])
     by_name = {benchmark.name: benchmark for benchmark in chosen}
     shots = {name: b.num_fewshot for name, b in by_name.items() if b.engine == "harness"}
     assert shots == {"gsm8k": 0, "mmlu": 5, "drop": 3, "bbh": 3, "humaneval": 0, "local_task": None}
-    assert by_name["bbh"].task == "bbh_fewshot"  # the harness's "bbh" asks for a chain of thought
+    assert by_name["bbh"].task == "bbh_fewshot"  # the harness's "bbh" uses chains of thought
     templates = {"gsm8k": "run", "mtbench": "run", "mmlu": "none", "humaneval": "none"}
     for name, template in templates.items():
         assert by_name[name].template == template
@@ -61,7 +61,7 @@ def test_the_papers_settings():
         assert methods.get(name).passes == count
 
 
-def test_runs_adapters_and_base_have_the_base_model_of_the_runs(tmp_path):
+def test_runs_adapters_and_base_share_the_runs_base_model_and_settings(tmp_path):
     options: dict[str, Any] = {"template": "alpaca", "quantize": "nf4", "revision": "main"}
     run_folder = make_run(tmp_path / "run", "lora-sam", 3, **options)
     words = [run_folder, make_adapter(tmp_path / "b/run"), "base"]
@@ -80,7 +80,7 @@ def test_runs_adapters_and_base_have_the_base_model_of_the_runs(tmp_path):
         assert (model.name, model.revision, model.quantize) == ("local/copy", None, "none")
 
 
-def test_a_subject_without_one_base_model_is_refused(tmp_path):
+def test_a_subject_without_weights_or_a_unique_base_model_is_refused(tmp_path):
     bare, nameless = make_run(tmp_path / "bare"), make_adapter(tmp_path / "nameless")
     (bare / "adapter_model.safetensors").unlink()
     (nameless / "adapter_config.json").write_text("{}")
@@ -99,7 +99,7 @@ def test_a_subject_without_one_base_model_is_refused(tmp_path):
     ("metric", "title", "scale"),
     [("acc,none", "lambada (acc)", 100), ("word_perplexity,none", "lambada (word_perplexity)", 1)],
 )
-def test_a_task_of_the_harness_is_shown_by_its_first_metric(metric, title, scale):
+def test_a_harness_task_is_titled_and_scaled_by_its_metric(metric, title, scale):
     engine: Any = None
     lambada = PreparedBenchmark(benchmarks.Benchmark("lambada", "lambada"), engine, {})
     described_metric, _ = lambada.metric_and_settings(
@@ -118,14 +118,14 @@ def recorded_columns(words, names=("heldout",)):
     return benchmarks.recorded_columns(subjects, names)
 
 
-def test_the_last_recorded_value_of_each_run(tmp_path):
+def test_a_recorded_metric_has_the_last_value_of_each_run(tmp_path):
     runs = [
         make_run(tmp_path / "a", rows=[(1, {MATTHEWS: 0.1, LOSS: 3.0}), (2, {MATTHEWS: 0.4})]),
         make_run(tmp_path / "b", "bilora", rows=[(2, {MATTHEWS: 0.6, LOSS: 1.0})]),
         make_run(tmp_path / "c", task="notes", rows=[(2, {LOSS: 2.0})]),
     ]
     score, loss = recorded_columns(runs)
-    # A score is described_metric in percent. A task without one is compared by its loss.
+    # A score is shown in percent. A task without a score is compared by its loss.
     assert (score.metric.title, score.metric.scale) == ("cola Matthews", 100)
     assert score.values == {"a": (2, 0.4), "b": (2, 0.6)}
     assert (loss.metric.scale, loss.values) == (1, {"c": (2, 2.0)})
@@ -138,7 +138,7 @@ def test_the_last_recorded_value_of_each_run(tmp_path):
             recorded_columns(words)
 
 
-def test_a_run_that_kept_its_best_weights_has_the_value_of_their_step(tmp_path):
+def test_a_run_that_kept_its_best_weights_has_the_value_at_that_step(tmp_path):
     run = make_run(tmp_path / "best", rows=[(1, {LOSS: 3.0}), (2, {LOSS: 1.0}), (3, {LOSS: 2.0})])
     record = json.loads((run / "run.json").read_text())
     record["results"] = {"best_step": 2}  # as by --keep_best
@@ -159,7 +159,7 @@ def test_a_seed_of_several_tasks_counts_once_and_their_scores_are_averaged(tmp_p
     assert "| LoRA | 37.50 |" in report
 
 
-def test_the_base_model_is_what_the_runs_of_each_seed_measured_first(tmp_path):
+def test_the_base_models_values_are_those_before_the_first_step_for_each_seed(tmp_path):
     words = ["base"]
     for method in ("lora", "bilora"):
         for seed in (0, 1):
@@ -171,15 +171,16 @@ def test_the_base_model_is_what_the_runs_of_each_seed_measured_first(tmp_path):
         assert (subject.label, subject.seed, subject.method) == (f"base-seed{seed}", seed, None)
     assert len(base_subjects) == 2
     accuracy, loss = recorded_columns(words, ["heldout", "heldout_loss"])
-    assert len(accuracy.values) == 4  # of the runs: before the first step it was not measured
+    assert len(accuracy.values) == 4  # the four runs; it was not measured before the first step
     assert loss.values["base-seed0"] == (0, 4.0)
     assert loss.values["base-seed1"] == (0, 5.0)
 
 
 def summaries_of(scores):
-    """Group -> summary of one benchmark, from group -> seed -> scores of items.
+    """Return group -> summary of one benchmark.
 
-    A group is called by its method, or "base".
+    Args:
+        scores: group -> seed -> scores of items. A group's name is its method or "base".
     """
     subjects, rows = [], []
     for group, items_of_seed in scores.items():
@@ -195,7 +196,7 @@ def summaries_of(scores):
     return {line.group: line for line in lines}
 
 
-def test_seeds_are_paired_where_there_are_two():
+def test_seeds_are_paired_if_at_least_two_are_common():
     lines = summaries_of(
         {"lora": {0: [0, 1], 1: [0, 0]}, "bilora": {0: [1, 1], 1: [0, 1], 7: [0, 0]}}
     )
@@ -205,12 +206,12 @@ def test_seeds_are_paired_where_there_are_two():
     assert (lora.mean, lora.count, lora.error) == (0.25, 2, pytest.approx(0.25))
 
 
-def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean():
+def test_items_are_paired_if_fewer_than_two_seeds_are_common():
     lines = summaries_of(
         {"lora": {0: [0, 1, 0, 0]}, "base": {None: [0, 0, 0, 0]}, "bilora": {1: [1, 1, 1, 0]}}
     )
     base, bilora = lines["base"], lines["bilora"]
     assert (base.over, base.pairs, base.difference, base.count) == ("item", 4, -0.25, 1)
     assert (bilora.difference, bilora.higher) == (0.5, 2)
-    # Differences 1, 0, 1, 0 have the variance 1/3; 3.182446 is Student's t of 3 degrees of freedom.
+    # Differences 1, 0, 1, 0 have variance 1/3; 3.182446 is Student's t for 3 degrees of freedom.
     assert bilora.difference_low == pytest.approx(0.5 - 3.182446 * (1 / 3) ** 0.5 / 4**0.5)

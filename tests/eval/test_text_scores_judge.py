@@ -1,4 +1,4 @@
-"""The judge: how ratings are read, and how an endpoint is asked, against a real local server."""
+"""The MT-Bench judge: parsing of ratings, requests to a real local server, question files."""
 
 import json
 from dataclasses import asdict
@@ -36,14 +36,14 @@ def ask(url, key=SECRET):
     return Judge(url, "judge-1", key=key, attempts=3).ask("Good?")
 
 
-def test_ratings_are_read():
+def test_ratings_are_read_from_replies():
     assert {text: mtbench.rating(text) for text in RATINGS} == RATINGS
 
 
-def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service(monkeypatch):
+def test_requests_to_the_judge_follow_the_protocol_without_other_services_keys(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, "another-service")
-    with judge((503, "busy"), (429, "slow down"), "fine [[8]]") as endpoint:  # asked again twice
+    with judge((503, "busy"), (429, "slow down"), "fine [[8]]") as endpoint:  # two retries
         assert ask(endpoint.url) == "fine [[8]]"
         body = endpoint.asked[-1]
         assert (body["model"], body["temperature"]) == ("judge-1", 0)
@@ -67,17 +67,17 @@ def error_body(message):
         (200, "{}", 1, "not a chat completion"),
     ],
 )
-def test_a_judge_without_an_answer_is_refused_without_its_key(status, text, requests, reason):
+def test_the_error_of_a_failing_judge_does_not_contain_the_key(status, text, requests, reason):
     with judge((status, text)) as endpoint, pytest.raises(UserError, match=reason) as caught:
         ask(endpoint.url)
     assert endpoint.url in str(caught.value)
     assert len(endpoint.asked) == requests
-    with pytest.raises(UserError, match="Connection"):  # now there is none
+    with pytest.raises(UserError, match="Connection"):  # the server is stopped
         ask(endpoint.url)
     assert SECRET not in f"{caught.value} {Judge('http://x/v1', 'm', SECRET)}"
 
 
-def test_the_command_line_and_the_environment_name_a_judge(monkeypatch):
+def test_a_judge_is_set_by_the_command_line_and_the_environment(monkeypatch):
     monkeypatch.setenv(mtbench.KEY, SECRET)
     expected = Judge("http://localhost:1/v1", "m", SECRET)
     assert mtbench.connect("http://localhost:1/v1/", "m") == expected
@@ -93,7 +93,7 @@ def test_the_command_line_and_the_environment_name_a_judge(monkeypatch):
 
 
 def measure(url, folder):
-    """The benchmark's measurement; every answer is cached already, so that no model is asked."""
+    """Return the benchmark's measurement; all answers are cached, so no model is needed."""
     engine = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
     digest = engine.settings()["questions"]
     for question in QUESTIONS:
@@ -104,19 +104,19 @@ def measure(url, folder):
     return engine.measure(model, "auto", 2, lambda about: Cache(folder, about))
 
 
-def test_answers_are_rated_and_an_unread_rating_is_asked_again_and_counted(tmp_path):
+def test_answers_are_rated_and_a_reply_without_a_rating_is_requested_again_and_counted(tmp_path):
     with judge("[[8]]", (500, "down"), "hm", "still hm", "[[4]]", "never") as endpoint:
         with pytest.raises(UserError, match="gave no answer"):
             measure(endpoint.url, tmp_path)
-        measurement = measure(endpoint.url, tmp_path)  # goes on where it stopped
+        measurement = measure(endpoint.url, tmp_path)  # continues where it stopped
         assert measure(endpoint.url, tmp_path) == measurement
-        # Nothing was asked twice.
+        # No request was repeated.
         assert len(endpoint.asked) == 2 + 3 + mtbench.RATING_ATTEMPTS
     assert measurement.value == 6
     assert [item.score for item in measurement.items] == [8, 4, None]
     counts = {"items": 3, "without an answer": 1}
     assert measurement.all_metrics() == counts | {"category math": 4, "category writing": 8}
-    # A question without a reference answer, and one with
+    # The first question has no reference answer, the second one does.
     haiku_request = endpoint.asked[0]["messages"][0]["content"]
     assert "Write a haiku." in haiku_request
     assert "answer to 81" in haiku_request
@@ -127,7 +127,7 @@ def test_answers_are_rated_and_an_unread_rating_is_asked_again_and_counted(tmp_p
         measure(endpoint.url, tmp_path / "other")
 
 
-def test_answers_are_not_those_to_other_questions_of_the_same_ids(tmp_path, monkeypatch):
+def test_cached_answers_are_not_used_for_other_questions_with_the_same_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(mtbench, "answers", answered_by_echo)
     model: Any = None
     with judge("[[8]]", "[[4]]") as endpoint:
@@ -139,7 +139,7 @@ def test_answers_are_not_those_to_other_questions_of_the_same_ids(tmp_path, monk
 
 
 def answered_by_echo(model, prompts, decoding, template, batch_size, cache):
-    """In place of a model: answers that name their question, cached as a model's are."""
+    """Cache and return answers that name their question, instead of a model's answers."""
     for key, text in prompts.items():
         if key not in cache:
             cache.put(key, f"answer to {text}")
@@ -161,4 +161,4 @@ def test_questions_are_read_from_a_file(tmp_path):
     with pytest.raises(UserError, match=r"line 2 .* JSON"):
         mtbench.questions(str(path))
     with pytest.raises(UserError, match="with --mtbench_questions"):
-        mtbench.questions(None)  # the hub is out of reach in tests
+        mtbench.questions(None)  # tests have no access to the hub

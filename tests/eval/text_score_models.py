@@ -1,4 +1,4 @@
-"""Records of runs, harness tasks and a judge, for text scores."""
+"""Run records, harness tasks and a judge's server, for the tests of text scores."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ ROWS: Rows = [(1, {"loss": 1.0}), (2, {"heldout_loss": 2.0, "heldout_accuracy": 
 def save_record(
     folder: Path, method: str = "lora", seed: int = 0, rows: Rows = ROWS, **config: Any
 ) -> Path:
-    """A run folder without weights: ``run.json``, and ``metrics.jsonl`` of (step, metrics)."""
+    """Write a run folder without weights; its ``metrics.jsonl`` has a line for each of ``rows``."""
     log = RunLog(folder)
     options = {"model_name_or_path": "owner/base", "task_type": "causal", "task": "cola"}
     run_options = {"method": method, "seed": seed}
@@ -31,7 +31,7 @@ def save_record(
 
 
 def save_tasks(folder: Path) -> Path:
-    """Two local harness tasks of twelve items: ``toy_choice`` and ``toy_text``."""
+    """Write two local harness tasks with twelve items each: ``toy_choice`` and ``toy_text``."""
     folder.mkdir()
     questions = [{"question": f"Letter {n}?", "gold": n % 2, "answer": str(n)} for n in range(12)]
     data = str(write_rows(folder / "rows.jsonl", questions))
@@ -67,10 +67,11 @@ def save_tasks(folder: Path) -> Path:
 
 @contextmanager
 def judge(*replies: str | tuple[int, str]) -> Iterator[SimpleNamespace]:
-    """An OpenAI-compatible server with its url, and what it was asked, with which headers.
+    """Run an OpenAI-compatible server; yields its URL, and the bodies and headers of its requests.
 
     Args:
-        replies: words, or status and body; given in turn, the last one for ever.
+        replies: text of each reply, or its status and body. They are sent in this order, and the
+            last one is repeated.
     """
     remaining = list(replies)
     endpoint = SimpleNamespace(asked=[], headers=[])
@@ -87,7 +88,7 @@ def judge(*replies: str | tuple[int, str]) -> Iterator[SimpleNamespace]:
                 message = {"role": "assistant", "content": reply}
                 status, text = 200, json.dumps({"choices": [{"message": message}]})
             self.send_response(status if self.path == "/v1/chat/completions" else 404)
-            self.send_header("retry-after-ms", "1")  # a test is not to wait for longer
+            self.send_header("retry-after-ms", "1")  # keeps the tests fast
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(text.encode())

@@ -1,9 +1,10 @@
-"""ComfyUI's names of the layers that get adapters by default, by their names in diffusers.
+"""ComfyUI's names for the layers that get adapters by default, by diffusers' names.
 
-From its comfy/lora.py and comfy/utils.py of 2026; test_comfyui.py compares. For these models it
-reads a key "transformer.LAYER.lora_A.weight" (or lora_B) of a LoRA file and changes the weight of
-its layer in the table. "#" is a number and "[i]" the i-th part of a weight in which several of
-diffusers' layers are fused. Lumina 2 is missing: ComfyUI has no such names for it.
+The names are from ComfyUI's comfy/lora.py and comfy/utils.py of 2026; test_comfyui.py compares them
+with its code. ComfyUI reads the keys "transformer.LAYER.lora_A.weight" and "...lora_B.weight" of a
+LoRA file and changes the weight that `NAMES` lists for LAYER. "#" is a number, and "[i]" is the
+i-th part of a weight that fuses several of diffusers' layers. Lumina 2 is missing, since ComfyUI
+has no such names for it.
 """
 
 import re
@@ -13,7 +14,7 @@ _IMAGE = ("to_q", "to_k", "to_v")
 
 
 def _fused(ours: str, names: tuple[str, ...], theirs: str) -> dict[str, str]:
-    """Layers of diffusers that are parts of one weight of ComfyUI."""
+    """Return the names of diffusers' layers that ComfyUI fuses into one weight."""
     return {f"{ours}.{name}": f"{theirs}[{part}]" for part, name in enumerate(names)}
 
 
@@ -30,14 +31,14 @@ _QWEN = (*_IMAGE, *_TEXT, "to_out.0", "to_add_out")
 
 
 def _z_image(block: str) -> dict[str, str]:
-    """The attention of one kind of blocks of Z-Image."""
+    """Return the names of the attention layers in one kind of Z-Image block."""
     names = _fused(f"{block}.attention", _IMAGE, f"{block}.attention.qkv")
     names[f"{block}.attention.to_out.0"] = f"{block}.attention.out"
     return names
 
 
 def _krea(ours: str, theirs: str) -> dict[str, str]:
-    """The attention of one kind of blocks of Krea 2."""
+    """Return the names of the attention layers in one kind of Krea 2 block."""
     return {
         f"{ours}.attn.to_q": f"{theirs}.attn.wq",
         f"{ours}.attn.to_k": f"{theirs}.attn.wk",
@@ -47,7 +48,7 @@ def _krea(ours: str, theirs: str) -> dict[str, str]:
     }
 
 
-# By the class of the transformer in diffusers
+# Class of the transformer in diffusers -> diffusers' name of a layer -> ComfyUI's name
 NAMES: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": {
         **_fused(_BLOCK, _IMAGE, f"{_JOINT}.x_block.attn.qkv"),
@@ -79,21 +80,22 @@ _NUMBER = re.compile(r"(?<=s\.)\d+|(?<=refiner\.)\d+")
 
 
 def place(transformer: str, layer: str) -> tuple[str, int]:
-    """ComfyUI's layer with a layer of diffusers, and the part of its weight."""
+    """Return ComfyUI's layer for one of diffusers' layers, and the part of its weight."""
     theirs, _, part = NAMES[transformer][_NUMBER.sub("#", layer)].partition("[")
     for number in _NUMBER.findall(layer):
         theirs = theirs.replace("#", number, 1)
     return theirs, int(part.rstrip("]") or 0)
 
 
-# ComfyUI's names of SDXL's layers in a file; each has one of `SDXL_ENDINGS`.
+# Patterns of ComfyUI's names for SDXL's layers in a LoRA file. Each key ends with one of
+# `SDXL_ENDINGS`.
 _PLACE = r"(down_blocks_\d+|up_blocks_\d+|mid_block)_(attentions|resnets)_\d+"
 _BLOCK_SDXL = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_0_proj|ff_net_2)"
 SDXL_KEYS = (
     rf"lora_unet_{_PLACE}_({_BLOCK_SDXL}|proj_in|proj_out|conv1|conv2|conv_shortcut|time_emb_proj)",
     r"lora_unet_(down_blocks_\d+_downsamplers|up_blocks_\d+_upsamplers)_0_conv",
     r"lora_unet_(conv_in|conv_out|(time|add)_embedding_linear_[12])",
-    r"lora_unet_(time_embed_[02]|label_emb_0_[02]|input_blocks_0_0|out_2)",  # its own names
+    r"lora_unet_(time_embed_[02]|label_emb_0_[02]|input_blocks_0_0|out_2)",  # ComfyUI's own names
     r"lora_te[12]_text_model_encoder_layers_\d+_(mlp_fc[12]|self_attn_(q|k|v|out)_proj)",
     "lora_te2_text_projection",
 )

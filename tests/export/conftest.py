@@ -1,4 +1,4 @@
-"""Models of all kinds with adapters, and their exported files."""
+"""Fixtures: a UNet and two text encoders with adapters, and their exported files."""
 
 from pathlib import Path
 

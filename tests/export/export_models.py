@@ -1,4 +1,4 @@
-"""Small models with both adapters and their exported files; LoRA files for the miniature."""
+"""Helpers that add adapters to small models and write LoRA files."""
 
 import copy
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> nn.Modul
 
 
 def all_models(**options: Any) -> dict[str, nn.Module]:
-    """The plain models with adapters, each with different random values."""
+    """Return the plain models with adapters, whose random values differ from model to model."""
     models = plain_models()
     for seed, (name, model) in enumerate(models.items(), start=1):
         spec = AdapterSpec(**options)
@@ -62,7 +62,7 @@ def all_models(**options: Any) -> dict[str, nn.Module]:
 
 
 def export_all(folder: Path, models: dict[str, nn.Module]) -> Path:
-    """Export both formats, with metadata of a training run."""
+    """Export the models in both formats, with the metadata of a training run."""
     save_diffusers(folder, models, base_model="some/base", kohya=True, extra_metadata=FACTS)
     return folder
 
@@ -73,7 +73,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def equal(path: Path, other_path: Path) -> bool:
-    """Two files have the same tensors."""
+    """Return whether two files have the same tensors."""
     left, right = load_file(path), load_file(other_path)
     if left.keys() != right.keys():
         return False
@@ -106,10 +106,10 @@ def write_lora(
     components: tuple[str, ...] = ("unet",),
     kohya: bool = False,
 ) -> Path:
-    """Export a LoRA of rank 2 for the pipeline's models.
+    """Export random adapters of rank 2 for models of a pipeline; return the path of the file.
 
     Args:
-        size: standard deviation of the values of B; those of A have 0.1.
+        size: standard deviation of B's values; that of A's values is 0.1.
     """
     models = {name: copy.deepcopy(getattr(pipeline, name)) for name in components}
     generator = torch.Generator().manual_seed(0)

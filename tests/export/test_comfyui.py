@@ -1,6 +1,6 @@
-"""Files and workflows in ComfyUI's code, if the environment has the path of a copy.
+"""ComfyUI's own code reads exported files and workflows, if COMFYUI is the path of a copy.
 
-COMFYUI=~/ComfyUI make test PYTEST_ARGS="-k comfyui", with its requirements in the environment.
+Install ComfyUI's requirements and run: COMFYUI=~/ComfyUI make test PYTEST_ARGS="-k comfyui"
 """
 
 import asyncio
@@ -30,13 +30,13 @@ COMFYUI = os.environ.get("COMFYUI", "")
 MODELS = yaml.safe_load(Path(__file__).with_name("comfyui.yaml").read_text(encoding="utf-8"))
 ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 FOLDERS = ("loras", "checkpoints", "diffusion_models", "text_encoders", "vae")
-pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI names no copy of ComfyUI")
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI is not set to a copy of ComfyUI")
 
 
 @pytest.fixture(params=MODELS)
 def model(request, monkeypatch):
-    """ComfyUI's model, without weights, with the name of its `pipeline_class`."""
-    monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])  # the last: it has an `app` too
+    """Return ComfyUI's model without weights; `pipeline_class` is diffusers' class."""
+    monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])  # last, since ComfyUI also has an `app`
     load("comfy.cli_args").args.cpu = True
     sizes = MODELS[request.param]
     config = getattr(load("comfy.supported_models"), sizes["class"])(sizes["config"])
@@ -45,7 +45,7 @@ def model(request, monkeypatch):
     return model
 
 
-def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
+def test_comfyui_applies_the_trained_changes(model, tmp_path, caplog):
     is_sdxl = model.pipeline_class == SDXL
     if is_sdxl:
         pipeline = pipeline_of(SDXL)
@@ -63,7 +63,7 @@ def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
         add_adapters(trained, AdapterSpec(rank=2, alpha=3, target_modules=targets))
     save_diffusers(tmp_path / "dog", models, base_model="some/base", kohya=is_sdxl)
 
-    # ComfyUI's patches by its own names of the weights
+    # ComfyUI's patches, by its own names for the weights
     lora = load("comfy.lora")
     keys = lora.model_lora_keys_unet(model, {})
     unet_names = {}
@@ -73,7 +73,7 @@ def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
     patches = defaultdict(list)
     converted = load("comfy.lora_convert").convert_lora(load_file(file))
     for key, patch in lora.load_lora(converted, keys).items():
-        # The key of a part of a fused weight has the part's offset too.
+        # For a part of a fused weight, the key also has the part's offset.
         name, offset = (key, None) if isinstance(key, str) else key
         patches[name.removeprefix("diffusion_model.")].append((1.0, patch, 1.0, offset, None))
     assert not [line for line in caplog.messages if "not loaded" in line]
@@ -103,7 +103,7 @@ def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
 
 
 def nodes_reading(folder, monkeypatch):
-    """ComfyUI's nodes, which find all files in one folder."""
+    """Load ComfyUI's nodes and let them look for all files in one folder."""
     nodes = load("nodes")
     comfy_folders = load("folder_paths").folder_names_and_paths
     for name in ("flux", "model_advanced", "sd3", "custom_sampler", "hooks"):
@@ -115,11 +115,11 @@ def nodes_reading(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("guidance_from", ["adapter", "base", 0.5])
-def test_comfyui_takes_the_workflow_and_has_its_noise_levels(
+def test_comfyui_accepts_the_workflow_and_computes_its_noise_levels(
     guidance_from, model, tmp_path, monkeypatch
 ):
     if guidance_from != "adapter" and model.pipeline_class == "FluxPipeline":
-        pytest.skip("it has no unconditional prediction")
+        pytest.skip("FLUX.1 makes no unconditional prediction")
     nodes = nodes_reading(tmp_path, monkeypatch)
     graph = graph_of(pipeline_of(model.pipeline_class), guidance_from)
     patched = load("comfy.model_patcher").ModelPatcher(model, "cpu", "cpu")
@@ -144,7 +144,7 @@ def test_comfyui_takes_the_workflow_and_has_its_noise_levels(
 
 
 def test_comfyui_adds_a_hooked_lora_to_each_prompt_at_its_strength(monkeypatch, tmp_path):
-    """The nodes of the workflow with guidance from another model, on the miniature's sizes."""
+    """Run the nodes of a workflow with guidance from another model, in the miniature's sizes."""
     monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])
     load("comfy.cli_args").args.cpu = True
     nodes = nodes_reading(tmp_path, monkeypatch)
@@ -153,8 +153,8 @@ def test_comfyui_adds_a_hooked_lora_to_each_prompt_at_its_strength(monkeypatch, 
     add_adapters(unet, AdapterSpec(rank=2, alpha=1, target_modules=("to_q", "to_v")))
     save_diffusers(tmp_path / "dog", {"unet": unet}, base_model="some/base", kohya=True)
     (tmp_path / "dog" / "dog.safetensors").rename(tmp_path / "dog.safetensors")
-    # ComfyUI embeds each of the six sizes in 256 numbers, here beside 16 of the text, and takes a
-    # model of more than four channels for one of inpainting.
+    # ComfyUI embeds each of the six sizes in 256 numbers, in addition to 16 numbers of the text
+    # here, and treats a model with more than four channels as an inpainting model.
     sizes = MODELS[SDXL]["config"] | {
         "adm_in_channels": 6 * 256 + 16,
         "in_channels": 4,
@@ -171,7 +171,7 @@ def test_comfyui_adds_a_hooked_lora_to_each_prompt_at_its_strength(monkeypatch, 
     pooled = torch.randn(1, 16, generator=generator)
 
     def predictions(patcher, strengths=(0.0, 0.0)):
-        """Conditional and unconditional prediction in the first step, at strengths of hooks."""
+        """Return the first step's conditional and unconditional prediction at hook strengths."""
         conditions = []
         for prompt, strength in zip(prompts, strengths, strict=True):
             condition = [[prompt, {"pooled_output": pooled}]]
@@ -203,11 +203,11 @@ def test_comfyui_adds_a_hooked_lora_to_each_prompt_at_its_strength(monkeypatch, 
     base = predictions(patcher)
     adapted = adapted_predictions(1.0)
     assert (adapted[1] - base[1]).abs().max() > 1e-3
-    # The adapter acts in the conditional prediction only, though it would change the other too.
+    # The hook changes only the conditional prediction; without a hook, both were changed.
     hooked = predictions(patcher, (1.0, 0.0))
     torch.testing.assert_close(hooked[0], adapted[0])
     torch.testing.assert_close(hooked[1], base[1])
-    # Two hooks of one file have a strength each.
+    # Two hooks of the same file each have their own strength.
     hooked = predictions(patcher, (1.0, 0.5))
     torch.testing.assert_close(hooked[0], adapted[0])
     torch.testing.assert_close(hooked[1], adapted_predictions(0.5)[1])

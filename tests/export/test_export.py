@@ -1,4 +1,4 @@
-"""bilora_diffusion.export on small models: names, scale, metadata, and other programs' readers."""
+"""Exported files of small models: names, scale, metadata, and other programs that read them."""
 
 import copy
 import hashlib
@@ -47,7 +47,9 @@ def plain_unet():
     dora=st.booleans(),
     double=st.booleans(),
 )
-def test_change_is_scale_times_b_a(plain_unet, tmp_path_factory, rank, alpha, dora, double):
+def test_the_exported_change_is_scale_times_b_a(
+    plain_unet, tmp_path_factory, rank, alpha, dora, double
+):
     model = copy.deepcopy(plain_unet).to(torch.float64 if double else torch.float32)
     spec = AdapterSpec(rank=rank, alpha=alpha, use_dora=dora, target_modules=("to_q", "conv1"))
     small.add_adapters(model, spec, seed=rank)
@@ -55,7 +57,7 @@ def test_change_is_scale_times_b_a(plain_unet, tmp_path_factory, rank, alpha, do
     report = save_diffusers(folder, {"unet": model}, base_model="base", kohya=True)
     assert report["max_relative_difference"] < 3e-7
     assert report["kohya_max_relative_difference"] < 3e-7
-    # The product with a power of two is exact.
+    # Multiplication by a power of two is exact.
     if not double and math.frexp(alpha / rank)[0] == 0.5:
         assert report["max_abs_difference"] == 0
     tensors = load_file(folder / FILE_NAME)
@@ -77,14 +79,14 @@ def largest_difference(pixels, expected):
 
 
 def add_small_adapters(model, spec):
-    """Both adapters, so small that images keep a structure."""
+    """Add both adapters, with values so small that images keep their structure."""
     small.add_adapters(model, spec)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() > 1:
                 parameter.mul_(0.05)
         if spec.use_dora:
-            # Magnitudes as DoRA starts with: the norms of the weight's rows.
+            # DoRA's initial magnitudes: the norms of the weight's rows.
             for _, layer in adapters.layers(model, PRIMARY):
                 norms = adapters.base_weight(layer).flatten(1).norm(dim=1)
                 magnitude = cast(Any, layer).lora_magnitude_vector[PRIMARY].weight
@@ -94,7 +96,7 @@ def add_small_adapters(model, spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "dora"), [(6, False), (8, True)])
-def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
+def test_images_from_the_file_equal_those_from_memory_and_comfyui_knows_every_key(
     alpha, dora, tmp_path
 ):
     trained, other_pipeline = (load_pipeline("mini", dtype=torch.float32) for _ in range(2))
@@ -109,8 +111,9 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     with adapters.only(nn.ModuleDict(models), [PRIMARY]):
         expected = sampled_pixels(trained)
     assert largest_difference(sampled_pixels(other_pipeline), expected) > 12  # of 255
-    assert largest_difference(sampled_pixels(trained), expected) > 2  # the auxiliary acts too
-    other_pipeline.load_lora_weights(tmp_path / "dog")  # of the two files, diffusers takes its own
+    # Here the auxiliary is active too.
+    assert largest_difference(sampled_pixels(trained), expected) > 2
+    other_pipeline.load_lora_weights(tmp_path / "dog")  # diffusers loads its own of the two files
     assert largest_difference(sampled_pixels(other_pipeline), expected) <= 1
     if not dora:  # diffusers drops dora_scale from kohya files
         other_pipeline.unload_lora_weights()
@@ -130,18 +133,19 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     [
         ("runs/icons/", "icons.safetensors"),
         ("/", "lora.safetensors"),
-        ("runs/.hidden", "hidden.safetensors"),  # the hub's upload leaves out names with a dot
+        # The Hub's upload skips names that start with a dot.
+        ("runs/.hidden", "hidden.safetensors"),
         ("a<lora:b:1>, c", "a_lora_b_1__ c.safetensors"),
         ("my_pytorch_lora_weights", "my_pytorch_lora_weights-kohya.safetensors"),
         ("\udcff", "_.safetensors"),
-        ("ü" * 120, f"{'ü' * 90}.safetensors"),  # file systems take 255 bytes
+        ("ü" * 120, f"{'ü' * 90}.safetensors"),  # file systems allow 255 bytes
     ],
 )
-def test_kohyas_file_is_named_after_the_run(folder, name):
+def test_the_kohya_file_is_named_after_the_run(folder, name):
     assert kohya_file_name(folder) == name
 
 
-def test_metadata(models, folder):
+def test_both_files_have_the_expected_metadata(models, folder):
     plain = small.read_metadata(folder / FILE_NAME)
     kohya = small.read_metadata(folder / KOHYA_FILE)
     expected = {
@@ -157,7 +161,7 @@ def test_metadata(models, folder):
         "bilora.original_alpha": '{"unet": 6.0, "text_encoder": 6.0, "text_encoder_2": 6.0}',
         **small.FACTS,
     }
-    # The model is too small to be called SDXL's.
+    # The model is too small to be labeled as SDXL.
     assert kohya == expected | {"sshs_model_hash": kohya["sshs_model_hash"]}
     assert plain.keys() == kohya.keys() | {"lora_adapter_metadata"}
     config = json.loads(plain["lora_adapter_metadata"])
@@ -166,16 +170,16 @@ def test_metadata(models, folder):
     for name in config["unet.target_modules"]:
         assert name.endswith(small.UNET_TARGETS)
     for file, metadata in ((FILE_NAME, plain), (KOHYA_FILE, kohya)):
-        # kohya's hash is of the tensors' bytes, behind the header and its length in 8 bytes.
+        # kohya's hash covers the tensors' bytes, which follow the header and its 8-byte length.
         content = (folder / file).read_bytes()
         body = content[8 + int.from_bytes(content[:8], "little") :]
         assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
         assert body == save(load_file(folder / file))[-len(body) :]
 
 
-def test_files_are_reproducible_and_nothing_else_is_left(models, folder, tmp_path):
+def test_files_are_reproducible_and_no_other_file_is_left(models, folder, tmp_path):
     run_folder = tmp_path / "icons"
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second export replaces the first
         save_diffusers(run_folder, models, base_model="b", kohya=True)
     assert sorted(path.name for path in run_folder.iterdir()) == [KOHYA_FILE, FILE_NAME]
     # An older kohya file is removed.
@@ -185,7 +189,7 @@ def test_files_are_reproducible_and_nothing_else_is_left(models, folder, tmp_pat
     assert metadata["sshs_model_hash"] == small.read_metadata(folder / FILE_NAME)["sshs_model_hash"]
 
 
-def test_refusals_of_save(models, tmp_path):
+def test_invalid_exports_are_refused(models, tmp_path):
     broken = small.add_adapters(small.make_unet(), AdapterSpec(target_modules=small.ATTENTION))
     with torch.no_grad():
         adapters.parameters(broken, PRIMARY)[0].fill_(float("nan"))
@@ -241,7 +245,7 @@ def test_a_file_that_differs_from_the_models_is_refused(models, folder, tmp_path
         compare(tmp_path / FILE_NAME, layers)
 
 
-def test_a_file_that_is_written_wrongly_does_not_get_its_name(models, tmp_path, monkeypatch):
+def test_an_incorrectly_written_file_does_not_get_its_final_name(models, tmp_path, monkeypatch):
     def wrong_tensors(parts):
         tensors = diffusers_tensors(parts)
         tensors[f"{LAYER}.lora_A.weight"] *= 1.0001

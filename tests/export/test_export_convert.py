@@ -1,4 +1,4 @@
-"""`python -m bilora_diffusion.export FILE --to FORMAT`: the same change in each format."""
+"""`python -m bilora_diffusion.export FILE --to FORMAT`: every format has the same change."""
 
 import json
 
@@ -30,19 +30,19 @@ MODELS = ROOT / "results" / "dry_run_memory" / "models.json"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """UNet with convolutions and both text encoders, with DoRA, in both formats."""
+    """Export a UNet with convolutions and both text encoders, with DoRA, in both formats."""
     models = all_models(rank=4, alpha=6, use_dora=True)
     return export_all(tmp_path_factory.mktemp("convert") / "icons", models)
 
 
 @pytest.fixture
 def model(tmp_path):
-    """A language model with a primary and an auxiliary that are not zero."""
+    """Return a language model with a primary and an auxiliary that are not zero."""
     base = save_llama(tmp_path / "base")
     return add_adapters(load_text_model(str(base)).model, AdapterSpec(rank=2, alpha=4))
 
 
-def test_around_all_formats(folder, tmp_path):
+def test_conversion_through_all_formats_keeps_the_tensors(folder, tmp_path):
     source, kohya = folder / FILE_NAME, folder / "icons.safetensors"
     converted = convert(source, "kohya", tmp_path / "a.safetensors")
     assert equal(converted, kohya)
@@ -52,7 +52,8 @@ def test_around_all_formats(folder, tmp_path):
     assert equal(convert(kohya, "diffusers", tmp_path / "b.safetensors"), source)
     peft = convert(kohya, "peft", tmp_path / "peft")
     assert {part.name for part in peft.iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
-    assert equal(convert(peft, "diffusers", tmp_path / "back"), source)  # a folder: the usual name
+    # A folder gets a file of the usual name.
+    assert equal(convert(peft, "diffusers", tmp_path / "back"), source)
     assert convert(peft, "kohya").name == "peft-kohya.safetensors"
     # PEFT's keys do not name the model, but the folder's name does.
     encoder = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
@@ -60,7 +61,7 @@ def test_around_all_formats(folder, tmp_path):
 
 
 def stored_products(file):
-    """Model and layer -> B A of a file of diffusers; keys of text encoders have other endings."""
+    """Return (model, layer) -> B A of a diffusers file, where text encoders have other endings."""
     tensors = load_file(file)
     products = {}
     for key, A in tensors.items():
@@ -82,7 +83,7 @@ def test_peft_loads_the_same_change(folder, tmp_path):
     assert not products
 
 
-# Layers as kohya's own scripts name them, in SDXL's names, and as diffusers does
+# Key of a layer in files of kohya's own scripts, which use SDXL's names -> diffusers' key
 KOHYAS = {
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
         "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_{AB}.weight"
@@ -98,7 +99,7 @@ KOHYAS = {
 
 
 def kohya_file(path, alpha=4, dtype=torch.float32, other_tensors=None):
-    """As kohya's own scripts write it: with alpha, and a rank of its own for a convolution."""
+    """Write a file as kohya's own scripts do, with alpha and a separate rank for a convolution."""
     generator = torch.Generator().manual_seed(0)
     tensors = dict(other_tensors or {})
     for name in KOHYAS:
@@ -117,12 +118,12 @@ def kohya_file(path, alpha=4, dtype=torch.float32, other_tensors=None):
 @pytest.mark.parametrize(
     ("alpha", "dtype", "dtype_of_B"),
     [
-        (3, torch.float16, torch.float32),  # 3/4 of a number has no room in 16 bits
+        (3, torch.float16, torch.float32),  # 3/4 of a number needs more than 16 bits
         (2, torch.float16, torch.float16),
-        (None, torch.bfloat16, torch.bfloat16),  # alpha is the rank then
+        (None, torch.bfloat16, torch.bfloat16),  # without an alpha, it is the rank
     ],
 )
-def test_kohyas_own_file(tmp_path, alpha, dtype, dtype_of_B):
+def test_a_file_from_kohyas_own_scripts_is_converted(tmp_path, alpha, dtype, dtype_of_B):
     source = kohya_file(tmp_path / "foreign.safetensors", alpha, dtype)
     converted = convert(source, "diffusers")
     assert converted == tmp_path / "foreign-diffusers.safetensors"
@@ -135,19 +136,19 @@ def test_kohyas_own_file(tmp_path, alpha, dtype, dtype_of_B):
         A = stored[ours.format(AB="A", way="down")]
         B = stored[ours.format(AB="B", way="up")]
         assert A.dtype == dtype
-        # A power of two keeps the precision.
+        # Scaling by a power of two keeps the dtype.
         assert B.dtype == (dtype if scale in (0.5, 1) else dtype_of_B)
         product = B.double().flatten(1) @ A.double().flatten(1)
         torch.testing.assert_close(product, scale * up.flatten(1) @ down.flatten(1))
     metadata = inspect(converted).metadata
     assert metadata["ss_tag_frequency"] == "{}"
     assert metadata["ss_network_dim"] == "Dynamic"
-    assert "ss_base_model_version" not in metadata  # nothing tells that these layers are SDXL's
+    assert "ss_base_model_version" not in metadata  # nothing shows that these layers are SDXL's
     kohya = convert(converted, "kohya", tmp_path / "back.safetensors")
     assert inspect(kohya).layers == inspect(source).layers
 
 
-def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path):
+def test_layers_with_sdxls_input_width_are_labeled_as_sdxl(tmp_path):
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora"
     tensors = {f"{key}_A.weight": torch.ones(2, 2048), f"{key}_B.weight": torch.ones(4, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -157,7 +158,7 @@ def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path):
         assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
-def test_all_names_of_the_models_come_back_from_kohyas():
+def test_every_layer_name_is_recovered_from_its_kohya_name():
     def layer_names(model):
         names = []
         for name, module in model.named_modules():
@@ -177,14 +178,14 @@ def test_all_names_of_the_models_come_back_from_kohyas():
         names_back = formats.module_names(component, layers)
         for kohya, name in layers.items():
             assert plain_name(names_back[kohya]) == name
-    # Names of the original code of SDXL
+    # Names in SDXL's original code
     original = ["input_blocks_3_0_op", "input_blocks_4_0_skip_connection", "middle_block_1_proj_in"]
     original += ["middle_block_2_out_layers_3", "output_blocks_5_2_conv", "input_blocks_0_0"]
     original += ["output_blocks_0_1_transformer_blocks_9_ff_net_0_proj", "label_emb_0_2", "out_2"]
     assert set(formats.module_names("unet", original).values()) <= set(layer_names(sdxl))
 
 
-def test_a_language_models_adapter_has_no_other_format(model, tmp_path, capsys):
+def test_a_language_models_adapter_can_not_be_converted(model, tmp_path, capsys):
     save_adapter(tmp_path, model, base_model="some/llama", kind="causal")
     for format_ in ("kohya", "diffusers", "peft"):
         assert main([str(tmp_path), "--to", format_]) == 2
@@ -193,8 +194,8 @@ def test_a_language_models_adapter_has_no_other_format(model, tmp_path, capsys):
     assert "peft" in capsys.readouterr().out
 
 
-def test_refusals_of_convert(folder, tmp_path):
-    layer = "lora_unet_down_blocks_1_attentions_0_proj_in"  # in diffusers' words
+def test_invalid_conversions_are_refused(folder, tmp_path):
+    layer = "lora_unet_down_blocks_1_attentions_0_proj_in"  # with diffusers' name
     tensors = {
         f"{layer}.lora_down.weight": torch.ones(4, 5),
         f"{layer}.lora_up.weight": torch.ones(6, 4),
@@ -210,14 +211,14 @@ def test_refusals_of_convert(folder, tmp_path):
             convert(path, format_, output)
 
 
-def test_a_misspelled_flag_gets_its_name(capsys):
+def test_a_misspelled_flag_is_refused_with_a_suggestion(capsys):
     assert main(["runs/dog", "--stp", "1"]) == 2
     assert 'unexpected "--stp" (did you mean "--step"?)' in capsys.readouterr().err
 
 
-def test_the_same_export_is_there_already(folder, tmp_path, capsys):
+def test_an_existing_identical_export_is_reported_and_another_one_is_kept(folder, tmp_path, capsys):
     run_files = sorted(folder.iterdir())
-    # The run has written kohya's file itself.
+    # The run itself has written the kohya file.
     assert main([str(folder), "--to", "kohya"]) == 0
     assert capsys.readouterr().out == f"is there already: {folder / 'icons.safetensors'}\n"
     peft = tmp_path / "peft"
@@ -226,7 +227,7 @@ def test_the_same_export_is_there_already(folder, tmp_path, capsys):
     assert capsys.readouterr().out == f"{peft}\n"
     assert main(words) == 0
     assert "is there already" in capsys.readouterr().out
-    # Another export in its place is not replaced.
+    # A different export in the same place is not replaced.
     (peft / "unet" / CONFIG).write_text("{")
     assert main(words) == 2
     assert sorted(folder.iterdir()) == run_files
@@ -234,7 +235,7 @@ def test_the_same_export_is_there_already(folder, tmp_path, capsys):
 
 def test_a_second_export_replaces_the_first_unless_it_is_not_finite(model, tmp_path):
     value = adapters.parameters(model, PRIMARY)[0]
-    partial_export = tmp_path / ".adapter.partial"  # of a run that was killed while it exported
+    partial_export = tmp_path / ".adapter.partial"  # left by a run that was killed while exporting
     partial_export.mkdir()
     (partial_export / "file").write_text("")
     save_adapter(tmp_path, model, base_model="a", kind="causal")
@@ -253,7 +254,7 @@ def test_a_second_export_replaces_the_first_unless_it_is_not_finite(model, tmp_p
         assert (tmp_path / WEIGHTS).read_bytes() == before
 
 
-def test_an_adapter_that_no_step_has_trained_is_not_exported(tmp_path):
+def test_an_untrained_adapter_is_not_exported(tmp_path):
     base = save_llama(tmp_path / "base")
     model = load_text_model(str(base)).model
     adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
@@ -262,7 +263,9 @@ def test_an_adapter_that_no_step_has_trained_is_not_exported(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_file_that_holds_something_else_gets_no_name(model, tmp_path, monkeypatch):
+def test_an_adapter_that_reads_back_differently_does_not_get_its_final_name(
+    model, tmp_path, monkeypatch
+):
     def without_a_tensor(path):
         tensors = load_file(path)
         del tensors[min(tensors)]

@@ -1,4 +1,4 @@
-"""Valid, foreign, changed and broken files are read, or refused in one sentence."""
+"""Valid, foreign, changed and broken LoRA files are either read or refused in one sentence."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ BITS = {
 
 
 def pair(layer, rank=2, dtype="F16", ends=("A", "B")):
-    """Name -> dtype and shape of the two factors of a layer of 4 inputs and outputs."""
+    """Return key -> (dtype, shape) of the factors of a layer with 4 inputs and 4 outputs."""
     first, second = ends
     return {
         f"{layer}.lora_{first}.weight": (dtype, [rank, 4]),
@@ -60,7 +60,7 @@ def kohya_pair(layer, rank=2):
 
 
 def file_of(tensors, metadata, fill=b"\0"):
-    """The bytes of a structurally valid safetensors file, of zeros or other bytes."""
+    """Return a structurally valid safetensors file whose data repeats the byte `fill`."""
     header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = metadata
@@ -72,11 +72,11 @@ def file_of(tensors, metadata, fill=b"\0"):
 
 
 def with_length(header):
-    """The beginning of a safetensors file: the header's length, then the header."""
+    """Return the start of a safetensors file: the header's length, then the header."""
     return len(header).to_bytes(8, "little") + header
 
 
-def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, capsys):
+def test_exported_files_and_their_table_show_no_trace_of_the_auxiliary(folder, capsys):
     for file in (FILE_NAME, "icons.safetensors"):
         contents = inspect(folder / file)
         assert not contents.auxiliary
@@ -94,7 +94,7 @@ def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, caps
 
 
 def save_peft(folder, config, key=PEFT):
-    """Save a layer of rank 4 with a configuration."""
+    """Save a layer of rank 4 and its `adapter_config.json`; return the path of the weights."""
     tensors = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / WEIGHTS)
@@ -109,15 +109,15 @@ QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
     ("config", "key", "scale"),
     [
         ('{"r": 4, "lora_alpha": 16}', PEFT, 4.0),
-        ('{"r": 4}', PEFT, 2.0),  # PEFT's alpha is 8 then
+        ('{"r": 4}', PEFT, 2.0),  # PEFT's default alpha is 8
         ('{"r": 4, "lora_alpha": 16, "use_rslora": true}', PEFT, 8.0),
         ('{"r": 4, "lora_alpha": 16, "alpha_pattern": {"conv_(in|out)": 1}}', PEFT, 0.25),
         ('{"r": 8, "lora_alpha": 16, "rank_pattern": {"^conv_in": 4}}', PEFT, 4.0),
-        # by the name in the file, which Transformers 4 and 5 spell differently
+        # matched by the name in the file, which differs between Transformers 4 and 5
         (f'{{"r": 4, "alpha_pattern": {{"{QUERY}": 16}}}}', f"base_model.model.{QUERY}", 4.0),
     ],
 )
-def test_the_scale_is_that_of_pefts_configuration(tmp_path, config, key, scale):
+def test_the_scale_follows_pefts_configuration(tmp_path, config, key, scale):
     path = save_peft(tmp_path / "text_encoder", config.encode(), key)
     assert inspect(path).format == "peft"
     (part,) = read(path).parts.values()
@@ -126,7 +126,7 @@ def test_the_scale_is_that_of_pefts_configuration(tmp_path, config, key, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("to", FORMATS)
-def test_eight_bits_are_converted_exactly(tmp_path, dtype, to):
+def test_8_bit_floats_are_converted_exactly(tmp_path, dtype, to):
     A, B = torch.randn(2, 4).to(dtype), torch.randn(4, 2).to(dtype)
     path = tmp_path / "small.safetensors"
     save_file({f"{UNET}.lora_A.weight": A, f"{UNET}.lora_B.weight": B}, path)
@@ -139,7 +139,7 @@ def test_eight_bits_are_converted_exactly(tmp_path, dtype, to):
 
 
 def unet_factors(tensors):
-    """(layer, "A" or "B", value) of each factor of the UNet."""
+    """Return (layer, "A" or "B", value) for each factor of the UNet."""
     factors = []
     for key, tensor in tensors.items():
         if key.startswith("unet."):
@@ -202,7 +202,7 @@ def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys):
 
 DORA = {f"{UNET}.lora_magnitude_vector": ("F32", [4])}
 AB = pair(UNET)
-# As diffusers named a query before it had PEFT
+# A query layer as diffusers named it before it used PEFT
 OLD_QUERY = {
     "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight": ("F16", [2, 4]),
     "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight": ("F16", [4, 2]),
@@ -226,7 +226,7 @@ OLD_QUERY = {
         (pair(PEFT), "", "adapter_config.json"),
     ],
 )
-def test_what_can_not_be_right_is_refused(tmp_path, tensors, config, sentence):
+def test_inconsistent_files_are_refused(tmp_path, tensors, config, sentence):
     path = tmp_path / "odd.safetensors"
     path.write_bytes(file_of(tensors, {METADATA_KEY: config} if config else {}))
     for reader in (read, inspect):
@@ -240,7 +240,7 @@ def test_what_can_not_be_right_is_refused(tmp_path, tensors, config, sentence):
         (kohya_pair("lora_unet_input_blocks_3_1_proj_in"), "input_blocks_3_1"),
         (kohya_pair("lora_unet_mid_block_whatever"), "whatever"),
         (AB | {"unet.conv_in.hada_w1_a": ("F16", [2, 2])}, "hada_w1_a"),
-        # A layer by two names, of which one would be lost
+        # One layer under two names; one of them would be lost
         (
             kohya_pair(KOHYA) | kohya_pair("lora_unet_time_embedding_linear_1"),
             "time_embedding.linear_1",
@@ -248,7 +248,7 @@ def test_what_can_not_be_right_is_refused(tmp_path, tensors, config, sentence):
         (pair(f"text_encoder.{QUERY}") | OLD_QUERY, "self_attn.q_proj as"),
     ],
 )
-def test_what_can_be_looked_at_but_not_used_is_refused(tmp_path, tensors, sentence):
+def test_files_that_can_be_inspected_but_not_used_are_refused(tmp_path, tensors, sentence):
     path = tmp_path / "odd.safetensors"
     path.write_bytes(file_of(tensors, {}))
     assert not inspect(path).auxiliary
@@ -280,7 +280,7 @@ def test_values_beyond_fp32_are_refused(tmp_path, a, b, alpha):
         ('{"r": 4, "lora_alpha": 1e999}', "lora_alpha"),
     ],
 )
-def test_a_configuration_that_is_not_pefts_is_refused(tmp_path, config, sentence):
+def test_an_invalid_peft_configuration_is_refused(tmp_path, config, sentence):
     path = save_peft(tmp_path, config.encode())
     for reader in (inspect, read):
         with pytest.raises(UserError, match=sentence):
@@ -296,7 +296,7 @@ def test_a_pattern_that_could_take_forever_is_refused(tmp_path, pattern):
             reader(path)
 
 
-# Parts of files that are nearly right, for `test_any_file_is_read_or_a_sentence`
+# Parts of almost valid files, for `test_any_file_is_read_or_refused`
 LAYERS = ("unet.mid_block.to_q", "lora_unet_mid_block_resnets_0_conv1", "base_model.model.q", "q")
 KINDS = ("lora_A.weight", "lora_up.weight", "alpha", "lora_A.auxiliary.weight", "dora_scale")
 KEYS = st.builds(".".join, st.tuples(st.sampled_from(LAYERS), st.sampled_from(KINDS)))
@@ -331,7 +331,7 @@ def read_config(path):
     | st.builds(file_of, TENSORS | NEARLY_LORA, METADATA, FILLS),
     config=st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
 )
-def test_any_file_is_read_or_a_sentence(tmp_path_factory, content, config):
+def test_any_file_is_read_or_refused(tmp_path_factory, content, config):
     any_file = tmp_path_factory.getbasetemp() / "any.safetensors"
     any_file.write_bytes(content)
     with_config = save_peft(any_file.parent / "peft", config)
@@ -341,11 +341,11 @@ def test_any_file_is_read_or_a_sentence(tmp_path_factory, content, config):
                 reader(path)
 
 
-def test_nothing_in_a_file_steers_the_terminal(folder, tmp_path, capsys):
+def test_no_content_of_a_file_can_control_the_terminal(folder, tmp_path, capsys):
     title = "\x1b]0;owned\x07\x9b31m\u202e"
     file = tmp_path / "foreign.safetensors"
 
-    # An auxiliary is shown; half of a layer is refused.
+    # A file with an auxiliary is shown; one with half of a layer is refused.
     for name, exit_code in (("lora_A.auxiliary", 0), ("lora_A", 2)):
 
         def change(tensors, metadata, name=name):

@@ -1,4 +1,4 @@
-"""Transformers: exported files in pipelines, ComfyUI and conversions, and run folders."""
+"""Diffusion transformers: exported files in pipelines, ComfyUI, conversions and run folders."""
 
 import json
 from pathlib import Path
@@ -31,28 +31,28 @@ FAST = (SD3, "FluxPipeline")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def trained(kind, layers="attention", **options):
-    """A tiny pipeline whose transformer has a primary and an auxiliary of random values."""
+def trained_pipeline(kind, layers="attention", **options):
+    """Return a tiny pipeline whose transformer has a random primary and auxiliary."""
     pipeline = make_pipeline(kind)
     places = select_layers([layers], family_of(pipeline), pipeline.transformer)
     spec = AdapterSpec(rank=2, alpha=3, target_modules=places, **options)
     model = add_adapters(pipeline.transformer, spec)
     with torch.no_grad():
         for parameter in adapters.parameters(model, PRIMARY):
-            if parameter.dim() > 1:  # but not the magnitudes of DoRA
+            if parameter.dim() > 1:  # not DoRA's magnitudes
                 parameter.mul_(0.3)
     return pipeline
 
 
 def export(folder, pipeline):
-    """Export a pipeline's adapters; the differences that the check found."""
+    """Export a pipeline's adapters and return the report of the writer's check."""
     models = {"transformer": pipeline.transformer}
     return save_diffusers(folder, models, base_model="some/base", extra_metadata=FACTS)
 
 
 @torch.no_grad()
 def output(pipeline):
-    """The transformer's prediction for latents of noise and two prompts."""
+    """Return the transformer's prediction for latents of two random images and two prompts."""
     family = family_of(pipeline)
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     space = family.latent_space(pipeline.vae)
@@ -63,7 +63,7 @@ def output(pipeline):
 
 
 def slow_kinds():
-    """All kinds with adapters on all layers; two of them are fast enough for every test run."""
+    """Return cases of all kinds with adapters on all layers; all but two kinds are slow."""
     parameters = []
     for kind in FILES:
         marks = [] if kind in FAST else [pytest.mark.slow]
@@ -72,12 +72,14 @@ def slow_kinds():
 
 
 @pytest.mark.parametrize(("kind", "layers", "dora"), [*slow_kinds(), (SD3, "attention", True)])
-def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
-    source = trained(kind, layers, use_dora=dora)
+def test_a_pipeline_with_the_exported_file_predicts_like_the_trained_model(
+    kind, layers, dora, tmp_path
+):
+    source = trained_pipeline(kind, layers, use_dora=dora)
     untrained = make_pipeline(kind)
     if not hasattr(untrained, "load_lora_weights"):
         pytest.skip(f"diffusers' {kind} has no load_lora_weights")
-    # As PEFT leaves it: torch takes another kernel for a weight that requires gradients.
+    # PEFT freezes the base too, and torch uses another kernel if a weight requires gradients.
     untrained.transformer.requires_grad_(False)
     with adapters.only(source.transformer, [PRIMARY]):
         expected = output(source)
@@ -92,8 +94,8 @@ def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_keys_and_metadata_are_diffusers(kind, tmp_path):
-    pipeline = trained(kind)
+def test_keys_and_metadata_follow_diffusers_format(kind, tmp_path):
+    pipeline = trained_pipeline(kind)
     export(tmp_path / "run", pipeline)
     file = tmp_path / "run" / FILE_NAME
     layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
@@ -112,19 +114,20 @@ def test_keys_and_metadata_are_diffusers(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_comfyui_has_names_for_the_models_that_say_so(kind):
-    pipeline = trained(kind)
+def test_exactly_the_families_with_comfyui_support_have_its_layer_names(kind):
+    pipeline = trained_pipeline(kind)
     model = type(pipeline.transformer).__name__
     assert (family_of(pipeline).comfyui is not None) == (model in NAMES)
     if model in NAMES:
         layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
-        assert len({place(model, name) for name in layers}) == len(layers)  # no two in one place
+        # No two layers share a place.
+        assert len({place(model, name) for name in layers}) == len(layers)
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_files_whose_keys_do_not_say_the_model_are_converted(kind, tmp_path):
-    """PEFT's keys, and those that diffusers' `save_lora_adapter` writes."""
-    export(tmp_path / "run", trained(kind))
+def test_files_whose_keys_do_not_name_the_model_are_converted(kind, tmp_path):
+    """These are PEFT's keys and the keys that diffusers' `save_lora_adapter` writes."""
+    export(tmp_path / "run", trained_pipeline(kind))
     file = tmp_path / "run" / FILE_NAME
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
     for name, prefix in (("diffusers", ""), ("peft", "base_model.model.")):
@@ -136,8 +139,8 @@ def test_files_whose_keys_do_not_say_the_model_are_converted(kind, tmp_path):
         assert equal(convert(foreign, "diffusers", tmp_path / f"back-{name}.safetensors"), file)
 
 
-def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
-    pipeline = trained(SD3)
+def test_kohyas_format_is_refused(tmp_path, capsys):
+    pipeline = trained_pipeline(SD3)
     models = {"transformer": pipeline.transformer}
     with pytest.raises(UserError, match="SDXL only"):
         save_diffusers(tmp_path / "run", models, base_model="some/base", kohya=True)
@@ -153,25 +156,25 @@ def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
         "lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": torch.ones(4, 2),
     }
     save_file(tensors, foreign)
-    assert main([str(foreign)]) == 0  # inspecting it needs no names
+    assert main([str(foreign)]) == 0  # inspection needs no layer names
     with pytest.raises(UserError, match="double_blocks_0_img_attn_proj is not a layer of SDXL"):
         convert(foreign, "diffusers")
 
 
-# Name of a run -> its options: of Bi-LoRA, and of full fine-tuning
+# Name of a run -> its options; the first run is Bi-LoRA, the second full fine-tuning
 RUNS: dict[str, dict[str, Any]] = {"lora": {"checkpointing_steps": 1}, "whole": {"method": "full"}}
 
 
 def run(name):
-    """The folder of a run of RUNS on Stable Diffusion 3, which all tests share."""
+    """Return the folder of a run from RUNS on Stable Diffusion 3, which all tests share."""
     options = RUNS[name]
     return train_once(name, pretrained_model_name_or_path=shared(SD3), resolution=64, **options)
 
 
 @pytest.mark.slow
-def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path):
+def test_a_run_writes_only_the_diffusers_file_and_its_checkpoint_exports_the_same(tmp_path):
     folder = copied(run("lora"), tmp_path / "lora")
-    assert not list(folder.glob("lora*.safetensors"))  # kohya's would be named after the run
+    assert not list(folder.glob("lora*.safetensors"))  # a kohya file would be named after the run
     workflow = (folder / "lora.comfy.json").read_text(encoding="utf-8")
     assert '"base.safetensors"' in workflow
     assert '"lora.safetensors"' in workflow
@@ -201,7 +204,7 @@ def test_the_weights_are_refused_on_another_kind_of_model():
 
 
 @pytest.mark.slow
-def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path):
+def test_a_fresh_start_deletes_only_a_runs_own_transformer(tmp_path):
     (tmp_path / "transformer").mkdir()
     with pytest.raises(UserError, match="was not written by full fine-tuning"):
         guard(tmp_path, None, exports_weights=True)

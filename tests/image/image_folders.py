@@ -1,4 +1,4 @@
-"""Folders of small images for tests, and the difference of images."""
+"""Helpers that create folders of small images and compare images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from PIL import Image
 
 
 def save(path: Path, color: int = 100, size: tuple[int, int] = (12, 8)) -> None:
-    """Save an image of one color; its folders are created."""
+    """Save an image of one color, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (color, 0, 0)).save(path)
 
 
 def photos(folder: Path) -> Path:
-    """Three images; two have caption files next to them."""
+    """Create a folder of three images, two of them with caption files, and return its path."""
     for number, name in enumerate(("c.png", "a.jpg", "b.webp")):
         save(folder / name, 60 * number)
     (folder / "a.txt").write_bytes("\ufeffa red\nsquare ä \n".encode())
@@ -25,7 +25,7 @@ def photos(folder: Path) -> Path:
 
 
 def table(path: Path, rows: Mapping[str, Image.Image | None]) -> None:
-    """A Parquet file with captions and images in columns with unusual names."""
+    """Write a Parquet file with captions and images in columns with unusual names."""
     features = datasets.Features(
         picture=datasets.Image(), prompt=datasets.Value("string"), number=datasets.Value("int64")
     )
@@ -39,7 +39,7 @@ def table(path: Path, rows: Mapping[str, Image.Image | None]) -> None:
 
 
 def difference(images: Sequence[Image.Image], expected_images: Sequence[Image.Image]) -> int:
-    """The largest difference of two lists of images, from 0 to 255."""
+    """Return the largest difference between two lists of images, from 0 to 255."""
     pixels = np.stack([np.asarray(image, dtype=int) for image in images])
     expected_pixels = np.stack([np.asarray(image, dtype=int) for image in expected_images])
     return int(np.abs(pixels - expected_pixels).max())

@@ -19,7 +19,7 @@ from tests.export.export_models import write_lora
 from tests.scripts.runs import column, flags, train
 
 SHAPES = {"a": (64, 64), "b": (80, 53), "c": (53, 80), "d": (200, 100), "e": (100, 190)}
-"""Widths and heights."""
+"""Name of an image -> its width and height."""
 BUCKETS = "64,64;48,80;80,48;32,64;64,32"
 
 
@@ -38,28 +38,28 @@ def settings(photos, **values):
 
 
 @given(st.sampled_from([64, 256, 512, 768, 1024]))
-def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side):
+def test_chosen_sizes_have_at_most_as_many_pixels_as_the_square(side):
     sizes = sizes_around(side)
     assert (side, side) in sizes
     for height, width in sizes:
         assert (width, height) in sizes
         assert height % 16 == width % 16 == 0
         assert 0.5 <= height / width <= 2
-        # Sides are multiples of 16, so the area is not quite that of the square.
+        # Sides are multiples of 16, so the area can be smaller than the square's.
         assert 0.6 * side * side <= height * width <= side * side
 
 
 @given(st.integers(16, 4000), st.integers(16, 4000))
-def test_an_image_gets_the_shape_most_like_its_own(height, width):
+def test_an_image_gets_the_bucket_with_the_nearest_aspect_ratio(height, width):
     def distance(size):
-        """Distance of a size to the image's shape; equal for twice and half the ratio."""
+        """Return the distance between a size's ratio and the image's, on a logarithmic scale."""
         return abs(math.log(size[0] / size[1]) - math.log(height / width))
 
     chosen = nearest_bucket((height, width), sizes_around(1024))
     assert distance(chosen) <= min(map(distance, sizes_around(1024))) + 1e-6
 
 
-def test_each_step_is_of_one_size_and_told_what_it_sees(photos, tmp_path):
+def test_the_images_of_a_step_have_one_size_and_matching_time_ids(photos, tmp_path):
     images = open_images(str(photos))
     cfg = resolve(flags(tmp_path / "run", **settings(photos, random_flip=True)))
     stream = TrainingStream(cfg, images)
@@ -76,7 +76,7 @@ def test_each_step_is_of_one_size_and_told_what_it_sees(photos, tmp_path):
             top, left = sample.crop.top, sample.crop.left
             assert sample.time_ids == (image_height, image_width, top, left, height, width)
             scale = max(height / image_height, width / image_width)
-            # The crop is inside the image that covers the bucket.
+            # The crop lies inside the image, which was resized to cover the bucket.
             assert 0 <= top <= image_height * scale - height + 1e-9
             assert 0 <= left <= image_width * scale - width + 1e-9
     # 20 steps of 2 samples are 8 epochs of 5 images.
@@ -85,7 +85,7 @@ def test_each_step_is_of_one_size_and_told_what_it_sees(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_five_shapes_train_beside_an_assistant_however_a_step_is_divided(photos, tmp_path):
+def test_five_shapes_train_with_an_assistant_however_a_step_is_divided(photos, tmp_path):
     pipeline = load_pipeline("mini", dtype=torch.float32)
     assistant = write_lora(tmp_path / "style", pipeline, size=0.5)
     shared = settings(photos, max_train_steps=3, validation_dataset=photos)
@@ -102,7 +102,7 @@ def test_five_shapes_train_beside_an_assistant_however_a_step_is_divided(photos,
     assert column(run, "heldout_loss") == column(run, "train_grid_loss")  # the same images
 
 
-def test_class_images_are_cut_as_their_steps_are(photos, tmp_path):
+def test_class_images_have_the_size_of_their_step(photos, tmp_path):
     options = {
         "with_prior_preservation": True,
         "class_data_dir": "class",
@@ -117,6 +117,6 @@ def test_class_images_are_cut_as_their_steps_are(photos, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["square", "64", "64,64;", "70,64", "0,64"])
-def test_what_is_not_a_bucket_is_refused(text):
+def test_invalid_buckets_are_refused(text):
     with pytest.raises(UserError, match=f'"{text}.*--?aspect_ratio_buckets|buckets "{text}"'):
         read_sizes(text)

@@ -1,4 +1,4 @@
-"""`bilora caption`: captions of small random models, the files that it writes, and its report."""
+"""`bilora caption` with small random models: its captions, the files it writes, and its report."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def blip(tmp_path_factory):
 
 
 def save_pictures(folder: Path, count: int) -> Path:
-    """Random images with the suffixes of a camera, a painter and a browser."""
+    """Save random images in a new folder, as JPEG, PNG and WebP files in turn."""
     folder.mkdir()
     for number, image in enumerate(pictures(count, None)):
         suffix = ("jpg", "png", "webp")[number % 3]
@@ -45,13 +45,13 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def write_captions_by(monkeypatch, caption) -> None:
-    """Put a function of an image in the captioner's place."""
+    """Replace the captioner with a function that takes an image and returns its caption."""
     captioner = SimpleNamespace(captions=lambda images: [caption(image) for image in images])
     monkeypatch.setattr(caption_writer, "_load_captioner", lambda options: captioner)
 
 
 @torch.inference_mode()
-def test_florences_captions_are_those_of_transformers_whatever_the_batch(tmp_path):
+def test_florences_captions_of_a_batch_equal_those_of_transformers_for_each_image(tmp_path):
     folder = save_florence(tmp_path / "florence")
     images = pictures(3, None)
     model: Any = hf.Florence2ForConditionalGeneration.from_pretrained(folder)
@@ -67,7 +67,7 @@ def test_florences_captions_are_those_of_transformers_whatever_the_batch(tmp_pat
 
 
 @torch.inference_mode()
-def test_a_chat_models_captions_are_those_of_transformers_whatever_the_batch(tmp_path):
+def test_a_chat_models_captions_of_a_batch_equal_those_of_transformers_for_each_image(tmp_path):
     folder = save_chat_model(tmp_path / "qwen")
     images = pictures(3, None)
     model: Any = hf.AutoModelForImageTextToText.from_pretrained(folder)
@@ -89,7 +89,7 @@ def test_a_chat_models_captions_are_those_of_transformers_whatever_the_batch(tmp
     captioner = load_captioner(str(folder), prompt="a rabbit", max_new_tokens=12)
     assert captioner.captions(images) == expected
     assert len(set(expected)) > 1
-    # Another prompt has other answers.
+    # Another prompt gets other answers.
     assert load_captioner(str(folder), max_new_tokens=12).captions(images) != expected
 
 
@@ -99,10 +99,10 @@ def test_blips_captions_begin_with_the_prompt(blip):
         assert caption.startswith("word3 word4 word")
 
 
-def test_missing_captions_are_written_and_others_left(tmp_path, blip, capsys):
+def test_missing_captions_are_written_and_others_are_kept(tmp_path, blip, capsys):
     folder = save_pictures(tmp_path / "photos", 5)
     (folder / "01.txt").write_text("a hand-made caption\n")
-    (folder / "02.TXT").write_text("")  # blank, and there
+    (folder / "02.TXT").write_text("")  # blank, but present
     with Image.open(folder / "04.png") as image:
         image.convert("L").save(folder / "04.mask.png")
     command = [str(folder), "--model", str(blip), "--trigger_word", "word31", "--batch_size", "2"]
@@ -116,23 +116,23 @@ def test_missing_captions_are_written_and_others_left(tmp_path, blip, capsys):
         [open_images(str(folder)).image(number) for number in (0, 3, 4)]
     )
     for name, caption in zip(("00.txt", "03.txt", "04.txt"), captions, strict=True):
-        # The trigger word once, in front unless the model has written it.
+        # The trigger word is put in front unless the model wrote it.
         has_word = "word31" in caption.split()
         assert files[name] == f"{caption if has_word else f'word31, {caption}'}\n"
-    # The table has each image with its tokens.
+    # The table lists each image with its number of tokens and its caption.
     rows = {line.split()[0]: line.split()[1:] for line in output.splitlines()[1:6]}
-    assert rows["01.png"] == ["7", "a", "hand-made", "caption"]  # of CLIP, with start and end
+    assert rows["01.png"] == ["7", "a", "hand-made", "caption"]  # CLIP's tokens, with start and end
     assert rows["02.webp"] == ["-"]
     assert "3 captions written" in output
     assert "Without a caption: 02.webp" in output
     assert output.splitlines()[-1].startswith("Read and correct the captions")
     assert "word31 comes to mean" in output
 
-    # The second time nothing is missing, and no model is loaded.
+    # The second time, nothing is missing and no model is loaded.
     assert main([str(folder), "--model", "tests/absent"]) == 0
     assert "0 captions written" in capsys.readouterr().out
     assert texts(folder) == files
-    # Training reads what was written.
+    # Training reads the captions that were written.
     cfg = resolve(flags(tmp_path / "run", dataset=folder, instance_prompt="TOK"))
     trained = Captions(cfg, open_images(str(folder))).all_texts()
     assert {files[name].strip() for name in ("00.txt", "01.txt", "04.txt")} < set(trained)
@@ -144,7 +144,7 @@ def test_missing_captions_are_written_and_others_left(tmp_path, blip, capsys):
     assert (folder / "02.TXT").read_text().strip()
 
 
-def test_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_command_continues_when_it_is_run_again(tmp_path, monkeypatch, capsys):
     folder = save_pictures(tmp_path / "photos", 5)
     count = 0
 
@@ -166,11 +166,11 @@ def test_an_interrupted_command_goes_on(tmp_path, monkeypatch, capsys):
     assert not list(folder.glob(".tmp-*"))
 
 
-def test_images_in_subfolders_and_turned_ones_are_captioned_as_they_are_trained(
+def test_images_in_subfolders_and_rotated_images_are_captioned_as_training_reads_them(
     tmp_path, monkeypatch
 ):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     (tmp_path / "photos" / "first").mkdir(parents=True)
     Image.new("RGB", (12, 8)).save(tmp_path / "photos" / "first" / "a.jpg", exif=exif)
     save(tmp_path / "photos" / "second" / "a.png", size=(20, 10))
@@ -180,7 +180,9 @@ def test_images_in_subfolders_and_turned_ones_are_captioned_as_they_are_trained(
     assert captions == ["8 by 12", "20 by 10"]
 
 
-def test_long_empty_and_repeated_captions_and_look_alikes_are_named(tmp_path, monkeypatch, capsys):
+def test_long_empty_and_repeated_captions_and_look_alikes_are_reported(
+    tmp_path, monkeypatch, capsys
+):
     folder = save_pictures(tmp_path / "photos", 4)
     with Image.open(folder / "01.png") as image:
         image.resize((200, 150)).save(folder / "01b.jpg")
@@ -206,7 +208,7 @@ def test_long_empty_and_repeated_captions_and_look_alikes_are_named(tmp_path, mo
     assert "All images have the caption" in output
 
 
-def test_tokens_are_counted_as_the_base_models_read_them():
+def test_tokens_are_counted_with_the_base_models_tokenizers():
     assert PromptLength.of_clip().count("a photo of a dog") == 7  # with start and end
     for name, limit in (("mini", 32), ("mini-flow", 20)):
         length = PromptLength.of_base_model(name)
@@ -250,7 +252,7 @@ def test_folders_that_can_not_be_captioned_are_refused(spoil, words, tmp_path, c
     assert texts(folder) == before
 
 
-def test_a_broken_image_is_skipped_where_training_would(tmp_path, monkeypatch, capsys):
+def test_skip_bad_images_skips_a_broken_image_as_in_training(tmp_path, monkeypatch, capsys):
     folder = photos(tmp_path / "photos")
     with_broken_image(folder)
     write_captions_by(monkeypatch, lambda image: "a caption")
@@ -278,7 +280,9 @@ def test_a_broken_image_is_skipped_where_training_would(tmp_path, monkeypatch, c
         (["photos", "--modle", "x"], "--model"),
     ],
 )
-def test_other_input_is_refused_in_one_sentence(argv, words, folders, monkeypatch, capsys):
+def test_invalid_arguments_and_unsuitable_models_are_refused_in_one_sentence(
+    argv, words, folders, monkeypatch, capsys
+):
     monkeypatch.chdir(folders)
     before = texts(folders)
     assert main(argv) == 2
@@ -290,7 +294,7 @@ def test_other_input_is_refused_in_one_sentence(argv, words, folders, monkeypatc
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Images and models that can't be used together."""
+    """Create the images and models that the refused commands name."""
     root = tmp_path_factory.mktemp("folders")
     photos(root / "photos")
     (root / "empty").mkdir()
@@ -316,7 +320,7 @@ def test_twelve_images_are_captioned_and_trained_on(tmp_path, blip, capsys):
     for caption in captions:
         assert str(caption).startswith("TOK, word")
     assert record["status"] == "finished"
-    # No prompt was given, so the captions are what was trained on; their hashes are recorded.
+    # No prompt was given, so the run trained on the captions. Their hash is recorded.
     assert record["config"]["instance_prompt"] is None
     samples = {"count": 12, "hash": open_images(str(folder)).fingerprint()}
     assert record["content"]["training"] == samples

@@ -25,7 +25,7 @@ def captions(images: Any = ICONS, **values):
 
 
 class Captioned:
-    """Fake image set with these captions."""
+    """A fake image set whose captions are the given texts."""
 
     label = "photos"
 
@@ -40,12 +40,12 @@ class Captioned:
 
 
 def image_set(*texts) -> Any:
-    """A fake image set with these captions."""
+    """Return a fake image set with these captions."""
     return Captioned(*texts)
 
 
 def settings(**values) -> Any:
-    """The options of a run with a single concept."""
+    """Return the options of a run with a single concept."""
     cfg = SimpleNamespace(
         instance_prompt=None, trigger_word=None, shuffle_tags=False, caption_dropout=0.0, seed=0
     )
@@ -54,7 +54,7 @@ def settings(**values) -> Any:
     return cfg
 
 
-def test_a_trigger_word_comes_first_unless_it_is_there():
+def test_a_trigger_word_is_put_first_unless_the_caption_has_it():
     assert fixed_texts(settings(trigger_word="TOK"), ICONS) == PLAIN
     texts = fixed_texts(settings(trigger_word="sks"), ICONS)
     assert texts == [f"sks, {text}" for text in PLAIN]
@@ -75,12 +75,12 @@ def test_a_trigger_word_comes_first_unless_it_is_there():
         ("a.c", "abc", False),
     ],
 )
-def test_a_trigger_word_inside_of_another_is_none(trigger, text, has_trigger):
+def test_a_trigger_word_counts_only_as_a_whole_word(trigger, text, has_trigger):
     assert add_trigger(text, trigger) == (text if has_trigger else f"{trigger}, {text}")
 
 
 @pytest.mark.parametrize("first", ["TOK", "a photo of TOK"])
-def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags(first):
+def test_the_tag_with_the_trigger_word_comes_before_the_shuffled_tags(first):
     images = image_set(f"red, {first}, sky, dog")
     texts = captions(images, trigger_word="TOK", shuffle_tags=True).all_texts()
     assert len(texts) > 1
@@ -90,7 +90,7 @@ def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags(first
         assert sorted(other_tags) == ["dog", "red", "sky"]
 
 
-def test_tags_are_shuffled_and_all_texts_are_known_beforehand():
+def test_tags_are_shuffled_and_all_texts_are_known_in_advance():
     shuffled = captions(shuffle_tags=True, trigger_word="sks")
     texts = set()
     for sample, plain in enumerate(PLAIN):
@@ -103,11 +103,11 @@ def test_tags_are_shuffled_and_all_texts_are_known_beforehand():
         texts |= texts_of_sample
     assert texts == set(shuffled.all_texts())
     reseeded = captions(shuffle_tags=True, trigger_word="sks", seed=1)
-    # Another seed has other orders.
+    # Another seed gives other orders.
     assert any(shuffled.text(0, step, 0) != reseeded.text(0, step, 0) for step in range(20))
 
 
-def test_no_empty_tag_is_shuffled():
+def test_empty_tags_are_dropped_before_shuffling():
     texts = captions(image_set("dog, , solo,"), shuffle_tags=True).all_texts()
     assert sorted(texts) == ["dog, solo", "solo, dog"]
 
@@ -117,7 +117,7 @@ def test_a_caption_of_many_tags_has_a_bounded_number_of_orders():
     assert len(captions(images, shuffle_tags=True).all_texts()) == MAX_ORDERS
 
 
-def test_dropout_leaves_its_share_empty_and_changes_no_other_draw():
+def test_dropout_empties_its_share_of_captions_and_changes_no_other_draw():
     full, dropped = captions(shuffle_tags=True), captions(shuffle_tags=True, caption_dropout=0.3)
     empty_texts = 0
     for place in itertools.product(range(10), range(50), range(4)):  # samples, steps, slots
@@ -129,7 +129,7 @@ def test_dropout_leaves_its_share_empty_and_changes_no_other_draw():
     assert "" not in full.all_texts()
 
 
-def test_what_has_no_tags_is_refused():
+def test_captions_without_tags_can_not_be_shuffled():
     plain = image_set("a dog", "a cat")
     with pytest.raises(UserError, match="--shuffle_tags has nothing to shuffle: no caption of ph"):
         captions(plain, shuffle_tags=True)

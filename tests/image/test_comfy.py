@@ -1,6 +1,7 @@
-"""The workflow for ComfyUI: its graph is connected, and its noise levels are those of diffusers.
+"""Workflows for ComfyUI: the graph is connected, and the noise levels equal those of diffusers.
 
-The formulas are from ComfyUI's comfy/samplers.py, comfy/model_sampling.py and nodes of 2026.
+The formulas for ComfyUI's levels are from its comfy/samplers.py, comfy/model_sampling.py and nodes
+of 2026.
 """
 
 import functools
@@ -23,8 +24,8 @@ from tests.image.tiny import FILES, make_pipeline
 
 STEPS = 5
 SIDE = 64
-# Pipelines that ComfyUI reads.
-READ = [kind for kind in FAMILIES if family_class(kind, kind).comfyui is not None]
+# Pipelines whose LoRA files ComfyUI reads.
+READABLE = [kind for kind in FAMILIES if family_class(kind, kind).comfyui is not None]
 
 
 def pipeline_of(kind):
@@ -46,7 +47,7 @@ def shift_times(shift, times):
 
 
 def sdxl_levels(steps):
-    """Every n-th level of a scaled linear schedule, "ddim_uniform" in ComfyUI."""
+    """Return every n-th level of a scaled linear schedule, as ComfyUI's "ddim_uniform"."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = (1 - betas).cumprod(0)
     levels = ((1 - alphas) / alphas).sqrt()
@@ -54,8 +55,8 @@ def sdxl_levels(steps):
 
 
 def comfy_levels(graph):
-    """Noise levels of a workflow from the first to the last before 0."""
-    # FLUX.2 has a node for its levels, and no KSampler.
+    """Return a workflow's noise levels in order, without the final 0."""
+    # FLUX.2 has a node for its levels instead of a KSampler.
     for scheduler in nodes(graph, "Flux2Scheduler"):
         tokens = scheduler["width"] * scheduler["height"] // 16**2
         mu = compute_empirical_mu(tokens, scheduler["steps"])
@@ -67,19 +68,19 @@ def comfy_levels(graph):
     (model,) = nodes(graph, "ModelSamplingFlux", "ModelSamplingSD3", "ModelSamplingAuraFlow")
     if "shift" in model:
         shift = model["shift"]
-    else:  # FLUX interpolates between these by the image's size; here they are equal
+    else:  # FLUX interpolates between two shifts by image size; here they are equal
         assert model["max_shift"] == model["base_shift"]
         shift = math.exp(model["max_shift"])
     if sampler["scheduler"] == "normal":
-        # ComfyUI's lowest time is a thousandth, not 0.
+        # ComfyUI's lowest time is 1 / 1000, not 0.
         last_level = shift_times(shift, 0.001)
         return shift_times(shift, torch.linspace(1, last_level, steps))
     assert sampler["scheduler"] == "simple"
     return shift_times(shift, 1 - torch.arange(steps) / steps)
 
 
-@pytest.mark.parametrize("kind", READ)
-def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
+@pytest.mark.parametrize("kind", READABLE)
+def test_a_workflows_noise_levels_equal_those_of_diffusers(kind, monkeypatch):
     pipeline = pipeline_of(kind)
     levels = []
     scheduler: Any = EulerDiscreteScheduler if kind == SDXL else FlowMatchEulerDiscreteScheduler
@@ -96,22 +97,22 @@ def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
 
 
 def links_of(node):
-    """Numbers of the nodes whose outputs are a node's inputs."""
+    """Return the numbers of the nodes whose outputs are inputs of this node."""
     return [value[0] for value in node["inputs"].values() if isinstance(value, list)]
 
 
 def final_classes(graph):
-    """Classes of the nodes whose output is not an input of another node."""
+    """Return the classes of the nodes whose output no other node uses."""
     read_numbers = set()
     for number, node in graph.items():
         for link in links_of(node):
-            assert int(link) < int(number)  # so there is no circle
+            assert int(link) < int(number)  # so there is no cycle
             read_numbers.add(link)
     return [node["class_type"] for number, node in graph.items() if number not in read_numbers]
 
 
-@pytest.mark.parametrize("kind", READ)
-def test_a_workflow_hangs_together(kind):
+@pytest.mark.parametrize("kind", READABLE)
+def test_a_workflow_is_connected_and_has_the_samples_settings(kind):
     graph = graph_of(pipeline_of(kind))
     assert final_classes(graph) == ["SaveImage"]
     (lora,) = nodes(graph, "LoraLoader", "LoraLoaderModelOnly")
@@ -122,21 +123,21 @@ def test_a_workflow_hangs_together(kind):
     assert guided["cfg"] == scales.get(kind, 2.5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in READ if kind != "FluxPipeline"])
+@pytest.mark.parametrize("kind", [kind for kind in READABLE if kind != "FluxPipeline"])
 @pytest.mark.parametrize("negative_prompt", ["", "blurry"])
 @pytest.mark.parametrize("guidance_from", ["base", 0.25])
-def test_with_guidance_from_another_model_hooks_have_the_adapter(
+def test_guidance_from_another_model_applies_the_adapter_through_hooks(
     kind, guidance_from, negative_prompt
 ):
-    """The adapter acts on the prompt, and on the negative prompt at the strength in between."""
+    """The adapter acts fully on the prompt, and on the negative prompt at `guidance_from`."""
     pipeline = pipeline_of(kind)
-    if kind == SDXL:  # as SDXL base; the miniature has no such zeros
+    if kind == SDXL:  # as in SDXL base, but not in the miniature
         pipeline.register_to_config(force_zeros_for_empty_prompt=True)
     graph = graph_of(pipeline, guidance_from, negative_prompt)
     assert final_classes(graph) == ["SaveImage"]
 
     def strengths(number):
-        """Class and strength of each adapter's node that a node depends on."""
+        """Return class and strength of each adapter node that this node depends on."""
         node = graph[number]
         pairs = set()
         if "lora_name" in node["inputs"]:
@@ -153,23 +154,23 @@ def test_with_guidance_from_another_model_hooks_have_the_adapter(
     negative = set()
     if guidance_from != "base":
         negative.add(("CreateHookLoraModelOnly", guidance_from))
-    if kind == SDXL:  # its file may have adapters of the text encoders
+    if kind == SDXL:  # its file may contain adapters of the text encoders
         positive.add(("LoraLoader", 1.0))
         if negative_prompt and negative:
             negative.add(("LoraLoader", guidance_from))
-    if nodes(graph, "ConditioningZeroOut"):  # the prompt's embedding, made zero
+    if nodes(graph, "ConditioningZeroOut"):  # it sets the prompt's embedding to zero
         negative |= positive - {("CreateHookLoraModelOnly", 1.0)}
     assert strengths(guided["positive"][0]) == positive
     assert strengths(guided["negative"][0]) == negative
 
 
-def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():
+def test_exactly_the_models_that_comfyui_reads_have_a_workflow():
     readable = {kind for kind in FILES if type(make_pipeline(kind).transformer).__name__ in NAMES}
-    assert readable | {SDXL} == set(READ)
+    assert readable | {SDXL} == set(READABLE)
 
 
 @pytest.mark.parametrize("kind", [SDXL, *FILES])
-def test_a_run_whose_adapter_comfyui_misreads_has_a_remark(kind):
+def test_a_run_gets_a_remark_if_comfyui_misreads_its_adapter(kind):
     def has_remark(lora_layers=(), use_dora=False):
         family = family_class(kind, kind)()
         cfg: Any = SimpleNamespace(
@@ -177,6 +178,6 @@ def test_a_run_whose_adapter_comfyui_misreads_has_a_remark(kind):
         )
         return comfy.remark(cfg) is not None
 
-    assert has_remark() == (kind not in READ)
-    assert has_remark(["to_q", "all"]) == (kind not in READ or kind == "Flux2KleinPipeline")
+    assert has_remark() == (kind not in READABLE)
+    assert has_remark(["to_q", "all"]) == (kind not in READABLE or kind == "Flux2KleinPipeline")
     assert has_remark(use_dora=True) == (kind != SDXL)

@@ -30,7 +30,7 @@ CLASS = f"{PRIOR} --class_data_dir class --class_prompt a"
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    """Folders of pictures in the working directory; some have an error."""
+    """Create folders of pictures in the working directory, some of them with an error."""
     monkeypatch.chdir(tmp_path)
     icons = sorted(mini.train_dir().glob("*.png"))
     pictures = {
@@ -54,12 +54,12 @@ def folders(tmp_path, monkeypatch):
 
 
 def read(text, *flags):
-    """The configuration of a run with this list of concepts."""
+    """Return the configuration of a run with this list of concepts."""
     Path("concepts.yaml").write_text(text)
     return resolve(["--dataset", "concepts.yaml", *MINI, *flags])
 
 
-def test_options_of_the_command_line_are_the_defaults_of_each_concept():
+def test_command_line_options_are_the_defaults_of_each_concept():
     text = DOG + CAT % "repeats: 7, caption_dropout: 0.5, validation_dataset: held/dog"
     cfg = read(text, "--repeats", "3", "--trigger_word", "TOK", "--rank", "2")
     assert cfg.source == cfg.validation_dataset == "concepts.yaml"
@@ -75,7 +75,7 @@ def test_a_run_without_a_list_is_its_own_concept():
     assert cfg.concept_configs == [cfg]
 
 
-def test_a_recipe_may_hold_the_list_and_a_flag_replaces_it():
+def test_a_recipe_may_contain_the_list_and_a_flag_replaces_it():
     Path("run.yaml").write_text("dataset: [{dataset: dog, instance_prompt: a, repeats: '2'}]")
     cfg = resolve(["--config", "run.yaml", *MINI])
     (dog,) = cfg.concept_configs
@@ -83,7 +83,7 @@ def test_a_recipe_may_hold_the_list_and_a_flag_replaces_it():
     assert resolve(["--config", "run.yaml", "--dataset", "mini"]).concepts == []
 
 
-def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept():
+def test_an_embedded_set_keeps_its_captions_and_held_out_images_as_a_concept():
     cfg = read("- dataset: mini\n- {dataset: mini-animals, instance_prompt: an animal}\n")
     icons, animals = cfg.concept_configs
     assert (icons.caption_column, icons.validation_dataset) == ("prompt", "mini-heldout")
@@ -92,35 +92,35 @@ def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept():
     assert read("- dataset: mini\n", "--validation_dataset", "none").validation_dataset is None
 
 
-def test_names_are_the_folders_or_their_paths_where_these_are_alike():
+def test_a_concept_has_its_folders_name_or_its_path_if_two_folder_names_are_equal():
     two_dogs = "- {dataset: dog, instance_prompt: a}\n- {dataset: held/dog, instance_prompt: b}\n"
     assert [concept.concept for concept in read(two_dogs).concept_configs] == ["dog", "held/dog"]
 
 
-def test_prompts_of_a_concept_are_drawn_with_those_of_the_run():
+def test_a_concepts_prompts_are_sampled_together_with_the_runs_prompts():
     prompts = "validation_prompts: [{prompt: a SKS cat at sea, seed: 4}], validation_prompt: a cat"
     cfg = read(DOG + CAT % prompts, "--validation_prompts", "a bird", "--num_validation_images=1")
     samples = [(sample.prompt, sample.seed, sample.concept) for sample in cfg.samples]
     assert samples == [("a bird", 0, ""), ("a cat", 0, "cat"), ("a SKS cat at sea", 4, "cat")]
 
 
-def test_a_resume_needs_the_same_concepts_but_for_what_is_only_looked_at():
+def test_a_resume_needs_the_same_concepts_except_for_held_out_images():
     settings = read(DOG + CAT % "repeats: 2").resume_settings()
-    # Held-out images change no sample.
+    # Held-out images change no training sample.
     measured = read(DOG + CAT % "repeats: 2, validation_dataset: held/dog")
     assert measured.resume_settings() == settings
     assert read(DOG + CAT % "repeats: 3").resume_settings() != settings
     assert "concepts" not in resolve(["--dataset", "mini"]).resume_settings()
 
 
-def test_what_has_no_effect_in_a_concept_is_said_with_its_place(caplog):
+def test_an_option_without_effect_is_reported_with_the_concepts_number(caplog):
     cfg = read(DOG + CAT % "class_prompt: a cat")
     assert cfg.concept_configs[1].class_prompt is None
     assert "concepts.yaml, concept 2: --class_prompt" in caplog.text
 
 
 @pytest.mark.parametrize("shapes", [[], ["--aspect_ratio_buckets", "64,64;32,64"]])
-def test_each_image_is_seen_as_often_as_its_concept_repeats_and_with_its_text(shapes):
+def test_each_image_is_repeated_as_its_concept_says_and_has_the_concepts_text(shapes):
     dog = "- {dataset: dog, instance_prompt: 'a, b, c', shuffle_tags: true, trigger_word: TOK}\n"
     cat = CAT % "repeats: 4, validation_dataset: held/dog, random_flip: true"
     cfg = read(dog + cat, *shapes)
@@ -134,7 +134,7 @@ def test_each_image_is_seen_as_often_as_its_concept_repeats_and_with_its_text(sh
         assert sample.cfg.concept == sample.name.partition("/")[0]
         assert sample.caption in texts
         if sample.cfg.concept == "dog":
-            # Shuffled tags, and the trigger word.
+            # The tags are shuffled, and the trigger word is added.
             assert sorted(sample.caption.split(", ")) == ["TOK", "a", "b", "c"]
             assert not sample.crop.flipped
         else:
@@ -170,7 +170,7 @@ def test_class_images_have_the_prompt_of_their_concept():
 
 
 def two_concepts(second):
-    """Two concepts; the second has these options."""
+    """Return a list of two concepts; the second one has these options."""
     return DOG + f"- {{{second}}}\n"
 
 
@@ -197,7 +197,7 @@ def cat_with(options):
             "",
             "concept 2: in number 1",
         ),
-        # what they name
+        # values of the options
         (
             two_concepts("instance_data_dir: nowhere, instance_prompt: a"),
             "",
@@ -209,10 +209,10 @@ def cat_with(options):
             "",
             'concept 2: .*"./dog/", are those of conc.* 1',
         ),
-        # the class
+        # class images
         (cat_with("class_data_dir: dog"), CLASS, "concept 2: .*training images in one folder"),
         (cat_with("class_prompt: b"), CLASS, "concept 2: .*prompts differ"),
-        # the images, before a model is read
+        # training images
         (
             two_concepts("dataset: links, instance_prompt: a"),
             "",
@@ -227,14 +227,14 @@ def cat_with(options):
         (cat_with("shuffle_tags: true"), "", "concept 2: --shuffle_tags"),
     ],
 )
-def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
+def test_an_invalid_list_is_refused_with_the_concepts_number_before_a_model_is_loaded(
     text, flags, sentence, capsys, monkeypatch
 ):
     def fail(*_, **__):
-        pytest.fail("a model was read")
+        pytest.fail("a model was loaded")
 
     monkeypatch.setattr("bilora_diffusion.image.script.load_base", fail)
-    AcceleratorState._reset_state()  # of other tests in this process
+    AcceleratorState._reset_state()  # it was set by other tests in this process
     Path("concepts.yaml").write_text(text)
     argv = ["--dataset", "concepts.yaml", *MINI, "--output_dir", "run", *flags.split()]
     assert train_dreambooth_bilora.main(argv) == 2
@@ -247,7 +247,7 @@ def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
     assert not Path("run", "run.json").exists()
 
 
-def test_a_bad_concept_of_a_recipe_has_the_recipes_name():
+def test_the_error_of_a_recipes_concept_names_the_recipe():
     Path("run.yaml").write_text("dataset:\n" + DOG + "- {dataset: cat}\n")
     with pytest.raises(UserError, match=r'^run.yaml, concept 2: "cat" has no prompt'):
         resolve(["--config", "run.yaml", *MINI])

@@ -1,4 +1,4 @@
-"""The sheet of training images: which crops and captions it has, and where it is written."""
+"""The contact sheet of training images: its crops, its maximum size, and no upload."""
 
 import numpy as np
 import pytest
@@ -48,5 +48,5 @@ def test_the_sheet_shows_every_image_up_to_its_limit(stream, tmp_path, monkeypat
     assert COLORS[2] not in np.asarray(Image.open(path))[contact_sheet.MARGIN + 5, :, 0]
 
 
-def test_the_sheet_stays_on_this_machine():
+def test_the_sheet_is_not_uploaded():
     assert CONTACT_SHEET in NOT_UPLOADED

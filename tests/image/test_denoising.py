@@ -1,4 +1,4 @@
-"""The denoising losses against formulas in float64, and the loss of a held prediction."""
+"""Denoising losses, compared with formulas in float64, and the loss of a held prediction."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def batch():
 
 
 def losses_of(denoising, instance=(True, True, True)):
-    """The losses with tanh(x) (1 + t / 1000) as the model's prediction."""
+    """Return the losses of a model that predicts tanh(x) (1 + t / 1000)."""
     latents, noise = batch()
     instance = torch.tensor(instance)
     inputs = {"latents": latents, "noise": noise, "level_index": INDEX, "is_instance": instance}
@@ -48,7 +48,7 @@ def losses_of(denoising, instance=(True, True, True)):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("weighting", ["published", "diffusers"])
-def test_standard_loss_is_the_formula(prediction, gamma, weighting):
+def test_the_standard_loss_equals_the_formula(prediction, gamma, weighting):
     latents, noise = batch()
     denoising = Denoising.from_config(
         {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
@@ -63,7 +63,7 @@ def test_standard_loss_is_the_formula(prediction, gamma, weighting):
         if prediction == "v_prediction":
             target = alpha.sqrt() * e - (1 - alpha).sqrt() * x
         expected = ((torch.tanh(noisy) * (1 + t / 1000) - target) ** 2).mean()
-        if gamma is not None and is_instance[row]:  # class images have no weight, as in diffusers
+        if gamma is not None and is_instance[row]:  # class images are not weighted, as in diffusers
             snr = alpha / (1 - alpha)
             if prediction == "epsilon":
                 expected = expected * min(snr, gamma) / snr
@@ -74,9 +74,11 @@ def test_standard_loss_is_the_formula(prediction, gamma, weighting):
         assert losses[row].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_min_snr_weights():
-    """One below gamma, falling above; and at a last level of pure noise, as models of zero terminal
-    signal have (arXiv 2305.08891), where diffusers' script divides by 0.
+def test_min_snr_weights_have_the_published_values():
+    """The weight is 1 up to gamma and falls above it.
+
+    It is also finite at a last level of pure noise, as in models with zero terminal SNR (arXiv
+    2305.08891), where diffusers' script divides by 0.
     """
     snr = torch.tensor([0.0, 0.1, 5.0, 50.0])
     assert torch.allclose(min_snr_weights(snr, 5.0, False), torch.tensor([1.0, 1.0, 1.0, 0.1]))
@@ -84,7 +86,7 @@ def test_min_snr_weights():
     assert min_snr_weights(snr, 5.0, True, True)[0] == 2
 
 
-def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
+def test_the_edm_loss_is_the_weighted_error_of_the_denoised_image():
     latents, noise = batch()
     denoising = Denoising.from_config(CONFIG, edm=True)
     losses = losses_of(denoising)
@@ -98,12 +100,12 @@ def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
         denoised = noisy - sigma * prediction
         expected = (((denoised - x) / sigma) ** 2).mean()
         assert losses[row].item() == pytest.approx(expected.item(), rel=1e-3)
-    # The levels of such a scheduler fall with their index.
+    # The levels of this scheduler fall with their index.
     assert scheduler.sigmas[0] > scheduler.sigmas[999]
     assert scheduler.timesteps[0] > scheduler.timesteps[999]
 
 
-def test_native_edm_is_chosen_by_the_pipeline():
+def test_the_pipelines_scheduler_selects_native_edm():
     name = "EDMDPMSolverMultistepScheduler"
     config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
@@ -118,12 +120,12 @@ def test_native_edm_is_chosen_by_the_pipeline():
         ({**CONFIG, "prediction_type": "sample"}, {}, "sample"),
     ],
 )
-def test_what_no_loss_is_for_is_refused(config, options, part):
+def test_unsupported_losses_are_refused(config, options, part):
     with pytest.raises(ValueError, match=part):
         Denoising.from_config(config, **options)
 
 
-def test_a_held_prediction_is_compared_with_that_of_the_model_without_adapters():
+def test_a_held_prediction_is_compared_with_the_prediction_without_adapters():
     plain_unet = load_pipeline("mini", dtype=torch.float32).unet
     unet = load_pipeline("mini", dtype=torch.float32).unet
     both = (adapters.PRIMARY, adapters.AUXILIARY)
@@ -143,7 +145,7 @@ def test_a_held_prediction_is_compared_with_that_of_the_model_without_adapters()
     base_prediction = module.base_prediction(conditions, noisy, levels)
     changes = module.squared_change(conditions, noisy, levels, base_prediction)
 
-    # By diffusers' own call of the UNet.
+    # The same change from direct calls of diffusers' UNet.
     added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.no_grad():
         output = unet(noisy, levels, sequence, added_cond_kwargs=added).sample

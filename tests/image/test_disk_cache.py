@@ -1,4 +1,4 @@
-"""Latents and prompt embeddings on disk: a second run encodes nothing and has the same result."""
+"""Latents and embeddings on disk: a second run encodes nothing and gets the same result."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +26,12 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
+def test_tensors_are_restored_bit_for_bit_and_only_for_their_own_key(tmp_path):
     def write_and_read(_):
         DiskCache(tmp_path, ["model"]).put(TENSORS, "key")
         return DiskCache(tmp_path, ["model"]).get("key")
 
-    with ThreadPoolExecutor(8) as pool:  # several share the folder
+    with ThreadPoolExecutor(8) as pool:  # several threads share the folder
         for tensors in pool.map(write_and_read, range(40)):
             torch.testing.assert_close(tensors, TENSORS, rtol=0, atol=0)
     assert len(files(tmp_path)) == 1
@@ -41,7 +41,7 @@ def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
     assert DiskCache(None, ["model"]).get("key") is None
 
 
-def test_a_damaged_or_foreign_file_is_made_anew(tmp_path):
+def test_a_damaged_or_foreign_file_is_ignored_and_replaced(tmp_path):
     disk = DiskCache(tmp_path)
     disk.put(TENSORS, "another key")
     (other_file,) = files(tmp_path)
@@ -58,7 +58,7 @@ def test_a_damaged_or_foreign_file_is_made_anew(tmp_path):
         assert disk.get("key") is not None
 
 
-def test_the_cache_lies_where_the_option_or_the_system_says(tmp_path, monkeypatch):
+def test_the_option_or_the_system_sets_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert config.cache_folder("auto") == tmp_path / "bilora-diffusion"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -69,13 +69,13 @@ def test_the_cache_lies_where_the_option_or_the_system_says(tmp_path, monkeypatc
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"--disk_cache .* can be written: give another"):
         resolve(["--dataset", "mini", "--disk_cache", str(tmp_path / "new" / "cache")])
-    for place in ("auto", "no"):  # a default folder that can't be written is only a warning
+    for place in ("auto", "no"):  # the default folder need not be writable
         assert resolve(["--dataset", "mini", "--disk_cache", place])
 
 
-def test_files_are_hashed_by_their_bytes_and_not_by_dates(tmp_path):
+def test_files_are_hashed_by_content_and_not_by_date(tmp_path):
     def hash_of(content, file_name="weights", date=0):
-        """The hash of a model whose file is a link to this one, as in the hub's cache."""
+        """Return the hash of a model whose file is a link to a blob, as in the Hub's cache."""
         blob = tmp_path / "blobs" / file_name
         blob.parent.mkdir(exist_ok=True)
         blob.write_bytes(content)
@@ -89,13 +89,13 @@ def test_files_are_hashed_by_their_bytes_and_not_by_dates(tmp_path):
     hash_of_zero = hash_of(b"0")
     assert hash_of(b"1") != hash_of_zero
     assert hash_of(b"0", date=1) == hash_of_zero
-    # The hub names a blob by its content, which is then not read.
+    # The Hub names a blob by its content's hash, so the content is not read.
     hash_by_name = hash_of(b"0", "a" * 64)
     assert hash_of(b"1", "a" * 64) == hash_by_name
     assert hash_of(b"1", "b" * 64) != hash_by_name
 
 
-def test_latents_are_stored_for_one_autoencoder_to_the_bit(tmp_path):
+def test_cached_latents_are_not_used_after_any_change_of_the_autoencoder(tmp_path):
     cfg: Any = SimpleNamespace(image_interpolation_mode="lanczos", allow_tf32=False, cache=tmp_path)
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
 
@@ -112,7 +112,7 @@ def test_latents_are_stored_for_one_autoencoder_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["mini", pytest.param("StableDiffusion3Pipeline", marks=pytest.mark.matrix)]
 )
-def test_a_second_run_encodes_nothing_and_ends_bit_exact(kind, tmp_path, monkeypatch):
+def test_a_second_run_encodes_nothing_and_ends_bit_for_bit_the_same(kind, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     for name, size in {"a": (64, 64), "b": (90, 90)}.items():
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / "images" / f"{name}.png")
@@ -137,7 +137,7 @@ def test_a_second_run_encodes_nothing_and_ends_bit_exact(kind, tmp_path, monkeyp
     assert_same_run(warm, uncached, "heldout_loss")
 
 
-def test_a_folder_that_can_not_be_written_is_one_warning(tmp_path, caplog):
+def test_an_unwritable_folder_gives_a_single_warning(tmp_path, caplog):
     (tmp_path / "full").write_text("a file where the folder should be")
     disk = DiskCache(tmp_path / "full")
     for key in "abc":

@@ -1,4 +1,4 @@
-"""Every family of image models is in all places that CONTRIBUTING.md lists."""
+"""Each family of image models is in the places that CONTRIBUTING.md lists."""
 
 import json
 from pathlib import Path
@@ -23,20 +23,20 @@ def read(name):
 
 
 def excerpt(name, start, end):
-    """The part of a page from one text to the next occurrence of another."""
+    """Return the part of a page between `start` and the next occurrence of `end`."""
     _, separator, text = read(name).partition(start)
     assert separator, f"{name} has no {start!r}"
     return text.partition(end)[0]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_family_is_in_every_place(kind):
+def test_a_family_is_in_each_place(kind):
     family = family_class(kind, kind)
     recipes = [RECIPE_OF[model] for model in family.examples if model in RECIPE_OF]
     has_place = {
         "families/NAME.py: pipeline": family.pipeline == kind,
         "families/NAME.py: examples": bool(family.examples),
-        # The embedded miniature is the tiny pipeline of SDXL.
+        # The embedded miniature serves as SDXL's tiny pipeline.
         "tests/image/tiny/models.yaml": kind in FILES or kind == SDXL,
         "tests/image/test_layers.py: FEED_FORWARD": kind in FEED_FORWARD,
         "tests/image/test_noise_levels.py: SOURCES": kind in SOURCES or not family.flow,
@@ -58,11 +58,11 @@ def test_a_family_is_in_every_place(kind):
         has_place["docs/guide.md: diffusers' scripts"] = family.title in sentence
     if family.comfyui is None:
         notes = excerpt("docs/files.md", "- **Other layers**", "no workflow is written")
-        has_place["docs/files.md: what ComfyUI does not read"] = family.title in notes
+        has_place["docs/files.md: models that ComfyUI does not read"] = family.title in notes
     else:
         sizes = yaml.safe_load(read("tests/export/comfyui.yaml"))
         has_place["tests/export/comfyui.yaml"] = kind in sizes
-        # The keys of SDXL are those of kohya's format.
+        # SDXL's keys are those of kohya's format.
         names_layers = family.parts[family.denoiser] in NAMES or kind == SDXL
         has_place["tests/export/comfy_names.py: NAMES"] = names_layers
     missing = [place for place, is_there in has_place.items() if not is_there]

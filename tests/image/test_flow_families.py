@@ -1,4 +1,4 @@
-"""Every flow-matching model against diffusers' own pipeline, and its loss against the formula."""
+"""Flow-matching models compared with diffusers' pipelines, and their losses with formulas."""
 
 from functools import cache
 from itertools import pairwise
@@ -48,7 +48,7 @@ def pipeline_of(kind):
 
 
 def noise_of(pipeline, seeds):
-    """Noise, (n, c, h, w), as a pipeline samples it with a generator for each image."""
+    """Return noise, (n, c, h, w), as a pipeline draws it with one generator per image."""
     shape = latents_of(pipeline, 1).shape
     return torch.cat([torch.randn(shape, generator=generator(seed)) for seed in seeds])
 
@@ -59,7 +59,7 @@ def generator(seed):
 
 @torch.no_grad()
 def latents_of(pipeline, count):
-    """Latents of `count` random images, (n, c, h, w)."""
+    """Return the latents of `count` random images, (n, c, h, w)."""
     pixels = torch.rand(count, 3, SIDE, SIDE, generator=generator(5)) * 2 - 1
     space = family_of(pipeline).latent_space(pipeline.vae)
     return space.encode(space.distribution(pipeline.vae, pixels)[0])
@@ -84,23 +84,23 @@ def inputs_of(pipeline, conditional, count):
 
 
 @each_kind
-def test_a_dropped_caption_is_what_guidance_leads_away_from(kind):
+def test_a_dropped_caption_gets_the_unconditional_embedding(kind):
     prompts = PromptCache(pipeline_of(kind), torch.device("cpu"))
     conditions = prompts.embed_captions(["", PROMPT])
     for name, values in embed_negative(pipeline_of(kind), 1).items():
-        # The first row is that of the dropped caption.
+        # The first row belongs to the dropped caption.
         torch.testing.assert_close(conditions[name][:1], values)
 
 
 @pytest.mark.parametrize("kind", [*FILES, SCHNELL])
 @torch.no_grad()
-def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind):
+def test_the_pipeline_samples_with_euler_steps_along_the_prediction(kind):
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     conditional = family.embed(pipeline, PROMPTS)
-    # Some pipelines need it, although it is not used without guidance.
+    # Some pipelines need this input, although they do not use it without guidance.
     unconditional = family.negative(pipeline, family.embed(pipeline, [""] * 2))
-    # A model that takes guidance as an input takes that of training.
+    # A model with guidance as an input gets the value from training.
     guidance = family.unguided_scale
     if family.unconditional is Unconditional.NONE:
         guidance = family.guidance_scale
@@ -128,7 +128,7 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind):
 
 @each_kind
 @torch.no_grad()
-def test_the_loss_is_the_formula(kind):
+def test_the_loss_equals_the_formula(kind):
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     scheme = "none" if kind == SD3 else "sigma_sqrt"
@@ -145,15 +145,15 @@ def test_the_loss_is_the_formula(kind):
     velocity = family.predict(pipeline.transformer, noisy, levels, conditional).double()
     weight = s**-2 if scheme == "sigma_sqrt" else 1.0
     expected = (weight * (velocity - (e - x0)) ** 2).mean(dim=(1, 2, 3))
-    # The losses must not be near zero or equal.
+    # The losses must be neither near zero nor equal.
     assert expected.min() > 0.1
     assert (expected[0] - expected[1]).abs() > 1e-3
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @each_kind
-def test_the_guided_target_of_a_velocity_is_the_formula(kind):
-    """In float64; the second row keeps the plain target, and no gradient reaches the target."""
+def test_the_loss_with_a_guided_target_equals_the_formula(kind):
+    """The second row keeps the plain target, and no gradient flows through the guided target."""
     pipeline = make_pipeline(kind)
     family, model = family_of(pipeline), pipeline.transformer
     module: Any = module_of(pipeline, "none")
@@ -171,7 +171,7 @@ def test_the_guided_target_of_a_velocity_is_the_formula(kind):
     for number, (_, layer) in enumerate(adapted_layers):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.5, generator=generator(number))
     velocity = family.predict(model, noisy, levels, conditional).double()
-    share = torch.tensor([0.5, 0.0]).double().view(-1, 1, 1, 1)  # 1 - 1 / S of a scale of 2
+    share = torch.tensor([0.5, 0.0]).double().view(-1, 1, 1, 1)  # 1 - 1 / S for a scale S of 2
     target = (inputs["noise"] - inputs["latents"]).double()
     target = target + share * (velocity.detach() - base_velocity)
     expected = ((velocity - target) ** 2).mean(dim=(1, 2, 3))
@@ -187,7 +187,7 @@ def test_the_guided_target_of_a_velocity_is_the_formula(kind):
             assert gradient is None
         else:
             torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
-    # The guidance is far from zero, so that a wrong base or share is noticed.
+    # The guided target must change the loss, so that a wrong base or share is noticed.
     plain = ((velocity - (inputs["noise"] - inputs["latents"])) ** 2).mean(dim=(1, 2, 3))
     assert abs(plain[0] - expected[0]) > 1e-3
     torch.testing.assert_close(plain[1], expected[1])
@@ -195,7 +195,7 @@ def test_the_guided_target_of_a_velocity_is_the_formula(kind):
 
 @each_kind
 @torch.no_grad()
-def test_the_loss_of_a_row_does_not_depend_on_the_others(kind):
+def test_the_loss_of_a_row_does_not_depend_on_the_other_rows(kind):
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     module = module_of(pipeline, "none")
@@ -215,7 +215,7 @@ def test_the_loss_of_a_row_does_not_depend_on_the_others(kind):
 
 
 UNREAD_LAYERS = {"attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"}
-"""Of the last block: where it gives out no text, nothing reads what it makes of the text."""
+"""Layers of the last block whose results for the text are unused if the block outputs no text."""
 
 
 @each_kind
@@ -230,7 +230,7 @@ def test_gradients_reach_every_target(word, kind):
     assert {name for name, _ in adapted_layers} == targets
     random = generator(0)
     for _, layer in adapted_layers:
-        # B starts at zero, where A has no gradient.
+        # B starts at zero, which would leave A without a gradient.
         torch.nn.init.normal_(layer.lora_B["default"].weight, generator=random)
         base_of(layer).weight.requires_grad_(True)
     conditional = family.embed(pipeline, PROMPTS)
@@ -249,8 +249,8 @@ def test_gradients_reach_every_target(word, kind):
 
 
 @each_kind
-def test_the_widths_that_dry_run_reads_are_those_of_the_layers(kind):
-    """Nothing but the configurations is read, so that a model on the hub needs no weights."""
+def test_the_widths_that_dry_run_reads_are_the_layers_widths(kind):
+    """Only configurations are read, so `--dry_run` needs no weights of a model on the Hub."""
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     widths = set()
@@ -281,13 +281,13 @@ def test_decoding_latents_is_the_inverse_of_encoding(kind):
 
 
 @each_kind
-def test_images_equal_the_pipelines(kind):
+def test_images_equal_those_of_the_pipeline(kind):
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     (image,) = generate(pipeline, [PROMPT], [7], size=SIDE, steps=2)
     guidance = {"guidance_scale": family.default_guidance}
     if kind == "QwenImagePipeline":
-        # Qwen-Image has guidance by a negative prompt alone.
+        # Qwen-Image has guidance only if there is a negative prompt.
         guidance = {"true_cfg_scale": family.default_guidance, "negative_prompt": ""}
     (expected_image,) = pipeline(
         prompt=PROMPT,
@@ -299,11 +299,11 @@ def test_images_equal_the_pipelines(kind):
         **guidance,
     ).images
     assert difference([image], [expected_image]) <= 1
-    assert np.asarray(expected_image).std() > 5  # it shows something
+    assert np.asarray(expected_image).std() > 5  # not a blank image
 
 
 @each_kind
-def test_distilled_models_and_no_others_are_remarked_on_and_drawn_without_guidance(kind):
+def test_only_distilled_models_get_a_remark_and_are_sampled_without_guidance(kind):
     pipeline = make_pipeline(kind)
     family = family_of(pipeline)
     remark = family.remark

@@ -1,4 +1,4 @@
-"""Noise levels of every flow-matching model; distilled ones, limits, a system prompt."""
+"""Noise levels of each flow-matching model, and special cases of single families."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from tests.scripts.runs import train
 
 SIDE = 64
 STEPS = {"Flux2KleinPipeline": 50}
-"""Of a pipeline, if not 10: the shift of FLUX.2 depends on the steps, and 50 is its default."""
+"""Number of steps, if not 10. FLUX.2's shift depends on it, and 50 is the pipeline's default."""
 SD3, KREA, QWEN, LUMINA = (
     "StableDiffusion3Pipeline",
     "Krea2Pipeline",
@@ -28,15 +28,15 @@ SD3, KREA, QWEN, LUMINA = (
 
 @torch.no_grad()
 def sampled_levels(pipeline, kind):
-    """The noise levels that a pipeline goes through in as many steps as its scheduler has."""
+    """Return the levels of a pipeline that samples in as many steps as its scheduler has levels."""
     family = family_of(pipeline)
     sampler = bare_sampler(family, pipeline)
     conditions = family.embed(pipeline, ["an icon"])
     steps = pipeline.scheduler.config.num_train_timesteps
     options = {}
     if kind == SD3:
-        # Evenly spaced ones, as the other pipelines pass them. By itself SD3's starts from its
-        # scheduler's lowest level, which is shifted already, and shifts that again.
+        # Pass evenly spaced levels, as the other pipelines do. By default, SD3's pipeline starts
+        # from its scheduler's lowest level, which is already shifted, and shifts it again.
         options["sigmas"] = [1 - step / steps for step in range(steps)]
 
     def stop(*_):
@@ -56,13 +56,13 @@ def sampled_levels(pipeline, kind):
 
 
 LEVEL_CASES = [(kind, {}, False) for kind in FILES]
-# A distilled Krea has a shift of its own, at every resolution.
+# A distilled Krea 2 has a shift of its own, which is the same at each resolution.
 LEVEL_CASES.append((KREA, {}, True))
 LEVEL_CASES.append((LUMINA, {"use_dynamic_shifting": True, "max_image_seq_len": 6400}, False))
 
 
 @pytest.mark.parametrize(("kind", "scheduler_options", "is_distilled"), LEVEL_CASES)
-def test_the_noise_levels_are_the_pipelines(kind, scheduler_options, is_distilled):
+def test_the_noise_levels_equal_the_pipelines(kind, scheduler_options, is_distilled):
     pipeline = make_pipeline(kind)
     if is_distilled:
         pipeline.register_to_config(is_distilled=True)
@@ -78,13 +78,13 @@ def test_the_noise_levels_are_the_pipelines(kind, scheduler_options, is_distille
     torch.testing.assert_close(levels, sampled_levels(pipeline, kind))
 
 
-def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path):
+def test_a_qwen_image_model_that_diffusers_can_not_run_is_refused(tmp_path):
     make_pipeline(QWEN, guidance_embeds=True).save_pretrained(tmp_path / "qwen")
     with pytest.raises(UserError, match="Qwen-Image has guidance_embeds"):
         train(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "qwen", resolution=64)
 
 
-def test_prompts_longer_than_lumina_2_has_positions_are_refused():
+def test_prompts_longer_than_lumina_2s_number_of_positions_are_refused():
     pipeline = make_pipeline(LUMINA)
     family = family_of(pipeline)
     with pytest.raises(UserError, match=r"--max_sequence_length 300 .* give at most 299"):
@@ -97,7 +97,7 @@ def test_prompts_longer_than_lumina_2_has_positions_are_refused():
 
 
 @torch.no_grad()
-def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from():
+def test_lumina_2s_negative_prompt_has_no_system_prompt():
     pipeline = make_pipeline(LUMINA)
     family = family_of(pipeline)
     empty_prompt = family.embed(pipeline, [""])
@@ -108,7 +108,7 @@ def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from
 
 
 @pytest.mark.parametrize("scheme", ["none", "cosmap"])
-def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
+def test_a_preconditioned_loss_is_the_error_of_the_clean_image(scheme):
     torch.manual_seed(0)
     x0, e = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     config = {"num_train_timesteps": 10, "shift": 3.0}
@@ -117,13 +117,13 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
     plain = FlowMatching.from_config(config, None, scheme=scheme)
     inputs = {"latents": x0, "noise": e, "level_index": index}
     model_input, _ = flow.add_noise(inputs)
-    velocity = model_input.tanh()  # stands in for the model's prediction
+    velocity = model_input.tanh()  # in place of the model's prediction
     loss = flow.loss(velocity, inputs)
 
     s = flow.sigmas[index].double().view(-1, 1, 1, 1)
     noisy = (1 - s) * x0 + s * e
     denoised = noisy - s * noisy.tanh()
-    # The scheme's weight, from the plain loss and its error.
+    # The scheme's weight is the ratio of the plain loss and its unweighted error.
     plain_error = ((noisy.tanh() - (e - x0)) ** 2).mean((1, 2, 3))
     weight = plain.loss(velocity, inputs) / plain_error
     expected = weight * ((denoised - x0) ** 2).mean((1, 2, 3))

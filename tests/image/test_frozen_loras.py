@@ -1,4 +1,4 @@
-"""LoRA files on a pipeline's models: as diffusers puts them, in which calls they act, refusals."""
+"""LoRA files that training starts from or adds: they act as in diffusers or are refused."""
 
 import copy
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.image.tiny import FILES, make_pipeline
 
 MINI = "mini"
 KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in (MINI, *FILES)]
-KINDS[1] = pytest.param("StableDiffusion3Pipeline")  # one of them is fast enough
+KINDS[1] = pytest.param("StableDiffusion3Pipeline")  # one kind is fast enough
 STRENGTH = 0.7
 
 
@@ -35,7 +35,7 @@ def pipeline_of(kind):
 
 
 def random_file(path, pipeline, rank, seed):
-    """A file in diffusers' format for every linear layer of a pipeline's denoiser."""
+    """Write a random diffusers file for each linear layer of a pipeline's denoiser."""
     family = family_of(pipeline)
     denoiser = family.model(pipeline)
     random = torch.Generator().manual_seed(seed)
@@ -50,8 +50,8 @@ def random_file(path, pipeline, rank, seed):
 
 
 @torch.no_grad()
-def predicted(pipeline):
-    """The denoiser's prediction for two random inputs."""
+def prediction_of(pipeline):
+    """Return the denoiser's prediction for two random inputs."""
     family = family_of(pipeline)
     random = torch.Generator().manual_seed(1)
     pixels = torch.rand(2, 3, 64, 64, generator=random) * 2 - 1
@@ -64,25 +64,25 @@ def predicted(pipeline):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_act_as_those_that_diffusers_loads(kind, tmp_path):
-    """A primary that starts from one file, and an assistant from another, with its strength."""
+def test_files_act_as_if_diffusers_had_loaded_them(kind, tmp_path):
+    """The primary starts from one file; the other file is an assistant with a strength."""
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
-    base = predicted(pipeline)
+    base = prediction_of(pipeline)
     first = random_file(tmp_path / "first.safetensors", pipeline, rank=4, seed=1)
     second = random_file(tmp_path / "second.safetensors", pipeline, rank=3, seed=2)
     pipeline.load_lora_weights(str(first), adapter_name="first")
-    started = predicted(pipeline)
+    started = prediction_of(pipeline)
     pipeline.load_lora_weights(str(second), adapter_name="second")
     pipeline.set_adapters(["first", "second"], [1.0, STRENGTH])
-    expected = predicted(pipeline)
+    expected = prediction_of(pipeline)
     pipeline.unload_lora_weights()
 
     model = family.model(pipeline)
     models = {family.denoiser: model}
     source = find_lora_source("assistant_lora", str(second), STRENGTH)
     frozen = read_frozen(source, ASSISTANT, pipeline, models, "base")[family.denoiser]
-    # The scale of the run's layers is 1/2: the file's B is doubled.
+    # The file has another alpha than these layers, so it is refused.
     spec = AdapterSpec(rank=4, alpha=2, target_modules=tuple(adapters.adaptable(model)))
     target = Target(family.denoiser, model, spec, 0.1, frozen=(frozen,))
     source = find_lora_source("init_from", str(first))
@@ -94,10 +94,10 @@ def test_files_act_as_those_that_diffusers_loads(kind, tmp_path):
     method = create("lora")
     method.setup([Target(family.denoiser, model, spec, 0.1, frozen=(frozen,), start=start)])
     scale = (expected - base).abs().max()
-    assert (predicted(pipeline) - expected).abs().max() < 1e-4 * scale
+    assert (prediction_of(pipeline) - expected).abs().max() < 1e-4 * scale
     assert (started - expected).abs().max() > 0.1 * scale
     with method.evaluating():  # the assistant is off
-        assert (predicted(pipeline) - started).abs().max() < 1e-4 * scale
+        assert (prediction_of(pipeline) - started).abs().max() < 1e-4 * scale
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def pipeline():
     return load_pipeline("mini", dtype=torch.float32)
 
 
-def test_layers_of_text_encoders_act_where_these_are_trained(pipeline, tmp_path):
+def test_a_files_text_encoder_layers_need_trained_text_encoders(pipeline, tmp_path):
     file = write_lora(tmp_path, pipeline, components=("unet", "text_encoder_2"), kohya=True)
     source = find_lora_source("assistant_lora", str(file))
     models = {"unet": pipeline.unet}
@@ -129,7 +129,9 @@ def test_layers_of_text_encoders_act_where_these_are_trained(pipeline, tmp_path)
         assert torch.equal(files[1]["unet"].tensors[key], tensor)
 
 
-def test_a_file_of_another_model_is_refused_and_another_name_is_told(pipeline, tmp_path, caplog):
+def test_a_file_with_other_layers_is_refused_and_another_base_models_name_is_logged(
+    pipeline, tmp_path, caplog
+):
     models = {"unet": pipeline.unet}
     file = write_lora(tmp_path / "run", pipeline)
 
@@ -185,12 +187,12 @@ def test_the_last_number_after_a_colon_is_the_strength(value, expected):
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "1e9"])
-def test_a_strength_without_sense_is_refused(strength):
+def test_an_unusable_strength_is_refused(strength):
     with pytest.raises(UserError, match=strength):
         split_strength("assistant_lora", f"file:{strength}")
 
 
-def test_a_folder_stands_for_its_file_and_a_hash_for_its_content(pipeline, tmp_path):
+def test_a_folder_selects_its_file_and_the_hash_depends_only_on_the_content(pipeline, tmp_path):
     file = write_lora(tmp_path / "run", pipeline)
     source = find_lora_source("init_from", str(tmp_path / "run"))
     assert source.path == file

@@ -1,4 +1,4 @@
-"""Guidance from the base model, and from in between, against explicit sampling loops."""
+"""Guidance from the base model or a weaker adapter, compared with explicit sampling loops."""
 
 from contextlib import ExitStack
 from itertools import pairwise
@@ -26,13 +26,13 @@ STEPS = 2
 GUIDANCE = 3.0
 PROMPTS = ["a TOK icon of a rabbit", "an icon"]
 SEEDS = [3, 4]
-GUIDED = [
+GUIDED_KINDS = [
     kind for kind in FAMILIES if family_class(kind, kind).unconditional is not Unconditional.NONE
 ]
 
 
-def adapted(kind, spec=None, layers="all-linear") -> Any:
-    """A pipeline with two random adapters on its denoiser; the primary is active."""
+def adapted_pipeline(kind, spec=None, layers="all-linear") -> Any:
+    """Return a pipeline with two random adapters on its denoiser; only the primary is active."""
     pipeline = load_pipeline("mini", dtype=torch.float32) if kind == SDXL else make_pipeline(kind)
     model = family_of(pipeline).model(pipeline)
     targets = select_layers([layers], family_of(pipeline), model)
@@ -45,13 +45,13 @@ def adapted(kind, spec=None, layers="all-linear") -> Any:
 
 @pytest.fixture(scope="module")
 def sdxl():
-    return adapted(SDXL, layers="all")
+    return adapted_pipeline(SDXL, layers="all")
 
 
 @pytest.fixture
 def pipeline(request, kind):
-    """A pipeline of a kind, adapted."""
-    return request.getfixturevalue("sdxl") if kind == SDXL else adapted(kind)
+    """Return an adapted pipeline of this kind."""
+    return request.getfixturevalue("sdxl") if kind == SDXL else adapted_pipeline(kind)
 
 
 def images_of(pipeline, source, **options):
@@ -60,19 +60,19 @@ def images_of(pipeline, source, **options):
 
 
 def adapted_encoders(pipeline):
-    """The text encoders of a pipeline that have adapters."""
+    """Return the text encoders of a pipeline that have adapters."""
     encoders = [getattr(pipeline, name, None) for name in family_of(pipeline).encoders]
     return [encoder for encoder in encoders if encoder is not None and adapters.layers(encoder)]
 
 
 def with_norms_of(values, reference):
-    """The values, with the norms of the reference along the last axis."""
+    """Rescale the values to the norms of the reference along the last axis."""
     return values * reference.norm(dim=-1, keepdim=True) / values.norm(dim=-1, keepdim=True)
 
 
 @torch.no_grad()
 def sample_by_hand(pipeline, strength=0.0):
-    """Images whose unconditional predictions are made with the adapters off or rescaled by PEFT."""
+    """Sample images; PEFT turns off or rescales the adapters in the unconditional predictions."""
     family = family_of(pipeline)
     kind = type(pipeline).__name__
     model = family.model(pipeline)
@@ -83,7 +83,7 @@ def sample_by_hand(pipeline, strength=0.0):
         for encoder in adapted_encoders(pipeline):
             stack.enter_context(rescale_adapter_scale(encoder, strength))
         unconditional = embed_negative(pipeline, len(PROMPTS))
-    # One call fills in the scheduler's noise levels; its images are not used.
+    # This call sets the scheduler's noise levels; its output is not used.
     sampler(
         **family.sampling(conditional, unconditional, 0.0),
         height=SIDE,
@@ -97,7 +97,7 @@ def sample_by_hand(pipeline, strength=0.0):
 
     def predict(noisy, level):
         c = family.predict(model, noisy, level, conditional)
-        # PEFT's own switch and scale, not the product's.
+        # These are PEFT's own switch and scale, independent of the code under test.
         if strength == 0:
             for _, layer in adapters.layers(model):
                 layer.enable_adapters(False)
@@ -111,7 +111,7 @@ def sample_by_hand(pipeline, strength=0.0):
         if kind == "QwenImagePipeline":  # each token keeps the norm of c
             tokens = with_norms_of(pack(prediction), pack(c))
             return unpack(tokens, *noisy.shape[2:])
-        if kind == "Lumina2Pipeline":  # each row of latents does
+        if kind == "Lumina2Pipeline":  # each row of latents keeps the norm of c
             return with_norms_of(prediction, c)
         return prediction
 
@@ -128,8 +128,8 @@ def sample_by_hand(pipeline, strength=0.0):
     return decode(pipeline, x, PROMPTS)
 
 
-@pytest.mark.parametrize("kind", GUIDED)
-def test_images_are_those_of_a_loop_with_the_adapters_off_in_the_unconditional_half(pipeline):
+@pytest.mark.parametrize("kind", GUIDED_KINDS)
+def test_images_equal_those_of_a_loop_that_changes_the_adapters_in_the_unconditional_half(pipeline):
     images = images_of(pipeline, "base")
     assert difference(images, sample_by_hand(pipeline)) <= 1
     # Guidance from the adapter gives other images.
@@ -141,8 +141,8 @@ def test_images_are_those_of_a_loop_with_the_adapters_off_in_the_unconditional_h
     assert difference(images_of(pipeline, 1.0), images_of(pipeline, "adapter")) == 0
 
 
-def test_without_it_an_image_is_that_of_diffusers_pipeline_to_the_bit(sdxl):
-    """One image, since `decode` takes images one by one and the pipeline all at once."""
+def test_an_image_with_guidance_from_the_adapter_equals_diffusers_bit_for_bit(sdxl):
+    """A single image, since `decode` takes one image at a time and the pipeline the whole batch."""
     sdxl.set_progress_bar_config(disable=True)
     expected_images = sdxl(
         PROMPTS[0],
@@ -157,8 +157,10 @@ def test_without_it_an_image_is_that_of_diffusers_pipeline_to_the_bit(sdxl):
 
 
 @pytest.mark.parametrize("kind", [SDXL, "QwenImagePipeline", "ZImagePipeline"])
-def test_dora_acts_at_the_strength_of_diffusers(kind):
-    pipeline = adapted(kind, AdapterSpec(rank=2, use_dora=True, target_modules=("to_q", "to_v")))
+def test_dora_is_scaled_as_by_peft(kind):
+    pipeline = adapted_pipeline(
+        kind, AdapterSpec(rank=2, use_dora=True, target_modules=("to_q", "to_v"))
+    )
     batch_sizes = []
     if kind == SDXL:
         pipeline.unet.conv_in.register_forward_hook(
@@ -166,7 +168,7 @@ def test_dora_acts_at_the_strength_of_diffusers(kind):
         )
     images = images_of(pipeline, "base")
     if kind == SDXL:
-        assert batch_sizes == [2] * 2 * STEPS  # 2 images in each of two calls
+        assert batch_sizes == [2] * 2 * STEPS  # two calls per step, each with 2 images
     assert difference(images, sample_by_hand(pipeline)) <= 1
     half_images = images_of(pipeline, 0.5)
     assert difference(half_images, sample_by_hand(pipeline, 0.5)) <= 1
@@ -175,8 +177,8 @@ def test_dora_acts_at_the_strength_of_diffusers(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [SDXL, "StableDiffusion3Pipeline"])
-def test_trained_text_encoders_act_at_the_strength_too(kind):
-    pipeline = adapted(kind)
+def test_the_strength_applies_to_trained_text_encoders_too(kind):
+    pipeline = adapted_pipeline(kind)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         add_adapters(encoder, AdapterSpec(rank=2, target_modules=("q_proj", "v_proj")))
         for parameter in adapters.parameters(encoder, PRIMARY):
@@ -187,7 +189,7 @@ def test_trained_text_encoders_act_at_the_strength_too(kind):
         assert difference(images_of(pipeline, source), sample_by_hand(pipeline, strength)) <= 1
 
 
-def test_strength_acts_on_the_conditional_half_and_0_is_the_base_model(sdxl):
+def test_the_samples_strength_scales_the_adapter_and_0_gives_the_base_model(sdxl):
     with adapters.off([layer for _, layer in adapters.layers(sdxl.unet)]):
         base_images = images_of(sdxl, "adapter")
         assert difference(images_of(sdxl, "base"), base_images) == 0
@@ -198,13 +200,13 @@ def test_strength_acts_on_the_conditional_half_and_0_is_the_base_model(sdxl):
     with rescale_adapter_scale(sdxl.unet, 0.5):
         half_images = images_of(sdxl, "base")
         assert difference(half_images, sample_by_hand(sdxl)) <= 1
-        # A strength in the unconditional half multiplies that of the sample.
+        # The unconditional half's strength multiplies the sample's.
         assert difference(images_of(sdxl, 0.25), sample_by_hand(sdxl, 0.25)) <= 1
     assert difference(half_images, full_images) > 4
 
 
 @pytest.mark.parametrize("kind", [SDXL, "QwenImagePipeline", "ZImagePipeline"])
-def test_an_error_leaves_nothing_behind(pipeline):
+def test_an_error_while_sampling_leaves_the_model_unchanged(pipeline):
     model = family_of(pipeline).model(pipeline)
     images_before = images_of(pipeline, "adapter")
 
@@ -214,7 +216,7 @@ def test_an_error_leaves_nothing_behind(pipeline):
     for source in ("base", 0.5):
         with pytest.raises(InterruptedError):
             images_of(pipeline, source, on_step=stop)
-    # A method of the instance would hide that of the class.
+    # An instance attribute would hide the class's method.
     assert "forward" not in vars(model)
     for _, layer in adapters.layers(model):
         assert not layer.disable_adapters
@@ -222,7 +224,7 @@ def test_an_error_leaves_nothing_behind(pipeline):
     assert difference(images_of(pipeline, "adapter"), images_before) == 0
 
 
-def test_the_negative_prompt_is_embedded_at_the_strength_of_the_encoders_adapters():
+def test_the_negative_prompt_is_embedded_at_the_strength_of_the_guidance():
     pipeline = load_pipeline("mini", dtype=torch.float32)
     expected = embed_negative(pipeline, 1, ["blurry"])
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
@@ -241,15 +243,15 @@ def test_the_negative_prompt_is_embedded_at_the_strength_of_the_encoders_adapter
         assert torch.equal(half_embeddings[name], values)
 
 
-def test_adapters_that_are_merged_have_no_strength_in_between():
-    pipeline = adapted(SDXL)
+def test_a_strength_is_refused_for_merged_adapters():
+    pipeline = adapted_pipeline(SDXL)
     for _, layer in adapters.layers(pipeline.unet):
         layer.merge()
     with pytest.raises(UserError, match="unmerge them first"):
         images_of(pipeline, 0.5)
 
 
-def test_a_model_without_an_unconditional_prediction_is_refused(sdxl):
+def test_guidance_from_another_model_needs_an_unconditional_prediction(sdxl):
     with pytest.raises(UserError, match=r"guidance of 1: give a guidance above 1, or drop it"):
         images_of(sdxl, "base", guidance_scale=1.0)
     with pytest.raises(UserError, match=r"at strength 0.5 is refused, .*FLUX.1 .* of 3"):

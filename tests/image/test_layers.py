@@ -1,4 +1,4 @@
-"""The layers of each word of --lora_layers, in each family of models."""
+"""The layers that each word of --lora_layers selects in each family of models."""
 
 import re
 
@@ -25,7 +25,7 @@ FEED_FORWARD = {
     "Krea2Pipeline": "ff.gate ff.up ff.down",
     "Lumina2Pipeline": "feed_forward.linear_1 feed_forward.linear_2 feed_forward.linear_3",
 }
-"""Ends of the layers' names, with # for numbers."""
+"""Endings of the layers' names, with # in place of numbers."""
 
 
 def pipeline(kind):
@@ -39,7 +39,7 @@ def layers(pipeline, *words):
 
 
 def feed_forward_end(kind, name):
-    """The ending of `FEED_FORWARD` that a layer's name has, or None."""
+    """Return the ending from `FEED_FORWARD` that a layer's name has, or None."""
     # "blocks.3.ff.net.0" becomes ".blocks.#.ff.net.#".
     pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", f".{name}")
     for end in FEED_FORWARD[kind].split():
@@ -49,7 +49,7 @@ def feed_forward_end(kind, name):
 
 
 @pytest.mark.parametrize("kind", [SDXL, *FILES])
-def test_groups_and_names(kind):
+def test_groups_and_names_select_the_expected_layers(kind):
     base = pipeline(kind)
     model: nn.Module = family_of(base).model(base)
     linear = set()
@@ -57,7 +57,7 @@ def test_groups_and_names(kind):
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
             linear.add(name)
-        if type(module) is nn.Conv2d and re.search(r"\.\d+\.", name):  # of a numbered block
+        if type(module) is nn.Conv2d and re.search(r"\.\d+\.", name):  # in a numbered block
             inner_convolutions.add(name)
     attention, feed_forward = layers(base, "attention"), layers(base, "feed-forward")
     assert feed_forward == {name for name in linear if feed_forward_end(kind, name)}
@@ -87,6 +87,6 @@ def test_groups_and_names(kind):
         ("xyz", f"give {', '.join(LAYER_GROUPS)}, or endings"),
     ],
 )
-def test_a_word_that_is_nothing_beside_one_that_is(word, sentence):
+def test_an_unknown_word_is_refused_together_with_a_known_one(word, sentence):
     with pytest.raises(UserError, match=f'--lora_layers "{word}".*{sentence}'):
         layers(pipeline(SDXL), "to_k", word)

@@ -1,4 +1,4 @@
-"""The distance of samples to held-out pictures, and `--keep_best`, which uses it."""
+"""The distance between samples and held-out pictures, and `--keep_best`, which uses it."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ SAMPLER_STEPS = 2
 
 @pytest.fixture
 def icons(tmp_path) -> dict[str, Any]:
-    """Two training icons, a rate that changes images soon, and two held-out icons."""
+    """Return options: two training icons, two held-out ones, and a high learning rate."""
     return {
         **two_icons(tmp_path / "icons"),
         "validation_num_inference_steps": SAMPLER_STEPS,
@@ -33,7 +33,7 @@ def icons(tmp_path) -> dict[str, Any]:
     }
 
 
-def test_embeddings_of_dinov2_are_those_of_its_class_token(tmp_path):
+def test_dinov2_embeds_an_image_the_same_in_any_batch_and_other_models_are_refused(tmp_path):
     folder = save_dinov2(tmp_path / "dino")
     image = Image.new("RGB", (40, 30), (200, 20, 90))
     with torch.inference_mode():
@@ -47,7 +47,7 @@ def test_embeddings_of_dinov2_are_those_of_its_class_token(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_image_model_that_is_not_here_is_named_before_anything_is_written(tmp_path):
+def test_a_missing_image_model_is_refused_before_anything_is_written(tmp_path):
     options = {"keep_best": True, "validation_dataset": "mini-heldout"}
     for dry_run in (True, False):
         with pytest.raises(UserError, match=r"--image_model dinov2:a/b can't be read.*choose_by"):
@@ -55,7 +55,7 @@ def test_an_image_model_that_is_not_here_is_named_before_anything_is_written(tmp
         assert not (tmp_path / "run").exists()
 
 
-def test_the_bytes_of_dinov2_are_known_without_its_weights(tmp_path):
+def test_dinov2s_size_is_known_without_its_weights(tmp_path):
     folder = save_dinov2(tmp_path / "dino")
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     size = sum(parameter.nbytes for parameter in model.parameters())
@@ -65,7 +65,7 @@ def test_the_bytes_of_dinov2_are_known_without_its_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
+def test_keep_best_keeps_the_step_with_the_nearest_samples(icons, tmp_path):
     run = train(tmp_path / "run", **icons, keep_best=True)
     distances = dict(zip([0, 2, 4, 6], column(run, "heldout_distance"), strict=True))
     results = runlog.read_run(run)["results"]
@@ -73,7 +73,7 @@ def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
     assert results["best_step"] == best
     assert results["best_heldout_distance"] == distances[best]
 
-    # By hand, from the exported file: images of both captions, beside their pictures.
+    # The same distance by hand: load the exported file, sample both captions and compare.
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     pipeline.load_lora_weights(run)
     pictures = []
@@ -88,7 +88,7 @@ def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
         cosines = (normalize(embed(images)) * normalize(embed(pictures))).sum(dim=1)
     assert distances[best] == pytest.approx(float(1 - cosines.mean()), abs=1e-3)
 
-    # Measuring does not change the training.
+    # The measurement does not change the training.
     by_loss = train(tmp_path / "loss", **icons, keep_best=True, choose_by="loss")
     assert column(by_loss, "digest") == column(run, "digest")
     assert column(by_loss, "loss") == column(run, "loss")

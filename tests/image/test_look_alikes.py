@@ -1,4 +1,4 @@
-"""Images that look alike: copies are found, and different icons are not taken for one."""
+"""Images that look alike: changed copies are found, and different images are not reported."""
 
 import io
 import logging
@@ -36,7 +36,7 @@ def compressed(image):
 
 
 def cropped(image):
-    """2 % less on each side."""
+    """Crop 2 % off each side."""
     width, height = image.size
     return image.crop((width // 50, height // 50, width - width // 50, height - height // 50))
 
@@ -51,7 +51,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_copy_looks_alike_and_other_photographs_do_not(change, photographs):
+def test_a_changed_copy_is_found_and_other_photographs_are_not(change, photographs):
     looks = [look_of(image) for image in photographs]
     assert find_look_alikes(looks) == []
     copies = [look_of(CHANGES[change](image)) for image in photographs]
@@ -59,7 +59,7 @@ def test_a_changed_copy_looks_alike_and_other_photographs_do_not(change, photogr
     assert [(pair.first, pair.second) for pair in pairs] == [(0, 0), (1, 1), (2, 2)]
 
 
-# Without their colors two of the 64 held-out animals are within the distance.
+# The duotone sets are left out: without colors, two of the 64 held-out animals look alike.
 PLAIN_SETS = [name for name in FOLDERS if not name.startswith("mini-animals-duotone")]
 
 
@@ -71,7 +71,7 @@ def test_no_icons_of_the_miniature_look_alike(name):
         assert find_look_alikes(looks, open_images(name + HELDOUT_SUFFIX).looks()) == []
 
 
-def test_each_image_is_named_with_the_first_that_it_resembles():
+def test_each_image_is_paired_with_the_first_one_that_it_resembles():
     image, other_image = pictures(2, 64)
     looks = [look_of(other_image), *[look_of(image)] * 3]
     pairs = find_look_alikes(looks)
@@ -83,7 +83,7 @@ def test_each_image_is_named_with_the_first_that_it_resembles():
     assert len(describe_pairs(find_look_alikes(many_looks), [str(i) for i in range(20)])) == 6
 
 
-def test_images_of_one_color_look_alike_where_they_have_one_color():
+def test_plain_gray_images_look_alike_and_a_plain_red_one_does_not():
     gray, dark_gray, red = (
         look_of(Image.new("RGB", (9, 9), color)) for color in ("gray", "#222", "red")
     )
@@ -91,7 +91,9 @@ def test_images_of_one_color_look_alike_where_they_have_one_color():
     assert find_look_alikes([gray, red]) == []
 
 
-def test_training_names_look_alikes_and_those_that_are_held_out(tmp_path, caplog, monkeypatch):
+def test_training_reports_look_alikes_among_training_and_held_out_images(
+    tmp_path, caplog, monkeypatch
+):
     for name in ("train", "heldout"):
         (tmp_path / name).mkdir()
     image, other_image, third_image = pictures(3, 64)
@@ -117,8 +119,8 @@ def test_training_names_look_alikes_and_those_that_are_held_out(tmp_path, caplog
     assert not caplog.records
 
 
-def test_thousands_of_images_are_compared_in_a_moment():
-    """A hash is compared with all others by one call of numpy."""
+def test_thousands_of_images_are_compared_quickly():
+    """One call of numpy compares a hash with all others."""
     random = np.random.default_rng(0)
     look = look_of(pictures(1, 64)[0])
     hashes = random.integers(0, 2**63, 4000, dtype=np.uint64)

@@ -22,7 +22,7 @@ def save_picture(path):
 
 
 def half(box=(0, 0, SIDE // 2, SIDE)):
-    """Bright in one half, dark in the other."""
+    """Return a mask that is white in the box, by default the left half, and black elsewhere."""
     mask = Image.new("L", (SIDE, SIDE), 0)
     mask.paste(255, box)
     return mask
@@ -38,7 +38,7 @@ def photos(tmp_path):
     return folder
 
 
-def test_masks_lie_beside_images_and_are_no_images(photos):
+def test_mask_files_next_to_images_are_read_as_masks_and_not_as_images(photos):
     half().save(photos / "alone.mask.png")
     images = open_images(str(photos))
     assert [entry.name for entry in images.entries] == ["a.jpg", "b.jpg"]
@@ -49,7 +49,7 @@ def test_masks_lie_beside_images_and_are_no_images(photos):
     assert "1 file (alone.mask.png)" in left_out
     half((0, 0, SIDE, SIDE // 2)).save(photos / "a.mask.png")
     edited = open_images(str(photos))
-    # Another mask is another set of samples.
+    # Another mask makes it another set of samples.
     assert edited.fingerprint() != images.fingerprint()
     masked, unmasked = edited.sample_contents()
     assert "mask" in masked.hashes
@@ -66,14 +66,14 @@ def test_masks_lie_beside_images_and_are_no_images(photos):
     ],
 )
 @pytest.mark.parametrize("suffix", [".mask.png", ".Mask.WEBP"])
-def test_a_mask_beside_an_image_is_its_mask_in_every_layout(
+def test_a_mask_file_next_to_its_image_is_read_in_every_folder_layout(
     folder, metadata, content, suffix, tmp_path
 ):
     place = tmp_path / "set" / folder
     place.mkdir(parents=True)
     save_picture(place / "a.jpg")
     save_picture(place / "b.jpg")
-    # WebP's usual compression would change the mask.
+    # Lossy compression would change the mask.
     half().convert("RGB").save(place / f"a{suffix}", lossless=True)
     half().save(place / "alone.mask.png")
     if metadata:
@@ -101,7 +101,7 @@ def assert_first_image_is_masked(images):
     assert images.mask(1) is None
 
 
-def test_masks_are_named_in_metadata(photos):
+def test_a_metadata_file_can_name_the_masks(photos):
     (photos / "a.mask.png").rename(photos / "hides.png")
     (photos / "metadata.csv").write_text("file_name,m\na.jpg,hides.png\nb.jpg,\n")
     images = open_images(str(photos), mask_column="m")
@@ -109,7 +109,7 @@ def test_masks_are_named_in_metadata(photos):
     assert not any("left out" in line for line in images.remarks())
 
 
-def test_masks_are_a_column_of_a_table(photos, tmp_path):
+def test_masks_can_be_a_column_of_a_table(photos, tmp_path):
     columns = {
         "image": [str(photos / "a.jpg"), str(photos / "b.jpg")],
         "m": [str(photos / "a.mask.png"), None],
@@ -122,7 +122,7 @@ def test_masks_are_a_column_of_a_table(photos, tmp_path):
     assert_first_image_is_masked(images)
 
 
-def test_masks_are_the_alpha_of_images(photos, tmp_path):
+def test_masks_can_be_the_alpha_channel_of_images(photos, tmp_path):
     with_alpha = Image.open(photos / "a.jpg").convert("RGBA")
     with_alpha.putalpha(half())
     (tmp_path / "set").mkdir()
@@ -139,19 +139,19 @@ def test_masks_are_the_alpha_of_images(photos, tmp_path):
         (half(), "a.mask.bmp", "a.mask.bmp.*a.mask.png.*keep one"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused(photos, mask, name, sentence):
+def test_an_invalid_or_duplicate_mask_is_refused(photos, mask, name, sentence):
     mask.save(photos / name)
     with pytest.raises(UserError, match=sentence):
         open_images(str(photos))
 
 
-def test_a_mask_in_metadata_is_no_image(photos):
+def test_a_mask_listed_as_an_image_in_metadata_is_refused(photos):
     (photos / "metadata.csv").write_text("file_name\na.mask.png")
     with pytest.raises(UserError, match=r"line 2.*the name of a mask"):
         open_images(str(photos))
 
 
-def test_masks_from_nowhere_are_refused(photos):
+def test_missing_masks_and_masks_that_hide_nothing_are_refused(photos):
     with pytest.raises(UserError, match="--mask_column"):
         open_images(str(photos), mask_column="m")
     Image.new("L", (SIDE, SIDE), 255).save(photos / "a.mask.png")
@@ -159,7 +159,7 @@ def test_masks_from_nowhere_are_refused(photos):
         open_images(str(photos)).require_masks()
 
 
-def test_a_mask_is_cut_as_its_image_is():
+def test_a_mask_is_cropped_like_its_image():
     gray = Image.effect_noise((90, 70), 60)
     crop = crops.Crop(0, 7, True)
     mask = crops.cut(crops.resize(gray, (32, 32), "bilinear"), crop, (32, 32))
@@ -167,13 +167,13 @@ def test_a_mask_is_cut_as_its_image_is():
     assert torch.equal(mask, crops.cut(resized_image, crop, (32, 32))[:1])
 
 
-LEFT_HALF = torch.zeros(1, SIDE, SIDE)  # in pixels, of which latents have an eighth
+LEFT_HALF = torch.zeros(1, SIDE, SIDE)  # in pixels; latents have an eighth of the width and height
 LEFT_HALF[:, :, : SIDE // 2] = 1
 
 
-def test_the_loss_is_the_mean_of_what_is_shown():
+def test_the_loss_is_the_mean_over_the_visible_part():
     squares = torch.rand(3, 4, 8, 8, dtype=torch.float64)
-    # One image with the left half visible, one without a mask, one all black.
+    # One image has its left half visible, one has no mask, and one has an all-black mask.
     weights = weight_map([LEFT_HALF, None, torch.zeros(1, 8, 8)], squares, 0.0)
     losses = weighted_mean(squares, weights)
     expected = [float(squares[0, :, :, :4].mean()), float(squares[1].mean()), 0.0]
@@ -216,7 +216,7 @@ def test_no_loss_has_a_gradient_where_the_image_is_hidden(denoising):
 
 
 @pytest.mark.slow
-def test_a_run_learns_what_is_shown(photos, tmp_path):
+def test_a_masked_run_resumes_exactly_and_differs_from_an_unmasked_one(photos, tmp_path):
     shared = {
         "dataset": photos,
         "pretrained_model_name_or_path": "mini",

@@ -1,4 +1,4 @@
-"""The shift of noise levels in training against its sources, and the range that bounds them."""
+"""The training shift of noise levels, compared with its sources, and `--timestep_range`."""
 
 import math
 from dataclasses import replace
@@ -33,8 +33,8 @@ from tests.scripts.runs import column, train
 
 KLEIN, Z_IMAGE, QWEN = "Flux2KleinPipeline", "ZImagePipeline", "QwenImagePipeline"
 KREA, LUMINA = "Krea2Pipeline", "Lumina2Pipeline"
-# Schedulers as the models are published, but for the number of levels: options of
-# FlowMatchEulerDiscreteScheduler.
+# Options of FlowMatchEulerDiscreteScheduler in the published models, except for the number of
+# levels.
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
 PUBLISHED: dict[str, dict[str, Any]] = {
     SD3: {"shift": 3.0},
@@ -54,7 +54,7 @@ SIDES = (512, 1024, 1536)
 
 
 def published_schedule(kind: str, words: str, side: int) -> Any:
-    """The noise schedule of a run at a resolution that is too large for the tiny model itself."""
+    """Return a run's noise schedule at a resolution that is too large for the tiny model itself."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(PUBLISHED[kind])
     tiny = flow_pipeline(kind)
     pipeline = SimpleNamespace(
@@ -65,7 +65,7 @@ def published_schedule(kind: str, words: str, side: int) -> Any:
 
 
 def even_levels() -> torch.Tensor:
-    """1 down to 1 / 1000, (LEVELS,)."""
+    """Return evenly spaced levels from 1 down to 1 / 1000, (LEVELS,)."""
     return 1 - torch.arange(LEVELS, dtype=torch.float64) / LEVELS
 
 
@@ -74,24 +74,24 @@ def shifted(t: torch.Tensor, s: float) -> torch.Tensor:
 
 
 def lin_function(tokens: int, x1: int = 256, y1: float = 0.5, x2: int = 4096, y2: float = 1.15):
-    """BFL's get_lin_function, which FLUX.1, musubi-tuner, Lumina 2 and Krea 2 have."""
+    """Compute BFL's get_lin_function, which FLUX.1, musubi-tuner, Lumina 2 and Krea 2 use."""
     m = (y2 - y1) / (x2 - x1)
     return m * tokens + y1 - m * x1
 
 
 def bfl_levels(t: torch.Tensor, mu: float) -> torch.Tensor:
-    """BFL's time_shift with sigma 1."""
+    """Compute BFL's time_shift with sigma 1."""
     return math.exp(mu) / (math.exp(mu) + (1 / t - 1))
 
 
 def klein_levels(t: torch.Tensor, side: int) -> torch.Tensor:
-    """musubi-tuner's flux2_shift: latents of FLUX.2 are packed, one for 16 pixels."""
+    """Compute musubi-tuner's flux2_shift; a packed latent of FLUX.2 covers 16 x 16 pixels."""
     shift = math.exp(lin_function((side // 16) * (side // 16)))
     return (t * shift) / (1 + (shift - 1) * t)
 
 
 def klein_sampling_levels(t: torch.Tensor, side: int) -> torch.Tensor:
-    """compute_empirical_mu of BFL's flux2 in 50 steps."""
+    """Compute the levels of BFL's flux2 (compute_empirical_mu) in 50 steps."""
     tokens = (side // 16) ** 2
     at_200 = 0.00016927 * tokens + 0.45666666
     at_10 = 8.73809524e-05 * tokens + 1.89833333
@@ -100,7 +100,7 @@ def klein_sampling_levels(t: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def lumina_levels(t: torch.Tensor, side: int) -> torch.Tensor:
-    """Transport.time_shift of Lumina-Image-2.0, whose time runs from noise, 0, to the image."""
+    """Compute Lumina-Image-2.0's Transport.time_shift, where 0 is noise and 1 the image."""
     mu = lin_function((side // 16) ** 2)
     time = 1 - t
     time = 1 - time
@@ -110,19 +110,20 @@ def lumina_levels(t: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def qwen_levels(t: torch.Tensor, side: int) -> torch.Tensor:
-    """diffusers' scheduler: the shift, then levels are stretched to end at 0.02."""
+    """Compute the levels of diffusers' scheduler: shifted, then stretched to end at 0.02."""
     levels = bfl_levels(t, lin_function((side // 16) ** 2, x2=8192, y2=0.9))
     return 1 - (1 - levels) / ((1 - levels[-1]) / (1 - 0.02))
 
 
 def krea_levels(t: torch.Tensor, side: int) -> torch.Tensor:
-    """`timesteps` in krea-2's sampling.py, from 256 to 1280 pixels."""
+    """Compute `timesteps` of krea-2's sampling.py, whose line goes from 256 to 1280 pixels."""
     x1, x2 = (256 // 16) ** 2, (1280 // 16) ** 2
     slope = (1.15 - 0.5) / (x2 - x1)
     return bfl_levels(t, slope * (side // 16) ** 2 + (0.5 - slope * x1))
 
 
-# Levels by evenly spaced ones and the side in pixels: of training and, where they differ, sampling
+# Functions of evenly spaced levels and the side in pixels: the levels in training (SOURCES) and in
+# sampling (SAMPLING_SOURCES).
 SOURCES: dict[str, Any] = {
     SD3: lambda t, _: shifted(t, 3),
     FLUX: lambda t, side: bfl_levels(t, lin_function((side // 16) ** 2)),
@@ -141,7 +142,7 @@ SAMPLING_SOURCES: dict[str, Any] = {
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", SOURCES)
-def test_noise_levels_have_the_shift_of_the_models_authors_unless_told_otherwise(kind, side):
+def test_noise_levels_have_the_shift_of_the_models_authors_by_default(kind, side):
     t = even_levels()
     for words, expected in (
         ("", SOURCES[kind](t, side)),
@@ -156,12 +157,12 @@ def test_noise_levels_have_the_shift_of_the_models_authors_unless_told_otherwise
         torch.testing.assert_close(levels.double(), expected, rtol=2e-5, atol=0, msg=words)
 
 
-def test_flux_2_and_lumina_2_are_trained_below_the_shift_that_they_sample_with():
-    """At 1024 pixels by exp(1.15), and not by 7.56 and 6; docs/models.md has the table."""
+def test_flux_2_and_lumina_2_are_trained_with_a_smaller_shift_than_they_sample_with():
+    """At 1024 pixels the shift is exp(1.15) instead of 7.56 and 6 (the table in docs/models.md)."""
     for kind, sampling_shift in ((KLEIN, 7.56), (LUMINA, 6.0)):
         for words, shift in (("", 3.158), ("--timestep_shift pipeline", sampling_shift)):
             middle = float(published_schedule(kind, words, 1024).sigmas[LEVELS // 2])
-            # At t of a half, s t / (1 + (s - 1) t) is s / (1 + s).
+            # At t = 1 / 2, s t / (1 + (s - 1) t) is s / (1 + s).
             assert middle / (1 - middle) == pytest.approx(shift, rel=1e-3)
 
 
@@ -169,7 +170,7 @@ RANGES = [(0.0, 0.8), (0.25, 1.0), (0.3, 0.55)]
 
 
 def truncated(quantile: Any, low: float, high: float) -> Any:
-    """Quantiles of a distribution within two places, from those of the whole."""
+    """Return the quantile function of a distribution that is truncated to [low, high]."""
     p = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     places = quantile(p)
     lowest = float((places < low).double().mean())
@@ -195,7 +196,7 @@ def test_a_range_of_a_flow_models_levels_keeps_their_distribution(
 
 @pytest.mark.parametrize(("low", "high"), RANGES)
 @pytest.mark.parametrize("words", ["", "--snr_gamma 5", "--do_edm_style_training"])
-def test_a_range_of_a_diffusion_models_timesteps_keeps_them_even(words, low, high):
+def test_a_range_of_a_diffusion_models_timesteps_keeps_them_uniform(words, low, high):
     schedule = diffusion_schedule(f"{words} --timestep_range {low} {high}")
     numbers = (sampled_shares(schedule) * LEVELS).long()
     latents = torch.zeros(len(numbers), 4, 1, 1)
@@ -209,8 +210,8 @@ def test_a_range_of_a_diffusion_models_timesteps_keeps_them_even(words, low, hig
 
 
 @pytest.mark.parametrize("words", ["", "--weighting_scheme mode", "--logit_mean 1"])
-def test_samples_within_a_range_are_those_of_the_run_without_it(words):
-    """So that runs with and without a range are paired, and all levels change nothing."""
+def test_levels_within_a_range_equal_those_of_the_run_without_it(words):
+    """Runs with and without a range are therefore paired, and a range of 0 to 1 changes nothing."""
     everywhere = flow_schedule(SD3, words)
     explicit = flow_schedule(SD3, f"{words} --timestep_range 0 1")
     bounded = flow_schedule(SD3, f"{words} --timestep_range 0.3 0.9")
@@ -224,14 +225,14 @@ def test_samples_within_a_range_are_those_of_the_run_without_it(words):
             assert torch.equal(index, bounded_index)
 
 
-def test_the_held_out_grid_has_all_levels_whatever_the_range():
+def test_the_held_out_grid_covers_all_levels_for_any_range():
     for words in ("", "--timestep_range 0.3 0.5"):
         schedule = flow_schedule(SD3, words)
         assert schedule.num_timesteps == LEVELS
         assert schedule.sigmas[grid_level_indices(LEVELS)[0]] > 0.9
 
 
-NO_RANGES = {
+INVALID_RANGES = {
     **dict.fromkeys(["0.8 0.2", "0.5 0.5", "0.5", "0.0 0.5 1.0"], "give two numbers from 0 to 1"),
     "-0.1 0.8": "is -0.1: give 0 or more",
     "0 1.5": "is 1.5: give at most 1, since 1 is the full noise",
@@ -240,34 +241,34 @@ NO_RANGES = {
 }
 
 
-@pytest.mark.parametrize("numbers", NO_RANGES)
-def test_a_range_that_is_none_is_refused(numbers, tmp_path):
+@pytest.mark.parametrize("numbers", INVALID_RANGES)
+def test_an_invalid_range_is_refused(numbers, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"timestep_range: [{', '.join(numbers.split())}]\n", encoding="utf-8")
     for words in (f"--timestep_range {numbers}", f"--config {recipe}"):
-        with pytest.raises(UserError, match=f"timestep_range .*{NO_RANGES[numbers]}"):
+        with pytest.raises(UserError, match=f"timestep_range .*{INVALID_RANGES[numbers]}"):
             configuration("mini", words)
 
 
-def test_a_shift_that_is_none_is_refused():
+def test_an_invalid_shift_is_refused():
     with pytest.raises(UserError, match=r"--timestep_shift is 0\.0: give a number above 0"):
         configuration("mini", "--timestep_shift 0")
     with pytest.raises(UserError, match='"flux": give a number or model or pipeline or none'):
         configuration("mini", "--timestep_shift flux")
 
 
-def test_a_range_without_samples_is_refused():
+def test_a_range_with_almost_no_samples_is_refused():
     for words in ("--timestep_range 0 0.001", "--logit_mean 12 --timestep_range 0.7 0.9"):
         with pytest.raises(UserError, match=r"--timestep_range .* has fewer than 1 in 10,000"):
             flow_schedule(SD3, words)
     with pytest.raises(UserError, match=r"--timestep_range 0.5005 0.5008 has fewer"):
         diffusion_schedule("--timestep_range 0.5005 0.5008")
-    # One level of a thousand is enough.
+    # A single level of the 1000 is enough.
     schedule = diffusion_schedule("--timestep_range 0.5 0.5005")
     assert int(schedule.sample_level_index(torch.Generator().manual_seed(0))) == 500
 
 
-def test_a_range_on_a_model_with_native_edm_is_refused():
+def test_a_range_is_refused_for_a_model_with_native_edm():
     pipeline = SimpleNamespace(scheduler=EDMEulerScheduler(num_train_timesteps=LEVELS))
     cfg = configuration("mini", "--timestep_range 0.2 0.8")
     with pytest.raises(UserError, match="an EDMEulerScheduler, whose noise levels are not"):
@@ -275,13 +276,13 @@ def test_a_range_on_a_model_with_native_edm_is_refused():
 
 
 def noise_levels(folder: Path, **values: Any) -> torch.Tensor:
-    """Noise levels in the log of a run of 6 steps, one image each, as shares of the full noise."""
+    """Train for 6 steps of one image each; return the logged noise levels, from 0 to 1."""
     run = train(folder, train_batch_size=1, max_train_steps=6, resolution=64, **values)
     return torch.tensor(column(run, "noise_level_mean"), dtype=torch.float64) / LEVELS
 
 
 @pytest.mark.slow
-def test_shift_and_range_reach_the_training(tmp_path):
+def test_shift_and_range_take_effect_in_training(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("timestep_shift: 4\ntimestep_range: [0.2, 0.7]\n", encoding="utf-8")
     klein = {"pretrained_model_name_or_path": shared(KLEIN)}
@@ -305,8 +306,8 @@ def test_shift_and_range_reach_the_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_a_run_at_other_noise_levels_is_refused(tmp_path):
-    """An earlier version called the default "pipeline" and trained FLUX.2 by that shift."""
+def test_a_checkpoint_of_a_run_with_other_noise_levels_is_refused(tmp_path):
+    """The default of an earlier version was "pipeline", which trained FLUX.2 with another shift."""
     values = {"pretrained_model_name_or_path": shared(KLEIN), "resolution": 64}
     run = train(tmp_path / "run", **values, checkpointing_steps=1)
     saved = checkpoint.load(run / "checkpoints" / "step-1")

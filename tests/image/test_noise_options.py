@@ -1,4 +1,4 @@
-"""From command lines to noise levels, targets and weights, against formulas in float64."""
+"""Noise levels, targets and weights of command lines, compared with formulas in float64."""
 
 import math
 from functools import cache
@@ -23,15 +23,15 @@ from tests.image.tiny import make_pipeline, shared
 
 SD3, FLUX = "StableDiffusion3Pipeline", "FluxPipeline"
 LEVELS = 1000
-# Numbers of levels whose weights are compared; 1 / 1000 is the lowest level of flow matching.
+# Indices of the levels whose weights are compared; flow matching's lowest level is 1 / 1000.
 INDEX = torch.tensor([2, 150, 500, 998])
 SAMPLES = 2000
-# Of the share of samples below a quantile: 3.6 standard deviations at the median
+# Tolerance of the share of samples below a quantile: 3.6 standard deviations at the median
 SHARE_TOLERANCE = 0.04
 
 
 def configuration(model: object, words: str) -> Any:
-    """The configuration of a command line with these words."""
+    """Return the configuration of a command line with these words."""
     argv = ["--pretrained_model_name_or_path", str(model), "--dataset", "mini"]
     argv += ["--validation_dataset", "none", "--num_validation_images", "0"]
     argv += ["--resolution", "64", "--train_batch_size", "1", *words.split()]
@@ -39,7 +39,7 @@ def configuration(model: object, words: str) -> Any:
 
 
 def diffusion_schedule(words: str, prediction: str = "epsilon") -> Any:
-    """The noise schedule of a run on an SDXL model that predicts noise or velocity."""
+    """Return the noise schedule of a run on an SDXL model that predicts noise or velocity."""
     scheduler = EulerDiscreteScheduler.from_config({**CONFIG, "prediction_type": prediction})
     pipeline = SimpleNamespace(scheduler=scheduler)
     return noise_schedule(configuration("mini", words), StableDiffusionXL(), pipeline)
@@ -51,13 +51,13 @@ def flow_pipeline(kind: str) -> Any:
 
 
 def flow_schedule(kind: str, words: str) -> Any:
-    """The noise schedule of a run on a tiny flow-matching model."""
+    """Return the noise schedule of a run on a tiny flow-matching model."""
     pipeline = flow_pipeline(kind)
     return noise_schedule(configuration(shared(kind), words), family_of(pipeline), pipeline)
 
 
 def make_inputs() -> dict[str, Any]:
-    """Latents, noise and levels of a batch, (n, c, h, w) and (n,), in float64."""
+    """Return a batch's latents and noise, (n, c, h, w) in float64, and its level indices, (n,)."""
     count = len(INDEX)
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, count, 4, 8, 8, generator=generator, dtype=torch.float64)
@@ -71,7 +71,7 @@ def make_inputs() -> dict[str, Any]:
 
 
 def sampled_shares(schedule: Any) -> torch.Tensor:
-    """Places of sampled levels among all, from 0 at pure noise to 1, (n,)."""
+    """Return the places of sampled levels among all levels, from 0 at pure noise to 1, (n,)."""
     random = torch.Generator().manual_seed(0)
     numbers = [int(schedule.sample_level_index(random)) for _ in range(SAMPLES)]
     assert min(numbers) >= 0
@@ -80,7 +80,7 @@ def sampled_shares(schedule: Any) -> torch.Tensor:
 
 
 def assert_distribution(shares: torch.Tensor, quantile: Any) -> None:
-    """Assert that a share of p of the samples is below the quantile of p."""
+    """Check that a share of about p of the samples is below the quantile of p."""
     for p in torch.linspace(0.05, 0.95, 19, dtype=torch.float64):
         share = (shares < quantile(p)).double().mean()
         assert float(share) == pytest.approx(float(p), abs=SHARE_TOLERANCE)
@@ -91,12 +91,12 @@ def uniform(p: torch.Tensor) -> torch.Tensor:
 
 
 def logit_normal(mean: float, std: float) -> Any:
-    """Quantiles of 1 / (1 + exp(-x)), x normal (Section 3.1 of arXiv 2403.03206)."""
+    """Return the quantile function of 1 / (1 + exp(-x)), x normal (arXiv 2403.03206, Sec. 3.1)."""
     return lambda p: torch.sigmoid(mean + std * torch.special.ndtri(p))
 
 
 def mode(scale: float) -> Any:
-    """Quantiles of f(u), u uniform (Eq. 20 of arXiv 2403.03206); f falls in u."""
+    """Return the quantile function of f(u), u uniform (arXiv 2403.03206, Eq. 20); f falls."""
 
     def quantile(p: torch.Tensor) -> torch.Tensor:
         u = 1 - p
@@ -105,7 +105,7 @@ def mode(scale: float) -> Any:
     return quantile
 
 
-# Model, command line, quantiles of the sampled levels, arguments of diffusers' function
+# Model, command line, quantile function of the sampled levels, arguments of diffusers' function
 SAMPLING = [
     (SD3, "", logit_normal(0, 1), ("logit_normal", 1, 0.0, 1.0)),
     (FLUX, "", uniform, ("none", 1)),
@@ -136,12 +136,12 @@ def test_noise_levels_of_a_flow_model_are_sampled_by_the_scheme(kind, words, qua
         assert int(schedule.sample_level_index(random)) == int(share * LEVELS)
 
 
-def test_noise_levels_of_a_diffusion_model_are_sampled_evenly():
+def test_noise_levels_of_a_diffusion_model_are_sampled_uniformly():
     assert_distribution(sampled_shares(diffusion_schedule("")), uniform)
 
 
 def flow_weight(scheme: str, s: torch.Tensor) -> torch.Tensor:
-    """Weight of the velocity's square error at levels s, (n,)."""
+    """Return the weight of the velocity's squared error at levels s, (n,)."""
     if scheme == "sigma_sqrt":
         return s**-2
     if scheme == "cosmap":
@@ -169,15 +169,15 @@ def test_a_flow_models_loss_has_the_weight_of_the_scheme(scheme, precondition):
     diffusers_weights = compute_loss_weighting_for_sd3(scheme, s)
     torch.testing.assert_close(diffusers_weights.double(), weights, rtol=1e-6, atol=0)
     if precondition:
-        # The error of the clean image x_s - s v is s times that of v.
+        # The error of the clean image x_s - s v is s times the error of v.
         weights = weights * s**2
-    # A velocity that is wrong by 1 everywhere has a square error of 1.
+    # A velocity that is off by 1 everywhere has a squared error of 1.
     losses = schedule.loss(noise - latents + 1, inputs)
     torch.testing.assert_close(losses.double(), weights, rtol=1e-5, atol=0)
 
 
 def velocity_weight(snr: torch.Tensor, gamma: float, weighting: str) -> torch.Tensor:
-    """Min-SNR weight of the velocity's error at ratios (n,), or what diffusers' scripts have."""
+    """Return the velocity's min-SNR weight at ratios (n,), as published or as in diffusers."""
     capped = snr.clamp(max=gamma)
     return capped / (snr + 1) if weighting == "published" else capped / snr + 1
 
@@ -220,12 +220,12 @@ def test_a_diffusion_models_loss_has_the_min_snr_weight(words, gamma, weighting,
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_edm_formulation_is_karras(prediction):
-    """Inputs, timesteps and the weighted error of the clean image (arXiv 2206.00364, Section 5)."""
+def test_the_edm_formulation_equals_that_of_karras_et_al(prediction):
+    """Inputs, timesteps and the clean image's weighted error follow arXiv 2206.00364, Section 5."""
     schedule = diffusion_schedule("--do_edm_style_training", prediction)
     inputs = make_inputs()
     latents, noise = inputs["latents"], inputs["noise"]
-    # Levels are numbered from the noisiest on.
+    # Level 0 is the noisiest.
     t = LEVELS - 1 - INDEX
     alpha = alphas()[t]
     sigma = ((1 - alpha) / alpha).sqrt().view(-1, 1, 1, 1)
@@ -237,7 +237,7 @@ def test_the_edm_formulation_is_karras(prediction):
     torch.testing.assert_close(model_input.double(), c_in * noisy, rtol=1e-4, atol=1e-4)
 
     prediction_values = torch.tanh(noisy)
-    # c_skip and c_out, by which the clean image is c_skip x + c_out F
+    # The clean image is c_skip x + c_out F.
     if prediction == "epsilon":
         c_skip, c_out = torch.ones_like(sigma), -sigma
     else:

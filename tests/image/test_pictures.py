@@ -1,4 +1,4 @@
-"""Files of every kind become upright RGB on white; crops, flips and resizing are torchvision's."""
+"""Files of all kinds become upright RGB on white; crops, flips and sizes equal torchvision's."""
 
 from collections import Counter
 
@@ -50,7 +50,7 @@ def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
     assert flip or not crop.flipped
 
 
-def test_random_crops_reach_every_place_and_flips_are_even():
+def test_random_crops_reach_every_position_and_half_of_them_are_flipped():
     options = {"center_crop": False, "random_flip": True}
     counts: Counter[int | str] = Counter()
     for key in range(2000):
@@ -62,7 +62,7 @@ def test_random_crops_reach_every_place_and_flips_are_even():
     assert {key: count / 2000 for key, count in counts.items()} == expected
 
 
-def test_an_option_leaves_the_other_draws_alone():
+def test_center_crop_and_random_flip_do_not_change_other_random_draws():
     def crop_and_next_number(center_crop, random_flip):
         draws = generator("same")
         crop = sample_crop(
@@ -80,7 +80,7 @@ def test_an_option_leaves_the_other_draws_alone():
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (41, 67), (16, 16), (7, 5)])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_a_centered_cut_equals_torchvisions(size, interpolation):
+def test_a_center_crop_equals_torchvisions(size, interpolation):
     crop = sample_crop(size, (16, 16), center_crop=True, random_flip=False, generator=generator(0))
     mode = InterpolationMode(interpolation.replace("_", "-"))
     reference = transforms.Compose(
@@ -92,8 +92,8 @@ def test_a_centered_cut_equals_torchvisions(size, interpolation):
     torch.testing.assert_close(pixels, reference(image), rtol=0, atol=1e-6)
 
 
-def test_the_crop_position_is_that_of_the_mirrored_image():
-    image = picture(16, 40)  # already of the height of the crop
+def test_a_flipped_crop_is_cut_from_the_mirrored_image():
+    image = picture(16, 40)  # already as high as the crop
     mirrored = transforms.ToTensor()(image).flip(-1)
     pixels = cut(resize(image, (16, 16), "lanczos"), Crop(0, 3, flipped=True), (16, 16))
     torch.testing.assert_close(pixels, mirrored[:, :, 3:19], rtol=0, atol=1e-6)
@@ -103,19 +103,19 @@ def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (12, 8), "white")
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     image.save(tmp_path / "a.png", exif=exif)
     images = open_images(str(tmp_path))
     assert images.entries[0].size == (12, 8)
     turned = images.image(0)
     assert turned.size == (8, 12)
-    # The left upper corner is the right upper one now.
+    # The top left corner is now the top right one.
     assert turned.getpixel((7, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
-def test_a_size_is_upright_without_decoded_pixels(orientation, suffix, tmp_path):
+def test_the_size_from_the_header_is_that_of_the_upright_image(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = tmp_path / f"a{suffix}"
@@ -146,18 +146,18 @@ GRAY_16_BIT = Image.fromarray(np.full((4, 4), 3000, dtype=np.uint16))
     ],
     ids=["RGBA", "LA", "P", "RGB", "I;16"],
 )
-def test_transparency_is_laid_on_white(image, transparency, tmp_path):
+def test_transparent_pixels_become_white(image, transparency, tmp_path):
     image.save(tmp_path / "a.png", transparency=transparency)
     assert read_rgb(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
     assert read_mask(tmp_path / "a.png", alpha=True).getpixel((1, 1)) == 0
 
 
-def test_half_a_transparency_is_half_white():
+def test_a_half_transparent_pixel_is_blended_with_white():
     half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+def test_16_bit_images_are_scaled_and_not_clipped(tmp_path):
     values = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
     for name in ("a.png", "a.tif"):
         Image.fromarray(values).save(tmp_path / name)
@@ -167,14 +167,14 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
 
 
 SIZE = 96 * 64 * 3
-"""Bytes of an image."""
+"""Bytes of a decoded image."""
 
 
-@pytest.mark.parametrize(("room", "is_cached"), [(0, False), (SIZE - 1, False), (SIZE, True)])
-def test_an_image_is_decoded_once_while_there_is_room(room, is_cached, tmp_path):
+@pytest.mark.parametrize(("max_bytes", "is_cached"), [(0, False), (SIZE - 1, False), (SIZE, True)])
+def test_an_image_is_decoded_only_once_if_it_fits_in_the_cache(max_bytes, is_cached, tmp_path):
     picture(96, 64).save(tmp_path / "odd.png")
     images = open_images(str(tmp_path))
-    cache = ResizedImages(room)
+    cache = ResizedImages(max_bytes)
     first_pixels, _ = cache.get(images, 0, (64, 64), "lanczos")
     pixels, _ = cache.get(images, 0, (64, 64), "lanczos")
     assert torch.equal(first_pixels, pixels)

@@ -1,4 +1,4 @@
-"""Prompt embeddings and images, against diffusers' own pipeline."""
+"""Prompt embeddings and sampled images, compared with diffusers' pipeline."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def pipeline():
     return load_pipeline("mini", dtype=torch.float32)
 
 
-def test_embeddings_equal_the_pipelines(pipeline):
+def test_embeddings_equal_those_of_the_pipeline(pipeline):
     sequence, negative_sequence, pooled, negative_pooled = pipeline.encode_prompt(
         PROMPTS, do_classifier_free_guidance=True
     )
@@ -47,7 +47,7 @@ def test_embeddings_equal_the_pipelines(pipeline):
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros, tmp_path):
+def test_a_dropped_caption_gets_the_unconditional_embedding(zeros, tmp_path):
     pipeline = load_pipeline("mini", dtype=torch.float32)
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     images = open_images("mini", caption_column="prompt")
@@ -71,7 +71,7 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros, tmp_path):
     task = task_of(trains_encoders=None)
     task.embed(torch.device("cpu"))
     conditions, negative = task.condition(PROMPTS), embed_negative(pipeline, 1)
-    # Diffusers' SDXL has zeros for an empty negative prompt where its configuration says so.
+    # diffusers' SDXL replaces an empty negative prompt with zeros if its configuration says so.
     assert (negative["pooled"] == 0).all() == zeros
     for name, values in negative.items():
         torch.testing.assert_close(conditions[name][1], values[0])
@@ -90,16 +90,18 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
 
 @pytest.fixture
 def batch_sizes(pipeline):
-    """Number of images of each call of the UNet, which has two rows for each image."""
+    """Return a list that collects the batch size of each UNet call, two rows for each image."""
     sizes = []
     hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     yield sizes
     hook.remove()
 
 
-@pytest.mark.parametrize("size", [1, 9])  # 9 is more than the default of `generate`
-def test_so_many_images_are_sampled_at_a_time(size, pipeline, batch_sizes, tmp_path, monkeypatch):
-    """For validation images and class images."""
+@pytest.mark.parametrize("size", [1, 9])  # 9 is more than `generate`'s default
+def test_sample_batch_size_is_the_number_of_images_sampled_at_a_time(
+    size, pipeline, batch_sizes, tmp_path, monkeypatch
+):
+    """This holds for validation images and class images."""
     monkeypatch.setattr(type(pipeline), "to", lambda self, _: self)
     monkeypatch.setattr(script, "load_base", lambda *_: pipeline)
     monkeypatch.setattr(StableDiffusionXL, "usual_sampling", lambda *_: (1, 5.0))
@@ -120,7 +122,7 @@ def test_so_many_images_are_sampled_at_a_time(size, pipeline, batch_sizes, tmp_p
 
 
 @pytest.mark.slow
-def test_a_full_memory_is_one_sentence_with_the_options_that_help(pipeline, tmp_path):
+def test_an_out_of_memory_error_names_the_image_and_the_options_that_help(pipeline, tmp_path):
     def fill_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -137,7 +139,7 @@ def test_a_full_memory_is_one_sentence_with_the_options_that_help(pipeline, tmp_
                 task.sample_images(cfg.samples)
         finally:
             hook.remove()
-        # Its frames would hold the memory.
+        # The frames of a traceback would keep the memory in use.
         assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
         assert caught.value.__cause__.__traceback__ is None
         return str(caught.value)
@@ -149,11 +151,11 @@ def test_a_full_memory_is_one_sentence_with_the_options_that_help(pipeline, tmp_
     sentence = error_of(pipeline.unet, sample_batch_size=1, offload=True)
     assert "--sample_batch_size" not in sentence
     assert "--offload" not in sentence
-    # Images are decoded one by one.
+    # Images are decoded one at a time.
     assert "decoding 'an icon' with seed 0 needs" in error_of(pipeline.vae.post_quant_conv)
 
 
-def test_latents_that_are_not_finite_are_refused_by_the_images_name(pipeline, tmp_path):
+def test_latents_that_are_not_finite_are_refused_with_the_images_name(pipeline, tmp_path):
     space, device = LatentSpace.from_config(pipeline.vae), torch.device("cpu")
     infinite = torch.full((3, 64, 64), torch.inf)
     sample: Any = SimpleNamespace(name="a.png", content=("a",), read=lambda: (infinite, None))
@@ -165,7 +167,7 @@ def test_latents_that_are_not_finite_are_refused_by_the_images_name(pipeline, tm
         Encoder(pipeline.vae, space, device, lambda _: True, disk)([sample])
 
 
-def test_a_sampled_image_that_is_not_finite_is_refused_by_its_prompt(pipeline):
+def test_a_sampled_image_that_is_not_finite_is_refused_with_its_prompt(pipeline):
     hook = pipeline.unet.conv_out.register_forward_hook(
         lambda module, inputs, output: output * torch.inf
     )
@@ -183,7 +185,7 @@ def test_a_sampled_image_that_is_not_finite_is_refused_by_its_prompt(pipeline):
         (Lumina2, False, torch.float32),
     ],
 )
-def test_flow_models_make_their_images_in_no_fp16(family, has_bf16, precision, monkeypatch):
+def test_a_flow_model_does_not_sample_in_fp16(family, has_bf16, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
     assert family().precision(torch.device("cuda")) == precision
     assert family().precision(torch.device("cpu")) == torch.float32
@@ -200,5 +202,5 @@ def test_flow_models_make_their_images_in_no_fp16(family, has_bf16, precision, m
         ("0-0123456789ab.png mine.jpg", 1, []),
     ],
 )
-def test_the_numbers_of_missing_class_images_are_those_that_none_has(names, count, missing):
+def test_missing_class_images_get_the_unused_numbers(names, count, missing):
     assert missing_class_images([Path(name) for name in names.split()], count) == missing

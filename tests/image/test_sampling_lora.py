@@ -1,4 +1,4 @@
-"""``--sampling_lora`` and ``--validation_model``: images are those that diffusers makes."""
+"""`--sampling_lora` and `--validation_model`: the images equal those of diffusers."""
 
 import copy
 from typing import Any
@@ -42,8 +42,8 @@ def merge(pipeline, file, strength):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_with_a_sampling_lora_are_those_of_diffusers(kind, tmp_path):
-    """Bi-LoRA's primary starts from one file; the other acts in samples only."""
+def test_images_with_a_sampling_lora_equal_those_of_diffusers(kind, tmp_path):
+    """Bi-LoRA's primary starts from one file; the other file acts only while sampling."""
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     model = family.model(pipeline)
@@ -56,7 +56,7 @@ def test_images_with_a_sampling_lora_are_those_of_diffusers(kind, tmp_path):
     reference.set_adapters(["first", "second"], [0.8, STRENGTH])
     expected = generate(reference, PROMPTS, [3], **OPTIONS)
     assert difference(expected, images_without) > 0
-    # Guidance from the base model is guidance from the base model with the second file.
+    # With guidance from the base model, the base model includes the second file.
     merged = copy.deepcopy(pipeline)
     merge(merged, second, STRENGTH)
     merged.load_lora_weights(str(first), adapter_name="first")
@@ -73,7 +73,7 @@ def test_images_with_a_sampling_lora_are_those_of_diffusers(kind, tmp_path):
     method.setup(
         [Target(family.denoiser, model, spec, 0.1, frozen=(frozen,), start=start[family.denoiser])]
     )
-    assert adapters.active(model) == ("default", AUXILIARY)  # in training it does not act
+    assert adapters.active(model) == ("default", AUXILIARY)  # it is not active in training
     model.eval()
     with method.evaluating():
         assert difference(generate(pipeline, PROMPTS, [3], **OPTIONS), images_without) <= 1
@@ -89,7 +89,7 @@ def test_images_with_a_sampling_lora_are_those_of_diffusers(kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def turbo(tmp_path_factory):
-    """A model of the miniature's shape with other weights, and another scheduler."""
+    """Save a model of the miniature's shape with other weights and another scheduler."""
     folder = tmp_path_factory.mktemp("turbo") / "mini-turbo"
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     for number, weight in enumerate(pipeline.unet.parameters()):
@@ -106,7 +106,9 @@ def config_of(*words):
     return resolve(["--dataset", "mini", "--output_dir", "out", *map(str, words)])
 
 
-def test_a_validation_model_has_the_adapters_and_its_scheduler_and_leaves_the_base(turbo, tmp_path):
+def test_a_validation_model_has_adapters_and_its_own_scheduler_and_keeps_the_base_intact(
+    turbo, tmp_path
+):
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     file = random_file(tmp_path / "file.safetensors", pipeline, rank=2, seed=3)
     model = load_validation_model(config_of("--validation_model", turbo), pipeline, torch.float32)
@@ -116,7 +118,7 @@ def test_a_validation_model_has_the_adapters_and_its_scheduler_and_leaves_the_ba
     usual = generate(pipeline, PROMPTS, [3], **OPTIONS)
     reference: Any = load_pipeline(str(turbo), dtype=torch.float32)
     reference.load_lora_weights(str(file))
-    # The pipeline of the samples has no text encoders, which are deleted in a run.
+    # The sampling pipeline has no text encoders, since a run deletes them.
     embeddings = embed(pipeline, PROMPTS), embed_negative(pipeline, 1)
     with model.acting():
         images = generate(model.pipeline, PROMPTS, [3], embeddings=embeddings, **OPTIONS)
@@ -141,9 +143,10 @@ def test_a_validation_model_of_another_shape_or_kind_is_refused(turbo, tmp_path)
         load_validation_model(config_of("--validation_model", turbo), pipeline, torch.float32)
 
 
-def test_four_steps_of_the_distilled_miniature_are_near_those_of_many_with_guidance():
-    """As the guide uses the file; a distillation by name only would leave the images where they
-    are without it.
+def test_four_steps_with_the_distilled_miniature_are_close_to_many_steps_with_guidance():
+    """The settings are those of the guide.
+
+    A file without an effect would not bring the images any closer to the guided ones.
     """
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
     prompts = [f"a flat icon of a {label}" for label in ("rabbit", "lion", "sun")]

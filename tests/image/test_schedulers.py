@@ -1,4 +1,4 @@
-"""``--sampling_scheduler``: images equal those of diffusers with this scheduler, and refusals."""
+"""`--sampling_scheduler`: images equal those of diffusers, and invalid values are refused."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ TRAILING = "EulerDiscreteScheduler:timestep_spacing=trailing"
 
 
 def with_slow(names, fast):
-    """Parameters of a test that is slow for all but a few names."""
+    """Return test parameters, all marked as slow except for the names in `fast`."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -33,7 +33,7 @@ def sdxl() -> Any:
 
 
 @pytest.mark.parametrize("name", with_slow(SCHEDULERS, fast=("LCMScheduler", "TCDScheduler")))
-def test_images_are_those_of_diffusers_with_this_scheduler(name, sdxl):
+def test_images_equal_those_of_diffusers_with_the_same_scheduler(name, sdxl):
     usual = sdxl.scheduler
     options: Any = {"size": 64, "steps": 4, "guidance_scale": 1.0}
     (image,) = generate(
@@ -55,23 +55,23 @@ def test_images_are_those_of_diffusers_with_this_scheduler(name, sdxl):
     assert name == type(usual).__name__ or difference([image], [usual_image]) > 1
 
 
-def test_trailing_steps_start_at_the_full_noise(sdxl):
+def test_trailing_steps_change_the_images_and_leave_the_pipelines_scheduler_unchanged(sdxl):
     options: Any = {"size": 64, "steps": 4}
     trailing = generate(sdxl, PROMPTS[:1], [3], scheduler=TRAILING, **options)
     assert difference(trailing, generate(sdxl, PROMPTS[:1], [3], **options)) > 4
-    # The pipeline's scheduler stays as it is.
+    # The pipeline's scheduler is unchanged.
     assert sdxl.scheduler.config.timestep_spacing != "trailing"
 
 
 @pytest.mark.parametrize("kind", with_slow(FLOW_MODELS, fast=("ZImagePipeline",)))
-def test_flow_models_sample_with_another_shift_or_with_noise_of_their_seeds(kind):
+def test_flow_models_sample_with_another_shift_or_with_noise_from_each_images_seed(kind):
     pipeline: Any = make_pipeline(kind)
     options: Any = {"size": 64, "steps": 2}
     usual = generate(pipeline, PROMPTS[:1], [3], **options)
     fixed = "FlowMatchEulerDiscreteScheduler:use_dynamic_shifting=false,shift="
     shifted = generate(pipeline, PROMPTS[:1], [3], scheduler=f"{fixed}9", **options)
     assert difference(usual, shifted) > 0
-    # Each step of a consistency model adds noise, which belongs to the image's seed.
+    # Each step of a consistency model adds noise, which depends only on the image's seed.
     options["scheduler"] = "FlowMatchLCMScheduler"
     both = generate(pipeline, PROMPTS, [3, 4], **options)
     torch.manual_seed(0)
@@ -94,12 +94,12 @@ def test_flow_models_sample_with_another_shift_or_with_noise_of_their_seeds(kind
         ("LCMScheduler:beta_schedule=steep", "can't be used"),
     ],
 )
-def test_schedulers_that_fail_are_refused_before_training(value, message):
+def test_unusable_schedulers_are_refused_before_training(value, message):
     with pytest.raises(UserError, match=message):
         resolve(["--dataset", "mini", "--output_dir", "out", "--sampling_scheduler", value])
 
 
-def test_a_flow_model_needs_a_scheduler_of_flows():
+def test_a_flow_model_needs_a_flow_matching_scheduler():
     argv = ["--dataset", "mini", "--pretrained_model_name_or_path", "mini-flow"]
     argv += ["--output_dir", "out", "--sampling_scheduler"]
     with pytest.raises(UserError, match=r"use one of FlowMatchEulerDiscreteScheduler, FlowMatchL"):

@@ -11,19 +11,19 @@ from tests.image.image_folders import photos, save, table
 
 
 def write(name, content):
-    """Write a file next to the images, or instead of one."""
-    # Texts with single surrogates are bytes that are not UTF-8.
+    """Return a function that writes a file next to the images or over one of them."""
+    # Lone surrogates in a text become bytes that are not UTF-8.
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
     return lambda folder: (folder / name).write_bytes(data)
 
 
 def row(text):
-    """A metadata file of one row."""
+    """Return a function that writes a metadata file of one row."""
     return write("metadata.jsonl", text)
 
 
 def only_files(*names):
-    """These files and nothing else."""
+    """Return a function that replaces all files of a folder with these."""
 
     def spoil(folder):
         for path in folder.iterdir():
@@ -44,7 +44,7 @@ def assert_refused(dataset, parts, **options):
         open_images(str(dataset), **options)
     message = str(error.value)
     assert "\n" not in message
-    # A long list of files is cut.
+    # A long list of files is shortened.
     assert len(message) < 1000
     for part in parts:
         assert part in message
@@ -78,17 +78,17 @@ def assert_refused(dataset, parts, **options):
         (two_tables, {}, ["both metadata.jsonl and metadata.csv"]),
     ],
 )
-def test_a_spoiled_folder_is_refused(spoil, options, parts, tmp_path):
+def test_a_folder_with_invalid_content_is_refused(spoil, options, parts, tmp_path):
     folder = photos(tmp_path / "photos")
     spoil(folder)
     assert_refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_what_is_no_folder_is_refused(tmp_path, monkeypatch):
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path, monkeypatch):
     photos(tmp_path / "photos")
     (tmp_path / "a.zip").touch()
     assert_refused(tmp_path / "a.zip", ["a.zip", "is a file", "folder"])
-    save(tmp_path / "photo*" / "x" / "a.png")  # not those of photos
+    save(tmp_path / "photo*" / "x" / "a.png")  # a pattern that would also match photos
     assert_refused(tmp_path / "photo*", ["photo*", "pattern", "rename"])
     monkeypatch.chdir(tmp_path)
     assert_refused("fotos", ['"fotos"', 'did you mean "photos"', "path of a folder", "OWNER/NAME"])
@@ -102,7 +102,7 @@ def test_what_is_no_folder_is_refused(tmp_path, monkeypatch):
         ("test", {"image_column": "picture"}, ['"train"', "only test"]),
     ],
 )
-def test_a_table(split, options, parts, tmp_path):
+def test_a_table_without_the_expected_column_or_split_is_refused(split, options, parts, tmp_path):
     table(tmp_path / "set" / f"{split}.parquet", {"x": Image.new("RGB", (8, 8))})
     assert_refused(tmp_path / "set", parts, cache_dir=str(tmp_path / "cache"), **options)
 
@@ -114,7 +114,7 @@ def test_a_table(split, options, parts, tmp_path):
         (ConnectionError("Couldn't reach the Hub\nlong story"), ["Couldn't reach", "connection"]),
     ],
 )
-def test_a_set_on_the_hub_that_can_not_be_had(monkeypatch, error, parts):
+def test_a_set_on_the_hub_that_can_not_be_loaded_is_refused(monkeypatch, error, parts):
     def load(*_, **__):
         raise error
 

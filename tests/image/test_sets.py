@@ -1,4 +1,4 @@
-"""Images and captions of the miniature, of folders in every layout, and of the hub."""
+"""Images and captions from folders in every layout and from the Hub."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def listed(folder):
-    """The same images with a metadata file in another order."""
+    """Return the same folder with a metadata file, which lists the images in another order."""
     (folder / "metadata.jsonl").write_text(
         '{"file_name": "c.png", "text": "a red c", "number": 1}\n'
         '{"file_name": "a.jpg", "text": null, "number": 2}\n'
@@ -47,7 +47,7 @@ def captions(images):
     return [entry.caption for entry in images.entries]
 
 
-def test_images_alone_have_the_captions_beside_them(folder):
+def test_images_have_the_captions_from_text_files_next_to_them(folder):
     images = open_images(str(folder))
     assert names(images) == ["a.jpg", "b.webp", "c.png"]
     assert captions(images) == ["a red square ä", "b", None]
@@ -60,25 +60,25 @@ def test_images_alone_have_the_captions_beside_them(folder):
     assert captions(open_images(str(folder), caption_column="text")) == captions(images)
 
 
-def test_captions_beside_images_are_left_out_on_request(folder):
+def test_caption_files_are_left_out_on_request(folder):
     images = open_images(str(folder), caption_column="none")
     assert captions(images) == [None] * 3
     assert "2 files (a.txt, b.TXT)" in images.remarks()[0]
 
 
-def test_a_metadata_file_rules(listed):
+def test_a_metadata_file_takes_precedence_over_caption_files(listed):
     images = open_images(str(listed), caption_column="text")
     assert names(images) == ["c.png", "a.jpg", "b.webp"]
     assert captions(images) == ["a red c", None, None]
     assert "2 files (a.txt, b.TXT)" in images.remarks()[0]
     with pytest.raises(UserError, match=r"a\.jpg .*has no caption.*--instance_prompt"):
         captions_or_prompts(images, [None])
-    unpickled_images = pickle.loads(pickle.dumps(images))  # to a process that reads ahead
+    unpickled_images = pickle.loads(pickle.dumps(images))  # as for a process that reads ahead
     assert captions(unpickled_images) == captions(images)
     assert unpickled_images.image(1).tobytes() == images.image(1).tobytes()
 
 
-def test_captions_stay_with_their_images_where_one_is_skipped(listed):
+def test_captions_stay_with_their_images_if_one_is_skipped(listed):
     (listed / "c.png").write_bytes(b"broken")
     images = open_images(str(listed), caption_column="text", skip_bad_images=True)
     assert names(images) == ["a.jpg", "b.webp"]
@@ -88,7 +88,7 @@ def test_captions_stay_with_their_images_where_one_is_skipped(listed):
     assert skipped.startswith("c.png:")
 
 
-def test_metadata_may_be_csv_and_name_subfolders(tmp_path):
+def test_metadata_can_be_csv_and_name_files_in_subfolders(tmp_path):
     save(tmp_path / "deep" / "a.png")
     save(tmp_path / "b.png")
     text = 'file_name,text\r\ndeep/a.png,"red, ""big""\nand wide"\r\n'
@@ -100,7 +100,7 @@ def test_metadata_may_be_csv_and_name_subfolders(tmp_path):
 
 def test_images_are_read_when_needed(folder):
     images = open_images(str(folder))
-    # The current pixels, not those from when the set was opened.
+    # The pixels are the current ones, not those when the set was opened.
     save(folder / "a.jpg", 250)
     assert np.asarray(images.image(0))[0, 0, 0] > 240
     save(folder / "a.jpg", size=(5, 6))
@@ -111,14 +111,14 @@ def test_images_are_read_when_needed(folder):
         images.image(0)
 
 
-def test_a_fingerprint_is_of_content_not_of_place(listed, tmp_path):
+def test_a_fingerprint_depends_on_content_and_not_on_the_path(listed, tmp_path):
     def fingerprint(path):
         return open_images(str(path), caption_column="text").fingerprint()
 
     copy = tmp_path / "copy"
     shutil.copytree(listed, copy)
     original = fingerprint(listed)
-    # Another place with the same images and captions.
+    # The copy has the same images and captions in another place.
     assert fingerprint(copy) == original
     text = (copy / "metadata.jsonl").read_text()
     (copy / "metadata.jsonl").write_text(text.replace("red", "blue"))
@@ -127,7 +127,7 @@ def test_a_fingerprint_is_of_content_not_of_place(listed, tmp_path):
     assert len({original, recaptioned, fingerprint(copy)}) == 3
 
 
-def test_of_many_images_only_the_headers_are_read(folder, monkeypatch):
+def test_only_the_headers_of_many_images_are_read(folder, monkeypatch):
     file = folder / "c.png"
     noise = Image.effect_noise((64, 64), 60).convert("RGB")
     noise.save(file)
@@ -140,14 +140,14 @@ def test_of_many_images_only_the_headers_are_read(folder, monkeypatch):
     images = open_images(str(folder))
     with pytest.raises(UserError, match=r"c\.png"):
         images.image(2)
-    Image.new("RGB", (64, 64)).save(file)  # of the same size in pixels, and of another in bytes
+    Image.new("RGB", (64, 64)).save(file)  # same size in pixels, another in bytes
     assert open_images(str(folder)).fingerprint() != images.fingerprint()
 
 
-def test_whatever_is_left_out_is_named_in_one_line(folder):
+def test_all_files_that_are_left_out_are_named_in_one_line(folder):
     for name in ("x.heic", "c.caption", "notes.txt", ".hidden"):
         (folder / name).write_bytes(b"content")
-    # Opening a pipe would wait for ever, and the link leads to itself.
+    # Opening the pipe would wait forever, and the link points to itself.
     os.mkfifo(folder / "pipe.png")
     (folder / "circle.png").symlink_to("circle.png")
     save(folder / "extra" / "deep" / "e.png")
@@ -160,7 +160,7 @@ def test_whatever_is_left_out_is_named_in_one_line(folder):
 
 @pytest.fixture
 def add_heif_package(monkeypatch):
-    """A function that installs a package pillow-heif, and returns the list of its registrations."""
+    """Return a function that installs a fake pillow-heif and returns the list of its calls."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     image_files.reads_heif.cache_clear()
 
@@ -177,9 +177,9 @@ def add_heif_package(monkeypatch):
     image_files.reads_heif.cache_clear()
 
 
-def test_heic_is_read_where_pillow_can(folder, add_heif_package):
+def test_heic_is_read_if_pillow_can(folder, add_heif_package):
     save(folder / "d.png")
-    (folder / "d.png").rename(folder / "d.heic")  # Pillow uses the content
+    (folder / "d.png").rename(folder / "d.heic")  # Pillow detects the format from the content
     assert len(open_images(str(folder))) == 3
     registrations = add_heif_package()
     images = open_images(str(folder))
@@ -188,7 +188,7 @@ def test_heic_is_read_where_pillow_can(folder, add_heif_package):
     assert registrations == ["HEIF"]
 
 
-def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path):
+def test_subfolders_are_read_in_place_with_their_caption_files(tmp_path):
     for name in ("cat", "dog"):
         save(tmp_path / "set" / name / "1.png")
         (tmp_path / "set" / name / "1.txt").write_text(f"a {name}")
@@ -211,7 +211,7 @@ def test_kohyas_number_of_repeats_in_a_folders_name_is_not_read(tmp_path):
 
 @pytest.fixture
 def hub_options(tmp_path, monkeypatch):
-    """A folder of Parquet files instead of the hub, with a preview next to them."""
+    """Replace the Hub with a folder of Parquet files and a preview; return options to open it."""
     rows: dict[str, Any] = {
         "zero": Image.new("RGB", (10, 8)),
         "": Image.new("RGB", (11, 8)),
@@ -231,7 +231,7 @@ def hub_options(tmp_path, monkeypatch):
     return {"image_column": "picture", "config_name": "small", "cache_dir": cache}
 
 
-def test_a_set_on_the_hub_is_read_as_its_tables_are(hub_options):
+def test_a_set_on_the_hub_is_read_from_its_tables(hub_options):
     images = open_images(
         "someone/icons", skip_bad_images=True, caption_column="prompt", **hub_options
     )
@@ -244,12 +244,12 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(hub_options):
     assert unpickled_images.fingerprint() == images.fingerprint()
 
 
-def test_a_row_without_an_image_is_named(hub_options):
+def test_a_row_without_an_image_is_refused_with_its_number(hub_options):
     with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
         open_images("someone/icons", **hub_options)
 
 
-def test_fewer_images_than_five_are_a_line(tmp_path, caplog):
+def test_fewer_than_five_images_give_a_warning(tmp_path, caplog):
     def messages_of(count):
         for number in range(count):
             save(tmp_path / f"{number}.png")

@@ -1,4 +1,4 @@
-"""Inputs and losses of a micro-batch, by options of the image script."""
+"""Inputs and losses of a micro-batch for different options of the image script."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ from tests.scripts.runs import flags
 
 @pytest.fixture(scope="module")
 def make_task():
-    """A function that builds a task from options, on a copy of the miniature and its icons."""
+    """Return a function that builds a task from options, with a copy of the miniature."""
     pipeline = load_pipeline("mini", dtype=torch.float32)
     images = open_images("mini", caption_column="prompt")
 
@@ -49,7 +49,7 @@ def test_offset_noise_adds_a_number_to_each_channel_and_changes_nothing_else(mak
     numbers = offsets.mean(dim=(2, 3), keepdim=True)
     assert torch.allclose(offsets, numbers.expand_as(offsets), atol=1e-5)
     assert len(numbers.unique()) == numbers.numel()
-    assert 0.5 < numbers.std() < 2  # of a normal deviation of 1, by few numbers
+    assert 0.5 < numbers.std() < 2  # the true deviation is 1, but there are few numbers
     assert torch.equal(plain["latents"], shifted["latents"])
     assert torch.equal(plain["level_index"], shifted["level_index"])
 
@@ -70,15 +70,15 @@ CLASS = {"class_prompt": "an icon", "class_data_dir": "class"}
     ids=["alone", "class kept", "class images", "encoders"],
 )
 @torch.no_grad()
-def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task):
-    """The formula, also with smaller micro-batches."""
+def test_every_16th_step_holds_the_unconditional_prediction(options, make_task):
+    """The loss equals the formula, also with smaller micro-batches."""
     task = make_task(hold_unconditional=4, **options)
     original = copy.deepcopy(task.pipeline)
     for target in task.targets():
         adapters.inject(target.model, target.spec)
         for number, factors in enumerate(adapters.factors(target.model, adapters.PRIMARY)):
             random = torch.Generator().manual_seed(number)
-            # So that the adapters change the prediction.
+            # B is not zero, so the adapters change the prediction.
             torch.nn.init.normal_(factors.B, std=0.2, generator=random)
     # Steps are counted from 0, so the 16th is step 15.
     for step in (0, 14, 16):
@@ -88,7 +88,7 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
     noisy, timesteps = task.module.noise_schedule.add_noise(inputs)
 
     def predict_unconditionally(pipeline):
-        """The prediction for the two instances; class images have none."""
+        """Return the unconditional prediction for the two instances; class images have none."""
         negative = embed_negative(pipeline, 2)
         added = {"text_embeds": negative["pooled"], "time_ids": inputs["time_ids"][:2]}
         sequence = negative["sequence"]
@@ -107,7 +107,7 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
 
 
 def predict(pipeline, inputs, embedded):
-    """diffusers' own call of the UNet on the rows of a micro-batch, in float64."""
+    """Call diffusers' UNet on the rows of a micro-batch, in float64."""
     alphas = pipeline.scheduler.alphas_cumprod.double()[inputs["level_index"]].view(-1, 1, 1, 1)
     noisy = alphas.sqrt() * inputs["latents"].double()
     noisy = noisy + (1 - alphas).sqrt() * inputs["noise"].double()
@@ -125,7 +125,7 @@ GUIDED_RUNS: dict[str, tuple[dict[str, Any], tuple[bool, ...]]] = {
     "held": ({"hold_unconditional": 4, "hold_unconditional_every": 1}, (True, True)),
     "checkpointing": ({"gradient_checkpointing": True, "method": "bilora", "rho": 3}, (True, True)),
 }
-"""Options of a run, and which rows of a step have a guided target."""
+"""Name -> options of a run, and which rows of a step have a guided target."""
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ GUIDED_RUNS: dict[str, tuple[dict[str, Any], tuple[bool, ...]]] = {
         for name, run in GUIDED_RUNS.items()
     ],
 )
-def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
-    options, guided_rows, make_task
-):
-    """Loss and gradients against a float64 reference; class images and dropped captions have the
-    plain target, and an unconditional prediction of the base model has no adapters anywhere.
+def test_the_guided_target_reverses_guidance_from_the_base_model(options, guided_rows, make_task):
+    """Loss and gradients equal a float64 reference.
+
+    Class images and dropped captions keep the plain target. The base model's unconditional
+    prediction uses no adapter in any of the models.
     """
     scale = 3
     task = make_task(guided_target=scale, random_flip=True, **options)
@@ -175,7 +175,7 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
     prediction = predict(exact, inputs, captioned)
     with torch.no_grad():
         unconditional = predict(exact_original, inputs, empty)
-        # Guidance of scale S: u + S (p - u); the target of p is that of (p - u) / S + u.
+        # The plain target is that of u + (p - u) / S, so guidance of scale S would give p.
         share = (1 - 1 / scale) * torch.tensor(guided_rows).double().view(-1, 1, 1, 1)
         guided_target = inputs["noise"].double() + share * (prediction - unconditional)
     row_losses = (prediction - guided_target).square().mean(dim=(1, 2, 3))
@@ -194,7 +194,7 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
             error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
             assert error < 1e-3
 
-    # Rows with the plain target have the loss of a run without a guided target, to the bit.
+    # Rows with the plain target have exactly the loss of a run without a guided target.
     if GUIDANCE_SHARE in inputs:
         del inputs[GUIDANCE_SHARE]
     is_plain = [not is_guided for is_guided in guided_rows[:2]]
@@ -205,8 +205,8 @@ def test_the_guided_target_has_what_guidance_from_the_base_model_predicts(
 
 
 @pytest.mark.slow
-def test_processes_that_read_ahead_hand_over_pixels_alone(make_task, monkeypatch):
-    """The same data to the bit, without the set of images and its hashes with each sample."""
+def test_processes_that_read_ahead_hand_over_only_pixels(make_task, monkeypatch):
+    """The data are the same bit for bit, and no sample carries the image set and its hashes."""
     handed_over = []
 
     class RecordingLoader(DataLoader):
@@ -225,5 +225,5 @@ def test_processes_that_read_ahead_hand_over_pixels_alone(make_task, monkeypatch
         assert (read_ahead.names, read_ahead.digests) == (batch.names, batch.digests)
         for name, values in batch.inputs.items():
             torch.testing.assert_close(read_ahead.inputs[name], values, rtol=0, atol=0)
-    num_pixel_bytes = 4 * 4 * 3 * 64 * 64  # float32, of two images and two class images
+    num_pixel_bytes = 4 * 4 * 3 * 64 * 64  # float32; two images and two class images
     assert num_pixel_bytes < max(handed_over) < num_pixel_bytes + 4000

@@ -1,4 +1,4 @@
-"""Validation images: settings of prompts, images and index."""
+"""Validation images: the settings in prompts, the images, and the index."""
 
 import json
 from dataclasses import replace
@@ -47,14 +47,14 @@ def samples(*prompts, **options):
         ("a dog --guidance_from 1", PLAIN),
     ],
 )
-def test_a_prompt_in_kohyas_form(text, sample):
+def test_a_prompts_settings_are_read_in_kohyas_form(text, sample):
     assert samples(text, num_validation_images=1) == [sample]
     one_prompt = resolve([*DATA, "--validation_prompt", text, "--num_validation_images", "1"])
     assert one_prompt.samples == [sample]
 
 
 def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
-    """Images without a seed of their own have the run's, so that paired runs stay paired."""
+    """A prompt without a seed uses the run's seed, so paired runs stay paired."""
     dog = replace(DOG, height=64)
     dog_text = KOHYA.replace(" --h 1216", "")
     recipe = tmp_path / "run.yaml"
@@ -78,7 +78,7 @@ def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
     assert by_recipe.samples == expected
     assert samples(str(prompts), seed=3) == expected
     assert samples(dog_text, "--validation_prompts", "a lion", seed=3) == expected
-    # Prompts change no sample that is learned, so a resume may have others.
+    # Validation prompts change no training sample, so a resumed run may have other ones.
     assert by_recipe.resume_settings() == resolve([*DATA, "--seed", "3"]).resume_settings()
 
 
@@ -98,7 +98,9 @@ def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
     ],
     ids=str,
 )
-def test_bad_settings_are_a_sentence_with_their_place(item, part, tmp_path, capsys):
+def test_invalid_settings_are_refused_in_one_sentence_with_the_prompts_number(
+    item, part, tmp_path, capsys
+):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": ["a", item]}))
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -111,7 +113,7 @@ def test_bad_settings_are_a_sentence_with_their_place(item, part, tmp_path, caps
 
 
 @pytest.mark.parametrize("path", ["prompts.txt", "/no/such/prompts"])
-def test_a_file_of_prompts_that_is_not_there_is_no_prompt(path):
+def test_a_missing_file_of_prompts_is_refused_and_not_used_as_a_prompt(path):
     with pytest.raises(UserError, match=f'"{path}" is not there'):
         samples(path)
 
@@ -119,11 +121,11 @@ def test_a_file_of_prompts_that_is_not_there_is_no_prompt(path):
 @pytest.mark.parametrize(
     "text", ["a page that says prompts.txt", "longer than a file's name, " * 20]
 )
-def test_a_prompt_is_no_file(text):
+def test_a_prompt_that_mentions_a_file_is_not_read_as_a_file(text):
     assert samples(text)[0].prompt == text
 
 
-def test_settings_that_can_have_no_effect_are_refused():
+def test_settings_without_effect_are_refused():
     with pytest.raises(UserError, match="--method full"):
         samples("a --am 0.5", method="full")
     from_base = r"eval.clip_scores --guidance_from base"
@@ -140,7 +142,7 @@ def test_settings_that_can_have_no_effect_are_refused():
 @pytest.mark.parametrize(
     ("flags", "source"),
     [
-        ("", "adapter"),  # nothing is chosen
+        ("", "adapter"),  # no step is chosen
         ("--keep_best", 0.5),
         ("--keep_best --choose_by loss", "adapter"),
         ("--keep_best --choice_guidance_from 1", "adapter"),
@@ -152,9 +154,7 @@ def test_settings_that_can_have_no_effect_are_refused():
         ("--keep_best --init_lora_weights lora-ga", "adapter"),
     ],
 )
-def test_samples_that_choose_a_step_have_half_the_adapter_unless_something_else_is_asked_for(
-    flags, source
-):
+def test_samples_that_choose_a_step_are_guided_from_half_the_adapter_by_default(flags, source):
     cfg = resolve([*DATA, *flags.split()])
     assert cfg.choice_guidance_from == source
     is_given = "--validation_guidance_from" in flags
@@ -169,13 +169,13 @@ def test_samples_that_choose_a_step_have_half_the_adapter_unless_something_else_
         ("--keep_best --choice_guidance_from base --guided_target 2", "a guidance above 1"),
     ],
 )
-def test_a_strength_for_these_samples_is_refused_where_it_can_not_act(flags, words):
+def test_choice_guidance_from_is_refused_where_it_has_no_effect(flags, words):
     with pytest.raises(UserError, match=words):
         resolve([*DATA, *flags.split()])
 
 
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
-def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
+def test_settings_that_a_model_ignores_are_refused(pipeline, monkeypatch):
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
     monkeypatch.setattr(config, "read_base_model", lambda *_: model)
     assert samples("a --l 9", resolution=64)
@@ -190,14 +190,14 @@ def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
 
 
 @pytest.mark.slow
-def test_images_and_index_are_those_of_the_samples(tmp_path):
-    """Each image equals the pipeline's with the same settings; a seed is given or the run's."""
+def test_images_and_index_match_the_samples(tmp_path):
+    """Each image equals the pipeline's with the same settings and the prompt's or run's seed."""
     sun = "a TOK icon of a sun --s 2 --guidance_from base"
     tree = "a TOK icon of a tree --s 2 --guidance_from 0.5"
     frog = "a TOK icon of a frog --n a lion --w 96 --h 48 --s 3 --l 3 --d 5 --am 0.5"
     options = {"num_validation_images": 1, "seed": 11, "report_to": "tensorboard", "rank": 2}
     options["learning_rate"] = 3e-2  # high, so that two steps change images visibly
-    AcceleratorState._reset_state()  # of other tests in this process
+    AcceleratorState._reset_state()  # it was set by other tests in this process
     main([*flags(tmp_path, **options), "--validation_prompts", frog, sun, tree])
     expected = [
         ValidationSample("a TOK icon of a frog", "a lion", 5, 0.5, 96, 48, 3.0, 3),
@@ -213,7 +213,7 @@ def test_images_and_index_are_those_of_the_samples(tmp_path):
     assert config["validation_prompts"] == [sample.prompt for sample in expected]
 
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
-    # The exported file in diffusers' own pipeline.
+    # Load the exported file into diffusers' own pipeline.
     pipeline.load_lora_weights(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     for file, sample in zip(files, expected, strict=True):
@@ -230,7 +230,7 @@ def test_images_and_index_are_those_of_the_samples(tmp_path):
             generator=torch.Generator().manual_seed(sample.seed),
         ).images
         if sample.guidance_from != "adapter":
-            # Diffusers' pipeline has no such guidance, so the reference is the command's image.
+            # diffusers' pipeline has no such guidance, so the reference is from `generate`.
             assert difference([reference], [image]) > 4
             settings: dict[str, Any] = {"steps": 2, "guidance_from": sample.guidance_from}
             prompt, seed = [sample.prompt], [sample.seed]
@@ -241,7 +241,7 @@ def test_images_and_index_are_those_of_the_samples(tmp_path):
 OLD_RUN = {"validation_prompts": ["a", "b"], "num_validation_images": 2}
 
 
-def test_a_folder_without_an_index_has_that_of_its_runs_options(tmp_path):
+def test_a_missing_index_is_derived_from_the_runs_options(tmp_path):
     entries = [("000.png", "a"), ("001.png", "a"), ("002.png", "b"), ("003.png", "b")]
     assert read_index(tmp_path / INDEX, OLD_RUN) == [ValidationImage(*entry) for entry in entries]
     assert read_index(tmp_path / INDEX, {}) == []
@@ -265,7 +265,7 @@ def test_a_folder_without_an_index_has_that_of_its_runs_options(tmp_path):
         r'{"images": [{"file": "a.png", "prompt": "\ud800"}]}',
     ],
 )
-def test_a_damaged_index_is_a_sentence(content, tmp_path):
+def test_a_damaged_index_is_refused(content, tmp_path):
     path = tmp_path / INDEX
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=INDEX):

@@ -1,6 +1,6 @@
-"""Small random captioners of transformers' classes, as folders on disk.
+"""Small random captioning models of transformers' classes, saved in folders.
 
-BLIP's is `tests.eval.clip_models.save_blip`.
+For BLIP, see `tests.eval.clip_models.save_blip`.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import transformers as hf
 from tests.eval.clip_models import HEADS, SIZE, WIDTH, save_blip, shake
 from tests.image.tiny.words import qwen_tokenizer
 
-# Turns of a chat with images, in Qwen2.5-VL's words
+# Chat template for turns with images, with Qwen2.5-VL's special tokens
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}"
@@ -24,9 +24,9 @@ CHAT = (
 
 
 def save_florence(folder: Path) -> Path:
-    """A random Florence-2 with a small vocabulary of whole words."""
+    """Save a random Florence-2 with a small vocabulary of single characters."""
     words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<image>"]
-    # The byte-level form of letters, and of spaced words, in which BART's tokenizer has them
+    # Characters in the byte-level form of BART's tokenizer, which writes a space as Ġ
     letters = "abcdefghijklmnopqrstuvwxyzADLWDithbe?.,Ġ"
     words += list(dict.fromkeys(letters))
     tokenizer = hf.BartTokenizer(
@@ -71,7 +71,7 @@ def save_florence(folder: Path) -> Path:
     model = hf.Florence2ForConditionalGeneration(config)
     shake(model, scale=0.3)
     model.save_pretrained(folder)
-    # 32 pixels become 4 x 4 places, and their mean.
+    # An image of 32 x 32 pixels becomes 4 x 4 positions and their mean.
     image_processor = hf.CLIPImageProcessor(
         size={"height": SIZE, "width": SIZE}, do_center_crop=False, image_seq_length=17
     )
@@ -80,7 +80,7 @@ def save_florence(folder: Path) -> Path:
 
 
 def save_chat_model(folder: Path, *, has_template: bool = True) -> Path:
-    """A random Qwen2.5-VL."""
+    """Save a random Qwen2.5-VL."""
     tokenizer = qwen_tokenizer()
     marks: Any = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_tokens(marks, special_tokens=True)

@@ -1,4 +1,4 @@
-"""integrations: a trainer with Bi-LoRA takes the steps of the loop that one would write by hand."""
+"""A trainer with Bi-LoRA takes the same steps as a loop written by hand."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ def peft_llm():
 
 
 def save_every(steps):
-    """Training arguments that evaluate and save every so many steps."""
+    """Return training arguments that evaluate and save at an interval of `steps`."""
     strategies = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
     return {**strategies, "eval_steps": steps, "save_steps": steps}
 
@@ -50,7 +50,9 @@ def save_every(steps):
         ("sft", tiny_llm, trainers.CONFIG, ACCUMULATED, {"accumulate": 4}),
     ],
 )
-def test_a_trainer_takes_the_steps_of_a_loop(kind, make, config, arguments, loop_options, tmp_path):
+def test_a_trainer_takes_the_same_steps_as_a_manual_loop(
+    kind, make, config, arguments, loop_options, tmp_path
+):
     bilora, reference, untrained = [trainers.attached(make(), config) for _ in range(3)]
     trainer = trainers.with_bilora(tmp_path, bilora, kind, optim="adamw_torch_fused", **arguments)
     trainer.train()
@@ -65,7 +67,10 @@ def test_a_trainer_takes_the_steps_of_a_loop(kind, make, config, arguments, loop
 
 
 def preference_loss(model, reference, batch, beta=0.1):
-    """Eq. 7 of DPO (https://arxiv.org/abs/2305.18290): the first half of a batch is preferred."""
+    """Return DPO's loss (Eq. 7 of https://arxiv.org/abs/2305.18290).
+
+    The preferred answers are the first half of the batch.
+    """
 
     def answer_log_probabilities(network):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -80,8 +85,8 @@ def preference_loss(model, reference, batch, beta=0.1):
 
 
 @pytest.mark.parametrize(("make", "arguments"), [(tiny_llm, {}), (peft_llm, {"peft_config": LORA})])
-def test_trls_preference_trainer_takes_the_steps_of_a_loop(make, arguments, tmp_path):
-    """The reference is another model, or the trained one without its adapters."""
+def test_trls_preference_trainer_takes_the_same_steps_as_a_manual_loop(make, arguments, tmp_path):
+    """The reference is a separate model, or the trained model without its adapters."""
     trainer = trainers.plain(tmp_path, tiny_llm(), "dpo", max_steps=6, **arguments)
     bilora = use_bilora(trainer, trainers.CONFIG)
     reference = trainers.attached(make())
@@ -103,9 +108,10 @@ def test_trls_preference_trainer_takes_the_steps_of_a_loop(make, arguments, tmp_
         optimizer.zero_grad()
         expected.append(float(loss.detach()))
     assert trainers.losses(trainer) == pytest.approx(expected, abs=1e-5)
-    assert expected[0] == pytest.approx(math.log(2))  # the reference's own loss
+    # At first, the model equals the reference.
+    assert expected[0] == pytest.approx(math.log(2))
     assert abs(expected[-1] - expected[0]) > 1e-3
-    # The adapters move by up to 6 * RATE; how products are rounded depends on the processor.
+    # The adapters move by up to 6 * RATE; rounding errors depend on the processor.
     assert trainers.difference(bilora, reference) < 1e-3 * 6 * trainers.RATE
     assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-4)
 
@@ -118,7 +124,7 @@ def test_trls_preference_trainer_takes_the_steps_of_a_loop(make, arguments, tmp_
         pytest.param("dpo", tiny_llm, marks=pytest.mark.slow),
     ],
 )
-def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
+def test_only_the_primary_is_evaluated_and_saved(kind, make, tmp_path):
     bilora = trainers.attached(make(), replace(trainers.CONFIG, rho=0.5))
     heldout = trainers.preferences(8, seed=1) if kind == "dpo" else trainers.rows(8, seed=1)
     events = set()
@@ -144,7 +150,7 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoint-10", tmp_path / "checkpoint-20"):
         names = {path.name for path in folder.iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json"} <= names
-        # PEFT saves a second adapter into a folder of its name.
+        # PEFT would save a second adapter in a folder with its name.
         assert names.isdisjoint({"model.safetensors", AUXILIARY})
         assert ("bilora_state.safetensors" in names) == (folder != tmp_path)
         assert not any(AUXILIARY in key for key in load_file(folder / "adapter_model.safetensors"))
@@ -161,19 +167,19 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
         logits = trainer.predict(heldout).predictions
         assert (logits == plain_trainer.predict(heldout).predictions).all()
     (batch,) = trainers.batches(trainers.rows(4, seed=1))
-    with torch.no_grad():  # the model after training is the primary alone too
+    with torch.no_grad():  # after training, only the primary is active
         primary_loss = float(bilora.model.eval()(**batch).loss)
         assert float(exported.eval()(**batch).loss) == primary_loss
         adapters.activate(bilora.model, (PRIMARY, AUXILIARY))
         assert abs(float(bilora.model(**batch).loss) - primary_loss) > 1e-4
 
 
-def test_the_best_model_comes_back(tmp_path):
+def test_the_best_model_is_restored_at_the_end(tmp_path):
     bilora = trainers.attached(tiny_llm())
     trainer = trainers.with_bilora(
         tmp_path,
         bilora,
-        data=trainers.rows(4),  # few rows, so that the loss of others rises
+        data=trainers.rows(4),  # few rows, so the held-out loss rises
         eval_dataset=trainers.rows(8, seed=1),
         learning_rate=3e-2,
         load_best_model_at_end=True,
@@ -188,7 +194,7 @@ def test_the_best_model_comes_back(tmp_path):
         assert torch.equal(best[f"base_model.model.{key}"], tensor)
 
 
-def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path):
+def test_a_classifier_trains_its_head_together_with_the_adapters(tmp_path):
     model = AutoModelForSequenceClassification.from_config(tiny_llm().config)
     initial_head = model.score.weight.detach().clone()
     examples = []

@@ -1,4 +1,4 @@
-"""integrations: resumes are exact, and what would be silently wrong is refused in a sentence."""
+"""Trainers with Bi-LoRA resume exactly, and refuse setups that would be silently wrong."""
 
 import shutil
 from dataclasses import replace
@@ -23,17 +23,21 @@ STOP = 4
 
 
 class Stop(TrainerCallback):
-    """Ends a training after so many steps, as a signal does."""
+    """Callback that stops training after `STOP` steps, as a signal would."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == STOP
 
 
 def make(folder, config=trainers.CONFIG, kind="trainer", seed=7, **values):
-    """A trainer as a new process would make it; `seed` is of what the process did before."""
+    """Return a trainer and its handle as a new process would create them.
+
+    Args:
+        seed: seed of the process's random state and of the initial adapters.
+    """
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    # What a resumed run learns depends on its checkpoint, not on the process.
+    # A resumed run must depend on its checkpoint, not on the process's random state.
     set_seed(seed)
     model: Any = tiny_llm()
     if values.get("bf16"):
@@ -68,8 +72,8 @@ AUXILIARY_OPTIONS = {"init": "pissa", "auxiliary_rank": 2, "auxiliary_learning_r
     ],
     ids=str,
 )
-def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
-    """Transformers alone would leave the auxiliary as it was made, and frozen."""
+def test_a_resumed_run_equals_an_uninterrupted_run(kind, changes, values, tmp_path):
+    """Transformers alone would leave the auxiliary frozen at its initial values."""
     config = replace(trainers.CONFIG, **changes)
     uninterrupted, expected = make(tmp_path / "uninterrupted", config, kind, **values)
     uninterrupted.train()
@@ -117,7 +121,7 @@ def stopped(tmp_path_factory):
         (None, r"rho was 0\.02 and is 0\.5", 0.5),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
+def test_an_unusable_checkpoint_is_refused_and_changes_nothing(
     damaged, word, rho, stopped, tmp_path
 ):
     checkpoint = Path(shutil.copytree(stopped, tmp_path / stopped.name))
@@ -141,7 +145,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
         ("model_init", tiny_llm, "model_init.*model="),
     ],
 )
-def test_a_trainer_whose_engine_would_not_train_the_adapters(attribute, value, word, tmp_path):
+def test_a_trainer_that_would_not_train_the_adapters_is_refused(attribute, value, word, tmp_path):
     trainer = trainers.plain(tmp_path, tiny_llm())
     setattr(trainer, attribute, value)
     with pytest.raises(UserError, match=word):
@@ -154,14 +158,14 @@ def test_an_optimizer_with_weights_of_its_own_is_refused(tmp_path):
         use_bilora(trainer, trainers.CONFIG)
 
 
-def test_a_transformers_without_a_method_that_bilora_overrides_is_refused(tmp_path, monkeypatch):
+def test_a_transformers_version_without_an_overridden_method_is_refused(tmp_path, monkeypatch):
     trainer = trainers.plain(tmp_path, tiny_llm())
     monkeypatch.delattr(Trainer, "prediction_step")
     with pytest.raises(UserError, match="has no prediction_step"):
         use_bilora(trainer, trainers.CONFIG)
 
 
-def test_targets_that_trl_would_pass_by_are_refused(tmp_path):
+def test_target_modules_that_trl_would_bypass_are_refused(tmp_path):
     trainer = trainers.plain(tmp_path, tiny_llm(), "sft")
     with pytest.raises(UserError, match="target_modules"):
         use_bilora(trainer, BiLoRAConfig(target_modules=("q_proj", "lm_head")))
@@ -171,7 +175,7 @@ TARGETS = LoraConfig(target_modules=["q_proj"])
 
 
 def test_an_adapter_that_trl_copied_as_its_reference_is_refused(tmp_path):
-    """TRL would activate the primary alone after each pass with the copy."""
+    """After each pass with the copy, TRL would activate only the primary."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     model = get_peft_model(tiny_llm(), config)
     trainer = trainers.plain(tmp_path, model, "dpo", ref_model=None)
@@ -195,7 +199,7 @@ def test_an_adapter_that_trl_copied_as_its_reference_is_refused(tmp_path):
         ),
     ],
 )
-def test_a_trainer_of_another_model_is_refused(make, word, tmp_path):
+def test_an_unsuitable_trainer_is_refused(make, word, tmp_path):
     bilora = trainers.attached(tiny_llm())
     trainer = make(tmp_path, bilora)
     with pytest.raises(UserError, match=word):
@@ -203,7 +207,7 @@ def test_a_trainer_of_another_model_is_refused(make, word, tmp_path):
 
 
 @pytest.mark.parametrize("descends", [False, True])
-def test_a_wrong_optimizer(descends, tmp_path):
+def test_an_optimizer_with_wrong_parameter_groups_is_refused(descends, tmp_path):
     bilora = trainers.attached(tiny_llm())
     # One group for all adapters, or an auxiliary that descends.
     groups: Any = [parameter for parameter in bilora.model.parameters() if parameter.requires_grad]
@@ -216,7 +220,7 @@ def test_a_wrong_optimizer(descends, tmp_path):
 
 
 @pytest.mark.parametrize("binds", [False, True])
-def test_an_optimizer_of_ones_own(binds, tmp_path):
+def test_a_custom_optimizer_works_whether_it_is_bound_before_or_not(binds, tmp_path):
     bilora = trainers.attached(tiny_llm())
     optimizer = torch.optim.AdamW(bilora.param_groups(lr=trainers.RATE))
     if binds:
@@ -242,7 +246,7 @@ def evaluate(trainer):
     trainer.evaluate(trainers.rows(4))
 
 
-def keep(trainer):
+def change_nothing(trainer):
     pass
 
 
@@ -252,11 +256,11 @@ def keep(trainer):
         (let_auxiliary_descend, "maximize=False", {}),
         (drop_projection, "not projected", {}),
         (train_head, r"lm_head\.weight", {}),
-        (evaluate, "bfloat16", {"bf16_full_eval": True}),  # it leaves the model in bf16
-        (keep, "groups of its own", {"optimizer_cls_and_kwargs": (lambda: None, {})}),
+        (evaluate, "bfloat16", {"bf16_full_eval": True}),  # the evaluation leaves the model in bf16
+        (change_nothing, "groups of its own", {"optimizer_cls_and_kwargs": (lambda: None, {})}),
     ],
 )
-def test_what_was_spoiled_after_use_bilora(spoil, word, values, tmp_path):
+def test_harmful_changes_after_use_bilora_are_refused(spoil, word, values, tmp_path):
     trainer = trainers.with_bilora(tmp_path, trainers.attached(tiny_llm()), max_steps=1, **values)
     spoil(trainer)
     with pytest.raises(UserError, match=word):

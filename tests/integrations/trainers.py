@@ -1,4 +1,4 @@
-"""Data for small text models, trainers with Bi-LoRA, and the loop to compare them with."""
+"""Data for small text models, trainers with Bi-LoRA, and a manual loop to compare them with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ CONSTRUCTOR_ARGUMENTS = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each of the words w3, w4, ..., and three special ones."""
+    """Return a tokenizer with a token for each word w3, w4, ... and three special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2}
@@ -50,7 +50,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows(count: int = STEPS * BATCH, seed: int = 0) -> Dataset:
-    """Token rows of one length; each row's first tokens, of a number of its own, have no loss."""
+    """Return token rows of equal length; the first 0 to 4 tokens of each row have no loss."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, WORDS, (count, LENGTH), generator=generator)
     labels = tokens.clone()
@@ -66,7 +66,7 @@ def rows(count: int = STEPS * BATCH, seed: int = 0) -> Dataset:
 
 
 def preferences(count: int = STEPS * BATCH, seed: int = 0) -> Dataset:
-    """Prompts of a few words, each with a better and a worse answer of other lengths."""
+    """Return prompts of two words, each with a better and a worse answer of different lengths."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for number in range(count):
@@ -81,7 +81,7 @@ def preferences(count: int = STEPS * BATCH, seed: int = 0) -> Dataset:
 
 
 def settings(folder: Path, **values: Any) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` for 20 steps over `rows()` in their order."""
+    """Return arguments of `TrainingArguments` for 20 steps over `rows()`, in order."""
     return {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -101,12 +101,12 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
 
 
 def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any:
-    """A trainer over `rows()`, or over `preferences()` with another model as the reference.
+    """Return a trainer on `rows()`; for "dpo", on `preferences()` with a separate reference model.
 
     Args:
         kind: "trainer", "seq2seq", "sft" or "dpo".
-        values: Its training arguments; those in `CONSTRUCTOR_ARGUMENTS`, and `data` for the
-            training set, are arguments of the trainer itself.
+        values: training arguments; those in `CONSTRUCTOR_ARGUMENTS`, and `data` for the training
+            set, are passed to the trainer itself.
     """
     make_data = preferences if kind == "dpo" else rows
     arguments: dict[str, Any] = {"train_dataset": values.pop("data", None) or make_data()}
@@ -134,7 +134,7 @@ def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any
 
 
 def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: Any) -> Any:
-    """The trainer of `plain` on the model of `bilora`, whose adapters it trains."""
+    """Return a trainer like that of `plain`, which trains the adapters of `bilora`."""
     trainer = plain(folder, bilora.model, kind, **values)
     assert use_bilora(trainer, bilora) is bilora
     return trainer
@@ -149,7 +149,7 @@ def batches(data: Dataset) -> list[dict[str, Tensor]]:
 
 
 def count_targets(batch: dict[str, Tensor], shifts: bool) -> int:
-    """Tokens with a loss; a causal model has none for the first token."""
+    """Count the tokens with a loss; the first token has none if the model predicts the next one."""
     labels = batch["labels"][:, 1:] if shifts else batch["labels"]
     return int((labels != -100).sum())
 
@@ -170,8 +170,9 @@ def by_hand(
     decay: float = 0.0,
     shifts: bool = True,
 ) -> list[float]:
-    """Train as README's loop does, over all of `data`; the loss of a step is the mean over all its
-    target tokens.
+    """Train on all of `data` like the loop in README, and return the loss of each step.
+
+    A step's loss is the mean over the target tokens of all its batches.
 
     Args:
         shifts: whether the model predicts the next token.
@@ -186,7 +187,7 @@ def by_hand(
     model: Any = bilora.model
     losses = []
     for step in range(steps):
-        numbers = range(step * accumulate, (step + 1) * accumulate)  # of the step's batches
+        numbers = range(step * accumulate, (step + 1) * accumulate)  # of this step's batches
         all_targets = sum(count_targets(data[number], shifts) for number in numbers)
         total = 0.0
         for number in numbers:
@@ -205,7 +206,7 @@ def by_hand(
 
 
 def difference(left: BiLoRA, right: BiLoRA) -> float:
-    """The largest difference between what two models have of adapters."""
+    """Return the largest difference between the adapters of two models."""
     left_tensors, right_tensors = left._method.tensors(), right._method.tensors()
     assert left_tensors.keys() == right_tensors.keys()
     differences = [(left_tensors[key] - right_tensors[key]).abs().max() for key in left_tensors]
@@ -213,5 +214,5 @@ def difference(left: BiLoRA, right: BiLoRA) -> float:
 
 
 def losses(trainer: Any, name: str = "loss") -> list[float]:
-    """Values that a trainer logged under a name, by default the training loss of each step."""
+    """Return the values that a trainer logged under a name, by default each step's loss."""
     return [line[name] for line in trainer.state.log_history if name in line]

@@ -1,4 +1,4 @@
-"""A method in float64 on two layers, beside which the literal references are run."""
+"""Small runs of a method in float64, and their comparison with the literal references."""
 
 import copy
 from collections.abc import Callable
@@ -31,11 +31,11 @@ def batch(k: int) -> tuple[Tensor, Tensor]:
 
 
 class Run:
-    """A method with its optimizer; the batches are the same for all.
+    """A method on two layers, with its optimizer. All runs use the same batches.
 
     Args:
-        kind: an optimizer, or the name of one of torch.
-        bound: whether the method knows the optimizer.
+        kind: optimizer class, or the name of an optimizer of torch.
+        bound: whether to bind the method to the optimizer.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Run:
         self.passes = 0
 
     def backward(self, k: int = 0) -> Tensor:
-        """One pass over `batch(k)`; the loss."""
+        """Compute the gradients on `batch(k)` and return the loss."""
         self.passes += 1
         x, y = batch(k)
         loss = (self.model(x) - y).square().mean()
@@ -71,7 +71,11 @@ class Run:
     def train(
         self, steps: int = STEPS, first: int = 0, backward: Callable[[int], Tensor] | None = None
     ) -> list[float]:
-        """The losses of steps on `batch(first)` and those after it, or with other passes."""
+        """Train on `batch(first)` and the following ones, and return the losses.
+
+        Args:
+            backward: replaces `Run.backward`.
+        """
         losses = []
         for k in range(first, first + steps):
             forward_backward = partial(backward or self.backward, k)
@@ -84,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Updates:
-    """How the optimizer is to update the matrices of an adapter, or of a whole model."""
+    """The expected updates of an adapter's matrices, or of a full model's weights."""
 
     lr: float
     decay: float = 0.0
@@ -92,14 +96,14 @@ class Updates:
 
 
 def reference_net(run: Run, primary: Updates, auxiliary: Updates | None = None) -> reference.Net:
-    """The run's layers as the reference has them, with an optimizer of the run's kind.
+    """Return the run's layers as a reference network, with an optimizer of the run's kind.
 
-    The updates are the arguments', and not those of the run's parameter groups: a method that
-    gives its groups another rate or direction must leave the reference.
+    The updates come from the arguments, not from the run's parameter groups, so a method that gives
+    its groups a wrong rate or direction differs from the reference.
 
     Args:
-        primary: of the primary, or of the weights of a method that trains all.
-        auxiliary: of the auxiliary, if the method has one.
+        primary: updates of the primary, or of all weights for full fine-tuning.
+        auxiliary: updates of the auxiliary, if the method has one.
     """
     primary_names = ("W0", "b") if run.method.exports_weights else ("A", "B")
     updates_of_matrix = dict.fromkeys(primary_names, primary)
@@ -117,7 +121,7 @@ def reference_net(run: Run, primary: Updates, auxiliary: Updates | None = None) 
 
 
 def reference_layers(run: Run) -> list[reference.Layer]:
-    """Copies of the run's layers, with the values of all that is trained."""
+    """Return the run's layers with their current values, as layers of the reference."""
     layers = []
     for index in (0, 2):
         layer = copy.deepcopy(run.model[index])
@@ -135,7 +139,7 @@ def reference_layers(run: Run) -> list[reference.Layer]:
 
 
 def assert_same_layers(run: Run, net: reference.Net) -> None:
-    """All that is trained is as the reference has it."""
+    """Check that the run's weights and adapters equal the reference's."""
     for layer, run_layer in zip(net.layers, reference_layers(run), strict=True):
         for name in ("W0", "b", "A", "B", "A2", "B2"):
             expected, value = getattr(layer, name), getattr(run_layer, name)
@@ -149,22 +153,21 @@ def assert_follows_reference(
     auxiliary: Updates | None = None,
     warmup: int = 0,
 ) -> reference.Net:
-    """Train the run and its reference side by side, assert that they are equal, return the
-    reference.
+    """Train the run and its reference, check that they stay equal, and return the reference.
 
     Args:
-        step: one step of the reference.
-        primary, auxiliary: as of `reference_net`.
-        warmup: steps in which all learning rates rise from 0, linearly.
+        step: function that takes one step of the reference.
+        primary, auxiliary: see `reference_net`.
+        warmup: number of steps in which all learning rates rise linearly from 0.
     """
     net = reference_net(run, primary, auxiliary)
-    # The rates before the warm-up; a rule holds its optimizer's moments too.
+    # Copies that keep the full rates; the rules themselves also hold the optimizer's moments.
     rates = copy.deepcopy(net.rules)
-    schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: rising(k, warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: warmup_factor(k, warmup))
     for net.k in range(STEPS):
         for layer_rules, layer_rates in zip(net.rules, rates, strict=True):
             for name, rule in layer_rules.items():
-                rule.lr = layer_rates[name].lr * rising(net.k, warmup)
+                rule.lr = layer_rates[name].lr * warmup_factor(net.k, warmup)
         expected_loss = step(net, *batch(net.k))
         (loss,) = run.train(1, first=net.k)
         assert loss == pytest.approx(expected_loss, rel=1e-10, abs=1e-10)
@@ -173,6 +176,6 @@ def assert_follows_reference(
     return net
 
 
-def rising(step: int, warmup: int) -> float:
-    """Factor on the learning rate at a step, from 0."""
+def warmup_factor(step: int, warmup: int) -> float:
+    """Return the warm-up's factor on the learning rate at a step, counted from 0."""
     return min(1.0, step / warmup) if warmup else 1.0

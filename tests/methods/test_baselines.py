@@ -1,4 +1,4 @@
-"""Promises of the baselines in addition to their references: limits, perturbations, refusals."""
+"""Promises of the baselines that the references do not cover: perturbations, refusals, metrics."""
 
 import copy
 from dataclasses import replace
@@ -15,8 +15,8 @@ from tests.references import methods as reference
 
 
 @pytest.mark.parametrize("name", ["oBAR", "nBAR"])
-def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(name):
-    """accelerate's `prepare` and a resume put new dictionaries into `param_groups`."""
+def test_bar_follows_a_warm_up_after_the_optimizers_groups_were_replaced(name):
+    """accelerate's `prepare` and resuming replace the dictionaries in `param_groups`."""
     run = Run(f"lora-{name}".lower(), MethodOptions(bar_alpha=2.0), "SGD", 0.1)
     run.optimizer.load_state_dict(run.optimizer.state_dict())
     step = partial(reference.bar, kind=name, strength=2.0)
@@ -24,13 +24,13 @@ def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(name)
 
 
 @pytest.mark.parametrize("name", sorted(set(names()) - {"lora", "full"}))
-def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name):
-    """The output does not reach the last layer (SDXL's text encoders have such a one)."""
+def test_a_layer_without_a_gradient_stays_unchanged_and_the_others_train(name):
+    """The loss does not depend on the last layer, as in SDXL's text encoders."""
     options = MethodOptions(rho=0.3, bar_alpha=2.0, num_steps=STEPS)
     run = Run(name, options, "AdamW", 0.05, 0.01)
     smaller_run = Run(name, options, "AdamW", 0.05, 0.01, replace(SPEC, target_modules=("0",)))
     for key, tensor in smaller_run.method.tensors().items():
-        # Both start alike in the first layer.
+        # Both runs start with the same values in the first layer.
         tensor.copy_(run.method.tensors()[key])
     initial_primary = run.primary()
 
@@ -75,7 +75,7 @@ def test_full_fine_tuning_needs_float32():
         create("full").setup([Target("unet", nn.Linear(3, 3).bfloat16(), SPEC, 1e-3)])
 
 
-def test_a_schedule_without_a_length_is_refused():
+def test_a_schedule_without_a_number_of_steps_is_refused():
     run = Run("flat-lora")
     with pytest.raises(UserError, match="num_steps"):
         run.train(1)
@@ -83,7 +83,7 @@ def test_a_schedule_without_a_length_is_refused():
     assert not any(create(name).depends_on_length for name in ("bilora", "lora-obar"))
 
 
-def test_lora_sam_logs_by_how_much_the_loss_rises_uphill():
+def test_lora_sam_logs_the_loss_increase_at_the_perturbed_weights():
     run = Run("lora-sam", MethodOptions(rho=0.2))
     assert run.method.metrics() == {}
     run.train(1)

@@ -1,4 +1,4 @@
-"""Bi-LoRA: its ball after every step, and its optimizers."""
+"""Bi-LoRA: its ball after every step, and the optimizers that it accepts."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ ALPHAS = st.sampled_from([0.5, 2.0, 32.0])
 def test_the_norm_is_measured_and_within_rho_after_every_step(
     sizes, ranks, alphas, rho, rho_norm, dtype, kind, layout
 ):
-    """Acceptance: the norm of the weights' changes themselves, in float64; Conv2d among them."""
+    """The expected norm is that of the weight changes in float64, including a Conv2d."""
     inputs, channels, outputs = sizes
     torch.manual_seed(0)
     model: Any = nn.Sequential(
@@ -72,14 +72,14 @@ def test_the_norm_is_measured_and_within_rho_after_every_step(
 
 
 def change(layer, scaled):
-    """The auxiliary's change of a linear or convolution layer's weight, formed in float64."""
+    """Return the auxiliary's change of a linear or convolution layer's weight, in float64."""
     A = layer.lora_A[AUXILIARY].weight.detach().double().flatten(1)  # (rank, in * kernel)
     B = layer.lora_B[AUXILIARY].weight.detach().double().flatten(1)  # (out, rank)
     return (layer.scaling[AUXILIARY] if scaled else 1.0) * B @ A
 
 
 class Plain(torch.optim.Optimizer):
-    """Gradient descent that knows no `maximize`, as Prodigy and 8-bit AdamW."""
+    """Gradient descent without `maximize`, like Prodigy and 8-bit AdamW."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
@@ -99,12 +99,12 @@ def bilora_run(kind: Any = "SGD", bound=True) -> Any:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrapped):
+def test_every_step_is_projected_and_logged_with_a_schedule_and_accelerate(wrapped):
     run = bilora_run("AdamW", bound=False)
     assert run.method.metrics() == {}
     optimizer = Accelerator(cpu=True).prepare(run.optimizer) if wrapped else run.optimizer
     run.method.bind(optimizer)
-    run.model._apply(torch.clone)  # as accelerate moves models, after `setup`
+    run.model._apply(torch.clone)  # as when accelerate moves a model after `setup`
     scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: 1 / (k + 1))
     for k in range(3):
         run.backward(k)
@@ -113,7 +113,7 @@ def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrap
         optimizer.zero_grad()
         metrics = run.method.metrics()
         assert list(metrics) == ["auxiliary_norm_before", "auxiliary_norm"]
-        # Otherwise there was nothing to project.
+        # Otherwise there would be nothing to project.
         assert metrics["auxiliary_norm_before"] > RHO
         factors = adapters.factors(run.model, AUXILIARY)
         assert float(ball.frobenius_norm(factors)) == pytest.approx(RHO, rel=1e-12)
@@ -126,7 +126,7 @@ def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrap
         run.method.bind(run.optimizer)
 
 
-def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook():
+def test_bind_moves_to_a_new_optimizer_and_refuses_objects_without_hooks():
     run = bilora_run()
     second = torch.optim.SGD(run.groups)
     run.method.bind(second)
@@ -139,7 +139,7 @@ def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook():
         run.method.bind(object())
 
 
-def test_bind_refuses_groups_that_would_train_otherwise():
+def test_bind_refuses_groups_that_would_train_differently():
     run = bilora_run(bound=False)
     primary, auxiliary = [group["params"] for group in run.groups]
     descending = {"params": auxiliary}
@@ -156,7 +156,7 @@ def test_bind_refuses_groups_that_would_train_otherwise():
             run.method.bind(torch.optim.SGD(groups, lr=0.1))
 
 
-def test_an_optimizer_without_maximize_ascends_all_the_same():
+def test_an_optimizer_without_maximize_can_still_ascend():
     sgd_run, plain_run = bilora_run(torch.optim.SGD), bilora_run(Plain)
     for run in (sgd_run, plain_run):
         for k in range(4):
@@ -164,7 +164,7 @@ def test_an_optimizer_without_maximize_ascends_all_the_same():
             auxiliary = adapters.parameters(run.model, AUXILIARY)
             gradients = [copy.deepcopy(parameter.grad) for parameter in auxiliary]
             run.optimizer.step()
-            # A gradient that was turned for the step is turned back.
+            # A gradient that was negated for the step has its old sign again.
             for parameter, gradient in zip(auxiliary, gradients, strict=True):
                 torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
             run.optimizer.zero_grad()
@@ -174,7 +174,7 @@ def test_an_optimizer_without_maximize_ascends_all_the_same():
         torch.testing.assert_close(state, expected, rtol=1e-12, atol=0)
 
 
-def test_a_closure_is_refused_where_gradients_must_be_turned():
+def test_a_closure_is_refused_if_gradients_must_be_negated():
     run = bilora_run(Plain)
     with pytest.raises(UserError, match="closure"):
         run.optimizer.step(run.backward)

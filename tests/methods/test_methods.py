@@ -1,4 +1,4 @@
-"""methods: the registry, the options, the groups, and where the methods start from."""
+"""The registry of methods, their parameter groups, and their initial adapters."""
 
 import pytest
 import torch
@@ -36,17 +36,17 @@ def test_methods_start_from_the_same_primary(option):
             assert any(key.startswith(f"model/{adapter}/") for key in tensors)
 
 
-def test_an_init_changes_no_auxiliary_which_starts_from_other_values_than_the_primary():
+def test_the_auxiliary_ignores_the_init_and_starts_from_its_own_values():
     default_tensors = tensors_at_start("bilora", "default")
     pissa_tensors = tensors_at_start("bilora", "pissa")
     for key, tensor in default_tensors.items():
         if f"/{AUXILIARY}/" in key:
             assert torch.equal(pissa_tensors[key], tensor)
             primary = default_tensors[key.replace(AUXILIARY, PRIMARY)]
-            assert torch.equal(primary, tensor) == ("lora_B" in key)  # where both are zero
+            assert torch.equal(primary, tensor) == ("lora_B" in key)  # both are zero
 
 
-def test_registry(monkeypatch):
+def test_methods_are_registered_and_created_by_name(monkeypatch):
     assert create("bilora").name == "bilora"
     with pytest.raises(UserError, match='did you mean "bilora"'):
         create("bi-lora")
@@ -65,8 +65,8 @@ def test_registry(monkeypatch):
     ("options", "auxiliary_rates"),
     [({}, [1e-3, 1e-4]), ({"auxiliary_learning_rate": 4e-3}, [4e-3, 4e-4])],
 )
-def test_the_groups_of_several_targets(options, auxiliary_rates):
-    """An auxiliary's rate has the ratio of the targets' own; it ascends, and does not decay."""
+def test_every_target_has_a_group_for_each_of_its_adapters(options, auxiliary_rates):
+    """Auxiliary rates keep the ratio of the targets' rates; auxiliaries ascend without decay."""
     targets = [
         Target("unet", tiny_mlp(), AdapterSpec(target_modules=("first",)), 1e-3, 0.1),
         Target("text", tiny_mlp(), AdapterSpec(target_modules=("last",)), 1e-4, 0.2),

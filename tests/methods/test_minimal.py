@@ -1,4 +1,4 @@
-"""`examples/minimal.py` against the library: the same weights after 20 steps, the same file."""
+"""`examples/minimal.py` gives the library's weights after 20 steps, and an equivalent file."""
 
 import copy
 from typing import Any
@@ -27,13 +27,13 @@ def network() -> nn.Module:
 def batches():
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
-        # Large inputs, so that gradients are clipped.
+        # Large inputs cause gradients that are clipped.
         inputs = 20 * torch.randn(5, 6, dtype=torch.float64, generator=generator)
         yield inputs, torch.randint(4, (5,), generator=generator)
 
 
 def factors_of_library(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Each factor by its name in `minimal.BiLoRALinear`."""
+    """Return the library's factors under their names in `minimal.BiLoRALinear`."""
     factors = {}
     for adapter, number in ((PRIMARY, 1), (AUXILIARY, 2)):
         for layer in adapters.factors_of(adapters.layers(model, adapter), adapter):
@@ -43,7 +43,7 @@ def factors_of_library(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train_library(model: nn.Module, initial: dict[str, torch.Tensor], rho: float) -> Any:
-    """Train with `attach` from the given factors; returns the handle."""
+    """Train with `attach` from the initial factors and return the handle."""
     config = BiLoRAConfig(
         rank=3,
         alpha=6,
@@ -70,8 +70,8 @@ def train_library(model: nn.Module, initial: dict[str, torch.Tensor], rho: float
     return bilora
 
 
-@pytest.mark.parametrize("rho", [0.01, 0.05, 100.0])  # the last never bounds the auxiliary
-def test_the_minimal_file_trains_and_saves_what_the_library_does(rho, tmp_path):
+@pytest.mark.parametrize("rho", [0.01, 0.05, 100.0])  # the last is too large to have an effect
+def test_the_minimal_file_trains_and_saves_the_same_adapter_as_the_library(rho, tmp_path):
     base = network()
     minimal_model, library_model = copy.deepcopy(base), copy.deepcopy(base)
     layers = minimal.add_adapters(minimal_model, rank=3, alpha=6)
@@ -89,7 +89,7 @@ def test_the_minimal_file_trains_and_saves_what_the_library_does(rho, tmp_path):
     assert abs(norm - bilora.auxiliary_norm()) < TOLERANCE
     assert norm == pytest.approx(rho) if rho < 1 else 0.05 < norm < rho
 
-    # Both files, loaded by PEFT, give the outputs of the primary alone.
+    # PEFT loads both files, and their outputs are those of the primary alone.
     minimal.save(layers, tmp_path / "minimal")
     bilora.save_pretrained(tmp_path / "library")
     inputs, _ = next(batches())

@@ -1,4 +1,4 @@
-"""Every method against its literal reference, step by step in float64."""
+"""Every method equals its literal reference, step by step in float64."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def bar(net, x, y, kind, schedule):
 
 
 def flat_lora(net, x, y):
-    """With the noise of seed 5."""
+    """Take a step of the reference with the noise of seed 5."""
     noise = []
     for layer, path in zip(net.layers, ("0", "2"), strict=True):
         seed = seed_of(5, "flat-lora", net.k + 1, f"model.{path}")
@@ -36,7 +36,7 @@ def flat_lora(net, x, y):
 
 @dataclass
 class Case:
-    """A method with options, and a step of its reference."""
+    """A method with its options, and the function that takes a step of its reference."""
 
     name: str
     reference: Callable[[Net, Tensor, Tensor], float]
@@ -62,7 +62,7 @@ for _kind in ("oBAR", "nBAR"):
 
 
 def combinations():
-    """Each case with SGD and AdamW, and with a warm-up of AdamW's rate."""
+    """Yield each case with AdamW, with AdamW and a warm-up, and with SGD."""
     for case in CASES:
         yield case, "AdamW", 5e-3, 0.01, 0
         yield case, "AdamW", 5e-3, 0.01, 5
@@ -71,7 +71,7 @@ def combinations():
 
 @pytest.mark.parametrize(("case", "optimizer", "lr", "decay", "warmup"), combinations())
 def test_50_steps_follow_the_reference(case, optimizer, lr, decay, warmup):
-    """Acceptance: float64; an auxiliary has another rank, scale and learning rate."""
+    """The auxiliary has its own rank, scale and learning rate."""
     options = {"num_steps": STEPS, **case.options}
     auxiliary = None
     if case.name == "bilora":
@@ -87,7 +87,7 @@ def test_50_steps_follow_the_reference(case, optimizer, lr, decay, warmup):
     assert run.passes == (2 * STEPS if case.name == "lora-sam" else STEPS)
     # Steps in which the auxiliary left the ball.
     if "outside" in net.numbers:
-        assert sum(net.numbers["outside"]) >= 5, "the projection must have been at work"
+        assert sum(net.numbers["outside"]) >= 5, "the projection acted too rarely for this test"
 
 
 def test_every_method_has_a_reference():

@@ -1,4 +1,4 @@
-"""The embedded miniatures are as good as their cards say; the demo compares what saw the same."""
+"""The packaged miniatures and their scorer match their cards, and only paired runs are compared."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from bilora_diffusion.train.variants import require_paired
 ROOT = Path(mini.__file__).parent
 ICON_COUNTS = {"mini": 23, "mini-heldout": 128, "mini-animals": 12, "mini-animals-heldout": 64}
 SIZE_LIMITS = {mini.pipeline_dir(): 44e6, mini.flow_dir(): 30e6, scorer.scorer_dir(): 30e6}
-"""Largest size of each packaged model in bytes."""
+"""Maximum size of each packaged model, in bytes."""
 
 STYLED_CAPTION, FLAT_CAPTION = "a ToK icon of a {}, in the style of ToK", "a flat icon of a {}"
 
@@ -41,7 +41,7 @@ def column(rows, name):
 
 
 @pytest.mark.parametrize("name", ICON_COUNTS)
-def test_a_folder_of_icons_is_whole(name):
+def test_a_folder_of_icons_is_complete(name):
     rows = read_metadata(name)
     count = ICON_COUNTS[name]
     assert len(set(column(rows, "codepoint"))) == len(open_images(name)) == count
@@ -54,7 +54,7 @@ def test_a_folder_of_icons_is_whole(name):
 
 
 @pytest.mark.parametrize("name", ["mini", "mini-animals"])
-def test_held_out_icons_are_others(name):
+def test_held_out_icons_are_not_training_icons(name):
     heldout = read_metadata(f"{name}-heldout")
     assert set(column(heldout, "codepoint")).isdisjoint(column(read_metadata(name), "codepoint"))
     cfg = resolve(["--dataset", name])
@@ -71,8 +71,8 @@ def test_held_out_icons_are_others(name):
 
 
 def in_duotone(pixels):
-    """Pixels (h, w, 3) in two colors."""
-    brightness = pixels @ [0.299, 0.587, 0.114] / 255  # luma of ITU-R BT.601, as Pillow's "L"
+    """Map pixels (h, w, 3) to the shades between two colors."""
+    brightness = pixels @ [0.299, 0.587, 0.114] / 255  # luma of ITU-R BT.601, as in Pillow's "L"
     dark, light = np.array([30, 20, 110]), np.array([255, 240, 200])
     return dark + brightness[..., None] * (light - dark)
 
@@ -86,7 +86,7 @@ COLOR_MAPS = {
 
 
 @pytest.mark.parametrize("name", mini.COLORED)
-def test_colored_sets_are_the_images_in_other_colors(name):
+def test_colored_data_sets_are_the_same_images_in_other_colors(name):
     original, _ = mini.COLORED[name]
     plain = open_images(f"{original}-heldout")
     cfg = resolve(["--dataset", name])
@@ -101,14 +101,14 @@ def test_colored_sets_are_the_images_in_other_colors(name):
     assert np.abs(np.asarray(images.image(0)) - expected_pixels).max() <= 2
 
 
-def test_the_weights_are_those_of_the_card_in_half_precision():
+def test_the_weights_have_the_hashes_of_their_card_and_half_precision():
     card = (ROOT / "README.md").read_text(encoding="utf-8")
     card_hashes = dict(re.findall(r"^\| `(\S+)` \| `([0-9a-f]{64})` \|$", card, re.MULTILINE))
     hashes = {}
     for path in ROOT.rglob("*.safetensors"):
         hashes[path.relative_to(ROOT).as_posix()] = hash_of_file(path)
         dtypes = {tensor.dtype for tensor in load_file(path).values()}
-        assert dtypes <= {torch.float16, torch.int64}  # int64: the numbers of positions
+        assert dtypes <= {torch.float16, torch.int64}  # int64: position ids
     assert hashes == card_hashes
     for folder, limit in SIZE_LIMITS.items():
         assert sum(path.stat().st_size for path in folder.rglob("*")) < limit
@@ -116,7 +116,7 @@ def test_the_weights_are_those_of_the_card_in_half_precision():
 
 @pytest.fixture(scope="module")
 def clip():
-    """The scorer's model, image transform and tokenizer."""
+    """Return the scorer's model, image transform and tokenizer."""
     return scorer.load()
 
 
@@ -132,7 +132,7 @@ def embed_captions(clip, captions):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_mini_flow_loads_in_diffusers_alone_and_draws_what_it_is_told(clip):
+def test_mini_flow_loads_in_diffusers_and_generates_what_the_prompts_describe(clip):
     pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
         mini.flow_dir(), dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
     )
@@ -152,32 +152,32 @@ def test_mini_flow_loads_in_diffusers_alone_and_draws_what_it_is_told(clip):
 
 
 def top1_accuracy(similarity):
-    """Share of rows whose largest entry is on the diagonal."""
+    """Return the share of rows whose largest entry is on the diagonal."""
     return float((similarity.argmax(dim=1) == torch.arange(len(similarity))).float().mean())
 
 
 @torch.no_grad()
-def test_open_clip_loads_the_scorer_by_itself(clip):
-    factory: Any = open_clip  # its annotations know too many return types
+def test_open_clip_alone_loads_the_scorer(clip):
+    factory: Any = open_clip  # its annotations have too many return types
     source = f"local-dir:{scorer.scorer_dir()}"
     model, preprocess = factory.create_model_from_pretrained(source)
     scorer_model, scorer_preprocess, tokenizer = clip
     image = Image.open(mini.heldout_dir() / "1f407.png")
     assert torch.equal(scorer_preprocess(image), preprocess(image))
-    # accents, characters that are no letters, and more tokens than the model's context
+    # accents, characters that are not letters, and more tokens than the model's context
     tokens = tokenizer([STYLED_CAPTION.format("rabbit"), "mañana 🐇", "word " * 99])
     assert torch.equal(scorer_model.encode_text(tokens), model.eval().encode_text(tokens))
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_figures_of_the_scorers_card_come_out_again(clip):
+def test_the_accuracies_on_the_scorers_card_are_reproduced(clip):
     rows = read_metadata("mini-heldout")
     images = [Image.open(mini.heldout_dir() / row["file_name"]) for row in rows]
     image_embeddings = embed_images(clip, images)
     styled = [STYLED_CAPTION.format(row["label"]) for row in rows]
     flat = [FLAT_CAPTION.format(row["label"]) for row in rows]
-    # All captions that the scorer was trained with: each object styled and flat.
+    # The scorer's training captions: two for each object, styled and flat.
     bank = scorer.captions()
     assert len(set(bank)) == len(bank) == 2 * 1570
     assert set(styled + flat) <= set(bank)
@@ -197,7 +197,7 @@ def test_the_figures_of_the_scorers_card_come_out_again(clip):
     figures = json.loads((scorer.scorer_dir() / "figures.json").read_text())["figures"]
     card = (scorer.scorer_dir() / "README.md").read_text(encoding="utf-8")
     for name, value in measured.items():
-        # Two captions may be equally near; one image of 128 may then fall to the other side.
+        # If two captions are equally near, one of the 128 images may count differently.
         assert value == pytest.approx(figures[name], abs=1.01 / 128), name
         assert f"{100 * figures[name]:.1f} %" in card, name
 
@@ -212,7 +212,7 @@ def test_a_missing_file_of_the_scorer_is_named(tmp_path, name):
 
 
 def write_run(folder, digests):
-    """A run's metrics, with one batch hash for each step."""
+    """Write a run's metrics with a batch digest for each step; return the run's folder."""
     folder.mkdir()
     with open(folder / "metrics.jsonl", "w") as metrics:
         for step, digest in enumerate(digests, start=1):
@@ -221,7 +221,7 @@ def write_run(folder, digests):
 
 
 @pytest.mark.parametrize(("digests", "step"), [("xyz", None), ("xyw", 3), ("xy", 3), ("xyzx", 4)])
-def test_only_runs_of_equal_digests_are_compared(tmp_path, digests, step):
+def test_only_runs_with_equal_digests_are_compared(tmp_path, digests, step):
     pair = [write_run(tmp_path / "a", "xyz"), write_run(tmp_path / "b", digests)]
     if step is None:
         assert require_paired(pair) == 3
@@ -230,7 +230,7 @@ def test_only_runs_of_equal_digests_are_compared(tmp_path, digests, step):
             require_paired(pair)
 
 
-def test_the_color_difference_is_one_of_colors_not_of_detail():
+def test_the_color_difference_depends_on_colors_and_not_on_detail():
     black, white, gray = (Image.new("RGB", (64, 64), color) for color in ("black", "white", "gray"))
     columns = np.zeros((64, 64, 3), np.uint8)
     columns[:, ::2] = 255

@@ -1,4 +1,4 @@
-"""Meaning of a command line of diffusers' train_dreambooth_lora_sdxl.py (0.42), there and here."""
+"""Meaning of command lines of diffusers' train_dreambooth_lora_sdxl.py (0.42), there and here."""
 
 import math
 from collections.abc import Mapping
@@ -15,26 +15,26 @@ DEFAULTS = {name: flag.get("default") for name, flag in TABLES["sdxl"].items()}
 
 @dataclass(frozen=True)
 class Meaning:
-    """The training that a command line asks for."""
+    """The training that a command line describes."""
 
-    # Images of a step, over all processes.
+    # Images per step, over all processes.
     batch: int
     steps: int
-    # Passes over the data, of which the last may be cut.
+    # Passes over the data; the last one may be incomplete.
     epochs: int
-    # Of the adapters.
+    # Alpha of the adapters.
     alpha: float
     # Learning rates before the schedule's factor; None for frozen encoders.
     rate: float
     text_encoder_rate: float | None
     # Steps in which the rates rise.
     warmup: int
-    # Factor on the rates at each step.
+    # The schedule's factor on the rates at each step.
     course: tuple[float, ...]
 
 
 def default_here(values: Mapping[str, Any], given_names: frozenset[str]) -> dict[str, Any]:
-    """Defaults of flags that are not given, where diffusers has another."""
+    """Return the defaults that differ from diffusers', for the flags that are not given."""
     defaults = {
         "train_batch_size": 1,
         "max_train_steps": 500,
@@ -43,7 +43,7 @@ def default_here(values: Mapping[str, Any], given_names: frozenset[str]) -> dict
         "lr_warmup_steps": 0,
         "lora_alpha": 2.0 * values["rank"],
     }
-    # A number of epochs, or a batch size, is taken as diffusers means it.
+    # A given number of epochs, or batch size, means the same as in diffusers.
     if "num_train_epochs" in given_names:
         del defaults["max_train_steps"]
     if "train_batch_size" in given_names:
@@ -52,7 +52,7 @@ def default_here(values: Mapping[str, Any], given_names: frozenset[str]) -> dict
 
 
 def refuses(values: Mapping[str, Any]) -> bool:
-    """Test that the script ends with an error (of what the tests sample)."""
+    """Return whether diffusers' script refuses these values, among those that the tests choose."""
     if values["do_edm_style_training"] and values["snr_gamma"] is not None:
         return True
     if not values["with_prior_preservation"]:
@@ -61,18 +61,19 @@ def refuses(values: Mapping[str, Any]) -> bool:
 
 
 def meaning(values: Mapping[str, Any], images: int, class_images: int, processes: int) -> Meaning:
-    """The script's training.
+    """Return the training of diffusers' script.
 
     Args:
-        values: of all its flags, and of ``lora_alpha``, which it lacks, where it differs from rank.
-        images: of the instance.
-        class_images: files in the class folder.
-        processes: that train together.
+        values: values of all its flags, and of `lora_alpha` if it differs from the rank; the script
+            has no such flag.
+        images: number of instance images.
+        class_images: number of files in the class folder.
+        processes: number of processes.
     """
     length = images * values["repeats"]
     if values["with_prior_preservation"]:
         length = max(length, min(class_images, values["num_class_images"]))
-    # Each process gets every so many of the batches; the last update of an epoch may be smaller.
+    # The processes share the batches; the last update of an epoch may be smaller.
     batches = math.ceil(math.ceil(length / values["train_batch_size"]) / processes)
     updates = math.ceil(batches / values["gradient_accumulation_steps"])
     steps = values["max_train_steps"]
@@ -82,7 +83,7 @@ def meaning(values: Mapping[str, Any], images: int, class_images: int, processes
     rate = values["learning_rate"] * (batch if values["scale_lr"] else 1)
     text_encoder_rate = None
     if values["train_text_encoder"]:
-        is_prodigy = values["optimizer"].lower() == "prodigy"  # which wants one rate for all
+        is_prodigy = values["optimizer"].lower() == "prodigy"  # it has a single rate
         text_encoder_rate = rate if is_prodigy else values["text_encoder_lr"]
     warmup = 0 if values["lr_scheduler"] == "constant" else values["lr_warmup_steps"]
     return Meaning(
@@ -98,7 +99,7 @@ def meaning(values: Mapping[str, Any], images: int, class_images: int, processes
 
 
 def _factor(values: Mapping[str, Any], step: int, warmup: int, steps: int) -> float:
-    """Factor of diffusers' schedule on the rates at a step, from 0."""
+    """Return the factor of diffusers' schedule on the rates at a step, counted from 0."""
     kind = values["lr_scheduler"]
     if step < warmup:
         return step / max(1, warmup)
@@ -111,7 +112,7 @@ def _factor(values: Mapping[str, Any], step: int, warmup: int, steps: int) -> fl
         return 0.5 * (1 + math.cos(math.pi * progress))
     if kind == "cosine_with_restarts":
         return 0.5 * (1 + math.cos(math.pi * (progress * values["lr_num_cycles"] % 1)))
-    # Polynomial: it ends at a rate of 1e-7, as a share of the optimizer's default rate.
+    # Polynomial: the last factor is 1e-7 divided by the optimizer's default rate.
     default_rate = 1.0 if values["optimizer"].lower() == "prodigy" else 1e-3
     end = 1e-7 / default_rate
     return (1 - end) * (1 - progress) ** values["lr_power"] + end

@@ -1,6 +1,6 @@
-"""LoRA-GA word for word in float64: every sample's gradient by hand, whole decompositions.
+"""LoRA-GA, literally and in float64: gradients by hand for each sample, full decompositions.
 
-Slow and literal on purpose; written from Section 3 and Algorithm 1 of Wang et al. 2024
+Slow on purpose. Written from Section 3 and Algorithm 1 of Wang et al. 2024
 (https://arxiv.org/abs/2407.05000), without the product's code.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def mean_gradients(W1: Tensor, W2: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
-    """dL/dW1 and dL/dW2 of the mean over samples of ||W2 tanh(W1 x_i) - y_i||^2, one at a time."""
+    """Return dL/dW1 and dL/dW2, sample by sample: L = mean_i ||W2 tanh(W1 x_i) - y_i||^2."""
     total1 = torch.zeros_like(W1)
     total2 = torch.zeros_like(W2)
     for i in range(len(x)):
@@ -24,7 +24,7 @@ def mean_gradients(W1: Tensor, W2: Tensor, x: Tensor, y: Tensor) -> list[Tensor]
 
 
 def initial_factors(G: Tensor, r: int, gamma: float = 16.0) -> tuple[Tensor, Tensor]:
-    """A0 = d_out^(1/4) / sqrt(gamma) V[1:r]^T and B0 = d_out^(1/4) / sqrt(gamma) U[r+1:2r]."""
+    """Return A0 = z V[1:r]^T and B0 = z U[r+1:2r] with z = d_out^(1/4) / sqrt(gamma)."""
     d_out = G.shape[0]
     U, _, Vt = torch.linalg.svd(G)
     zeta = math.sqrt(math.sqrt(d_out)) / math.sqrt(gamma)
@@ -34,5 +34,5 @@ def initial_factors(G: Tensor, r: int, gamma: float = 16.0) -> tuple[Tensor, Ten
 
 
 def initial_weight(W0: Tensor, A0: Tensor, B0: Tensor, alpha: float) -> Tensor:
-    """W_init = W0 - (alpha / r) B0 A0."""
+    """Return W_init = W0 - (alpha / r) B0 A0."""
     return W0 - alpha / A0.shape[0] * (B0 @ A0)

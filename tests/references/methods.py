@@ -1,6 +1,6 @@
-"""The methods word for word: full weight matrices, gradients of W by hand, one layer after another.
+"""The methods, literally: full weight matrices, gradients of W by hand, layer by layer.
 
-Slow and literal on purpose; written from the papers' formulas, without the product's code. The
+Slow on purpose. Written from the papers' formulas, without the product's code. The
 network is layer2(tanh(layer1(x))) with the mean squared error. A method is a function that takes
 one step of a `Net` on rows x and y and returns the loss.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Layer:
-    """A weight W0 (m, n), bias b (m,), an adapter of scale s, and an auxiliary or none."""
+    """A weight W0 (m, n), a bias b (m,), an adapter with scale s, and optionally an auxiliary."""
 
     W0: Tensor
     b: Tensor
@@ -28,13 +28,13 @@ class Layer:
     s2: float = 0.0
 
     def change(self, scaled: bool = True) -> Tensor:
-        """The auxiliary's change of the weight."""
+        """Return the auxiliary's change of the weight."""
         if self.A2 is None or self.B2 is None:
             return torch.zeros_like(self.W0)
         return (self.s2 if scaled else 1.0) * (self.B2 @ self.A2)
 
     def weight(self) -> Tensor:
-        """Equation 7, with the scales of LoRA."""
+        """Return the weight of Eq. 7, with LoRA's scales."""
         return self.W0 + self.s * (self.B @ self.A) + self.change()
 
 
@@ -53,7 +53,7 @@ class AdamW:
     v: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def update(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The new value of the parameter."""
+        """Return the new value of the parameter."""
         if self.ascend:
             gradient = -gradient
         self.k += 1
@@ -74,22 +74,20 @@ class SGD:
     ascend: bool = False
 
     def update(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The new value of the parameter."""
+        """Return the new value of the parameter."""
         if self.ascend:
             gradient = -gradient
         return parameter - self.lr * gradient
 
 
 Gradients = list[dict[str, Tensor]]
-"""A tensor for each matrix of each layer: gradients, or a direction."""
+"""One tensor per matrix, for each layer: gradients, or a direction."""
 Rules = Sequence[Mapping[str, SGD | AdamW]]
 
 
 @dataclass
 class Net:
-    """Two layers with the optimizer of each matrix, the number of the step from 0, and numbers
-    that a method records.
-    """
+    """Two layers, an optimizer for each matrix, the step number from 0, and recorded numbers."""
 
     layers: list[Layer]
     rules: Rules
@@ -99,14 +97,14 @@ class Net:
     def gradients(
         self, x: Tensor, y: Tensor, weights: Sequence[Tensor] = ()
     ) -> tuple[float, Gradients]:
-        """The loss and the gradients of all factors, at the layers' own weights or at others."""
+        """Return the loss and all factors' gradients, at the layers' own weights by default."""
         weights = weights or [layer.weight() for layer in self.layers]
         loss, full = backward(weights, self.layers, x, y)
         pairs = zip(self.layers, full, strict=True)
         return loss, [to_factors(layer, gradient["W0"]) for layer, gradient in pairs]
 
     def moved(self, factor: float, direction: Gradients) -> Self:
-        """The same net with its factors moved along a direction."""
+        """Return the same net with its factors moved along a direction."""
         layers = []
         for layer, vectors in zip(self.layers, direction, strict=True):
             factors = {name: getattr(layer, name) + factor * v for name, v in vectors.items()}
@@ -114,7 +112,7 @@ class Net:
         return replace(self, layers=layers)
 
     def descend(self, gradients: Gradients) -> None:
-        """One step of the optimizer on everything that has a gradient, all at once."""
+        """Take an optimizer step on every matrix that has a gradient."""
         for layer, rule, gradient in zip(self.layers, self.rules, gradients, strict=True):
             for name, value in gradient.items():
                 setattr(layer, name, rule[name].update(getattr(layer, name), value))
@@ -123,13 +121,13 @@ class Net:
 def backward(
     weights: Sequence[Tensor], layers: list[Layer], x: Tensor, y: Tensor
 ) -> tuple[float, Gradients]:
-    """The loss at these weights, and dL/dW0 (m, n) and dL/db (m,) by the chain rule.
+    """Return the loss at these weights, and dL/dW0 (m, n) and dL/db (m,) by the chain rule.
 
     Args:
-        weights: of both layers, in place of their own.
-        layers: whose biases are taken.
-        x: (rows, n) of the first layer.
-        y: (rows, m) of the second layer.
+        weights: weights of both layers, which replace their own.
+        layers: layers that provide the biases.
+        x: inputs of the first layer, (rows, n).
+        y: targets of the second layer, (rows, m).
     """
     hidden = torch.tanh(x @ weights[0].T + layers[0].b)
     output = hidden @ weights[1].T + layers[1].b
@@ -144,7 +142,7 @@ def backward(
 
 
 def to_factors(layer: Layer, dW: Tensor) -> dict[str, Tensor]:
-    """The gradients that stand in Eq. 9, times the scales."""
+    """Return the gradients of Eq. 9, times the scales."""
     gradients = {"A": layer.s * layer.B.T @ dW, "B": layer.s * dW @ layer.A.T}
     if layer.A2 is not None and layer.B2 is not None:
         gradients["A2"] = layer.s2 * layer.B2.T @ dW
@@ -153,26 +151,26 @@ def to_factors(layer: Layer, dW: Tensor) -> dict[str, Tensor]:
 
 
 def norm(matrices: Iterable[Tensor]) -> float:
-    """Norm of all matrices together."""
+    """Return the joint norm of all matrices."""
     return math.sqrt(sum(float((matrix**2).sum()) for matrix in matrices))
 
 
 def lora(net: Net, x: Tensor, y: Tensor) -> float:
-    """Plain LoRA, or line 7 of Algorithm 1 where there is an auxiliary."""
+    """Take a step of LoRA, or of line 7 of Algorithm 1 if there is an auxiliary."""
     loss, gradients = net.gradients(x, y)
     net.descend(gradients)
     return loss
 
 
 def full(net: Net, x: Tensor, y: Tensor) -> float:
-    """Full fine-tuning: the optimizer's step on W0 and b themselves."""
+    """Take a step of full fine-tuning, which updates W0 and b themselves."""
     loss, gradients = backward([layer.W0 for layer in net.layers], net.layers, x, y)
     net.descend(gradients)
     return loss
 
 
 def lora_sam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
-    """Equations 3 to 5 on the factors: e = rho g / ||g||, then the gradient at A + e_A, B + e_B."""
+    """Take a step of Eqs. 3 to 5: e = rho g / ||g||, then the gradient at A + e_A and B + e_B."""
     loss, g = net.gradients(x, y)
     length = norm(matrix for gradient in g for matrix in gradient.values())
     perturbed_net = net.moved(rho / length, g)
@@ -182,7 +180,7 @@ def lora_sam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
 
 
 def bar(net: Net, x: Tensor, y: Tensor, kind: str, strength: float) -> float:
-    """oBAR and nBAR: balance each layer, then take the optimizer's step with the same gradient."""
+    """Take a step of oBAR or nBAR: balance each layer, then update with the same gradient."""
     loss, gradients = net.gradients(x, y)
     for layer, rule, g in zip(net.layers, net.rules, gradients, strict=True):
         if kind == "oBAR":
@@ -199,18 +197,18 @@ def bar(net: Net, x: Tensor, y: Tensor, kind: str, strength: float) -> float:
 
 
 def flat_lora(net: Net, x: Tensor, y: Tensor, rho: float, normal: Sequence[Tensor]) -> float:
-    """Flat-LoRA: the factors' gradients at W' + N, N scaled row by row.
+    """Take a step of Flat-LoRA with gradients at W' + N, where N is scaled row by row.
 
     Args:
-        rho: the radius as the schedule makes it.
-        normal: standard normal numbers (m, n) of each layer.
+        rho: radius in this step, according to the schedule.
+        normal: standard normal numbers (m, n) for each layer.
     """
     weights = []
     for layer, z in zip(net.layers, normal, strict=True):
         W = layer.weight()
         noise = torch.empty_like(W)
         for i in range(W.shape[0]):
-            # A row of n numbers gets noise of the norm rho ||W_i|| in the mean.
+            # On average, the noise of row i has the norm rho ||W_i||.
             noise[i] = z[i] * (rho * float((W[i] ** 2).sum().sqrt()) / math.sqrt(W.shape[1]))
         weights.append(W + noise)
     loss, gradients = net.gradients(x, y, weights)
@@ -219,7 +217,7 @@ def flat_lora(net: Net, x: Tensor, y: Tensor, rho: float, normal: Sequence[Tenso
 
 
 def clip(layers: list[Layer], rho: float, scaled: bool = True) -> float:
-    """Line 8 of Algorithm 1, Eq. 10, every product formed. Returns the norm before."""
+    """Apply line 8 of Algorithm 1 (Eq. 10) with explicit products; return the norm before it."""
     c = norm(layer.change(scaled) for layer in layers)
     if c > rho:
         for layer in layers:
@@ -229,7 +227,7 @@ def clip(layers: list[Layer], rho: float, scaled: bool = True) -> float:
 
 
 def bilora(net: Net, x: Tensor, y: Tensor, rho: float, scaled: bool = True) -> float:
-    """Algorithm 1."""
+    """Take a step of Algorithm 1 and record whether line 7 left the ball."""
     loss = lora(net, x, y)
     is_outside = clip(net.layers, rho, scaled) > rho
     net.numbers.setdefault("outside", []).append(float(is_outside))

@@ -1,4 +1,4 @@
-"""Run folders as training writes them, made without training."""
+"""Run folders like those that training writes, created without training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ Share = Callable[[int], float]
 
 
 def factors(generator: torch.Generator, rank: int = 2) -> list[Factors]:
-    """Random factors on every layer."""
+    """Return random factors for every layer."""
     layers = []
     for name, (m, n) in SHAPES.items():
         A = torch.randn(rank, n, generator=generator)
@@ -37,7 +37,7 @@ def factors(generator: torch.Generator, rank: int = 2) -> list[Factors]:
 
 
 def interpolate(start: Sequence[Factors], end: Sequence[Factors], share: float) -> list[Factors]:
-    """Factors on the straight line between two."""
+    """Return the factors at a share of the straight line from ``start`` to ``end``."""
     layers = []
     for first, last in zip(start, end, strict=True):
         A = first.A + share * (last.A - first.A)
@@ -56,22 +56,23 @@ def make(
     losses: Mapping[int, tuple[float, float]] | None = None,
     ratio: Sequence[float] = (100.0, 200.0, 300.0),
 ) -> Path:
-    """A finished run.
+    """Write a finished run and return its folder.
 
     Args:
+        folder: folder to write.
         method: method whose adapters and values are written.
-        seed: of the weights, and in the record.
-        steps: that have a snapshot; () for a run that was not recorded.
-        config: options in place of those of `CONFIG`.
-        course: share of the way to an adapter's final weights, as a function of the step.
-        losses: training and held-out loss of each measured step.
-        ratio: of Figure 2b in each layer, for LoRA-SAM.
+        seed: seed of the weights, which the record has too.
+        steps: steps that have a snapshot; () for a run without snapshots.
+        config: options that replace those of `CONFIG`.
+        course: adapter -> share of the way to its final weights, as a function of the step.
+        losses: step -> training and held-out loss, for each measured step.
+        ratio: ratio of Figure 2b in each layer, for LoRA-SAM.
     """
     log = RunLog(folder)
     log.start({**CONFIG, **(config or {})}, method=method, seed=seed, resume_step=None)
     generator = torch.Generator().manual_seed(seed)
     names = (PRIMARY, AUXILIARY) if method == "bilora" else (PRIMARY,)
-    # Each adapter goes from random factors to others on a straight line.
+    # Each adapter moves on a straight line between two sets of random factors.
     ends = {name: (factors(generator), factors(generator)) for name in names}
     measured = dict(losses or {})
     for step in sorted(set(steps) | set(measured)):
@@ -98,7 +99,7 @@ def make(
 def layer_values(
     adapters: Mapping[str, list[Factors]], method: str, step: int, ratio: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Figures of each layer, as training writes them with the factors."""
+    """Return the values of each layer that training writes with the factors."""
     unit = torch.ones(len(SHAPES), dtype=torch.float64)
     if method == "bilora":
         values = alignment(adapters[PRIMARY], adapters[AUXILIARY])
@@ -114,7 +115,7 @@ def layer_values(
 
 
 def save(folder: Path, step: int = 1, value: float = 0.0, **parts: Any) -> Path:
-    """A checkpoint that holds ``value`` in each part that is not given."""
+    """Save a checkpoint and return its folder; parts that are not given contain ``value``."""
     default_parts: dict[str, Any] = {
         "tensors": {"unet.default.a": torch.full((3, 2), value)},
         "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": []},

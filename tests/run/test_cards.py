@@ -1,4 +1,4 @@
-"""Model cards of images and text: front matter the hub reads, code that runs, no local paths."""
+"""Model cards of image and text runs: front matter, code that runs, and no local paths."""
 
 import ast
 import dataclasses
@@ -37,7 +37,7 @@ VAE = f"--pretrained_vae_model_name_or_path {FIXED_VAE}"
 
 
 def card(folder, flags, repo=None, results=None, **options):
-    """The card of a run of 500 steps, with whatever images lie in its folder."""
+    """Write and read the card of a run of 500 steps, with the images in its folder."""
     folder.mkdir(exist_ok=True)
     cfg = resolve(f"{flags} --mixed_precision no".split())
     cfg = dataclasses.replace(cfg, output_dir=str(folder), **options)
@@ -53,7 +53,7 @@ def write_samples(folder, count):
 
 
 def blocks(text):
-    """The Python blocks of a card; raises when one is not Python."""
+    """Return the Python blocks of a card; a block with invalid syntax raises SyntaxError."""
     parts = [part.split("\n```")[0] for part in text.split("```python\n")[1:]]
     for part in parts:
         ast.parse(part)
@@ -61,11 +61,11 @@ def blocks(text):
 
 
 def python_of(text):
-    """The first Python block of a card."""
+    """Return the first Python block of a card."""
     return blocks(text)[0]
 
 
-def test_a_full_card(tmp_path):
+def test_a_card_has_front_matter_results_images_and_code(tmp_path):
     folder = tmp_path / "my run"
     frog = "a TOK icon of a frog: green"
     quoted = 'a "TOK" icon'
@@ -89,11 +89,11 @@ def test_a_full_card(tmp_path):
         "| method | Bi-LoRA |",
         "| held-out loss | 0.0812346 |",
         "`<lora:my run:1>`",
-        "by its images, not by the held-out loss",  # which ranks no samples
+        "by its images, not by the held-out loss",  # the loss does not rank samples
     ):
         assert part in model_card.text
     assert "DoRA" not in model_card.text
-    # The version of ComfyUI that reads DoRA's magnitudes.
+    # The first version of ComfyUI that applies DoRA's magnitudes along the right axis.
     assert "0.3.30" in card(folder, f"{ICONS} --use_dora").text
     snippet = python_of(model_card.text)
     assert f"load_lora_weights('.', weight_name='{FILE_NAME}')" in snippet
@@ -101,7 +101,7 @@ def test_a_full_card(tmp_path):
 
 
 def run(snippet, replaced=None):
-    """Run a card's code on the miniature and the CPU, with two steps instead of fifty."""
+    """Run a card's code on the miniature and the CPU, with two sampling steps instead of fifty."""
     snippet = snippet.replace('"cuda"', '"cpu"')
     snippet = snippet.replace(").images", ", num_inference_steps=2).images")
     for old, new in (replaced or {}).items():
@@ -112,7 +112,7 @@ def run(snippet, replaced=None):
         exec(snippet, {})  # the card's own code
     with Image.open("image.png") as image:
         assert image.size == (64, 64)
-        assert np.asarray(image).std() > 1  # neither black nor grey
+        assert np.asarray(image).std() > 1  # not of a single color
     Path("image.png").unlink()
 
 
@@ -123,14 +123,14 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, pipeline):
-    """A folder with a LoRA for the miniature in both formats."""
+    """Write a LoRA for the miniature in both formats, and return its folder."""
     folder = tmp_path_factory.mktemp("icons")
     write_lora(folder, pipeline, components=("unet", "text_encoder"), kohya=True)
     return folder
 
 
 def test_the_code_for_sdxl_runs_in_its_precision(weights, tmp_path, monkeypatch):
-    monkeypatch.chdir(weights)  # "this folder"
+    monkeypatch.chdir(weights)  # the folder that the card calls "this folder"
     snippet = python_of(card(tmp_path, f"{ICONS} {VAE}").text)
     assert snippet.count("dtype=torch.float16") == 2
     model = pipeline_dir()
@@ -138,7 +138,7 @@ def test_the_code_for_sdxl_runs_in_its_precision(weights, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("source", ["base", 0.5])
-def test_the_code_for_guidance_from_another_model_is_right_on_the_miniature(
+def test_the_code_for_guidance_from_another_model_gives_the_sampler_s_images(
     source, tmp_path, pipeline, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -159,20 +159,20 @@ def test_the_code_for_guidance_from_another_model_is_right_on_the_miniature(
     by_card, expected, by_adapter = pixels
     assert np.abs(by_card - expected).max() <= 1
     assert np.abs(by_card - by_adapter).max() > 4
-    # These adapters can't be switched off in half of a call: the card has one block for them.
+    # These adapters can't be switched off within a call, so their cards have one block.
     assert len(blocks(card(tmp_path, f"{MINI} --use_dora").text)) == 1
     assert len(blocks(card(tmp_path, f"{MINI} --train_text_encoder").text)) == 1
     full = card(tmp_path, f"{MINI} --method full", results={"export": {"unet": None}})
     assert len(blocks(full.text)) == 1
 
 
-def test_the_code_for_the_miniature_and_for_whole_models_runs(
+def test_the_code_for_the_miniature_and_for_full_fine_tuning_runs(
     weights, tmp_path, monkeypatch, pipeline
 ):
     monkeypatch.chdir(weights)
     text = card(tmp_path, MINI).text
     run(python_of(text))
-    # diffusers warns of SDXL's encoders without adapters.
+    # diffusers warns about SDXL's text encoders that have no adapters.
     assert "diffusers warns" in python_of(text)
     assert "diffusers warns" not in python_of(card(tmp_path, f"{MINI} --train_text_encoder").text)
     models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
@@ -181,7 +181,7 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
     run(python_of(card(tmp_path, f"{MINI} --method full", results={"export": models}).text))
 
 
-def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
+def test_a_flow_model_s_card_loads_it_in_bf16_and_says_which_tools_read_dora(tmp_path):
     flow = f"{ICONS} --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev {VAE}"
     plain = card(tmp_path, flow, pipeline="FluxPipeline").text
     dora = card(tmp_path, f"{flow} --use_dora", pipeline="FluxPipeline").text
@@ -193,8 +193,8 @@ def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
     assert "magnitudes" in dora
 
 
-def test_only_what_is_given_is_said(tmp_path):
-    write_samples(tmp_path, 1)  # of another setting, before a resume
+def test_a_card_omits_missing_facts(tmp_path):
+    write_samples(tmp_path, 1)  # sampled with other settings, before a resume
     model_card = card(tmp_path, f"{MINI} --method lora", repo="me/icons", instance_prompt=None)
     data = model_card.data.to_dict()
     assert not {"instance_prompt", "widget", "license", "base_model", "datasets"} & set(data)
@@ -219,7 +219,7 @@ def test_local_paths_stay_private(tmp_path, monkeypatch):
 
 @settings(max_examples=10, deadline=None)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
-def test_any_prompt_survives(tmp_path_factory, prompt):
+def test_any_prompt_is_preserved(tmp_path_factory, prompt):
     folder = tmp_path_factory.mktemp("card")
     write_samples(folder, 1)
     options = {"validation_prompts": (prompt,), "instance_prompt": prompt}
@@ -252,7 +252,7 @@ def text_card(folder, kind, model, method="bilora", repo=None):
         ("classification", "FacebookAI/roberta-base", "text-classification"),
     ],
 )
-def test_a_text_card(tmp_path, kind, model, tag):
+def test_a_text_card_has_front_matter_results_and_code(tmp_path, kind, model, tag):
     adapter = text_card(tmp_path, kind, model, repo="me/my-model")
     assert adapter.data.to_dict() == {
         "library_name": "peft",
@@ -266,7 +266,7 @@ def test_a_text_card(tmp_path, kind, model, tag):
     assert ("num_labels=2" in snippet) == (kind == "classification")
     for part in ("| exact match | 0.75 |", "0.123", "sst2"):
         assert part in adapter.text
-    # On the hub there are no checkpoints and logs.
+    # Checkpoints and logs are not uploaded to the hub.
     assert "checkpoints" not in adapter.text
     full = text_card(tmp_path, kind, model, method="full")
     assert full.data.to_dict()["library_name"] == "transformers"
@@ -282,7 +282,7 @@ def test_a_text_card(tmp_path, kind, model, tag):
         pytest.param("classification", "full", marks=pytest.mark.slow),
     ],
 )
-def test_the_code_runs_on_what_a_text_run_left(tmp_path, kind, method):
+def test_the_code_of_a_text_card_loads_the_run(tmp_path, kind, method):
     base = SAVERS[kind](tmp_path / "my-base")
     run = train_text(
         tmp_path / "run",
@@ -294,7 +294,7 @@ def test_the_code_runs_on_what_a_text_run_left(tmp_path, kind, method):
     )
     text = (run / "README.md").read_text()
     assert "rows.jsonl" in text
-    assert str(tmp_path) not in text  # local folders are named without their place
+    assert str(tmp_path) not in text  # local paths are reduced to their last part
     snippet = python_of(text)
     assert "path/to/this/folder" in snippet
     snippet = snippet.replace("path/to/this/folder", str(run))

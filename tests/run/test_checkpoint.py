@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit and survive a crash at any moment; damage is named."""
+"""Checkpoints are restored bit for bit, survive a crash at any moment, and detect damage."""
 
 import json
 import os
@@ -40,11 +40,11 @@ def bits_of(tensor):
 
 
 def has_same_bytes(a, b):
-    """Test that two tensors are equal to the bit; NaN is equal to itself here."""
+    """Return whether two tensors are bit-identical, including NaN values."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))
 
 
-def test_whatever_is_saved_comes_back_exactly(tmp_path):
+def test_saved_values_are_restored_exactly(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     tensors = {"a": base, "b": base, "row": base[1], "across": base.t(), "empty": base[:0]}
     for dtype in DTYPES:
@@ -62,7 +62,7 @@ def test_whatever_is_saved_comes_back_exactly(tmp_path):
         extra={"best": float("nan"), "names": ["é", "$"]},
     )
     loaded_checkpoint = load(path)
-    # Nothing loaded may depend on the file, as a memory map would.
+    # Loaded tensors must not depend on the file, as memory-mapped tensors would.
     with (path / checkpoint.ADAPTERS).open("r+b") as file:
         file.write(b"\0" * 200)
     assert loaded_checkpoint.tensors.keys() == tensors.keys()
@@ -82,13 +82,13 @@ def test_whatever_is_saved_comes_back_exactly(tmp_path):
     assert loaded_checkpoint.step == 1
     assert loaded_checkpoint.scaler == {"scale": 65536.0}
     assert repr(loaded_checkpoint.extra) == "{'best': nan, 'names': ['é', '$']}"
-    # Tensors that shared memory are apart.
+    # Tensors that shared memory no longer do.
     loaded_checkpoint.tensors["a"].zero_()
     assert has_same_bytes(loaded_checkpoint.tensors["b"], base)
 
 
 @pytest.mark.parametrize("value", [{1}, object(), torch.float32], ids=["set", "object", "dtype"])
-def test_what_cannot_come_back_is_refused(tmp_path, value):
+def test_values_that_cannot_be_restored_are_refused(tmp_path, value):
     save(tmp_path, 1)
     for part in ("optimizer", "extra"):
         with pytest.raises(TypeError):
@@ -101,11 +101,11 @@ def load_latest(folder):
 
 
 class Crash(BaseException):
-    """The moment the machine stops: nothing after it reaches the disk."""
+    """Simulated crash of the machine: no later change reaches the disk."""
 
 
 def crash_at(monkeypatch, call):
-    """Let the ``call``-th change of the disk, and all after it, not happen."""
+    """Raise `Crash` instead of the ``call``-th change to the disk and instead of all later ones."""
     count = 0
 
     def guarded(real):
@@ -129,9 +129,9 @@ def crash_at(monkeypatch, call):
             monkeypatch.setattr(module, name, guarded(getattr(module, name)))
 
 
-def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path):
+def test_a_crash_at_any_change_leaves_the_old_or_the_new_checkpoint(tmp_path):
     outcomes = set()
-    for call in range(1, 100):  # until a save has fewer changes than that
+    for call in range(1, 100):  # until a save has fewer changes than ``call``
         folder = tmp_path / str(call)
         save(folder, 1, 1.0)
         with pytest.MonkeyPatch.context() as patch:
@@ -171,13 +171,13 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 
 def test_a_checkpoint_with_a_hash_of_its_hashes_is_read(tmp_path):
-    """As versions up to 0.1.0 wrote it."""
+    """Versions up to 0.1.0 wrote such a hash."""
     index = save(tmp_path, 3) / "digests.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "sha256_of_sha256": "0" * 64}))
     assert load(index.parent).step == 3
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_folders_that_are_not_readable_checkpoints_are_refused(tmp_path):
     path = save(tmp_path / "run")
     foreign = save(tmp_path / "other")
     index = json.loads((foreign / "digests.json").read_text())
@@ -192,7 +192,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
             load(folder)
 
 
-def test_latest_is_numeric_and_ignores_the_rest(tmp_path):
+def test_latest_compares_step_numbers_and_ignores_other_names(tmp_path):
     assert latest(tmp_path) is None
     step_9, step_100, step_20 = (save(tmp_path, step) for step in (9, 100, 20))
     root = tmp_path / checkpoint.CHECKPOINTS
@@ -206,15 +206,15 @@ def test_latest_is_numeric_and_ignores_the_rest(tmp_path):
     assert step_20.exists()
 
 
-def test_by_default_as_many_are_kept_as_fit_into_two_gigabytes(tmp_path, monkeypatch):
+def test_by_default_as_many_checkpoints_are_kept_as_fit_into_two_gigabytes(tmp_path, monkeypatch):
     path = save(tmp_path, 5)
     size = sum(file.stat().st_size for file in path.iterdir())
     assert default_limit(path) == checkpoint.DEFAULT_BYTES // size
     monkeypatch.setattr(checkpoint, "DEFAULT_BYTES", size)
-    assert default_limit(path) == 2  # the newest two always
+    assert default_limit(path) == 2  # at least the newest two
 
 
-def test_resolve(tmp_path, monkeypatch):
+def test_checkpoint_names_and_paths_are_resolved(tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert resolve(run, None) is None
     assert resolve(run, "auto") is None
@@ -231,9 +231,9 @@ def test_resolve(tmp_path, monkeypatch):
         resolve(run, "checkpoint-20")
 
 
-def test_only_a_run_of_the_same_settings_goes_on():
+def test_only_a_run_with_the_same_settings_is_resumed():
     saved = {"rank": 4, "rho": 0.05, "betas": (0.9, 0.99), "x": float("nan")}
-    # A JSON file makes a list of a tuple, and a NaN that is another object.
+    # JSON turns a tuple into a list, and a NaN into another object.
     require_same_settings(saved, {**saved, "betas": [0.9, 0.99], "x": float("nan")})
     require_same_settings(saved, {**saved, "rank": 8}, free={"rank"})
     for current, parts in (
@@ -247,7 +247,7 @@ def test_only_a_run_of_the_same_settings_goes_on():
             assert part in str(error.value)
 
 
-def test_equal_data_may_have_moved_and_other_data_are_refused():
+def test_moved_data_are_accepted_and_changed_data_are_refused():
     def run(place, training="a", heldout="b"):
         concept = {"concept": "dog", "dataset_name": place, "class_data_dir": f"{place}/class"}
         content = {"training": training, "held-out": heldout}
@@ -284,7 +284,7 @@ def test_equal_data_may_have_moved_and_other_data_are_refused():
     go_on(run("../other/photos", heldout="c"), depends_on_heldout=False)
 
 
-def test_only_tensors_of_the_same_names_and_shapes_are_taken():
+def test_only_tensors_with_the_same_names_and_shapes_are_loaded():
     current = {"a": torch.zeros(2, 3)}
     for saved in ({}, {"a": torch.ones(2, 3), "b": torch.ones(1)}, {"a": torch.ones(3, 2)}):
         with pytest.raises(UserError, match=r"'[ab]'.*resume with the"):

@@ -1,4 +1,4 @@
-"""Records of a run's data, and the sentence on what changed from one to another."""
+"""Records of a run's data, and the sentence that describes how two records differ."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ NAMES = st.lists(st.text(max_size=8), max_size=30)
 
 
 @given(NAMES, st.integers(1, 40), st.randoms())
-def test_the_chosen_samples_depend_on_the_names_alone(names, limit, random):
+def test_the_chosen_samples_depend_only_on_their_names(names, limit, random):
     assert choose_samples(names, None) == list(range(len(names)))
     chosen = choose_samples(names, limit)
     assert len(chosen) == min(limit, len(names))
@@ -45,7 +45,7 @@ def contents(samples: dict[str, dict[str, str]]) -> list[SampleContent]:
 
 
 def record(samples: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """The record of a training set."""
+    """Return the record of a training set."""
     return record_content(contents(samples), [])["training"]
 
 
@@ -67,13 +67,13 @@ def record(samples: dict[str, dict[str, str]]) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_change_of_the_samples_is_named(samples, sentence):
+def test_a_change_to_the_samples_is_described(samples, sentence):
     assert describe_difference(record(PICTURES), record(samples)) == sentence
 
 
-def test_a_row_that_is_removed_does_not_change_those_that_follow():
+def test_a_removed_row_does_not_count_as_a_change_to_later_rows():
     rows = {f"line {n} of rows.jsonl": {"text": str(n) * 32} for n in range(9)}
-    # Rows are named by their line, so all those after the removed one get another name.
+    # Rows are named by line number, so all rows after the removed one get another name.
     texts = list(rows.values())
     del texts[3]
     shorter = dict(zip(rows, texts, strict=False))
@@ -81,7 +81,7 @@ def test_a_row_that_is_removed_does_not_change_those_that_follow():
     assert difference == "1 sample was removed (line 3 of rows.jsonl)"
 
 
-def test_the_record_of_a_large_set_is_small_and_notices_every_change(monkeypatch):
+def test_the_record_of_a_large_set_is_small_and_detects_every_change(monkeypatch):
     monkeypatch.setattr(data, "MAX_LISTED", 2)
     large = record(PICTURES)
     assert set(large) == {"count", "hash"}
@@ -92,7 +92,7 @@ def test_the_record_of_a_large_set_is_small_and_notices_every_change(monkeypatch
         assert words in str(describe_difference(large, record(samples)))
 
 
-def test_held_out_samples_may_change_where_nothing_depends_on_them(caplog):
+def test_held_out_samples_may_change_if_nothing_depends_on_them(caplog):
     samples = contents(PICTURES)
     saved = record_content(samples, samples)
     current = record_content(samples, samples[1:])

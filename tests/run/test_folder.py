@@ -1,4 +1,4 @@
-"""Which output folders are refused, what a fresh start deletes; refusing changes nothing."""
+"""Output folders: which are refused, without any change, and which files a new run deletes."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def start(folder):
 
 
 def refused(*parts, folder, resume=None, overwrite=False, settings=None):
-    """The folder is refused by a sentence that has these parts."""
+    """Check that the folder is refused with an error message that has these parts."""
     with pytest.raises(UserError) as error:
         guard(folder, resume, overwrite=overwrite, settings=settings)
     for part in parts:
@@ -41,7 +41,7 @@ def refused(*parts, folder, resume=None, overwrite=False, settings=None):
         "run.comfy.json/mine",
     ],
 )
-def test_what_no_run_has_written_is_refused(tmp_path, name):
+def test_a_folder_with_files_that_no_run_wrote_is_refused(tmp_path, name):
     run = tmp_path / "run"
     path = run / name
     path.parent.mkdir(parents=True)
@@ -61,12 +61,12 @@ def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path):
     refused(card, folder=tmp_path, overwrite=True)
     log.record_card()
     guard(tmp_path, "latest")
-    RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=5)  # its mark stays
+    RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=5)  # keeps the card's mark
     guard(tmp_path, "latest")
     guard(tmp_path, None, overwrite=True)
 
 
-def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path):
+def test_a_fresh_start_deletes_only_the_earlier_run(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "photo.png").write_bytes(b"mine")
     clear(tmp_path, overwrite=True)
@@ -81,7 +81,7 @@ def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path):
     assert os.listdir(tmp_path) == ["photo.png"]
 
 
-def test_files_and_folders_without_rights_are_refused(tmp_path, monkeypatch):
+def test_a_file_or_an_unwritable_folder_is_refused_as_output_folder(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("x")
     for folder in (file, file / "run"):
@@ -92,7 +92,7 @@ def test_files_and_folders_without_rights_are_refused(tmp_path, monkeypatch):
         refuse_unusable(tmp_path / "run")
 
 
-def test_without_overwriting_no_checkpoints_are_deleted(tmp_path):
+def test_no_checkpoints_are_deleted_without_overwriting(tmp_path):
     start(tmp_path).metric(1, loss=1.0)
     checkpoint = save(tmp_path, 1)
     clear(tmp_path, overwrite=False)
@@ -101,7 +101,7 @@ def test_without_overwriting_no_checkpoints_are_deleted(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_what_is_resumed_lies_in_the_folder(tmp_path):
+def test_a_checkpoint_is_resumed_only_in_its_own_or_a_new_folder(tmp_path):
     run = tmp_path / "run"
     other_run = tmp_path / "other"
     start(run).close("finished")
@@ -113,11 +113,11 @@ def test_what_is_resumed_lies_in_the_folder(tmp_path):
     start(other_run).close("finished")
     save(other_run, 1)
     refused(other_run, path, "--output_dir", folder=other_run, resume=path)
-    # A run in a folder below is not the run of the folder.
+    # A run in a subfolder is not the folder's run.
     refused(run / "below", folder=run, resume=save(run / "below" / "lora"))
 
 
-def test_checkpoints_whose_record_is_lost_are_resumed_and_else_kept(tmp_path):
+def test_checkpoints_without_a_record_can_be_resumed_but_not_overwritten(tmp_path):
     path = save(tmp_path, 5)
     assert guard(tmp_path, "auto") == path
     for overwrite in (False, True):
@@ -126,7 +126,7 @@ def test_checkpoints_whose_record_is_lost_are_resumed_and_else_kept(tmp_path):
     refused("run.json", folder=tmp_path, resume="latest")
 
 
-def test_the_same_run_is_called_so_and_another_by_what_differs(tmp_path):
+def test_the_message_names_the_same_run_or_the_options_that_differ(tmp_path):
     settings = {"rank": 4, "betas": [0.9, 0.99]}
     log = RunLog(tmp_path)
     config = {**settings, "betas": (0.9, 0.99), "output_dir": "x"}
@@ -150,7 +150,7 @@ def test_the_same_run_is_called_so_and_another_by_what_differs(tmp_path):
 
 
 def finished_run(folder):
-    """A finished run of four steps, each of which has a checkpoint, an export and images."""
+    """Write a finished run of four steps, each with a checkpoint, an export and images."""
     log = start(folder)
     for step in range(1, 5):
         log.metric(step, loss=step / 2)
@@ -164,11 +164,11 @@ def finished_run(folder):
     return folder
 
 
-def test_an_earlier_checkpoint_is_gone_on_from_only_if_what_is_later_may_be_deleted(tmp_path):
+def test_an_earlier_checkpoint_is_resumed_only_if_later_steps_may_be_deleted(tmp_path):
     run = finished_run(tmp_path / "run")
     before = file_contents(run)
     for value in ("step-2", run / "checkpoints" / "step-2"):
-        later = f"{run} holds later checkpoints than step-2 (step-3, step-4)"
+        later = f"{run} holds checkpoints later than step-2 (step-3, step-4)"
         refused(later, "auto", "--overwrite_output_dir", folder=run, resume=value)
         assert guard(run, value, overwrite=True) == run / "checkpoints" / "step-2"
     assert guard(run, "step-4") == guard(run, "auto") == run / "checkpoints" / "step-4"
@@ -189,9 +189,9 @@ def test_an_earlier_checkpoint_is_gone_on_from_only_if_what_is_later_may_be_dele
 
 
 @pytest.mark.slow
-def test_a_crash_while_later_steps_are_deleted_leaves_a_run_that_goes_on(tmp_path):
+def test_a_crash_while_later_steps_are_deleted_leaves_a_run_that_can_be_resumed(tmp_path):
     newest_steps = set()
-    for call in range(1, 100):  # until there are fewer changes than that
+    for call in range(1, 100):  # until there are fewer changes than ``call``
         run = finished_run(tmp_path / str(call))
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, call)
@@ -211,10 +211,10 @@ def test_a_crash_while_later_steps_are_deleted_leaves_a_run_that_goes_on(tmp_pat
             else:
                 rewind(parts, step)
             RunLog(parts).start({}, method="lora", seed=0, resume_step=step)
-            # The log has each step up to the newest checkpoint, and no later one.
+            # The log has each step up to the chosen checkpoint, and no later step.
             assert [row["step"] for row in read_metrics(parts)] == list(range(1, step + 1))
             assert steps(parts)[-1] == step
-            # A run that counts as finished has its file.
+            # A run that is recorded as finished has its weights.
             weights = run / "pytorch_lora_weights.safetensors"
             assert weights.exists() or read_run(run)["status"] != "finished"
         if is_complete:

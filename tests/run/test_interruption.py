@@ -1,4 +1,4 @@
-"""What a signal does to a run, and the command that resumes it."""
+"""Signals during a run, and the printed command that resumes the run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.scripts.runs import ROOT
 
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
-def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number):
+def test_the_first_signal_waits_for_the_loop_once_a_checkpoint_can_be_saved(number):
     handler = signal.getsignal(number)
     with pytest.raises(Interrupted) as error, Interruption() as run:
         os.kill(os.getpid(), number)
@@ -34,8 +34,8 @@ def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number)
     assert signal.getsignal(number) is handler
 
 
-def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch):
-    """A launcher passes Ctrl-C on, as a SIGTERM or a second SIGINT right after the first."""
+def test_only_a_second_press_of_ctrl_c_stops_immediately(monkeypatch):
+    """A launcher forwards Ctrl-C as a SIGTERM, or as a second SIGINT right after the first."""
     with Interruption(patient=True) as run:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             os.kill(os.getpid(), number)
@@ -46,7 +46,7 @@ def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch):
 
 
 def test_an_ignored_ctrl_c_stays_ignored():
-    """A shell makes its background jobs ignore SIGINT; SIGTERM ends them all the same."""
+    """A shell's background jobs ignore SIGINT, but SIGTERM still ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Interruption(patient=True) as run:
         os.kill(os.getpid(), signal.SIGINT)
@@ -55,7 +55,8 @@ def test_an_ignored_ctrl_c_stays_ignored():
         assert run.number == signal.SIGTERM
 
 
-# Prints what an interrupted run prints; started by that command, it prints what it was given.
+# Prints the message of an interrupted run. If started with the command in this message, it prints
+# its arguments and environment.
 STAND_IN = """#!/usr/bin/env python
 import json, os, signal, sys
 arguments = sys.argv[1:]
@@ -74,7 +75,7 @@ SECRET = "hf_typed"
 
 
 def by_shell(line, folder):
-    """What a command line prints, run by a shell that has another token than the typed one."""
+    """Run a command line in a shell with another token than the typed one; return its output."""
     binaries = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent)])
     environment = {
         **os.environ,
@@ -109,7 +110,7 @@ def by_shell(line, folder):
         ),
     ],
 )
-def test_a_shell_runs_the_printed_command_as_it_stands(launch, precision, world_size, tmp_path):
+def test_a_shell_runs_the_printed_command_unchanged(launch, precision, world_size, tmp_path):
     command = tmp_path / "bin" / "stand-in"
     command.parent.mkdir()
     for path in (tmp_path / "my script.py", tmp_path / "stand_in.py", command):
@@ -128,7 +129,7 @@ def test_a_shell_runs_the_printed_command_as_it_stands(launch, precision, world_
     assert json.loads(output) == [resumed_arguments, precision, world_size]
 
 
-def test_a_shell_puts_the_token_into_the_printed_command(tmp_path, monkeypatch):
+def test_a_shell_inserts_the_token_into_the_printed_command(tmp_path, monkeypatch):
     script = tmp_path / "it's a script.py"
     script.write_text(STAND_IN)
     arguments = ["--instance_prompt", "a $HOME", f"--hub_token={SECRET}", "--hub-token", SECRET]
@@ -153,16 +154,16 @@ def test_a_shell_puts_the_token_into_the_printed_command(tmp_path, monkeypatch):
         (["--hub_token", "secret", "-x"], False, '--hub_token "$HF_TOKEN" -x'),
     ],
 )
-def test_the_arguments_that_go_on(arguments, overwrites, expected):
+def test_the_command_that_resumes_has_the_necessary_arguments(arguments, overwrites, expected):
     command = resume_command(arguments, overwrites)
     assert command == f"{expected} --resume_from_checkpoint auto"
-    # It does not grow with each interruption.
+    # The command does not grow with each interruption.
     assert resume_command(shlex.split(command), overwrites) == command
 
 
-def test_without_the_launcher_and_the_token_the_sentence_asks_for_both(tmp_path, monkeypatch):
+def test_if_the_launcher_and_the_token_are_unknown_the_message_asks_for_both(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("PMI_RANK", "0")  # a process of MPI, whose parent is not `mpirun`
+    monkeypatch.setenv("PMI_RANK", "0")  # an MPI process whose parent is not `mpirun`
     arguments = ["--hub_token", SECRET]
     launch = find_launch(arguments)
     assert launch is None

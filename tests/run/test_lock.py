@@ -30,7 +30,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_one_command_at_a_time_has_a_folder_and_the_lock_leaves_no_file(tmp_path):
+def test_one_command_at_a_time_may_use_a_folder_and_the_lock_leaves_no_file(tmp_path):
     folder = tmp_path / "a" / "b"
     with locked(folder):
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
@@ -46,7 +46,7 @@ def test_one_command_at_a_time_has_a_folder_and_the_lock_leaves_no_file(tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
+def test_a_killed_process_and_its_forks_do_not_hold_the_lock(tmp_path):
     command = [sys.executable, "-c", HOLD_AND_FORK, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -60,7 +60,7 @@ def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
         process.kill()
         process.wait()
         assert (tmp_path / LOCK_FILE).exists()
-        owner = f"process {os.getpid()} "  # in place of the killed one
+        owner = f"process {os.getpid()} "  # not the killed process
         with locked(tmp_path), pytest.raises(UserError, match=owner), locked(tmp_path):
             pass
     finally:
@@ -68,7 +68,7 @@ def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK"])
-def test_of_several_processes_only_the_main_one_takes_it(tmp_path, monkeypatch, name):
+def test_only_the_main_process_of_a_run_takes_the_lock(tmp_path, monkeypatch, name):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with locked(tmp_path):
         monkeypatch.setenv(name, "1")
@@ -86,7 +86,7 @@ COMMANDS = {
 
 
 class Reached(Exception):
-    """The first run was let in."""
+    """Raised when the first run has the lock."""
 
 
 @pytest.mark.parametrize(("first", "second"), [("start", "overwrite"), ("overwrite", "resume")])
@@ -95,7 +95,7 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatc
 
     def start_second(_):
         with monkeypatch.context() as patch:
-            patch.setattr(command, "build_accelerator", lambda _: pytest.fail("was let in"))
+            patch.setattr(command, "build_accelerator", lambda _: pytest.fail("not refused"))
             with pytest.raises(UserError, match=f"writing into {folder}"):
                 train(flags(folder, **COMMANDS[second]))
             if first != "start":

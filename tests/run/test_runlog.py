@@ -1,4 +1,4 @@
-"""Records of a run, whole after a kill; what its end says, and what is published of it."""
+"""A run's record and log, also after a kill, its final message, and the published files."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def start(folder, resume_step=None):
     return log
 
 
-def test_a_whole_run(tmp_path):
+def test_a_complete_run_is_recorded(tmp_path):
     folder = tmp_path / "new" / "run"
     log = start(folder)
     assert read_run(folder)["status"] == "running"
@@ -60,7 +60,7 @@ def test_a_whole_run(tmp_path):
     assert sorted(os.listdir(folder)) == ["metrics.jsonl", "run.json"]
 
 
-def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path):
+def test_a_resumed_run_drops_later_and_incomplete_lines_and_the_error(tmp_path):
     log = start(tmp_path)
     for step in range(1, 8):
         log.metric(step, loss=step / 3)
@@ -87,8 +87,8 @@ def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path):
     assert read_metrics(tmp_path) == earlier + later
 
 
-def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
-    seconds = 100.0  # the clock's, which is the peak of memory here as well
+def test_wall_time_and_peak_memory_include_the_time_before_a_resume(tmp_path, monkeypatch):
+    seconds = 100.0  # value of the clock, and here also of the peak memory
 
     def elapse(duration):
         nonlocal seconds
@@ -102,11 +102,11 @@ def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
     log.metric(1, loss=1.0)
     assert read_run(tmp_path)["wall_seconds"] == 0.0
     elapse(10)
-    log.metric(2, loss=1.0)  # now and then a line brings the record up to date
+    log.metric(2, loss=1.0)  # some lines also update the record
     assert read_run(tmp_path)["wall_seconds"] == 17.0
     elapse(3)
     log.sync()
-    seconds = 5.0  # killed; the machine starts again, and its clock as well
+    seconds = 5.0  # the run is killed, and the machine's clock starts again
     resumed_log = start(tmp_path, resume_step=1)
     elapse(2)
     resumed_log.close("finished", x=1)
@@ -121,13 +121,13 @@ RECORD = {"schema_version": 1, "method": "a", "status": "failed", "config": {}}
 DAMAGED: list[Any] = [
     ("run.json", "{", "damaged"),
     ("run.json", '{"schema_version": 2}', "schema version 2"),
-    ("run.json", {**RECORD, "seed": 10**400}, "'seed' is 1000"),  # which no float holds
+    ("run.json", {**RECORD, "seed": 10**400}, "'seed' is 1000"),  # too large for a float
     ("run.json", {**RECORD, "config": {"rho": [1]}}, r"'config\.rho' is \[1\]"),
     ("run.json", {**RECORD, "config": {"rho": math.inf}}, "damaged"),
     ("metrics.jsonl", '{"step": 1}\n{"loss": 2}\n', r"line 2 of .*metrics\.jsonl"),
     ("metrics.jsonl", '{"step": 1, "loss": Infinity}\n', r"line 1 of .*metrics\.jsonl"),
 ]
-"""Files by content -> words of the sentence; tests/test_any_bytes.py tries any bytes."""
+"""File, content and words of the error message; tests/test_any_bytes.py tries arbitrary bytes."""
 READERS: dict[str, Callable[[Path], object]] = {
     "run.json": read_run,
     "metrics.jsonl": read_metrics,
@@ -135,13 +135,13 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "words"), DAMAGED)
-def test_the_wrong_value_is_named(tmp_path, name, content, words):
+def test_a_damaged_file_or_value_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=words):
         READERS[name](tmp_path)
 
 
-def test_what_is_not_there_and_what_another_version_added(tmp_path):
+def test_missing_files_unknown_keys_and_incomplete_lines_are_handled(tmp_path):
     assert read_metrics(tmp_path) == []
     with pytest.raises(UserError, match=r"no run\.json"):
         read_run(tmp_path)
@@ -159,12 +159,12 @@ def git(folder, *arguments):
     return process.stdout.strip()
 
 
-def test_commit(tmp_path, monkeypatch):
+def test_the_commit_and_uncommitted_changes_are_recorded(tmp_path, monkeypatch):
     package = tmp_path / "checkout" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     git(package.parent, "init", "-q")
-    assert provenance.commit(package) == (None, None)  # not one of its files
+    assert provenance.commit(package) == (None, None)  # the package is not tracked yet
     git(package.parent, "add", ".")
     git(package.parent, "commit", "-q", "-m", "x")
     head = git(package.parent, "rev-parse", "HEAD")
@@ -187,7 +187,9 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("config", "losses", "words"), ENDS)
-def test_the_end_names_the_files_the_best_step_and_how_to_have_it(tmp_path, config, losses, words):
+def test_the_final_message_names_the_files_the_best_step_and_how_to_export_it(
+    tmp_path, config, losses, words
+):
     run = tmp_path / "my run"
     log = RunLog(run)
     log.start(config, method="lora", seed=0, resume_step=None)
@@ -205,14 +207,14 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(tmp_path, conf
     block = console.describe_run(run, files, "eval.clip_scores")
     assert re.search(words, block.splitlines()[-1])
     assert str(run / "weights.safetensors") in block
-    assert "model card" not in block  # it is not there
+    assert "model card" not in block  # the card does not exist
     assert f"python -m eval.clip_scores '{run}' base" in block
     assert ("(steps 5; removed: 3, 4; " in block) == bool(losses)
     assert ("0.5000 at step 10, lowest 0.4000 at step 5" in block) == bool(losses)
 
 
 BY_SAMPLES = {"validation_dataset": "x"}
-# Distances of three pictures: the same changes, and changes that differ in sign
+# Step -> distances of three pictures; between steps, they change alike or with different signs
 SURE = {0: [0.9, 0.8, 0.7], 5: [0.5, 0.4, 0.3], 10: [0.6, 0.51, 0.39]}
 UNSURE = {0: [0.9, 0.8, 0.7], 5: [0.5, 0.4, 0.3], 10: [0.6, 0.35, 0.3]}
 WORSE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.86, 0.74], 10: [1.0, 0.91, 0.79]}
@@ -254,10 +256,10 @@ AS_BASE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.7, 0.8], 10: [0.96, 0.91, 0.6]}
         ),
     ],
 )
-def test_the_end_says_which_step_the_files_are_of_and_how_sure_the_best_is(
+def test_the_final_message_names_the_exported_step_and_how_certain_the_best_step_is(
     tmp_path, distances, results, end, advice
 ):
-    """Step 0 is the base model; differences are compared with their spread over the pictures."""
+    """Step 0 is the base model. Differences are compared with their spread over the pictures."""
     log = RunLog(tmp_path)
     log.start(BY_SAMPLES, method="lora", seed=0, resume_step=None, num_steps=60)
     for step, by_picture in distances.items():
@@ -271,7 +273,7 @@ def test_the_end_says_which_step_the_files_are_of_and_how_sure_the_best_is(
     assert "learning_rate" not in last_line or distances is WORSE
 
 
-def test_the_end_names_the_score_that_chose_the_step(tmp_path):
+def test_the_final_message_names_the_score_that_chose_the_step(tmp_path):
     log = RunLog(tmp_path)
     log.start({"validation_file": None}, method="lora", seed=0, resume_step=None, num_steps=15)
     for step, score in {0: 0.25, 5: 0.5, 10: 0.75, 15: 0.5}.items():
@@ -283,13 +285,13 @@ def test_the_end_names_the_score_that_chose_the_step(tmp_path):
     assert block.endswith("by the held-out exact match step 10 was 0.2500 better than step 15")
 
 
-def test_the_time_of_a_measurement_is_not_in_the_rate_of_steps(capsys):
+def test_the_rate_of_steps_excludes_the_time_of_measurements(capsys):
     with console.Bar(2, 0, "lora", lambda activity: None) as bar:
         with bar.waiting_for("held-out loss"):
             time.sleep(0.3)
         bar.step({"loss": 0.5, "lr": 1e-3})
     rates = re.findall(r"1/2 .*, +([\d.]+)it/s", capsys.readouterr().err)
-    assert float(rates[-1]) > 10  # it would be 3 with the measurement
+    assert float(rates[-1]) > 10  # about 3 if the measurement were included
 
 
 def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
@@ -319,7 +321,7 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "upload_folder", lambda **options: uploads.append(options))
     monkeypatch.setattr(hub, "create_commit", commit)
     hub.push(tmp_path, "me/run", None)
-    # Files that may name a path are committed with another content, the others as they are.
+    # Files that may contain a path are committed with changed content, the others uploaded as is.
     changed_names = {"run.json", "unet/config.json", "adapter_config.json"}
     assert set(committed_files) == changed_names
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -333,7 +335,7 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     assert published_model == {**model_config, "_name_or_path": "base"}
     published = json.loads(committed_files["run.json"])["config"]
     assert published == {**config, "instance_data_dir": "images", "output_dir": tmp_path.name}
-    assert read_run(tmp_path)["config"] == config, "the folder itself keeps them"
+    assert read_run(tmp_path)["config"] == config, "the local record keeps the paths"
 
 
 @pytest.mark.slow

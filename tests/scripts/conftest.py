@@ -1,4 +1,4 @@
-"""Runs of scripts in the process of the tests."""
+"""Fixtures for tests that run scripts in the process of the tests."""
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -6,5 +6,5 @@ from accelerate.state import AcceleratorState
 
 @pytest.fixture(autouse=True)
 def _fresh_precision() -> None:
-    """Let a script choose its own precision: accelerate keeps one for a whole process."""
+    """Reset accelerate's precision, which otherwise stays the same for the whole process."""
     AcceleratorState._reset_state()

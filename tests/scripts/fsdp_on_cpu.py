@@ -1,9 +1,10 @@
-"""Runs of train_text_bilora.py under FSDP2 on CPU processes, one after another; for torchrun.
+"""Run train_text_bilora.py under FSDP2 on CPU processes, once per command line; for torchrun.
 
     fsdp_on_cpu.py COMMAND_LINES.json    # [[flag, ...], ...]
 
-accelerate 1.15 makes the plugin from ACCELERATE_USE_FSDP, but keeps DDP on CPUs. Here its state is
-set to FSDP as it is for every other device; all the rest is accelerate's and torch's own.
+accelerate 1.15 creates the FSDP plugin from ACCELERATE_USE_FSDP, but uses DDP on CPUs. This script
+sets accelerate's state to FSDP, as on every other device. Everything else is the code of accelerate
+and torch.
 """
 
 import json
@@ -16,12 +17,12 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 SHARES: list[float] = []
-"""Share of the frozen weights that this process keeps, of each run."""
+"""Share of the frozen weights that this process keeps, for each run."""
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def allow_fsdp_on_cpus() -> None:
-    """From now on accelerate gives CPUs the engine that it was launched with."""
+    """Make accelerate use FSDP2 on CPUs too if it was launched with it."""
     from bilora_diffusion.config import machine
 
     launch = machine.launch
@@ -42,7 +43,7 @@ def allow_fsdp_on_cpus() -> None:
 
 
 def note_shares() -> None:
-    """From now on every run notes which share of its frozen weights this process keeps."""
+    """Record in `SHARES` the share of the frozen weights that this process keeps in each run."""
     from bilora_diffusion.train import engine
 
     original = engine.prepare
@@ -53,7 +54,7 @@ def note_shares() -> None:
         count = 0
         for parameter in module.parameters():
             if not parameter.requires_grad:
-                # A sharded parameter is a DTensor, whose own numel() is that of all processes.
+                # A sharded parameter is a DTensor, whose numel() counts all processes' values.
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 local_count += local.numel()
                 count += parameter.numel()
@@ -64,11 +65,11 @@ def note_shares() -> None:
 
 
 def run(argv: list[str]) -> None:
-    """One run, with an engine of its own in a process group that stays."""
+    """Train once with a new engine, in a process group that is kept for the next run."""
     from bilora_diffusion.text.script import train
 
     if AcceleratorState._shared_state:
-        # Later processes would find the folder that the first has begun: a launch starts together.
+        # The processes must start together: a late one would find the folder of the first one.
         PartialState().wait_for_everyone()
         AcceleratorState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
@@ -78,13 +79,13 @@ def run(argv: list[str]) -> None:
 if __name__ == "__main__":
     allow_fsdp_on_cpus()
     note_shares()
-    # A run's end would destroy the process group, which the next run needs.
+    # The end of a run would destroy the process group, which the next run needs.
     end = Accelerator.end_training
     Accelerator.end_training = lambda self: None
     command_lines = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for command_line in command_lines:
         run(command_line)
-    # Half of an untied model, and of T5 all that is not its tied embedding.
+    # Half of an untied model; more of T5, since its tied embedding is not sharded.
     assert len(SHARES) == len(command_lines), SHARES
     assert max(SHARES) < 0.62, SHARES
     assert abs(min(SHARES) - 0.5) < 0.02, SHARES

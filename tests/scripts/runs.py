@@ -1,4 +1,4 @@
-"""Short runs on the miniature, and comparisons of what they exported."""
+"""Short runs on the miniature, and comparisons of their results."""
 
 import hashlib
 import os
@@ -25,11 +25,14 @@ SCRIPT = ROOT / "train_dreambooth_bilora.py"
 TEXT_SCRIPT = ROOT / "train_text_bilora.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ON_CPUS = {"ACCELERATE_USE_CPU": "true"}
-"""Joins torchrun's processes on CPUs to one run."""
+"""Environment in which torchrun's processes train one run together on CPUs."""
 
 
 def flags(folder: Path, **values: Any) -> list[str]:
-    """A short run on the miniature without held-out loss and images; True is a bare flag."""
+    """Return flags for a short run on the miniature, by default without held-out loss and images.
+
+    See `words` for the values.
+    """
     settings: dict[str, Any] = {
         "dataset": "mini",
         "validation_dataset": "none",
@@ -44,7 +47,7 @@ def flags(folder: Path, **values: Any) -> list[str]:
 
 
 def words(settings: dict[str, Any]) -> list[str]:
-    """Settings as a command line: True is a bare flag, None leaves an option out."""
+    """Return settings as a command line: True is a flag without a value, None omits the option."""
     argv: list[str] = []
     for name, value in settings.items():
         if value is None:
@@ -56,53 +59,56 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 
 def train(folder: Path, **values: Any) -> Path:
-    """A run in this process; returns its folder."""
+    """Train in this process and return the run's folder."""
     from bilora_diffusion.image.script import train as run_script
 
-    # accelerate keeps one precision for a whole process; each run here is to choose its own.
+    # accelerate keeps one precision per process, but each run here chooses its own.
     AcceleratorState._reset_state()
     run_script(flags(folder, **values))
     return folder
 
 
 def make_once(name: str, make: Callable[[Path], object], *facts: object) -> Path:
-    """A folder made from these facts by the first who asks; all test files and workers read it."""
+    """Return a folder that all test files and workers share; the first caller creates it.
+
+    ``name`` and ``facts`` identify the folder.
+    """
     key = hashlib.sha256(repr((name, *facts)).encode()).hexdigest()[:12]
     folder = Path(os.environ["HF_HOME"], "once", key)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "made").exists():
-            shutil.rmtree(folder / name, ignore_errors=True)  # of a test that failed
+            shutil.rmtree(folder / name, ignore_errors=True)  # left by a failed test
             make(folder / name)
             (folder / "made").touch()
     return folder / name
 
 
 def train_once(name: str = "run", /, **values: Any) -> Path:
-    """A run with these flags that is shared: read it, or copy it (`copied`)."""
+    """Return a shared run with these flags; a test that changes the run must copy it (`copied`)."""
     return make_once(name, lambda folder: train(folder, **values), "image", sorted(values.items()))
 
 
 def copied(run: Path, folder: Path) -> Path:
-    """A copy of a shared run, to be changed."""
+    """Copy a shared run for a test that changes it, and return the copy's folder."""
     return Path(shutil.copytree(run, folder))
 
 
 def resumed(run: Path, step: int, **values: Any) -> Path:
-    """A copy that goes on from one of the run's checkpoints; returns its folder."""
+    """Resume a copy of a run from one of its checkpoints, and return the copy's folder."""
     parts = copied(run, run.with_name(f"{run.name}-parts"))
     checkpoint = parts / "checkpoints" / f"step-{step}"
-    # What the copy holds of later steps is deleted.
+    # The copy's files of later steps are deleted.
     return train(parts, **values, resume_from_checkpoint=checkpoint, overwrite_output_dir=True)
 
 
 def resumes_exactly(run: Path, step: int, **values: Any) -> None:
-    """Assert that a copy resumed from one of the run's checkpoints ends as the run, to the bit."""
+    """Assert that a copy resumed from a checkpoint ends bit-identical to the run."""
     assert_same_run(run, resumed(run, step, **values), "grad_norm")
 
 
 def assert_same_run(left: Path, right: Path, *keys: str) -> None:
-    """Assert that two runs are equal to the bit; ``keys`` are further columns of their metrics."""
+    """Assert that two runs are bit-identical; ``keys`` are further metrics to compare."""
     assert difference(left, right) == 0
     # The digest is a hash of a step's samples, noise and timesteps.
     for key in ("step", "loss", "digest", *keys):
@@ -114,9 +120,9 @@ def assert_same_run(left: Path, right: Path, *keys: str) -> None:
 def run_python(
     words: Sequence[object], processes: int = 1, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python WORDS`` outside this process, by torchrun where it is to be several processes.
+    """Run ``python WORDS`` as a new process, and assert that it succeeds.
 
-    It must end well.
+    torchrun starts it if there are several processes.
     """
     command = [sys.executable]
     if processes > 1:
@@ -134,21 +140,21 @@ def run_python(
 def started(
     *words: object, environment: Mapping[str, str] = MappingProxyType({}), **options: Any
 ) -> subprocess.Popen[str]:
-    """``python WORDS``, begun in a process of its own with options of `subprocess.Popen`."""
+    """Start ``python WORDS`` as a new process; ``options`` are those of `subprocess.Popen`."""
     command = [sys.executable, *map(str, words)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, text=True, cwd=ROOT, env=variables, **options)
 
 
 def error_sentence(output: str) -> str:
-    """The one sentence that a command ends with, without a traceback."""
+    """Return the only error message in a command's output, which must not have a traceback."""
     assert "Traceback" not in output
     (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return sentence
 
 
 def file_contents(folder: Path) -> dict[str, bytes]:
-    """Content of each file below a folder, by its path in it."""
+    """Return the content of each file below a folder, by its relative path."""
     contents = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -157,14 +163,14 @@ def file_contents(folder: Path) -> dict[str, bytes]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def two_icons(folder: Path) -> dict[str, Any]:
-    """Flags for training on two icons of the miniature, measured on two others."""
+    """Return flags for a run that trains on two icons of the miniature and measures two others."""
     sources = {"dataset": mini.train_dir(), "validation_dataset": mini.heldout_dir()}
     values: dict[str, Any] = {
         "pretrained_model_name_or_path": "mini",
@@ -187,27 +193,27 @@ WEIGHTS = (
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The exported weights of a run: of the adapter, or of the whole model."""
+    """Return a run's exported weights, of the adapter or of the whole model."""
     files = [folder / name for name in WEIGHTS]
     return load_file(next(file for file in files if file.exists()))
 
 
 def column(folder: Path, key: str) -> list[Any]:
-    """One value of the run's metrics, at each step that has it."""
+    """Return one column of the run's metrics, from each row that has it."""
     return [row[key] for row in runlog.read_metrics(folder) if key in row]
 
 
 def difference(a: Path, b: Path) -> float:
-    """The largest difference between two runs' exported weights."""
+    """Return the largest absolute difference between two runs' exported weights."""
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
     return max((left[key] - right[key]).abs().max().item() for key in left)
 
 
 def best_and_stop_step(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[Any, Any]:
-    """The step of the lowest held-out loss, and that at which the patience ended, or None.
+    """Return the step of the lowest held-out loss, and the step at which early stopping ends a run.
 
-    Step 0 is the base model.
+    The second step is None if the run is not stopped. Step 0, the base model, does not count.
     """
     lowest = float("inf")
     best_step = None
@@ -228,7 +234,10 @@ def best_and_stop_step(rows: Sequence[tuple[int, float | None]], patience: int) 
 
 
 def interrupt(monkeypatch: Any, *numbers: int) -> list[int]:
-    """Ctrl-C in these of all steps that are taken; returns the list of the steps taken."""
+    """Send SIGINT in the training steps with these numbers, counted from 1 across runs.
+
+    Return the list of the steps taken, which grows during training.
+    """
     from bilora_diffusion.train.trainer import Trainer
 
     steps_taken: list[int] = []

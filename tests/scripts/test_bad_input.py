@@ -1,7 +1,7 @@
-"""Bad input that is found behind a command line: one sentence, exit code 2, nothing touched.
+"""Bad input that a command finds after parsing: one sentence, exit code 2, no file changed.
 
-What a command line itself can have wrong stands in tests/config/test_constraints.py, what a set of
-images or a file of rows can, beside the tests of their readers.
+tests/config/test_constraints.py tests errors in the command line itself. Errors in a set of images
+or in a file of rows are tested next to their readers.
 """
 
 import json
@@ -41,7 +41,7 @@ CASES: list[Any] = [
     (BERT, {"validation_file": "{tmp}/other.jsonl"}, ('"neutral"', "line 2 of other.jsonl")),
     (BERT, {"model_name_or_path": "{tmp}/infinite"}, ("infinite", "not finite")),
 ]
-"""A wrong value or file, and the words that the sentence has."""
+"""Kind of run, wrong value or file, and words of the error message."""
 DIVERGING_ON_ONE = """
 import os, sys
 import train_dreambooth_bilora
@@ -66,7 +66,7 @@ DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "max_train_steps": 6}
 
 @pytest.fixture(scope="module")
 def bad_folder(tmp_path_factory):
-    """Folders and files that are wrong in one way each."""
+    """Create models and files that have one error each."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "unknown").mkdir()
     (folder / "unknown" / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
@@ -82,7 +82,7 @@ def bad_folder(tmp_path_factory):
 
 
 def refused(argv, capsys):
-    """The one sentence that a script refuses a command line with."""
+    """Return the error message with which a script refuses a command line."""
     is_text = "--model_name_or_path" in argv
     script = train_text_bilora if is_text else train_dreambooth_bilora
     exit_code = script.main(argv)
@@ -91,7 +91,7 @@ def refused(argv, capsys):
 
 
 @pytest.mark.parametrize(("kind", "values", "words"), CASES)
-def test_bad_input_is_one_sentence_and_exit_code_2(
+def test_bad_input_gives_one_sentence_and_exit_code_2(
     kind, values, words, bad_folder, tmp_path, capsys
 ):
     values = {name: value.format(tmp=bad_folder) for name, value in values.items()}
@@ -108,7 +108,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_only_the_same_run_goes_on(tmp_path, capsys):
+def test_only_the_same_run_is_resumed(tmp_path, capsys):
     run = copied(train_once(checkpointing_steps=1), tmp_path / "run")
     before = file_contents(run)
     refused(flags(run, resume_from_checkpoint="latest", method="lora"), capsys)
@@ -127,7 +127,7 @@ def test_only_the_same_run_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "step", "samples"), [(IMAGE, 2, ".png"), (LLAMA, 3, " of rows.jsonl")]
 )
-def test_a_loss_that_is_not_finite_stops_and_names_the_samples(
+def test_a_nonfinite_loss_stops_the_run_and_names_the_samples(
     kind, step, samples, tmp_path, capsys
 ):
     folder = tmp_path / "run"
@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(
         {"LOCAL_RANK": "0", "WORLD_SIZE": "2"},  # torchrun
     ],
 )
-def test_processes_that_would_not_train_together_are_refused(launch, tmp_path, capsys, monkeypatch):
+def test_processes_that_would_train_separately_are_refused(launch, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "device_type", lambda: "cpu")
     for name, value in launch.items():
         monkeypatch.setenv(name, value)
@@ -162,7 +162,7 @@ def test_processes_that_would_not_train_together_are_refused(launch, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_infinite_on_one_process_ends_all(tmp_path):
+def test_an_infinite_loss_on_one_process_stops_all_processes(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DIVERGING_ON_ONE)
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The benchmarks as a user runs them, on their smallest models, and the sizes they rest on."""
+"""The benchmarks as a user runs them, on their smallest models, and the full models' sizes."""
 
 import importlib
 import json
@@ -54,19 +54,19 @@ TINY = {
     "text_encoder": CLIP,
     "text_encoder_2": CLIP,
 }
-"""Changes of the configurations, of which the form is the same."""
+"""Changes to the configurations of SDXL's models, which keep their architecture."""
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a file of the benchmarks, which find each other in their own folder."""
+    """Return a function that imports a benchmark; benchmarks import each other by file name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 
 @pytest.mark.matrix
 @pytest.mark.slow
-def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
+def test_step_cost_writes_a_table_and_json_with_all_requested_methods(
     load, monkeypatch, tmp_path, capsys
 ):
     file = tmp_path / "result.json"
@@ -76,7 +76,7 @@ def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
     (row,) = json.loads(file.read_text())["variants"].values()
     assert row["peak_memory_bytes"] > 2**27
     assert f"| {row['peak_memory_bytes'] / 1e9:.2f} |" in capsys.readouterr().out
-    # Memory is measured in a process of its own for each method, which takes long.
+    # Memory is measured in a separate process for each method, which is slow.
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
     step_cost.main(f"{flags} --methods all".split())
     variants = json.loads(file.read_text())["variants"]
@@ -84,7 +84,7 @@ def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
     assert set(variants) == set(names()) - {"full"}
 
 
-def test_step_cost_measures_full_fine_tuning_too_at_the_batch_and_length_asked_for(
+def test_step_cost_measures_full_fine_tuning_at_the_requested_batch_and_length(
     load, monkeypatch, tmp_path, capsys
 ):
     file = tmp_path / "result.json"
@@ -111,7 +111,7 @@ def test_step_cost_measures_full_fine_tuning_too_at_the_batch_and_length_asked_f
 
 
 def narrow_llama(load, step_cost):
-    """The workload of Llama's layers with a model of a few parameters."""
+    """Return the workload of Llama's layers with a narrow model."""
     llama = step_cost.WORKLOADS["llama-7b-layer"]
     return replace(llama, build=partial(load("random_models").llama_7b, **LLAMA))
 
@@ -119,14 +119,14 @@ def narrow_llama(load, step_cost):
 @pytest.mark.parametrize(
     ("model", "layers"), [pytest.param("mini", 56, marks=pytest.mark.slow), ("llama-7b-layer", 14)]
 )
-def test_both_forwards_of_bilora_are_the_same_training(model, layers, load, tmp_path, monkeypatch):
+def test_the_fused_forward_of_bilora_trains_like_peft_s(model, layers, load, tmp_path, monkeypatch):
     step_cost = load("step_cost")
     file = tmp_path / "result.json"
     monkeypatch.setitem(step_cost.WORKLOADS, "llama-7b-layer", narrow_llama(load, step_cost))
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
     step_cost.main(f"--model {model} --steps 5 --json {file}".split())
     result = json.loads(file.read_text())
-    assert result["layers"] == layers  # of Llama two layers of seven; the output head has none
+    assert result["layers"] == layers  # Llama: two blocks of seven, not the output head
     assert list(result["variants"]) == ["lora", "bilora", "bilora-peft"]
     for row in result["variants"].values():
         low, high = row["ratio_interval_95"]
@@ -156,7 +156,7 @@ AGAINST = f"against_diffusers --script {TEXT_SCRIPT}"
         (f"{AGAINST} --peer_flags it's", "--peer_flags"),
     ],
 )
-def test_bad_input_is_one_sentence(line, part, load, capsys):
+def test_bad_input_gives_one_sentence(line, part, load, capsys):
     program, *arguments = line.split()
     main = load(program).main
     assert run_cli(lambda: main(arguments)) == 2
@@ -179,9 +179,9 @@ def test_rounds_are_fair_and_the_ratio_is_paired(load):
         return seconds
 
     times = measure.interleave([variant("A"), variant("B"), variant("C")], rounds=3, warmup=1)
-    assert times == [[0.0, 1.0, 2.0]] * 3  # warming up does not count
-    assert "".join(order) == "CABABCBCACAB"  # CAB warms up; then each variant is first once
-    baseline = [1.0, 2.0, 1.0, 4.0, 1.0, 1.0]  # a machine that is slow now and then
+    assert times == [[0.0, 1.0, 2.0]] * 3  # the warm-up does not count
+    assert "".join(order) == "CABABCBCACAB"  # warm-up CAB; then each variant is first once
+    baseline = [1.0, 2.0, 1.0, 4.0, 1.0, 1.0]  # a machine that is slow at times
     ratio, interval = measure.paired_ratio([1.1 * value for value in baseline], baseline)
     assert ratio == pytest.approx(1.1)
     assert interval == pytest.approx((1.1, 1.1))
@@ -207,7 +207,7 @@ def test_the_real_architectures_have_their_published_sizes(builder, parameters, 
 
 
 @pytest.mark.slow
-def test_the_random_pipeline_is_genuine(load, tmp_path):
+def test_diffusers_loads_and_runs_the_random_pipeline(load, tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
     tiny = tmp_path / "tiny"
@@ -223,8 +223,8 @@ def test_the_random_pipeline_is_genuine(load, tmp_path):
 
 
 @pytest.mark.matrix
-def test_a_script_is_timed_against_another_of_the_same_flags(load, tmp_path, capsys):
-    """This project's own script stands for diffusers', which cannot be here."""
+def test_a_script_is_timed_against_another_with_the_same_flags(load, tmp_path, capsys):
+    """This project's own script replaces diffusers', which is not installed."""
     file = tmp_path / "result.json"
     peer_flags = (
         "--method lora --lora_alpha 4 --init_lora_weights gaussian --validation_dataset none"
@@ -238,13 +238,13 @@ def test_a_script_is_timed_against_another_of_the_same_flags(load, tmp_path, cap
         assert row["start"]["median"] + 3 * row["step"]["median"] < row["seconds"]["median"]
         assert row["memory"]["median"] > 2**28
     assert lora["heldout_loss"]["ratio"] == pytest.approx(1, abs=1e-6)  # the same run
-    # The estimate is of one process with its libraries, as is what was measured.
+    # Both the estimate and the measurement are of one process with its libraries.
     assert lora["estimate"]["median"] == pytest.approx(lora["memory"]["median"], rel=0.5)
     assert str(tmp_path) not in file.read_text()
     assert "| diffusers, LoRA | " in capsys.readouterr().out
 
 
-def test_the_pictures_of_peft_s_comparison_are_those_of_its_experiment(tmp_path, monkeypatch, hub):
+def test_the_split_of_peft_s_cat_pictures_fits_its_experiment(tmp_path, monkeypatch, hub):
     script = importlib.import_module("benchmarks.peft_cat")
     pictures = [Image.new("RGB", (64, 64), (10 * row, 0, 0)) for row in range(20)]
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"image": pictures})

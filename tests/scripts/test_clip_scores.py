@@ -1,4 +1,4 @@
-"""``python -m eval.clip_scores`` on runs of the miniature: whole, killed, repeated, refused."""
+"""``python -m eval.clip_scores`` on runs of the miniature: complete, killed and repeated."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def demo_runs(tmp_path_factory):
-    """Two runs of two steps as `make demo` leaves them, at a rate that changes images visibly."""
+    """Create two-step runs in the folders of `make demo`, at a rate that changes images visibly."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("lora", "bilora"):
         run = train_once(method, method=method, learning_rate=3e-2)
@@ -38,7 +38,7 @@ def demo_runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory):
-    """Flags for a small random scorer, captioner and DINOv2 of the real classes."""
+    """Return flags for small random models: a scorer, a captioner and a DINOv2."""
     folder = tmp_path_factory.mktemp("models")
     scorer = save_open_clip(folder / "clip")
     captioner = save_blip(folder / "blip")
@@ -50,7 +50,7 @@ def tiny_models(tmp_path_factory):
 
 
 def command_line(output, flags, steps=2):
-    """Flags for three prompts, which are next to the output folder, added to others."""
+    """Write three prompts next to the output folder, and return the flags that score them."""
     prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
     return (
@@ -60,14 +60,14 @@ def command_line(output, flags, steps=2):
 
 
 def score(line):
-    """The result of a command line, in this process."""
+    """Run a command line in this process and return its result."""
     argv = line.split()
     assert clip_scores.main(argv) == 0
     return table.read(Path(argv[argv.index("--output_dir") + 1]))
 
 
 def write_times(folder):
-    """Every complete image, and when it was written."""
+    """Return the time at which each complete image was written, by the image's path."""
     times = {}
     for file in (folder / "images").glob("**/*.png"):
         if not file.name.startswith(TEMPORARY):
@@ -80,7 +80,7 @@ def values_of(result):
 
 
 @pytest.mark.slow
-def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
+def test_the_runs_of_the_demo_and_the_base_model_are_scored(
     demo_runs, tiny_models, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "scores"
@@ -95,7 +95,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert subjects == [("LoRA", "run"), ("Bi-LoRA", "run"), ("base model", "base")]
     assert result.settings["sampling"]["guidance_scale"] == 4.0
     assert result.settings["sampling"]["size"] == 64
-    # 3 subjects x (3 prompts of the style + 3 general ones) x 1 seed; drift has no base model.
+    # 3 subjects x (3 prompts of the style + 3 general ones) x 1 seed; the base has no drift.
     counts = {"image": 18, "i2t": 9, "t2t": 9, "nearest": 9, "dino_nearest": 9, "drift": 6}
     for name in ("image", *clip_scores.METRICS):
         assert len(result.select(name)) == counts.get(name, 0), name
@@ -105,7 +105,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     compared = {(line.group, line.control) for line in result.summaries if line.pairs}
     assert compared == {("Bi-LoRA", "LoRA"), ("base model", "LoRA")}
 
-    # The miniature's icons are no ground truth for this tiny model.
+    # A text file of prompts has no ground truth.
     prompts = read_scores(result).settings.prompts
     assert [prompt.reference for prompt in prompts] == [None] * 6
 
@@ -113,7 +113,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, "grid.png"):
         assert str(tmp_path).encode() not in (output / name).read_bytes()
 
-    # The same command writes the same rows. Subjects of other names have the same images.
+    # The same command writes the same rows. Renamed subjects reuse the images.
     images = write_times(output)
     first_rows = (output / table.ROWS).read_bytes()
     assert len(images) == 18
@@ -134,15 +134,17 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
 
 
 @pytest.mark.slow
-def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tmp_path, capsys):
+def test_every_checkpoint_is_scored_and_its_images_are_generated_once(
+    tiny_models, tmp_path, capsys
+):
     steps = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_loss_steps": 1}
     run = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
     command = command_line(tmp_path / "scores", f"{run} {tiny_models}")
     result = score(f"{command} --max_prompts 2 --steps all")
     stdout = capsys.readouterr().out
-    assert "10 of 10 images will be generated" in stdout  # with the base model's
+    assert "10 of 10 images will be generated" in stdout  # including the base model's
     assert [subject.label for subject in result.subjects] == result.groups == ["step 1", "step 2"]
-    assert result.subjects[1].digest == find(str(run)).digest  # the run's own end
+    assert result.subjects[1].digest == find(str(run)).digest  # the end of the run
     recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(run)}
     losses = {row.subject: row.value for row in result.select("heldout_loss")}
     assert losses == {"step 1": recorded[1], "step 2": recorded[2]}
@@ -151,7 +153,7 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     assert result.figures == ["grid.png", "steps.png"]
     assert len(result.settings["best_steps"]) == len({line.metric for line in result.summaries})
     assert read_scores(result).labels == ["step 1", "step 2"]  # as the viewer reads it
-    # One sentence says which step is best: last at the terminal, first in the report.
+    # One sentence names the best step: the last line of the output, the first of the report.
     (answer,) = read_scores(result).settings.answers
     assert (answer.last, answer.candidate) == (2, 1)
     assert stdout.splitlines()[-1] == answer.sentence
@@ -159,11 +161,11 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     assert report.splitlines()[0] == f"**{answer.sentence}**"
     assert "| step 2 (last) | 1 |" in report
     assert "| training seeds |" in report
-    assert "Table 4" not in report  # whose prompts are others
+    assert "Table 4" not in report  # it has other prompts
 
 
 @pytest.mark.slow
-def test_a_broken_adapter_loses_by_the_embedded_scorer(demo_runs, tmp_path):
+def test_the_embedded_scorer_ranks_a_broken_adapter_lower(demo_runs, tmp_path):
     def break_weights(tensors, _):
         for value in tensors.values():
             value.normal_()
@@ -184,7 +186,7 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(demo_runs, tmp_path):
 
 
 def content_of(folder):
-    """A result without its provenance, which names the folder and the commit."""
+    """Return a result without its provenance, which names the folder and the commit."""
     head = json.loads((folder / table.FILE).read_text())
     del head["provenance"]
     return head, (folder / table.ROWS).read_text(), (folder / table.SUMMARY).read_text()
@@ -192,7 +194,7 @@ def content_of(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
+def test_a_killed_run_repeats_no_image_and_two_processes_give_the_same_scores(
     demo_runs, tiny_models, tmp_path, capsys
 ):
     demo = demo_runs / "demo"
@@ -214,7 +216,7 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert len(after) == 15
     assert before.items() <= after.items()
 
-    # Without the kill, with two processes of the command's own.
+    # Without the kill, and with two processes that the command starts.
     uninterrupted = tmp_path / "uninterrupted"
     score(command_line(uninterrupted, f"{flags} --processes 2", steps=3))
     assert len(write_times(uninterrupted)) == 15

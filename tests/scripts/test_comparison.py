@@ -1,4 +1,4 @@
-"""--compare: a run and its control by one command, stopped and gone on with, in two processes."""
+"""``--compare``, which trains a run and its control: interrupted, resumed, on two processes."""
 
 import logging
 import os
@@ -26,13 +26,13 @@ MINI = "--dataset mini --output_dir runs/dog --rank 8"
 
 
 def control_of(flags):
-    """The configuration of the control that a command line with ``--compare`` asks for."""
+    """Return the control's configuration for a command line with ``--compare``."""
     argv = f"{MINI} {flags}".split()
     return control_config(DREAMBOOTH, argv, DREAMBOOTH.resolve(argv))
 
 
 def test_the_control_has_the_options_of_its_own_command(caplog):
-    """All but the method, its folder, and what is a different quantity in the other method."""
+    """Options that mean something else in the other method have its defaults instead."""
     flags = "--rho 0.3 --auxiliary_rank 2"
     control = control_of(f"{flags} --compare lora")
     lora_command = f"{MINI} {flags} --method lora --output_dir runs{os.sep}dog-lora"
@@ -40,8 +40,8 @@ def test_the_control_has_the_options_of_its_own_command(caplog):
 
     caplog.clear()
     control = control_of(f"{flags} --compare lora-sam")
-    assert control.rho == 0.05  # LoRA-SAM's own: 0.3 is a radius of Bi-LoRA
-    # The rank is named once, by the command line itself; the radius by the control alone.
+    assert control.rho == 0.05  # LoRA-SAM's default: 0.3 is a radius for Bi-LoRA
+    # The run reports the rank, which the control does not repeat; the control reports the radius.
     rank_message, rho_message = (record.getMessage() for record in caplog.records)
     assert "--rank" in rank_message
     assert "--rho" not in rank_message
@@ -58,16 +58,16 @@ def test_the_control_has_the_options_of_its_own_command(caplog):
         ("--compare lor", 'did you mean "lora"'),
     ],
 )
-def test_what_can_not_be_compared_is_refused(flags, part):
+def test_unsupported_comparisons_are_refused(flags, part):
     with pytest.raises(UserError, match=part):
         control_of(flags)
 
 
-def test_the_folder_of_the_control_is_beside_that_of_the_run(tmp_path, monkeypatch):
+def test_the_folder_of_the_control_is_next_to_the_run_s(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert control_folder(tmp_path / "dog", "lora") == tmp_path / "dog-lora"
     assert control_folder(tmp_path / "..", "lora").parent == tmp_path.parent.parent
-    # It is checked before anything is trained, as the run's own folder is.
+    # Both folders are checked before training.
     (tmp_path / "dog-lora").mkdir()
     (tmp_path / "dog-lora" / "README.md").write_text("mine")
     with pytest.raises(UserError, match="dog-lora"):
@@ -76,7 +76,7 @@ def test_the_folder_of_the_control_is_beside_that_of_the_run(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
+def test_both_runs_equal_those_of_separate_commands_wherever_they_are_interrupted(
     tmp_path, monkeypatch, caplog
 ):
     flags = {
@@ -94,7 +94,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     write_card = DREAMBOOTH.write_card
 
     def interrupted_write_card(*arguments):
-        assert not control_folder(parts, "lora").exists()  # it is made when the control begins
+        assert not control_folder(parts, "lora").exists()  # it is created when the control starts
         write_card(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -112,11 +112,11 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     caplog.set_level(logging.INFO)
     train(parts, **flags)
     assert f"{parts} and {parts}-lora" in caplog.records[-1].getMessage()
-    assert len(steps_taken) == 8  # 4 of each run: none is taken twice
-    assert (parts / runlog.RUN).read_bytes() == record  # a finished run is left alone
+    assert len(steps_taken) == 8  # 4 of each run: no step is repeated
+    assert (parts / runlog.RUN).read_bytes() == record  # a finished run is not changed
     assert_same_run(own_run, parts, "heldout_loss", "auxiliary_norm")
     assert_same_run(own_control, control_folder(parts, "lora"), "heldout_loss")
-    # A finished run of other options is no part of the comparison.
+    # A finished run with other options is refused.
     with pytest.raises(UserError, match="seed"):
         train(parts, **flags, seed=5)
 

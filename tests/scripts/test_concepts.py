@@ -1,4 +1,4 @@
-"""Runs of several concepts from the command line: resumed, paired, with class images."""
+"""Runs on several concepts from the command line: resumed, paired, with class images."""
 
 import json
 import shutil
@@ -17,12 +17,12 @@ from eval.subjects import gather
 from tests.scripts.runs import column, flags, resumes_exactly, train
 
 COUNTS = {"dog": (2, 3), "cat": (3, 1), "owl": (1, 5)}
-"""Images of each concept, and how often they repeat."""
+"""Number of images and number of repeats of each concept."""
 
 
 @pytest.fixture(scope="module")
 def concepts(tmp_path_factory):
-    """Three concepts of the miniature's icons, of which two have held-out ones."""
+    """Write a list of three concepts of the miniature's icons; two of them have held-out icons."""
     root = tmp_path_factory.mktemp("concepts")
     training_icons = iter(sorted(mini.train_dir().glob("*.png")))
     heldout_icons = iter(sorted(mini.heldout_dir().glob("*.png")))
@@ -47,7 +47,7 @@ def write_list(path, rows):
 
 
 def values(concepts, **options):
-    """Flags of a short run."""
+    """Return the flags of a short run."""
     return {
         "dataset": concepts,
         "pretrained_model_name_or_path": "mini",
@@ -63,7 +63,7 @@ def values(concepts, **options):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, tmp_path, caplog):
+def test_a_run_resumes_exactly_and_is_paired_and_measured_by_concept(concepts, tmp_path, caplog):
     caplog.set_level("INFO", logger="bilora_diffusion")
     image_options = {"num_validation_images": 1, "validation_num_inference_steps": 2}
     run = train(tmp_path / "run", **values(concepts, **image_options))
@@ -89,7 +89,7 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
     for subject in subjects:
         images = training_sets(subjects, None)[subject.label]
         counts = Counter(entry.name.split("/")[0] for entry in images.entries)
-        assert counts == {"dog": 2, "cat": 3, "owl": 1}  # no image counts for its repeats
+        assert counts == {"dog": 2, "cat": 3, "owl": 1}  # repeats do not count
         assert len(open_points(subjects)[subject.label].images) == len(images)
 
     resumes_exactly(run, 2, **values(concepts, **image_options))
@@ -100,7 +100,7 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
         train(run, **values(changed_list, resume_from_checkpoint="latest", max_train_steps=6))
 
 
-def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
+def test_a_dry_run_lists_the_concepts(concepts, tmp_path, capsys):
     argv = flags(tmp_path / "none", **values(concepts), dry_run=True)
     assert train_dreambooth_bilora.main(argv) == 0
     stdout = capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
 
 @pytest.mark.matrix
 @pytest.mark.slow
-def test_class_images_are_made_for_each_concept(concepts, tmp_path):
+def test_class_images_are_generated_for_each_concept(concepts, tmp_path):
     rows = json.loads(concepts.read_text())
     for row, name in zip(rows, COUNTS, strict=True):
         row |= {"class_data_dir": str(tmp_path / name), "class_prompt": f"a flat icon of a {name}"}

@@ -1,4 +1,4 @@
-"""``--dry_run`` as a user runs it: every kind of model, without weights, and nothing is written."""
+"""``--dry_run`` as a user runs it: for every kind of model, without weights or written files."""
 
 import json
 import re
@@ -29,12 +29,12 @@ SD3 = "StableDiffusion3Pipeline"
 
 
 def without_weights(model, folder):
-    """A copy of a model's folder without its weights."""
+    """Copy a model's folder without its weights, and return the copy."""
     return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
 def image_run(capsys, folder, exit_code=0, **values):
-    """Output of a dry run of images, which writes nothing."""
+    """Return the output of an image dry run, after checking that it wrote nothing."""
     argv = [*flags(folder, **values), "--dry_run"]
     assert train_dreambooth_bilora.main(argv) == exit_code
     assert not folder.exists()
@@ -42,7 +42,7 @@ def image_run(capsys, folder, exit_code=0, **values):
 
 
 def parts_of(output):
-    """The printed parts of the memory, by name."""
+    """Return the size of each printed part of the memory, by the part's name."""
     parts = {}
     for line in output.splitlines():
         if line.startswith("  "):
@@ -52,8 +52,8 @@ def parts_of(output):
 
 
 @pytest.mark.slow
-def test_memory_is_near_what_runs_took(tmp_path):
-    """Of the miniature, in a process of its own, and of SDXL at its full size."""
+def test_the_estimated_memory_is_near_the_measured_memory(tmp_path):
+    """The estimates are of the miniature, in a separate process, and of SDXL in full size."""
     mini = json.loads((FOLDER / "mini.json").read_text())
     command = mini["command"].replace("mini_run", f"{tmp_path}/run")
     output = run_python(f"{command} --dry_run".split()).stdout
@@ -65,12 +65,12 @@ def test_memory_is_near_what_runs_took(tmp_path):
     words = re.findall(r"--(?:resolution|mixed_precision|train_batch_size) \w+", sdxl["command"])
     run = memory.empty_task("Stable Diffusion XL", *" ".join(words).split())
     phases = memory_by_phase(run, torch.device("cpu"))
-    # 600 MB stand for the process with its libraries, which is not measured here.
+    # The process with its libraries is assumed to take 600 MB.
     phases = complete(phases, attach_copy(run, 2)[1], process=600_000_000)
     assert sum(phases[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
 
 
-def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monkeypatch):
+def test_no_weights_are_downloaded_from_the_hub(capsys, tmp_path, monkeypatch):
     model = shared(SD3)
     cache = tmp_path / "cache"
 
@@ -91,12 +91,12 @@ def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
+def test_each_kind_of_text_model_has_a_dry_run(kind, capsys, tmp_path):
     settings = material(kind)
     base = settings["model_name_or_path"]
     settings["model_name_or_path"] = without_weights(base, tmp_path / "base")
     settings["validation_file"] = settings["train_file"]
-    # A run would refuse this folder, which a dry run does not look at.
+    # A run would refuse this folder, but a dry run does not look at it.
     occupied = tmp_path / "run"
     occupied.mkdir()
     (occupied / "metrics.jsonl").touch()
@@ -104,7 +104,7 @@ def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
     assert train_text_bilora.main(argv) == 0
     output = "".join(capsys.readouterr())
     assert "24 rows" in output
-    # Logits of a vocabulary are large enough to be a part of their own; those of two classes not.
+    # Logits over a vocabulary are large enough to be listed; those of two classes are not.
     assert ("logits" in parts_of(output)) == (kind != "classification")
     assert "It fits" in output
     assert [file.name for file in occupied.iterdir()] == ["metrics.jsonl"]
@@ -117,8 +117,10 @@ MINI = {
     "gradients": "717 kB",
     "the optimizer's state": "1.43 MB",
 }
-"""Bi-LoRA of rank 4 on the miniature has 89,600 numbers of 4 bytes in each adapter. These figures
-and those below are what real models and methods hold.
+"""Parts of the memory of Bi-LoRA with rank 4 on the miniature.
+
+Each adapter has 89,600 values of 4 bytes. These sizes and those below are those of real models and
+methods.
 """
 
 
@@ -142,7 +144,7 @@ and those below are what real models and methods hold.
     ],
     ids=str,
 )
-def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
+def test_the_memory_that_options_need_is_counted(values, parts, capsys, tmp_path):
     output = parts_of(image_run(capsys, tmp_path / "run", train_batch_size=4, **values))
     assert {name: output[name] for name in parts} == parts
 
@@ -153,13 +155,13 @@ def test_several_processes_are_refused(monkeypatch):
         dry_run.run(DREAMBOOTH, [resolve(["--dataset", "mini"])])
 
 
-def test_of_two_runs_the_larger_is_named(capsys, tmp_path):
+def test_the_larger_of_two_runs_is_named(capsys, tmp_path):
     output = image_run(capsys, tmp_path / "run", method="lora", compare="bilora")
     assert "two runs" in output
     assert "Bi-LoRA on unet" in output
 
 
-def test_images_that_are_enlarged_and_the_hours_for_a_second_are_told(capsys, tmp_path):
+def test_enlarged_images_and_the_hours_per_second_of_a_step_are_reported(capsys, tmp_path):
     folder = tmp_path / "icons"
     folder.mkdir()
     for name, size in {"low": (90, 60), "exact": (64, 64), "large": (200, 65)}.items():

@@ -1,4 +1,4 @@
-"""Recorded runs on the miniature, killed; and the two command lines that read them."""
+"""Runs with ``--log_dynamics``: the training is unchanged, and snapshots survive a kill."""
 
 import shutil
 from typing import Any
@@ -20,12 +20,12 @@ SHORT: dict[str, Any] = {
 
 
 def snapshot_files(folder):
-    """The content of each snapshot, by its step."""
+    """Return the content of each snapshot, by its step."""
     return {step: path.read_bytes() for step, path in snapshots.steps(folder).items()}
 
 
 @pytest.mark.slow
-def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
+def test_recording_changes_nothing_and_a_resumed_run_repeats_its_snapshots(tmp_path):
     shared = {**SHORT, "method": "lora-sam", "max_train_steps": 4, "checkpointing_steps": 2}
     uncut = train(tmp_path / "whole", **shared)
     off = train(tmp_path / "off", **{**shared, "log_dynamics": None, "dynamics_steps": None})
@@ -35,7 +35,7 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
     parts = copied(uncut, tmp_path / "parts")
     shutil.rmtree(parts / "checkpoints" / "step-4")
     assert list(snapshot_files(parts)) == [0, 1, 2, 3, 4]
-    for step in (3, 4):  # what a kill may leave; the snapshots have to be taken again
+    for step in (3, 4):  # as a kill may leave them; the resumed run must replace them
         snapshots.steps(parts)[step].write_bytes(b"torn")
     train(parts, **shared, resume_from_checkpoint="latest")
     assert snapshot_files(parts) == snapshot_files(uncut)
@@ -47,7 +47,7 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
 
 
 @pytest.mark.slow
-def test_snapshots_hold_what_was_trained(tmp_path):
+def test_snapshots_hold_the_trained_factors(tmp_path):
     options = {"init_lora_weights": "pissa", "use_dora": True}
     run = train(tmp_path / "run", **SHORT, **options, max_train_steps=2, checkpointing_steps=2)
     saved = load_file(run / "checkpoints" / "step-2" / "adapters.safetensors")

@@ -1,4 +1,4 @@
-"""The scripts of `examples/`, on small models and data on the disk.
+"""The scripts of `examples/`, on small local models and data.
 
 `tests/methods/test_minimal.py` runs `examples/minimal.py`.
 """
@@ -29,7 +29,7 @@ TEXT = {"text": "w3 w4 w5 w6 w7"}
 
 
 def model_and_data(folder, model, columns):
-    """Flags for a model and 24 rows."""
+    """Save a model and 24 rows of data, and return the flags that name them."""
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(folder / "model")
     data = folder / "data.jsonl"
@@ -54,34 +54,34 @@ def start(name, values):
     example(name).main(flags(values))
 
 
-def test_photographs_are_trained_and_images_generated_before_and_after(tmp_path, capsys):
+def test_the_photograph_example_trains_and_samples_before_and_after(tmp_path, capsys):
     run = tmp_path / "run"
     two_steps = "--max_train_steps 2 --validation_dataset none --num_validation_images 0"
     assert example("1_photographs").main(["--output_dir", str(run), *two_steps.split()]) == 0
     assert "before_and_after.png" in capsys.readouterr().out
     assert (run / "pytorch_lora_weights.safetensors").exists()
     with Image.open(run / "before_and_after.png") as picture:
-        assert picture.size == (128, 128)  # two prompts of 64 pixels
+        assert picture.size == (128, 128)  # two columns of 64 pixels, for two prompts
         before = picture.crop((0, 0, 128, 64))
         assert before.tobytes() != picture.crop((0, 64, 128, 128)).tobytes()
 
 
-def test_photographs_that_do_not_exist_are_one_sentence(tmp_path, capsys):
+def test_missing_photographs_give_one_sentence(tmp_path, capsys):
     argv = ["--photographs", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "run")]
     assert example("1_photographs").main(argv) == 2
     assert "photos" in error_sentence(capsys.readouterr().err)
 
 
-def test_the_loop_trains_both_methods(capsys):
+def test_the_loop_example_trains_both_methods(capsys):
     example("3_own_loop").main(["--steps", "1"])
     head, lora, bilora = capsys.readouterr().out.splitlines()[-3:]
     assert head.endswith("at 0")
-    # The last column is the loss before the first step, where both methods are the base model.
+    # The last column is the loss before the first step, where both methods equal the base model.
     assert lora.split()[-1] == bilora.split()[-1]
 
 
 @pytest.mark.parametrize("name", [TRAINER, SEQ2SEQ, SFT])
-def test_a_trainer_saves_an_adapter(name, tmp_path, capsys):
+def test_a_trainer_example_saves_an_adapter(name, tmp_path, capsys):
     """The Trainer example also resumes exactly."""
     run = tmp_path / "run"
     values = {"output_dir": run, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
@@ -122,7 +122,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("line", "part"), REFUSED)
-def test_a_wrong_argument_is_one_sentence(line, part, tmp_path):
+def test_a_wrong_argument_gives_one_sentence(line, part, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(TEXT))
     argv = line.replace("DATA", str(data)).split()
@@ -147,7 +147,7 @@ def test_without_a_gpu_an_example_trains_in_fp32(monkeypatch):
 
 
 @pytest.mark.matrix
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def test_two_processes_train_like_one(tmp_path):
     common = {
         **model_and_data(tmp_path, tiny_llm(), TEXT),
         "max_steps": 4,
@@ -168,7 +168,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         double = load_file(double_run / "checkpoint-4" / name)
         for key, value in single.items():
             assert (double[key] - value).abs().max() < 1e-5, key
-    # Each adapter has left zero, or the comparison would prove nothing.
+    # If an adapter were still zero, the comparison would prove nothing.
     state = load_file(double_run / "checkpoint-4" / "bilora_state.safetensors")
     for adapter in (PRIMARY, AUXILIARY):
         ends = [v.abs().max() for k, v in state.items() if "lora_B" in k and adapter in k]
@@ -181,7 +181,7 @@ SHORT_DEMO = (
 )
 
 
-def test_text_prints_answers_before_and_after(tmp_path, capsys):
+def test_the_text_example_prints_answers_before_and_after(tmp_path, capsys):
     folder = tmp_path / "demo"
     model = save_llama(tmp_path / "model", chat=True)
     argv = f"--output_dir {folder} --model_name_or_path {model} {SHORT_DEMO}".split()

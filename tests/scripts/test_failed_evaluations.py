@@ -1,4 +1,4 @@
-"""Measurements and validation samples that fail lose nothing: images and text."""
+"""A measurement or validation sample that fails does not end a run, of images or of text."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from tests.scripts.runs import assert_same_run, column, difference, train, train
 from tests.text.text_builders import heldout, material, train_text, train_text_once
 
 STEPS = 3
-# A checkpoint and validation samples at each step
+# Flags for a checkpoint and validation samples at each step
 IMAGES = {
     "max_train_steps": STEPS,
     "train_batch_size": 1,
@@ -43,7 +43,7 @@ ERRORS = [
 
 @contextmanager
 def failing(module: Any, failing_calls: set[int], error: BaseException) -> Iterator[list[int]]:
-    """Let some of the calls of a module's `generate` fail, counted from 1."""
+    """Make these calls of a module's `generate`, counted from 1, raise ``error``."""
     calls: list[int] = []
     generate = module.generate
 
@@ -79,7 +79,7 @@ def failed_steps(folder):
         pytest.param(3, ERRORS[2], marks=pytest.mark.slow),
     ],
 )
-def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_call, error):
+def test_a_run_whose_images_fail_continues_and_exports(tmp_path, caplog, failing_call, error):
     unfailed = train_once(**IMAGES)
     folder = tmp_path / "run"
     with failing(image_task, {failing_call}, error):
@@ -97,7 +97,7 @@ def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_c
     assert failed_steps(folder) == [failing_call]
     record = runlog.read_run(folder)
     assert record["status"] == "finished"
-    # The record may be published, so it has no place of this machine.
+    # The record may be published, so it must not name a folder of this machine.
     assert str(tmp_path) not in str(record["results"]["failed_evaluations"])
     assert (folder / "README.md").exists()
     images = {path.parent.name for path in folder.glob("validation/*/*.png")}
@@ -105,8 +105,8 @@ def test_a_run_whose_images_fail_goes_on_and_exports(tmp_path, caplog, failing_c
 
 
 @pytest.mark.slow
-def test_a_run_of_which_every_image_fails_leaves_checkpoints_and_its_file(tmp_path):
-    """Where a step is chosen by samples, too: a failed measurement is no measurement."""
+def test_a_run_whose_images_all_fail_leaves_its_checkpoints_and_its_file(tmp_path):
+    """If the best step is chosen by samples, failed measurements are ignored."""
     icons = two_icons(tmp_path / "icons")
     options = {**IMAGES, **icons, "validation_loss_steps": 1, "keep_best": True}
     folder = tmp_path / "run"
@@ -117,11 +117,11 @@ def test_a_run_of_which_every_image_fails_leaves_checkpoints_and_its_file(tmp_pa
     ):
         train(folder, **options)
     assert checkpoint.steps(folder) == [1, 2, 3]
-    assert failed_steps(folder) == [1, 1, 2, 2, 3, 3]  # of each step the measurement and the images
+    assert failed_steps(folder) == [1, 1, 2, 2, 3, 3]  # the measurement and the images of each step
     results = runlog.read_run(folder)["results"]
     assert results["best_step"] is None
     plain = train(tmp_path / "plain", **{**IMAGES, **icons, "num_validation_images": 0})
-    assert difference(folder, plain) == 0  # the last step
+    assert difference(folder, plain) == 0  # both export the last step
 
     with (
         failing(image_task, {1}, torch.OutOfMemoryError("out of memory")),
@@ -132,7 +132,7 @@ def test_a_run_of_which_every_image_fails_leaves_checkpoints_and_its_file(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing_call", range(1, STEPS + 1))
-def test_a_run_whose_answers_fail_goes_on_and_exports(tmp_path, failing_call):
+def test_a_run_whose_answers_fail_continues_and_exports(tmp_path, failing_call):
     unfailed = unfailed_text_run()
     folder = tmp_path / "run"
     options = text_options()
@@ -161,8 +161,8 @@ def test_a_control_is_trained_after_a_run_whose_last_images_failed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_while_it_sampled_samples_when_it_is_resumed(tmp_path):
-    """A checkpoint is saved before the samples of its step, which a resume then makes."""
+def test_a_run_killed_while_sampling_samples_again_when_it_is_resumed(tmp_path):
+    """A checkpoint is saved before its step's samples, so the resumed run generates them."""
 
     class Killed(BaseException):
         pass

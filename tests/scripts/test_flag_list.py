@@ -1,7 +1,7 @@
-"""No flag of any command is lost: each parser still has what ``references/flag_list.json`` records.
+"""Every flag recorded in ``references/flag_list.json`` still exists, with its default and values.
 
-The parsers are those that the commands really make, taken at the moment when one is to read its
-arguments; flags may be added at any time.
+The test runs each command and takes its parser just before the arguments are parsed. New flags are
+not an error.
 """
 
 import argparse
@@ -21,11 +21,11 @@ RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 class _Parser(BaseException):
-    """Carries a parser out of a command that was about to read its arguments."""
+    """Exception that carries a parser out of a command before the arguments are parsed."""
 
 
 def parser_of(command):
-    """The parser that a command makes, as it is when the arguments are to be read."""
+    """Run a command until it parses its arguments, and return its parser."""
 
     def carry(self, *args, **settings):
         raise _Parser(self)
@@ -34,7 +34,8 @@ def parser_of(command):
         warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
         patch.setattr(argparse.ArgumentParser, "parse_args", carry)
         patch.setattr(argparse.ArgumentParser, "parse_known_args", carry)
-        patch.setattr(torch.cuda, "is_available", lambda: False)  # the defaults of one machine
+        # A default may depend on whether there is a GPU.
+        patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(sys, "argv", [command])
         patch.chdir(ROOT)
         try:
@@ -64,7 +65,7 @@ def test_no_flag_is_lost(command):
 
 
 def _serves(action, record):
-    """Test that a flag of today takes all that a recorded one took, and has its default."""
+    """Return whether a flag accepts all values of a recorded flag and has the same default."""
     names = action.option_strings or [action.dest]
     if not set(names) >= set(record["flags"]):
         return False
@@ -74,7 +75,7 @@ def _serves(action, record):
     if _plain(action.default) != record["default"]:
         return False
     if action.choices is not None:
-        # A flag that took any value must not have choices today.
+        # A flag that accepted any value must not have choices now.
         recorded_choices = set(record["choices"] or [None])
         if not set(map(str, action.choices)) >= recorded_choices:
             return False

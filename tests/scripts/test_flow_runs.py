@@ -1,4 +1,4 @@
-"""Flow-matching models through the script, on tiny random weights; SD3 and Qwen-Image most."""
+"""Runs of flow-matching models with tiny random weights, mainly SD3 and Qwen-Image."""
 
 import statistics
 from pathlib import Path
@@ -19,12 +19,12 @@ from tests.scripts.runs import column, flags, resumes_exactly, train, two_icons,
 SD3 = "StableDiffusion3Pipeline"
 QWEN = "QwenImagePipeline"
 MARKS = {SD3: (), QWEN: pytest.mark.slow}
-"""Other kinds run in `make test-matrix`."""
+"""Marks of each pipeline class; the other classes run only in `make test-matrix`."""
 KINDS = [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.matrix)) for kind in FILES]
 
 
 def on(kind, **values):
-    """Flags of a run on such a model."""
+    """Return the flags of a run on the tiny model of a pipeline class."""
     return {
         "pretrained_model_name_or_path": shared(kind),
         "resolution": 64,
@@ -35,7 +35,7 @@ def on(kind, **values):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, tmp_path):
+def test_a_run_resumes_measures_samples_and_exports_a_file_that_its_pipeline_loads(kind, tmp_path):
     values = on(
         kind,
         checkpointing_steps=1,
@@ -72,8 +72,8 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
 
 
 @pytest.mark.slow
-def test_masks_and_a_kept_class(tmp_path):
-    """Predictions that are to stay add to the loss; the hidden half of an image does not."""
+def test_held_predictions_add_to_the_loss_and_masks_change_it(tmp_path):
+    """Class and unconditional predictions are held; half of each image is masked."""
     icons = two_icons(tmp_path / "icons")
     values = {
         **icons,
@@ -99,7 +99,7 @@ def test_masks_and_a_kept_class(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monkeypatch):
+def test_the_log_has_the_sampled_noise_levels(tmp_path, monkeypatch):
     levels = []
     sample_level_index = FlowMatching.sample_level_index
 
@@ -110,7 +110,7 @@ def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monke
 
     monkeypatch.setattr(FlowMatching, "sample_level_index", record_level)
     run = train(tmp_path / "run", **on(SD3, max_train_steps=3))
-    del levels[0]  # of the row that the run is probed with
+    del levels[0]  # the level of the probe before the first step
     steps = [levels[0:2], levels[2:4], levels[4:6]]  # batches of two
     for name, statistic in {"mean": statistics.mean, "min": min, "max": max}.items():
         expected = [statistic(step_levels) for step_levels in steps]
@@ -118,8 +118,8 @@ def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_what_others_leave_out_is_a_line(tmp_path, caplog):
-    """ComfyUI leaves out DoRA's magnitudes; SD3, which has no embedding of guidance, guidance."""
+def test_ignored_dora_magnitudes_and_guidance_are_reported(tmp_path, caplog):
+    """ComfyUI ignores DoRA's magnitudes. SD3 ignores guidance, as it has no embedding for it."""
     values = on(SD3, use_dora=True, guidance_scale=2.0, max_train_steps=1)
     folder = train(tmp_path / SD3, **values)
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -135,7 +135,7 @@ def test_what_others_leave_out_is_a_line(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("option", ["hold_unconditional", "guided_target"])
-def test_it_needs_an_unconditional_prediction(tmp_path, option):
+def test_options_for_unconditional_predictions_are_refused_for_models_without_one(tmp_path, option):
     turbo = tmp_path / "Z-Image-Turbo"
     turbo.symlink_to(shared("ZImagePipeline"))
     sentence = f"--{option} 4.0 with a model without an unconditional prediction.*drop it"
@@ -157,7 +157,7 @@ def test_it_needs_an_unconditional_prediction(tmp_path, option):
         ("output_kohya_format", True, "--output_kohya_format with a"),
     ],
 )
-def test_what_the_model_can_not_take_is_a_sentence(name, value, words, tmp_path):
+def test_options_that_a_model_does_not_support_are_refused(name, value, words, tmp_path):
     with pytest.raises(UserError, match=words):
         train(tmp_path / "run", **on(SD3, **{name: value}))
     assert not (tmp_path / "run" / "run.json").exists()

@@ -1,4 +1,4 @@
-"""Every kind of start in every state of its folder: nothing is lost, refusals are one sentence."""
+"""Every way to start a run, in every state of its folder: no file is lost, errors are sentences."""
 
 from pathlib import Path
 from typing import Any
@@ -28,29 +28,29 @@ BEGINS = "begins"
 RESUMES = "resumes"
 DRY = "dry"
 TRAINS = (BEGINS, RESUMES)
-# Every other outcome is a refusal, by its reason.
+# Every other outcome is a refusal, given by words of its message.
 NO_CHECKPOINT = "checkpoint 'latest' does not exist"
 UNSAVED_RUN = "holds this run, interrupted before its first checkpoint"
 SAVED_RUN = "holds this run, interrupted and saved up to step 1 of 2"
 DONE_RUN = "holds this run, which is finished"
-# By the folder's state; one outcome for each of STARTS, in their order.
+# State of the folder -> outcome of each of STARTS, in the same order
 OUTCOMES = {
     "empty": (BEGINS, NO_CHECKPOINT, BEGINS, BEGINS, DRY),
     "begun run": (UNSAVED_RUN, NO_CHECKPOINT, BEGINS, BEGINS, DRY),
     "interrupted run": (SAVED_RUN, RESUMES, RESUMES, BEGINS, DRY),
     "finished run": (DONE_RUN, RESUMES, RESUMES, BEGINS, DRY),
 }
-# The step in which Ctrl-C brings a run into the state.
+# State of the folder -> step in which Ctrl-C leads to it
 INTERRUPTIONS = {"begun run": 1, "interrupted run": 2}
 
 
 def settings() -> dict[str, Any]:
-    """Options of a short run."""
+    """Return the options of a short run."""
     return {**material("classification"), **SETTINGS}
 
 
 def make(state: str, folder: Path) -> None:
-    """Bring a run to a state."""
+    """Create a run folder in a state."""
     values = settings()
     if state not in INTERRUPTIONS:
         train_text(folder, **values)
@@ -72,12 +72,12 @@ def make(state: str, folder: Path) -> None:
 
 
 def example(state: str) -> Path:
-    """A folder in a state, to be copied."""
+    """Return a shared folder in a state; tests must copy it."""
     return make_once("run", lambda folder: make(state, folder), "folders", state)
 
 
 def cases() -> list[Any]:
-    """All pairs; those that train are slow."""
+    """Return all pairs of a state and a start, and mark those that train as slow."""
     pairs = []
     for state, outcomes in OUTCOMES.items():
         for start, outcome in zip(STARTS, outcomes, strict=True):
@@ -87,7 +87,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("state", "start", "outcome"), cases())
-def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
+def test_starting_a_run_loses_nothing(state, start, outcome, tmp_path, capsys):
     folder = tmp_path / "run"
     if state != "empty":
         copied(example(state), folder)

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes gives what one process gives: losses, norms, weights, files, answers."""
+"""FSDP2 on two processes gives the losses, norms, weights, files and answers of one process."""
 
 import json
 from pathlib import Path
@@ -27,11 +27,11 @@ CASES: dict[str, dict[str, Any]] = {
     "causal-lora-sam": {"gradient_checkpointing": True},
     "causal-lora": {"mixed_precision": "bf16"},
 }
-"""Flags of the runs, by kind of model and method."""
+"""Flags of each run, by kind of model and method."""
 
 
 def options(folder, name, processes):
-    """Flags of one case; a step is of eight rows on any number of processes."""
+    """Return the flags of one case; a step has eight rows on any number of processes."""
     kind, _, method = name.partition("-")
     return {
         "model_name_or_path": folder / kind,
@@ -50,7 +50,7 @@ def options(folder, name, processes):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Every case on one process and, under FSDP2, on two; and a resumed run on two."""
+    """Train each case on one process and, under FSDP2, on two; resume one run on two."""
     folder = tmp_path_factory.mktemp("fsdp")
     for kind, save in SAVERS.items():
         save(folder / kind)
@@ -66,7 +66,7 @@ def setting(tmp_path_factory):
     file = folder / "lines.json"
     file.write_text(json.dumps(command_lines))
     script = Path(__file__).with_name("fsdp_on_cpu.py")
-    # FSDP2 as accelerate asks for it; the script checks that weights are split.
+    # The environment selects FSDP2 in accelerate; the script checks that weights are sharded.
     run_python([script, file], processes=2, environment=ENGINE)
     for name in CASES:
         train_text(folder / "one" / name, **options(folder, name, 1))
@@ -74,10 +74,8 @@ def setting(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_leave_what_one_leaves(setting, name):
-    """Data, losses, norms before and after projection, gradient norm, metrics, weights, answers;
-    checkpoints with whole tensors; files of the main process alone.
-    """
+def test_two_processes_give_the_results_of_one(setting, name):
+    """Metrics, weights, answers and file names are the same; checkpoints have unsharded tensors."""
     single = setting / "one" / name
     double = setting / "two" / name
     tolerance = 1e-5 if "mixed_precision" not in CASES[name] else 2e-3
@@ -106,7 +104,7 @@ def test_two_processes_leave_what_one_leaves(setting, name):
                 torch.testing.assert_close(tensors[key], value, rtol=0, atol=tolerance)
 
 
-def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting):
+def test_a_resumed_run_is_exact_and_one_process_can_resume_a_run_of_two(setting):
     uninterrupted = setting / "two" / "causal-bilora"
     resumed = setting / "two" / "resumed"
     assert difference(uninterrupted, resumed) == 0

@@ -1,4 +1,4 @@
-"""A GPU's day: which parts it measures, what it makes of them, and how it goes on."""
+"""``benchmarks.gpu_day``: the parts that it plans, its table, and how it continues."""
 
 import json
 
@@ -42,7 +42,7 @@ def results(**parts):
     return {"device": {"name": H100, "gpu": H100}, "versions": versions, "parts": parts}
 
 
-def test_the_plan_begins_with_the_basic_part_of_each_model_and_then_differs_in_one_thing():
+def test_the_plan_starts_with_each_model_s_basic_part_and_then_varies_one_option():
     parts = gpu_day.plan(["sdxl", "flux1"], "cuda")
     assert [part.key for part in parts[:3]] == [
         "sdxl, 1024 px, batch 1, lora",
@@ -59,7 +59,7 @@ def test_the_plan_begins_with_the_basic_part_of_each_model_and_then_differs_in_o
     assert {part.pixels for part in gpu_day.plan(["mini"], "cuda")} == {64, 32}
 
 
-def test_the_share_of_the_peak_is_that_of_the_gpu_and_unknown_ones_have_none():
+def test_the_share_of_the_peak_is_computed_for_known_gpus_only():
     row = measured()
     assert gpu_result.share_of_peak(row, H100) == pytest.approx(0.2)
     assert gpu_result.peak_of("NVIDIA H100 PCIe") == 756e12
@@ -71,7 +71,7 @@ def test_the_share_of_the_peak_is_that_of_the_gpu_and_unknown_ones_have_none():
     assert gpu_result.share_of_peak(row, None) is None
 
 
-def test_the_table_has_figures_and_what_was_not_measured():
+def test_the_table_has_the_measured_and_the_failed_parts():
     sampling = {"outcome": "measured", "seconds": 4.0, "sampler_steps": 25, "peak_bytes": 9e9}
     table = gpu_result.table(
         results(
@@ -87,7 +87,7 @@ def test_the_table_has_figures_and_what_was_not_measured():
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_a_full_memory_is_told_from_other_errors():
+def test_out_of_memory_is_distinguished_from_other_errors():
     error = TrainingError("sampling needs more memory than is left")
     error.__cause__ = MemoryError()
     assert failure(error) == {"outcome": "out of memory"}
@@ -111,7 +111,7 @@ def test_bad_input_is_refused(words, value, tmp_path):
         gpu_day.main([*words.split(), "--output_dir", str(tmp_path)])
 
 
-def test_every_fifth_photograph_is_held_out_and_their_captions_are_sampled(tmp_path):
+def test_every_fifth_photograph_is_held_out_and_its_caption_is_sampled(tmp_path):
     photographs, folder = tmp_path / "photographs", tmp_path / "split"
     photographs.mkdir()
     for number in range(10):
@@ -130,7 +130,7 @@ def test_every_fifth_photograph_is_held_out_and_their_captions_are_sampled(tmp_p
     assert all(prompt.reference for prompt in prompts)
 
     (photographs / "2.txt").unlink()
-    gpu_photographs.split_photographs(photographs, folder)  # stays as it is
+    gpu_photographs.split_photographs(photographs, folder)  # an existing split is kept
     for source, sentence in ((photographs, r"2\.png in .* has no caption"), (folder, "at least 5")):
         with pytest.raises(UserError, match=sentence):
             gpu_photographs.split_photographs(source, tmp_path / "other")
@@ -139,17 +139,17 @@ def test_every_fifth_photograph_is_held_out_and_their_captions_are_sampled(tmp_p
 
 @pytest.mark.matrix
 @pytest.mark.slow
-def test_a_day_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_day_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     plan = [Part("mini", 64), Part("mini", 32, method="bilora")]
     monkeypatch.setattr(gpu_day, "plan", lambda *_: plan)
     flags = f"--device cpu --models mini --name here --output_dir {tmp_path}".split()
-    # A part that the end of the time interrupts has no row.
+    # A part that is interrupted because the time is over has no row.
     monkeypatch.setattr(gpu_day, "FIRST_PART_SECONDS", {"cpu": 0.0})
     gpu_day.main([*flags, "--minutes", "0.01"])
     assert not (tmp_path / "here.json").exists()
     assert "give the same command again" in capsys.readouterr().out
 
-    # Without time for a second part only the first is measured.
+    # Without time for a second part, only the first is measured.
     needed_seconds = gpu_day.Day.needed_seconds
     monkeypatch.setattr(
         gpu_day.Day, "needed_seconds", lambda day, _: 1e9 if day.results["parts"] else 0.0
@@ -176,14 +176,14 @@ def test_a_day_that_was_stopped_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     ("model", "kind", "quantize"),
     [
         pytest.param("flux1", "FluxPipeline", "none", marks=pytest.mark.matrix),
-        # In 4 bits the first floating-point weights are the adapters'.
+        # In a 4-bit model, the first floating-point weights are the adapters'.
         ("flux2_klein_4b", "Flux2KleinPipeline", "nf4"),
         pytest.param("z_image", "ZImagePipeline", "none", marks=pytest.mark.matrix),
         pytest.param("qwen_image", "QwenImagePipeline", "none", marks=pytest.mark.matrix),
     ],
 )
 def test_every_flow_model_is_measured(model, kind, quantize, monkeypatch):
-    """On tiny sizes of the same classes."""
+    """The models are tiny, but of the same classes."""
     from dataclasses import replace
 
     import torch

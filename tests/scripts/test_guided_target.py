@@ -1,4 +1,4 @@
-"""Runs with a guided target: twenty steps in float64, and how their files are sampled."""
+"""Runs with a guided target: a float64 reference of their steps, and sampling of their files."""
 
 import copy
 from typing import Any
@@ -31,15 +31,15 @@ SCALE = 2.5
 
 
 @pytest.mark.slow
-def test_twenty_steps_are_those_of_a_float64_reference(tmp_path, monkeypatch):
-    """The frozen inputs of a run, in float64: target, AdamW, clipping and nothing else."""
+def test_twenty_steps_match_a_float64_reference(tmp_path, monkeypatch):
+    """The reference trains on the run's inputs, with only the target, AdamW and clipping."""
     frozen_inputs: list[dict[str, Any]] = []
     first_values: dict[str, torch.Tensor] = {}
     forward = DreamBoothModule.forward
 
     def recording_forward(self, inputs):
         frozen_inputs.append(copy.deepcopy(inputs))
-        if len(frozen_inputs) == 2:  # the first is that of the probe
+        if len(frozen_inputs) == 2:  # the first call is the probe
             for name, value in adapters.named_parameters(self.denoiser, adapters.PRIMARY).items():
                 first_values[name] = value.detach().clone()
         return forward(self, inputs)
@@ -88,15 +88,14 @@ def test_twenty_steps_are_those_of_a_float64_reference(tmp_path, monkeypatch):
     for key, stored in weights(run).items():
         name = key.removeprefix("unet.").replace(".weight", "")
         (parameter,) = [p for n, p in parameters.items() if name in n.replace(".default", "")]
-        scale = 2 if "lora_B" in key else 1  # alpha / rank, which the file has in B
+        scale = 2 if "lora_B" in key else 1  # alpha / rank, which is included in the file's B
         expected = scale * parameter.detach()
         error = (stored.double() - expected).norm() / expected.norm()
         assert error < 1e-3, key
 
 
 @pytest.mark.slow
-def test_the_weights_of_a_plain_target_are_those_of_a_run_without_the_option(tmp_path):
-    """At a scale of 1 nothing is computed that a plain run does not compute."""
+def test_a_guided_target_of_scale_1_changes_nothing(tmp_path):
     icons = two_icons(tmp_path / "icons") | {"validation_dataset": "none"}
     plain = train(tmp_path / "plain", **icons)
     assert_same_run(plain, train(tmp_path / "one", **icons, guided_target=1.0))
@@ -104,19 +103,19 @@ def test_the_weights_of_a_plain_target_are_those_of_a_run_without_the_option(tmp
 
 @pytest.mark.matrix
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path):
-    """Each process predicts with the base model for its rows."""
+def test_two_processes_train_like_one(tmp_path):
+    """Each process computes the base model's prediction for its own rows."""
     icons = two_icons(tmp_path / "icons") | {"validation_dataset": "none", "guided_target": 2.0}
     options = {**icons, "caption_dropout": 0.5, "max_train_steps": 4}
     single = train(tmp_path / "single", **options, train_batch_size=2)
     argv = flags(tmp_path / "double", **options, train_batch_size=1)
     run_python([SCRIPT, *argv], processes=2, environment=ON_CPUS)
-    # A step of Adam is as long as the learning rate, whatever the gradient.
+    # An Adam step moves weights by about the learning rate, whatever the gradient.
     assert difference(single, tmp_path / "double") < 1e-3 / 10
     assert column(single, "loss") == pytest.approx(column(tmp_path / "double", "loss"), rel=1e-4)
 
 
-def test_scores_and_cards_ask_for_no_guidance_where_all_adapters_have_it_in_them(tmp_path):
+def test_scores_and_cards_use_no_guidance_if_all_adapters_were_trained_towards_it(tmp_path):
     def sampled_scale(*subjects, words=""):
         return settings.sampling(read(words), "mini", subjects).guidance_scale
 

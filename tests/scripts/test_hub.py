@@ -1,4 +1,4 @@
-"""Runs that push to the Hugging Face Hub: the repository before training, the upload after it."""
+"""Runs with ``--push_to_hub``, which create the repository before training and upload after it."""
 
 import json
 import re
@@ -15,7 +15,10 @@ PUSH = {"push_to_hub": True, "hub_token": "hf_secret", "method": "lora", "checkp
 
 
 class Hub:
-    """The hub's functions that a run calls; `errors` has what one of them raises."""
+    """Replacements for the hub's functions that a run calls.
+
+    `calls` records the calls. `errors` has the exception that a function raises, by its name.
+    """
 
     def __init__(self, monkeypatch):
         self.calls = []
@@ -44,12 +47,12 @@ def stub_hub(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_is_pushed_to_the_repository_of_its_name(tmp_path, stub_hub):
+def test_a_run_is_pushed_to_a_repository_with_its_name(tmp_path, stub_hub):
     run = train_text(tmp_path / "icons", **material("classification"), **PUSH)
     (created, repository), (uploaded, upload), (committed, commit) = stub_hub.calls
     assert (created, uploaded, committed) == ("create_repo", "upload_folder", "create_commit")
     assert repository == {"repo_id": "icons", "exist_ok": True, "token": "hf_secret"}
-    # The id that the hub gave, not the name that was asked for
+    # The id that the hub returned, not the requested name
     assert upload["repo_id"] == "me/icons"
     assert upload["folder_path"] == run
     assert upload["token"] == commit["token"] == "hf_secret"
@@ -63,7 +66,7 @@ def test_a_run_is_pushed_to_the_repository_of_its_name(tmp_path, stub_hub):
     assert record["results"]["steps"] == 2
 
 
-def test_a_refused_repository_is_a_sentence_before_training(tmp_path, stub_hub):
+def test_a_refused_repository_gives_one_sentence_before_training(tmp_path, stub_hub):
     stub_hub.errors["create_repo"] = OSError("403 Forbidden.")
     values = {**material("classification"), **PUSH, "hub_model_id": "them/run"}
     sentence = r"--push_to_hub cannot create the repository 'them/run' \(403 Forbidden\): log in"
@@ -74,14 +77,14 @@ def test_a_refused_repository_is_a_sentence_before_training(tmp_path, stub_hub):
 
 
 @pytest.mark.parametrize("name", ["upload_folder", "create_commit"])
-def test_a_failed_upload_leaves_the_run_whole_and_names_the_command(name, tmp_path, stub_hub):
+def test_a_failed_upload_leaves_the_run_complete_and_names_the_command(name, tmp_path, stub_hub):
     stub_hub.errors[name] = OSError("no connection")
     folder = tmp_path / "run"
     with pytest.raises(UserError) as error:
         train_text(folder, **material("classification"), **PUSH, hub_model_id="them/run")
     sentence = str(error.value)
     assert f"{folder} is complete, but the upload to 'them/run' failed (no connection)" in sentence
-    # Nor does the command upload checkpoints, or files with paths of this machine.
+    # The command uploads neither checkpoints nor files with paths of this machine.
     for pattern in ("'checkpoints/*'", "run.json"):
         assert re.search(rf"hf upload them/run {folder} .*--exclude {re.escape(pattern)}", sentence)
     assert runlog.read_run(folder)["status"] == "finished"

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or out of disk, and those of two processes, end as one."""
+"""Runs that are killed, interrupted or out of disk space end like an uninterrupted run."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def steps_logged(folder):
 
 
 def wait_until(ready, process, patience=600.0):
-    """Wait for something of a process that goes on."""
+    """Wait up to ``patience`` seconds until ``ready()`` is true; fail if the process has ended."""
     end = time.monotonic() + patience
     while not ready() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
@@ -44,7 +44,7 @@ def wait_until(ready, process, patience=600.0):
 
 
 @pytest.mark.slow
-def test_a_kill_changes_no_bit(tmp_path):
+def test_a_killed_and_resumed_run_is_bit_identical(tmp_path):
     complete = train_once(max_train_steps=12)
     folder = tmp_path / "killed"
     values = {"max_train_steps": 12, "checkpointing_steps": 2, "resume_from_checkpoint": "auto"}
@@ -63,10 +63,8 @@ def test_a_kill_changes_no_bit(tmp_path):
     assert_same_run(complete, folder, "auxiliary_norm")
 
 
-def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment):
-    """Start a run as in a terminal, send it a signal after three steps, and go on with the command
-    that it prints.
-    """
+def interrupt_and_resume(script, argv, folder, number, processes=1, **environment):
+    """Start a run as in a terminal, signal it after three steps, and run the command it prints."""
     launcher = [*TORCHRUN, processes] if processes > 1 else []
     process = started(
         *launcher,
@@ -75,15 +73,15 @@ def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment
         "--overwrite_output_dir",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a process group of its own, which Ctrl-C reaches as a whole
+        start_new_session=True,  # a new process group, which gets the signal as from Ctrl-C
         environment=environment,
     )
     wait_until(lambda: steps_logged(folder) >= 3, process)
     os.killpg(process.pid, number)
     output = process.communicate(timeout=600)[1]
-    if processes == 1:  # a launcher ends as it likes
+    if processes == 1:  # a launcher has its own exit codes
         assert process.returncode == 128 + number, output
-    end = time.monotonic() + 60  # a launcher may end before what it launched
+    end = time.monotonic() + 60  # a launcher may end before its processes
     while runlog.read_run(folder)["status"] == "running" and time.monotonic() < end:
         time.sleep(0.1)
     assert runlog.read_run(folder)["status"] == "interrupted", output
@@ -96,23 +94,23 @@ def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment
 
 
 @pytest.mark.slow
-def test_the_printed_command_ends_as_the_whole_run(tmp_path):
+def test_the_printed_command_completes_the_run_exactly(tmp_path):
     shared = {**material("causal"), "max_train_steps": 300}
     complete = train_text_once("causal", **shared)
-    folder = tmp_path / "it's interrupted"  # a name that a shell has to have quoted
+    folder = tmp_path / "it's interrupted"  # a name that needs quotes in a shell
     argv = text_flags(folder, **shared)
-    interrupt_and_go_on(TEXT_SCRIPT, argv, folder, signal.SIGTERM)
+    interrupt_and_resume(TEXT_SCRIPT, argv, folder, signal.SIGTERM)
     assert_same_run(complete, folder)
 
 
 @pytest.mark.matrix
 @pytest.mark.timeout(900)
-def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
-    """Of two concepts, with a record of the perturbations, and the best step by held-out loss."""
+def test_an_interrupted_run_of_two_processes_ends_like_a_run_of_one(tmp_path):
+    """The run has two concepts, records its dynamics, and keeps its best step."""
     concepts = []
     for name, repeats in (("icons", 1), ("more", 2)):
         concept = two_icons(tmp_path / name)
-        del concept["pretrained_model_name_or_path"]  # which is of the run, not of a concept
+        del concept["pretrained_model_name_or_path"]  # an option of the run, not of a concept
         concepts.append({**concept, "repeats": repeats})
     (tmp_path / "concepts.yaml").write_text(json.dumps(concepts, default=str))
     shared = {
@@ -134,13 +132,13 @@ def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
     single = train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
     double = tmp_path / "two"
     argv = flags(double, **shared, gradient_accumulation_steps=2)
-    interrupt_and_go_on(SCRIPT, argv, double, signal.SIGINT, processes=2, **ON_CPUS)
+    interrupt_and_resume(SCRIPT, argv, double, signal.SIGINT, processes=2, **ON_CPUS)
     for key in ("step", "digest"):
         assert column(single, key) == column(double, key)
     first_row = runlog.read_metrics(single)[0]
     losses_by_concept = [key for key in first_row if key.startswith(BY_CONCEPT)]
     assert len(losses_by_concept) == 2
-    # Two processes add up gradients in another order, so that figures differ by rounding.
+    # Two processes add up gradients in another order, so values differ by rounding.
     for key in ("loss", "heldout_loss", *losses_by_concept):
         assert column(single, key) == pytest.approx(column(double, key), abs=1e-5)
     assert difference(single, double) < 1e-5
@@ -152,19 +150,19 @@ def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
     for expected, values in zip(single_dynamics, double_dynamics, strict=True):
         assert values.keys() == expected.keys()
         for key, value in expected.items():
-            # None stands for a figure that is not defined.
+            # An undefined value is None.
             close = value if value is None else pytest.approx(value, rel=1e-2, abs=1e-7)
             assert values[key] == close, key
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A real disk of 24 MB."""
+    """Mount a file system of 24 MB, and yield its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("making a small disk needs the right to mount")
+        pytest.skip("mounting a small disk needs permission")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -176,7 +174,7 @@ def fill(disk):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_when_there_is_room_again(tmp_path, disk, monkeypatch):
+def test_a_run_resumes_when_there_is_disk_space_again(tmp_path, disk, monkeypatch):
     values = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 1}
     complete = train(tmp_path / "complete", **values)
     folder = disk / "run"

@@ -1,4 +1,4 @@
-"""Runs on top of LoRA files: an assistant that acts in training only, and a start from a file."""
+"""Runs with LoRA files: an assistant that is active only in training, and a start from a file."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ SHARED = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 1}
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A LoRA of rank 2 and alpha 4 on queries and values of the miniature's UNet."""
+    """Write a LoRA of rank 2 and alpha 4 for queries and values of the miniature's UNet."""
     pipeline = load_pipeline("mini", dtype=torch.float32)
     return write_lora(tmp_path_factory.mktemp("style"), pipeline, size=0.5)
 
@@ -50,7 +50,7 @@ def test_an_assistant_is_recorded_and_neither_exported_nor_trained(file, tmp_pat
     assert "do not include it" in card
     assert {key.split("/")[1] for key in saved.tensors} == {"default", "auxiliary"}
 
-    # The file has s B A of the primary in each trained layer, and nothing else.
+    # The file has the primary's s B A for each trained layer, and nothing else.
     layers = []
     (part,) = read(run / FILE_NAME).parts.values()
     for layer in part.layers:
@@ -62,7 +62,7 @@ def test_an_assistant_is_recorded_and_neither_exported_nor_trained(file, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_assistant_without_strength_changes_nothing(file, tmp_path):
+def test_an_assistant_of_strength_0_changes_nothing(file, tmp_path):
     plain = train_once("plain-steps", **SHARED)
     run = train(tmp_path / "run", assistant_lora=f"{file}:0", **SHARED)
     assert_same_run(plain, run, "grad_norm", "auxiliary_norm")
@@ -78,16 +78,16 @@ def test_an_assistant_without_strength_changes_nothing(file, tmp_path):
     ],
     ids=str,
 )
-def test_a_run_beside_an_assistant_resumes_exactly(file, tmp_path, options):
+def test_a_run_with_an_assistant_resumes_exactly(file, tmp_path, options):
     options = {**SHARED, "assistant_lora": f"{file}:-0.5", **options}
     run = train(tmp_path / "run", **options)
-    # The file may move: its content counts.
+    # The file may be moved: only its content counts.
     moved = shutil.copy(file, tmp_path / "moved.safetensors")
     resumes_exactly(run, 2, **{**options, "assistant_lora": f"{moved}:-0.5"})
 
 
 @pytest.mark.slow
-def test_a_run_with_another_file_or_strength_does_not_go_on(file, tmp_path):
+def test_a_run_is_not_resumed_with_another_file_or_strength(file, tmp_path):
     options = {**SHARED, "init_from": file, "rank": 2, "lora_alpha": 4, "lora_layers": "to_q,to_v"}
     options["assistant_lora"] = file
     run = train(tmp_path / "run", **options)
@@ -108,8 +108,8 @@ def test_a_run_with_another_file_or_strength_does_not_go_on(file, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_start_where_a_file_ends_also_beside_itself(file, tmp_path, caplog):
-    """The measured loss before the first step, of the file once and of the file twice."""
+def test_runs_start_at_the_loss_of_a_file_with_and_without_an_assistant(file, tmp_path, caplog):
+    """The held-out loss before the first step is that of the file applied once or twice."""
     shape = {"rank": 2, "lora_alpha": 4, "lora_layers": "to_q,to_v"}
     options = {**two_icons(tmp_path / "icons"), **shape, "max_train_steps": 1}
     measured = {}
@@ -131,7 +131,7 @@ def test_runs_start_where_a_file_ends_also_beside_itself(file, tmp_path, caplog)
 
 @pytest.mark.matrix
 @pytest.mark.slow
-def test_both_runs_of_a_comparison_start_at_the_file_beside_the_assistant(file, tmp_path):
+def test_both_runs_of_a_comparison_start_from_the_file_with_the_assistant(file, tmp_path):
     options = {
         **two_icons(tmp_path / "icons"),
         "init_from": file,
@@ -143,7 +143,7 @@ def test_both_runs_of_a_comparison_start_at_the_file_beside_the_assistant(file, 
     run = train(tmp_path / "run", **options, compare="lora")
     control = control_folder(run, "lora")
     assert column(run, "heldout_loss")[0] == column(control, "heldout_loss")[0]
-    # The auxiliary starts at 0, so that the first step's loss is the same but for rounding.
+    # The auxiliary starts at 0, so the losses of the first step differ only by rounding.
     assert column(run, "loss")[0] == pytest.approx(column(control, "loss")[0], rel=1e-5)
     assert_same_run(control, train(tmp_path / "own", **options, method="lora"), "grad_norm")
 
@@ -160,7 +160,9 @@ def test_both_runs_of_a_comparison_start_at_the_file_beside_the_assistant(file, 
     ],
     ids=str,
 )
-def test_a_start_of_another_form_is_refused(file, values, words, tmp_path):
+def test_a_start_from_a_file_that_does_not_fit_the_options_is_refused(
+    file, values, words, tmp_path
+):
     with pytest.raises(UserError, match=words):
         train(tmp_path / "run", init_from=file, **values)
     assert not (tmp_path / "run").exists()

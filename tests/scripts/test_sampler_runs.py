@@ -1,4 +1,4 @@
-"""Runs whose images are made with what training does not have: LoRA file, scheduler, model."""
+"""Runs whose images are sampled with a LoRA file, a scheduler or a model of their own."""
 
 import json
 import shutil
@@ -48,11 +48,11 @@ def sampler_of(file):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, file):
-    """A run whose images are sampled with a file and a scheduler."""
+    """Train a run whose images are sampled with a LoRA file and a scheduler."""
     return train(tmp_path_factory.mktemp("runs") / "run", **FEW_STEPS, **sampler_of(file))
 
 
-def test_a_sampling_lora_acts_in_images_and_is_recorded(run, file):
+def test_a_sampling_lora_changes_the_images_and_is_recorded(run, file):
     facts = {"sampling_lora_sha256": hash_of_file(file), "sampling_lora_strength": 0.7}
     assert facts.items() <= runlog.read_run(run)["config"].items()
     picture = run / "validation" / "step-4" / "000.png"
@@ -81,7 +81,7 @@ def test_a_sampling_lora_acts_in_images_and_is_recorded(run, file):
         assert words in card
 
 
-def test_scores_take_the_sampler_that_all_runs_have(run, file, tmp_path):
+def test_scores_use_a_sampler_that_all_runs_share(run, file, tmp_path):
     def sampling(*words):
         names = [word for word in words if not str(word).startswith("--")]
         flags = [word.split("=") for word in words if str(word).startswith("--")]
@@ -104,7 +104,7 @@ def test_scores_take_the_sampler_that_all_runs_have(run, file, tmp_path):
         1.0,
     )
     assert {"scheduler", "sampling_lora_sha256"} <= run_sampling.to_dict().keys()
-    # Adapters with different samplers are compared with the model's.
+    # Adapters with different samplers are compared with the model's default sampler.
     for usual in (sampling(run, file), sampling(run, "--sampling_lora=none")):
         assert (usual.lora, usual.scheduler, usual.steps) == (None, None, 25)
         assert not {"scheduler", "sampling_lora_sha256"} & usual.to_dict().keys()
@@ -114,7 +114,7 @@ def test_scores_take_the_sampler_that_all_runs_have(run, file, tmp_path):
     with pytest.raises(UserError, match="use one of LCMScheduler"):
         sampling(run, "--sampling_scheduler=Euler")
 
-    # The base model is sampled with the file too, and is the base model afterwards.
+    # The base model is sampled with the file too, and is unchanged afterwards.
     pipeline = load_pipeline("mini", dtype=torch.float32)
     options = {"size": 64, "steps": 2, "guidance_scale": 1.0}
     before = generate(pipeline, ["a"], [1], **options)
@@ -160,8 +160,8 @@ def test_the_sampler_may_change_on_resume_unless_it_chooses_the_step(run, file, 
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_whatever_its_images_are_sampled_with(run, tmp_path):
-    """Images from the base model as --validation_model are those of a run without the option."""
+def test_sampling_options_do_not_change_the_training(run, tmp_path):
+    """If --validation_model is the base model, the images are those of a run without the option."""
     plain = train(tmp_path / "plain", **FEW_STEPS)
     assert_same_run(plain, run, "grad_norm", "auxiliary_norm")
     layers = [layer.name for layer in read(run / FILE_NAME).parts["unet"].layers]
@@ -186,7 +186,7 @@ def test_a_run_is_the_same_whatever_its_images_are_sampled_with(run, tmp_path):
     resumes_exactly(other_run, 2, **FEW_STEPS, validation_model=tmp_path / "turbo")
 
 
-def test_a_sampling_lora_is_refused_for_whole_models_and_a_bad_file(tmp_path):
+def test_a_sampling_lora_is_refused_for_full_fine_tuning_or_if_its_file_is_missing(tmp_path):
     with pytest.raises(UserError, match="--sampling_lora"):
         train(tmp_path / "full", **FEW_STEPS, method="full", sampling_lora=tmp_path)
     with pytest.raises(UserError, match="is a folder without"):

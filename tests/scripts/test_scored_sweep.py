@@ -1,4 +1,4 @@
-"""eval.sweep with scores on the miniature: trained, sampled, scored, and seeds added later."""
+"""``eval.sweep`` with scores on the miniature: it trains, samples, scores, and adds seeds later."""
 
 import pytest
 
@@ -12,7 +12,7 @@ FLAGS = f"{EXPERIMENT} --variants LoRA --steps 2 --max_prompts 2 --processes 1"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """``run(flags)``: everything that the command prints."""
+    """Return ``run(flags)``, which runs the command and returns its output."""
     monkeypatch.chdir(ROOT)
 
     def call(flags, exit_code=0):
@@ -29,19 +29,19 @@ def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added
     first = table.read(tmp_path / "result")
     points = {(row.group, row.item, row.step) for row in first.select("truth")}
     assert points == {("LoRA", "guidance 4", 2), ("LoRA", "base's guidance 2", 2)}
-    # The base model's prediction changes the images, and so each score.
+    # Guidance from the base model changes the images, and with them each score.
     by_adapter = first.select("i2t", "LoRA", "guidance 4")[-1].value
     by_base = first.select("i2t", "LoRA", "base's guidance 2")[-1].value
     assert by_adapter != by_base
     assert first.select("colors")
-    # The losses are beside the scores, below them in the report.
+    # The report has the losses too, below the scores.
     assert first.figures == ["fronts.png", "curves.png", "sweep.png"]
     report = (tmp_path / "result" / "report.md").read_text()
     headings = [line for line in report.splitlines() if line.startswith("## ")]
     assert headings[0] == "## ground truth, guidance 4"
     assert headings[-2:] == ["## held-out loss", "## Training"]
 
-    # The second seed needs neither runs nor images of the first, and the first one stays.
+    # The second seed needs no runs or images of the first, whose rows are kept.
     (tmp_path / "runs").rename(tmp_path / "moved")
     run("--seeds 1")
     second = table.read(tmp_path / "result")
@@ -54,19 +54,19 @@ def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added
         for folder in (tmp_path, ROOT):
             assert file.suffix == ".png" or str(folder) not in file.read_text()
 
-    # Nothing is left to do, and the result is the same, with its provenance.
+    # Nothing is left to do: the rows and the provenance stay the same.
     run("--seeds 0,1")
     repeated = table.read(tmp_path / "result")
     assert sorted(repeated.rows, key=str) == sorted(second.rows, key=str)
     assert repeated.provenance == second.provenance
 
-    # Rows of other prompts can't stand beside these.
+    # Rows of other prompts can't be added to this result.
     message = run("--seeds 0 --max_prompts 1", exit_code=2)
     assert "has a result with scores.num_prompts 2" in message
 
 
 @pytest.mark.slow
-def test_a_dry_run_has_the_hours_and_the_memory_of_each_variant(tmp_path, run):
+def test_a_dry_run_prints_the_hours_and_the_memory_of_each_variant(tmp_path, run):
     printed = run("--seeds 0..4 --steps 900,1800 --dry_run --variants LoRA;LoRA-SAM")
     assert "18,000 steps, 5 hours for each second that a step takes" in printed
     assert "80 images with guidance 4, base's guidance 2" in printed
@@ -85,7 +85,7 @@ def test_a_dry_run_has_the_hours_and_the_memory_of_each_variant(tmp_path, run):
         ("adapter:-3", "--guidance_scale is -3"),
     ],
 )
-def test_guidance_that_a_model_does_not_take_is_refused_first(guidance, sentence, tmp_path, capsys):
+def test_unsupported_guidance_is_refused_before_training(guidance, sentence, tmp_path, capsys):
     flags = f"{FLAGS} --seeds 0 --guidances adapter:4,{guidance} --runs_dir {tmp_path / 'runs'}"
     assert sweep.main([*flags.split(), "--output_dir", str(tmp_path / "result")]) == 2
     assert sentence in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs that their held-out loss ends, and what they leave: images and text, whole and resumed."""
+"""Early stopping and the choice of the best step, in complete and resumed runs."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def results(folder):
 
 @pytest.fixture
 def icons(tmp_path):
-    """Two icons to learn and two to be measured on, at a rate that overfits at once."""
+    """Return flags for two training and two held-out icons, at a rate that overfits immediately."""
     return {
         **two_icons(tmp_path / "icons"),
         "train_batch_size": 1,
@@ -54,7 +54,7 @@ def icons(tmp_path):
         pytest.param("classification", "full", {"learning_rate": 3e-4}, marks=pytest.mark.slow),
     ],
 )
-def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind, method, values):
+def test_a_text_run_stops_early_and_exports_its_best_step(tmp_path, kind, method, values):
     options = {
         **material(kind),
         "validation_file": heldout(kind),
@@ -70,7 +70,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
     }
     plain = train_text(tmp_path / "plain", **options)
     best, stop = best_and_stop_step(losses(plain), PATIENCE)
-    assert 0 < best < stop < 30  # else nothing is proven
+    assert 0 < best < stop < 30  # otherwise the test proves nothing
     run = train_text(tmp_path / "run", **options, **STOPPING)
     outcome = results(run)
     assert outcome["best_step"] == best
@@ -87,7 +87,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
         assert difference(plain / "exports" / f"step-{best}", run) == 0
     assert f"| {best} |" in (run / "README.md").read_text()
 
-    # A run that goes on after its best step still leaves that step, which its checkpoint holds.
+    # A run that is resumed after its best step still exports that step, from its checkpoint.
     parts = copied(run, tmp_path / "parts")
     after_best = parts / "checkpoints" / f"step-{stop - 2}"
     go_on = {"resume_from_checkpoint": after_best, "overwrite_output_dir": True}
@@ -95,7 +95,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
     assert difference(run, parts) == 0
     assert column(run, "digest") == column(parts, "digest")
     resumed_outcome = results(parts)
-    del resumed_outcome["export"], outcome["export"]  # which name their folders
+    del resumed_outcome["export"], outcome["export"]  # they name their folders
     assert resumed_outcome == outcome
 
 
@@ -104,8 +104,8 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
     ("kind", "measure", "rate"),
     [("seq2seq", "heldout_exact_match", 1e-2), ("classification", "heldout_accuracy", 1e-2)],
 )
-def test_text_leaves_the_step_of_the_best_score(tmp_path, kind, measure, rate):
-    """The rows are split by their content, for the run, its control and a resume alike."""
+def test_a_text_run_exports_the_step_of_the_best_score(tmp_path, kind, measure, rate):
+    """The run, its control and a resumed run split the rows in the same way, by content."""
     options = {
         **material(kind),
         "train_file": write_rows(tmp_path / "rows.jsonl", rows_for(kind, 60)),
@@ -129,7 +129,7 @@ def test_text_leaves_the_step_of_the_best_score(tmp_path, kind, measure, rate):
             measurements.append((row["step"], -row[measure]))
     outcome = results(run)
     best, stop = best_and_stop_step(measurements, 5)
-    assert 0 < best < outcome["steps"]  # else nothing is proven
+    assert 0 < best < outcome["steps"]  # otherwise the test proves nothing
     assert outcome["chosen_by"] == measure
     assert (outcome["best_step"], outcome["steps"]) == (best, stop or 60)
     assert outcome[f"best_{measure}"] == -dict(measurements)[best] == outcome[measure]
@@ -144,19 +144,17 @@ def test_text_leaves_the_step_of_the_best_score(tmp_path, kind, measure, rate):
     train_text(parts, **go_on)
     assert difference(run, parts) == 0
     resumed_outcome = results(parts)
-    del resumed_outcome["export"], outcome["export"]  # which name their folders
+    del resumed_outcome["export"], outcome["export"]  # they name their folders
     assert resumed_outcome == outcome
     for name, value in {"choose_by": "loss", "validation_split": 0.2}.items():
         with pytest.raises(UserError, match=name):
             train_text(parts, **{**go_on, name: value})
 
 
-def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_one(
-    tmp_path, caplog
-):
-    """At step 0 each B is zero, and the file would do nothing."""
+def test_the_best_step_is_a_trained_step_even_if_the_base_model_is_better(tmp_path, caplog):
+    """At step 0 each B is zero, so the file would have no effect."""
     caplog.set_level("INFO")
-    # The training rows with the other answer each
+    # The training rows, each with the wrong answer
     rows = []
     for row in rows_for("classification", 24):
         answer = "negative" if row["answer"] == "positive" else "positive"
@@ -176,11 +174,11 @@ def test_the_best_step_of_a_run_that_is_worse_than_its_base_model_is_a_trained_o
 
 
 @pytest.mark.slow
-def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
+def test_the_images_are_those_of_the_exported_step(tmp_path, icons):
     options = {
         "max_train_steps": 12,
         "validation_prompt": "a TOK icon",
-        "validation_epochs": 100,  # at the end alone
+        "validation_epochs": 100,  # only at the end
         "num_validation_images": 1,
         "validation_num_inference_steps": 2,
         "choose_by": "loss",
@@ -196,8 +194,10 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
 
 
 @pytest.mark.slow
-def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplog):
-    """Images are compared by their files' content and rows by their text, not by their names."""
+def test_held_out_samples_that_are_also_trained_on_are_reported_in_one_line(
+    tmp_path, icons, caplog
+):
+    """Images are compared by their files' content and rows by their text; names are ignored."""
 
     def copies_line(train_run, name, **values):
         caplog.clear()
@@ -212,7 +212,7 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
     for words in ("1 of the 3", "another.png", icon.name):
         assert words in line
     rows = {**material("classification"), "max_train_steps": 1}
-    # The training rows are numbers 0 to 23, and these 22 to 24.
+    # The training rows have the numbers 0 to 23, the held-out rows 22 to 24.
     heldout_rows = rows_for("classification", 3, first=22)
     file = write_rows(tmp_path / "held.jsonl", heldout_rows)
     line = copies_line(train_text, "text", **rows, validation_file=file)
@@ -221,7 +221,7 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
 
 
 @pytest.mark.slow
-def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
+def test_resuming_on_other_pictures_is_refused(tmp_path, icons, caplog):
     picture, renamed = sorted(icons["dataset"].glob("*.png"))
     shared = dict(icons)
     run = train(tmp_path / "run", **shared)
@@ -239,12 +239,12 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     with pytest.raises(UserError, match=f"renamed .{renamed.name} to {moved.name}"):
         train(run, **go_on)
     moved.rename(renamed)
-    # The same pictures at another place.
+    # The same pictures may be in another folder.
     elsewhere = icons["dataset"].rename(tmp_path / "elsewhere")
     train(run, **{**go_on, "dataset": None, "instance_data_dir": elsewhere})
     elsewhere.rename(icons["dataset"])
 
-    # Held-out pictures may change, unless the run leaves the best of its steps.
+    # Held-out pictures may change, unless the run exports its best step.
     train(run, **go_on, max_eval_samples=1)
     assert any("in the held-out data" in record.message for record in caplog.records)
     best = train(tmp_path / "best", **shared, keep_best=True)
@@ -254,7 +254,7 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
 
 
 @pytest.mark.slow
-def test_a_resume_on_other_rows_is_refused(tmp_path):
+def test_resuming_on_other_rows_is_refused(tmp_path):
     rows = rows_for("seq2seq", 8)
     file = write_rows(tmp_path / "train.jsonl", rows)
     options = {**material("seq2seq"), "train_file": file, "checkpointing_steps": 1}
@@ -266,7 +266,7 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match="the text of line 3 of train"):
         train_text(run, **go_on)
 
-    # Both the checkpoint and the run's record hold options that an earlier version had.
+    # The checkpoint and the run's record may hold options of earlier versions.
     write_rows(file, rows)
     (tmp_path / "elsewhere").mkdir()
     go_on["train_file"] = file.rename(tmp_path / "elsewhere" / file.name)
@@ -280,7 +280,7 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_becomes_longer_only_if_its_warm_up_does_not(tmp_path):
+def test_a_run_can_be_extended_only_if_its_warm_up_stays_the_same(tmp_path):
     options = {**material("seq2seq"), "checkpointing_steps": 1, "max_train_steps": 2}
     options["lr_scheduler"] = "constant_with_warmup"
     longer = {"max_train_steps": 8, "resume_from_checkpoint": "auto"}

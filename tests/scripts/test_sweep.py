@@ -1,4 +1,4 @@
-"""A sweep of real runs: killed and started again, with a run that fails."""
+"""A sweep of real runs that is killed and started again, and has a run that fails."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from eval.results import table
 from tests.scripts.runs import started, two_icons
 
 HOT = {"method": "lora", "learning_rate": 1e4, "lora_alpha": 1e6, "adam_weight_decay": 1e4}
-"""Its weights leave the range of numbers at the first step."""
+"""Options of a run whose weights overflow in the first step."""
 VARIANTS = {"lora": {"method": "lora"}, "bilora": {"method": "bilora"}, "hot": HOT}
 OPTIONS = {
     "validation_loss_steps": 1,
@@ -26,7 +26,7 @@ OPTIONS = {
 
 
 def finished(runs):
-    """Finished runs: when their record was last written, and what it holds."""
+    """Return the modification time and the content of each finished run's record, by run name."""
     records = {}
     for file in runs.glob("*/run.json"):
         if runlog.read_run(file.parent)["status"] == "finished":
@@ -36,7 +36,7 @@ def finished(runs):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_killed_sweep_repeats_nothing_and_a_failing_run_is_told(tmp_path, capfd):
+def test_a_killed_sweep_repeats_no_run_and_a_failed_run_is_reported(tmp_path, capfd):
     recipe = tmp_path / "tiny.yaml"
     options = {**two_icons(tmp_path / "images"), **OPTIONS}
     recipe.write_text(json.dumps(options, default=str))  # YAML reads JSON

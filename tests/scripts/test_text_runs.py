@@ -1,6 +1,6 @@
-"""Whole text runs: they learn, resume exactly, export the primary alone, and record what they saw.
+"""Complete text runs: they learn, resume exactly, export only the primary, and log their metrics.
 
-Methods and options of the adapters are the contract's; here each kind of model has its run.
+tests/contract tests the methods and the options of adapters; this file runs each kind of model.
 """
 
 import json
@@ -38,24 +38,27 @@ NEW_MODULES = {
     "classification": ["classifier"],
     "headless": ["bert.pooler.dense", "classifier"],
 }
-"""Modules without pretrained weights, which are trained and saved as a whole."""
-LIVES: list[Any] = [
+"""Modules without pretrained weights, which are trained and saved in full."""
+CASES: list[Any] = [
     ("causal", "bilora", {"packing": True, "mixed_precision": "bf16"}),
     ("classification", "full", {}),
 ]
-SLOW_LIVES = [
+SLOW_CASES = [
     ("seq2seq", "bilora", {"init_lora_weights": "lora-ga", "lora_ga_samples": 4}),
     ("causal", "lora-sam", {"gradient_checkpointing": True}),
     ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
-    # Its pooler is random: the next loader would sample it anew.
+    # Its pooler is random, so it must be saved: loading the base again gives other values.
     ("headless", "bilora", {}),
 ]
-LIVES += [pytest.param(*life, marks=pytest.mark.slow) for life in SLOW_LIVES]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]
 
 
 @pytest.fixture(scope="module")
 def flags_by_kind(tmp_path_factory):
-    """Flags of a run, with a rho so large that an auxiliary that acts in an evaluation is seen."""
+    """Return flags of a run, by kind of model.
+
+    rho is so large that an auxiliary left active in an evaluation would change its result.
+    """
     shared = {"max_predictions": 0, "checkpointing_steps": 1, "rho": 0.5}
     flags = {}
     for kind in KINDS:
@@ -65,8 +68,8 @@ def flags_by_kind(tmp_path_factory):
     return flags
 
 
-@pytest.mark.parametrize(("kind", "method", "values"), LIVES)
-def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
+@pytest.mark.parametrize(("kind", "method", "values"), CASES)
+def test_a_run_resumes_exactly_and_its_file_has_the_measured_scores(
     flags_by_kind, tmp_path, kind, method, values
 ):
     flags = {**flags_by_kind[kind], "method": method, **values}
@@ -76,18 +79,18 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
     assert_same_run(folder, parts, "grad_norm", "heldout_loss")
     record = runlog.read_run(folder)
     assert record["status"] == "finished"
-    # The file, as PEFT or Transformers load it, has the figures of the run's end.
+    # The file, loaded by PEFT or Transformers, has the scores that the run measured at its end.
     base = flags["model_name_or_path"]
     measured = heldout_of(base, folder)
     stored = {key: value for key, value in record["results"].items() if key in measured}
     assert stored == pytest.approx(measured, abs=1e-6)
     start, end = column(folder, "heldout_loss")
-    assert abs(start - end) > 1e-4  # else the comparison above proves nothing
+    assert abs(start - end) > 1e-4  # otherwise the comparison proves nothing
     if method == "full":
-        is_a_model_with_its_tokenizer(folder, base)
+        check_model_and_tokenizer(folder, base)
     else:
-        is_an_adapter_of_the_primary(folder, kind, flags)
-        for _ in range(2):  # the second time it is there already
+        check_primary_adapter(folder, kind, flags)
+        for _ in range(2):  # the second time, the export already exists
             assert export_step([str(folder), "--step", "2"]) == 0
         assert difference(folder / "exports" / "step-2", folder) == 0
         report = record["results"]["export"]
@@ -95,7 +98,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
         assert report["parameters"] == sum(value.numel() for value in weights(folder).values())
 
 
-def is_a_model_with_its_tokenizer(folder, base):
+def check_model_and_tokenizer(folder, base):
     assert not (folder / "adapter_model.safetensors").exists()
     base_tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -103,13 +106,13 @@ def is_a_model_with_its_tokenizer(folder, base):
     assert 'subfolder="model"' in (folder / "README.md").read_text()
 
 
-def is_an_adapter_of_the_primary(folder, kind, flags):
+def check_primary_adapter(folder, kind, flags):
     base = str(flags["model_name_or_path"])
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == base
     assert (config["task_type"], config["peft_type"]) == (TASK_TYPES[kind], "LORA")
     assert config["inference_mode"] is True
-    if "init_lora_weights" not in flags:  # whose files hold the difference from the first values
+    if "init_lora_weights" not in flags:  # other files hold the difference from the initial values
         assert (config["r"], config["lora_alpha"]) == (4, 8)
     new_modules = NEW_MODULES.get(kind, [])
     assert bool(config["modules_to_save"]) == bool(new_modules)
@@ -126,7 +129,7 @@ def is_an_adapter_of_the_primary(folder, kind, flags):
 
 
 @pytest.mark.slow
-def test_the_cut_and_checkpointing_change_nothing(flags_by_kind, tmp_path):
+def test_accumulation_and_checkpointing_do_not_change_the_training(flags_by_kind, tmp_path):
     flags = {**flags_by_kind["seq2seq"], "train_batch_size": 8, "learning_rate": 1e-4}
     uncut = train_text(tmp_path / "uncut", **flags)
     flags |= {"train_batch_size": 1, "gradient_accumulation_steps": 8}
@@ -137,7 +140,7 @@ def test_the_cut_and_checkpointing_change_nothing(flags_by_kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.slow)])
-def test_evaluation_does_not_disturb_training(flags_by_kind, tmp_path, kind, capfd):
+def test_evaluation_does_not_change_the_training(flags_by_kind, tmp_path, kind, capfd):
     flags = {**flags_by_kind[kind], "max_train_steps": 4}
     quiet = train_text(tmp_path / "quiet", **{**flags, "validation_file": None})
     evaluation = {
@@ -151,8 +154,8 @@ def test_evaluation_does_not_disturb_training(flags_by_kind, tmp_path, kind, cap
     assert difference(quiet, evaluated) == 0
     rows = runlog.read_metrics(evaluated)
     assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 2, 4]
-    # A classifier's accuracy comes with its loss. Answers are generated at the start, each epoch,
-    # which is 6 steps, and at the end.
+    # A classifier's accuracy is measured with its loss. Answers are generated at the start, after
+    # each epoch (6 steps), and at the end.
     if kind == "classification":
         metric = "heldout_accuracy"
         metric_steps = [0, 2, 4]
@@ -168,18 +171,20 @@ def test_evaluation_does_not_disturb_training(flags_by_kind, tmp_path, kind, cap
     for name in ("heldout_loss", metric):
         assert results[name] == column(evaluated, name)[-1]
     assert not (quiet / "validation").exists()
-    assert "Map" not in capfd.readouterr().err  # progress of the tokenization
+    assert "Map" not in capfd.readouterr().err  # the progress bar of tokenization
 
 
 @pytest.mark.slow
-def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(flags_by_kind, tmp_path):
+def test_epochs_and_warm_up_are_converted_to_steps_and_packing_needs_fewer_steps(
+    flags_by_kind, tmp_path
+):
     flags = {**flags_by_kind["causal"], "max_train_steps": None, "num_train_epochs": 2}
     flags["train_batch_size"] = 8
     folder = train_text(tmp_path / "run", **flags, warmup_ratio=0.25)
     steps = [row["step"] for row in runlog.read_metrics(folder) if "lr" in row]
     assert steps == [1, 2, 3, 4, 5, 6]  # 2 epochs of 24 rows in batches of 8
     rates = column(folder, "lr")
-    assert rates[:3] == pytest.approx([0, 5e-3, 1e-2])  # a quarter of the steps is rounded up to 2
+    assert rates[:3] == pytest.approx([0, 5e-3, 1e-2])  # a quarter of 6 steps, rounded up to 2
     assert rates[2:] == sorted(rates[2:], reverse=True)
     packed = train_text(tmp_path / "packed", **flags, packing=True, max_length=128)
     assert 0 < len(column(packed, "loss")) < 6
@@ -220,7 +225,9 @@ def test_a_run_that_has_learned_nothing_exports_nothing(flags_by_kind, tmp_path)
 
 
 @pytest.mark.parametrize(("norms", "is_lora"), [((0.0, 0.0), True), ((0.0, 0.1), False)])
-def test_a_run_whose_auxiliary_was_always_zero_says_so(tmp_path, caplog, norms, is_lora):
+def test_a_run_whose_auxiliary_stayed_zero_is_reported_as_plain_lora(
+    tmp_path, caplog, norms, is_lora
+):
     log = runlog.RunLog(tmp_path)
     log.start({}, method="bilora", seed=0, resume_step=None)
     for step, norm in enumerate(norms, start=1):

@@ -1,4 +1,4 @@
-"""``python -m eval.text_scores`` on a small language model: what it scores, keeps and refuses."""
+"""``python -m eval.text_scores`` on a small language model: scores, their cache, and errors."""
 
 import os
 import shutil
@@ -28,9 +28,9 @@ from tests.text.text_builders import (
 LM: Any = pytest.importorskip("lm_eval.api.model").LM
 
 TOY = "toy_choice,toy_text"
-CHANGED = {"learning_rate": 0.1}
-"""A rate at which two steps change the answers."""
-WATCHED = """
+HIGH_RATE = {"learning_rate": 0.1}
+"""Learning rate at which two steps change the answers."""
+WATCHED_COMMAND = """
 import sys
 from eval.text_scores import main
 calls = []
@@ -41,15 +41,15 @@ sys.addaudithook(watch)
 code = main(sys.argv[1:])
 sys.exit(code or (f"the network was asked: {calls}" if calls else 0))
 """
-"""The command, which fails if it connects to anything."""
+"""Program that runs the command and fails if the command opens a connection."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base model, runs of two methods and two seeds, and two harness tasks."""
+    """Create a base model, runs of two methods with two seeds each, and two harness tasks."""
     root = tmp_path_factory.mktemp("text")
-    base = save_llama(root / "base", max_position_embeddings=4096)  # room for long prompts
-    options = {**material("causal"), "model_name_or_path": base, **CHANGED}
+    base = save_llama(root / "base", max_position_embeddings=4096)  # for long prompts
+    options = {**material("causal"), "model_name_or_path": base, **HIGH_RATE}
     for method in ("lora", "bilora"):
         for seed in (0, 1):
             train_text(root / f"{method}-{seed}", **options, method=method, seed=seed)
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def score(folder, tmp_path):
-    """``score(folder / "lora-0", "base", benchmarks=...)`` scores and reads the result."""
+    """Return ``score(*words, benchmarks=...)``, which scores models and returns the result."""
 
     def run(*words, benchmarks=TOY):
         command = list(map(str, words))
@@ -72,17 +72,17 @@ def score(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_local_tasks_without_the_network(folder, tmp_path):
-    """Nothing on the hub is asked by a process that may use it."""
+def test_local_tasks_are_scored_without_the_network(folder, tmp_path):
+    """The command opens no connection, even if it may use the hub."""
     out = tmp_path / "out"
     runs = [folder / name for name in ("lora-0", "lora-1", "bilora-0", "bilora-1")]
-    # The tests' own environment forbids the hub; here only the command's behaviour is left.
+    # The environment of the tests forbids the hub, so this environment allows it.
     online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     flags = (
         f"base --include_path {folder / 'tasks'} --benchmarks {TOY} --output_dir {out}"
         " --control LoRA"
     )
-    run_python(["-c", WATCHED, *runs, *flags.split()], environment=online)
+    run_python(["-c", WATCHED_COMMAND, *runs, *flags.split()], environment=online)
     result = table.read(out)
     groups = [subject.group for subject in result.subjects]
     assert groups == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
@@ -97,16 +97,16 @@ def test_local_tasks_without_the_network(folder, tmp_path):
 
 
 def answers(result, subject):
-    """What a subject answered to each item."""
+    """Return a subject's score and answer for each item."""
     rows = [row for row in result.rows if row.item and row.subject == subject]
     return {(row.metric, row.item): (row.value, row.note) for row in rows}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_an_adapter_acts_and_one_of_zeros_does_not(kind, score, tmp_path):
-    """And a fully fine-tuned model acts."""
-    options = {**CHANGED, "template": None} if kind == "seq2seq" else CHANGED
+def test_an_adapter_changes_the_answers_and_an_adapter_of_zeros_does_not(kind, score, tmp_path):
+    """A fully fine-tuned model changes the answers too."""
+    options = {**HIGH_RATE, "template": None} if kind == "seq2seq" else HIGH_RATE
     bilora = train_text_once(kind, "bilora", method="bilora", **options)
     zeros = tmp_path / "zeros"
     zeros.mkdir()
@@ -117,9 +117,9 @@ def test_an_adapter_acts_and_one_of_zeros_does_not(kind, score, tmp_path):
             weight.zero_()
     save_file(weights, zeros / ADAPTER)
     runs = [bilora, zeros]
-    # Full fine-tuning takes another path: a model folder in place of base and adapter.
+    # Full fine-tuning uses other code: it has a model folder instead of a base and an adapter.
     if kind == "causal":
-        runs.append(train_text_once(kind, "full", method="full", **CHANGED))
+        runs.append(train_text_once(kind, "full", method="full", **HIGH_RATE))
     result = score(*runs, "base")
     effects = {row.subject: row.value for row in result.select("toy_text effect of adapter")}
     assert effects.pop("bilora")
@@ -147,12 +147,12 @@ def test_a_finished_score_is_not_repeated(score, folder, monkeypatch):
     larger_result = score(run, "base")
     assert len(loaded_models) == 1
     assert [row for row in larger_result.rows if row in first.rows] == list(first.rows)
-    score(run, "--limit", "3", benchmarks="toy_choice")  # another setting is measured anew
+    score(run, "--limit", "3", benchmarks="toy_choice")  # other settings: scored again
     assert len(loaded_models) == 2
 
 
 class Adder(LM):
-    """Completes every function with the body of a sum."""
+    """Language model that completes every function with a sum."""
 
     def generate_until(self, requests):
         return ["    return a + b\n" for _ in requests]
@@ -185,13 +185,13 @@ class CodeEval(evaluate.Metric):
 
 
 def test_humaneval_runs_code_only_where_it_is_allowed(tmp_path, monkeypatch):
-    """The hub's two parts are stand-ins here: the data set, and the metric that runs programs."""
+    """The data set and the metric that runs programs are local replacements for the hub's."""
     data = tmp_path / "openai" / "openai_humaneval"
     data.mkdir(parents=True)
     metric = tmp_path / "code_eval"
     metric.mkdir()
     problems = []
-    # The answer is always a sum, so it is right for the first problem only.
+    # The answer is always a sum, which is right only for the first problem.
     for name, value in (("add", 3), ("subtract", -1)):
         test = f"def check(f):\n    assert f(1, 2) == {value}\n"
         problems.append({"prompt": f"def {name}(a, b):\n", "entry_point": name, "test": test})
@@ -213,7 +213,9 @@ def test_humaneval_runs_code_only_where_it_is_allowed(tmp_path, monkeypatch):
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
-def test_mtbench(score, folder, tmp_path, monkeypatch):
+def test_mtbench_has_the_judge_s_scores_and_keeps_its_key_secret(
+    score, folder, tmp_path, monkeypatch
+):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
     rows = []
     for number, category in enumerate(["math", "writing", "coding"]):
@@ -226,14 +228,14 @@ def test_mtbench(score, folder, tmp_path, monkeypatch):
         result = score(folder / "lora-0", "base", *flags.split(), benchmarks="mtbench")
     scores = {row.subject: row.value for row in result.select("mtbench") if not row.item}
     assert scores == {"lora-0": 5, "base": 1}
-    assert len(endpoint.asked) == 6  # 3 questions to each of 2 subjects
+    assert len(endpoint.asked) == 6  # 3 questions for each of 2 subjects
     assert {headers["authorization"] for headers in endpoint.headers} == {"Bearer sk-very-secret"}
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_what_can_not_be_scored_is_refused(folder, tmp_path, capsys):
+def test_models_and_tasks_that_cannot_be_scored_are_refused(folder, tmp_path, capsys):
     def refusal(run, flags):
         argv = f"{run} {flags} --output_dir {tmp_path / 'out'}".split()
         assert text_scores.main(argv) == 2

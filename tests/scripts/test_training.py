@@ -1,4 +1,4 @@
-"""Whole runs on the miniature: what the image script and the loop promise whatever the method."""
+"""Complete runs on the miniature: promises of the image script and of the loop for any method."""
 
 import dataclasses
 import json
@@ -46,12 +46,12 @@ def test_methods_are_paired_and_seeds_are_not(tmp_path):
     assert digests == column(bilora, "digest")
     assert len(set(digests)) == 3
     assert column(reseeded, "digest")[0] not in digests
-    # The auxiliary starts at zero: the first loss is LoRA's to the bit, later ones are not.
+    # The auxiliary starts at zero, so the first loss equals LoRA's exactly; later losses differ.
     lora_losses = column(lora, "loss")
     bilora_losses = column(bilora, "loss")
     assert lora_losses[0] == bilora_losses[0]
     assert lora_losses[2] != bilora_losses[2]
-    # It stays in its ball and out of the file.
+    # The auxiliary stays in its ball and is not in the file.
     assert max(column(bilora, "auxiliary_norm")) <= 0.01 * (1 + 1e-6)
     assert max(column(bilora, "auxiliary_norm_before")) > 0.01
     assert not [key for key in weights(bilora) if "auxiliary" in key]
@@ -61,7 +61,7 @@ def test_methods_are_paired_and_seeds_are_not(tmp_path):
 
 
 class NumberReads(TorchFunctionMode):
-    """Notes what reads a tensor's numbers, for which a GPU's queue would be waited for."""
+    """Record the calls that read a tensor's values, which would wait for a GPU's queue."""
 
     names: tuple[str, ...] = ()
 
@@ -120,7 +120,7 @@ QUANTIZED = {"quantize": "nf4", "lora_layers": "all", "lora_alpha": 6}
 NOISE = {"method": "flat-lora"}
 HOLD = {
     "hold_unconditional": 4,
-    "hold_unconditional_every": 3,  # after the resume
+    "hold_unconditional_every": 3,  # applies only after the resume
     "prior_prediction_weight": 1,
     "class_prompt": "an icon",
     "gradient_checkpointing": True,
@@ -130,7 +130,7 @@ GUIDED = {**ENCODERS, "init_lora_weights": "default", "guided_target": 2, "capti
 GUIDED_NF4 = {"guided_target": 2, "quantize": "nf4", "method": "lora-sam"}
 SLOW_OPTIONS: list[dict[str, Any]] = [STREAM, ENCODERS, CONVOLUTIONS, QUANTIZED, NOISE, HOLD]
 SLOW_OPTIONS += [GUIDED, GUIDED_NF4]
-"""What a script adds to a method's life; methods, inits and optimizers are the contract's."""
+"""Options of the script; tests/contract tests methods, initializations and optimizers."""
 OPTION_CASES = [pytest.param(OPTIONS)]
 OPTION_CASES += [pytest.param(options, marks=pytest.mark.slow) for options in SLOW_OPTIONS]
 
@@ -138,17 +138,17 @@ OPTION_CASES += [pytest.param(options, marks=pytest.mark.slow) for options in SL
 @pytest.mark.parametrize(
     "options", OPTION_CASES, ids=lambda options: "-".join(map(str, options.values()))
 )
-def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
+def test_runs_with_options_resume_exactly_and_a_checkpoint_is_exported_like_the_run(
     tmp_path, monkeypatch, options
 ):
     shared = {"max_train_steps": 3, "checkpointing_steps": 1, "train_batch_size": 1, **options}
     run = train(tmp_path / "run", **shared)
-    for name in ("compute", "mean_gradients"):  # a resumed run does not compute its init anew
+    for name in ("compute", "mean_gradients"):  # a resumed run must not initialize again
         monkeypatch.setattr(f"bilora_diffusion.train.initialisation.{name}", pytest.fail)
     resumes_exactly(run, 2, **shared)
 
     tensors = weights(run)
-    # The file of these inits holds their first values too, so that it fits the original base.
+    # With these initializations, the file holds the initial values too, to fit the original base.
     holds_initial = options.get("init_lora_weights") in ("pissa", "lora-ga")
     rank = 8 if holds_initial else 4
     for key, weight in tensors.items():
@@ -163,7 +163,7 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     assert report["max_relative_difference"] < 1e-6
 
     if options is NOISE:
-        # A longer run may go on, unless its noise depends on the length.
+        # A run can be extended, unless its noise depends on the number of steps.
         longer = {**shared, "max_train_steps": 4}
         with pytest.raises(UserError, match="max_train_steps was 3 and is 4"):
             train(tmp_path / "run-parts", **longer, resume_from_checkpoint="latest")
@@ -178,7 +178,7 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
 
 
 @pytest.mark.slow
-def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
+def test_an_early_step_is_exported_and_bad_exports_are_refused(tmp_path, capsys):
     run = train_once(checkpointing_steps=1)
     early = tmp_path / "early.safetensors"
     assert export([str(run), "--step", "1", "--to", "kohya", "--output", str(early)]) == 0
@@ -203,7 +203,7 @@ def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_prior_preservation_makes_and_uses_class_images(tmp_path):
+def test_prior_preservation_generates_and_uses_class_images(tmp_path):
     values = {
         "with_prior_preservation": True,
         "class_data_dir": tmp_path / "class",
@@ -218,13 +218,13 @@ def test_prior_preservation_makes_and_uses_class_images(tmp_path):
     free = train(tmp_path / "free", **values, prior_loss_weight=0.0)
     assert [file.stat().st_mtime_ns for file in images] == times
     assert column(folder, "loss") != column(free, "loss")
-    # Without weight the class adds nothing to the first loss.
+    # With weight 0, the class images add nothing to the first loss.
     plain = train_once(train_batch_size=1)
     assert column(free, "loss")[0] == pytest.approx(column(plain, "loss")[0], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
+def test_validation_images_and_heldout_loss_do_not_change_the_training(tmp_path):
     icons = two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 3, "train_batch_size": 1}
     no_evaluation = {
@@ -245,7 +245,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
     evaluated = train(tmp_path / "evaluated", **shared, **evaluation)
     assert difference(quiet, evaluated) == 0
     assert not list(quiet.rglob("validation/*/*.png"))
-    # Images are made with each checkpoint and at the end.
+    # Images are sampled at each checkpoint and at the end.
     folders = sorted(path.parent.name for path in evaluated.rglob("validation/*/*.png"))
     assert folders == ["step-2", "step-3"]
     rows = [row for row in runlog.read_metrics(evaluated) if "heldout_loss" in row]
@@ -266,7 +266,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
     ]
 
 
-def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
+def test_memory_freed_on_a_cpu_is_kept_for_the_next_step():
     engine.keep_freed_memory(torch.device("cpu"))
     faults = []
     for _ in range(2):
@@ -276,12 +276,12 @@ def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
 
 
 @pytest.mark.slow
-def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
-    """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
+def test_fp16_steps_without_a_finite_loss_are_skipped(tmp_path, monkeypatch):
+    """The gradient scaler is on the CPU. A run fails after too many such steps."""
     build_accelerator = command.build_accelerator
     build_optimizer = trainer.build_optimizer
     forward = DreamBoothModule.forward
-    calls = -1  # the probe before the first step
+    calls = -1  # -1 is the probe before the first step
     nonfinite_calls: set[int] = set()
 
     def with_scaler(cfg):
@@ -328,7 +328,7 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
 
     monkeypatch.setattr(DreamBoothModule, "forward", with_infinite_gradients)
     with pytest.raises(TrainingError, match="gradients of the last 5 steps were not finite"):
-        train(tmp_path / "whole", **shared)  # a run of which each step is skipped
+        train(tmp_path / "whole", **shared)  # each step is skipped
     monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 2)
     calls = -1
     with pytest.raises(TrainingError, match="gradients of the last 3 steps were not finite"):
@@ -337,8 +337,8 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_a_smaller_card(tmp_path):
-    """With checkpointing, other workers, and without cached latents and earlier images."""
+def test_a_run_resumes_on_a_smaller_gpu(tmp_path):
+    """The resumed run has gradient checkpointing, more workers, no cached latents and no images."""
     shared = {"checkpointing_steps": 1, "validation_prompt": "a TOK icon", "random_flip": True}
     run = train(tmp_path / "run", **shared, num_validation_images=1)
     smaller = {"gradient_checkpointing": True, "cache_latents": "no", "dataloader_num_workers": 2}
@@ -349,7 +349,7 @@ def test_a_run_goes_on_on_a_smaller_card(tmp_path):
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path):
+def test_full_fine_tuning_exports_a_unet_that_loads(tmp_path):
     folder = train(tmp_path / "run", method="full", learning_rate=1e-5)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     base = StableDiffusionXLPipeline.from_pretrained(pipeline_dir()).unet.float()

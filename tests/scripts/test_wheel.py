@@ -1,4 +1,4 @@
-"""The wheel, installed beside nothing of the repository: the command ``bilora`` and its demo."""
+"""The installed wheel, without the repository: the command ``bilora`` and its demo."""
 
 import json
 import os
@@ -32,8 +32,9 @@ assert bilora_diffusion.__file__.startswith(folder), bilora_diffusion.__file__
 assert not {"eval", "app", "examples"} & sys.modules.keys()
 print(json.dumps(answers))
 """
-"""Runs commands in one process, as if the repository, which the environment may name, were not
-there: the exit code and the output of each.
+"""Program that runs commands in one process and prints the exit code and output of each.
+
+It removes the repository from ``sys.path``, where the environment may have put it.
 """
 
 
@@ -43,7 +44,7 @@ def pip(command):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """An empty folder into which the wheel was installed."""
+    """Build the wheel, install it into an empty folder, and return the folder."""
     source = tmp_path_factory.mktemp("source")
     folder = tmp_path_factory.mktemp("installed")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -59,7 +60,7 @@ def installed(tmp_path_factory):
 
 
 def answers(installed, folder, commands):
-    """Exit code and output of each command line, in an empty folder."""
+    """Run each command line in a folder, and return its exit code and output."""
     runner = [sys.executable, "-c", RUNNER, str(installed), str(installed / "bin" / "bilora")]
     runner += [json.dumps(command.split()) for command in commands]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -70,8 +71,8 @@ def answers(installed, folder, commands):
     return json.loads(process.stdout.splitlines()[-1])
 
 
-@pytest.mark.matrix  # over a minute; the walk of README runs the same demo from the checkout
-def test_the_demo_trains_and_draws(installed, tmp_path):
+@pytest.mark.matrix  # over a minute; tests/docs/test_walk.py runs the demo from the checkout
+def test_the_demo_trains_and_samples(installed, tmp_path):
     demo = "demo --max_train_steps 4 --max_eval_samples 4 --num_validation_images 0"
     demo_answer, export_answer = answers(installed, tmp_path, [demo, "export demo/bilora"])
     exit_code, output = demo_answer
@@ -79,7 +80,7 @@ def test_the_demo_trains_and_draws(installed, tmp_path):
     assert "saw the same data and noise in all 4 steps" in output
     for row in ("base model, ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
         assert row in output
-    assert "python -m eval" not in output  # which only the repository has
+    assert "python -m eval" not in output  # eval is only in the repository
     assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
     assert export_answer[0] == 0
 
@@ -94,7 +95,7 @@ COMMANDS = {
 }
 
 
-def test_commands_answer(installed, tmp_path):
+def test_each_command_has_its_exit_code_and_output(installed, tmp_path):
     for line, (exit_code, output) in zip(
         COMMANDS, answers(installed, tmp_path, COMMANDS), strict=True
     ):

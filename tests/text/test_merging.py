@@ -1,4 +1,4 @@
-"""Base models with an adapter merged: they answer as the adapter does, also when loaded again."""
+"""A merged model gives the same answers as base model and adapter, including after a reload."""
 
 import json
 
@@ -37,7 +37,7 @@ def logits(model, kind):
 
 
 def random_adapter(base, folder, dtype=torch.float32, **options):
-    """A base model with an adapter of random values, which is saved in a folder as by PEFT."""
+    """Return a base model with a random adapter, and let PEFT save the adapter in `folder`."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | options
     adapted = get_peft_model(load_text_model(str(base), dtype=dtype).model, LoraConfig(**settings))
     torch.manual_seed(1)
@@ -54,18 +54,18 @@ def random_adapter(base, folder, dtype=torch.float32, **options):
     [
         (save_llama, "causal", {}),
         (save_llama, "causal", {"use_rslora": True, "rank_pattern": {"q_proj": 2}}),
-        (save_gpt2, "causal", {"use_dora": True}),  # whose weights are transposed
+        (save_gpt2, "causal", {"use_dora": True}),  # GPT-2's weights are transposed
         (save_t5, "seq2seq", {"use_dora": True}),
         (save_bert, "classification", {"modules_to_save": ["classifier"]}),
     ],
 )
-def test_a_merged_model_has_the_logits_of_the_adapter(save, kind, options, tmp_path):
+def test_a_merged_model_has_the_same_logits_as_the_adapter(save, kind, options, tmp_path):
     base = save(tmp_path / "base")
     expected = logits(random_adapter(base, tmp_path / "adapter", **options), kind)
     text_model = load_text_model(str(base))
     unmerged = logits(text_model.model, kind)
     assert merging.merge(text_model.model, merging._read_adapter(tmp_path / "adapter")) == []
-    assert (expected - unmerged).abs().max() > 1e-2  # else nothing is proven
+    assert (expected - unmerged).abs().max() > 1e-2  # otherwise the test proves nothing
     torch.testing.assert_close(logits(text_model.model, kind), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -130,7 +130,7 @@ def answers(model, tokenizer, kind, text_model):
         ("classification", {"validation_split": 0.3}),
     ],
 )
-def test_a_run_is_merged_into_a_folder_that_answers_like_it(kind, options, tmp_path, capsys):
+def test_a_merged_run_gives_the_same_answers_as_its_adapter(kind, options, tmp_path, capsys):
     base = material(kind)["model_name_or_path"]
     run = train_text(tmp_path / "run", **material(kind), **options, checkpointing_steps=1)
     assert export([str(run), "--to", "merged"]) == 0
@@ -159,12 +159,12 @@ def test_a_run_is_merged_into_a_folder_that_answers_like_it(kind, options, tmp_p
             adapted, tokenizer, kind, merged
         )
 
-    (folder / "spiece.model").touch()  # which llama.cpp needs for a T5
+    (folder / "spiece.model").touch()  # llama.cpp needs it for a T5
     assert export([str(run), "--to", "merged"]) == 0
     printed = capsys.readouterr().out
     assert "is there already" in printed
     assert (command in printed) == (kind != "classification")
-    # Another step is another folder, and another model is not replaced.
+    # Each step has its own folder, and the model of a different step is never overwritten.
     assert export([str(run), "--to", "merged", "--step", "1"]) == 0
     assert (run / "exports" / "step-1" / "merged" / "config.json").exists()
     assert export([str(run), "--to", "merged", "--step", "1", "--output", str(folder)]) == 2
@@ -172,7 +172,7 @@ def test_a_run_is_merged_into_a_folder_that_answers_like_it(kind, options, tmp_p
 
 
 @pytest.mark.slow
-def test_weights_are_in_shards_in_the_precision_of_the_base(tmp_path, monkeypatch):
+def test_merged_weights_are_saved_in_shards_in_the_base_models_precision(tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "LARGEST_SHARD", "20KB")
     base = tmp_path / "base"
     load_text_model(str(material("causal")["model_name_or_path"])).model.to(
@@ -191,7 +191,7 @@ def test_weights_are_in_shards_in_the_precision_of_the_base(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_refusals_of_a_merge(tmp_path, capsys):
+def test_runs_that_cannot_be_merged_are_refused(tmp_path, capsys):
     def refusal(*argv):
         assert export([*map(str, argv), "--to", "merged"]) == 2
         return capsys.readouterr().err
@@ -219,7 +219,7 @@ def test_refusals_of_a_merge(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_loaded_otherwise_gets_no_name(tmp_path, monkeypatch):
+def test_a_merge_that_loads_with_different_outputs_leaves_no_folder(tmp_path, monkeypatch):
     def damage(source, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))

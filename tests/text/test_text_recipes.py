@@ -1,4 +1,4 @@
-"""Recipes of text models: the values of the paper's tables, and recipes without the hub."""
+"""Recipes of text models have the values of the paper's tables."""
 
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,18 @@ MODELS = {
     "llama2_7b": "meta-llama/Llama-2-7b-hf",
     "llama31_8b": "meta-llama/Llama-3.1-8B",
 }
-"""Folder of recipes -> their model."""
+"""Base model of each folder of recipes."""
 
 FOLDERS = {"A4": "t5_base", "A5": "t5_base", "A6": "llama2_7b", "A7": "llama31_8b"}
 COLUMNS: dict[str, dict[str, Any]] = {}
-"""Recipe -> the figures of its column: "SST-2" of A4 is `t5_base/sst2`."""
+"""Values of each recipe's column: `t5_base/sst2` is column "SST-2" of Table A4."""
 
 for _table, _folder in FOLDERS.items():
     for _column, _figures in TABLES[_table].items():
         _name = _column.removeprefix("Cleaned ").replace("-", "").lower()
         COLUMNS[f"{_folder}/{_name}"] = _figures
 
-# Row of the tables -> the recipe's key; rows that are not one key are compared on their own.
+# The recipe's key for each table row; a row without a single key is compared separately.
 KEYS = {
     "Learning Rate": "learning_rate",
     "Epochs": "num_train_epochs",
@@ -51,19 +51,19 @@ METRICS = {"Accuracy": "accuracy", "Matthews Corr.": "matthews_correlation"}
 
 
 def compare(row, figure, values):
-    """Compare a row of a column with its recipe, or with the configuration of a run."""
+    """Check that a recipe, or a run's configuration, has the table's value of a row."""
     if row in KEYS:
         assert float(values[KEYS[row]]) == figure
     elif row in WORDS:
         value = values[WORDS[row]]
-        # Target modules of a run are a list.
+        # A run's configuration has the target modules as a list.
         assert value in (OPTIONS[figure], [OPTIONS[figure]])
     else:
         assert row == "Batch Size"
         assert values["train_batch_size"] * values["gradient_accumulation_steps"] == figure
 
 
-def test_every_column_has_its_recipe_and_no_other():
+def test_every_column_has_one_recipe_and_every_recipe_has_a_column():
     recipes = set()
     for folder in MODELS:
         for path in (RECIPES / folder).iterdir():
@@ -73,7 +73,7 @@ def test_every_column_has_its_recipe_and_no_other():
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name):
+def test_a_recipe_and_its_run_have_every_value_of_their_column(name):
     column = COLUMNS[name]
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     values = vars(resolve_text(["--config", str(RECIPES / f"{name}.yaml")]))
@@ -84,7 +84,8 @@ def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name):
     assert recipe["model_name_or_path"] == MODELS[name.partition("/")[0]]
     assert recipe["method"] == "bilora"
     assert recipe["auxiliary_rank"] == column["LoRA Rank"]
-    assert "auxiliary_learning_rate" not in recipe  # the primary's, so that one flag moves both
+    # The auxiliary's rate follows the primary's, so one flag changes both.
+    assert "auxiliary_learning_rate" not in recipe
     if metric := METRICS.get(column.get("Evaluation Metric", "")):
         assert catalog.get(recipe["task"]).metrics[0] == metric
     else:

@@ -25,14 +25,14 @@ def write(folder, suffix, rows):
     elif suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     else:
-        with path.open("w", encoding="utf-8-sig") as file:  # as Windows writes it, with a BOM
+        with path.open("w", encoding="utf-8-sig") as file:  # with a BOM, as on Windows
             for row in rows:
                 print(json.dumps(row, ensure_ascii=False), file=file)
     return path
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_each_format_gives_the_same_examples(suffix, tmp_path):
+def test_every_file_format_gives_the_same_examples(suffix, tmp_path):
     examples = open_file(write(tmp_path, suffix, ROWS))
     assert examples == [Example(row["question"], row["answer"]) for row in ROWS]
 
@@ -42,7 +42,7 @@ def test_conversations_end_with_the_assistant(tmp_path):
     messages = [{"role": role, "content": content} for role, content in turns]
     path = write(tmp_path, ".jsonl", [{"messages": messages}, {"messages": messages[1:]}])
     talks = open_file(path, input_column="auto", target_column="auto")
-    # The last turn of the user has no answer. A single turn is a question and an answer.
+    # The last user turn has no answer. A single exchange is a plain question and answer.
     assert talks == [Example("u", "a", turns=tuple(turns[:3])), Example("u", "a")]
 
 
@@ -62,7 +62,7 @@ def test_columns_are_found_by_name(row, question, answer, tmp_path):
     assert (example.question, example.answer) == (question, answer)
 
 
-def test_named_columns_go_before_usual_ones(tmp_path):
+def test_named_columns_take_precedence_over_usual_ones(tmp_path):
     path = write(tmp_path, ".jsonl", [{"input": "i", "output": "o", "a": "x", "b": "y"}])
     assert open_file(path, input_column="a", target_column="b") == [Example("x", "y")]
     assert open_file(path, input_column="a") == [Example("x", "o")]
@@ -89,7 +89,7 @@ GOOD = '{"input": "a", "output": "b"}\n'
         ("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "line 1 .*assistant"),
     ],
 )
-def test_refusals_name_the_row_and_the_column(name, content, columns, sentence, tmp_path):
+def test_an_error_names_the_row_and_the_column(name, content, columns, sentence, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=sentence):
         open_file(tmp_path / name, **columns)
@@ -99,12 +99,12 @@ def test_refusals_name_the_row_and_the_column(name, content, columns, sentence, 
     ("answers", "label_words"),
     [(["b", "a", "b"], ("a", "b")), (["10", "9", "-1"], ("-1", "9", "10"))],
 )
-def test_label_words_are_the_answers_in_order(answers, label_words):
+def test_label_words_are_the_sorted_answers(answers, label_words):
     assert label_words_of([Example("", answer) for answer in answers]) == label_words
 
 
-def test_a_blank_label_is_no_class(tmp_path):
-    """Such a row has no label and is skipped, like every row with a blank answer."""
+def test_a_blank_label_is_not_a_class(tmp_path):
+    """A row with a blank label is skipped, like every row with a blank answer."""
     texts = {"train": "good,pos\nbad,neg\nodd,\n", "held_out": "fine,pos\nodd, \n"}
     files = {}
     for name, text in texts.items():
@@ -118,7 +118,7 @@ def test_a_blank_label_is_no_class(tmp_path):
     assert [example.label for example in rows.validation or ()] == [1, None]
 
 
-def test_labels_are_the_numbers_of_the_words():
+def test_labels_are_indices_of_the_label_words():
     labelled = with_labels([Example("x", "b"), Example("y", "a")], ("a", "b"))
     assert [example.label for example in labelled] == [1, 0]
     with pytest.raises(UserError, match=r'"yess" of row 2 .*did you mean "yes"'):
@@ -126,7 +126,7 @@ def test_labels_are_the_numbers_of_the_words():
 
 
 def split_of(folder, rows, share=0.3, **options):
-    """Prompts of the training rows and of the held-out rows of a file."""
+    """Split a file and return the prompts of its training rows and of its held-out rows."""
     options |= {"model_name_or_path": "tiny", "train_file": write(folder, ".jsonl", rows)}
     options = {"task_type": "causal", **options, "validation_split": share}
     split = open_rows(resolve_text(words(options)))
@@ -135,7 +135,9 @@ def split_of(folder, rows, share=0.3, **options):
 
 
 @pytest.mark.parametrize("kind", ["causal", "classification"])
-def test_a_row_does_not_change_sides_where_others_are_added_or_reordered(kind, tmp_path, caplog):
+def test_a_row_stays_on_its_side_of_the_split_when_rows_are_added_or_reordered(
+    kind, tmp_path, caplog
+):
     caplog.set_level("INFO")
     rows = [{"input": f"row {n}", "output": "ba"[n % 2]} for n in range(60)]
     train, heldout = split_of(tmp_path, rows, task_type=kind)
@@ -144,17 +146,18 @@ def test_a_row_does_not_change_sides_where_others_are_added_or_reordered(kind, t
     assert 8 < len(heldout) < 28  # a binomial distribution around 18
     assert f"holds out {len(heldout)} of the 60 rows of train.jsonl" in caplog.text
 
-    # A further class changes the numbers of the classes.
+    # A new class changes the class numbers.
     added = [{"input": f"new {n}", "output": "abc"[n % 3]} for n in range(30)]
     more_train, more_heldout = split_of(tmp_path, [*added, *rows[::-1]], task_type=kind, seed=1)
     assert train <= more_train
     assert heldout <= more_heldout
-    assert split_of(tmp_path, rows * 2, task_type=kind) == (train, heldout)  # equal rows
+    # Equal rows are on the same side.
+    assert split_of(tmp_path, rows * 2, task_type=kind) == (train, heldout)
     larger_train, larger_heldout = split_of(tmp_path, rows, share=0.5, task_type=kind)
     assert heldout < larger_heldout
     assert larger_train < train
     few_train, few_heldout = split_of(tmp_path, rows, task_type=kind, max_train_samples=9)
-    assert few_train < train  # after the split
+    assert few_train < train  # the limit applies after the split
     assert few_heldout == heldout
 
 
@@ -170,7 +173,7 @@ def test_a_row_does_not_change_sides_where_others_are_added_or_reordered(kind, t
         (0.5, {"train_file": None, "task": "sst2"}, "a task has .*held-out rows"),
     ],
 )
-def test_a_split_is_refused_where_a_side_is_empty_or_rows_are_held_out(
+def test_a_split_with_an_empty_side_or_other_held_out_rows_is_refused(
     share, options, sentence, tmp_path
 ):
     file = write(tmp_path, ".jsonl", [{"input": f"row {n}", "output": "a"} for n in range(2)])
@@ -183,7 +186,7 @@ def test_a_split_is_refused_where_a_side_is_empty_or_rows_are_held_out(
         )
 
 
-def test_a_number_of_held_out_rows_is_measured_the_same_for_each_seed(tmp_path):
+def test_max_eval_samples_selects_the_same_held_out_rows_for_every_seed(tmp_path):
     file = write(tmp_path, ".csv", [{"question": f"q{n}", "answer": "a"} for n in range(40)])
 
     def heldout_prompts(seed):

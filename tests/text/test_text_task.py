@@ -1,4 +1,4 @@
-"""The text task: losses equal those of Transformers, however a step is split or packed; metrics."""
+"""The text task: its losses equal those of Transformers, also when split or packed; metrics."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from tests.text.text_builders import chat_tokenizer
 
 
 def task_of(folder, kind, base=None, **values):
-    """A task on 24 rows with 7 held-out ones."""
+    """Return a task with 24 training rows and 7 held-out rows."""
     base = base or texts.SAVERS[kind](folder / "base")
     options = {
         "model_name_or_path": base,
@@ -44,7 +44,7 @@ def task_of(folder, kind, base=None, **values):
 
 
 def step_losses(task, pieces):
-    """The losses of the 8 slots of the first step, cut into ``pieces`` micro-batches."""
+    """Return the losses of the first step's 8 slots, split into `pieces` micro-batches."""
     schedule = [(0, tuple(slots.tolist())) for slots in torch.arange(8).chunk(pieces)]
     losses = []
     with torch.no_grad():
@@ -58,17 +58,17 @@ def batch_of(rows):
 
 
 def transformers_loss(task, rows, count):
-    """The loss of Transformers' model for the first rows as one batch."""
+    """Return the loss that Transformers' model computes for the first `count` rows in one batch."""
     batch = collate([rows.row(index) for index in range(count)], task.text_model.kind, 0)
     with torch.no_grad():
         return float(task.text_model.model(**batch).loss)
 
 
 @pytest.mark.parametrize("kind", texts.KINDS)
-def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kind):
+def test_losses_and_metrics_equal_transformers_for_every_batch_size(tmp_path, kind):
     task = task_of(tmp_path, kind, eval_train_samples=5)
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
-    del batch.inputs["weights"]  # of the slots, which Transformers' model does not take
+    del batch.inputs["weights"]  # Transformers' model does not accept slot weights
     with torch.no_grad():
         loss = task.text_model.model(**batch.inputs).loss
     uncut_losses = step_losses(task, pieces=1)
@@ -76,7 +76,7 @@ def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kin
     for pieces in (2, 4, 8):
         torch.testing.assert_close(step_losses(task, pieces), uncut_losses, atol=1e-6, rtol=0)
     if kind != "classification":
-        # Targets have different lengths, so the mean of the micro-batches' means would be wrong.
+        # Targets differ in length, so the mean of the micro-batches' means would be wrong.
         assert len(set(task.data.train.target_tokens[:8])) > 1
 
     evaluation = task.evaluation
@@ -91,7 +91,7 @@ def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kin
     assert evaluation.measure() == pytest.approx(measured, abs=1e-6)
 
 
-def test_group_by_length_brings_like_lengths_together(tmp_path):
+def test_group_by_length_reduces_padding(tmp_path):
     plain = task_of(tmp_path, "causal")
     grouped = task_of(tmp_path, "causal", tmp_path / "base", group_by_length=True)
 
@@ -103,8 +103,8 @@ def test_group_by_length_brings_like_lengths_together(tmp_path):
     assert count_padding(grouped) < count_padding(plain) / 2
 
 
-def test_predictions_are_those_of_single_generation(tmp_path):
-    """Left padding must not change what a causal model answers."""
+def test_batched_predictions_equal_single_ones(tmp_path):
+    """Left padding must not change a causal model's answers."""
     task = task_of(tmp_path, "causal", generation_max_new_tokens=6)
     values = task.validate(3, tmp_path / "run", contextlib.nullcontext())
     file = tmp_path / "run" / "validation" / "step-3" / "predictions.jsonl"
@@ -122,7 +122,7 @@ def test_predictions_are_those_of_single_generation(tmp_path):
     assert values == {"heldout_exact_match": hits / 7}
 
 
-def test_a_full_memory_is_one_sentence_with_the_option_that_helps(tmp_path):
+def test_running_out_of_memory_gives_one_sentence_with_the_option_that_helps(tmp_path):
     def fill_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -133,7 +133,7 @@ def test_a_full_memory_is_one_sentence_with_the_option_that_helps(tmp_path):
             measure()
 
 
-def test_an_empty_prompt_is_answered_and_changes_no_other_answer(tmp_path):
+def test_an_empty_prompt_gets_an_answer_and_changes_no_other_answer(tmp_path):
     text_model = task_of(tmp_path, "causal").text_model
     prompt = text_model.tokenizer("nine plus one\n")["input_ids"]
     (expected_answer,) = generate(text_model, [prompt], 4)
@@ -142,14 +142,14 @@ def test_an_empty_prompt_is_answered_and_changes_no_other_answer(tmp_path):
 
 
 def test_prompts_and_answers_stay_within_learned_positions(tmp_path):
-    """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
+    """GPT-2 has a fixed number of positions; long prompts are cut on the left, as in training."""
     base = texts.save_gpt2(tmp_path / "base")
     long_prompts = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
     heldout_file = texts.write_rows(tmp_path / "long.jsonl", long_prompts)
-    # The task asks for 256 new tokens.
+    # By default, a task generates up to 256 new tokens.
     task = task_of(tmp_path, "causal", base, validation_file=heldout_file)
     values = task.validate(1, tmp_path / "run", contextlib.nullcontext())
-    # It went through, with fewer new tokens than it asks for.
+    # It works, with fewer new tokens than that.
     assert values.keys() == {"heldout_exact_match"}
     with pytest.raises(UserError, match=r"--generation_max_new_tokens 64 .* give 32 or less"):
         task_of(tmp_path, "causal", base, generation_max_new_tokens=64)
@@ -196,23 +196,23 @@ def model(kind, attention=None):
     network = hf.AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
     if kind in ("llama", "mistral", "gpt2"):
         for weight in network.parameters():
-            # Large, so that a token's loss depends on the tokens that it sees and their positions.
+            # Large weights make a token's loss depend on the visible tokens and their positions.
             torch.nn.init.normal_(weight, std=0.3)
     return network.eval()
 
 
 def token_losses(network, batch):
-    """The loss of each token that has one, row by row."""
+    """Return the losses of all target tokens, row by row."""
     with torch.no_grad():
         logits = network(**batch, use_cache=False).logits.float()  # (rows, tokens, vocabulary)
-    targets = batch["labels"][:, 1:]  # a token's logits are of the next token
+    targets = batch["labels"][:, 1:]  # a token's logits predict the next token
     losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
     return losses[targets != -100].tolist()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
-def test_each_tokens_loss_is_the_same_as_alone(kind, attention):
+def test_packing_does_not_change_any_tokens_loss(kind, attention):
     network = model(kind, attention)
     single = texts.encoded(EXAMPLES, chat_tokenizer(), max_length=64)
     packed = pack(single, 100)
@@ -221,14 +221,14 @@ def test_each_tokens_loss_is_the_same_as_alone(kind, attention):
     for sources in packed.sources:  # the examples of each row
         for source in sources:
             expected_losses += token_losses(network, collate([single.row(source)], "causal", 0))
-    # Losses that could not differ would prove nothing.
+    # If all losses were equal, the test would prove nothing.
     assert max(expected_losses) - min(expected_losses) > 0.1
 
     widths = {len(packed.row(index)["input_ids"]) for index in range(len(packed))}
     assert len(widths) > 1  # so one of the rows is padded
     batch = batch_of(packed)
     assert token_losses(network, batch) == pytest.approx(expected_losses, abs=1e-5)
-    # An ordinary mask lets a token see the examples before its own.
+    # With an ordinary mask, a token also sees the preceding examples.
     batch["attention_mask"] = torch.ones_like(batch["labels"])
     assert token_losses(network, batch) != pytest.approx(expected_losses, abs=1e-3)
     first_names = [single.name(source) for source in packed.sources[0]]
@@ -246,11 +246,11 @@ def test_each_example_is_packed_once_and_no_row_is_too_long(lengths):
         half_empty_rows += size <= 10
         examples += row
     assert sorted(examples) == list(range(len(lengths)))
-    # Two rows that fit into one are never left apart, so at most one is not more than half full.
+    # Two rows that fit into one are always merged, so at most one row is half full or less.
     assert half_empty_rows <= 1
 
 
-def test_examples_go_where_they_leave_the_least_room():
+def test_each_example_goes_into_the_fullest_row_that_has_space():
     assert best_fit([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
 
 
@@ -265,6 +265,6 @@ def test_examples_go_where_they_leave_the_least_room():
 def test_models_that_mix_examples_are_refused(kind, reason):
     network = model(kind)
     if kind == "llama":
-        network.config._attn_implementation = "flash_attention_2"  # which takes no mask
+        network.config._attn_implementation = "flash_attention_2"  # it accepts no mask
     with pytest.raises(UserError, match=reason):
         require_packable(network)

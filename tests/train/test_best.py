@@ -1,4 +1,4 @@
-"""The best held-out measurement: its step, where the patience ends, which weights are kept."""
+"""The best held-out measurement: its step, the end of the patience, and the kept weights."""
 
 import math
 
@@ -11,12 +11,12 @@ from bilora_diffusion.train.outcome import Best
 from tests.scripts.runs import best_and_stop_step
 
 VALUES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
-# Measures, and the factor that makes less of them better
+# Metrics, and the factor that makes lower values better
 MEASURES = st.sampled_from([("heldout_loss", 1), ("heldout_exact_match", -1)])
 
 
 @given(VALUES, MEASURES, st.integers(1, 4))
-def test_it_stops_and_keeps_as_a_reading_of_the_record_would(values, measure, patience):
+def test_the_best_and_the_last_step_are_those_computed_from_the_record(values, measure, patience):
     weight = nn.Parameter(torch.zeros(2))
     name, sign = measure
     best = Best([weight], patience, name)
@@ -26,13 +26,13 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(values, measure, pa
         weight.data.fill_(last_step)
         if best.is_improved_by(value, last_step):
             best.store()
-        # A record has null in place of a value that is not finite.
+        # In a record, null replaces values that are not finite.
         rows.append((last_step, sign * value if math.isfinite(value) else None))
         if best.is_exhausted:
             stopped_at = last_step
             break
     assert (best.step, stopped_at) == best_and_stop_step(rows, patience)
-    assert best.step != 0  # the base model's
+    assert best.step != 0  # step 0 is the base model
     if best.step is not None:
         with best.applied():
             assert weight.tolist() == [best.step] * 2

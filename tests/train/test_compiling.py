@@ -1,4 +1,4 @@
-"""Compiled blocks, on a small UNet without a compiler and through the script with one."""
+"""Compiled blocks: on a small UNet without a compiler, and in the script with one."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ ENCODER = {"lora_dropout": 0.2, "train_text_encoder": True, "quantize": "nf4"}
 
 @pytest.fixture
 def without_compiler(monkeypatch):
-    """The same graphs, run operation by operation."""
+    """Run compiled graphs operation by operation, without a C++ compiler."""
     torch._dynamo.reset()
     monkeypatch.setattr(engine, "BACKEND", "aot_eager")
 
@@ -43,7 +43,7 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler,
     assert losses == pytest.approx(plain.train(3), abs=1e-6)
     (line,) = [line for line in caplog.messages if line.startswith("step ")]
     assert re.fullmatch(r"step 1: compiled 4 blocks in .*s, to 1 graph", line)
-    # As evaluations do it, with batches of other sizes.
+    # Evaluations do the same, with other batch sizes.
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         run.case.output(run.model, slice(1))
     assert counters["stats"]["unique_graphs"] - before == 1
@@ -59,28 +59,30 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler,
     ],
     ids=["prior", "dora", "encoder", "buckets"],
 )
-def test_a_run_is_the_same_and_goes_on(values, max_graphs, without_compiler, tmp_path):
+def test_a_compiled_run_equals_an_uncompiled_run_and_can_be_resumed(
+    values, max_graphs, without_compiler, tmp_path
+):
     shared: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 1, **values}
     shared |= runs.two_icons(tmp_path / "icons")
     plain = runs.train(tmp_path / "plain", **shared)
     before = counters["stats"]["unique_graphs"]
     compiled = runs.train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=1)
     assert 0 < counters["stats"]["unique_graphs"] - before <= max_graphs
-    # Fused operations round otherwise, most of all in bf16.
+    # Fused operations round differently, most of all in bf16.
     rounding = 2e-2 if "mixed_precision" in values else 1e-5
     for key in ("loss", "heldout_loss"):
         assert runs.column(compiled, key) == pytest.approx(runs.column(plain, key), rel=rounding)
     assert runs.weights(compiled).keys() == runs.weights(plain).keys()
-    torch._dynamo.reset()  # as a new process does
+    torch._dynamo.reset()  # as in a new process
     parts = runs.resumed(compiled, 1, **shared, compile=True)
-    # Where encoders are trained, or in bf16, the last digits of a graph are not always the same.
+    # With trained text encoders, or in bf16, the last digits of a graph's results can vary.
     assert runs.difference(compiled, parts) <= rounding / 10
     assert runs.column(parts, "loss") == pytest.approx(runs.column(compiled, "loss"), rel=rounding)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's inductor needs a C++ compiler")
-def test_losses_are_those_of_a_run_that_is_not_compiled(tmp_path):
+def test_inductor_gives_the_losses_of_an_uncompiled_run(tmp_path):
     shared = {"max_train_steps": 4, "train_batch_size": 1}
     plain = runs.train(tmp_path / "plain", **shared)
     compiled = runs.train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=2)
@@ -91,7 +93,7 @@ def test_losses_are_those_of_a_run_that_is_not_compiled(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_is_told_in_a_sentence(without_compiler, monkeypatch):
+def test_a_compiler_failure_is_reported_in_one_sentence(without_compiler, monkeypatch):
     def fails(*_):
         raise RuntimeError("no compiler")
 

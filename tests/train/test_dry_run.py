@@ -1,4 +1,4 @@
-"""The memory that a dry run says, against what a tracer of every tensor found (commit 48c0e54)."""
+"""A dry run's memory estimate, compared with a trace of every tensor (commit 48c0e54)."""
 
 import json
 from types import SimpleNamespace
@@ -28,14 +28,15 @@ SLOW = ("Stable", "FLUX", "Z-Image", "Qwen-Image", "Krea", "Llama")
 
 
 def parameter(name, *values):
-    """A case by this name; large models are slow."""
+    """Return a test case with this name; large models get the mark `slow`."""
     marks = [pytest.mark.slow] if name.startswith(SLOW) else []
     return pytest.param(*values, marks=marks, id=name)
 
 
 def wrong_bytes(model):
-    """Bytes that the tracer counted too many: it took SD3's table of positions for fp32, which is
-    bf16 in a run.
+    """Return how many bytes too many the trace counted for this model.
+
+    It counted SD3's table of positions in fp32, but a run keeps the table in bf16.
     """
     if model.endswith("medium"):
         return 384**2 * 1536 * 2
@@ -45,10 +46,10 @@ def wrong_bytes(model):
 @pytest.mark.parametrize(
     ("name", "traced"), [parameter(name, name, row) for name, row in IMAGE_MODELS.items()]
 )
-def test_each_image_model_is_within_15_percent(name, traced):
+def test_the_estimate_for_each_image_model_is_within_15_percent(name, traced):
     model, weights = name.rsplit(", ", 1)
     estimate = step_memory(model, weights, "--gradient_checkpointing")
-    # Weights are known exactly; activations are what is estimated.
+    # Weights are known exactly; only activations are estimated.
     assert estimate["encoders"] == pytest.approx(traced["encoders"], rel=0.01)
     estimated_bytes = {"lora": estimate["lora"], "bilora": estimate["bilora"]}
     if "lora_without_checkpointing" in traced:
@@ -58,7 +59,7 @@ def test_each_image_model_is_within_15_percent(name, traced):
 
 
 def text_task(case, folder):
-    """What a dry run reads of a task, with rows of one length."""
+    """Return a stand-in for a text task with all that a dry run reads; its rows have one length."""
     rows = folder / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     options = {
@@ -90,7 +91,7 @@ def text_task(case, folder):
 @pytest.mark.parametrize(
     "case", [parameter(TEXT_CASE.format(**case), case) for case in read_table("text.json")]
 )
-def test_each_text_model_is_within_15_percent(case, tmp_path):
+def test_the_estimate_for_each_text_model_is_within_15_percent(case, tmp_path):
     task = text_task(case, tmp_path)
     step_bytes = memory_by_phase(task, None)[STEP]
     _, adapter_bytes = attach_copy(task, 1)

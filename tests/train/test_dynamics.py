@@ -1,4 +1,4 @@
-"""dynamics and snapshots: every figure against full matrices in float64, and what a flag costs."""
+"""Recorded dynamics and snapshots: every value equals that of full matrices in float64."""
 
 import copy
 from types import SimpleNamespace
@@ -25,24 +25,24 @@ INTERVAL = 2
 
 
 def product(factors):
-    """s B A in float64, (out, in)."""
+    """Return s B A in float64, (out, in)."""
     return factors.scale * factors.B.double() @ factors.A.double()
 
 
 @pytest.fixture
 def sides():
-    """The factors of three layers on both sides, of ranks that differ."""
+    """Return primary and auxiliary factors of three layers, with different ranks."""
     generator = torch.Generator().manual_seed(3)
     return recorded_runs.factors(generator), recorded_runs.factors(generator, rank=3)
 
 
 def squared_cosine(left, right):
-    """Mean over the principal angles of two column spaces, by scipy."""
+    """Return the mean squared cosine of the principal angles of two column spaces, by scipy."""
     angles = subspace_angles(left.double().numpy(), right.double().numpy())
     return float(np.mean(np.cos(angles) ** 2))
 
 
-def test_figures_of_a_pair_are_those_of_full_matrices(sides):
+def test_values_of_a_pair_of_adapters_equal_those_of_full_matrices(sides):
     primary, auxiliary = sides
     inner_products = dynamics.inner_products(primary, auxiliary)
     norms = dynamics.norms(primary)
@@ -62,7 +62,7 @@ def test_figures_of_a_pair_are_those_of_full_matrices(sides):
         values_of_layer = {name: float(layer_values[name][number]) for name in expected}
         assert values_of_layer == pytest.approx(expected)
         all_products.append(torch.stack(products).flatten(1))
-    # Over the whole model all layers are one vector: (2, elements of all layers).
+    # For the whole model, all layers form one vector: (2, elements of all layers).
     vectors = torch.cat(all_products, dim=1)
     total = dynamics.totals(layer_values)
     cosine = torch.cosine_similarity(vectors[0], vectors[1], dim=0)
@@ -74,7 +74,7 @@ def with_zero_product(factors):
     return factors._replace(B=torch.zeros_like(factors.B))
 
 
-def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(sides):
+def test_a_zero_adapter_has_no_direction_and_totals_use_the_other_layers(sides):
     primary, auxiliary = sides
     auxiliary[1] = with_zero_product(auxiliary[1])
     layer_values = dynamics.alignment(primary, auxiliary)
@@ -87,7 +87,7 @@ def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(sides):
 
 
 class Training:
-    """A method on a small model; with a folder it records there. The batch is always the same."""
+    """A method on a small model with a fixed batch; its dynamics are recorded in `folder`."""
 
     def __init__(self, name, folder=None, **options):
         self.model = tiny_mlp()
@@ -97,7 +97,7 @@ class Training:
         torch.manual_seed(2)
         groups = self.method.setup([Target("model", self.model, spec, 1e-2)])
         self.optimizer = torch.optim.AdamW(groups)
-        # What a record reads of a run.
+        # Attributes that `Dynamics` reads.
         self.cfg = SimpleNamespace(dynamics_steps=INTERVAL)
         self.num_steps = 5
         self.step = 0
@@ -114,7 +114,7 @@ class Training:
         return loss.detach()
 
     def train(self, steps=5):
-        """Take steps; the loss of each, and its figures where they are recorded."""
+        """Take steps and return the loss of each, with its dynamics if they are recorded."""
         lines = []
         if self.dynamics and self.step == 0:
             self.dynamics.write(self.folder)
@@ -129,7 +129,7 @@ class Training:
         return lines
 
     def full_gradients(self):
-        """dL/dW of every layer's weight, at the weights as they act now; on a copy."""
+        """Return dL/dW of every layer's weight at the current effective weights, from a copy."""
         model = copy.deepcopy(self.model)
         layers = adapters.layers(model, PRIMARY)
         for _, layer in layers:
@@ -143,7 +143,7 @@ class Training:
 
 
 @pytest.mark.parametrize("name", ["lora-sam", "bilora"])
-def test_the_record_changes_no_bit(name, tmp_path):
+def test_recording_does_not_change_training(name, tmp_path):
     plain, recorded = Training(name), Training(name, tmp_path)
     plain_losses = [line["loss"] for line in plain.train()]
     assert [line["loss"] for line in recorded.train()] == plain_losses
@@ -158,7 +158,7 @@ def test_the_record_changes_no_bit(name, tmp_path):
 )
 def test_a_layer_without_a_gradient_counts_as_zero(name, figure, tmp_path, monkeypatch):
     def loss(run, model):
-        return (model.first(run.x) - 1).square().mean()  # nothing reaches the other two
+        return (model.first(run.x) - 1).square().mean()  # it does not depend on the other layers
 
     monkeypatch.setattr(Training, "loss", loss)
     run = Training(name, tmp_path)
@@ -225,7 +225,7 @@ def run(tmp_path):
     return recorded_runs.make(tmp_path / "run", steps=(0, 2, 9, 10))
 
 
-def test_snapshots_come_back(run):
+def test_snapshots_are_read_back(run):
     assert list(snapshots.steps(run)) == [0, 2, 9, 10]
     snapshot = snapshots.read(snapshots.steps(run)[9])
     assert (snapshot.step, snapshot.names) == (9, list(recorded_runs.SHAPES))
@@ -245,14 +245,14 @@ def test_a_damaged_snapshot_is_named(run):
             snapshots.read(path)
 
 
-def test_snapshots_after_a_step_are_deleted_with_what_a_kill_left(run):
+def test_truncating_deletes_later_snapshots_and_incomplete_files(run):
     (run / "dynamics" / ".tmp-step-3.safetensors").write_bytes(b"torn")
     snapshots.truncate(run, 8)
     names = sorted(file.name for file in (run / "dynamics").iterdir())
     assert names == ["step-0.safetensors", "step-2.safetensors"]
 
 
-def test_a_snapshot_that_can_not_be_written_is_a_sentence(run, tmp_path):
+def test_a_snapshot_that_cannot_be_written_is_a_training_error(run, tmp_path):
     snapshot = snapshots.read(snapshots.steps(run)[9])
     (tmp_path / "dynamics").touch()  # a file where the folder should be
     with pytest.raises(TrainingError, match="could not be written"):

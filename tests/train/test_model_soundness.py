@@ -1,4 +1,4 @@
-"""Pipelines that load but can't be trained: one sentence with the model, the part and the fix."""
+"""Pipelines that cannot be trained are refused in a sentence with model, part and fix."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from tests.scripts.runs import train
 
 @pytest.fixture
 def folder(tmp_path):
-    """The miniature's pipeline with copies of its small files and links to its weights."""
+    """Return a pipeline with copies of the miniature's small files and links to its weights."""
     copy = tmp_path / "model"
     for file in sorted(pipeline_dir().rglob("*")):
         target = copy / file.relative_to(pipeline_dir())
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def set_config(file, **values):
-    """Other values in a configuration."""
+    """Return a function that changes values in a configuration file."""
 
     def damage(folder):
         config = json.loads((folder / file).read_text())
@@ -48,7 +48,7 @@ def set_config(file, **values):
 
 
 def write_file(file, content):
-    """Another content of a file; it may be a link to one of the package."""
+    """Return a function that replaces a file, or a link to one, by a file with this content."""
 
     def damage(folder):
         (folder / file).unlink(missing_ok=True)
@@ -58,7 +58,7 @@ def write_file(file, content):
 
 
 def change_weights(folder, part, change):
-    """Call `change` with the weights of a part, and with the name of one of them."""
+    """Call `change` with a part's weights and the name of one of them, and save the result."""
     (path,) = (folder / part).glob("*.safetensors")
     tensors = load_file(path)
     path.unlink()
@@ -76,7 +76,7 @@ def has_infinite_weights(folder):
 
 def is_for_inpainting(folder):
     set_config("unet/config.json", in_channels=17)(folder)
-    # The latents, those of the masked image, and the mask: 8 + 8 + 1 channels.
+    # The latents, the masked image's latents, and the mask: 8 + 8 + 1 channels.
     wide = {"conv_in.weight": torch.zeros(128, 17, 3, 3)}
     change_weights(folder, "unet", lambda tensors, _: tensors.update(wide))
 
@@ -105,7 +105,7 @@ CASES = {
     "unet lacks": (lacks_weights, ["unet", "lacks weights"]),
     "unet infinite": (has_infinite_weights, ["not finite"]),
     "pickled": (has_pickled_weights, ["vae", "pytorch_model.bin", "convert"]),
-    "index of pickles": (  # which libraries would read
+    "index of pickles": (  # libraries would load it
         write_file("unet/diffusion_pytorch_model.safetensors.index.json", INDEX_OF_PICKLES),
         ["unet", "part-1.bin", "convert"],
     ),
@@ -121,7 +121,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pipeline_that_cannot_be_trained_is_a_sentence(name, folder, tmp_path):
+def test_a_pipeline_that_cannot_be_trained_is_refused_in_one_sentence(name, folder, tmp_path):
     damage, parts = CASES[name]
     if name.startswith("SD3"):
         folder = Path(shutil.copytree(shared("StableDiffusion3Pipeline"), tmp_path / "flow"))
@@ -135,7 +135,7 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(name, folder, tmp_path)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path):
+def test_a_separate_autoencoder_must_fit_the_model_and_have_its_class(tmp_path):
     AutoencoderKL(latent_channels=4).save_pretrained(tmp_path / "four")
     with pytest.raises(UserError, match=r'"mini" can.t be trained .*channels'):
         train(tmp_path / "run", pretrained_vae_model_name_or_path=tmp_path / "four")
@@ -145,7 +145,7 @@ def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path):
             load_pipeline("mini", dtype=torch.float32, vae=str(folder))
 
 
-def test_a_gated_model_is_told_how_to_get_it(monkeypatch):
+def test_the_error_for_a_gated_model_says_how_to_get_access(monkeypatch):
     def gated(*_, **__):
         raise GatedRepoError("403", response=cast(Any, SimpleNamespace(headers={}, request=None)))
 
@@ -156,7 +156,7 @@ def test_a_gated_model_is_told_how_to_get_it(monkeypatch):
             load("org/gated")
 
 
-def test_a_variant_is_taken_where_there_is_one(folder):
+def test_an_existing_variant_is_loaded_and_a_missing_one_is_refused(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert load_pipeline(str(folder), dtype=torch.float32, variant="fp16").unet
@@ -166,10 +166,10 @@ def test_a_variant_is_taken_where_there_is_one(folder):
 
 @pytest.mark.parametrize("kind", [AttributeError, NameError, KeyError])
 @pytest.mark.parametrize("place", ["micro_batches", "to_device"])
-def test_a_defect_while_a_run_is_set_up_is_not_called_bad_input(
+def test_a_bug_during_setup_is_not_reported_as_bad_input(
     tmp_path, monkeypatch, capsys, place, kind
 ):
-    """The options are not to blame, and the trace is kept, whose place the sentence names."""
+    """The message names the exception and the file with its traceback."""
 
     def defect(*args, **kwargs):
         raise kind("unett")

@@ -1,4 +1,4 @@
-"""What a run shows at the terminal and to trackers."""
+"""A run's messages in the terminal, and the images that it sends to trackers."""
 
 import logging
 import sys
@@ -13,10 +13,10 @@ from bilora_diffusion.run.record import validation_folder
 from bilora_diffusion.train import command, loop
 
 
-def test_of_the_libraries_only_warnings_are_shown(monkeypatch, capsys):
+def test_only_warnings_of_libraries_are_shown(monkeypatch, capsys):
     root = logging.getLogger()
     level = root.level
-    monkeypatch.setattr(root, "handlers", [])  # those of pytest
+    monkeypatch.setattr(root, "handlers", [])  # removes pytest's handlers
     try:
         command.show_messages()
         scorer.load()  # open_clip logs ten lines
@@ -28,7 +28,7 @@ def test_of_the_libraries_only_warnings_are_shown(monkeypatch, capsys):
 
 
 def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):
-    # A stand-in with the class of its images; Weights & Biases' service is out of reach.
+    # A stand-in for wandb with its image class, since tests cannot reach its service.
     module = SimpleNamespace(Image=lambda image, caption: (image.size, caption))
     monkeypatch.setitem(sys.modules, "wandb", module)
     files = [tmp_path / "000.png", tmp_path / "001.png"]
@@ -39,8 +39,8 @@ def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):
     log.assert_called_once_with({"validation": [((4, 4), "a frog"), ((4, 4), "a sun")]}, step=0)
 
 
-def test_trackers_get_the_images_of_the_run_and_no_older_ones(tmp_path, monkeypatch):
-    """A resumed run may make fewer images than the folder of the step has; 1000 comes after 101."""
+def test_trackers_get_only_the_images_of_this_run(tmp_path, monkeypatch):
+    """The folder may have images of an earlier run; files are sorted by number, not by name."""
     show_images = Mock()
     monkeypatch.setattr(loop, "show_images", show_images)
     prompts = ["a frog"] * 1001
@@ -54,7 +54,7 @@ def test_trackers_get_the_images_of_the_run_and_no_older_ones(tmp_path, monkeypa
     )
     folder = validation_folder(tmp_path, 3)
     folder.mkdir(parents=True)
-    (folder / "1001.png").touch()  # of a run with more images
+    (folder / "1001.png").touch()  # left by a run with more images
     log: Any = Mock()
     loop.Evaluations(trainer, tmp_path, log, Mock())._make_samples()
     _, files, shown_prompts, _ = show_images.call_args.args

@@ -1,4 +1,4 @@
-"""Refused and allowed launches, and weights read by every process."""
+"""Launches that are refused or allowed, and loading of weights in every process."""
 
 import os
 from types import SimpleNamespace
@@ -21,16 +21,16 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "FSDP_IGNORED_MODULES": ({**FSDP, "FSDP_IGNORED_MODULES": "a.*"}, {}),
     "ACCELERATE_DYNAMO_BACKEND": ({**FSDP, "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}),
     "SIZE_BASED_WRAP": ({**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}),
-    "FSDP on CPUs": ({**FSDP, "ACCELERATE_USE_CPU": "true"}, {}),  # accelerate would train by DDP
+    "FSDP on CPUs": ({**FSDP, "ACCELERATE_USE_CPU": "true"}, {}),  # accelerate would use DDP
     "XLA": ({}, {}),
 }
-"""What a refusal names -> the launcher's variables, and what is trained."""
+"""For each word of an error message: the launcher's variables, and facts about the run."""
 USUAL = {"method": "bilora", "init_lora_weights": "default", "modality": "text"}
 
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """A machine with a GPU."""
+    """Simulate a machine with a GPU."""
 
     def device_type():
         return "cpu" if machine.is_on("ACCELERATE_USE_CPU") else "cuda"
@@ -39,18 +39,18 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_launch_that_would_be_wrong_is_refused(name, monkeypatch):
-    """The table's own entries are tested with it, in tests/config/test_constraints.py."""
+def test_an_unsupported_launch_is_refused(name, monkeypatch):
+    """tests/config/test_constraints.py tests the constraints one by one."""
     launch, values = REFUSED[name]
     for variable, value in launch.items():
         monkeypatch.setenv(variable, value)
-    # torch_xla is installed in its case alone.
+    # torch_xla counts as installed only in its own case.
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda package: name == "XLA")
     with pytest.raises(UserError, match=name):
         constraints.check({**USUAL, **values, **machine.launch()})
 
 
-def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(monkeypatch):
+def test_fsdp2_is_allowed_for_adapters_of_text_models_and_ddp_for_everything(monkeypatch):
     for modality in ("image", "text"):
         pissa = {"method": "flat-lora", "init_lora_weights": "pissa", "modality": modality}
         constraints.check({**pissa, **machine.launch()})
@@ -60,8 +60,8 @@ def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(monkeypatch):
         constraints.check({**USUAL, "method": method, **machine.launch()})
 
 
-def test_under_fsdp2_every_process_reads_the_weights(monkeypatch):
-    """Whatever accelerate's configuration asks for."""
+def test_every_process_loads_the_weights_under_fsdp2(monkeypatch):
+    """This overrides accelerate's configuration."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
     engine: Any = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))

@@ -31,8 +31,8 @@ class Flux(Family):
     block, attention and feed-forward layers share one output layer, ``proj_out``, which counts as
     feed-forward.
 
-    According to its authors, the model was trained with the sampling shift, which depends on the
-    resolution: https://github.com/Nerogar/OneTrainer/pull/1516.
+    According to https://github.com/Nerogar/OneTrainer/pull/1516, the model's authors confirmed that
+    it was trained with the sampling shift, which depends on the resolution.
     """
 
     title: ClassVar[str] = "FLUX.1"
@@ -110,9 +110,9 @@ class Flux(Family):
         if not self.is_distilled(pipeline):
             return None
         return (
-            f'"{name}" has no guidance embedding, like FLUX.1-schnell, which is distilled to a few'
-            " steps, and training undoes that: train on FLUX.1-dev, or give --assistant_lora a"
-            " training adapter for this model."
+            f'"{name}" has no guidance embedding, so like FLUX.1-schnell it is probably distilled'
+            " to a few steps, and training undoes the distillation: train on FLUX.1-dev, or give"
+            " --assistant_lora a training adapter for this model."
         )
 
 

@@ -28,7 +28,9 @@ from .auxiliary import (
 class BiLoRA(CountingMethod):
     """min over B1, A1, max over ||B2 A2||_F <= rho of L(W0 + B1 A1 + B2 A2)  (Eqs. 7 and 8).
 
-    The norm covers the layers of all targets. Only the primary's gradients are clipped.
+    ||B2 A2||_F is taken over the layers of all targets; with `rho_norm` "scaled", the default, it
+    includes the scale: ||s2 B2 A2||_F. The auxiliary's gradients are not clipped, and they do not
+    count in the norm that is clipped.
 
     Attributes:
         optimizer: torch optimizer that the method is bound to; None before `bind`.
@@ -99,7 +101,8 @@ class BiLoRA(CountingMethod):
             hook.remove()
         self._hooks = []
         # Hooks run in the order of their registration, on unscaled and clipped gradients. They do
-        # not run in a step that a gradient scaler skips.
+        # not run if a gradient scaler skips `optimizer.step()`; torch's fused optimizers skip
+        # inside the kernel, so `train.optimizers` turns that off.
         if "maximize" not in optimizer.defaults:
             self._hooks += turn_gradients(optimizer, self.auxiliary_parameters())
         self._hooks.append(optimizer.register_step_post_hook(self._project))
@@ -107,7 +110,8 @@ class BiLoRA(CountingMethod):
 
     def _project(self, *_: Any) -> None:
         self.steps_taken += 1
-        # Eq. 10: (A2, B2) <- sqrt(rho / c) (A2, B2) where c = ||B2 A2||_F exceeds rho.
+        # Eq. 10: (A2, B2) <- sqrt(rho / c) (A2, B2) where c = ||s2 B2 A2||_F exceeds rho. With
+        # `rho_norm` "unscaled", s2 is 1.
         factors = auxiliary_factors(self.layers, self.options.rho_norm)
         self.projection = ball.project_(factors, self.rho)
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines of the flow-matching models, genuine but for their size and random weights."""
+"""Tiny pipelines of the flow-matching models: real classes, small sizes, random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from .words import TOKENIZERS
 FILES: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("models.yaml").read_text(encoding="utf-8")
 )
-"""By the class of the pipeline, the configurations of its parts."""
+"""Class of a pipeline -> the configurations of its parts."""
 
 
 def make_pipeline(kind: str, **options: Any) -> Any:
-    """A pipeline with its fixed random weights; options are of its transformer."""
+    """Build a pipeline with fixed random weights; the options are passed to its transformer."""
     sizes, family = FILES[kind], family_class(kind, kind)
     torch.manual_seed(0)
     parts: dict[str, Any] = dict(sizes.get("pipeline", {}))
@@ -37,7 +37,7 @@ def make_pipeline(kind: str, **options: Any) -> Any:
 
 
 def made_part(kind: str, part: str, **options: Any) -> Any:
-    """One model of a pipeline; None where the pipeline goes without."""
+    """Build one model of a pipeline; return None if the pipeline does without it."""
     if (config := FILES[kind].get(part)) is None:
         return None
     name = family_class(kind, kind).parts[part]
@@ -51,13 +51,13 @@ def made_part(kind: str, part: str, **options: Any) -> Any:
         if name.startswith(("CLIP", "Gemma")):
             for mark in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 facts[mark] = getattr(words, mark)
-        if "text_config" in config:  # of a model that reads images too
+        if "text_config" in config:  # a model that reads images too
             config["text_config"] = config["text_config"] | facts
         else:
             config |= facts
         return make(make.config_class(**config)).eval()
     model = make(**config).eval()
-    # What these models begin with is 0 or 1, where an error in its use would not show.
+    # These tensors start at 0 or 1, where an error in their use would not show.
     if name == "ZImageTransformer2DModel":
         torch.nn.init.normal_(model.x_pad_token)
         torch.nn.init.normal_(model.cap_pad_token)
@@ -68,11 +68,11 @@ def made_part(kind: str, part: str, **options: Any) -> Any:
 
 
 def saved(kind: str, folder: Path) -> Path:
-    """A pipeline in diffusers' format, in a new folder."""
+    """Save a pipeline in diffusers' format in a new folder and return the folder."""
     make_pipeline(kind).save_pretrained(folder)
     return folder
 
 
 def shared(kind: str) -> Path:
-    """The folder of such a pipeline, made by the first who asks; to be read."""
+    """Return the folder of a saved pipeline, which the first call creates; do not write to it."""
     return make_once("base", lambda folder: saved(kind, folder), kind)

@@ -1,4 +1,4 @@
-"""Small tokenizers of the classes that the models have, made in code."""
+"""Small tokenizers of the same classes as the models' own, built in code."""
 
 import re
 import string
@@ -14,7 +14,7 @@ TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
     " text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
-"""What Qwen-Image puts before a prompt: 34 tokens for Qwen's tokenizer, and for the one here."""
+"""Qwen-Image's text before a prompt: 34 tokens, both in Qwen's tokenizer and in this one."""
 
 WORDS = " a icon in style TOK rabbit photo of"
 STARTS = ["system", "Describe", "user", "assistant"]
@@ -32,13 +32,15 @@ def numbered(words: Sequence[str]) -> dict[str, int]:
 
 
 def qwen_tokenizer() -> Any:
-    """Byte-level BPE that knows the words of the templates whole; right padding, and the length
-    that Qwen's has.
+    """Build a byte-level BPE tokenizer in which each word of the templates is one token.
+
+    Its padding side (right) and its maximum length are those of Qwen's tokenizer.
     """
     vocab = numbered(sorted(pre_tokenizers.ByteLevel.alphabet()))
     merges: Any = []
     words = re.findall("[A-Za-z]+", re.sub(r"<\|\w+\|>", " ", TEMPLATE) + WORDS)
-    # Merges are applied in this order: words after a space first, so that no other splits them.
+    # Merges are applied in this order. Words after a space come first so that no other merge splits
+    # them.
     spaced_words = [f"Ġ{word}" for word in words]
     for word in spaced_words + STARTS:
         for end in range(2, len(word) + 1):
@@ -54,7 +56,7 @@ def qwen_tokenizer() -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """Unigrams: characters and a few words."""
+    """Build a unigram tokenizer of characters and a few words."""
     words = [f"▁{word}" for word in WORDS.split() + list(string.ascii_lowercase)]
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -4.0}
     scores |= dict.fromkeys(words, -2.0) | dict.fromkeys(sorted(CHARACTERS), -3.0)
@@ -62,7 +64,10 @@ def t5_tokenizer() -> Any:
 
 
 def gemma_tokenizer() -> Any:
-    """Of single characters; like Gemma's, it begins every text with a token, and has no length."""
+    """Build a tokenizer of single characters.
+
+    Like Gemma's, it starts each text with a special token and has no maximum length.
+    """
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
     words = GemmaTokenizer(vocab=numbered(special + list(CHARACTERS)), add_bos_token=True)
     assert words("").input_ids == [words.bos_token_id]
