@@ -46,7 +46,7 @@ class BiLoRAConfig:
         use_dora: whether to use DoRA for the primary.
 
     Raises:
-        UserError: a value is outside its range.
+        UserError: a value is not allowed.
     """
 
     rank: int = like(AdapterOptions, "rank", default=8)
@@ -71,7 +71,7 @@ class BiLoRAConfig:
         self.spec()
 
     def spec(self) -> AdapterSpec:
-        """Return the primary's rank, alpha, targets and initialization."""
+        """Return the primary's specification: shape, targets, initialization and saved modules."""
         return AdapterSpec(
             **{field.name: getattr(self, field.name) for field in fields(AdapterSpec)}
         )
@@ -113,7 +113,7 @@ class BiLoRA:
         Raises:
             UserError: `init` is not "lora-ga", the primary has already been initialized, or there
                 is no gradient.
-            TrainingError: the gradient is not finite.
+            TrainingError: a gradient or a weight is not finite.
         """
         if not inits.needs_gradient(self.config.init):
             raise UserError(
@@ -134,8 +134,12 @@ class BiLoRA:
         """Return parameter groups for a torch optimizer (Eq. 9): descent and ascent.
 
         Args:
-            lr: learning rate of the primary, and of the auxiliary unless the config sets one.
-            weight_decay: weight decay of the primary; the auxiliary has none.
+            lr: learning rate of the primary and `modules_to_save`, and of the auxiliary unless the
+                config sets one.
+            weight_decay: weight decay of the primary and `modules_to_save`; the auxiliary has none.
+
+        Raises:
+            UserError: `init` is "lora-ga", and `initialise` has not been called.
         """
         if not self._initialised:
             raise UserError(
@@ -145,7 +149,12 @@ class BiLoRA:
         return self._method.param_groups([replace(self._target, lr=lr, weight_decay=weight_decay)])
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Project the auxiliary onto the ball after every step of `optimizer` (Eq. 10)."""
+        """Make every step of `optimizer` ascend on the auxiliary and project it (Eqs. 9 and 10).
+
+        Raises:
+            UserError: `optimizer` is already bound, its groups are not those of `param_groups`, or
+                it can't have hooks.
+        """
         self._method.bind(optimizer)
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -166,13 +175,13 @@ class BiLoRA:
     def primary_state_dict(self) -> dict[str, Tensor]:
         """Return the primary's tensors under PEFT's keys; they apply to the original base weights.
 
-        If `init` changes the base weights, these tensors have twice the rank and alpha
-        (`adapters.portable_state_dict`).
+        If `init` changes the base weights, these tensors have twice the rank and need twice the
+        alpha (`adapters.portable_state_dict`). They do not include `modules_to_save`.
         """
         return adapters.portable_state_dict(self.model)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the primary as a LoRA adapter that `PeftModel.from_pretrained` loads.
+        """Save the primary and `modules_to_save` as an adapter for `PeftModel.from_pretrained`.
 
         The adapter applies to the original base weights, even if `init` changed them in memory.
         """
@@ -184,14 +193,16 @@ def attach(model: nn.Module, config: BiLoRAConfig | None = None) -> BiLoRA:
 
     Args:
         model: any module with linear layers, such as a Transformers model, a diffusers UNet or a
-            plain network. The adapter "default" of a `PeftModel` becomes the primary if it has the
-            shape that `config` describes.
+            plain network. An adapter "default" that the model already has becomes the primary if it
+            has the shape that `config` describes.
         config: configuration; None uses the defaults.
 
     Returns:
         An object with the methods `param_groups`, `bind`, `evaluating` and `save_pretrained`.
 
     Raises:
-        UserError: no layer matches, or the model's adapter has another shape.
+        UserError: no layer matches, a layer can't have the adapters or the init, or the model's
+            adapter has another shape.
+        TrainingError: `init` is "pissa", and a weight is not finite.
     """
     return BiLoRA(model, config or BiLoRAConfig())

@@ -6,7 +6,7 @@
 The caption of NAME.jpg is written to NAME.txt, where training reads it. Existing files are replaced
 only with --overwrite, so the same command continues after an interruption. At the end the command
 lists the captions with their numbers of tokens. It names captions that are too long, empty or
-repeated, and images that look the same.
+repeated, and images that look alike.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class CaptionOptions:
     batch_size: int = option(4, "Number of images per batch.", range=BATCHES)
     dtype: str | None = option(
         None,
-        "Precision of the model (default: bf16 on a GPU that supports it, fp16 on other CUDA GPUs,"
-        " else fp32).",
+        "Precision of the model (default: bf16 on a CUDA GPU that supports it, fp16 on other CUDA"
+        " GPUs, else fp32).",
         choices=("fp32", "fp16", "bf16"),
     )
     pretrained_model_name_or_path: str | None = like(

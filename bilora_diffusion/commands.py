@@ -62,8 +62,8 @@ def importing() -> Iterator[None]:
     Garbage collection is off during the imports, and later skips their objects: torch and the
     libraries that use it create hundreds of thousands of permanent objects, and visiting them would
     take a third of a short run's time. `torch.compile`, which bitsandbytes calls when it is
-    imported, does nothing, since torch would load its compiler. If torch has already been imported,
-    as in a notebook, nothing is changed.
+    imported, does nothing during the imports, since torch would otherwise load its compiler. If
+    torch has already been imported, as in a notebook, nothing is changed.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

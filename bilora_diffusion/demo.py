@@ -54,12 +54,12 @@ VARIANTS = {
     ),
 }
 # Measuring the loss of 32 icons takes a few seconds. Validation images, for the viewer, are
-# generated only at the end.
+# generated only at the end, and for LoRA at step 0.
 FLAGS = ("--config=mini_duotone", "--max_eval_samples=32", "--validation_epochs=1000")
-# Number of held-out icons in the figure, which start with the subjects of the paper's Table 4, and
-# number of the icons after them, whose samples are compared with the ground truth at each step.
+# Number of held-out icons in the figure, which by default have the subjects of the paper's Table
+# 4; and number of icons after them, whose samples are compared with the truth at each checkpoint.
 ICON_COUNT, COMPARED_COUNT = 6, 16
-# Enough to compare colors: with 25 steps no color difference changes by more than 0.2.
+# Enough to compare colors: with 25 steps, no color difference in % changes by more than 0.2.
 SAMPLER_STEPS = 12
 # Ordinary guidance removes much of a new style: training also changes the unconditional prediction,
 # so the difference that guidance multiplies points away from the style.
@@ -81,7 +81,7 @@ class Series:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return the exit code."""
-    parser = UserErrorParser(description=__doc__, epilog="All flags of bilora train work, too.")
+    parser = UserErrorParser(description=__doc__, epilog="Flags of bilora train are accepted.")
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
 
     def work() -> None:
@@ -102,7 +102,7 @@ def demo(folder: Path, words: Sequence[str]) -> None:
         runs[variant.label] = folder / name
         configs.append(script.resolve([*words, *variant.flags, f"--output_dir={folder / name}"]))
     if configs[0].validation_dataset is None:
-        raise UserError("the demo compares held-out images: leave out --validation_dataset none.")
+        raise UserError("the demo compares held-out images: give them as --validation_dataset.")
     # Runs that are trained together share one task, so they have the same target.
     for configs_of_target in (configs[:2], configs[2:]):
         with ends_in("interrupted: the same command resumes"):
@@ -124,7 +124,7 @@ def demo(folder: Path, words: Sequence[str]) -> None:
         lines.append(f"color difference of samples in %, {series.label}: {last:.1f}")
     write_result(folder / "grid.png", lines)
     print("\n".join(["", *lines, "", f"Figure of samples and curves: {folder / 'grid.png'}"]))
-    pair = list(runs.values())[:2]  # the guided target needs another guidance
+    pair = list(runs.values())[:2]  # the guided target needs different guidance
     command = scoring_command(list(map(str, pair)), str(configs[0].validation_dataset))
     print(describe_comparison(pair, command))
 
@@ -137,7 +137,10 @@ def write_result(picture: Path, lines: Sequence[str]) -> None:
 
 
 def sample(runs: dict[str, Path], steps: int) -> tuple[list[Image], list[Series]]:
-    """Return held-out icons, and each checkpoint's samples of their captions, from equal noise."""
+    """Return held-out icons, and the series of samples of their captions, from equal noise.
+
+    Each series has color differences at the steps of all checkpoints, and the last step's images.
+    """
     config = runlog.read_run(next(iter(runs.values())))["config"]
     heldout = open_images(config["validation_dataset"], caption_column=config["caption_column"])
     count = min(ICON_COUNT + COMPARED_COUNT, len(heldout))

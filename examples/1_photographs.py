@@ -36,8 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--photographs", help="folder of images; default: the 23 icons")
-    parser.add_argument("--caption", default="a photo of TOK", help="caption of all photographs")
-    parser.add_argument("--prompt", help="prompt of the generated images; default: the caption")
+    parser.add_argument(
+        "--caption", default="a photo of TOK", help="caption of photographs that have none"
+    )
+    parser.add_argument(
+        "--prompt",
+        help="prompt of the generated images; default: the caption, or two prompts for icons",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/photographs"))
     args, flags = parser.parse_known_args(argv)
     if args.photographs:

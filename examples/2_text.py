@@ -27,7 +27,7 @@ from bilora_diffusion.text import script as train_text
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "trec.yaml"
 # Number of questions that are printed with their answers.
 EXAMPLES = 3
-# Names of the accuracy in the log; each task logs one of them.
+# Names of the accuracy in the log; a task logs at most one of them.
 SCORES = ("heldout_accuracy", "heldout_answer_match", "heldout_exact_match")
 
 

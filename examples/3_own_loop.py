@@ -3,7 +3,7 @@
     python examples/3_own_loop.py            # two runs of 160 steps: two minutes on a CPU
 
 The UNet of the embedded miniature learns the style of 23 icons. The script prints the UNet's loss
-on held-out icons. After about 80 steps, LoRA overfits the 23 icons and the held-out loss rises.
+on held-out icons. After about 80 steps, both methods overfit the 23 icons and this loss rises.
 """
 
 from __future__ import annotations

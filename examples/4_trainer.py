@@ -28,7 +28,7 @@ EXAMPLE = "python examples/4_trainer.py --model smollm2 --data rows.jsonl --outp
 
 @dataclass
 class Arguments:
-    # Error messages about the model name the alias, which is a flag of train_text_bilora.py.
+    # The alias is train_text_bilora.py's flag, which error messages about the model mention.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     column: str = "text"

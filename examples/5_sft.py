@@ -29,7 +29,7 @@ COLUMNS = ("messages", "prompt", "text")
 
 @dataclass
 class Arguments:
-    # Error messages about the model name the alias, which is a flag of train_text_bilora.py.
+    # The alias is train_text_bilora.py's flag, which error messages about the model mention.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     rank: int = 8

@@ -31,7 +31,7 @@ EXAMPLE = (
 
 @dataclass
 class Arguments:
-    # Error messages about the model name the alias, which is a flag of train_text_bilora.py.
+    # The alias is train_text_bilora.py's flag, which error messages about the model mention.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     source: str = "input"

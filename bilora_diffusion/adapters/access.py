@@ -147,7 +147,7 @@ def is_adapter_weight(name: str) -> bool:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Return whether a layer, or the base layer under its adapters, has a 4-bit weight."""
+    """Return whether a layer, or the base layer under its adapters, has a quantized weight."""
     if isinstance(layer, LoraLayer):
         layer = cast(Any, layer).get_base_layer()
     weight = getattr(layer, "weight", None)
@@ -311,7 +311,8 @@ def scaled(lora_layers: Sequence[LoraLayer], strength: float) -> Iterator[None]:
     strength.
 
     Raises:
-        UserError: adapters are merged into the base weights, so a strength would have no effect.
+        UserError: adapters are merged into the base weights, so a strength other than 0 would have
+            no effect.
     """
     if strength == 0:
         with off(lora_layers):

@@ -36,8 +36,8 @@ class FrozenAdapter:
 def inject_frozen(model: nn.Module, adapter: FrozenAdapter) -> None:
     """Add a frozen adapter to a model in place, without changing torch's global generator.
 
-    If the model has no active adapter, the new one becomes active; use `access.activate` to
-    activate it later. Weights on the "meta" device stay there.
+    The new adapter becomes active only if the model has no active adapter; otherwise activate it
+    with `access.activate`. Weights on the "meta" device stay there.
 
     Raises:
         UserError: the adapter's layers or their shapes do not match the model.

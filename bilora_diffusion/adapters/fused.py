@@ -173,7 +173,7 @@ def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether A or B is a plain layer with numeric padding, no hooks and its own forward.
+    """Return whether A or B is a plain layer with numeric padding, no hooks and its usual forward.
 
     Offloading and tensor parallelism add hooks to a module or replace its forward.
     """

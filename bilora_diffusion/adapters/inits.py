@@ -232,7 +232,7 @@ def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tenso
 
 
 def signs(columns: Tensor) -> Tensor:
-    """Return the signs, (r,), that make the largest entry of each column positive.
+    """Return the signs, (r,), that make each column's entry with the largest magnitude positive.
 
     A decomposition does not define the signs of singular vectors. They depend on the last bits of
     its input and, for a gradient, on how the batch was split.

@@ -212,8 +212,8 @@ def _unsupported_reason(root: nn.Module, path: str, module: nn.Module) -> str:
 def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
     """Add the adapter `name` to every target layer of `model`, in place.
 
-    The base is frozen. If the model has no active adapter, the new one becomes active; use
-    `activate` to activate it later. Random values come from torch's global generator.
+    The base is frozen. The new adapter becomes active only if the model has no active adapter;
+    otherwise activate it with `activate`. Random values come from torch's global generator.
 
     Raises:
         UserError: no layer matches, a matching layer can't have an adapter, or the model already

@@ -140,7 +140,7 @@ def _convolution_gradients(
 def _join(
     ctx: Any, factors: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Join A1, B1, A2, B2, ... to [A1; A2; ...], (R, in), and [B1, B2 s2 / s1, ...]^T, (R, out).
+    """Join A1, B1, A2, B2, ... into [A1; A2; ...], (R, in), and [B1, B2 s2 / s1, ...]^T, (R, out).
 
     The ranks and the ratios of the scales are stored in `ctx` for `_separate`.
     """

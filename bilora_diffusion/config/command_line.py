@@ -4,8 +4,8 @@ This module does not depend on a particular script; it works with any set of opt
 
 A recipe is a YAML file of options. Values are read as text, since YAML 1.1 would turn ``1:30`` and
 ``010`` into numbers, ``2024-01-01`` into a date and ``on`` into True. The option's type parses the
-text. Only ``true``, ``false`` and ``null`` (or an empty value) are special. Anchors, tags and
-repeated keys are refused, because options do not need them.
+text. Only ``true``, ``false`` and ``null`` (or ``~``, or an empty value) are special. Anchors, tags
+and repeated keys are refused, because options do not need them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ..core.values import check_choice
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Maximum size of a YAML file in bytes.
 MAX_BYTES = 200_000
-# Maximum length of a key: an option of a recipe, or the label of a variant.
+# Maximum number of characters in a key: an option of a recipe, or the label of a variant.
 MAX_KEY_LETTERS = 200
 # YAML 1.1 has more words for null, true and false; here yes, no, on and off are text.
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help formatter that shows one spelling of each option, and only informative defaults."""
+    """Help formatter that leaves out spellings with dashes and uninformative defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -45,7 +45,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        # --dataset_name and --dataset-name are equivalent; show only the first.
+        # --dataset_name and --dataset-name are equivalent; show only the first. Aliases are shown.
         spellings = action.option_strings
         action.option_strings = []
         for spelling in spellings:
@@ -221,7 +221,8 @@ class CommandLine(UserErrorParser):
         Raises:
             UserError: an option is unknown or given twice, or a value has the wrong type.
         """
-        # A recipe writes `center_crop: false`, not a --no_ flag, and cannot name another recipe.
+        # A recipe has `output_kohya_format: false` instead of a --no_ flag, and can't name another
+        # recipe.
         names: dict[str, str] = {}
         for spelling, name in self._names().items():
             if not spelling.startswith("no_") and spelling != "config":
@@ -257,6 +258,9 @@ class CommandLine(UserErrorParser):
 
         Returns:
             The text, or a list of items; None for null, which means no value.
+
+        Raises:
+            UserError: the value has the wrong type, or is null although the option has a default.
         """
         field = self._fields[name]
         is_itemized = option_of(field).itemized
@@ -312,8 +316,8 @@ def read_options(path: Path, label: str, flag: str) -> Any:
         flag: the option that names the file.
 
     Raises:
-        UserError: the path is not a regular file, or the file is too large, not UTF-8 or not plain
-            YAML.
+        UserError: the path is not a regular file, or the file can't be read, is too large, is not
+            UTF-8, or is not plain YAML.
     """
     text = read_text(path, f"{label} of {flag}", MAX_BYTES)
     try:

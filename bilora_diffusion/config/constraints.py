@@ -6,8 +6,8 @@ Its conditions are checked against a mapping of facts: option values by name, an
 that its ``[facts]`` section names. Command lines, launches and trainers refuse the combinations in
 the table, the contract tests skip them, and docs/options.md lists them (``python -m docs.make``).
 
-An option that the chosen method does not read is not refused, so that runs that differ only in
-``--method`` can share a recipe.
+A constraint on an option that only some methods read normally names the method, so that runs that
+differ only in ``--method`` can share a recipe.
 """
 
 from __future__ import annotations

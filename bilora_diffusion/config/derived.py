@@ -71,7 +71,7 @@ def default_text_encoder_lr(cfg: RunConfig) -> float | None:
 
 
 def text_encoder_rate(cfg: RunConfig) -> float:
-    """Return the learning rate of the text encoders."""
+    """Return the learning rate of trained text encoders."""
     # Prodigy estimates one step size for all models together.
     if cfg.optimizer == "prodigy" or cfg.text_encoder_lr is None:
         return cfg.learning_rate
@@ -101,7 +101,8 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
 def default_validation_loss_steps(cfg: RunConfig) -> int:
     """Return the steps between held-out measurements that choose the exported weights.
 
-    If no measurement chooses them, return the declared default.
+    If no measurement chooses them, or if the length of the run is given in epochs, return the
+    declared default.
     """
     if cfg.depends_on_heldout and cfg.max_train_steps:
         return cfg.measurement_interval(cfg.max_train_steps)

@@ -40,7 +40,7 @@ def read_lora_sources(options: Mapping[str, Any]) -> dict[str, LoraSource]:
     """Return the LoRA files that a run's options name, by the option's name.
 
     Raises:
-        UserError: a file does not exist, or a strength is not a usable number.
+        UserError: a file does not exist or can't be read, or a strength is not a usable number.
     """
     sources: dict[str, LoraSource] = {}
     for option in LORA_OPTIONS:
@@ -54,7 +54,7 @@ def parse_lora_source(option: str, value: str) -> LoraSource:
     """Find the file of an option's value, FILE or FILE:STRENGTH, and hash it.
 
     Raises:
-        UserError: there is no such file, or the strength is not a usable number.
+        UserError: there is no such file, it can't be read, or the strength is not a usable number.
     """
     place, strength = value, 1.0
     if LORA_OPTIONS[option]:
@@ -93,7 +93,7 @@ def split_strength(option: str, value: str) -> tuple[str, float]:
     """Split FILE[:STRENGTH] into the path and the strength, which is 1 by default.
 
     Raises:
-        UserError: the strength is not finite or far too large.
+        UserError: the strength is not finite, or its absolute value exceeds `MAX_STRENGTH`.
     """
     place, colon, ending = value.rpartition(":")
     try:

@@ -91,7 +91,8 @@ class StepOptions:
     )
     max_grad_norm: float = option(
         1.0,
-        "Maximum norm of the gradients, which are clipped to it.",
+        "Maximum norm of the gradients, which are clipped to it, except those of bilora's"
+        " auxiliary.",
         range=Range(
             1e30, "fp32 would overflow; far smaller values already clip nothing", greater_than=0
         ),
@@ -114,7 +115,7 @@ class StepOptions:
     allow_tf32: bool = option(
         False, "Allow CUDA to multiply fp32 matrices in TF32.", may_change_on_resume=True
     )
-    # No code reads it; a constraint refuses it if the launcher's variable is missing.
+    # No code reads it; a constraint refuses a value above 0 if the variable LOCAL_RANK is missing.
     local_rank: int = option(
         -1,
         "Set by old launchers; accelerate and torchrun set the variable LOCAL_RANK instead.",
@@ -224,7 +225,9 @@ class OptimizerOptions:
         "The optimizer's epsilon.",
         range=Range(1e3, "the weights would hardly change", greater_than=0),
     )
-    adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.", range=DECAYS)
+    adam_weight_decay: float = option(
+        1e-4, "Weight decay of the trained weights, except bilora's auxiliary.", range=DECAYS
+    )
     # Only for Prodigy.
     prodigy_beta3: float | None = option(
         None,
@@ -300,7 +303,7 @@ class OutputOptions:
     dry_run: bool = option(
         False,
         "Only check the options, and print what would be trained and how much memory that takes."
-        " No model weights are read or downloaded, and nothing is written.",
+        " The base model's weights are neither read nor downloaded, and no run folder is written.",
     )
     # Trackers and the hub. Derived where TensorBoard is missing: `default_report_to`.
     logging_dir: str = option("logs", "Folder for the trackers' logs, inside the run folder.")

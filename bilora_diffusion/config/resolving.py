@@ -48,8 +48,9 @@ logger = logging.getLogger(__name__)
 def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Return the configuration of a run from its command line.
 
-    The recipe, the models' small files and the launcher's environment variables are read; no
-    weights and no data are downloaded or loaded. ``--help`` prints the help and exits.
+    The recipe, the models' small files and the launcher's environment variables are read, and LoRA
+    files are hashed. No model weights and no data are downloaded or loaded. ``--help`` prints the
+    help and exits.
 
     Args:
         script: class of the script's configuration.
@@ -103,7 +104,7 @@ def collect_notes() -> Iterator[list[str]]:
 def recipe_options_of_other_method(
     recipe: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> frozenset[str]:
-    """Return the options that a recipe sets for its method, if the command line names another.
+    """Return the options that a recipe sets for its method if the command line names another one.
 
     A radius, for example, is a different quantity in each method, so the other method uses its
     default. A warning names each of these options.
@@ -153,7 +154,7 @@ def check_method(cfg: RunConfig) -> None:
 
 
 def check_packages(cfg: RunConfig) -> None:
-    """Check that required packages and the hub token exist, and that a step is not too large."""
+    """Check the tracker, the required packages, the hub token and the size of a step."""
     check_choice("--report_to", cfg.report_to, (*TRACKERS, "all", "none"))
     if cfg.report_to in TRACKERS:
         machine.require(cfg.report_to, f"--report_to {cfg.report_to}")
@@ -205,7 +206,7 @@ def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config
 
 
 def notes_on_defaults(cfg: RunConfig) -> list[str]:
-    """Return a sentence for each derived default and each rate that the user may not expect."""
+    """Return a sentence for each default, rate or setting that the user may not expect."""
     notes: list[str] = []
     steps = cfg.validation_loss_steps
     if steps and cfg.depends_on_heldout and "validation_loss_steps" not in cfg.given_options:

@@ -71,10 +71,11 @@ class RunConfig(
         raise NotImplementedError
 
     def check_inputs(self) -> None:
-        """Check that all input files and folders exist.
+        """Check the values that depend on files, folders or several options of this script.
 
         Raises:
-            UserError: a file or folder is missing; the message names it and the fix.
+            UserError: a file or folder is missing, or a value can't be used; the message names the
+                fix.
         """
         raise NotImplementedError
 
@@ -87,7 +88,7 @@ class RunConfig(
     @property
     def validates_at_checkpoints(self) -> bool:
         """Whether validation samples are generated at each checkpoint if ``--validation_epochs`` is
-        not given; else only at the end."""
+        not given; otherwise they are generated only at the end."""
         return False
 
     @property
@@ -116,7 +117,7 @@ class RunConfig(
 
     @classmethod
     def changeable_options(cls) -> frozenset[str]:
-        """Return the names of options that may change on resume without an effect on training."""
+        """Return the names of options that may usually change on resume (see `fixed_options`)."""
         names: set[str] = set()
         for group in cls.groups:
             group_may_change = getattr(group, "may_change_on_resume", False)
@@ -133,7 +134,8 @@ class RunConfig(
     def fixed_options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return a run's recorded options without those that may change on resume.
 
-        If held-out measurements decide which weights the run exports, their options may not change.
+        If held-out measurements decide which weights the run exports, the options that define these
+        measurements (`measurement_options`) may not change either.
         """
         names = self.changeable_options()
         if self.depends_on_heldout:
@@ -161,5 +163,5 @@ class RunConfig(
         return False
 
     def measurement_interval(self, steps: int) -> int:
-        """Return the steps between measurements: 20 per run, or 5 if they generate samples."""
+        """Return the steps between measurements: a 20th of the run, or a 5th with samples."""
         return max(1, steps // (5 if self.measures_samples else 20))

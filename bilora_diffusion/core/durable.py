@@ -1,7 +1,7 @@
 """Crash-safe file writes: write to a temporary file, flush it, then rename it.
 
-All files that are written as a whole use `replacing`. `write_text` and `write_bytes` call it for
-content that is in memory.
+`replacing` does this for a single file. `write_text` and `write_bytes` call it for content that is
+in memory.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def discard(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that interrupted writes and deletions left in ``folder``."""
+    """Delete the temporary files and folders that interrupted commands left in ``folder``."""
     for leftover in folder.glob(TEMPORARY + "*"):
         discard(leftover)
 
@@ -127,7 +127,7 @@ def dump_json(value: Any) -> str:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether an exception or one of its causes reports a full disk or quota."""
+    """Return whether an exception or one of its causes reports a full disk or a used-up quota."""
     cause: BaseException | None = error
     for _ in range(100):  # causes may form a cycle
         if cause is None:

@@ -46,7 +46,8 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         number: signal number.
-        run_folder: folder of the interrupted training run; None if no run had started.
+        run_folder: folder of the interrupted training run; None if no run had started, or if the
+            message already says how to resume.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ def as_user_error(
         sentence: the problem in the user's terms, such as "config.json can't be read".
         fix: what the user should do, without a final period.
         errors: exceptions to convert. The default is all of them, since a library may raise any
-            exception for a damaged file. Pass `LIBRARY_ERRORS` if the context runs much of this
+            exception for a damaged file. A `UserError`, a `TrainingError` and a full disk's error
+            are never converted. Pass `LIBRARY_ERRORS` if the context runs much of this
             package's own code: any other exception, such as an AttributeError, is then a bug, and
             `report_errors` keeps its traceback.
     """
@@ -143,7 +145,7 @@ def strip_controls(line: str) -> str:
 
 
 def is_main_process() -> bool:
-    """Return whether this is the main process, the only one of a distributed run that prints."""
+    """Return whether this is the main process, which prints the messages of a distributed run."""
     variables = RANKS
     # accelerate joins MPI processes only on CPUs; on other devices each one is a separate run.
     if "ACCELERATE_USE_CPU" in os.environ:
@@ -169,7 +171,7 @@ def report_errors() -> Iterator[ExitCode]:
         The exit code, whose number is set when the context exits: 0 if there is no exception; 2
         after a `UserError`, a `TrainingError` or a full disk; 128 plus the signal number (130 for
         Ctrl-C) after an interruption; 141, without a message, if the reader of stdout has closed
-        the pipe; 1 after any other exception, whose message names the file with the traceback.
+        the pipe; 1 after any other exception, whose report names the file with the traceback.
     """
     exit_code = ExitCode()
     try:

@@ -18,7 +18,7 @@ from .errors import UserError
 from .files import is_text, quoted
 from .values import SMALLEST_NORMAL, Range, check_choice
 
-# Words that a boolean flag accepts, in lower case; Transformers' parser accepts the same ones.
+# Words that a boolean flag accepts, in lower case; Transformers' parser lacks only "on" and "off".
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
 
@@ -49,9 +49,9 @@ class Option:
     ignored: tuple[IgnoredCase, ...] = ()  # cases in which the option has no effect
     range: Range | None = None  # allowed numbers
     is_path: bool = False  # whether the value may be the path of a file or a folder
-    may_change_on_resume: bool = (
-        False  # whether a resumed run may change it: it affects at most the rounding
-    )
+    # Whether a resumed run may change the option, which affects the weights of a step at most by
+    # rounding.
+    may_change_on_resume: bool = False
     choices: tuple[str, ...] | None = None  # allowed values, if they are words
     words: tuple[str, ...] = ()  # allowed words of an option whose other values are numbers
     read: Callable[[str], Any] | None = None  # parses the text; its ValueError has the advice

@@ -23,8 +23,10 @@ from .errors import UserError, as_user_error, did_you_mean
 
 # Maximum length of a value that a message quotes, in characters.
 LETTERS = 80
-# Maximum size of a file that is read into memory, in bytes.
+# Default limit for the size of a file that is read into memory, in bytes.
 MAX_BYTES = 2_000_000_000
+# Suffixes of models in a single file.
+CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
 # Maximum number of columns that a message lists.
 COLUMNS = 20
 # Root of the repository, or the folder that the package is installed in.
@@ -74,8 +76,8 @@ def read_text(path: Path, name: str, max_bytes: int) -> str:
         max_bytes: maximum size of the file in bytes.
 
     Raises:
-        UserError: the path is not a regular file, or the file is too large or not UTF-8; the
-            message names the first line that is not UTF-8.
+        UserError: the path is not a regular file, or the file can't be read, is too large or is not
+            UTF-8; the message names the first line that is not UTF-8.
     """
     if not is_file(path):
         kind = "not there"
@@ -91,8 +93,8 @@ def read_text(path: Path, name: str, max_bytes: int) -> str:
         ) from error
     if len(content) > max_bytes:
         raise UserError(
-            f"{name} is larger than {max_bytes / 1e6:.3g} MB, the maximum: split it into several"
-            " files, or check that it is the right one."
+            f"{name} is larger than {max_bytes / 1e6:.3g} MB, the maximum: shorten it, or check"
+            " that it is the right file."
         )
     try:
         return content.decode("utf-8-sig")
@@ -140,10 +142,10 @@ def folder_or_id(value: str, option: str) -> Path | None:
         return path
     named_value = f"{option} {quoted(value)}"
     if os.path.exists(path):
-        raise UserError(
-            f"{named_value} is a file: give a folder or a hub id."
-            " docs/models.md shows how to convert a single-file checkpoint to a folder."
-        )
+        advice = ""
+        if path.suffix in CHECKPOINT_SUFFIXES:
+            advice = " docs/models.md shows how to convert a single-file checkpoint to a folder."
+        raise UserError(f"{named_value} is a file: give a folder or a hub id.{advice}")
     if value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1:
         raise UserError(f"{named_value} does not exist: correct the path, or give a hub id.")
     try:
@@ -170,8 +172,8 @@ def read_rows(
         max_bytes: maximum size of a text file in bytes.
 
     Raises:
-        UserError: the file does not exist, has another format, or is not UTF-8; or an entry is not
-            a row, and the message then names its line.
+        UserError: the file does not exist, has another format, is too large or is not UTF-8; or an
+            entry is not a row, and the message then names its line, or its number in a JSON list.
     """
     if name is None:
         name = path.name
@@ -277,8 +279,8 @@ def _json(text: str, name: str) -> Any:
     except ValueError as error:  # also raised for a number with thousands of digits
         problem, _, _ = str(error).partition(";")
         raise UserError(
-            f"{name} is not JSON ({problem}): correct it, or name it .jsonl if it has one object"
-            " per line."
+            f"{name} is not JSON ({problem}): correct it; a .json file is one list of objects, a"
+            " .jsonl file has one object per line."
         ) from error
 
 

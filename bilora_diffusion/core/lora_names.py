@@ -39,7 +39,8 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 
 # Maximum length of a file stem in bytes; file systems allow 255 including all suffixes.
 _LONGEST_STEM = 180
-# Characters that Windows forbids in file names, or that end a name in A1111's <lora:name:1>.
+# Characters that Windows forbids in file names, and the comma, which separates names in A1111's
+# list of LoRA hashes.
 _UNSAFE = re.compile(r'[<>:"/\\|?*,\x00-\x1f\x7f]')
 # Stems that PEFT, Transformers and diffusers use for their own files.
 _RESERVED_STEMS = ("adapter_model", "model", "diffusion_pytorch_model")

@@ -16,6 +16,8 @@ DPI = 120
 def new_figure(path: Path, dpi: int = DPI, **options: Any) -> Iterator[Any]:
     """Yield a new matplotlib figure, and write it to ``path`` atomically when the context exits.
 
+    After an exception, nothing is written.
+
     Args:
         path: the PNG file to write.
         dpi: dots per inch.

@@ -2,7 +2,7 @@
 
 A command line or recipe that names one is refused with a message that says what to use instead.
 Runs and checkpoints record all options. A removed option that had no effect on the run is ignored;
-otherwise only the version that wrote the run can resume it.
+otherwise only a version that still has the option can resume the run.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def require_neutral(saved: Mapping[str, Any], depends_on_heldout: bool = True) -
         depends_on_heldout: as in `RemovedOption.is_neutral`.
 
     Raises:
-        UserError: the method, or an option that has an effect on this run, was removed.
+        UserError: the method, an option that has an effect on this run, or the value of an option
+            was removed.
     """
     method = saved.get("method")
     versions: dict[str, str] = {}  # last version with each removed option that has an effect

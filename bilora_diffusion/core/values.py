@@ -55,8 +55,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 # the adapter's strength in this prediction, a number between 0 and 1 (`read_guidance_source`).
 ADAPTER_GUIDANCE = "adapter"  # strength 1
 BASE_GUIDANCE = "base"  # strength 0
-# Values of `--timestep_shift`: the shift that the base model was trained with, the shift that its
-# pipeline samples with, or no shift.
+# Words that `--timestep_shift` accepts besides numbers: the shift that the base model was trained
+# with, the shift that its pipeline samples with, or no shift.
 MODEL_SHIFT, PIPELINE_SHIFT, NO_SHIFT = "model", "pipeline", "none"
 NF4 = "nf4"
 # Precisions to which the denoiser's weights can be rounded for sampling.
@@ -220,9 +220,9 @@ NOISES = Range(10, "far smaller values already spoil images", at_least=0)
 STRENGTHS = Range(10, "far smaller values already spoil images", at_least=-10)
 
 
-# The adapter's strength in the unconditional prediction in this project's own evaluations. In the
-# checks of F17 on six image sets, samples are never clearly further from held-out images than at
-# strength 1, and samples in strong styles are much closer.
+# The adapter's strength in the unconditional prediction in this project's own evaluations. In
+# results/README.md (F17 and F18), samples never score clearly lower than at strength 1, and samples
+# in strong styles score higher.
 EVALUATED_STRENGTH = 0.5
 
 
@@ -233,7 +233,7 @@ def read_guidance_source(value: float | str) -> float | str:
         A number between 0 and 1, or a word: 1 becomes "adapter" and 0 becomes "base".
 
     Raises:
-        ValueError: the value is neither; the message is the advice for the user.
+        ValueError: the value is none of these; the message is the advice for the user.
     """
     if value in (ADAPTER_GUIDANCE, BASE_GUIDANCE):
         return value

@@ -26,7 +26,7 @@ _WIDTH = 72  # maximum number of characters of a metadata value in the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after an error message."""
+    """Run the command line; return the exit code of `run_cli`."""
     parser = UserErrorParser(
         prog="python -m bilora_diffusion.export",
         description="Print a LoRA file's contents, convert the file, export a run's checkpoint, or"
@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--output",
-        help="file or folder to write; existing files are never replaced. Default: next to the"
-        " source; for --step RUN/exports/step-N; for --to merged RUN/exports/step-N/merged",
+        help="file or folder to write; existing files are never replaced. Default: in the source"
+        " folder, or next to the source file; for --step RUN/exports/step-N; for --to merged"
+        " RUN/exports/step-N/merged",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return run_cli(lambda: _run(parser.parse_args(argv)))
@@ -73,7 +74,7 @@ def _run(options: argparse.Namespace) -> None:
             else:
                 print(as_table(contents))
         return
-    # Imported late, since inspecting a file does not need torch.
+    # Imported late, since inspecting needs torch only for a file with kohya's alphas.
     from ..run.lock import locked_around
     from .conversion import export_file, export_step
 

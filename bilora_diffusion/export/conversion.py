@@ -80,8 +80,8 @@ def export_file(source: str | Path, to: str, output: str | Path | None = None) -
         source: a LoRA file, a PEFT folder, or a run folder.
         to: "diffusers", "kohya" or "peft".
         output: a .safetensors file, or a folder for a file with the default name. PEFT's format is
-            a folder, with one subfolder per model if there are several. By default the output is
-            next to the source.
+            a folder, with one subfolder per model if there are several. By default the output is in
+            the source folder, or next to the source file.
 
     Returns:
         The new export, or an existing one with the same content.
@@ -89,7 +89,8 @@ def export_file(source: str | Path, to: str, output: str | Path | None = None) -
     Raises:
         UserError: the source can't be read or converted to the format, or the output exists and
             differs.
-        TrainingError: the written file differs from the source.
+        TrainingError: the written file differs from the source, or every B of a PEFT adapter to
+            write is zero.
     """
     source = Path(source)
     files = lora_files(source)
@@ -100,9 +101,9 @@ def export_file(source: str | Path, to: str, output: str | Path | None = None) -
     # The training metadata is the same in all files.
     joint_contents = Contents(parts, contents[0].metadata, contents[0].base_model)
 
-    # Several PEFT folders are named after the folder that contains them.
+    # The output for several PEFT folders is named after the folder that contains them.
     file = files[0] if len(files) == 1 else source / WEIGHTS
-    # A file with a default name is named after its folder.
+    # The output for a file with a default name is named after the file's folder.
     named_path = file.with_suffix("")
     if file.name in (FILE_NAME, WEIGHTS):
         named_path = file.parent
@@ -222,7 +223,7 @@ def _is_same_text_adapter(
 class Primary(NamedTuple):
     """The primary of one model in a checkpoint."""
 
-    tensors: dict[str, Tensor]  # for the original base weights
+    tensors: dict[str, Tensor]  # for the original base weights, with modules trained in full
     config: dict[str, Any]  # PEFT's configuration in training
     # Whether the tensors have twice the trained rank, since the initialization changed the base
     # weights.
@@ -253,7 +254,8 @@ def export_step(
     Args:
         folder: run folder.
         step: step of the checkpoint.
-        to: format, as in `export_file`; None for the formats that the run exports.
+        to: format, as in `export_file`; None for the formats that the run exports. A text run
+            has only "peft".
         output: as in `export_file`; by default `exports/step-N` in the run folder.
     """
     folder = Path(folder)
@@ -296,7 +298,8 @@ def primaries_of_step(folder: Path, step: int) -> dict[str, Primary]:
     """Read the primary of each model from a run's checkpoint.
 
     Raises:
-        UserError: the run has no checkpoint of this step, or its checkpoints can't be exported.
+        UserError: the run has no checkpoint of this step, the checkpoint is damaged, or the run's
+            checkpoints can't be exported.
     """
     record = runlog.read_run(folder)
     if get(record["method"]).exports_weights:
@@ -316,7 +319,7 @@ def primaries_of_step(folder: Path, step: int) -> dict[str, Primary]:
     saved = checkpoint.load(folder / checkpoint.CHECKPOINTS / f"step-{step}")
     primaries = {}
     for model, config in saved.extra["result"]["adapters"].items():
-        # Adapter -> PEFT's key -> tensor; "whole" has the modules that are fully trained.
+        # Adapter -> PEFT's key -> tensor; "whole" has the modules that are trained in full.
         adapter_tensors: dict[str, dict[str, Tensor]] = {PRIMARY: {}, INITIAL: {}, "whole": {}}
         for adapter, tensors_by_key in adapter_tensors.items():
             prefix = f"{model}/{adapter}/"

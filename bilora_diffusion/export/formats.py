@@ -19,11 +19,11 @@ from .lorafile import layer_of_key
 
 
 class Layer(NamedTuple):
-    """A layer's adapter, on the CPU. The adapted weight is W + B @ A, which DoRA rescales."""
+    """A layer's adapter. The adapted weight is W + B @ A, which DoRA rescales."""
 
     name: str
     A: Tensor  # (r, n) or, for a convolution, (r, in_channels, height, width)
-    B: Tensor  # (m, r) or (m, r, 1, 1); the trained B times s = alpha / rank
+    B: Tensor  # (m, r) or (m, r, 1, 1); the adapter's B times its scale s
     magnitude: Tensor | None  # DoRA's magnitude, (m,) or (1, m, 1, 1)
 
     @property
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def file_rank(self) -> int | None:
-        """The rank of all layers in the file; None if they differ."""
+        """The rank of all layers in the file; None if the layers have different ranks."""
         ranks = {layer.A.shape[0] for layer in self.layers}
         if len(ranks) == 1:
             return ranks.pop()
@@ -61,8 +61,7 @@ def primary_part(component: str, model: nn.Module) -> Part:
     """Convert a model's primary to layers of a file.
 
     Raises:
-        UserError: there is no primary, its ranks or scales differ, or it trains biases or whole
-            modules.
+        UserError: there is no primary, its layers have different ranks or scales, or it has biases.
         TrainingError: a value is not finite, or every B is zero.
     """
     kinds = {(factor.A.shape[0], factor.scale) for factor in factors(model, PRIMARY)}
@@ -116,7 +115,7 @@ def part_of(
                 " earlier checkpoint."
             )
         layers.append(layer)
-    # The remaining tensors are biases and modules without an adapter.
+    # The remaining tensors are biases of B and modules that are trained in full.
     if remaining:
         raise UserError(
             f"{component} trains {next(iter(remaining))}, which LoRA files can't store."
@@ -153,10 +152,10 @@ def _for_file(tensor: Tensor) -> Tensor:
 
 
 def trained_layers(model: nn.Module) -> list[Layer]:
-    """Compute the layers of a model's primary from W + s * (B @ A - B0 @ A0), in fp64.
+    """Compute a primary's layers, whose change of W is s * (B @ A - B0 @ A0), in fp64.
 
-    This function shares no code with `part_of`, so that `save_diffusers` can check its files
-    against the result.
+    The tensors stay on the model's device. This function calls neither `part_of` nor
+    `portable_state_dict`, so that `save_diffusers` can check its files against the result.
     """
     tensors = state_dict(model, PRIMARY)
     initial = state_dict(model, INITIAL)  # A0 and B0, for layers whose initialization changed W
@@ -211,7 +210,7 @@ _ENCODER_LAYER = re.compile(
 
 
 def _name_in_files(component: str, layer: str) -> str:
-    """Return a layer's name in files: with CLIP's "text_model.", which Transformers 5 removed."""
+    """Return a layer's name in files for diffusers and kohya; CLIP's start with "text_model."."""
     if component in ENCODERS and not layer.startswith("text_projection"):
         return f"text_model.{layer}"
     return layer
@@ -229,8 +228,8 @@ def kohya_name(component: str, layer: str) -> str:
 def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """Return tensors with the keys that diffusers reads.
 
-    A denoiser's keys are PEFT's. A text encoder's keys need `lora_linear_layer`, since otherwise
-    diffusers can't read an adapter that has only MLP layers. The keys of a text encoder's
+    A denoiser's keys end like PEFT's. A text encoder's keys need `lora_linear_layer`, since
+    otherwise diffusers can't read an adapter that has only MLP layers. The keys of a text encoder's
     magnitudes need `.weight`, since otherwise Transformers ignores the magnitudes.
     """
     tensors = {}

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def warn_of_other_base(source: LoraSource, file_base: str | None, base_model: str) -> None:
-    """Warn if a file names another base model than the run's, although its layers fit.
+    """Warn if a file names another base model than the run's; compare the last parts of the names.
 
     Such a file is not refused, since the same model can have different names on the hub and in a
     folder.
@@ -26,8 +26,8 @@ def warn_of_other_base(source: LoraSource, file_base: str | None, base_model: st
     """
     if file_base and Path(file_base).name != Path(base_model).name:
         logger.warning(
-            '--%s %s was trained for "%s" according to its metadata, but its layers also fit "%s":'
-            " use the file only if one of these models was derived from the other.",
+            '--%s %s was trained for "%s" according to its metadata, but the run trains "%s": use'
+            " the file only if these are the same model, or if one was derived from the other.",
             source.option,
             source.path,
             file_base,
@@ -52,7 +52,8 @@ def require_same_form(
         use_dora: whether the file has DoRA's magnitudes.
 
     Raises:
-        UserError: a value differs; the message names the options to give.
+        UserError: a value differs, and the message names the options to give; or the file's layers
+            have different ranks or alphas.
     """
     label = f"--{source.option} {source.path}"
     for name, values in (("ranks", ranks), ("alphas", alphas)):
@@ -67,7 +68,7 @@ def require_same_form(
     if (rank, alpha) != (spec.rank, spec.alpha):
         raise UserError(
             f"{label} has rank {rank} and alpha {alpha:g}, but the run has rank {spec.rank} and"
-            f" alpha {spec.alpha:g}: give --rank {rank} --lora_alpha {alpha:g}."
+            f" alpha {spec.alpha:g}: give --rank {rank} --lora_alpha {alpha:.17g}."
         )
     if use_dora and not spec.use_dora:
         raise UserError(f"{label} is a DoRA, but the run does not train a DoRA: add --use_dora.")
@@ -95,10 +96,12 @@ def require_same_layers(
     if missing:
         raise UserError(
             f"{label} has no values for {len(missing)} of the {len(trained)} trained layers, such"
-            f" as {missing[0]}: select the file's layers with --{option}."
+            f" as {missing[0]}: give a file with these layers, or select the file's layers with"
+            f" --{option}."
         )
     if further:
         raise UserError(
             f"{label} has {len(further)} layers that are not trained, such as {further[0]}; their"
-            f" values would be lost: select the file's layers with --{option}."
+            f" values would be lost: give a file without them, or select the file's layers with"
+            f" --{option}."
         )

@@ -1,6 +1,6 @@
-"""Inspect and check a LoRA file of any format by its keys, shapes and metadata.
+"""Inspect and check a LoRA file of any format: its keys, dtypes, shapes, alphas and configuration.
 
-This module does not read the weights; `reader` does.
+Apart from alphas, this module reads no tensor's values; `reader` does.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ _OWN_CONFIG = "use the file with its own configuration"
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Contents of one file; the keys of dictionaries are models, such as "unet", or "model"."""
+    """Contents of one file.
+
+    The keys of `layers`, `ranks` and `alphas` are models, such as "unet"; the key of a model that
+    the file's keys do not name is "model".
+    """
 
     path: str
     format: str  # "diffusers", "kohya", "peft" or "unknown"
@@ -75,7 +79,7 @@ class LoraFile:
     adapters: tuple[str, ...]
     layers: dict[str, int]  # number of adapted layers
     ranks: dict[str, tuple[int, ...]]  # distinct ranks of the layers
-    alphas: dict[str, tuple[float, ...]]  # distinct alphas; if the file has none, alpha is the rank
+    alphas: dict[str, tuple[float, ...]]  # distinct alphas; without an entry, alpha is the rank
     dora: bool
     dtypes: tuple[str, ...]
     parameters: int  # number of values in the adapters' tensors
@@ -90,13 +94,13 @@ class LoraFile:
 
 
 class LoraTensor(NamedTuple):
-    """A tensor of an adapter, without its values."""
+    """A tensor of an adapter, without its values, except the value of an alpha."""
 
     key: str
     local_key: str  # key without the prefixes of the model and of PEFT
     model: str
     name: str  # the layer's name in the file
-    layer: str  # the layer's name in a form that is the same for all formats
+    layer: str  # `name` without "text_model" and ".processor", with "_" for "."
     role: str  # "A", "B", "magnitude" or "alpha"
     adapter: str | None
     shape: tuple[int, ...]
@@ -110,7 +114,7 @@ class Header(NamedTuple):
     file: LoraFile
     tensors: list[LoraTensor]
     other_keys: list[str]  # keys of tensors that are not part of a LoRA
-    config: dict[str, PeftConfig]  # by model
+    config: dict[str, PeftConfig]  # PEFT's configuration by model
 
 
 def file_error(path: Path, problem: str, fix: str = "give another file") -> UserError:
@@ -119,7 +123,7 @@ def file_error(path: Path, problem: str, fix: str = "give another file") -> User
 
 
 def layer_of_key(key: str) -> str:
-    """Return the layer of a key: "conv_in.lora_A.weight" -> "conv_in"."""
+    """Return the layer of a key ("conv_in.lora_A.weight" -> "conv_in"), or a key without a kind."""
     match = _KEY.match(key)
     return key if match is None else match["layer"]
 
@@ -142,11 +146,11 @@ def lora_files(source: Path) -> list[Path]:
         return model_files
     files = sorted(source.glob("*.safetensors"))
     if len(files) != 1:
-        names = ", ".join(path.name for path in files) or "it has none"
+        names = ", ".join(path.name for path in files) or "none"
         raise file_error(
             source,
             f"is a folder without {FILE_NAME} or {WEIGHTS}",
-            f"name one of its .safetensors files ({names})",
+            f"name a LoRA file (.safetensors files in this folder: {names})",
         )
     return files
 
@@ -156,7 +160,7 @@ def inspect(file: str | Path) -> LoraFile:
 
     Raises:
         UserError: the file is missing, is a folder, is not a whole safetensors file or not a valid
-            LoRA, or its configuration is damaged.
+            LoRA, or its configuration is missing, damaged or not for LoRA.
     """
     return read_header(Path(file)).file
 
@@ -169,7 +173,7 @@ def read_header(path: Path) -> Header:
         count = len(tensors) + len(other_keys)
         raise file_error(path, f"has no LoRA among its {count} tensors", "name a LoRA file")
     keys = [tensor.key for tensor in tensors] + other_keys
-    # All keys must have the prefixes of one format.
+    # A format is known only if all keys have its prefixes.
     file_format = "unknown"
     for name, prefixes in _PREFIXES.items():
         if all(key.startswith(prefixes) for key in keys):
@@ -212,7 +216,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, str]]:
-    """Read the adapters' tensors without values, the keys of other tensors, and the metadata."""
+    """Read the adapters' tensors, the keys of other tensors, and the metadata."""
     if path.is_dir():
         raise file_error(path, "is a folder", "name one of its .safetensors files")
     if not path.is_file():
@@ -300,7 +304,10 @@ def _tensor(
 
 
 def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, PeftConfig]) -> None:
-    """Check that the tensors of each layer, which has one adapter, fit together."""
+    """Check that the tensors of each layer fit together, and that all layers or none have DoRA.
+
+    Each layer has only one adapter.
+    """
     # model -> layer -> role -> tensor
     models: dict[str, dict[str, dict[str, LoraTensor]]] = defaultdict(lambda: defaultdict(dict))
     for tensor in tensors:
@@ -333,7 +340,7 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
     missing = sorted({"A", "B"} - layer.keys())
     if missing:
         some_tensor = next(iter(layer.values()))
-        problem = f"has {some_tensor.key} without the factor {''.join(missing)} of its layer"
+        problem = f"has {some_tensor.key} without the factor {' and '.join(missing)} of its layer"
         raise file_error(path, problem, _DOWNLOAD)
     A, B = layer["A"], layer["B"]
     rank = A.shape[0]
@@ -367,7 +374,7 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
 def _evidence(
     keys: list[str], weights: list[LoraTensor], metadata: dict[str, str]
 ) -> Iterator[str]:
-    """Yield signs of a second adapter: its name, or a second pair of A and B for a layer."""
+    """Yield signs of a second adapter: an auxiliary's name, several names, or two A of a layer."""
     auxiliary_keys = [key for key in keys if AUXILIARY in key.lower()]
     if auxiliary_keys:
         yield f"{len(auxiliary_keys)} keys name an auxiliary, such as {auxiliary_keys[0]}."
@@ -380,7 +387,7 @@ def _evidence(
         yield f"{len(doubled)} layers have more than one adapter, such as {doubled[0]}."
     for key, value in metadata.items():
         text = value
-        # In this entry, only the models' names count; the values contain layer names and the like.
+        # In this entry, only the models' names count, since its values contain names of layers.
         if key == ADAPTER_METADATA:
             models = {name.rpartition(".")[0] for name in re.findall(r'"([^"]+)":', value)}
             text = " ".join(models)

@@ -1,8 +1,8 @@
 """Read a LoRA file of any format as layers, and compare it with expected layers.
 
 The scale (alpha / rank, or alpha / sqrt(rank) for rsLoRA) is multiplied into B. B keeps the file's
-dtype if the product is exact in it, as for a power of two; otherwise B is fp32. `compare` checks
-all files that are written or converted.
+dtype if the product is exact in it, as for a power of two; otherwise B is fp32. 8-bit floats are
+first converted to fp16. `compare` checks every LoRA file that is written for an image model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BLOCKS = {
 class Contents:
     """Contents of a LoRA file."""
 
-    # Layers by model: one of `COMPONENTS`, another name in the file, or "model" for an unnamed one.
+    # Layers by model: one of `COMPONENTS`, or "model" if the file does not name the model.
     parts: dict[str, Part]
     metadata: dict[str, str]
     base_model: str  # hub id or folder of the adapter's base model; "" if unknown
@@ -50,8 +50,8 @@ def read(path: Path) -> Contents:
     """Read all layers of a LoRA file.
 
     Raises:
-        UserError: the file is not a LoRA file, is damaged, has several adapters, or has tensors
-            that are not part of a LoRA.
+        UserError: `inspect` refuses the file; it has several adapters, tensors that are not part
+            of a LoRA, or layers with unknown or equal names; or a value is not finite in fp32.
     """
     header = read_header(path)
     file = header.file
@@ -118,7 +118,7 @@ def _read_parts(path: Path, header: Header) -> tuple[dict[str, Part], dict[str, 
 
 
 def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> str:
-    """Determine an adapter's model, even if its keys do not name the model."""
+    """Determine an adapter's model by keys, metadata or folder; "model" if they do not show it."""
     if model != "model":
         return model
     component = file.metadata.get(COMPONENT)
@@ -151,7 +151,7 @@ def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -> Layer:
-    """Build a layer with the scale in B; raise UserError if a value is not finite in fp32."""
+    """Build a layer with the scale in B; raise UserError if fp32 can't hold its values or B @ A."""
     A, B, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
     scaled = B.double() * scale
     B = scaled.to(B.dtype)
@@ -168,18 +168,18 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
         # The comparison is False for NaN.
         if not bool(tensor.double().abs().max() <= _LARGEST):
             raise file_error(path, f"holds values for {name} that are not finite in fp32")
-    # Upper bound of |B @ A|: the sum of the rank-one terms' largest values.
+    # Upper bound of |B @ A|: the sum of the rank-one terms' largest absolute values.
     terms = B.double().flatten(1).abs().amax(0) * A.double().flatten(1).abs().amax(1)
     if not bool(terms.sum() <= _LARGEST):
         raise file_error(path, f"changes {name} by more than fp32 can represent")
     return layer
 
 
-TOLERANCE = 1e-6  # largest relative difference of a layer; rounding s * B to fp32 causes 6e-8
+TOLERANCE = 1e-6  # maximum relative difference of a layer; rounding s * B to fp32 causes 6e-8
 
 
 def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise TrainingError if a file has other tensors or values, or a value that is not finite."""
+    """Raise TrainingError if a file's tensors differ from the expected ones or are not finite."""
     differing_keys = sorted(stored.keys() ^ expected.keys())
     if differing_keys:
         raise TrainingError(
@@ -208,7 +208,7 @@ def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, fl
 
     Raises:
         TrainingError: the file has an auxiliary or tensors that are not part of a LoRA, lacks a
-            layer, has further layers, or has a layer that differs by more than `TOLERANCE`.
+            model or a layer, has others, or has a layer that differs by more than `TOLERANCE`.
         UserError: the file can't be read.
     """
     file = inspect(path)
@@ -247,9 +247,10 @@ def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, fl
 def difference(left: Layer, right: Layer) -> tuple[float, float]:
     """Return the largest absolute and relative differences of two layers' B @ A and magnitudes.
 
-    The difference of B @ A is relative to the summed norms of its rank-one terms, since each term
-    is rounded separately. After an initialization such as PiSSA and few steps, these terms nearly
-    cancel in B @ A.
+    Both are infinite if the shapes differ or only one layer has a magnitude. The difference of
+    B @ A is relative to the summed norms of its rank-one terms, since each term is rounded
+    separately. After an initialization such as PiSSA and few steps, these terms nearly cancel in
+    B @ A.
     """
     left_A, left_B = _matrix(left.A), _matrix(left.B)  # (r, n), (m, r)
     right_A, right_B = _matrix(right.A), _matrix(right.B)

@@ -78,7 +78,8 @@ def save_diffusers(
         kohya: also write a kohya file, named after the folder (`kohya_file_name`), for ComfyUI, web
             UIs and kohya's scripts; for SDXL only. If False, an existing file with this name is
             removed, since its weights are older.
-        extra_metadata: further entries (see `training_facts`), which replace the defaults.
+        extra_metadata: further entries (see `training_facts`), which replace the defaults except
+            those that describe the tensors.
 
     Returns:
         "layers" (their number), and "max_abs_difference" and "max_relative_difference" between the
@@ -86,8 +87,8 @@ def save_diffusers(
         "kohya_max_relative_difference", the differences of the kohya file.
 
     Raises:
-        UserError: a model's name is unknown, a model has no primary, the folder is a file, or
-            kohya's format is requested for a transformer.
+        UserError: no models are given, a model's name is unknown, `primary_part` refuses a model,
+            the folder is a file, or kohya's format is requested for a transformer.
         TrainingError: a value is not finite, every B is zero, or a file differs (`reader.compare`).
     """
     folder = Path(folder)
@@ -105,7 +106,7 @@ def save_diffusers(
     kohya_file = folder / kohya_file_name(folder)
     metadata = file_metadata(parts, base_model, kohya_file.stem, extra_metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
-    # Removed first, so that an interruption leaves no file with older weights.
+    # Removed first, so that an interruption leaves no kohya file with older weights.
     kohya_file.unlink(missing_ok=True)
     expected = {name: trained_layers(model) for name, model in models.items()}
     report = write_file(folder / FILE_NAME, parts, "diffusers", metadata, expected)
@@ -283,7 +284,7 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         models: diffusers or Transformers models by their names in the pipeline.
 
     Returns:
-        For each model, "weights" (their number) and "readback_difference", which is 0.0.
+        For each model, "weights" (number of values) and "readback_difference", which is 0.0.
 
     Raises:
         TrainingError: a weight is not finite, or the files differ from the model.
@@ -329,16 +330,17 @@ def save_adapter(
 
     Args:
         folder: the run folder.
-        model: model with a primary, and optionally an auxiliary; only the primary is written.
+        model: model with a primary and optionally an auxiliary, which is not written.
         base_model: hub id or folder of the adapter's base model.
         kind: "seq2seq", "causal" or "classification".
         metadata: metadata entries of the weights file.
 
     Returns:
-        "layers", "parameters", "whole_modules" (names) and "readback_difference", which is 0.0.
+        "layers" and "parameters" (numbers), "whole_modules" (names of the parameters of modules
+        that are trained in full) and "readback_difference", which is 0.0.
 
     Raises:
-        TrainingError: a value is not finite, or every B is zero.
+        TrainingError: a value is not finite, every B is zero, or a file differs from the model.
     """
     tensors, config = adapters.pretrained_content(model)
     write_adapter(Path(folder), tensors, text_config(config, base_model, kind), metadata)
@@ -368,7 +370,7 @@ def write_adapter(
         check: further check of the weights file, called before the file is moved.
 
     Raises:
-        TrainingError: every B is zero, or the file differs from the tensors.
+        TrainingError: every B is zero, a value is not finite, the file differs, or `check` fails.
     """
     require_effect("the model", tensors)
     aside = folder / ".adapter.partial"
@@ -388,10 +390,10 @@ def write_adapter(
 
 
 def refuse_existing(*folders: Path) -> None:
-    """Raise UserError if a folder already has an adapter, or if a path is a file."""
+    """Raise UserError if a folder already has an adapter, or if a path names a file."""
     for folder in folders:
         if folder.suffix == ".safetensors" or folder.is_file():
-            raise UserError(f"{folder} is a file, but PEFT's format is a folder; name a folder.")
+            raise UserError(f"{folder} names a file, but PEFT's format is a folder; name a folder.")
         for path in (folder / WEIGHTS, folder / CONFIG):
             if path.exists():
                 raise UserError(f"{path} exists; name another --output, or delete it.")

@@ -82,9 +82,10 @@ def read_base_model(
         flag: the option that names the model, for messages.
 
     Raises:
-        UserError: there is no such model, it belongs to no known family, or a part is missing.
+        UserError: there is no such model, one of its files can't be read, it belongs to no known
+            family, or a part is missing.
     """
-    # The default model's values are written here, so that its dry run needs no network.
+    # The default model's values are written here, so that checking options needs no network.
     if name == SDXL_BASE:
         parts = {
             "unet": {"sample_size": 128},
@@ -158,7 +159,7 @@ def from_hub(name: str, load: Callable[[], Any], flag: str = FLAG) -> Any:
             ) from error
 
     fix = (
-        f"pass {flag} the hub id or folder of a pipeline in diffusers' format, or the name of an"
-        " embedded one, 'mini' or 'mini-flow'"
+        f"check the connection, or pass {flag} the hub id or folder of a pipeline in diffusers'"
+        " format, or the name of an embedded one, 'mini' or 'mini-flow'"
     )
     return read_or_refuse(f'the model "{name}"', fix, load_permitted)

@@ -23,12 +23,13 @@ from ..train.soundness import require_words
 from .hub_models import HubModel, find_model, load_processor, load_weights
 
 BLIP, FLORENCE, CHAT = "blip", "florence2", "chat"
-# Number of beams, and minimum number of tokens of a caption, including the start token but not the
-# end token. Both are from BLIP's COCO configuration; Florence-2's authors use three beams too.
+# Number of beams of BLIP and Florence-2, and minimum number of tokens of BLIP's captions, including
+# the start token and the prompt but not the end token. Both are from BLIP's COCO configuration;
+# Florence-2's authors use three beams too.
 BEAMS = 3
 MIN_TOKENS = 5
 # Maximum number of new tokens of a caption. BLIP's limit is the default of its authors' `generate`,
-# 30 with the start token; it was trained on single sentences and repeats itself in longer captions.
+# 30 with the start token. BLIP was trained on single sentences and repeats itself in longer texts.
 MAX_TOKENS = {BLIP: 29, FLORENCE: 256, CHAT: 256}
 # Default prompts. Florence-2 has a fixed word for each of its tasks. BLIP's captions begin with the
 # prompt, so there is none by default.
@@ -87,8 +88,9 @@ def load_captioner(
         dtype: dtype of the weights and of the computation.
 
     Raises:
-        UserError: the model is not a captioner that can be used here, its captions can't be this
-            long, or it does not understand the prompt.
+        UserError: the model is not a captioner that can be used here, its weights are pickles or
+            incomplete, its tokenizer has no words, its captions can't be this long, or it does not
+            understand the prompt.
         Exception: any error of a library that can't load the model.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -54,10 +54,11 @@ def caption_folder(options: Namespace) -> None:
 
     Raises:
         UserError: the folder, the captioner or the base model can't be used.
+        TrainingError: the device's memory is too small for a batch.
         Interrupted: Ctrl-C was pressed; captions that are already written are kept.
     """
     quiet()
-    # Loaded before the captioner, since it loads faster and can fail too.
+    # The tokenizer is loaded before the captioner, since it loads faster and can fail too.
     if options.pretrained_model_name_or_path is None:
         prompt_length = PromptLength.of_clip()
     else:
@@ -133,7 +134,9 @@ def _write_captions(
             for start in range(0, len(indices), options.batch_size):
                 batch = indices[start : start + options.batch_size]
                 action = f"captioning {counted(len(batch), 'image')} at a time"
-                fix = f"lower --batch_size (now {options.batch_size}), or give a smaller --model"
+                fix = "give a smaller --model"
+                if options.batch_size > 1:
+                    fix = f"lower --batch_size (now {options.batch_size}), or {fix}"
                 with explain_memory_errors(action, fix):
                     texts = captioner.captions([images.image(index) for index in batch])
                 for index, text in zip(batch, texts, strict=True):
@@ -148,7 +151,8 @@ def _write_captions(
             advice = "run the same command again to write the others"
             if options.overwrite:
                 advice = "with --overwrite, the same command starts over"
-            sentence = f"\n{bar.n} of {counted(len(indices), 'caption')} are written: {advice}"
+            count_new = counted(sum(file.is_new for file in files), "caption")
+            sentence = f"\n{count_new} written for {counted(len(indices), 'image')}: {advice}"
             raise Interrupted(sentence) from None
 
 
@@ -156,7 +160,7 @@ def _load_captioner(options: Namespace) -> ImageCaptioner:
     """Load the captioner onto this machine's device."""
     precision = options.dtype or default_precision()
     label = f"--model {options.model}"
-    fix = "check its name, its files and the connection to the hub, or give another or a folder"
+    fix = "check its name, its files and the connection to the hub, or give another model"
     with as_user_error(f"{label} can't be loaded", fix):
         return load_captioner(
             options.model,
@@ -189,7 +193,10 @@ def _report(
         )
     missing = [file.name for file in files if not file.text]
     if missing:
-        yield f"Without a caption: {listed(missing)}. Write it by hand, or give another --model."
+        yield (
+            f"Without a caption: {listed(missing)}. Write captions by hand, or delete blank .txt"
+            " files and give another --model."
+        )
     images_of_caption: dict[str, list[str]] = defaultdict(list)
     for name, text in captions.items():
         images_of_caption[text].append(name)

@@ -35,8 +35,8 @@ from .sets import ImageSet
 # Maximum number of orders of an image's tags, which are chosen before training, since all prompts
 # are embedded at the start.
 MAX_ORDERS = 8
-# Maximum number of texts with shuffled tags, over all images: an embedding takes 0.3 MB for SDXL
-# and up to 4 MB for other models.
+# Maximum number of texts with shuffled tags, over all images, unless there are more images: in 16
+# bits, an embedding takes 0.3 MB for SDXL, 4 MB for FLUX.1 and 13 MB for FLUX.2 klein 9B.
 MAX_TEXTS = 2000
 LIST_SUFFIX = "[]"  # marks the name of a list in a file of tensors
 
@@ -103,7 +103,7 @@ class Captions:
             )
 
     def _shuffle(self, text: str, config: DreamBoothConfig, order: int) -> str:
-        """Return a text with its tags in another order; tags with the trigger word stay in front.
+        """Return a text with its tags in another order; tags with the trigger word come first.
 
         Args:
             order: number of the order, which with the seed and the text gives the permutation.
@@ -244,7 +244,7 @@ class PromptCache:
         return join_rows(rows)
 
     def release(self) -> None:
-        """Delete the text encoders, which in flow models are as large as the denoiser."""
+        """Delete the text encoders, which in flow models can be as large as the denoiser."""
         for name in self.family.encoders:
             setattr(self._pipeline, name, None)
         gc.collect()  # models contain reference cycles

@@ -29,7 +29,7 @@ from ..run.record import BY_CONCEPT, validation_folder
 from . import comfy
 from .captions import concept_words
 from .config import DreamBoothConfig
-from .families.base import Unconditional
+from .families.base import Family, Unconditional
 from .schedulers import read_scheduler
 from .validation import INDEX, read_index
 
@@ -83,7 +83,8 @@ def write_dreambooth_card(
     step = results.get("best_step", results["steps"])
     prompts = cfg.sampled_prompts
     gallery = _gallery(folder, step, vars(cfg))
-    if [prompt for prompt, _ in gallery] != prompts:  # the run was resumed with other prompts
+    # Images are missing, or a resumed run has other prompts.
+    if [prompt for prompt, _ in gallery] != prompts:
         gallery, prompts = [], []
     words = [concept_words(concept.trigger_word, concept.instance_prompt) for concept in concepts]
     triggers = list(dict.fromkeys(filter(None, words)))
@@ -146,7 +147,8 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
     # A guided target trains guidance into the weights.
     is_guided_target = cfg.guided_target > 1
     sampling_lora = cfg.lora_sources.get("sampling_lora")
-    if is_guided_target or sampling_lora is not None:  # the code would switch off both LoRAs
+    # With a sampling LoRA, the code would scale both LoRAs.
+    if is_guided_target or sampling_lora is not None:
         denoiser_by_rows = None
     strength = unconditional_strength(cfg.validation_guidance_from)
     vae = cfg.pretrained_vae_model_name_or_path
@@ -164,9 +166,15 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "guided_target": cfg.guided_target if is_guided_target else None,
         **_sampler(cfg, sampling_lora),
         "models": list(results["export"]) if exports_models else [],
-        # SDXL's loader warns about each text encoder without keys; transformers' loaders do not.
-        "warns_of_encoders": not family.flow and not cfg.train_text_encoder,
+        "warns_of_encoders": _warns_of_encoders(family) and not cfg.train_text_encoder,
     }
+
+
+def _warns_of_encoders(family: Family) -> bool:
+    """Return whether diffusers' loader warns about text encoders without keys in a LoRA file."""
+    import diffusers
+
+    return hasattr(getattr(diffusers, family.pipeline), "load_lora_into_text_encoder")
 
 
 def _sampler(cfg: DreamBoothConfig, sampling_lora: LoraSource | None) -> dict[str, Any]:

@@ -86,10 +86,10 @@ def remark(cfg: DreamBoothConfig) -> str | None:
 def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     """Write the workflow next to the LoRA file, and a second one with guidance from the base model.
 
-    There is no workflow if ComfyUI does not read the weights as trained, or if it lacks the base
-    model or the scheduler. There is no second workflow if the model makes no unconditional
-    prediction, or if the first workflow already lowers the adapter's strength in this prediction.
-    Earlier workflows are removed.
+    There is no workflow if ComfyUI does not read the weights as trained, if it lacks the base model
+    or the scheduler, or if an SDXL run writes no kohya file. There is no second workflow if the
+    model makes no unconditional prediction at the image's guidance scale, or if the first workflow
+    already lowers the adapter's strength in this prediction. Earlier workflows are removed.
 
     Args:
         pipeline: the pipeline that samples the validation images.

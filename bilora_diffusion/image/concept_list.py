@@ -64,8 +64,9 @@ def with_sets_of_images(cfg: Config) -> Config:
     """Return the configuration with the defaults for its image set, or for each of its concepts.
 
     Raises:
-        UserError: the list of concepts can't be read, or a concept can't be trained; the message
-            then begins with the list's name and the concept's number.
+        UserError: the prompts or the list of concepts can't be read, ``--validation_dataset`` is
+            given together with a list, or a concept can't be trained. A message about a concept
+            begins with the list's name and the concept's number.
     """
     if not has_concepts(cfg):
         return with_set_defaults(cfg)
@@ -180,7 +181,7 @@ def folders_of(concept: ImageOptions) -> tuple[Path, Path | None]:
 
 
 def require_disjoint(place: str, images: ImageSet) -> None:
-    """Check that no image is in two concepts, for example through nested folders or links.
+    """Check that no image file is in two concepts, for example through nested folders or links.
 
     Args:
         place: file with the list of concepts, for messages.
@@ -244,7 +245,7 @@ def check_settings(cfg: ImageOptions) -> None:
 
 
 def check_images(cfg: ImageOptions) -> None:
-    """Check that the images of a run or a concept exist and have prompts."""
+    """Check that a run's or concept's images exist, have prompts and are not its class images."""
     for name in ("dataset_name", "validation_dataset"):
         value = getattr(cfg, name)
         if value is not None:
@@ -266,5 +267,6 @@ def check_images(cfg: ImageOptions) -> None:
     if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(
             f'"{cfg.source}" has no prompt: add --instance_prompt, for example "a photo of TOK'
-            ' dog", --caption_column, or a .txt file with the caption next to each image.'
+            ' dog", --caption_column, or, in a folder without a metadata file, a .txt file with the'
+            " caption next to each image."
         )

@@ -187,7 +187,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def cache(self) -> Path | None:
-        """Folder of cached latents and prompt embeddings; None if nothing is cached."""
+        """Folder of cached latents and prompt embeddings; None without a cache on disk."""
         if self.dry_run:
             return None
         return cache_folder(self.disk_cache)
@@ -223,7 +223,7 @@ class DreamBoothConfig(ImageOptions):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        # These values are not options, but the viewer and the model card read them.
+        # These values are not options, but belong to the record; evaluations read the concepts.
         values["validation_settings"] = self.validation_settings
         if self.concepts:
             values["concepts"] = self.concepts
@@ -242,7 +242,7 @@ def describe_validation_model(cfg: ImageOptions, model: BaseModel) -> BaseModel:
     """Read the configuration files of ``--validation_model``.
 
     Raises:
-        UserError: the model's pipeline class is not the base model's.
+        UserError: the files can't be read, or the pipeline class is not the base model's.
     """
     flag = "--validation_model"
     sampled_model = read_base_model(str(cfg.validation_model), None, cfg.cache_dir, flag)
@@ -255,7 +255,7 @@ def describe_validation_model(cfg: ImageOptions, model: BaseModel) -> BaseModel:
 
 
 def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseModel) -> None:
-    """Check that the base model supports the sizes, guidance, negative prompts and variant.
+    """Check that the models support the sizes, scheduler, guidance, negative prompts and variant.
 
     Args:
         sampled_model: model of the validation images, ``--validation_model`` or the base model.
@@ -280,6 +280,8 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
     sides: set[int] = set()  # sides of all training and validation images, in pixels
     for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):
         sides.update(size)
+    if cfg.validation_prompts:
+        sides.add(cfg.resolution)  # also with buckets
     for number, settings in enumerate(cfg.validation_settings, start=1):
         for name in ("width", "height"):
             if name in settings:
@@ -293,7 +295,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
             request = f"{prompt} with guidance from {guidance_title(guidance_from)}"
             require_unconditional(family, guidance, *guided_by, request)
         # Without guidance, no prediction uses the negative prompt.
-        is_read = family.reads_negative_prompt and guidance > family.unguided_scale
+        is_read = family.reads_negative_prompt and family.is_guided(guidance, *guided_by)
         if settings.get("negative_prompt") and not is_read:
             raise UserError(
                 f"{prompt} has a negative prompt, and {family.title} reads none at a guidance of"
@@ -307,7 +309,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel, sampled_model: BaseMod
     for side in sides:
         family.require_resolution(side, model.configs)
 
-    # The variant of a model on the hub is checked by diffusers.
+    # The variant of a model on the hub is checked when the model is loaded.
     folder = folder_of(model.name)
     if cfg.variant is not None and folder is not None:
         weights = folder / family.denoiser
@@ -329,7 +331,10 @@ def require_unconditional(
     Args:
         guidance: the guidance scale; see `Family.is_guided`.
         index, configs: the model's configurations; see `BaseModel`.
-        request: the option that needs the prediction; an error message begins with it.
+        request: the option or prompt that needs the prediction; the error message begins with it.
+
+    Raises:
+        UserError: the model does not make this prediction.
     """
     if family.is_guided(guidance, index, configs):
         return

@@ -26,13 +26,13 @@ TEXT_COLUMNS = 28  # maximum number of characters per line
 
 
 def write_contact_sheet(stream: TrainingStream, path: Path, step_size: int) -> None:
-    """Write a PNG of up to 24 training images, in the order of their names.
+    """Write a PNG of the first training images, up to 24, in the order of the image set.
 
     Each image is shown with the crop, flip and caption of its first use in training. Its name and
-    caption are below it; a long caption is truncated.
+    caption are below it, truncated if they are long.
 
     Args:
-        stream: the training images.
+        stream: the training stream, which chooses crops, flips and captions.
         path: path of the PNG file.
         step_size: number of images per training step, over all processes.
     """

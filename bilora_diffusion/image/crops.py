@@ -24,8 +24,8 @@ Size = tuple[int, int]  # (height, width) in pixels
 # An image, (3, H, W) in 0 to 255, and its mask, (1, H, W); None without a mask.
 Resized = tuple[Tensor, Tensor | None]
 AUTO = "auto"
-# Sides of buckets are multiples of this number of pixels: a latent is 8 pixels wide, and a token of
-# most transformers 2 latents.
+# Sides of given buckets, and the steps between automatic ones, are multiples of this number of
+# pixels: a latent is 8 pixels wide, and a token of most transformers 2 latents.
 MULTIPLE = 16
 MAX_ASPECT_RATIO = 2.0  # maximum of longer side / shorter side of an automatic bucket
 
@@ -68,7 +68,8 @@ def read_sizes(text: str) -> list[Size]:
 def sizes_around(side: int) -> list[Size]:
     """Return a square and sizes from 1:2 to 2:1 that have at most as many pixels as the square.
 
-    The sides are multiples of a step: a sixteenth of the square's side, rounded down to a multiple
+    The longer sides are the square's side plus multiples of a step, and the shorter sides are
+    multiples of the step. The step is a sixteenth of the square's side, rounded down to a multiple
     of `MULTIPLE`, as in Stable Diffusion XL (Appendix I of https://arxiv.org/abs/2307.01952).
     """
     step = max(MULTIPLE, side // 16 // MULTIPLE * MULTIPLE)

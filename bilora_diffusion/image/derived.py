@@ -1,7 +1,8 @@
 """Defaults of the image script that depend on other options, on the images or on the base model.
 
 They are set after `config.derived.DERIVED_DEFAULTS`: first by `with_set_defaults`, for the run and
-for each of its concepts, then by `with_model_defaults`, which applies `MODEL_DEFAULTS` last.
+for each of its concepts, then by `with_model_defaults`, which applies `MODEL_DEFAULTS` at its end,
+and finally by `with_choice_guidance`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from ..core.errors import UserError, read_or_refuse
 from ..core.files import is_file, read_text
 from ..core.values import ATTENTION, EMBEDDED, EVALUATED_STRENGTH
 from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, find_embedded, heldout_name
-from .base_model import SDXL_BASE, BaseModel
+from .base_model import BaseModel
 from .families import SDXL
 from .options import ImageOptions
 from .validation import read_prompts
 
-FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"
 # The six subjects in the paper's Table 4, which are in no training set.
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
@@ -77,7 +77,8 @@ def with_set_defaults(cfg: Config) -> Config:
 
 def with_local_folders(cfg: Config) -> Config:
     """Write a folder that is named like a built-in set, such as "mini", as "./mini"."""
-    # `--instance_data_dir mini` names a folder; only --dataset knows the built-in sets by name.
+    # `--instance_data_dir mini` names a folder; only --dataset and --validation_dataset can name
+    # built-in sets.
     for option in ("instance_data_dir", "class_data_dir"):
         folder = getattr(cfg, option)
         if folder in FOLDERS:
@@ -192,13 +193,13 @@ def quantization_of(path: str) -> str:
     compute dtype follows ``--mixed_precision``, as in diffusers' scripts.
 
     Raises:
-        UserError: the file can't be read, or selects anything other than NF4.
+        UserError: the file can't be read, does not select NF4, or has an unsupported setting.
     """
     label = f'--bnb_quantization_config_path "{path}"'
     fix = "or use --quantize nf4 instead"
     file = Path(path).expanduser()
     settings = read_or_refuse(
-        label, fix, lambda: json.loads(read_text(file, label, MAX_FILE_BYTES))
+        label, f"correct it, {fix}", lambda: json.loads(read_text(file, label, MAX_FILE_BYTES))
     )
     # The fields of transformers' BitsAndBytesConfig.
     is_nf4 = (
@@ -231,7 +232,7 @@ def words_of_layers(values: list[str]) -> list[str]:
 
 
 def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
-    """Return 1 if the batch size is given, which then is the number of images per step."""
+    """Return 1 if the batch size is given: it is then the images per step and process."""
     if "train_batch_size" in cfg.given_options:
         return 1
     return cfg.gradient_accumulation_steps
@@ -273,15 +274,6 @@ def default_validation_guidance_scale(cfg: ImageOptions) -> float | None:
     return None
 
 
-def default_vae(cfg: ImageOptions) -> str | None:
-    """Return a repaired autoencoder for SDXL base in fp16, where the original overflows."""
-    # The original's activations exceed fp16's maximum of 65,504. Other SDXL models may already have
-    # a repaired autoencoder.
-    if cfg.pretrained_model_name_or_path == SDXL_BASE and cfg.mixed_precision == "fp16":
-        return FP16_FIX
-    return None
-
-
 def default_gradient_checkpointing(cfg: ImageOptions) -> bool:
     """Return whether the training images are large and the device is a CUDA GPU."""
     return cfg.resolution >= CHECKPOINTING_SIDE and machine.device_type() == "cuda"
@@ -294,7 +286,6 @@ MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
     ("output_kohya_format", default_output_kohya_format),
     ("text_encoder_lr", default_text_encoder_lr),
     ("max_sequence_length", default_max_sequence_length),
-    ("pretrained_vae_model_name_or_path", default_vae),
     ("gradient_checkpointing", default_gradient_checkpointing),
     ("image_model", default_image_model),
     ("validation_guidance_scale", default_validation_guidance_scale),

@@ -90,7 +90,7 @@ class DiskCache:
 
 def _metadata(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return the metadata of a file: a hash of its name and content."""
-    parts = sorted(tensors)  # a file that is read has another order
+    parts = sorted(tensors)  # tensors that are read from a file have another order
     content = digest(*(tensors[part] for part in parts))
     return {"hash": digest_texts([name, *parts, content])}
 
@@ -103,7 +103,8 @@ def prompt_cache(
         return DiskCache()
     encoders = [name for name in family.encoders if getattr(pipeline, name) is not None]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-    quantization = cfg.quantize if family.flow else "none"  # SDXL's encoders are not quantized
+    # SDXL's frozen encoders are not quantized.
+    quantization = cfg.quantize if family.flow else "none"
     # Everything that determines an embedding: settings, encoders, their weights and the machine.
     facts = [family.pipeline, str(family.max_sequence_length), quantization]
     facts += [str(getattr(pipeline, name).dtype) for name in encoders]
@@ -135,7 +136,8 @@ def latent_cache(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.devi
 def hash_files(folders: Iterable[Path]) -> str:
     """Return a hash of the names and contents of all files in some folders.
 
-    A file in the hub's cache is not read: it is a link to a blob that is named by its hash.
+    Weight files in the hub's cache are not read: each is a link to a blob that is named by its
+    SHA-256 hash.
 
     Raises:
         OSError: a file can't be read.

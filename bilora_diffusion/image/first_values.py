@@ -76,7 +76,8 @@ def _require_same_models(
         problem = f"lacks layers for models that are trained ({', '.join(missing)})"
     fix = "give a file for the trained models"
     if set(further + missing) <= set(ENCODERS):
-        fix = "add --train_text_encoder" if further else "drop --train_text_encoder"
+        change = "add" if further else "drop"
+        fix = f"{change} --train_text_encoder, or {fix}"
     raise UserError(f"--{source.option} {source.path} {problem}: {fix}.")
 
 

@@ -24,7 +24,7 @@ FIX = "give the base model that the file was trained on"
 
 
 def models_of(pipeline: Any) -> dict[str, Any]:
-    """Return the denoiser and the text encoders of a pipeline, by name."""
+    """Return the models of a pipeline that a LoRA file can have layers for, by name."""
     models = {}
     for name in COMPONENTS:
         model = getattr(pipeline, name, None)
@@ -110,7 +110,7 @@ def require_fit(
         The file's layers, renamed to the paths of their modules.
 
     Raises:
-        UserError: a layer has no module, or the module has another shape.
+        UserError: a layer has no module that can have a LoRA, or the module has another shape.
     """
     placed: dict[str, Part] = {}
     missing: list[str] = []

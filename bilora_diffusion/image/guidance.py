@@ -89,7 +89,7 @@ def _acting_names(layer: LoraLayer) -> list[str]:
 
 
 def _is_acting(layer: LoraLayer) -> bool:
-    """Return whether a layer's adapters change its output; at strength 0, only DoRA does."""
+    """Return whether a layer's adapters change its output; with a scaling of 0, only DoRA does."""
     variants = cast(Any, layer).lora_variant
     return any(layer.scaling[name] or name in variants for name in _acting_names(layer))
 

@@ -36,7 +36,7 @@ class HubModel:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The weight files of a model in a folder."""
+        """The weight files of a model in a folder; [] for a model on the hub."""
         return sorted(Path(self.place).glob("*.safetensors"))
 
 

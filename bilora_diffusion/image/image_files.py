@@ -57,7 +57,8 @@ NAMES_IN_SENTENCE = 8  # maximum number of files that a message names
 # Matches folder names in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog".
 KOHYA_FOLDER = re.compile(r"\d{1,3}_.+")
 MAX_CAPTION_BYTES = 100_000
-# Maximum number of files and folders in an image set. A home folder or a disk's root has more.
+# Maximum number of files and folders in an image set without a metadata file. A home folder or a
+# disk's root has more.
 MAX_ENTRIES = 200_000
 
 
@@ -141,7 +142,11 @@ def upright_size(source: Path | bytes) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow image to upright RGB, as `read_rgb` does."""
+    """Convert a Pillow image to upright RGB, as `read_rgb` does.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers.
+    """
     image = ImageOps.exif_transpose(image)
     _require_known_range(image)
     if image.mode in _SIXTEEN_BIT:
@@ -184,7 +189,7 @@ class Listing:
 
     @cached_property
     def all_images(self) -> list[Path]:
-        """All readable images, without masks."""
+        """All files with the suffix of a readable image, without masks."""
         images = []
         for path in self.files:
             if _is_image(path) and stem_of_masked(path) is None:
@@ -213,7 +218,7 @@ class Listing:
         return any(stem(path) in self.texts for path in self.all_images)
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
-        """Return the text of the ``.txt`` file next to each image, as one line, or None."""
+        """Return the text of each image's ``.txt`` file as one line; None for a missing file."""
         captions: list[str | None] = []
         for image in images:
             path = self.texts.get(stem(image))
@@ -227,7 +232,7 @@ class Listing:
     def left_out(
         self, images: Sequence[Path], masks: Collection[Path], *, captioned: bool
     ) -> str | None:
-        """Return the number and names of unread files for a message, or None if there are none.
+        """Return the number and names of unread files for a message; None if all files are read.
 
         Args:
             images: the images that are read.
@@ -281,7 +286,11 @@ def folder_of_set(name: str, option: str) -> Path | None:
 def list_folder(folder: Path) -> Listing:
     """List a folder's files and, if it has no metadata file, those of its subfolders.
 
-    Symbolic links to folders are not followed.
+    Symbolic links to folders are listed, but not followed.
+
+    Raises:
+        UserError: the folder can't be read, or has more than ``MAX_ENTRIES`` files and folders and
+            no metadata file.
     """
     folder = folder.resolve()
     has_metadata = bool(Listing(folder, ()).metadata)
@@ -362,6 +371,6 @@ def _is_image(path: Path) -> bool:
 
 
 def _names_in(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of a folder's subfolders and files; [] if it can't be listed."""
+    """Return the names of a folder's subfolders and files; two empty lists if it can't be read."""
     _, folders, files = next(os.walk(folder), ("", [], []))
     return folders, files

@@ -1,4 +1,4 @@
-"""Latent distributions of images, which are cached for images that always have the same crop."""
+"""Latent distributions of images, which can be cached if an image always has the same crop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .stream import TrainingSample
 
 ENCODING_FIX = "check the file, or pass another --pretrained_vae_model_name_or_path"
 CACHE_FIX = "delete the folder of --disk_cache, or give another one"
-# Maximum number of pixels to encode at a time. In float32 a megapixel takes gigabytes.
+# Maximum number of pixels to encode at a time, in float32, where a megapixel takes gigabytes. A
+# larger image is encoded alone.
 AT_ONCE = 1024 * 1024
 
 
@@ -72,9 +73,10 @@ class Encoder:
             self.cache = cache
 
     def __call__(self, samples: Sequence[TrainingSample]) -> list[Posterior]:
-        """Encode samples to posteriors, in float32 on the CPU.
+        """Return the posterior of each sample, in float32 on the CPU.
 
         Raises:
+            UserError: an image can't be read, or has changed its size since the set was opened.
             TrainingError: a latent is not finite; the message names the image.
         """
         cached, uncached = [], []
@@ -94,7 +96,7 @@ class Encoder:
         return posteriors
 
     def _fill_cache(self, samples: Sequence[TrainingSample]) -> None:
-        """Read posteriors that are missing in memory from disk, or encode them."""
+        """Fill the cache in memory: read missing posteriors from disk, or encode the images."""
         missing: dict[tuple[str, ...], TrainingSample] = {}
         for sample in samples:
             content = sample.content
@@ -117,7 +119,7 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[TrainingSample], pixels_at_once: int) -> list[Posterior]:
-        """Encode images of the same size, ``pixels_at_once`` or a single image at a time."""
+        """Encode images of the same size, at most ``pixels_at_once`` or one image at a time."""
         if not samples:
             return []
         vae = self._vae

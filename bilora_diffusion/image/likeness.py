@@ -56,7 +56,7 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
 
     model = _find_dinov2(name)
     network = load_weights(model, AutoModel, torch.float32).to(device)
-    # The image processor resizes, crops and scales images as they were during training.
+    # The image processor resizes, crops and normalizes images as the model expects them.
     processor = load_processor(model, AutoImageProcessor)
 
     def embed(images: Sequence[Image]) -> Tensor:
@@ -71,7 +71,7 @@ def image_model_bytes(name: str) -> int:
     from transformers import AutoModel
 
     if name == EMBEDDED:
-        return 0  # only 11 MB, on the CPU
+        return 0  # only 20 MB, on the CPU
     with _explain_model_errors(name):
         config = _find_dinov2(name).config
     return held_bytes(empty(lambda: AutoModel.from_config(config), torch.float32), "none")

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image, Resampling
 
+from ..core.files import counted
+
 # Number of rows and of columns of the difference hash, which has 64 bits.
 SIDE = 8
 # Copies of photographs that were compressed, halved, brightened by a fifth or cropped by 3 % on
 # each side have a distance of 0 to 8 bits and a correlation of 0.94 to 1. Among the miniature's
-# icons, the most similar shapes are two clocks with a distance of 3 and a correlation of 0.943.
+# icons, the most similar shapes are two clocks with a distance of 3 and a correlation of 0.942.
 MAX_DISTANCE = 8
 MIN_CORRELATION = 0.95
 # Side of the small copies in pixels.
@@ -51,7 +53,7 @@ class Pair:
 
 def look_of(image: Image) -> Look:
     """Compute the look of an RGB image."""
-    # Photographs are reduced before they are filtered, which takes a tenth of the time.
+    # Photographs are reduced before they are filtered, which takes a third of the time.
     shape = (SIDE + 1, SIDE)
     gray = image.resize(shape, Resampling.LANCZOS, reducing_gap=REDUCING_GAP).convert("L")
     levels = np.asarray(gray, dtype=np.int16)  # (8, 9)
@@ -119,5 +121,5 @@ def describe_pairs(
             f" {pair.distance} of {SIDE * SIDE})"
         )
     if len(pairs) > MAX_NAMED:
-        phrases.append(f"{len(pairs) - MAX_NAMED} more look like another image")
+        phrases.append(f"{counted(len(pairs) - MAX_NAMED, 'more pair')} of images look alike")
     return phrases

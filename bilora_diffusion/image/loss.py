@@ -275,11 +275,11 @@ class GridLoss:
         return grid
 
     def __call__(self) -> dict[str, float]:
-        """Return losses by name, each a mean over images and noise levels.
+        """Return mean losses by name.
 
-        - ``heldout_loss`` and ``train_grid_loss``
-        - ``heldout_loss_by_level/LEVEL``, over the held-out images at one level
-        - ``heldout_loss_by_concept/NAME``, over the held-out images of one concept
+        - ``heldout_loss`` and ``train_grid_loss``: over the images of a set and all noise levels
+        - ``heldout_loss_by_level/LEVEL``: over the held-out images at one noise level
+        - ``heldout_loss_by_concept/NAME``: over the held-out images of one concept and all levels
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}

@@ -1,4 +1,4 @@
-"""Options of the base model, the noise levels and the losses."""
+"""Options of the base model, the text encoders, the noise levels and the losses."""
 
 from __future__ import annotations
 
@@ -73,15 +73,14 @@ class ModelOptions:
     pretrained_model_name_or_path: str = option(
         SDXL_BASE,
         "Pipeline to fine-tune, of Stable Diffusion XL or a flow-matching model: hub id, local"
-        " folder, or mini. Default with --dataset mini, mini-animals or a recolored version of"
-        " these: mini.",
+        " folder, mini or mini-flow. Default with --dataset mini, mini-animals or a recolored"
+        " version of these: mini.",
         is_path=True,
     )
-    # `derived.default_vae` sets the default.
     pretrained_vae_model_name_or_path: str | None = option(
         None,
-        "Autoencoder to use instead of the pipeline's. Default for SDXL base in fp16:"
-        " madebyollin/sdxl-vae-fp16-fix, since SDXL's autoencoder overflows in fp16.",
+        "Autoencoder to use instead of the pipeline's. It encodes and decodes in fp32 at every"
+        " --mixed_precision.",
         is_path=True,
     )
     revision: str | None = option(
@@ -92,9 +91,9 @@ class ModelOptions:
     assistant_lora: str | None = option(
         None,
         "LoRA file in the format of diffusers, kohya or PEFT, as FILE or FILE:STRENGTH, that is"
-        " active only in training: a training adapter for a distilled model, or the style of the"
-        " training images, to keep it out of the trained file. It is not trained, not exported, and"
-        " not active while images are generated.",
+        " active in training and in the held-out loss: a training adapter for a distilled model, or"
+        " the style of the training images, to keep it out of the trained file. It is not trained,"
+        " not exported, and not active while images are generated.",
         is_path=True,
         may_change_on_resume=True,
     )
@@ -126,7 +125,9 @@ class DiffusionOptions:
 
     section: ClassVar[str] = "text encoders and loss"
 
-    train_text_encoder: bool = option(False, "Also train adapters on both text encoders.")
+    train_text_encoder: bool = option(
+        False, "Also train both text encoders of Stable Diffusion XL."
+    )
     # `config.derived.default_text_encoder_lr` sets the default.
     text_encoder_lr: float | None = option(
         None,
@@ -146,12 +147,14 @@ class DiffusionOptions:
     )
     adam_weight_decay_text_encoder: float = option(
         1e-3,  # as in diffusers' script
-        "Weight decay of the text encoders' adapters.",
+        "Weight decay of the trained text encoders.",
         range=DECAYS,
         ignored=(ON_FROZEN_ENCODERS,),
     )
     do_edm_style_training: bool = option(
-        False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
+        False,
+        "Use the EDM formulation (arXiv 2206.00364) on any Stable Diffusion XL model. A model with"
+        " an EDM scheduler always uses it.",
     )
     snr_gamma: float | None = option(
         None,
@@ -322,7 +325,7 @@ class PriorOptions:
         0.0,
         "Preserve the class without class images: the loss gets an additional term, this weight"
         " times the squared change that the adapters make to the prediction for --class_prompt on"
-        " the training images. A step takes twice as long.",
+        " the training images. A step takes more than twice as long.",
         range=FACTORS,
     )
     num_class_images: int = option(

@@ -73,7 +73,7 @@ class Denoising(SampledLevels):
         # EDM has its own loss weights.
         if (edm or is_native) and snr_gamma is not None:
             raise UserError(
-                f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop one."
+                f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop it."
             )
         if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
             raise ValueError(f"it predicts '{config['prediction_type']}', not noise or velocity")
@@ -251,6 +251,9 @@ class FlowMatching(SampledLevels):
             shift: a shift s that replaces the scheduler's: evenly spaced levels t become
                 s t / (1 + (s - 1) t). 1 leaves them evenly spaced.
             settings: other arguments of the class.
+
+        Raises:
+            ValueError: the scheduler is not one of a flow-matching model.
         """
         kind = str(config.get("_class_name", "FlowMatch"))
         if "FlowMatch" not in kind:
@@ -340,6 +343,7 @@ def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> Nois
     Raises:
         UserError: ``--timestep_range`` contains too few levels, or an option does not fit the
             model.
+        ValueError: the model's scheduler or its kind of prediction is not supported.
     """
     config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     low, high = cfg.timestep_range

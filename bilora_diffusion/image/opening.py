@@ -1,7 +1,7 @@
 """Open a ``--dataset`` as a set of images with captions and masks.
 
 This module reads folders of images, with or without a metadata file. The package ``datasets`` reads
-hub ids and folders in other layouts. It does not copy the images of a folder.
+hub ids and folders in other layouts. Neither copies images that are files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .sets import Entry, ImageSet
 TEXT = "text"  # name of the caption column if the captions are in files next to the images
 NO_CAPTIONS = "none"  # value of ``--caption_column`` that ignores all captions
 SPLIT = "train"
-MAX_BYTES = 500_000_000  # maximum size of a metadata file
+MAX_BYTES = 500_000_000  # maximum size of a metadata file, in bytes
 # A function that returns an image's file or content, or None if a table row has no image.
 Source = Callable[[], Path | bytes | None]
 
@@ -126,7 +126,7 @@ def open_images(
 
 
 def _is_folder_of_images(listing: Listing) -> bool:
-    """Return whether a folder's data are its images, or images that a metadata file lists."""
+    """Return whether a folder's data are images directly in it, or listed by a metadata file."""
     if listing.metadata:
         return True
     # Images next to Parquet or Arrow files are not the data; they may be a preview.
@@ -189,7 +189,7 @@ def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(folder):
         raise UserError(
-            f"{place} names {quoted(name)}, which is outside its folder: move the image into it."
+            f"{place} names {quoted(name)}, which is outside the folder of the set: move it there."
         )
     if not is_file(path):
         raise UserError(
@@ -289,7 +289,7 @@ def _read_mask(source: Source, alpha: bool = False) -> Image.Image | None:
 def _set_captions(label: str, table: Table, listing: Listing | None, column: str | None) -> None:
     """Set the images' captions to the texts of a column; blank texts are not captions.
 
-    If the column has the name `TEXT`, the ``.txt`` files next to the images are read.
+    If the set has no column `TEXT`, this name selects the ``.txt`` files next to the images.
 
     Args:
         label: name of the set in messages.
@@ -372,7 +372,7 @@ def _load(
         )
     with as_user_error(
         f'the dataset "{label}" can\'t be loaded',
-        "check its files or the connection, --dataset and --dataset_config_name",
+        "check its name and files, the connection and --dataset_config_name",
     ):
         try:
             if images_only:

@@ -49,11 +49,8 @@ INTERPOLATIONS = (
     "nearest",
     "nearest_exact",
 )
-SEVERAL_SETS = "list them as concepts in a YAML file, and give that file (docs/data.md)"
+SEVERAL_SETS = "list them as concepts in a YAML file, and give that as --dataset (docs/data.md)"
 # Cases in which options have no effect.
-ON_A_FOLDER_OF_FILES = IgnoredCase(
-    lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
-)
 ON_ONE_CONFIGURATION = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in FOLDERS,
     "on a folder or a built-in set, which has only one",
@@ -93,7 +90,7 @@ class DataOptions:
         fix_if_repeated=SEVERAL_SETS,
     )
     image_column: str = option(
-        "image", "Column that holds the images.", ignored=(ON_A_FOLDER_OF_FILES,)
+        "image", "Column that holds the images, in a data set that is not a folder of image files."
     )
     # `derived.PRESETS` has other defaults of captions, prompts and held-out images for some sets.
     caption_column: str | None = option(
@@ -121,8 +118,8 @@ class DataOptions:
     )
     trigger_word: str | None = option(
         None,
-        "Word to put in front of captions, for example TOK. Captions that already contain this word"
-        " do not change.",
+        "Word to put in front of captions and of the instance prompt, for example TOK. Texts that"
+        " already contain this word do not change.",
     )
     shuffle_tags: bool = option(
         False,
@@ -146,15 +143,15 @@ class DataOptions:
     # `derived.with_model_defaults` sets the default, the resolution of the base model.
     resolution: int = option(
         None,
-        "Side of the training images in pixels, a multiple of 8. Default: the resolution that the"
-        " pipeline was made for (SDXL 1024, mini 64).",
+        "Side of the training images in pixels, a multiple of 8, or of 16 for flow-matching models."
+        " Default: the resolution that the pipeline was made for (SDXL 1024, mini 64).",
         range=SIDES,
     )
     aspect_ratio_buckets: str | None = option(
         None,
         "Crop each image to the size with the closest aspect ratio; all images of a step have the"
-        " same size. auto uses aspect ratios up to 1:2 and 2:1 with at most as many pixels as"
-        " --resolution; or give sizes as height,width;height,width. Default: squares.",
+        " same size. auto uses aspect ratios from 1:2 to 2:1 and at most as many pixels as a square"
+        " of --resolution; or give sizes as height,width;height,width. Default: this square.",
     )
     center_crop: bool = option(
         False, "Crop the center of each image, not a random position for each training sample."
@@ -167,7 +164,7 @@ class DataOptions:
     cache_latents: str = option(
         "auto",
         "Encode each image once and cache its latents: yes (or the flag without a value), no, or"
-        " auto, which caches the latents of images that always have the same crop.",
+        " auto, which does so for images that always have the same crop, in sets of at most 2000.",
         choices=("auto", "yes", "no"),
         may_change_on_resume=True,
     )
@@ -251,7 +248,7 @@ class ValidationOptions:
     num_validation_images: int = option(
         4,
         "Number of images for each prompt; 0 for none. Default for the six prompts that come with"
-        " linoyts/3d_icon and mini: 1 each.",
+        " linoyts/3d_icon and the mini sets: 1 each.",
         range=Range(10_000, "every prompt gets this many images", at_least=0),
         ignored=(WITHOUT_PROMPT,),
     )
@@ -273,7 +270,8 @@ class ValidationOptions:
     validation_guidance_scale: float | None = option(
         None,
         "Guidance scale for validation images. Default: the usual scale of the model, or no"
-        " guidance for distilled models that work without it (docs/models.md).",
+        " guidance with --guided_target and for distilled models that work without it"
+        " (docs/models.md).",
         range=GUIDANCES,
         ignored=(WITHOUT_SAMPLES,),
     )
@@ -303,8 +301,9 @@ class ValidationOptions:
     )
     validation_dataset: str | None = option(
         None,
-        "Held-out images to measure the loss on, given like --dataset; none turns off the default."
-        " Default for mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
+        "Held-out images to measure on: hub id, local folder or built-in set; none turns off the"
+        " default. Default for mini: mini-heldout, for mini-animals: mini-animals-heldout, and so"
+        " on.",
         is_path=True,
     )
     max_eval_samples: int | None = like(
@@ -336,7 +335,7 @@ class ImageOutputOptions(OutputOptions):
     output_kohya_format: bool = option(
         True,
         "Also write the LoRA with kohya's keys for ComfyUI, A1111 and others, which read no other"
-        " format; the file is named after the run.",
+        " format for SDXL; the file is named after the run. Default for other models: no.",
     )
     upcast_before_saving: bool = option(
         False,
@@ -370,9 +369,9 @@ class ImageOptions(
         concepts: options of each concept, including its name as "concept"; [] for a run with a
             single image set.
         concept: name of the concept, in one of `DreamBoothConfig.concept_configs`.
-        pipeline: class of the base model's pipeline.
+        pipeline: name of the base model's pipeline class.
         embeds_guidance: True if the denoiser has a guidance embedding, which training must provide.
-        is_unguided: True if the model's images need no unconditional prediction by default.
+        is_unguided: True if sampling makes no unconditional prediction by default.
         unguided_scale: largest guidance scale at which the pipeline makes no unconditional
             prediction.
     """

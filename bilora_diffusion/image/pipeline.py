@@ -59,7 +59,7 @@ class Origin:
 
 
 def resolve(name: str) -> str:
-    """Return the folder or hub id of a model; `mini.PIPELINES` has names of embedded models."""
+    """Return the folder or hub id of a model, which may be an embedded one (`mini.PIPELINES`)."""
     if name in PIPELINES:
         return str(PIPELINES[name]())
     return name
@@ -90,8 +90,8 @@ def load_pipeline(
         The pipeline. Its attribute ``origin`` is its `Origin`.
 
     Raises:
-        UserError: there is no such model, its weights are pickles or incomplete, or a tokenizer
-            has no words.
+        UserError: there is no such model, a file can't be read, weights are pickles, incomplete or
+            not of the variant, or a tokenizer has no words.
     """
     model = read_base_model(name, revision, cache_dir)
     family = model.family
@@ -231,7 +231,7 @@ def load_part(
         label: name of the model in messages.
         kind: class of the model.
         place: folder or hub id.
-        fix: end of the error messages, which says what the user can do.
+        fix: what the user can do if the model can't be read, for the error message.
         weights: False to build the model without weights.
         options: further arguments of ``from_pretrained``.
     """
@@ -304,11 +304,11 @@ def _hint(word: str, names: Sequence[str]) -> str:
 
 
 def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
-    """Estimate the memory of each phase of a run from a dry run's task, without trained weights.
+    """Estimate the memory of each phase of a run, without trained weights.
 
-    On a CPU all models are in memory from the start. On a GPU, frozen text encoders are deleted or
-    moved to the CPU before the first step, and with ``--offload`` the autoencoder is on the GPU
-    only while it encodes or decodes.
+    `dry_run.complete` adds the trained weights. On a CPU all models are in memory from the start.
+    On a GPU, frozen text encoders are deleted or moved to the CPU before the first step, and with
+    ``--offload`` the autoencoder is on the GPU only while it encodes or decodes.
 
     Args:
         task: a `DreamBooth` whose models have no weights.
@@ -345,7 +345,7 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     def weights(names: set[str]) -> dict[str, int]:
         return {f"weights: {name}": size for name, size in model_bytes.items() if name in names}
 
-    # Memory of the autoencoder for its largest image.
+    # Memory of the autoencoder for the most pixels that it encodes or decodes at a time.
     sizes = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     pixels = max(height * width for height, width in sizes)
     channels = autoencoder_width(pipeline.vae.config)
@@ -384,7 +384,7 @@ def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBo
         values_per_width = blocks * counts.checkpointed + counts.recomputed
     else:
         values_per_width = blocks * counts.block
-    # A held prediction stores the activations of a second forward pass for its gradient.
-    passes = 2 if cfg.hold_unconditional or cfg.prior_prediction_weight else 1
+    # Each held prediction stores the activations of another forward pass for its gradient.
+    passes = 1 + bool(cfg.hold_unconditional) + bool(cfg.prior_prediction_weight)
     tokens = passes * cfg.train_batch_size * (image_tokens + counts.prompt_tokens)
     return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * values_per_width)

@@ -70,14 +70,14 @@ class PromptLength:
 
     @classmethod
     def of_clip(cls) -> PromptLength:
-        """Build for CLIP, the text encoder of Stable Diffusion XL."""
+        """Build for CLIP's text encoders, which Stable Diffusion XL uses."""
         from open_clip.tokenizer import SimpleTokenizer
 
         tokenizer: Any = SimpleTokenizer()
         return cls("CLIP", CLIP_TOKENS, lambda text: len(tokenizer.encode(text)) + 2)
 
     def warning(self, captions: Mapping[str, str]) -> str | None:
-        """Return a sentence about captions that are too long; None if no caption is.
+        """Return a sentence about captions that are too long, or None if all are short enough.
 
         Args:
             captions: captions by the name of their image.

@@ -1,4 +1,4 @@
-"""Options for generating images, which have no effect on training."""
+"""Options for generating images, which have no effect on a training step."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ class SamplerOptions:
     section: ClassVar[str] = "validation"
     may_change_on_resume: ClassVar[bool] = True
 
-    # On resume its hash and strength are compared, but not its path (`config.DreamBoothConfig`).
+    # If generated images choose the weights, the file's hash and strength may not change on resume,
+    # but its path may (`config.SAMPLING_OPTIONS`).
     sampling_lora: str | None = option(
         None,
         "LoRA file in the format of diffusers, kohya or PEFT, as FILE or FILE:STRENGTH, that is"
-        " active only while validation images are generated, such as Lightning, Hyper, DMD or"
-        " Turbo. With --validation_num_inference_steps 8 --validation_guidance_scale 1, an image"
-        " takes 8 forward passes instead of 50 (docs/guide.md). The file is not exported.",
+        " active only while images are generated (validation and --choose_by samples), such as"
+        " Lightning, Hyper, DMD or Turbo. With --validation_num_inference_steps 8"
+        " --validation_guidance_scale 1, an image takes 8 forward passes instead of 50"
+        " (docs/guide.md). The file is not exported.",
         is_path=True,
         ignored=(WITHOUT_SAMPLES,),
     )

@@ -3,7 +3,7 @@
     build_scheduler(pipeline.scheduler, "EulerDiscreteScheduler:timestep_spacing=trailing")
 
 A distilled model, or a LoRA file with the same effect, needs the scheduler of its distillation.
-Training does not use this scheduler. Its noise levels come from `noise_schedules`.
+Training does not use this scheduler: the noise levels of training come from `noise_schedules`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..core.values import check_choice
 
 FLAG = "--sampling_scheduler"
 # Schedulers of flow-matching models. The pipelines of these models pass sigmas and a shift, which
-# no other schedulers accept.
+# most other schedulers do not accept.
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 # Schedulers of models with EDM preconditioning.
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
@@ -31,8 +31,6 @@ EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 UNSEEDED_SCHEDULERS = ("DPMSolverSDEScheduler",)
 # Schedulers for distilled models, which diffusers' list of compatible schedulers lacks.
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
-# A setting that adds noise from the global generator, so images would not be reproducible.
-UNSEEDED_SETTING = "stochastic_sampling"
 
 
 def possible_schedulers(scheduler: str) -> tuple[str, ...]:
@@ -66,8 +64,6 @@ def read_scheduler(text: str, model_scheduler: str | None = None) -> tuple[Any, 
         check_choice(FLAG, name, possible_schedulers(model_scheduler))
     kind: Any = getattr(diffusers, name)
     setting_names = list(inspect.signature(kind.__init__).parameters)[1:]  # without self
-    if UNSEEDED_SETTING in setting_names:
-        setting_names.remove(UNSEEDED_SETTING)
     settings: dict[str, Any] = {}
     for word in filter(None, words.split(",")):
         key, equals, value = word.partition("=")
@@ -121,8 +117,8 @@ def give_generators(scheduler: Any, generators: Sequence[Any]) -> None:
     the global generator.
 
     Args:
-        scheduler: the scheduler for one pipeline call, which is modified.
-        generators: one generator for each image.
+        scheduler: the scheduler of the next pipeline call, which is modified.
+        generators: one generator for each image of this call.
     """
     if "generator" in inspect.signature(scheduler.step).parameters:
         # Pipelines inspect the parameters of ``step``, which a partial function keeps.

@@ -162,7 +162,7 @@ train = partial(command.train, DREAMBOOTH)
 
 
 def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
-    """Warn about training images that look alike, and held-out images that are trained on."""
+    """Warn about training images that look alike, and about held-out images that resemble them."""
     for phrase in describe_pairs(find_look_alikes(training.looks()), training.names()):
         logger.warning("%s: leave one out, or the run learns it twice as much.", phrase)
     if heldout is None:
@@ -186,17 +186,10 @@ def warn_of_copies(training: ImageSet, heldout: ImageSet | None) -> None:
 
 def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
     """Warn if the base model or ComfyUI behaves differently from what the options suggest."""
-    family = cfg.family
-    _, usual_guidance = family.usual_sampling(pipeline)
-    if usual_guidance == 0:
-        unread_prompts = [s for s in cfg.samples if s.negative_prompt and not s.guidance]
-        if unread_prompts:
-            title = family.title
-            logger.warning("%s uses no guidance, so negative prompts have no effect.", title)
     model_remark = None
     # An assistant keeps training from undoing a distillation.
     if cfg.assistant_lora is None:
-        model_remark = family.remark(cfg.pretrained_model_name_or_path, pipeline)
+        model_remark = cfg.family.remark(cfg.pretrained_model_name_or_path, pipeline)
     for remark in (model_remark, comfy.remark(cfg)):
         if remark is not None:
             logger.warning("%s", remark)
@@ -210,7 +203,7 @@ def warn_of_long_captions(cfg: DreamBoothConfig, pipeline: Any, training: ImageS
 
 
 def missing_class_images(images: Sequence[Path], count: int) -> list[int]:
-    """Return the numbers of class images that are missing in a folder to hold ``count`` images.
+    """Return the numbers of the class images to generate until a folder holds ``count`` images.
 
     The numbers of existing files are not used again, even if an interrupted run of several
     processes left gaps between them. Images with other names, such as the user's, count too.
@@ -242,6 +235,9 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
         if cfg.prior_generation_precision is not None:
             dtype = PRECISIONS[cfg.prior_generation_precision]
         pipeline = load_base(cfg, dtype).to(device)
+        memory_fix = "put your own images into --class_data_dir"
+        if cfg.sample_batch_size > 1:
+            memory_fix = f"lower --sample_batch_size (now {cfg.sample_batch_size}), or {memory_fix}"
         starts = range(0, len(indices), cfg.sample_batch_size)
         for start in tqdm(starts, "class images", disable=not accelerator.is_main_process):
             batch = indices[start : start + cfg.sample_batch_size]
@@ -251,8 +247,7 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
                 [cfg.seed + number for number in batch],
                 size=cfg.resolution,
                 batch=cfg.sample_batch_size,
-                memory_fix=f"lower --sample_batch_size (now {cfg.sample_batch_size}), or put your"
-                " own images into --class_data_dir",
+                memory_fix=memory_fix,
             )
             for number, image in zip(batch, sampled_images, strict=True):
                 image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:12]
@@ -270,7 +265,7 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
 
 
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantize the denoiser and the text encoders of a flow model, which are as large, to 4 bits.
+    """Quantize the trained models to 4 bits, and a flow model's text encoders, which are as large.
 
     A flow model's text encoders embed all prompts first, so that they can be deleted before the
     denoiser is moved to the device.

@@ -40,7 +40,7 @@ class Entry:
     concept: int = 0  # index of the image's concept
     # Set by `check`:
     size: tuple[int, int] = (0, 0)  # (height, width) of the upright image
-    num_bytes: int = 0  # size of the file
+    num_bytes: int = 0  # size of the file or content, in bytes
     mask_hash: bytes = b""  # hash of the mask; b"" without a mask
     look: Look | None = None  # None in a large set, whose images are not decoded
 
@@ -58,8 +58,8 @@ class Entry:
             decode: also decode all pixels and compute ``look``.
 
         Raises:
-            One of ``DECODE_ERRORS`` if the image can't be read or is too long, or if its mask is
-            black or has another size.
+            One of ``DECODE_ERRORS`` if the image or its mask can't be read, or if the image is too
+            long, or its mask is black or has another size.
         """
         source = self.encoded_image()
         if decode:
@@ -236,8 +236,9 @@ class ImageSet:
         """Raise UserError if the set was opened with masks but no mask hides anything."""
         if self._masks_from and not any(entry.mask for entry in self.entries):
             raise UserError(
-                f"no mask of {self.label}, from {self._masks_from}, hides anything: blacken the"
-                " parts that are not to be learned, or drop the masks."
+                f"no mask of the images in {self.label}, from {self._masks_from}, hides anything:"
+                " make the parts that are not to be learned black, or transparent for --alpha_mask,"
+                " or drop the masks."
             )
 
     def values_of_images(self, values: Sequence[T]) -> list[T]:

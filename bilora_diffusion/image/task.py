@@ -112,7 +112,7 @@ class DreamBooth:
         return self.stream.summary()
 
     def targets(self) -> list[Target]:
-        """Return the trained models: the denoiser and, if they are trained, the text encoders."""
+        """Return a target for each trained model: the denoiser and any trained text encoders."""
         cfg = self.cfg
         spec = AdapterSpec.from_options(cfg, target_modules=self.layers)
         encoder_spec = replace(spec, target_modules=TEXT_TARGETS)
@@ -153,7 +153,7 @@ class DreamBooth:
         return task
 
     def embed(self, device: torch.device) -> None:
-        """Embed all prompts of the run, then delete the encoders of a flow model."""
+        """Embed the run's prompts; for a flow model, embed all of them and delete its encoders."""
         disk = disk_cache.prompt_cache(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         self.prompts.add(self.stream.captions())
@@ -176,7 +176,7 @@ class DreamBooth:
                 setattr(self.pipeline, name, read())
 
     def to_device(self, device: torch.device) -> None:
-        """Move the models to a device, embed all prompts, and set up encoder and measurements."""
+        """Move the models to a device, embed prompts, and set up the encoder and measurements."""
         self.device = device
         vae = self.pipeline.vae
         space = self.family.latent_space(vae)
@@ -255,7 +255,7 @@ class DreamBooth:
     def _micro_batch(
         self, step: int, slots: tuple[int, ...], samples: Sequence[TrainingSample]
     ) -> MicroBatch:
-        """Build the micro-batch of instance samples, one for each slot, and then class samples."""
+        """Build a micro-batch: an instance sample for each slot, followed by any class samples."""
         latents = []  # this list and the next ones have one entry for each sample
         noise = []
         level_indices = []
@@ -322,7 +322,7 @@ class DreamBooth:
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Return losses on held-out and training images (`GridLoss`); {} without held-out images.
 
-        With ``--choose_by samples`` they include the distance of samples (`SampledDistance`).
+        If the distance of samples chooses the weights, it is included (`SampledDistance`).
         """
         if self.grid is None:
             return {}
@@ -338,7 +338,7 @@ class DreamBooth:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Write the validation images into ``validation/step-N``. The result has no metrics."""
+        """Generate the validation images, write them into ``validation/step-N``, and return {}."""
         samples = self.cfg.samples
         if not samples:
             return {}

@@ -47,7 +47,8 @@ UNSUPPORTED_SETTINGS: dict[str, tuple[str, str]] = dict.fromkeys(
     ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),
     ("this setting of sd-scripts is not supported", "write `--l` for guidance, or drop it"),
 )
-# A letter must follow the dashes: "10--20" and "a -- b" are text.
+# Dashes begin a setting only at the start or after a space, and before a letter: "10--20" and
+# "a -- b" are text.
 SETTING_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
@@ -83,7 +84,8 @@ def read_prompts(
         flag: the option that gives the prompts, for messages.
 
     Raises:
-        UserError: a setting is unknown, malformed or out of range, or a prompt has no text.
+        UserError: a setting is unknown, malformed, out of range or given twice, or a prompt has no
+            text.
     """
     parser = CommandLine([PromptOptions], "", "", UNSUPPORTED_SETTINGS)
     prompts: list[str] = []
@@ -111,7 +113,7 @@ def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
         prompt = text.strip() if flags else text
         for flag in flags:
             name, *values = flag.split(None, 1)
-            settings.append((name.lower(), "".join(values)))  # "" is refused later
+            settings.append((name.lower(), "".join(values)))  # "" is refused for a number
     else:
         prompt = item.get("prompt")
         # Null in a recipe means that the setting is not given.
@@ -119,7 +121,9 @@ def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
             if value is not None and name != "prompt":
                 settings.append((name, value))
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError("there is no prompt: put a text before the settings.")
+        raise UserError(
+            "there is no prompt: put a text before the settings (in a recipe, into `prompt`)."
+        )
     for name, value in settings:
         if not isinstance(value, str):
             raise UserError(f"{quoted(name)} is {quoted(value)}: give a single value.")
@@ -235,7 +239,8 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
         config: the run's options, from which the entries are derived if there is no index.
 
     Raises:
-        UserError: the index is damaged, or names a file that is not directly in the folder.
+        UserError: the index can't be read or is damaged, or names a file that is not directly in
+            the folder.
     """
     if not os.path.exists(path):
         return derive_index(config)

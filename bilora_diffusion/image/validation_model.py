@@ -115,7 +115,7 @@ def load_validation_model(
                 f'{FLAG} "{name}" differs in shape from the base model at {key}'
                 f" ({' and '.join(map(str, shapes))}): give a model that was derived from it."
             )
-    # Encoders are kept only if they are trained; other runs delete them before training.
+    # Sampling needs the encoders only if they are trained; other runs embed the prompts before.
     parts = {part: None for part in family.encoders if not cfg.train_text_encoder}
     components = {**pipeline.components, **parts}
     del components["scheduler"]

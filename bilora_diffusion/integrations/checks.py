@@ -101,7 +101,8 @@ def check_trainable(bilora: BiLoRA) -> None:
     """Check that all trainable parameters would be saved and keep small updates.
 
     Raises:
-        UserError: a parameter of the base model is trainable, or an adapter is in half precision.
+        UserError: a parameter of the base model is trainable, an adapter is in half precision, or
+            the init still needs a gradient.
     """
     trained_parameters = []
     # `param_groups` raises UserError if the init still needs a gradient.
@@ -118,8 +119,8 @@ def check_trainable(bilora: BiLoRA) -> None:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise UserError(
                 f"The adapters are in {parameter.dtype}, which loses small updates (bf16_full_eval "
-                "and fp16_full_eval cast adapters); train before such an evaluation, or attach the "
-                "adapters again."
+                "and fp16_full_eval cast adapters); train before such an evaluation, or attach "
+                "adapters to a newly loaded model."
             )
 
 

@@ -43,10 +43,10 @@ _VERSION = 2
 def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) -> BiLoRA:
     """Set up a trainer of Transformers or TRL to train Bi-LoRA; call it once, before `train`.
 
-    `learning_rate` and `weight_decay` apply to the primary. The auxiliary has no weight decay, and
-    its learning rate is the same unless the config sets one. Both rates follow the schedule.
-    `max_grad_norm` and the logged `grad_norm` apply to the primary only, since the ball bounds the
-    auxiliary. Evaluation, prediction and everything after `train` use the primary alone. A callback
+    `learning_rate`, `weight_decay`, `max_grad_norm` and the logged `grad_norm` apply to the primary
+    and to `modules_to_save`. The auxiliary has no weight decay and is not clipped, since the ball
+    bounds it. Its learning rate is the same unless the config sets one. Both rates follow the
+    schedule. Evaluation, prediction and everything after `train` use the primary alone. A callback
     that runs the model during training should do so within `bilora.evaluating()`.
 
     The trainer saves the primary as a plain PEFT LoRA adapter. A checkpoint also contains the
@@ -61,8 +61,10 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
         The object that `attach` returns. With init "lora-ga", call its `initialise` before `train`.
 
     Raises:
-        UserError: the engine shards parameters, the trainer has `model_init` or a model other than
-            the one with the adapters, or the optimizer is not supported.
+        UserError: the object is not a `Trainer` or already has Bi-LoRA, its engine shards or
+            replaces parameters, it has `model_init` or a model other than the one with the
+            adapters, its optimizer is not supported, or Transformers or TRL would not train both
+            adapters.
     """
     checks.check_trainer(trainer)
     _check_version(type(trainer))
@@ -236,7 +238,7 @@ def write_state(folder: Path, bilora: BiLoRA) -> None:
     """Add both adapters and the method's state to a checkpoint.
 
     Raises:
-        TrainingError: the file can't be written.
+        OSError, SafetensorError: the file can't be written.
     """
     settings = {
         "schema_version": _VERSION,
@@ -287,7 +289,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
         UserError: the file can't be read, or belongs to another model.
     """
     path = folder / WEIGHTS
-    saved = read_or_refuse(str(path), "keep it in place", lambda: load_file(path))
+    saved = read_or_refuse(str(path), "keep this file until training ends", lambda: load_file(path))
     primary = {}
     for name, parameter in adapters.named_parameters(bilora.model, PRIMARY).items():
         primary[adapters.peft_key(name)] = parameter

@@ -43,8 +43,8 @@ class BAR(CountingMethod, ABC):
             UserError: the optimizer lacks a parameter of the adapters, or can't have hooks.
         """
         optimizer = unwrap(optimizer)
-        # The rates are only checked here. Each step reads them again, since accelerate's `prepare`
-        # and a resume replace the groups.
+        # Here the rates only show which parameters the optimizer has. Each step reads them again,
+        # since accelerate's `prepare` and a resume replace the groups.
         rates = _learning_rates(optimizer)
         for path, layer in self.layers:
             A, B = weights(layer, PRIMARY)

@@ -121,7 +121,7 @@ class Method:
             The optimizer's parameter groups (keys: params, lr, weight_decay, name).
 
         Raises:
-            UserError: a target can't have the adapters.
+            UserError: a target can't have the adapters, or a LoRA file does not match them.
         """
         self.targets = tuple(targets)
         self.inject_adapters()
@@ -207,7 +207,8 @@ class Method:
         """Return detached tensors of the models for a checkpoint.
 
         These are all trained parameters, and the factors that an init subtracted from the base
-        weights. Keys have the form "target/adapter/module path.lora_A.weight".
+        weights. Keys have the form "target/adapter/module path.lora_A.weight", and
+        "target/whole/parameter path" for modules that are trained in full.
         """
         tensors: dict[str, Tensor] = {}
         for target in self.targets:
@@ -243,7 +244,7 @@ class Method:
         """Restore the state that `state_dict` returned.
 
         Raises:
-            UserError: the state belongs to another method.
+            UserError: the state has other keys, so it belongs to another method.
         """
         if state.keys() != self.state_dict().keys():
             raise UserError(

@@ -25,9 +25,9 @@ class FlatLoRA(CountingMethod):
     """min over B, A of E_N L(W0 + s B A + N), with a new N in each optimizer step.
 
     Row i of N has the standard deviation f rho ||W'_i|| / sqrt(n), where W' = W0 + s B A has n
-    columns and f = (1 - cos(pi t / T)) / 2. The noise depends only on seed, step and layer, so all
-    micro-batches and all processes use the same noise. It is added to copies of the adapted layers'
-    weights, so the weights themselves keep their exact values.
+    columns and f = (1 - cos(pi t / T)) / 2. Its random numbers depend only on seed, step, layer and
+    kind of device, so all micro-batches and all processes use the same noise. The noise is added to
+    copies of the adapted layers' weights, so the weights themselves keep their exact values.
 
     Source: Li et al. 2024b (https://arxiv.org/abs/2409.14396), with rho = 0.05 for T5 and Llama and
     0.1 for SDXL.

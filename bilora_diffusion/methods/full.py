@@ -16,7 +16,7 @@ from .registry import register
 
 @register("full")
 class FullFineTuning(Method):
-    """Gradient descent on W itself; options of adapters have no effect.
+    """Gradient descent on W itself; options of adapters have no effect or are refused.
 
     ``--dry_run`` prints the memory that this method needs.
     """
@@ -29,7 +29,7 @@ class FullFineTuning(Method):
     lora_limit: ClassVar[Mapping[str, Any] | None] = None
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
-        """Make every weight of the targets trainable.
+        """Make every floating-point weight of the targets trainable.
 
         Raises:
             UserError: a weight is in half precision.

@@ -18,8 +18,9 @@ class LoRASAM(Method):
     """min over B, A of max over ||(e_B, e_A)|| <= rho of L(W0 + (B + e_B)(A + e_A)).
 
     A step takes two passes. e = rho g / ||g||, with one norm over the factors of all layers and
-    targets. g is the gradient of the whole batch, and both passes use the same micro-batches. Only
-    the second gradient is clipped. The logged loss is that of the first pass.
+    targets and over the modules that are trained in full. g is the gradient of the whole batch, and
+    both passes use the same micro-batches. Only the second gradient is clipped. The logged loss is
+    that of the first pass.
 
     Source: Foret et al. 2021 (https://arxiv.org/abs/2010.01412), applied to LoRA's parameters as in
     Section 3.2 of the Bi-LoRA paper, which uses rho = 0.01 (GLUE, language models) and 0.05

@@ -65,7 +65,7 @@ def names() -> tuple[str, ...]:
 
 
 def reads(name: str) -> frozenset[str]:
-    """Return the names of the options that affect a method."""
+    """Return the names of the options in `MethodFlags` that affect a method."""
     return _METHODS[name].reads
 
 
@@ -76,7 +76,7 @@ def default_options(method: type[Method]) -> dict[str, Any]:
 
 
 def option_names() -> frozenset[str]:
-    """Return the names of the options that affect at least one method."""
+    """Return the names of the options in `MethodFlags` that affect at least one method."""
     names: set[str] = set()
     for method in _METHODS.values():
         names |= method.reads

@@ -18,7 +18,7 @@ COLORED = {
     f"{MINI}-duotone": (MINI, "duotone"),
     f"{MINI}-gray": (MINI, "gray"),
     f"{MINI}-pastel": (MINI, "pastel"),
-    f"{ANIMALS}-duotone": (ANIMALS, "duotone"),  # for one file's subject in another file's style
+    f"{ANIMALS}-duotone": (ANIMALS, "duotone"),  # shows one LoRA's subject in another's style
 }
 HELDOUT_SUFFIX = "-heldout"  # suffix of the names of held-out sets
 _FOLDER = Path(__file__).resolve().parent

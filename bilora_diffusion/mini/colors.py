@@ -10,7 +10,7 @@ from PIL import Image
 
 DARK, LIGHT = (30, 20, 110), (255, 240, 200)  # RGB of black and of white in a duotone
 # Factor for each channel's distance from white. A map must keep white areas light: the autoencoder
-# was trained only on white backgrounds and can't decode inverted icons.
+# can't decode inverted icons, since few of its training pictures have a dark background.
 PASTEL = 0.4
 SQUARE = 8  # side, in pixels, of the squares whose mean colors `color_difference` compares
 
@@ -40,7 +40,8 @@ MAPS = {"duotone": duotone, "gray": gray, "pastel": pastel}
 def color_difference(image: Image.Image, truth: Image.Image) -> float:
     """Compute the mean absolute difference of the squares' mean colors, in [0, 1].
 
-    The means make the difference insensitive to fine detail.
+    The images' sides must be multiples of `SQUARE`. The means make the difference insensitive to
+    fine detail.
     """
     return float(np.abs(_mean_colors(image) - _mean_colors(truth)).mean())
 

@@ -45,7 +45,7 @@ def load(
     folder = folder or scorer_dir()
     for name in ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: restore it, the scorer {NAME} needs it")
+            raise UserError(f"{folder / name} is missing: restore it, since {NAME} needs it")
     try:
         import open_clip
     except ImportError as error:
@@ -73,7 +73,5 @@ def captions(folder: Path | None = None) -> list[str]:
     """
     path = (folder or scorer_dir()) / CAPTIONS_FILE
     if not path.is_file():
-        raise UserError(
-            f"{path} is missing: restore it, it is the caption bank of the scorer {NAME}"
-        )
+        raise UserError(f"{path} is missing: restore it, since it is the caption bank of {NAME}")
     return path.read_text(encoding="utf-8").splitlines()

@@ -2,9 +2,11 @@
 
 ``RUN/checkpoints/step-N/`` contains
 
-    adapters.safetensors    the tensors of every adapter, including the auxiliary
+    adapters.safetensors    all trained weights, including the auxiliary's, the initial factors of
+                            PiSSA and LoRA-GA, and the best weights so far with --keep_best
     optimizer.safetensors   the optimizer's tensors, by their paths in its ``state_dict``
-    state.json              the rest of that ``state_dict``, and scheduler, scaler and extra state
+    state.json              the rest of that ``state_dict``, the step, and the state of the schedule
+                            and the gradient scaler, and other state of the run
     digests.json            the schema version, and the SHA-256 hashes of the other three files
 
 A checkpoint is written to ``.tmp-step-N``, flushed, and renamed.
@@ -47,7 +49,7 @@ STATE = "state.json"
 DIGESTS = "digests.json"
 # Files whose hashes are in `DIGESTS`.
 FILES = (ADAPTERS, OPTIMIZER, STATE)
-# Default limit for the size of all checkpoints of a run, in bytes; the newest two are always kept.
+# Default limit for the size of all checkpoints of a run, in bytes; at least two are kept.
 DEFAULT_BYTES = 2_000_000_000
 _NAME = re.compile(r"step-(\d+)")
 
@@ -58,11 +60,12 @@ class Checkpoint:
 
     Attributes:
         step: number of optimizer steps taken.
-        tensors: tensors of the adapters.
+        tensors: trained weights and other tensors of the run, by name.
         optimizer: ``state_dict`` of the optimizer.
         scheduler: ``state_dict`` of the learning rate's schedule.
         scaler: ``state_dict`` of the gradient scaler; None without fp16.
-        extra: other state of the run (configuration, state of the method), as JSON values.
+        extra: other state of the run, such as its configuration, the record of its data and the
+            method's state, as JSON values.
     """
 
     step: int

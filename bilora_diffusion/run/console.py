@@ -149,9 +149,9 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
             advice = _advice(quoted_folder, rows, measure, saved_steps, exports_best)
         else:
             advice = (
-                "the held-out loss does not show which step has the best images, which can improve"
-                " long after its minimum: compare the images of all steps, or train with"
-                " --keep_best"
+                "the held-out loss does not show which step has the best images, since images can"
+                " improve long after the loss is lowest: compare the images of all steps, or train"
+                " with --keep_best --choose_by samples"
             )
     else:
         # The scripts have different options for held-out data.
@@ -351,7 +351,7 @@ def _is_sure(rows: Sequence[Mapping[str, Any]], measure: str, step: int, other_s
 
 
 def quiet() -> None:
-    """Turn off progress bars and notices of diffusers and Transformers."""
+    """Turn off progress bars, notices and warnings of diffusers and Transformers."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -108,7 +108,8 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     """Describe the change from one record of a set to another; return None if there is none."""
     if saved["hash"] == current["hash"]:
         return None
-    # A record does not list a large number of samples, or two samples with the same name.
+    # A record of more than `MAX_LISTED` samples has no list, and a list has only one of several
+    # samples with the same name.
     lists_all = all(len(r.get("samples", ())) == r["count"] for r in (saved, current))
     if not lists_all:
         if saved["count"] == current["count"]:

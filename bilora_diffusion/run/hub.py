@@ -49,8 +49,8 @@ def write_card(
         results: results in the run's record, such as the number of steps taken.
         meta: the front matter.
         measured: measurements on held-out samples, by title.
-        facts: other variables of the template, such as the code that loads the weights and the
-            names of base model and data, without paths of this machine.
+        facts: other variables of the template, such as the names of the base model, the data and
+            the files, without paths of this machine.
     """
     method = get(options["method"])
     outcome = {
@@ -84,7 +84,11 @@ def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Return the run's settings; of the method's options, the radius and non-default ones."""
+    """Return the run's settings for the card.
+
+    Of the options that the method reads, these are the radius, the auxiliary's rank, and those with
+    other values than their defaults.
+    """
     method = get(options["method"])
     settings: dict[str, Any] = {"method": method.title}
     if not method.exports_weights:
@@ -186,7 +190,7 @@ def repository(name: str, token: str | None) -> str:
 
 
 def push(folder: Path, repo_id: str, token: str | None) -> None:
-    """Upload the run folder without its checkpoints and without paths of this machine.
+    """Upload the run folder without the files in `NOT_UPLOADED` and without paths of this machine.
 
     Raises:
         UserError: the upload failed; the run folder is complete.
@@ -210,7 +214,8 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
             words += ["--exclude", pattern]
         raise UserError(
             f"training is done and {folder} is complete, but the upload to '{repo_id}' failed"
-            f" ({reason(error)}): upload it with `{shlex.join(words)}`."
+            f" ({reason(error)}): upload the files without paths of this machine with"
+            f" `{shlex.join(words)}`."
         ) from error
 
 

@@ -47,7 +47,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", *MPI_RANKS)
 
 
 class Interruption:
-    """Context in which SIGINT and SIGTERM request the run to stop.
+    """Context in which SIGINT and SIGTERM ask the run to stop.
 
     An ignored signal, such as SIGINT in a shell's background job, stays ignored. Outside the main
     thread no handlers are installed.
@@ -146,6 +146,8 @@ def describe_interruption(
     control_folder: Path | None = None,
 ) -> Interrupted:
     """Return an interruption whose message contains the command that resumes the run.
+
+    If there is nothing to resume, return ``stop`` itself.
 
     Args:
         stop: interruption of a run (`train.setup.run`).

@@ -1,7 +1,8 @@
 """The lock of a run folder, which lets only one command at a time write into it.
 
 `filelock` calls ``flock`` on a hidden file. The operating system releases the lock when the process
-ends for any reason, so a crash leaves no lock behind.
+ends for any reason, so a crash leaves no lock behind. On a file system without ``flock``, the
+hidden file itself is the lock.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     only the main process takes the lock. The lock file names the process and its host.
 
     Raises:
-        UserError: another command holds the lock, or the folder is not writable.
+        UserError: another command holds the lock, or the folder can't be created or written.
     """
     if not is_main_process():
         yield
@@ -87,7 +88,7 @@ def _describe_owner(folder: Path) -> str:
 
 
 def locked_around(path: Path) -> AbstractContextManager[None]:
-    """Return `locked` for the run folder that a path is or is in; without one, lock nothing."""
+    """Return a context that locks the run folder that a path is or is in, if there is one."""
     path = path.absolute()
     for folder in (path, *path.parents):
         if (folder / RUN).is_file():

@@ -33,7 +33,7 @@ BY_CONCEPT = "heldout_loss_by_concept/"
 PICTURES = 10_000
 # Name of a run's activity between two evaluations.
 TRAINING_ACTIVITY = "training"
-# Minimum time between two writes of ``run.json`` while a run trains.
+# Minimum number of seconds between two writes of ``run.json`` by `RunLog.metric`.
 HEARTBEAT_SECONDS = 15.0
 
 # The limit is far above any fp32 number, and its square is still a finite float.
@@ -166,7 +166,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return the content of a run folder's ``run.json``, which has the types of `Record`.
 
     Raises:
-        UserError: there is no such file, it is damaged, or its schema version is unknown.
+        UserError: there is no such file, it can't be read, it is damaged, or its schema version is
+            unknown.
     """
     path = Path(folder) / RUN
     try:
@@ -189,7 +190,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the complete lines of ``metrics.jsonl`` in order; [] if there is no such file.
 
     Raises:
-        UserError: a complete line does not have the types of `Line`.
+        UserError: the file can't be read, or a complete line does not have the types of `Line`.
     """
     path = Path(folder) / METRICS
     rows: list[dict[str, Any]] = []
@@ -210,8 +211,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, float | None]]:
     """Return the newest values of the held-out measures up to a step.
 
-    The held-out loss's counterpart on training samples is included; the losses at single noise
-    levels and the distances of single images are not.
+    The losses of single concepts and the held-out loss's counterpart on training samples are
+    included; the losses at single noise levels and the distances of single images are not.
 
     Returns:
         Step and value, by log name.

@@ -1,8 +1,8 @@
 """Writer of a run's record: ``run.json`` (the run as a whole) and ``metrics.jsonl`` (its steps).
 
-``run.json`` is replaced atomically. ``metrics.jsonl`` gets one line of strict JSON per call, which
-is written immediately. If the process is killed, at most the last line is incomplete; readers skip
-it.
+``run.json`` is replaced atomically. ``metrics.jsonl`` gets one line of strict JSON per call of
+`RunLog.metric`, which is written immediately. If the process is killed, at most the last line is
+incomplete; readers skip it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ..core.errors import UserError
 
 
 def without_options(settings: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
-    """Return the settings without ``names``, also in the options of each concept."""
+    """Return the settings without ``names``, which each concept's options lose too."""
     remainder = {name: value for name, value in settings.items() if name not in names}
     if "concepts" in remainder:
         concepts = remainder["concepts"]

@@ -5,10 +5,10 @@ There is one file for each recorded step, which is written atomically. It contai
     factors/ADAPTER/TARGET.MODULE.A, .B     the trained factors, as matrices
     layers/NAME                             one value per layer, float64; see `train.dynamics`
 
-Its metadata contains, as JSON, the step, the names of the layers and each adapter's scales. The
-factors keep the dtype in which they are trained, normally float32, so that cosines to the final
-weights are exact. They take 23 MB for SDXL's 560 layers at rank 4, and twice as much with an
-auxiliary.
+Its metadata contains, as JSON, the schema version, the step, the layers' names and each adapter's
+scales. The factors keep the dtype in which they are trained, normally float32, so that cosines to
+the final weights are exact. They take 23 MB for SDXL's 560 layers at rank 4, and twice as much with
+an auxiliary.
 """
 
 from __future__ import annotations

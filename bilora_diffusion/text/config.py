@@ -92,11 +92,11 @@ class TextConfig(
     def derive_defaults(self) -> Self:
         from .models import TextSource  # imports torch
 
-        cfg = derive(self, TEXT_DEFAULTS)
-        # If no model is given, the constraints report it with their own message.
+        cfg = self
+        # First, since the rules read the kind. If no model is given, the constraints report it.
         if cfg.model_name_or_path is not None:
             cfg = replace(cfg, task_type=TextSource(cfg).kind)
-        return cfg
+        return derive(cfg, TEXT_DEFAULTS)
 
     def check_inputs(self) -> None:
         if self.task:
@@ -157,7 +157,7 @@ class TextConfig(
         return ALL_LINEAR if names == (ALL_LINEAR,) else names
 
     def warmup_steps(self, num_steps: int) -> int:
-        """Return the warm-up steps: as given, or a share of `num_steps`, rounded up.
+        """Return the number of warm-up steps: as given, or a share of `num_steps`, rounded up.
 
         Transformers rounds up too.
         """
@@ -172,7 +172,7 @@ def default_num_train_epochs(cfg: TextConfig) -> int | None:
 
 
 def default_warmup_ratio(cfg: TextConfig) -> float | None:
-    """Return the share of Tables A4 to A7, 0 for a constant rate, or None if steps are given."""
+    """Return the share of Tables A4 to A7; 0 for a constant rate; None if the steps are given."""
     if cfg.lr_warmup_steps is not None:
         return None
     return 0.0 if cfg.lr_scheduler == "constant" else WARMUP_RATIO

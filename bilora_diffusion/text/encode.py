@@ -53,10 +53,12 @@ class Encoded:
 
     Attributes:
         sources: indices of the examples in each row.
-        lengths: number of tokens of each row.
+        lengths: length of each row in tokens (`Row.length`); a packed row's is the sum over its
+            examples.
         target_tokens: number of tokens with a loss in each row.
         truncated: number of truncated examples.
-        dropped: number of examples that were skipped because no token has a loss.
+        dropped: number of examples that were skipped, because their answer is blank or no token
+            has a loss.
     """
 
     def __init__(self, data: datasets.Dataset, kind: str, examples: Sequence[Example]) -> None:
@@ -251,7 +253,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
 
 
 def join_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Concatenate the tokens, labels and positions of several examples to one row."""
+    """Concatenate the tokens and labels of several examples to one row, and add positions."""
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for part in parts:
         row["input_ids"] += part["input_ids"]
@@ -265,8 +267,8 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Assign examples to rows by best-fit decreasing.
 
     Starting with the longest, each example goes into the row where it leaves the fewest free
-    tokens. Rows are indexed by their free tokens, so the search does not slow down as rows are
-    added.
+    tokens, or into a new row if it fits into none. Rows are indexed by their free tokens, so the
+    search does not slow down as rows are added.
 
     Args:
         lengths: number of tokens of each example, at most `size`.
@@ -305,7 +307,7 @@ def require_packable(model: Any) -> None:
 
     Raises:
         UserError: the model does not take positions as an input, its attention implementation is
-            not one of `ATTENTION`, or it mixes packed examples.
+            not one of `ATTENTION`, or it mixes packed examples or their positions.
     """
     config = model.config.get_text_config()
     unsuited = f"--packing does not work with the model type {config.model_type}, which"
@@ -337,7 +339,7 @@ def require_packable(model: Any) -> None:
 
 
 def _probe(model: Any) -> list[Tensor]:
-    """Compute logits of three tokens, (3, vocabulary): alone and after two different examples."""
+    """Compute logits of three tokens, (3, vocabulary): alone, and after each of two examples."""
     last_token = model.config.get_text_config().vocab_size - 1
     probe_tokens = [5, 3, 4]
     logits = []

@@ -102,7 +102,8 @@ class Evaluation:
     def answer(self, folder: Path) -> dict[str, float]:
         """Generate answers greedily, write them to ``predictions.jsonl`` and return their metrics.
 
-        A classifier generates no answers: the result is empty, and no file is written.
+        A classifier and ``--max_predictions 0`` generate no answers: the result is empty, and no
+        file is written.
         """
         if self.text_model.kind == "classification":
             return {}
@@ -144,7 +145,7 @@ class Evaluation:
 
     def _explain_memory_errors(self, action: str, count: int) -> AbstractContextManager[None]:
         """Return a context manager whose out-of-memory error names the options to change."""
-        fix = "lower --generation_max_new_tokens, or use shorter rows"
+        fix = "use shorter rows, or lower --generation_max_new_tokens if answers are generated"
         if count > 1:
             fix = f"lower --eval_batch_size (now {self.cfg.eval_batch_size})"
         return explain_memory_errors(f"{action} of {counted(count, 'row')}", fix)
@@ -157,7 +158,7 @@ class Evaluation:
             yield order[start : start + self.cfg.eval_batch_size]
 
     def _prompt(self, number: int) -> list[int]:
-        """Return the tokens from which the model generates a row's answer."""
+        """Return the tokens from which a T5 or causal model generates a row's answer."""
         if self.text_model.kind == "seq2seq":
             return self.rows.row(number)["input_ids"]
         room = None

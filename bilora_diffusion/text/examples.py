@@ -84,7 +84,7 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
     dialogue = tuple(turns[: answer_numbers[-1] + 1])
     _, question = dialogue[-2]
     _, answer = dialogue[-1]
-    # A single question and its answer have no turns, so the example equals a row with two columns.
+    # A single question and its answer have no turns, as if they were read from two columns.
     is_plain = len(dialogue) == 2 and dialogue[0][0] == "user"
     return Example(question, answer, turns=() if is_plain else dialogue, where=where)
 
@@ -97,9 +97,9 @@ def open_file(
     Args:
         path: the file.
         input_column: column with the inputs, or with conversations: lists of objects with "role"
-            and "content". None or "auto" selects "messages", else the first of `INPUTS` that the
-            file has. If the file has "instruction" and also "input" or "context", both columns are
-            used; the second may be missing, null or blank in a row.
+            and "content". None or "auto" selects the first of these that the file has: "messages",
+            "instruction" together with "input" or "context", one of `INPUTS`. "input" or "context"
+            may then be missing, null or blank in a row.
         target_column: column with the answers; None or "auto" selects the first of `TARGETS` that
             the file has. Not used for conversations.
 
@@ -207,7 +207,7 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
-    """Return the classes of a file: its distinct answers, sorted; integers are sorted by value.
+    """Return the classes of a file: its distinct answers, sorted; by value if all are integers.
 
     A blank answer is not a class: `encode` skips its example.
     """

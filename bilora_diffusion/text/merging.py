@@ -39,7 +39,7 @@ from ..train.task import inference
 from .models import TextModel, TextSource
 from .options import TextModelOptions
 
-# Options that identify a run's base model and tokenizer.
+# Options that choose a run's base model and tokenizer, and control how they are loaded.
 BASE_OPTIONS = (
     "model_name_or_path",
     "task_type",
@@ -204,7 +204,7 @@ def merge(model: nn.Module, adapter: Adapter) -> list[str]:
     """Merge an adapter into a base model, in place.
 
     Returns:
-        One sentence about the rounding error; an empty list if all adapted weights are in fp32.
+        A list with one sentence about the rounding error; [] if all adapted weights are in fp32.
 
     Raises:
         UserError: the adapter does not fit the model, or a layer's weight is quantized or shared.
@@ -271,7 +271,7 @@ def merged_weight(
 def _plain_weight(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], name: str
 ) -> nn.Parameter:
-    """Return a layer's weight; raise UserError if it is quantized or shared with another layer."""
+    """Return a layer's weight; raise UserError if it is missing, quantized or shared."""
     weight = parameters.get(f"{name}.weight")
     if weight is None or is_quantized(model.get_submodule(name)):
         raise UserError(f"The base model has no unquantized layer {name}; {RESTORE}.")
@@ -285,7 +285,7 @@ def _plain_weight(
 
 
 def _llama_cpp_lines(source: TextSource, target: Path) -> list[str]:
-    """Return commands that convert a folder to GGUF, or [] if llama.cpp can't convert the model."""
+    """Return commands that convert a folder to GGUF; [] for a kind that llama.cpp can't convert."""
     is_supported = source.kind == "causal"
     if source.kind == "seq2seq":
         # llama.cpp reads the vocabulary of these models only from a SentencePiece file.

@@ -36,7 +36,7 @@ def score(
         answer_marker: text that precedes the final answer, for "answer_match".
 
     Raises:
-        UserError: scikit-learn is missing.
+        UserError: F1 or the Matthews correlation is computed, and scikit-learn is missing.
     """
     answers = [text.strip() for text in predictions]
     right_answers = [text.strip() for text in references]
@@ -53,8 +53,12 @@ def answer_after(text: str, marker: str | None) -> str | None:
     "####1000.0" and "#### $1000." are the same answer. From any other line, only periods at the end
     are removed. Later lines are ignored, since a model may continue after its answer.
 
+    Args:
+        text: a generated or correct answer.
+        marker: text that precedes the final answer; None or "" for the first line of the text.
+
     Returns:
-        The answer; None if the text does not have the marker.
+        The final answer; None if the text does not have the marker.
     """
     if marker:
         _, separator, text = text.partition(marker.strip())
@@ -98,8 +102,8 @@ def require_references(
         if answer_after(reference, answer_marker) is None:
             raise UserError(
                 f'{row} has the answer "{reference[-60:]}" without "{answer_marker}", which must'
-                " precede the final answer: correct the row, or give --max_predictions 0 to"
-                " generate no answers."
+                " precede the final answer: correct the row, or give --max_predictions 0 (with"
+                " --choose_by loss) to generate no answers."
             )
 
 

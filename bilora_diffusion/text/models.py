@@ -46,8 +46,8 @@ class TextModel:
         model: Transformers model.
         tokenizer: the model's tokenizer.
         kind: "seq2seq", "causal" or "classification".
-        new_modules: names of layers without stored weights: a classifier's head, and layers before
-            it such as DistilBERT's "pre_classifier".
+        new_modules: names of a classifier's layers without stored weights: its head, and layers
+            before the head such as DistilBERT's "pre_classifier".
     """
 
     model: Any
@@ -66,7 +66,7 @@ class TextModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """Maximum number of tokens of a row; None for relative positions (T5)."""
+        """Maximum number of tokens of a row; None without a limit, as with T5's positions."""
         config = self.model.config
         limit = getattr(config, "max_position_embeddings", None)
         # T5's configuration has "n_positions" too, but it is not a limit.
@@ -124,13 +124,13 @@ class TextSource:
         seed: int = 0,
         weights: bool = True,
     ) -> TextModel:
-        """Load model and tokenizer, both on the CPU, without adapters.
+        """Load model and tokenizer, on the CPU and without adapters.
 
         Args:
             dtype: dtype of the weights.
-            labels: names of a classifier's classes.
+            labels: names of a classifier's classes; None for those in the configuration.
             seed: seed of a new head's initial values.
-            weights: False for an empty model (`dry_run.empty`).
+            weights: False for an empty model on the "meta" device (`dry_run.empty`).
 
         Raises:
             UserError: the weights or the tokenizer can't be read, are damaged, or do not fit.
@@ -308,7 +308,7 @@ def _modules_of(keys: Iterable[str]) -> tuple[str, ...]:
 
 
 def _has_class(config: Any, kind: str) -> bool:
-    """Return whether Transformers or the model's repository has a class of a kind for the model."""
+    """Return whether Transformers or the model's repository has a model class of this kind."""
     name = AUTO_CLASSES[kind]
     classes_of_repository = getattr(config, "auto_map", None) or {}
     return f"Auto{name}" in classes_of_repository or type(config) in _auto(name)._model_mapping

@@ -29,10 +29,10 @@ def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> 
     Returns:
         "input_ids", (rows, width) int64; "labels", (rows, target width), -100 where there is no
         loss, or (rows,) for a classifier; "attention_mask", (rows, width), 1 for tokens and 0 for
-        padding; and "token_type_ids" if the tokenizer returns them. A packed batch has
-        "position_ids", (rows, width), instead of a mask: without a mask and a cache, Transformers
-        starts a new example at every position 0, and tokens see only their own example. Padding
-        tokens have position 0.
+        padding; and, for a classifier whose tokenizer returns them, "token_type_ids". A packed
+        batch has "position_ids", (rows, width), instead of a mask: without a mask and a cache,
+        Transformers starts a new example at every position 0, and tokens see only their own
+        example. Padding tokens have position 0.
     """
     fill_values = {"input_ids": pad_token_id, "labels": IGNORED}
     batch = {}
@@ -69,7 +69,7 @@ class TextModule(nn.Module):
         return losses * inputs["weights"]
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute the sum of the losses of each row's target tokens, (slots,), in float32."""
+        """Sum the losses of each row's target tokens, or of its class, (slots,), in float32."""
         if self.kind == "classification":
             return F.cross_entropy(logits.float(), labels, reduction="none")
         if self.kind == "causal":
@@ -77,7 +77,8 @@ class TextModule(nn.Module):
             logits = logits[:, :-1]
             labels = labels[:, 1:]
         is_target = labels != IGNORED  # (slots, tokens)
-        # Select the target tokens first: fp32 logits of all padded tokens would take gigabytes.
+        # Select the target tokens first: fp32 logits of all tokens, with padding, would take
+        # gigabytes.
         losses = F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
         rows = is_target.nonzero()[:, 0]  # row of each loss
         return losses.new_zeros(len(labels)).index_add(0, rows, losses)

@@ -129,7 +129,10 @@ class TextDataOptions:
         64, "Maximum number of tokens of a seq2seq model's answer.", range=TOKENS
     )
     max_train_samples: int | None = option(
-        None, "Number of training rows to use, chosen with seed 0. Default: all.", range=ROWS
+        None,
+        "Maximum number of training rows, chosen at random with seed 0. Default: all; metamath and"
+        " code_feedback have at most 100,000.",
+        range=ROWS,
     )
     packing: bool = option(
         False,
@@ -160,6 +163,13 @@ class TextAdapterOptions(AdapterOptions):
         "lora_alpha",
         help="Alpha: the adapter's output is scaled by alpha/r. Default: twice the rank (16).",
     )
+    init_from: str | None = like(
+        AdapterOptions,
+        "init_from",
+        help="PEFT adapter (file or folder) or run folder with the primary's initial values;"
+        " --rank, --lora_alpha and --target_modules must match it. The trained and exported adapter"
+        " then includes its effect.",
+    )
     target_modules: list[str] = option(  # noqa: RUF009
         [ALL_LINEAR],
         "Layers that get adapters, given by their names or by the ends of their names; all-linear"
@@ -175,8 +185,8 @@ class TextMethodFlags(MethodFlags):
     rho: float | None = like(
         MethodFlags,
         "rho",
-        help="Radius of the ball that bounds the auxiliary (bilora, Eq. 8), of the ascent step"
-        " (lora-sam, Eq. 4) or of the noise (flat-lora). Default: 0.05; 0.01 for lora-sam.",
+        help="Radius of the ball that bounds the auxiliary (bilora, Eq. 8) or of the perturbation"
+        " (lora-sam, Eq. 4); strength of the noise (flat-lora). Default: 0.05; 0.01 for lora-sam.",
     )
 
 
@@ -270,11 +280,18 @@ class EvaluationOptions:
         aliases=("--per_device_eval_batch_size",),
         range=BATCHES,
     )
-    max_eval_samples: int | None = like(HeldOutOptions, "max_eval_samples", ignored=(WITHOUT_ROWS,))
+    max_eval_samples: int | None = like(
+        HeldOutOptions,
+        "max_eval_samples",
+        help="Measure at most this many held-out rows, the same ones in every run. Default: all.",
+        ignored=(WITHOUT_ROWS,),
+    )
     validation_loss_steps: int = option(
         0,
         "Number of steps between measurements of the held-out loss, and of the score with"
-        " --choose_by score; 0 measures only at the start and the end.",
+        " --choose_by score; 0 measures only at the start and the end. Default with --keep_best or"
+        " --early_stopping_patience, if --max_train_steps is given: twenty measurements, or five"
+        " with --choose_by score.",
         aliases=("--eval_steps",),
         range=STEPS.or_zero,
         ignored=(WITHOUT_ROWS,),

@@ -23,7 +23,8 @@ def locate(name_or_path: str, option: str) -> str:
         option: option that gave the name, for messages.
 
     Raises:
-        UserError: the package with the model is missing, or a path does not exist.
+        UserError: the package with the model is missing, or the name is a file, a path that does
+            not exist, or not a valid hub id.
     """
     packaged_model = PACKAGED.get(name_or_path)
     if packaged_model is None or Path(name_or_path).exists():

@@ -129,8 +129,8 @@ def hold_out(rows: Rows, share: float) -> Rows:
         missing_side = "training" if heldout else "held-out"
         raise UserError(
             f"--validation_split {share:g} leaves no {missing_side} row among the"
-            f" {len(rows.train)} in {rows.name}: give another share, more rows, or a"
-            " --validation_file."
+            f" {len(rows.train)} in {rows.name}: give another share, more rows, or"
+            " --validation_file instead."
         )
     logger.info(
         "--validation_split %g holds out %d of the %d rows of %s, by a hash of their content",
@@ -178,7 +178,8 @@ def open_task(
         cache_dir: folder for downloads.
 
     Raises:
-        UserError: the dataset can't be loaded, or is not the one that the task expects.
+        UserError: the dataset can't be loaded, is too small, or is not the one that the task
+            expects.
     """
 
     def examples_of(rows: Any, split: str, indices: Sequence[int]) -> list[Example]:
@@ -241,7 +242,7 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
     with as_user_error(
         f"the dataset {task.dataset} of the task {task.name} could not be loaded",
         "check the connection, log in with `hf auth login` if it is not public, or give a file with"
-        " --train_file",
+        " --train_file instead of --task",
     ):
         try:
             return datasets.load_dataset(task.dataset, task.config_name, **arguments)

@@ -50,7 +50,7 @@ class TextScript(Script[TextConfig]):
     scorer = "eval.text_scores"
 
     def build_task(self, cfg: TextConfig, accelerator: Accelerator) -> TextTask:
-        """Read the data and load the model, in this order: errors in the data show up sooner."""
+        """Read the data, then load the model, so that errors in the data show up early."""
         datasets.disable_progress_bars()
         source = TextSource(cfg)
         rows = open_rows(cfg)
@@ -120,7 +120,7 @@ def require_scorable(cfg: TextConfig, rows: Rows) -> None:
     for example in rows.validation or []:
         if example.answer.strip():  # rows with a blank answer are skipped
             references.append((example.where, example.answer))
-    # Answers are generated only for the first rows.
+    # Answers are generated only for the first `max_predictions` rows.
     references = references[: cfg.max_predictions]
     require_references(rows.metrics, references, rows.answer_marker)
 

@@ -72,7 +72,7 @@ class TextTask:
         return f"{rows} of at most {self.cfg.max_length} tokens"
 
     def targets(self) -> list[Target]:
-        """Return the model as the only target; a classifier's new layers are fully trained too."""
+        """Return the model as the only target; a classifier's head and new layers train in full."""
         cfg = self.cfg
         whole_modules = self.text_model.whole_modules
         spec = AdapterSpec.from_options(
@@ -125,7 +125,7 @@ class TextTask:
             yield MicroBatch(slots, tuple(names), tuple(digests), inputs)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Measure the held-out loss and the other values of `Evaluation.measure`."""
+        """Measure the values of `Evaluation.measure`; {} without held-out rows."""
         if self.evaluation is None:
             return {}
         with evaluating:
@@ -134,7 +134,7 @@ class TextTask:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Write generated answers to ``predictions.jsonl`` and return their metrics."""
+        """Write and score answers (`Evaluation.answer`); {} without held-out rows."""
         if self.evaluation is None:
             return {}
         with evaluating:
@@ -147,8 +147,8 @@ def read_start(
     """Read the primary's initial values from a PEFT adapter; return tensors by PEFT key.
 
     Raises:
-        UserError: the adapter can't be read, or its layers, rank, alpha or kind (LoRA or DoRA)
-            differ from the primary's.
+        UserError: the adapter can't be read, its layers, rank, alpha or kind (LoRA or DoRA) differ
+            from the primary's, or its layers have several ranks or alphas.
     """
     with as_user_error(f"--{source.option} {source.path} can't be read", "give a PEFT adapter"):
         tensors = load_file(source.path)
@@ -187,7 +187,7 @@ def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
     """Estimate the memory of a step with the longest rows; the task's model can be empty.
 
     Returns:
-        Bytes by part, for the one phase of a step; `dry_run.complete` adds the trained weights.
+        Bytes by part, for the phase `STEP` only; `dry_run.complete` adds the other parts.
     """
     cfg, text_model, train = task.cfg, task.text_model, task.data.train
     config = text_model.model.config.get_text_config()

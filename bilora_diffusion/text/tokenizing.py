@@ -77,7 +77,7 @@ def seq2seq_rows(
 ) -> list[Row]:
     """Tokenize inputs and targets, each truncated to its maximum length.
 
-    The tokenizer adds its special tokens, such as the EOS at the end; they count in the length.
+    The tokenizer adds its special tokens, such as the EOS at the end; the maximum includes them.
     """
     questions = [example.question for example in examples]
     answers = [example.answer for example in examples]
@@ -238,7 +238,7 @@ def _fit(
 
 
 def _last_values(values: list[Any], size: int, first: Any) -> list[Any]:
-    """Return the last `size` values, including the first one if it equals `first` (a BOS)."""
+    """Return the last values, at most `size`; a first value equal to `first` (a BOS) is kept."""
     if len(values) <= size:
         return values
     if size > 1 and values[0] == first:
@@ -284,8 +284,8 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
             if not text.startswith(prompt):
                 raise UserError(
                     f"the tokenizer's chat template writes the turns of {where} differently if an"
-                    " answer follows, so training would not match generation: give --template"
-                    " alpaca, or another chat template."
+                    " answer follows, so training would not match generation: give another"
+                    " --tokenizer_name or, if no row has several turns, --template alpaca."
                 )
             end = _turn_end(text, len(prompt), messages[number]["content"], tokenizer, where)
             spans.append((len(prompt), end))
@@ -309,7 +309,8 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
     if roles not in (["user"], ["system", "user"]):
         raise UserError(
             f"{example.where} is a conversation of several turns ({', '.join(roles[:6])}), which"
-            " only --template chat supports: give it and a tokenizer that has a chat template."
+            " only --template chat supports: give --template chat, with a tokenizer that has a chat"
+            " template."
         )
     prompt = "\n\n".join(message["content"] for message in messages)
     if template == "alpaca":
@@ -320,7 +321,8 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
 def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = False) -> str:
     """Apply the tokenizer's chat template; `prompting` appends the start of an answer's turn."""
     sentence = f"the tokenizer's chat template can't render {where}"
-    with as_user_error(sentence, "correct its turns, or give --template alpaca"):
+    fix = "correct its turns or, if no row has several turns, give --template alpaca"
+    with as_user_error(sentence, fix):
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompting
         )
@@ -339,7 +341,8 @@ def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -
     if place < 0:
         raise UserError(
             f"the tokenizer's chat template changes an answer of {where}, so its tokens can't be"
-            " found: give --template alpaca, or another chat template."
+            " found: give another --tokenizer_name or, if no row has several turns, --template"
+            " alpaca."
         )
     end = place + len(stripped)
     tail = text[end:].lstrip()

@@ -1,7 +1,8 @@
 """The command of a training script, from its configuration to its end.
 
-With ``--compare``, the command also trains a control, which has the same options but another
-``--method``. Both runs use the same data, noise and initial values, so only the method differs.
+With ``--compare``, the command also trains a control, which has another ``--method`` and the
+defaults of options that both methods read, but otherwise the same options. Both runs use the same
+data, noise and initial values, so only the method differs.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def train(
         config: configuration that was already read from the arguments, if any.
 
     Raises:
-        UserError: the input is invalid; nothing was written.
-        TrainingError: training could not continue; checkpoints and metrics are kept.
-        Interrupted: a signal ended the command; the message says how to resume.
+        UserError: the input is invalid; most input is checked before anything is written.
+        TrainingError: training could not continue, or the last evaluation failed; checkpoints and
+            metrics are kept.
+        Interrupted: a signal ended the command; the message says how to resume an unfinished run.
     """
     arguments = sys.argv[1:] if argv is None else argv
     show_messages()
@@ -79,12 +81,14 @@ def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = ""
 
     Args:
         script: training script.
-        configs: configuration of each run; only the method and the output folder differ.
+        configs: configuration of each run; only the method and its options, the output folder and
+            the hub repository differ.
         closing: message that is logged after all runs.
 
     Raises:
-        UserError: the input is invalid; nothing was written.
-        TrainingError: training could not continue; checkpoints and metrics are kept.
+        UserError: the input is invalid; most input is checked before anything is written.
+        TrainingError: training could not continue, or the last evaluation of a run failed;
+            checkpoints and metrics are kept.
         Interrupted: a signal ended a run; the runs after it were not started.
     """
     # Check the folders before anything is loaded, and lock them until the end, so that no other
@@ -142,14 +146,14 @@ def train_configs(script: Script[Any], configs: Sequence[Any], closing: str = ""
         if accelerator.is_main_process and closing:
             logger.info(closing)
         close_engine(accelerator)
-        # Raise this error last, so the control is trained even if the run's last images failed.
+        # Raise this error last, so the control is trained even if the run's last evaluation failed.
         if accelerator.is_main_process:
             for folder in trained_folders:
                 setup.require_evaluated(folder)
 
 
 def show_messages() -> None:
-    """Show all messages of this package, but only warnings of libraries, on stderr."""
+    """Show this package's messages, and the warnings and errors of libraries, on stderr."""
 
     def is_shown(record: logging.LogRecord) -> bool:
         # open_clip uses the root logger and logs the name of each file that it reads.
@@ -163,7 +167,8 @@ def show_messages() -> None:
 def hub_repositories(runs: Sequence[PlannedRun]) -> dict[Path, str]:
     """Create the hub repositories that the runs are pushed to; return their ids by run folder.
 
-    A token without write access is refused here rather than after hours of training.
+    A token that can't create a missing repository is refused here rather than after hours of
+    training.
     """
     repo_ids: dict[Path, str] = {}
     for run in runs:

@@ -41,7 +41,7 @@ ADAPTER_TITLES = {
     SAMPLING: "sampling, frozen",
 }
 BEFORE, STEP = "before training", "a training step"
-# Bytes of each part in each phase of a run; `complete` adds the trained weights.
+# Bytes of each part in each phase of a run; `complete` adds the parts that all tasks have.
 PhaseMemory = dict[str, dict[str, int]]
 
 
@@ -79,7 +79,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
         f"steps: {steps:,} of {step_size}, {counted(f'{epochs:.3g}', 'epoch')}",
     ]
     hours = describe_hours_per_second(steps, "a step")
-    lines.append(f"time: not estimated; {hours}, plus the time for generating images")
+    lines.append(f"time: not estimated; {hours}, plus the time for evaluations")
 
     process = process_bytes(device)
     phases = complete(phases, trained, process)

@@ -1,6 +1,6 @@
 """Recording for ``--log_dynamics``: the adapters' factors over time and the auxiliary's effect.
 
-Every ``--dynamics_steps`` steps, the main process records
+Every ``--dynamics_steps`` steps, and at step 0 and the last step, the main process records
 
 - for every method with adapters: the factors A and B (``snapshots``);
 - for LoRA-SAM, while the weights are perturbed: the Frobenius norms of the terms of Equation 5,
@@ -81,7 +81,7 @@ class Dynamics:
             self._layer_values[GAIN] = ascent_gain(factors, self._gradients(AUXILIARY, factors))
 
     def values(self) -> dict[str, Any]:
-        """Return totals over the layers for the last step's log; {} if it is not recorded."""
+        """Return totals over the layers for the last step's log; {} if the step is not recorded."""
         step = self._trainer.step
         if not self.is_due(step):
             return {}
@@ -98,7 +98,7 @@ class Dynamics:
         Raises:
             TrainingError: the file can't be written.
         """
-        if self._snapshot is None:  # before the first step
+        if self._snapshot is None:  # `values` was not called (step 0), or the step is not recorded
             self.values()
         if self._snapshot is not None:
             snapshots.write(folder, self._snapshot)

@@ -82,7 +82,8 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
         )
     except ValueError as error:
         raise UserError(
-            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
+            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use another"
+            " precision, such as no."
         ) from error
     read_in_every_process(accelerator)
     if cfg.allow_tf32 and torch.cuda.is_available():
@@ -261,7 +262,7 @@ def average_gradients(accelerator: Accelerator, optimizer: Optimizer) -> None:
         if gradient is None:
             gradient = torch.zeros_like(parameter)
         gradients.append(gradient.flatten())
-    # One reduction of all gradients, concatenated to one vector.
+    # One reduction of all gradients, concatenated into one vector.
     mean: Any = accelerator.reduce(torch.cat(gradients), reduction="mean")
     means = mean.split([parameter.numel() for parameter in reached])
     for parameter, values in zip(reached, means, strict=True):
@@ -274,8 +275,9 @@ class Blocks:
     """The repeated blocks of some models, compiled in place.
 
     Names, weights and adapters do not change. Each combination of block size, input size and
-    adapter state compiles its own graph at its first use; no graph covers several sizes. So graphs
-    do not depend on earlier inputs, and a resumed run computes the same as an uninterrupted one.
+    adapter state has its own graph, which is compiled at its first use; no graph covers several
+    sizes. So graphs do not depend on earlier inputs, and a resumed run computes the same values as
+    an uninterrupted one.
 
     Args:
         models: models, of which only those of diffusers are compiled; may be empty.

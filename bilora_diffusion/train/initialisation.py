@@ -1,7 +1,7 @@
 """Initial values of the primaries for an ``init_lora_weights`` that needs weights or gradients.
 
-PiSSA starts from the base weights. LoRA-GA starts from the mean gradient of the base weights; the
-device holds the gradient of one layer at a time.
+PiSSA starts from the base weights. LoRA-GA starts from the mean gradient of the loss with respect
+to the base weights; the device holds the gradient of one layer at a time.
 """
 
 from __future__ import annotations

@@ -44,9 +44,10 @@ def run(
 ) -> list[Failure]:
     """Train to the end: steps, metrics, held-out loss, checkpoints, export and validation.
 
-    Results are saved before an evaluation could fail: a checkpoint before the validation samples of
-    its step, and the exported result before the last samples. If an evaluation fails, the failure
-    is reported and training continues (`Evaluations`).
+    Results are saved before samples are generated, which may fail: a checkpoint before the
+    validation samples of its step, and the exported result before the last samples. If an
+    evaluation fails, the failure is reported and training continues, except in three cases
+    (`Evaluations`).
 
     An interruption ends the loop early, after a step whose checkpoint is saved.
 
@@ -57,7 +58,7 @@ def run(
         export: function that writes the result; None if nothing is exported.
 
     Returns:
-        The evaluations that failed, the same in every process.
+        The evaluations that failed, the same in every process; [] after an interruption.
     """
     record_activity = None if log is None else log.record_activity
     # An error closes the bar, so the error message starts on a new line.
@@ -155,9 +156,10 @@ class Failure(NamedTuple):
 class Evaluations:
     """The evaluations between a run's steps: held-out losses and validation samples.
 
-    The loss is measured at step 0 of a new run, every ``validation_loss_steps`` steps (0 for never)
-    and at the end. If the held-out samples decide which weights are exported, the default interval
-    is a twentieth of ``max_train_steps``, or a fifth if each measurement generates samples.
+    The loss is measured at step 0 of a new run, every ``validation_loss_steps`` steps unless this
+    option is 0, and at the end. If the held-out samples decide which weights are exported, the
+    default interval is a twentieth of ``max_train_steps``, or a fifth if each measurement generates
+    samples.
 
     After the first step, a failed evaluation must not lose trained weights: it is reported in one
     sentence, and the run continues. A failure ends the run only in three cases: at step 0, where

@@ -80,8 +80,8 @@ class ClippedOptimizer:
 
     def step(self) -> None:
         """Clip the unscaled gradients, then update; a non-finite fp16 gradient skips the update."""
-        # Only the primary is clipped: a joint norm with the auxiliary would multiply the primary's
-        # gradient by 0.70 (measured with T5-base at a maximum norm of 1).
+        # The auxiliary is not clipped: a joint norm with it would multiply the primary's gradient
+        # by 0.70 (measured with T5-base at a maximum norm of 1).
         self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()
 
@@ -143,8 +143,9 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
     # Use one kernel for all parameters. On a CPU, the default updates them one at a time, and the
     # update of Bi-LoRA would take twice as long as that of LoRA.
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
-    # With this flag, the kernel itself would skip a step for a gradient scaler. `step` would return
-    # normally, and the hooks after it would count and project a step that was not taken.
+    # If this flag were True, the kernel itself would skip a step for a gradient scaler. `step`
+    # would return normally, and the hooks after it would count and project a step that was not
+    # taken.
     cast(Any, optimizer)._step_supports_amp_scaling = False
     return optimizer
 

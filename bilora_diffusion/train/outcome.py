@@ -54,7 +54,7 @@ class Best:
     def is_improved_by(self, measurement: float, step: int) -> bool:
         """Count a measurement and return whether it is a new best.
 
-        The caller then stores the weights.
+        If it is, the caller must store the weights.
         """
         if step == 0:
             return False
@@ -138,7 +138,7 @@ class Outcome:
         return last_step if self.best_step is None else self.best_step
 
     def results(self) -> dict[str, Any]:
-        """Return values for the record: an early end, and the best step if the run exports it."""
+        """Return values for the record: the measure that decides, an early end, the best step."""
         results: dict[str, Any] = {}
         if self._cfg.depends_on_heldout:
             results["chosen_by"] = self._cfg.heldout_measure

@@ -96,6 +96,9 @@ def run(
         repo_id: hub repository that the folder is pushed to.
 
     Raises:
+        UserError: the task can't be trained with these options, or the checkpoint does not match
+            the run.
+        TrainingError: training could not continue.
         Interrupted: a signal ended the run, or came during the export: then the run is finished,
             but the command must not start the next one.
     """
@@ -246,7 +249,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
 
 
 def describe_method(method: Method, rank: int) -> str:
-    """Return the method and the number of trained weights, as part of a sentence."""
+    """Return the method and the number of weights that it exports, as part of a sentence."""
     count = sum(parameter.numel() for parameter in method.result_parameters())
     size = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:

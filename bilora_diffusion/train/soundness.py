@@ -1,4 +1,4 @@
-"""Checks of a loaded model for images or text. Each one reports a fault in one sentence.
+"""Checks of a model's files and of a loaded model. Each one reports a fault in one sentence.
 
 Without these checks, libraries replace missing parts and only warn, or they fail in the first step.
 """
@@ -53,7 +53,7 @@ def require_whole(part: str, missing: Iterable[str]) -> None:
 
 
 def require_words(part: str, tokenizer: Any, rows: int | None, fix: str) -> None:
-    """Check that a tokenizer has words, and no more tokens than its model has embeddings.
+    """Check that a tokenizer has words, and that its model has an embedding for each used token.
 
     Args:
         part: name of the tokenizer for the user.
@@ -62,7 +62,7 @@ def require_words(part: str, tokenizer: Any, rows: int | None, fix: str) -> None
         fix: advice at the end of the message, without a period.
 
     Raises:
-        UserError: the tokenizer has no words or too many tokens.
+        UserError: the tokenizer has no words, or a used token has no embedding.
     """
     vocabulary = tokenizer.get_vocab()
     # If the files are missing, Transformers creates an empty tokenizer for some types without a

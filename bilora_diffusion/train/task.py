@@ -86,7 +86,7 @@ class Task(Protocol[Config]):
         ...
 
     def targets(self) -> list[Target]:
-        """Return the models that get adapters, with their learning rates."""
+        """Return the models to train, with their adapters' shapes and their learning rates."""
         ...
 
     def micro_batches(
@@ -170,7 +170,7 @@ class SampleOrder:
     """A stream of sample numbers that consists of shuffled epochs.
 
     Each epoch is a permutation that depends on (seed, epoch) and contains each sample as often as
-    `repeats` sets. Positions are absolute, so a resumed run only needs to know its step.
+    `repeats` specifies. Positions are absolute, so a resumed run only needs to know its step.
 
     Args:
         n: number of samples.
@@ -217,7 +217,7 @@ class KindsOrder:
 
     Each kind has its own shuffled stream, which continues from step to step. In every pass over the
     data, a kind gets as many steps as its samples fill, so in the long run each sample appears as
-    often as `repeats` sets, even if its kind is rare. The steps of a pass are shuffled.
+    often as `repeats` specifies, even if its kind is rare. The steps of a pass are shuffled.
 
     Args:
         kinds: kind of each sample.

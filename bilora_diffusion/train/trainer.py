@@ -117,7 +117,7 @@ class Trainer:
 
         Raises:
             UserError: the loss depends on no layer of a model.
-            TrainingError: a loss or a gradient is not finite.
+            TrainingError: a weight, a loss or a gradient is not finite.
         """
         initialise(self.task, self.method.targets, self.cfg, self.accelerator)
 
@@ -157,8 +157,8 @@ class Trainer:
             Values for the log.
 
         Raises:
-            TrainingError: a loss is not finite, or the gradients of many consecutive steps are not;
-                this step was not saved.
+            TrainingError: a loss is not finite, or the gradients of many consecutive steps or of
+                all steps are not; this step was not saved.
         """
         started = time.perf_counter()
         self._losses_of_step.clear()
@@ -242,7 +242,7 @@ class Trainer:
                 digests += process_digests
                 levels += process_levels
                 names += process_names
-                # If there are several signals, every process uses that of the first process.
+                # If several processes got a signal, all use that of the first of them.
                 self._shared_signal = self._shared_signal or number
         # The hash follows the order of the slots, which does not depend on the processes.
         return digest_texts([digest for _, digest in sorted(digests)]), levels, names
@@ -286,7 +286,7 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run ends here: at its last step, or earlier because of its held-out loss."""
+        """Whether the run ends here: at its last step, or because the patience has run out."""
         return self.step >= self.num_steps or self.outcome.best.is_exhausted
 
     @contextmanager

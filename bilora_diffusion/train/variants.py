@@ -143,7 +143,7 @@ def to_flags(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def identity_of(config: RunConfig) -> dict[str, Any]:
-    """Return the options that affect a run's result and differ from their defaults.
+    """Return the options that affect a run's result or measurements and are not at their defaults.
 
     The recipe's options are included, so a finished run is not mistaken for a run of an edited
     recipe. Defaults are excluded, so a new option of the script does not rename any run.

@@ -16,7 +16,6 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import default_of, options_of
 from bilora_diffusion.image.base_model import SDXL_BASE
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
-from bilora_diffusion.image.derived import FP16_FIX
 from bilora_diffusion.text.config import TextConfig
 
 ICONS = "a TOK icon, in the style of TOK"
@@ -102,9 +101,9 @@ OLD_CUDA = {"kind": "cuda", "bf16": False}
 CPU = {"kind": "cpu"}
 THREE_PROCESSES = {"LOCAL_RANK": "0", "WORLD_SIZE": "3"}
 SCALED = "--scale_lr --train_text_encoder"
-FP16 = {"mixed_precision": "fp16", "pretrained_vae_model_name_or_path": FP16_FIX}
-BF16 = {"mixed_precision": "bf16", "pretrained_vae_model_name_or_path": None}
-FP32 = {**BF16, "mixed_precision": "no"}
+FP16 = {"mixed_precision": "fp16"}
+BF16 = {"mixed_precision": "bf16"}
+FP32 = {"mixed_precision": "no"}
 
 
 def launched(precision):
@@ -116,11 +115,10 @@ ON_MACHINES: list[Any] = [
     (CUDA, {}, mini, "--resolution 512", {"gradient_checkpointing": True}),
     (CUDA, {}, mini, "--resolution 504", {"gradient_checkpointing": False}),
     (CPU, {}, mini, "--resolution 512", {"gradient_checkpointing": False}),
-    # the autoencoder that is fixed for fp16 is used only with SDXL's base model in fp16
     (CPU, {}, icons, "", FP32),
     (CUDA, {}, icons, "", BF16),
     (OLD_CUDA, {}, icons, "", FP16),
-    (OLD_CUDA, {}, mini, "", {**FP16, "pretrained_vae_model_name_or_path": None}),
+    (OLD_CUDA, {}, mini, "", FP16),
     (CUDA, launched("no"), icons, "", BF16),
     (CUDA, launched("fp16"), icons, "--mixed_precision no", FP32),
     (CPU, launched("bf16"), icons, "", BF16),

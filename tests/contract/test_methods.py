@@ -295,9 +295,9 @@ def test_a_frozen_adapter_affects_training_and_stays_unchanged(name, adapter_for
 
 
 def frozen_adapter(kind):
-    """Return an assistant adapter with random values, on some of the trained layers."""
+    """Return an assistant adapter with random values, on trained layers and on one that is not."""
     model = CASES[kind].make()
-    spec = AdapterSpec(rank=3, alpha=3, target_modules=("to_q", "to_k", "conv1"))
+    spec = AdapterSpec(rank=3, alpha=3, target_modules=("to_q", "to_k", "conv1", "conv2"))
     adapters.inject(model, spec, ASSISTANT)
     for number, parameter in enumerate(adapters.parameters(model, ASSISTANT)):
         random = torch.Generator().manual_seed(number)

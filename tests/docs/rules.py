@@ -1,4 +1,4 @@
-"""Rules for running the commands of the pages in tests, and the words that replace theirs."""
+"""Rules for running the pages' commands in tests, and replacements for some of their words."""
 
 from dataclasses import dataclass
 

@@ -54,7 +54,7 @@ def test_a_figure_is_the_mean_paired_difference_with_its_interval(tmp_path):
         evidence.figure(Check("", str(tmp_path), "LoRA", "lossy"))
 
 
-def test_a_claim_s_verdict_is_that_of_its_checks_or_counts_them():
+def test_a_claim_has_the_verdict_of_its_checks_or_their_counts():
     assert evidence.overall([HOLDS, HOLDS]) == HOLDS
     assert evidence.overall([HOLDS, FAILS]) == f"1 of 2: {HOLDS}, 1 of 2: {FAILS}"
 

@@ -1,4 +1,4 @@
-"""`python -m bilora_diffusion.export FILE --to FORMAT`: every format has the same change."""
+"""`python -m bilora_diffusion.export FILE --to FORMAT`: all formats hold the same change."""
 
 import json
 
@@ -120,7 +120,7 @@ def kohya_file(path, alpha=4, dtype=torch.float32, other_tensors=None):
     [
         (3, torch.float16, torch.float32),  # 3/4 of a number needs more than 16 bits
         (2, torch.float16, torch.float16),
-        (None, torch.bfloat16, torch.bfloat16),  # without an alpha, it is the rank
+        (None, torch.bfloat16, torch.bfloat16),  # a missing alpha equals the rank
     ],
 )
 def test_a_file_from_kohyas_own_scripts_is_converted(tmp_path, alpha, dtype, dtype_of_B):
@@ -195,7 +195,7 @@ def test_a_language_models_adapter_can_not_be_converted(model, tmp_path, capsys)
 
 
 def test_invalid_conversions_are_refused(folder, tmp_path):
-    layer = "lora_unet_down_blocks_1_attentions_0_proj_in"  # with diffusers' name
+    layer = "lora_unet_down_blocks_1_attentions_0_proj_in"  # named as in diffusers
     tensors = {
         f"{layer}.lora_down.weight": torch.ones(4, 5),
         f"{layer}.lora_up.weight": torch.ones(6, 4),

@@ -79,7 +79,7 @@ def test_a_pipeline_with_the_exported_file_predicts_like_the_trained_model(
     untrained = make_pipeline(kind)
     if not hasattr(untrained, "load_lora_weights"):
         pytest.skip(f"diffusers' {kind} has no load_lora_weights")
-    # PEFT freezes the base too, and torch uses another kernel if a weight requires gradients.
+    # As in the trained model: torch uses another kernel if a weight requires gradients.
     untrained.transformer.requires_grad_(False)
     with adapters.only(source.transformer, [PRIMARY]):
         expected = output(source)

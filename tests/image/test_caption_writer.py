@@ -157,7 +157,7 @@ def test_an_interrupted_command_continues_when_it_is_run_again(tmp_path, monkeyp
 
     write_captions_by(monkeypatch, caption)
     assert main([str(folder), "--batch_size", "2"]) == 130
-    assert "2 of 5 captions are written: run the same command again" in capsys.readouterr().err
+    assert "2 captions written for 5 images: run the same command again" in capsys.readouterr().err
     assert texts(folder) == {"00.txt": "caption 1\n", "01.txt": "caption 2\n"}
     assert main([str(folder), "--batch_size", "2"]) == 0
     written = texts(folder)

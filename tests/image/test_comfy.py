@@ -129,7 +129,7 @@ def test_a_workflow_is_connected_and_has_the_samples_settings(kind):
 def test_guidance_from_another_model_applies_the_adapter_through_hooks(
     kind, guidance_from, negative_prompt
 ):
-    """The adapter acts fully on the prompt, and on the negative prompt at `guidance_from`."""
+    """The adapter acts on the prompt, and at strength `guidance_from` on the negative prompt."""
     pipeline = pipeline_of(kind)
     if kind == SDXL:  # as in SDXL base, but not in the miniature
         pipeline.register_to_config(force_zeros_for_empty_prompt=True)

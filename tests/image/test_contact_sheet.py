@@ -1,4 +1,4 @@
-"""The contact sheet of training images: its crops, its maximum size, and no upload."""
+"""The contact sheet of training images: its crops, its limit, and that it stays local."""
 
 import numpy as np
 import pytest

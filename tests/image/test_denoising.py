@@ -74,7 +74,7 @@ def test_the_standard_loss_equals_the_formula(prediction, gamma, weighting):
         assert losses[row].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_min_snr_weights_have_the_published_values():
+def test_min_snr_weights_fall_above_gamma_and_are_finite_at_zero_snr():
     """The weight is 1 up to gamma and falls above it.
 
     It is also finite at a last level of pure noise, as in models with zero terminal SNR (arXiv

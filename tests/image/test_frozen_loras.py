@@ -1,4 +1,4 @@
-"""LoRA files that training starts from or adds: they act as in diffusers or are refused."""
+"""LoRA files of `--init_from` and `--assistant_lora` act as in diffusers or are refused."""
 
 import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ def pipeline_of(kind):
 
 
 def random_file(path, pipeline, rank, seed):
-    """Write a random diffusers file for each linear layer of a pipeline's denoiser."""
+    """Write a random diffusers LoRA file with all linear layers of a pipeline's denoiser."""
     family = family_of(pipeline)
     denoiser = family.model(pipeline)
     random = torch.Generator().manual_seed(seed)

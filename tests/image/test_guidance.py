@@ -142,7 +142,7 @@ def test_images_equal_those_of_a_loop_that_changes_the_adapters_in_the_unconditi
 
 
 def test_an_image_with_guidance_from_the_adapter_equals_diffusers_bit_for_bit(sdxl):
-    """A single image, since `decode` takes one image at a time and the pipeline the whole batch."""
+    """One image is compared, since `decode` takes one at a time and the pipeline all of them."""
     sdxl.set_progress_bar_config(disable=True)
     expected_images = sdxl(
         PROMPTS[0],

@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
-from transformers import AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.likeness import image_embedder, image_model_bytes, load_dinov2
+from bilora_diffusion.image.likeness import image_embedder, image_model_bytes
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run import runlog
@@ -22,7 +22,7 @@ SAMPLER_STEPS = 2
 
 @pytest.fixture
 def icons(tmp_path) -> dict[str, Any]:
-    """Return options: two training icons, two held-out ones, and a high learning rate."""
+    """Return a run's options: two training icons, two held-out ones, a high learning rate."""
     return {
         **two_icons(tmp_path / "icons"),
         "validation_num_inference_steps": SAMPLER_STEPS,
@@ -33,12 +33,13 @@ def icons(tmp_path) -> dict[str, Any]:
     }
 
 
-def test_dinov2_embeds_an_image_the_same_in_any_batch_and_other_models_are_refused(tmp_path):
+def test_dinov2_embeds_images_as_its_class_token_and_other_models_are_refused(tmp_path):
     folder = save_dinov2(tmp_path / "dino")
     image = Image.new("RGB", (40, 30), (200, 20, 90))
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt")
     with torch.inference_mode():
         embeddings = image_embedder(f"dinov2:{folder}", torch.device("cpu"))([image, image])
-        expected = load_dinov2(f"dinov2:{folder}").embed([image])
+        expected = AutoModel.from_pretrained(folder)(**pixels).last_hidden_state[:, 0]
     assert embeddings.shape[0] == 2
     assert torch.allclose(embeddings, expected.expand_as(embeddings), atol=1e-5)
     for name in ("dinov3:a", "dinov2:", "clip"):

@@ -116,7 +116,7 @@ def qwen_levels(t: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def krea_levels(t: torch.Tensor, side: int) -> torch.Tensor:
-    """Compute `timesteps` of krea-2's sampling.py, whose line goes from 256 to 1280 pixels."""
+    """Compute `timesteps` of krea-2's sampling.py; it interpolates mu from 256 to 1280 pixels."""
     x1, x2 = (256 // 16) ** 2, (1280 // 16) ** 2
     slope = (1.15 - 0.5) / (x2 - x1)
     return bfl_levels(t, slope * (side // 16) ** 2 + (0.5 - slope * x1))
@@ -158,7 +158,7 @@ def test_noise_levels_have_the_shift_of_the_models_authors_by_default(kind, side
 
 
 def test_flux_2_and_lumina_2_are_trained_with_a_smaller_shift_than_they_sample_with():
-    """At 1024 pixels the shift is exp(1.15) instead of 7.56 and 6 (the table in docs/models.md)."""
+    """At 1024 pixels the shift is exp(1.15) instead of 7.56 and 6 (see docs/models.md)."""
     for kind, sampling_shift in ((KLEIN, 7.56), (LUMINA, 6.0)):
         for words, shift in (("", 3.158), ("--timestep_shift pipeline", sampling_shift)):
             middle = float(published_schedule(kind, words, 1024).sigmas[LEVELS // 2])

@@ -96,7 +96,10 @@ def logit_normal(mean: float, std: float) -> Any:
 
 
 def mode(scale: float) -> Any:
-    """Return the quantile function of f(u), u uniform (arXiv 2403.03206, Eq. 20); f falls."""
+    """Return the quantile function of f(u), u uniform (arXiv 2403.03206, Eq. 20).
+
+    f falls as u rises, so the quantile of p is f(1 - p).
+    """
 
     def quantile(p: torch.Tensor) -> torch.Tensor:
         u = 1 - p

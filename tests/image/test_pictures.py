@@ -57,7 +57,7 @@ def test_random_crops_reach_every_position_and_half_of_them_are_flipped():
         crop = sample_crop((8, 11), (8, 8), generator=generator(key), **options)
         counts[crop.left] += 1
         counts["flipped"] += crop.flipped
-    # Four places from 0 to 3; 0.05 is five standard deviations.
+    # Four positions from 0 to 3; 0.05 is five standard deviations.
     expected = pytest.approx({0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25, "flipped": 0.5}, abs=0.05)
     assert {key: count / 2000 for key, count in counts.items()} == expected
 

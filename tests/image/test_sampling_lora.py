@@ -73,7 +73,7 @@ def test_images_with_a_sampling_lora_equal_those_of_diffusers(kind, tmp_path):
     method.setup(
         [Target(family.denoiser, model, spec, 0.1, frozen=(frozen,), start=start[family.denoiser])]
     )
-    assert adapters.active(model) == ("default", AUXILIARY)  # it is not active in training
+    assert adapters.active(model) == ("default", AUXILIARY)  # not active in training
     model.eval()
     with method.evaluating():
         assert difference(generate(pipeline, PROMPTS, [3], **OPTIONS), images_without) <= 1

@@ -71,13 +71,14 @@ def test_flow_models_sample_with_another_shift_or_with_noise_from_each_images_se
     fixed = "FlowMatchEulerDiscreteScheduler:use_dynamic_shifting=false,shift="
     shifted = generate(pipeline, PROMPTS[:1], [3], scheduler=f"{fixed}9", **options)
     assert difference(usual, shifted) > 0
-    # Each step of a consistency model adds noise, which depends only on the image's seed.
-    options["scheduler"] = "FlowMatchLCMScheduler"
-    both = generate(pipeline, PROMPTS, [3, 4], **options)
-    torch.manual_seed(0)
-    second = generate(pipeline, PROMPTS[1:], [4], **options)
-    assert difference(both[1:], second) <= 1
-    assert difference(both[:1], usual) > 0
+    # Each step of these samplers adds noise, which depends only on the image's seed.
+    stochastic = "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true"
+    for scheduler in ("FlowMatchLCMScheduler", stochastic):
+        both = generate(pipeline, PROMPTS, [3, 4], scheduler=scheduler, **options)
+        torch.manual_seed(0)
+        second = generate(pipeline, PROMPTS[1:], [4], scheduler=scheduler, **options)
+        assert difference(both[1:], second) <= 1
+        assert difference(both[:1], usual) > 0
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,5 @@ def test_a_flow_model_needs_a_flow_matching_scheduler():
     argv += ["--output_dir", "out", "--sampling_scheduler"]
     with pytest.raises(UserError, match=r"use one of FlowMatchEulerDiscreteScheduler, FlowMatchL"):
         resolve([*argv, "LCMScheduler"])
-    with pytest.raises(UserError, match="stochastic_sampling"):  # its noise has no seed
-        resolve([*argv, "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true"])
     flow = resolve([*argv, "FlowMatchEulerDiscreteScheduler:shift=3"])
     assert flow.sampler_settings["sampling_scheduler"].endswith("shift=3")

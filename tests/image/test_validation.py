@@ -189,6 +189,20 @@ def test_settings_that_a_model_ignores_are_refused(pipeline, monkeypatch):
         samples("a --l 9 --n b", resolution=64)
 
 
+def test_a_distilled_model_reads_no_negative_prompt(monkeypatch):
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": True}
+    model = BaseModel("some/model", index, {"transformer": {}, "vae": {}})
+    monkeypatch.setattr(config, "read_base_model", lambda *_: model)
+    with pytest.raises(UserError, match=r"negative prompt.* reads none"):
+        samples("a --l 9 --n b", resolution=64)
+
+
+def test_buckets_do_not_hide_a_size_of_validation_images_that_the_model_refuses():
+    flags = "--pretrained_model_name_or_path mini-flow --aspect_ratio_buckets 64,64 --resolution 72"
+    with pytest.raises(UserError, match="72 pixels"):
+        resolve([*DATA, *flags.split(), "--validation_prompt", "a TOK icon"])
+
+
 @pytest.mark.slow
 def test_images_and_index_match_the_samples(tmp_path):
     """Each image equals the pipeline's with the same settings and the prompt's or run's seed."""

@@ -50,6 +50,7 @@ CASES = [
     Case("full", reference.full),
     Case("flat-lora", flat_lora, {"rho": 0.3, "seed": 5}),
     Case("lora-sam", partial(reference.lora_sam, rho=0.2), {"rho": 0.2}),
+    Case("bilora", in_ball, {"rho": 0.05}),  # the auxiliary has the primary's rank, scale and rate
     Case("bilora", in_ball, BALL),
     Case("bilora", partial(reference.bilora, rho=0.5), BALL | {"rho": 0.5}),
     Case("bilora", partial(in_ball, scaled=False), BALL | {"rho_norm": "unscaled"}),
@@ -71,7 +72,7 @@ def combinations():
 
 @pytest.mark.parametrize(("case", "optimizer", "lr", "decay", "warmup"), combinations())
 def test_50_steps_follow_the_reference(case, optimizer, lr, decay, warmup):
-    """The auxiliary has its own rank, scale and learning rate."""
+    """An auxiliary of its own rank also has its own scale and learning rate."""
     options = {"num_steps": STEPS, **case.options}
     auxiliary = None
     if case.name == "bilora":

@@ -37,7 +37,7 @@ def factors(generator: torch.Generator, rank: int = 2) -> list[Factors]:
 
 
 def interpolate(start: Sequence[Factors], end: Sequence[Factors], share: float) -> list[Factors]:
-    """Return the factors at a share of the straight line from ``start`` to ``end``."""
+    """Return factors on the straight line from ``start`` to ``end``, at ``share`` of the way."""
     layers = []
     for first, last in zip(start, end, strict=True):
         A = first.A + share * (last.A - first.A)
@@ -115,7 +115,7 @@ def layer_values(
 
 
 def save(folder: Path, step: int = 1, value: float = 0.0, **parts: Any) -> Path:
-    """Save a checkpoint and return its folder; parts that are not given contain ``value``."""
+    """Save a checkpoint whose default parts contain ``value``, and return its folder."""
     default_parts: dict[str, Any] = {
         "tensors": {"unet.default.a": torch.full((3, 2), value)},
         "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": []},

@@ -188,6 +188,7 @@ def test_a_flow_model_s_card_loads_it_in_bf16_and_says_which_tools_read_dora(tmp
     for text in (plain, dora):
         assert python_of(text).count("torch.bfloat16") == 2
         assert "float16" not in python_of(text).replace("bfloat16", "")
+    assert "diffusers warns" in python_of(plain)  # its loader also reads a text encoder's LoRA
     assert "models/loras" in plain
     assert "models/loras" not in dora
     assert "magnitudes" in dora

@@ -214,7 +214,7 @@ def test_the_final_message_names_the_files_the_best_step_and_how_to_export_it(
 
 
 BY_SAMPLES = {"validation_dataset": "x"}
-# Step -> distances of three pictures; between steps, they change alike or with different signs
+# Step -> distances of three pictures, whose changes between steps agree or differ in sign
 SURE = {0: [0.9, 0.8, 0.7], 5: [0.5, 0.4, 0.3], 10: [0.6, 0.51, 0.39]}
 UNSURE = {0: [0.9, 0.8, 0.7], 5: [0.5, 0.4, 0.3], 10: [0.6, 0.35, 0.3]}
 WORSE = {0: [0.9, 0.8, 0.7], 5: [0.95, 0.86, 0.74], 10: [1.0, 0.91, 0.79]}
@@ -321,7 +321,7 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "upload_folder", lambda **options: uploads.append(options))
     monkeypatch.setattr(hub, "create_commit", commit)
     hub.push(tmp_path, "me/run", None)
-    # Files that may contain a path are committed with changed content, the others uploaded as is.
+    # Files that may contain a path are committed with changed content, others are not changed.
     changed_names = {"run.json", "unet/config.json", "adapter_config.json"}
     assert set(committed_files) == changed_names
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

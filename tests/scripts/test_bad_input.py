@@ -82,7 +82,7 @@ def bad_folder(tmp_path_factory):
 
 
 def refused(argv, capsys):
-    """Return the error message with which a script refuses a command line."""
+    """Run a script with a bad command line and return its error message."""
     is_text = "--model_name_or_path" in argv
     script = train_text_bilora if is_text else train_dreambooth_bilora
     exit_code = script.main(argv)

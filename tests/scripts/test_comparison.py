@@ -32,7 +32,7 @@ def control_of(flags):
 
 
 def test_the_control_has_the_options_of_its_own_command(caplog):
-    """Options that mean something else in the other method have its defaults instead."""
+    """An option with another meaning in the control's method has its default instead."""
     flags = "--rho 0.3 --auxiliary_rank 2"
     control = control_of(f"{flags} --compare lora")
     lora_command = f"{MINI} {flags} --method lora --output_dir runs{os.sep}dog-lora"
@@ -63,7 +63,7 @@ def test_unsupported_comparisons_are_refused(flags, part):
         control_of(flags)
 
 
-def test_the_folder_of_the_control_is_next_to_the_run_s(tmp_path, monkeypatch):
+def test_the_control_s_folder_is_next_to_the_run_s_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert control_folder(tmp_path / "dog", "lora") == tmp_path / "dog-lora"
     assert control_folder(tmp_path / "..", "lora").parent == tmp_path.parent.parent

@@ -53,7 +53,7 @@ def parts_of(output):
 
 @pytest.mark.slow
 def test_the_estimated_memory_is_near_the_measured_memory(tmp_path):
-    """The estimates are of the miniature, in a separate process, and of SDXL in full size."""
+    """The estimates are for the miniature, in a separate process, and for SDXL at full size."""
     mini = json.loads((FOLDER / "mini.json").read_text())
     command = mini["command"].replace("mini_run", f"{tmp_path}/run")
     output = run_python(f"{command} --dry_run".split()).stdout
@@ -161,7 +161,7 @@ def test_the_larger_of_two_runs_is_named(capsys, tmp_path):
     assert "Bi-LoRA on unet" in output
 
 
-def test_enlarged_images_and_the_hours_per_second_of_a_step_are_reported(capsys, tmp_path):
+def test_a_dry_run_reports_enlarged_images_and_the_run_time(capsys, tmp_path):
     folder = tmp_path / "icons"
     folder.mkdir()
     for name, size in {"low": (90, 60), "exact": (64, 64), "large": (200, 65)}.items():

@@ -143,7 +143,7 @@ def test_an_interrupted_day_continues_where_it_stopped(tmp_path, monkeypatch, ca
     plan = [Part("mini", 64), Part("mini", 32, method="bilora")]
     monkeypatch.setattr(gpu_day, "plan", lambda *_: plan)
     flags = f"--device cpu --models mini --name here --output_dir {tmp_path}".split()
-    # A part that is interrupted because the time is over has no row.
+    # A part that is interrupted because time is up has no row.
     monkeypatch.setattr(gpu_day, "FIRST_PART_SECONDS", {"cpu": 0.0})
     gpu_day.main([*flags, "--minutes", "0.01"])
     assert not (tmp_path / "here.json").exists()

@@ -1,4 +1,4 @@
-"""Runs whose images are sampled with a LoRA file, a scheduler or a model of their own."""
+"""Runs that sample images with a LoRA file, a scheduler or a model that training does not use."""
 
 import json
 import shutil

@@ -95,7 +95,7 @@ def test_a_text_run_stops_early_and_exports_its_best_step(tmp_path, kind, method
     assert difference(run, parts) == 0
     assert column(run, "digest") == column(parts, "digest")
     resumed_outcome = results(parts)
-    del resumed_outcome["export"], outcome["export"]  # they name their folders
+    del resumed_outcome["export"], outcome["export"]  # exports name their folders
     assert resumed_outcome == outcome
 
 
@@ -144,7 +144,7 @@ def test_a_text_run_exports_the_step_of_the_best_score(tmp_path, kind, measure, 
     train_text(parts, **go_on)
     assert difference(run, parts) == 0
     resumed_outcome = results(parts)
-    del resumed_outcome["export"], outcome["export"]  # they name their folders
+    del resumed_outcome["export"], outcome["export"]  # exports name their folders
     assert resumed_outcome == outcome
     for name, value in {"choose_by": "loss", "validation_split": 0.2}.items():
         with pytest.raises(UserError, match=name):

@@ -112,7 +112,7 @@ def check_primary_adapter(folder, kind, flags):
     assert config["base_model_name_or_path"] == base
     assert (config["task_type"], config["peft_type"]) == (TASK_TYPES[kind], "LORA")
     assert config["inference_mode"] is True
-    if "init_lora_weights" not in flags:  # other files hold the difference from the initial values
+    if "init_lora_weights" not in flags:  # with other initial values, the rank is doubled
         assert (config["r"], config["lora_alpha"]) == (4, 8)
     new_modules = NEW_MODULES.get(kind, [])
     assert bool(config["modules_to_save"]) == bool(new_modules)

@@ -61,7 +61,7 @@ def test_methods_are_paired_and_seeds_are_not(tmp_path):
 
 
 class NumberReads(TorchFunctionMode):
-    """Record the calls that read a tensor's values, which would wait for a GPU's queue."""
+    """Mode that records each read of a tensor's values; on a GPU, a read waits for its queue."""
 
     names: tuple[str, ...] = ()
 
@@ -277,7 +277,7 @@ def test_memory_freed_on_a_cpu_is_kept_for_the_next_step():
 
 @pytest.mark.slow
 def test_fp16_steps_without_a_finite_loss_are_skipped(tmp_path, monkeypatch):
-    """The gradient scaler is on the CPU. A run fails after too many such steps."""
+    """The gradient scaler is on the CPU. A run fails after too many of these steps in a row."""
     build_accelerator = command.build_accelerator
     build_optimizer = trainer.build_optimizer
     forward = DreamBoothModule.forward

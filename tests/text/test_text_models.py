@@ -10,6 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.text.config import TextConfig
 from bilora_diffusion.text.models import TextModel, kind_of, load_text_model
 from bilora_diffusion.text.places import PACKAGED
 from tests.text import text_builders as texts
@@ -35,6 +36,17 @@ CLASSIFIER = "ForSequenceClassification"
 )
 def test_the_kind_follows_from_the_configuration(config, task_type, kind):
     assert kind_of(config, "it", task_type) == kind
+
+
+def test_defaults_depend_on_the_kind_that_is_found(tmp_path):
+    """A classifier's score comes with its loss, so it is measured as often as the loss."""
+    texts.bert_config().save_pretrained(tmp_path / "bert")
+    options = ["--task", "sst2", "--max_train_steps", "200", "--choose_by", "score", "--keep_best"]
+    options += ["--model_name_or_path", str(tmp_path / "bert")]
+    found = TextConfig.resolve(options)
+    given = TextConfig.resolve([*options, "--task_type", "classification"])
+    assert found.task_type == given.task_type
+    assert found.validation_loss_steps == given.validation_loss_steps
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The families of image models that can be trained, by the name of their pipeline class.
 
 The code of a family is one row here and one file in this folder. CONTRIBUTING.md lists the tests,
-recipes and pages in which it also needs an entry. A family's file is imported only when the family
-is used, since options are checked before torch is imported.
+recipes and pages that need an entry for a new family. A family's file is imported only when the
+family is used, since options are checked before torch is imported.
 """
 
 from __future__ import annotations

@@ -30,14 +30,14 @@ class Unconditional(Enum):
     """Where a pipeline computes the unconditional prediction of classifier-free guidance."""
 
     FIRST_ROWS = "the first half of each batch's rows"
-    # The denoiser joins the items, so its layers do not see one row for each item.
+    # The denoiser joins the items for some layers, which do not see one row for each item.
     LAST_ITEMS = "the second half of the lists of images and prompts"
     SECOND_CALL = "every second call"
     NONE = "nowhere"
 
 
 def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
-    """Return the logarithm of the noise-level shift, which is linear in the number of tokens.
+    """Return mu, the logarithm of the noise-level shift; mu is linear in the number of tokens.
 
     Entries that ``config`` lacks have FLUX.1's values:
     https://github.com/black-forest-labs/flux/blob/main/src/flux/sampling.py
@@ -50,14 +50,14 @@ def mu_of(tokens: int, config: Mapping[str, Any]) -> float:
 
 def latent_pixels(vae: Mapping[str, Any]) -> int:
     """Return the number of pixels per latent along a side, from an autoencoder's configuration."""
-    _, levels = read_entry(vae, ("block_out_channels", "dim_mult"), "its autoencoder")
+    _, levels = read_entry(vae, ("block_out_channels", "dim_mult"), "the autoencoder")
     # Each level except the last one halves the sides.
     return 2 ** (len(levels) - 1)
 
 
 def autoencoder_width(vae: Mapping[str, Any]) -> int:
     """Return the number of channels of an autoencoder's outermost layer, from its configuration."""
-    name, value = read_entry(vae, ("base_dim", "block_out_channels"), "its autoencoder")
+    name, value = read_entry(vae, ("base_dim", "block_out_channels"), "the autoencoder")
     return value[0] if name == "block_out_channels" else value
 
 
@@ -77,7 +77,7 @@ def read_entry(config: Mapping[str, Any], names: Sequence[str], model: str) -> t
             return name, config[name]
     raise UserError(
         f"the configuration of {model} has none of {', '.join(names)}: give another model, or"
-        " add the name that it uses to bilora_diffusion/image/families/base.py."
+        " add the name of its entry to bilora_diffusion/image/families/base.py."
     )
 
 
@@ -105,7 +105,10 @@ class LatentSpace:
         mean = per_channel("latents_mean")
         std = per_channel("latents_std")
         if (mean is None) != (std is None):
-            raise ValueError("its autoencoder has only one of latents_mean and latents_std")
+            raise UserError(
+                "The autoencoder's config.json has only one of latents_mean and latents_std:"
+                " download the model again, or give another one."
+            )
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
         return cls(scale, mean, std, shift, samples_posterior)
@@ -152,11 +155,11 @@ class Activations:
 
 @dataclass(frozen=True)
 class ComfyUI:
-    """Names of ComfyUI's nodes and files for a family of models."""
+    """Names of ComfyUI's nodes and of files, without ".safetensors", for a family of models."""
 
     checkpoints: Mapping[str, str] = field(default_factory=dict)  # file name by hub id
     text_encoders: tuple[str, ...] = ()  # file names; () if the checkpoint includes them
-    text_encoder_type: str = ""  # input of the node that loads the text encoders
+    text_encoder_type: str = ""  # input "type" of their loader; "" for none
     # Text encoder files of checkpoints whose name contains a word, by that word.
     text_encoders_by_size: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     autoencoder: str | None = None  # file name; None if the checkpoint includes it
@@ -181,13 +184,13 @@ class Family:
     parts: ClassVar[Mapping[str, str]] = {}  # name -> class of the part
     # Parts and tokenizers that a pipeline may lack.
     optional: ClassVar[frozenset[str]] = frozenset()
-    # Name of the trained part; keys in LoRA files begin with it.
+    # Name of the denoiser among the parts; its keys in LoRA files for diffusers begin with it.
     denoiser: ClassVar[str] = "transformer"
     # Layers that get adapters by default.
     targets: ClassVar[tuple[str, ...]] = ATTENTION_LAYERS
     # Modules whose linear layers are the feed-forward layers.
     feed_forward: ClassVar[tuple[str, ...]] = ("ff",)
-    flow: ClassVar[bool] = True  # whether it predicts a velocity (`FlowMatching`)
+    flow: ClassVar[bool] = True  # whether its models use `FlowMatching`
     weighting: ClassVar[str] = "none"  # default of --weighting_scheme
     default_guidance: ClassVar[float] = 5.0  # default guidance scale for sampling
     unconditional: ClassVar[Unconditional] = Unconditional.SECOND_CALL
@@ -237,7 +240,7 @@ class Family:
             model: the denoiser.
             noisy: latents in the model's dtype, (n, c, h, w).
             levels: noise levels, (n,): sigma in [0, 1] for a flow model, otherwise the timestep.
-            conditions: inputs other than the noisy latents, for n rows, on the model's device.
+            conditions: the model's other inputs, for n rows, on the model's device.
         """
         raise NotImplementedError
 
@@ -314,7 +317,7 @@ class Family:
         return getattr(pipeline, self.denoiser)
 
     def is_distilled(self, pipeline: Any) -> bool:
-        """Return whether a loaded model is distilled to a few steps without guidance."""
+        """Return whether a model is known to be distilled to a few steps without guidance."""
         return bool(pipeline.config.get("is_distilled", False))
 
     def usual_sampling(self, pipeline: Any) -> tuple[int, float]:

@@ -122,8 +122,8 @@ class Flux2Klein(Family):
 
     def training_shift(self, tokens: int) -> float | None:
         # According to the authors, FLUX.1's shift: https://github.com/Nerogar/OneTrainer/pull/1516.
-        # `flux2_shift` is the same in
-        # https://github.com/kohya-ss/musubi-tuner/blob/main/docs/flux_2.md.
+        # musubi-tuner's `flux2_shift` is the same shift:
+        # https://github.com/kohya-ss/musubi-tuner/blob/main/docs/flux_2.md
         return math.exp(mu_of(tokens, {}))
 
     def mu(self, pipeline: Any, tokens: int) -> float:

@@ -52,7 +52,7 @@ class StableDiffusionXL(Family):
         return encode([getattr(pipeline, name) for name in ENCODERS], ids)
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        if not pipeline.config.force_zeros_for_empty_prompt:  # true for SDXL base
+        if not pipeline.config.force_zeros_for_empty_prompt:  # SDXL base has True
             return empty
         return {name: torch.zeros_like(values) for name, values in empty.items()}
 

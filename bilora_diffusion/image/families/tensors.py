@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A denoiser's inputs other than the noisy latents, for n rows: tensors (n, ...), or lists of n
-# tensors if the rows differ in length.
+# A denoiser's inputs other than noisy latents and noise levels, for n rows: tensors (n, ...), or
+# lists of n tensors if the rows differ in length.
 Conditions = dict[str, Any]
 
 

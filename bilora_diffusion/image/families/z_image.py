@@ -64,5 +64,5 @@ class ZImage(Family):
         return LatentSpace.from_config(vae, samples_posterior=False)
 
     def is_distilled(self, pipeline: Any) -> bool:
-        # The configuration does not show it; only the name does.
+        # The configuration does not show whether a model is distilled; only the name does.
         return "turbo" in Path(pipeline.name_or_path or "").name.lower()

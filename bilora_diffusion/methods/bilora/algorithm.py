@@ -152,7 +152,8 @@ def auxiliary_rate(options: MethodOptions, rate: float, first_rate: float) -> fl
         first_rate: learning rate of the first model's primary.
 
     Raises:
-        UserError: the first model's rate is 0, so there is no ratio.
+        UserError: an auxiliary rate is given, and the first model's rate is 0 but this model's is
+            not, so there is no ratio.
     """
     given_rate = options.auxiliary_learning_rate
     if given_rate is None:

@@ -83,8 +83,8 @@ def turn_gradients(
 ) -> list[RemovableHandle]:
     """Add hooks that flip the sign of the auxiliary's gradients during each optimizer step.
 
-    For an optimizer without ``maximize``, the hooks have the same effect, since the auxiliary has
-    no weight decay.
+    They replace ``maximize=True`` for an optimizer without this option. The effect is the same,
+    since the auxiliary has no weight decay.
 
     Returns:
         Handles of the hooks.
