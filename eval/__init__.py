@@ -1,4 +1,4 @@
-"""Evaluation commands: ``python -m eval.NAME`` measures runs and writes the result as one table.
+"""Evaluation commands: ``python -m eval.NAME`` measures runs and writes tables and a report.
 
     python -m eval.sweep eval/experiments/lora_bilora.yaml
 

@@ -2,8 +2,8 @@
 
 The cache is stored next to the result, so the same command resumes after an interruption.
 
-cache = Cache(folder, {"digest": subject.digest, "images": fingerprint})
-value = cache.item(["sharpness", 0.05], measure)       # calls `measure` only the first time
+    cache = Cache(folder, {"digest": subject.digest, "images": fingerprint})
+    value = cache.item(["sharpness", 0.05], measure)       # calls `measure` only the first time
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Cache:
         return _hash_of(key) in self._values
 
     def get(self, key: Any) -> Any:
-        """Return the value stored under a key; None if there is none."""
+        """Return the value stored under a key; None if the cache does not have the key."""
         return self._values.get(_hash_of(key))
 
     def put(self, key: Any, value: Any) -> Any:
@@ -80,7 +80,7 @@ class Cache:
         return entry["value"]
 
     def item(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the value cached under a key; if there is none, call ``make`` and cache it."""
+        """Return the value cached under a key; if the key is new, cache the result of ``make``."""
         if key in self:
             return self.get(key)
         return self.put(key, make())
@@ -182,7 +182,10 @@ def hash_of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
 
 
 def hash_of_files(*files: Path) -> str:
-    """Return the first 12 hex digits of a file's SHA-256, or of the SHA-256 of several hashes."""
+    """Return the first 12 hex digits of a file's SHA-256 hash.
+
+    For several files, they come from the SHA-256 hash of the files' hashes.
+    """
     hashes = [hash_of_file(path) for path in files]
     # The hash of a single file can be checked with sha256sum.
     if len(hashes) == 1:
@@ -194,5 +197,5 @@ def peft_config(folder: Path) -> dict[str, Any]:
     """Return the content of the ``adapter_config.json`` of a PEFT adapter's folder."""
     path = folder / PEFT_CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is not a PEFT adapter (it has no {PEFT_CONFIG}): give another.")
+        raise UserError(f"{folder} is not a PEFT adapter: it has no {PEFT_CONFIG}; give another.")
     return read_config(path)

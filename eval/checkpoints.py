@@ -41,8 +41,8 @@ Summarize = Callable[..., Sequence[Summary]]
 BEST_STEPS_NOTE = (
     "The best step by each score, and its difference from the last step. The same measurements"
     " choose the step and give its score, so this score is too favorable. Differences are paired;"
-    " the figure's bands are not. The intervals here are wider than the intervals of the scores,"
-    " because they hold for all steps at the same time (95 % after Bonferroni's correction)."
+    " the figure's bands are not. With more than two steps, the intervals here are wider than usual"
+    " 95 % intervals, because they hold for all steps at the same time (Bonferroni's correction)."
 )
 # Fields of a `Summary` that have the unit of its metric
 SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
@@ -64,7 +64,7 @@ class OverSteps(Evaluation):
         return result
 
     def control_mark(self, result: Result) -> str:
-        """Return "last" if the control is the last step of the only run, else "control"."""
+        """Return "last" if the control is the last step of the only group, else "control"."""
         runs = {subject.about.get("run") for subject in result.subjects}
         is_last = result.control == last_group(result.subjects)
         return "last" if is_last and len(runs) == 1 else "control"
@@ -93,7 +93,7 @@ def read_steps(text: str) -> list[int] | None:
 
 
 def scheduled_steps(steps: Sequence[int], interval: int | None) -> list[int]:
-    """Return the steps of a run's regular checkpoints and its last step.
+    """Return the steps of a run's regular checkpoints and of its last checkpoint.
 
     An interruption can save a further checkpoint at any step, which is not needed to follow the
     run's progress.
@@ -111,6 +111,8 @@ def scheduled_steps(steps: Sequence[int], interval: int | None) -> list[int]:
 
 def left_out(subjects: Sequence[Subject], text: str) -> list[str]:
     """Return a sentence for each run with checkpoints that ``--steps all`` does not score.
+
+    If ``--steps`` lists the steps, there is no sentence.
 
     Args:
         subjects: checkpoints that are scored.
@@ -132,7 +134,8 @@ def left_out(subjects: Sequence[Subject], text: str) -> list[str]:
             sentences.append(
                 f"Left out of {folder.name}: {counted(len(missing_steps), 'checkpoint')}"
                 f" ({', '.join(map(str, missing_steps))}) that an interruption saved outside of"
-                f" --checkpointing_steps; --steps {','.join(map(str, all_steps))} scores all."
+                f" --checkpointing_steps; --steps {','.join(map(str, all_steps))} scores all, if"
+                " every run has these checkpoints."
             )
     return sentences
 
@@ -147,6 +150,9 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
     Args:
         runs: subjects that are runs.
         text: value of ``--steps``.
+
+    Raises:
+        UserError: there are no runs, or a run does not have the checkpoints or can't be exported.
     """
     from bilora_diffusion.export.conversion import export_checkpoint
     from bilora_diffusion.run import checkpoint
@@ -198,7 +204,7 @@ def without_checkpoints(folder: Path) -> str:
 
 
 def last_group(subjects: Sequence[Entry]) -> str | None:
-    """Return the group of the first run's last checkpoint, the default control.
+    """Return the default control: the first group of runs at its last step.
 
     The result is None if the subjects are not checkpoints.
     """
@@ -210,7 +216,7 @@ def last_group(subjects: Sequence[Entry]) -> str | None:
 
 
 def heldout_loss(subject: Subject) -> list[Row]:
-    """Return a row with the run's held-out loss at the checkpoint's step; [] if not measured."""
+    """Return one row with the held-out loss at the checkpoint's step; [] if it was not measured."""
     assert subject.folder is not None
     checkpoint_step = subject.about["step"]
     measured = last_measured(subject.folder, checkpoint_step)
@@ -249,7 +255,10 @@ def curves(result: Result, summarize: Summarize) -> Result:
             lines.append(replace(line, group=run, step=steps[line.group], **scaled))
     measured = {line.metric for line in lines}
     if not measured:
-        raise UserError("the runs recorded no held-out metric at these steps: give --benchmarks.")
+        raise UserError(
+            "the runs recorded no held-out metric at these steps: give --benchmarks with a"
+            " benchmark to measure, such as gsm8k."
+        )
     metrics = {}
     for name in sorted(result.metrics, key=lambda name: name.endswith("loss")):  # losses last
         if name in measured:
@@ -276,7 +285,10 @@ def draw(curves: Result, folder: Path) -> str:
 
 
 def best(curves: Result) -> list[str]:
-    """Return a sentence for each run and metric: the best step, compared with the last step."""
+    """Return a sentence for each group of runs and metric.
+
+    It names the best step and compares it with the last step.
+    """
     sentences = []
     for run in curves.groups:
         for name, metric in curves.metrics.items():

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ADAPTER_FILES = (".safetensors", *PICKLES)
 # Maximum number of integers in ``a..b``
 MAX_RANGE = 10_000
-# Maximum number of runs in the name of an output folder; the others are replaced by a hash
+# Maximum number of runs in the name of an output folder; their number and a hash follow for more
 MAX_NAMED = 4
 COUNTS = Range(10**9, "a larger number would take forever", at_least=1)
 POSITIVE = Range(1e9, "larger values have no use here", greater_than=0)
@@ -81,7 +81,8 @@ class Parser(command_line.UserErrorParser):
         Args:
             name: name of the default folder.
             otherwise: parent of the default folder if no runs are given.
-            of_runs: add the runs and the prompts to the default name; see `question_of`.
+            of_runs: add the runs, ``--steps`` and the prompts to the default name; see
+                `question_of`.
         """
         self._output = (name, otherwise)
         self._is_of_runs = of_runs
@@ -93,7 +94,10 @@ class Parser(command_line.UserErrorParser):
         )
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse the arguments; skip results and logs that ``runs/*`` matches besides the runs."""
+        """Parse and check the arguments, and set the default of ``--output_dir``.
+
+        Results and logs that ``runs/*`` matches besides the runs are skipped.
+        """
         args = self.parse_args(argv)
         check(self._fields, vars(args))
         if getattr(args, "runs", None):
@@ -139,13 +143,16 @@ def question_of(args: argparse.Namespace) -> list[str]:
 
 
 def _safe_name(name: str) -> str:
-    """Return a name without the characters that have a meaning in paths and shells."""
+    """Return a name, cut to 40 characters, without characters special to paths and shells."""
     words = re.sub(r"[^\w.]+", "_", name.removesuffix(".safetensors"))
     return words.strip("._")[:40] or "x"
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
-    """Return the folder that holds all runs: results are written there for the viewer to find."""
+    """Return the folder that holds all runs: results are written there for the viewer to find.
+
+    The result is ``otherwise`` if none of the runs is a path.
+    """
     parents: list[Path] = []
     for word in runs:
         # A run may be LABEL=RUN. A word that is not a path, such as base, has no folder.
@@ -212,8 +219,8 @@ def run(work: Callable[[], int | None]) -> int:
     """Run the work of a command that can be interrupted and run again.
 
     Returns:
-        The work's exit code, or 0 for None; 2 after a UserError; 128 plus the number of the signal
-        after an interruption, such as 130 for Ctrl-C.
+        The work's exit code, or 0 for None; after an exception, the exit code of `report_errors`,
+        such as 2 after a UserError or TrainingError, and 130 after Ctrl-C.
     """
     exit_code: int | None = None
 

@@ -38,8 +38,8 @@ class Evaluation:
     """Base class of a command; a subclass overrides the hooks that differ.
 
     The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``produce``,
-    ``rows`` for each subject, ``complete``, ``draw_figures``, ``report``. Nothing is written before
-    ``prepare`` has returned.
+    ``rows`` for each subject, ``complete``, ``draw_figures``, ``report``. The output folder is not
+    created or changed before ``prepare`` has returned.
 
     Attributes:
         name: kind of the result.
@@ -203,7 +203,8 @@ class Evaluation:
         """Measure the subjects and write the result; return the exit code, or None for 0."""
         subjects = self.subjects()
         self.prepare(subjects)
-        # Check before the long work that the result can be written and replaces no other command's.
+        # Check before the long work that the result can be written, and that the folder does not
+        # hold another command's result.
         open_folder(self.folder)
         require_free(self.folder, self.name)
         subjects_to_measure = self.produce(subjects)

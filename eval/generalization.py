@@ -44,8 +44,8 @@ def metrics(
     """Return titles and formats of the metrics; losses are shown times 1000.
 
     Args:
-        common_loss: training loss at which runs are compared, shown in the title of this column;
-            None if there is none.
+        common_loss: training loss at which runs are compared, shown in the title of the column "at
+            equal training loss"; None without this comparison.
         heldout_metrics: names of further metrics, such as "heldout_accuracy", shown in percent.
     """
     loss_text = "" if common_loss is None else f" ({1000 * common_loss:.2f})"
@@ -155,7 +155,7 @@ class Generalization(Evaluation):
         common_loss = self.settings["equal_training"]
         if common_loss:
             self.notes.append(
-                "Equal training loss is the lowest training loss that all paired runs reach; the"
+                "Equal training loss is the lowest training loss that all compared runs reach; the"
                 f" group {common_loss['set_by']} sets it. At this loss, the gaps differ by as much"
                 " as the held-out losses."
             )

@@ -33,7 +33,7 @@ from .subjects import Subject
 def applied(
     pipeline: Any, subject: Subject, scale: float = 1.0, sampling_lora: LoraSource | None = None
 ) -> Iterator[None]:
-    """Load the subject's weights into the pipeline, and restore the pipeline exactly on exit.
+    """Load the subject's weights into the pipeline, and restore the original weights on exit.
 
     Args:
         pipeline: pipeline of the base model, without adapters.
@@ -66,7 +66,10 @@ def applied(
 
 
 def set_strengths(pipeline: Any, scale: float, sampling_lora: LoraSource | None = None) -> None:
-    """Activate the adapters of a pipeline (`applied`), the subject's with strength ``scale``."""
+    """Activate the adapters that `applied` has loaded into a pipeline.
+
+    The subject's adapter gets the strength ``scale``, and the sampling LoRA its own strength.
+    """
     strengths = {PRIMARY: scale}
     if sampling_lora is not None:
         strengths[SAMPLING] = sampling_lora.strength
@@ -114,7 +117,7 @@ def put_lora(pipeline: Any, file: Path, adapter: str = PRIMARY) -> None:
 def _freeze(pipeline: Any) -> None:
     """Set the models to evaluation mode, which turns off dropout, and freeze all parameters.
 
-    diffusers adds and activates adapters in training mode.
+    diffusers adds adapters in training mode, and makes active adapters trainable.
     """
     for model in models_of(pipeline).values():
         model.eval().requires_grad_(False)
@@ -151,7 +154,8 @@ def _load_model(base: Any, folder: Path) -> Any:
     """Load a trained model from a folder.
 
     Raises:
-        UserError: the names or shapes of its tensors differ from those of the base model.
+        UserError: the files can't be loaded, or the names or shapes of the tensors differ from
+            those of the base model.
     """
     with as_user_error(f"{folder} can't be loaded", "train again"):
         model = type(base).from_pretrained(folder, dtype=precision(base), use_safetensors=True)
@@ -165,7 +169,8 @@ def put_peft(base: TextModel, folder: Path) -> Any:
     """Return the base model with the PEFT adapter in a folder.
 
     Raises:
-        UserError: the tensors of the file and of the adapted model do not match.
+        UserError: the adapter can't be loaded, or its tensors and those of the adapted model do not
+            match.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -182,9 +187,9 @@ def put_peft(base: TextModel, folder: Path) -> Any:
         ):
             missing_names.append(name)
     if missing_names or len(model_tensors) != len(file_tensors):
-        examples = ", ".join(missing_names[:2]) or "but the model has further tensors"
+        examples = ", ".join(missing_names[:2]) or "the model needs further tensors"
         raise UserError(
             f"the adapter in {folder} does not fit the model: {len(missing_names)} of its"
-            f" {len(file_tensors)} tensors are not in the model ({examples}): {fix}."
+            f" {len(file_tensors)} tensors could not be loaded ({examples}): {fix}."
         )
     return adapted.eval()

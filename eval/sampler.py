@@ -63,7 +63,10 @@ def has_sampler(config: Mapping[str, Any]) -> bool:
 
 
 def sampler_of_runs(configs: Sequence[Mapping[str, Any]]) -> RunSampler:
-    """Return the common sampler of all runs; the model's usual sampler if the runs differ.
+    """Return the common sampler of all runs.
+
+    The result is the model's usual sampler if the runs differ, or if they give neither a LoRA file
+    nor a scheduler.
 
     Args:
         configs: recorded options of the runs; {} for an adapter that is not a run.
@@ -89,7 +92,7 @@ def _recorded_lora(value: str, sha256: str) -> LoraSource:
         source = parse_lora_source(SAMPLING_OPTION, value)
     if source.sha256 != sha256:
         raise UserError(
-            f"{source.path} is not the file that the run's images were sampled with: give that file"
-            f" by --{SAMPLING_OPTION}, or give none."
+            f"{source.path} is not the file that the run's images were sampled with: restore that"
+            f" file, or give another file or none by --{SAMPLING_OPTION}."
         )
     return source

@@ -69,7 +69,10 @@ class Subject(Entry):
         return "model_name_or_path" in self.record.get("config", {})
 
     def option(self, name: str) -> Any:
-        """Return the value of an option of the run; None if the record does not have it."""
+        """Return the value of an option of the run; None if the record has no value.
+
+        An auxiliary's option without a value has the value of the primary's (`STANDS_FOR`).
+        """
         config = self.record.get("config", {})
         value = config.get(name)
         if value is None and name in STANDS_FOR:
@@ -111,8 +114,9 @@ class Subject(Entry):
 def find(word: str) -> Subject:
     """Open the subject that a word of the command line names, with its weights and their hash.
 
-    Its label is the name of its folder or file. Its group is the title of its method, or its label
-    if the method is not known.
+    Its label is the name of its folder or file. Its group is the title of its method, the method's
+    name if this version does not have the method, or its label if no method is recorded. The base
+    model has the label "base".
     """
     if word == BASE:
         return Subject(BASE, "base model", BASE, BASE)
@@ -171,7 +175,7 @@ def _folder(folder: Path, word: str) -> Subject:
         return _peft(folder, name, word)
     raise UserError(
         f"{word} is not a run folder (it has no {RUN}) and has neither {FILE_NAME} nor {PEFT_FILE}:"
-        " give one, or name a .safetensors file in it."
+        " give another folder, or name a .safetensors file in it."
     )
 
 

@@ -87,7 +87,8 @@ def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
 
     Args:
         words: the subjects; a word may be LABEL=SUBJECT. Without a label, a subject is named by its
-            method's title, followed by its folder's name if another subject has the same title.
+            method's title, followed by the name of its folder or file if another subject has the
+            same title.
         weights: open and hash the weights too.
     """
     pairs = [_split_label(word) for word in words]
@@ -279,7 +280,7 @@ def _make_unique(name: str, used_names: Collection[str], separator: str) -> str:
 
 
 def _split_label(word: str) -> tuple[str | None, str]:
-    """Return the label and the adapter of LABEL=ADAPTER; the label is None if there is none."""
+    """Return the label and the adapter of LABEL=ADAPTER; None and the word if it has no label."""
     label, equals, adapter = word.partition("=")
     # A path may have an equals sign in its name.
     if not equals or "/" in label or Path(word).expanduser().exists():

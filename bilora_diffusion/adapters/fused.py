@@ -173,7 +173,7 @@ def _active_plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether A or B is a plain layer with numeric padding, no hooks and its usual forward.
+    """Return whether a layer is plain: numeric padding, no hooks and the forward of its class.
 
     Offloading and tensor parallelism add hooks to a module or replace its forward.
     """
@@ -188,7 +188,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _is_frozen_linear(base: nn.Module) -> bool:
     """Return whether a base layer computes x W^T + b without hooks and has frozen W and b."""
-    if type(base) is not nn.Linear or base._forward_hooks:
+    if type(base) is not nn.Linear or not _is_plain(base):
         return False
     for parameter in base._parameters.values():
         if parameter is not None and parameter.requires_grad:

@@ -144,7 +144,7 @@ class Range:
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
             zero = "" if self._fix(0) else "0 or "
-            fix = f"give {zero}at least {smallest:.2g}, since a smaller number is 0 in fp32"
+            fix = f"give {zero}at least {smallest:.2g}, since a smaller number may be 0 in fp32"
         if not fix:
             return
         text = f"{value!r:.80}"

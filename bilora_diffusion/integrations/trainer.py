@@ -116,7 +116,7 @@ class WithBiLoRA(Trainer):
                     self.args, cast(Any, self.bilora.model)
                 )
             optimizer_class, options = class_and_options
-            # Some of the trainer's optimizers are functions that create their own groups.
+            # `optimizer_cls_and_kwargs` may name a factory, which creates its own groups.
             is_class = isinstance(optimizer_class, type)
             if not is_class or not issubclass(optimizer_class, torch.optim.Optimizer):
                 raise UserError(

@@ -72,7 +72,7 @@ class AdapterOptions:
     lora_ga_samples: int = option(
         128,
         "Number of samples for the mean gradient that lora-ga starts from (Wang et al. 2024).",
-        range=Range(10**6, "training starts only after a gradient of each sample", at_least=1),
+        range=Range(10**6, "each sample delays the first training step", at_least=1),
         ignored=(unless("init_lora_weights", "lora-ga", "with this init"),),
     )
     use_dora: bool = option(

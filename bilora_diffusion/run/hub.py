@@ -16,6 +16,7 @@ import jinja2
 from huggingface_hub import (
     CommitOperationAdd,
     ModelCardData,
+    auth_check,
     create_commit,
     create_repo,
     upload_folder,
@@ -178,13 +179,16 @@ def repository(name: str, token: str | None) -> str:
         The repository's id.
 
     Raises:
-        UserError: the repository can't be created.
+        UserError: the repository can't be created, or the token can't write to it.
     """
     try:
-        return create_repo(repo_id=name, exist_ok=True, token=token).repo_id
+        repo_id = create_repo(repo_id=name, exist_ok=True, token=token).repo_id
+        # `create_repo` accepts a token that can't write to an existing repository.
+        auth_check(repo_id, token=token, write=True)
+        return repo_id
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"--push_to_hub cannot create the repository '{name}' ({reason(error)}): log in with"
+            f"--push_to_hub cannot write to the repository '{name}' ({reason(error)}): log in with"
             " `hf auth login`, give --hub_model_id, or drop --push_to_hub."
         ) from error
 

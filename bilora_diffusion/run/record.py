@@ -25,7 +25,7 @@ from ..core.values import TRAINING_GRID_LOSS
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
 VALIDATION = "validation"
-# Picture of all training images, cropped as in training.
+# Picture of training images, 24 at most, cropped as in training and with their captions.
 CONTACT_SHEET = "training_images.png"
 # Prefix of the log names of the held-out losses of single concepts; the concept's name follows.
 BY_CONCEPT = "heldout_loss_by_concept/"

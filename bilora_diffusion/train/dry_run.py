@@ -102,7 +102,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig]) -> None:
     # The run's peaks include its process, so the memory of this process counts as free.
     usable = free_bytes(device) + process
     fits = peaks[highest] <= usable
-    result = "fits" if fits else "does not fit (try --quantize or a smaller model)"
+    result = "fits" if fits else "does not fit (try a smaller model; for adapters, --quantize nf4)"
     lines.append(
         f"It {result}: the run needs about {bytes_for_people(peaks[highest])}, and {device.type}"
         f" has {bytes_for_people(usable)} available."

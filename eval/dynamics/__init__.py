@@ -3,7 +3,7 @@
     python -m eval.dynamics runs/lora-sam runs/bilora
     python -m eval.dynamics runs/bilora-seed0 runs/bilora-seed1 runs/bilora-10x-seed0 \\
         --output_dir results/dynamics
-    python -m eval.dynamics --group "eta_2 = eta_1=runs/a,runs/b" --group "10 eta_1=runs/c,runs/d"
+    python -m eval.dynamics --group "equal rates=runs/a,runs/b" --group "10 eta_1=runs/c,runs/d"
 
 The runs must be trained with --log_dynamics. Runs with the same method and settings but different
 seeds are repeats; other runs are labeled by the settings that differ.
@@ -39,7 +39,7 @@ class Dynamics(Evaluation):
 
     - ``level``: minimum cosine of settled weights;
     - ``steps``: group -> last recorded step;
-    - ``options``: group -> learning rates, ranks and radius.
+    - ``options``: group -> learning rates, ranks and radius of its first run.
     """
 
     name = "dynamics"
@@ -127,7 +127,10 @@ class Dynamics(Evaluation):
 
 
 def compared_options(run: Subject) -> dict[str, object]:
-    """Return a run's learning rates, ranks and radius, if its method reads them."""
+    """Return a run's learning rates, ranks and radius, and the norm that the radius bounds.
+
+    Options that the run's method does not read are left out.
+    """
     method = methods.get(str(run.method))
     read_options = {*method.reads, "rank", "learning_rate"}
     names = [name for name in COMPARED_OPTIONS if name in read_options]

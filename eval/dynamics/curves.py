@@ -246,12 +246,13 @@ def summarize_curves(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]
       "share product" and "share factors", the step at which the auxiliary settles, as a share of
       all steps.
     - For the ratio of Eq. 5's terms: "lowest", "median" and "highest".
-    - For the auxiliary's cosines with the primary's final weights: "largest", by absolute value.
+    - For the auxiliary's cosines with the primary's final weights, for factors and product:
+      "largest", the largest absolute value.
     - For overlaps, the cosine of the products, and the gain: "final" and "mean".
 
     Args:
         rows: values of the curves.
-        steps: group -> number of steps.
+        steps: group -> last recorded step.
     """
     # (group, metric) -> run -> step -> row
     curves: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}

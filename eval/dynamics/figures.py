@@ -94,7 +94,10 @@ def columns(result: Result) -> dict[str, list[Column]]:
 
 
 def panels(result: Result) -> dict[str, list[list[Panel]]]:
-    """Return the rows of panels of each picture by name, for pictures that have any curves."""
+    """Return the rows of panels of each picture, by the picture's name.
+
+    Figures 2 and A4 need a LoRA-SAM run, and the figure on the auxiliary needs a Bi-LoRA run.
+    """
     sam_rows, layer_rows = [], []
     groups_with_auxiliary = []
     for group in result.groups:

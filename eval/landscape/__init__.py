@@ -49,7 +49,9 @@ class LandscapeOptions:
     """Flags of the command."""
 
     section = "measurement"
-    control: str | None = option(None, "Group to compare with (default: the first).")
+    control: str | None = option(
+        None, "Group to compare with (default: the first that is not the base model)."
+    )
     space: str = option("lora,full", "Space to measure in: lora, full, or both (lora,full).")
     directions: int = option(3, "Number of random directions in each space.", range=COUNTS)
     radius: float = option(
@@ -58,11 +60,11 @@ class LandscapeOptions:
     full_radius: float = option(
         0.3, "Radius of the profiles and the plane in the full space.", range=POSITIVE
     )
-    points: int = option(21, "Number of points of each profile; odd.", range=COUNTS)
+    points: int = option(21, "Number of points of each profile; odd, at least 3.", range=COUNTS)
     grid: int = option(
         11,
         "Number of points on each axis of the plane, which is measured for the first run of each"
-        " group; odd, or 0 for no plane.",
+        " group; odd and at least 3, or 0 for no plane.",
         range=COUNTS.or_zero,
     )
     rho: float = option(0.05, "Radius of the ball of the SAM sharpness.", range=POSITIVE)
@@ -122,7 +124,7 @@ class Landscape(Evaluation):
         for name, count in (("points", self.args.points), ("grid", self.args.grid or 3)):
             # An odd number, so that the middle point is the weights themselves.
             if count < 3 or count % 2 == 0:
-                raise UserError(f"--{name} is {count}: give an odd number from 3 on.")
+                raise UserError(f"--{name} is {count}: give an odd number of at least 3.")
         # The order on the command line has no effect.
         words = self.args.space.split(",")
         for word in words:
@@ -136,7 +138,7 @@ class Landscape(Evaluation):
                 self.spaces[subject.label] = ["full"]
             else:
                 raise UserError(
-                    f"{subject.source} has no adapter: use --space full, or leave it out."
+                    f"{subject.source} has no adapter: use --space full, or another subject."
                 )
         self.control = compare.control(subjects, self.args.control, prefer=None)
         self.device = open_device(self.args.device)
@@ -286,8 +288,9 @@ class Landscape(Evaluation):
         settings = result.settings
         return (
             f"Mean training loss of {settings['images']} images at {settings['levels']}"
-            " noise levels each, with the same noise for every run. Lower is flatter. Each value"
-            f" is a mean over runs with {report.INTERVALS}. Differences from"
+            " noise levels each, with the same noise for every run. A lower rise and a lower"
+            " sharpness mean a flatter minimum. Each value is a mean over runs, with"
+            f" {report.INTERVALS}. Differences from"
             f" {report.escape_table_cell(result.control)} are paired by seed, with an interval and"
             " the number of seeds in which the group is lower."
         )
@@ -315,7 +318,7 @@ def notes(settings: Mapping[str, Any]) -> Iterator[str]:
         "Directions are filter-normalized (Li et al. 2018): at radius t, every filter has moved by"
         " t times its norm. Filters are the rows of A, the columns of B, and the weights of each"
         " output of a layer. Biases, normalization layers and DoRA's magnitudes are not moved. The"
-        " directions are the same for every run."
+        " directions come from the same random numbers for every run."
     )
     yield (
         "The full space consists of all weight matrices and convolutions of the trained models; the"

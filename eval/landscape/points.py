@@ -87,7 +87,8 @@ def open_points(subjects: Sequence[Subject]) -> dict[str, Point]:
     """Return a point for each subject, by label; the base model gets the first run's images.
 
     Raises:
-        UserError: there are no runs, or the losses of the points can't be compared.
+        UserError: there are no runs, a subject is neither a usable image run nor the base model, or
+            the losses of the points can't be compared.
     """
     configs = {subject.label: _config(subject) for subject in subjects if subject.kind != BASE}
     if not configs:
@@ -111,7 +112,7 @@ def has_factors(subject: Subject) -> bool:
 
 
 def base_key(config: DreamBoothConfig) -> list[Any]:
-    """Return facts that identify a base model: name, revision, and the files of a local folder."""
+    """Return facts that identify a base model: its name, revision, variant, VAE and local files."""
     folder = Path(resolve(config.pretrained_model_name_or_path))
     files = []
     if folder.is_dir():
@@ -126,8 +127,8 @@ def _config(subject: Subject) -> DreamBoothConfig:
     """Return the configuration of an image run.
 
     Raises:
-        UserError: the subject is not an image run, has an option that this version does not know,
-            or has an auxiliary adapter in its weights.
+        UserError: the subject is not an image run, its record is damaged or has an option that this
+            version does not know, or its weights contain an auxiliary adapter.
     """
     folder = subject.folder
     values = subject.record.get("config", {})
@@ -177,8 +178,9 @@ class Model:
 class LevelGrid(GridLoss):
     """The grid loss at some of its noise levels, as a sum of terms.
 
-    Noise, levels and batches are the same as for the held-out loss in training. With all images and
-    levels, the loss equals ``train_grid_loss`` in the run's log.
+    Noise, levels and batches are the same as for the losses on the grid in training. With all
+    images and levels, the loss equals ``train_grid_loss`` in the run's log, up to the precision of
+    the run.
     """
 
     def __init__(self, task: Any, images: ImageSet, levels: int) -> None:

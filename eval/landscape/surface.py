@@ -117,8 +117,8 @@ def norm(tensors: Iterable[Tensor]) -> float:
 #     d_ij <- d_ij / ||d_ij|| * ||w_ij||
 #
 # A step of length t therefore moves every filter by t times its norm, whatever its scale. A filter
-# of zeros is not moved. The normal entries depend only on (seed, number, name of the weight), so
-# they are the same for every run.
+# of zeros is not moved. The normal entries depend only on (seed, number, name and shape of the
+# weight), so they are the same for runs with the same layers and ranks.
 
 # Maximum number of entries of a direction that is kept in memory; a larger direction is computed
 # again for each use, one weight at a time
@@ -137,7 +137,10 @@ def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) ->
 
 
 def gaussian(weight: Weight, *key: int | str) -> Tensor:
-    """Return standard normal entries with the shape and device of a weight, seeded by the key."""
+    """Return standard normal entries with the shape and device of a weight.
+
+    The seed is computed from the key and the weight's name.
+    """
     tensor = weight.tensor
     wide = torch.promote_types(tensor.dtype, torch.float32)
     random = generator("landscape", *key, weight.name)
@@ -229,7 +232,8 @@ class _Displaced(NamedTuple):
 def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10) -> float:
     """Return the SAM sharpness at the weights, as a lower bound.
 
-    The result is at least 0, and never decreases with more ``steps``.
+    The result is at least 0, and never decreases with more ``steps``. It is NaN if the loss or the
+    gradient at the weights is not finite.
 
     The first step is SAM's perturbation, rho g / ||g||. Each step has the length eta, follows the
     gradient and is projected onto the ball. If the loss rises, the step is accepted and eta is

@@ -2,8 +2,8 @@
 
 The functions are pure: they take rows and numbers and return new ones. Two runs with the same seed
 see the same data and noise, whose effect cancels in the difference between the runs; the seeds are
-the independent samples. If a subject has many items, such as prompts, the items are the samples,
-and the values of an item are first averaged over seeds.
+the independent samples. With the unit "item", the items, such as prompts, are the samples, and the
+values of an item are first averaged over seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def units(rows: Iterable[Row], unit: str = SEED) -> dict[str, Units]:
     A mean is None if one of its values is not defined.
 
     Args:
-        rows: rows of one metric and one step.
+        rows: rows of one metric and one step, and of one item if the unit is "seed".
         unit: "seed", where a row without a seed counts by its subject; or "item", where the values
             of an item are averaged over seeds.
     """
@@ -189,7 +189,7 @@ def control(subjects: Sequence[Entry], name: str | None, prefer: str | None = "l
 
 @dataclass(frozen=True)
 class EqualTraining:
-    """The training loss at which groups are compared: the lowest loss that all their runs reach.
+    """The training loss at which groups are compared; see `equal_training`.
 
     ``set_by`` is the group of the run whose lowest loss this is.
     """
@@ -218,9 +218,9 @@ def equal_training(
 ) -> tuple[EqualTraining | None, list[Row]]:
     """Return a row "equal_training METRIC" for each subject: the value at a common training loss.
 
-    The common loss is the lowest training loss that the runs of all groups reach. A group is not
-    used to set the common loss if the training loss of one of its runs never fell below the first
-    value, since the other runs would then be compared near their start.
+    The common loss is the lowest training loss that the runs of all groups reach. It ignores a
+    group if the training loss of one of its runs never fell below the first value, since the other
+    runs would otherwise be compared near their start.
 
     Args:
         rows: rows of both metrics over training.

@@ -185,7 +185,10 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Itera
 
 
 def group_styles(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]:
-    """Return a different combination of color, marker and line for each group, by label."""
+    """Return a different combination of color, marker and line for each group, by label.
+
+    The control, if it is given, is black.
+    """
     import matplotlib
 
     colors = matplotlib.colormaps["tab10"]

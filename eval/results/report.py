@@ -22,9 +22,10 @@ INTERVALS = f"a 95 % interval (Student's t; for {BOOTSTRAP_FROM} or more values,
 
 @dataclass(frozen=True)
 class Column:
-    """A metric in a table of groups, shown by its :class:`~eval.results.table.Metric`."""
+    """A metric in a table of groups; its `Metric` has the heading, scale and format."""
 
     metric: str
+    # Item of the metric's summaries
     item: str = ""
     # Add a column with the difference from the control
     difference: bool = False
@@ -80,6 +81,8 @@ def interval(bounds: Interval | None, metric: Metric, sign: str = "") -> str:
 def with_decimals(metric: Metric, size: float) -> Metric:
     """Return the metric with enough decimals to show two significant digits of ``size``.
 
+    At most `MAX_FURTHER_DECIMALS` decimals are added.
+
     Args:
         metric: metric whose ``form`` is a number of decimals; any other form is not changed.
         size: width of an interval, or a difference that has no interval; unscaled.
@@ -108,7 +111,10 @@ def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
 
 
 def difference(line: Summary | None, metric: Metric) -> str:
-    """Return a mean difference with its interval and the share of pairs with a better value."""
+    """Return a mean difference with its interval and, such as "3/5", the pairs with a better value.
+
+    The pairs are left out if the metric has no better direction.
+    """
     if line is None or line.difference is None:
         return NOT_AVAILABLE
     low, high = line.difference_interval or (0.0, 0.0)
@@ -121,7 +127,7 @@ def difference(line: Summary | None, metric: Metric) -> str:
 
 
 def against_control(result: Result, line: Summary | None, group: str) -> str:
-    """Return the mean of the control without an interval, or another group's difference from it."""
+    """Return the control's mean without interval, or another group's difference from this mean."""
     if line is None:
         return NOT_AVAILABLE
     metric = result.metric(line.metric)

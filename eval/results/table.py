@@ -46,14 +46,14 @@ class Row:
     seed: int | None
     # Name of the metric
     metric: str
-    # The prompt, question or layer that the value belongs to; "" for the whole subject
+    # What the value belongs to, such as a prompt, question or layer; "" for the whole subject
     item: str = ""
     # Optimizer step; None for a value of the whole run or of its end
     step: int | None = None
     # None if the value is not defined
     value: float | None = None
-    # Text that belongs to the value: name of a file in the result's folder, a caption, or the start
-    # of an answer
+    # Text that belongs to the value, such as the path of a file in the result's folder, a caption,
+    # or the start of an answer
     note: str = ""
 
 
@@ -246,7 +246,7 @@ def read(folder: Path, rows: bool = True) -> Result:
     """Read the result in a folder; if ``rows`` is false, without the rows.
 
     Raises:
-        UserError: the folder holds no result, or the result is damaged.
+        UserError: the folder holds no result, or the result is damaged or has an unknown version.
     """
     record = head(folder)
     fix = f"run python -m eval.{record['kind']} again"
@@ -309,8 +309,8 @@ def to_csv(kind: Any, lines: Iterable[Any]) -> str:
 class _Lines(io.StringIO):
     """A text buffer that replaces the line end CR LF with LF, as in all files of a result.
 
-    The CSV writer needs the line end CR LF: it quotes a field only if the field contains a
-    character of the line end, and a model's answer may contain CR or LF.
+    The CSV writer needs the line end CR LF: it quotes a field with a CR or LF only if the line end
+    contains this character, and a model's answer may contain either.
     """
 
     def write(self, line: str) -> int:
@@ -318,7 +318,11 @@ class _Lines(io.StringIO):
 
 
 def from_csv(kind: Any, path: Path) -> list[Any]:
-    """Read a CSV file that :func:`to_csv` has written, as instances of the dataclass ``kind``."""
+    """Read a CSV file that :func:`to_csv` has written, as instances of the dataclass ``kind``.
+
+    Raises:
+        ValueError: the columns or the types of the values differ from the dataclass's.
+    """
     names = [column.name for column in fields(kind)]
     # An empty field is "" in a text column, and None in any other column.
     text_names = {column.name for column in fields(kind) if column.type == "str"}

@@ -1,8 +1,8 @@
 """``python -m eval.sweep``: train and compare the runs of an experiment, which is a YAML file.
 
-``command.py`` explains these files. An experiment (``experiment.py``) becomes a plan of runs
-(``plan.py``), which are trained in separate processes (``runs.py``). With the key ``scores``, the
-checkpoints of the runs are sampled and scored too (``scored.py``).
+``command.py`` explains these files. An experiment (``experiment.py``) becomes a plan of runs for
+each of its recipes (``plan.py``), and each run is trained in a separate process (``runs.py``). With
+the key ``scores``, the checkpoints of the runs are sampled and scored too (``scored.py``).
 """
 
 from __future__ import annotations

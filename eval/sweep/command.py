@@ -23,7 +23,7 @@ An experiment is a YAML file such as this one:
       seeds: [0]                       # seeds of the images of each prompt
       options: {skip_captions: true}   # further options of eval.clip_scores
       conditions: {plain: {}, int8: {base_precision: int8}, "5 steps": {num_inference_steps: 5}}
-      memory_gigabytes: 38             # size of large models that sample and score
+      memory_gigabytes: 38             # memory that large models need to sample and score
 
 Further keys: script (default: train_dreambooth_bilora.py), options (for all runs), control
 (default: the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a
@@ -37,7 +37,7 @@ metrics from the first condition.
 "guidance 4" takes both predictions from the adapted model, which is ordinary classifier-free
 guidance; "base's guidance 2" takes the unconditional prediction from the base model. All variants
 get the same prompts and the same initial noise. The value of a training seed is the mean over all
-images of this run.
+images of a checkpoint.
 
 Before the first run starts, the training script's own parser checks every run, and the scorer and
 the memory of the GPU are checked too. The same command can be run again at any time: it skips
@@ -45,8 +45,9 @@ finished runs and resumes interrupted ones. With scores, the command also keeps 
 rows are in --output_dir: seeds and variants can be added later, without the folders of the earlier
 runs. Each run trains on one GPU; with --jobs, several runs are trained at a time, on all GPUs.
 
-Writes rows.csv, summary.csv, result.json, report.md and figures, next to the runs in
-RUNS_DIR/EXPERIMENT. These files contain no absolute path of this machine.
+Writes rows.csv, summary.csv, result.json, report.md and figures into the folder sweep next to the
+runs, RUNS_DIR/EXPERIMENT/sweep, or into --output_dir. These files contain no absolute path of this
+machine.
 """
 
 from __future__ import annotations
@@ -286,7 +287,10 @@ class Sweep(Evaluation):
         return replace(result, metrics=losses.metrics(result))
 
     def pairs(self, subjects: Sequence[Subject]) -> dict[str, bool | None]:
-        """Return whether a variant's finished runs saw the control's inputs (`check_pairing`)."""
+        """Return for each variant whether its finished runs saw the control's inputs.
+
+        See `check_pairing`. The result is {} if the control has no finished run.
+        """
         finished = [subject for subject in subjects if subject.finished]
         if self.plan.control not in by_group(finished):
             return {}

@@ -29,7 +29,7 @@ SEED = "seed"
 SWEEP_OPTIONS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 # Value of ``scores.prompts`` for the captions of the held-out images
 HELDOUT = "heldout"
-# Options of eval.clip_scores that the sweep sets, mostly from other keys of ``scores``
+# Options of eval.clip_scores that an experiment can't set; most are set by other keys of ``scores``
 SCORES_OPTIONS = (
     "prompts",
     "max_prompts",
@@ -62,11 +62,13 @@ def read_options_of(mapping: Any) -> Any:
 
 
 def read_scores_options(mapping: Any) -> Any:
-    """Return options of eval.clip_scores; raise UserError for one that the sweep sets."""
+    """Return options of eval.clip_scores; raise UserError for one of `SCORES_OPTIONS`."""
     options = _with_underscores(mapping)
     for name in options if isinstance(options, dict) else ():
         if name in SCORES_OPTIONS:
-            raise UserError(f"an option sets {name}: use the other keys of scores instead.")
+            raise UserError(
+                f"an option sets {name}: use the other keys of scores instead, or leave it out."
+            )
     return options
 
 
@@ -76,7 +78,10 @@ def read_condition(mapping: Any) -> Any:
     names = [field.name for field in fields(SamplingOptions)]
     for name in options if isinstance(options, dict) else ():
         if name not in names:
-            raise UserError(f"{name} is not an option of the images{did_you_mean(name, names)}.")
+            raise UserError(
+                f"{name} is not an option that changes images{did_you_mean(name, names)}: leave it"
+                " out, or move it to scores.options."
+            )
     return options
 
 
@@ -247,10 +252,10 @@ def read_experiment(
 
     Args:
         path: the file.
-        settings: the ``NAME=VALUE`` words of ``--set``, added to the file's options.
+        settings: the ``NAME=VALUE`` words of ``--set``, which override the file's options.
         keys: values from the command line that replace keys of the file; None keeps the file's
             value.
-        scores_keys: the same for keys of ``scores``.
+        scores_keys: values from the command line that replace keys of ``scores``, in the same way.
     """
     if not path.is_file():
         raise UserError(f'there is no experiment "{path}": correct the name of the file.')
@@ -274,7 +279,7 @@ def _without_none(keys: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
-    """Check the content of a file, and add further options of all runs."""
+    """Check the content of a file, and set further options of all runs."""
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:

@@ -21,7 +21,7 @@ KEY_FIGURES = ("final", "best", "equal_training")
 def metrics(result: Result) -> dict[str, Metric]:
     """Return titles and formats of the metrics.
 
-    If lower is better and all means are below 1, values are shown times 1000.
+    If lower is better and all final means are below 1, values are shown times 1000.
     """
     name = result.settings["metric"]
     higher_is_better = result.settings["higher_is_better"]
@@ -105,7 +105,7 @@ def notes(result: Result) -> Iterator[str]:
     common_loss = settings["equal_training"]
     if common_loss:
         yield (
-            "Equal training loss is the lowest training loss that all paired runs reach; the"
+            "Equal training loss is the lowest training loss that all compared runs reach; the"
             f" variant {common_loss['set_by']} sets it."
         )
     lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]

@@ -52,7 +52,7 @@ class Plan:
     """The runs of an experiment on one recipe."""
 
     # Folder of the runs, relative to ``--runs_dir``: the name of the experiment's file and, if the
-    # file lists several recipes, the name of the recipe
+    # file has a list of recipes, the name of the recipe
     name: Path
     experiment: Experiment
     recipe: Path
@@ -102,7 +102,8 @@ def load(
 def with_checkpoints(experiment: Experiment, scores: Scores, script: Path) -> Experiment:
     """Return the experiment with options that make its runs save the sampled checkpoints.
 
-    Options that the experiment sets are not changed.
+    The runs end at the last of these, and generate no validation images. Options that the
+    experiment sets are not changed.
     """
     if CONFIGS.get(script.name) is TextConfig:
         raise UserError(f"scores are for images, but {script.name} trains on text: omit them.")
@@ -206,7 +207,7 @@ def check_scores(scores: Scores, labels: Sequence[str], configs: Sequence[Any]) 
             if not is_saved or (last_step is not None and step > last_step):
                 raise UserError(
                     f'scores.steps has {step}, at which the variant "{label}" has no checkpoint:'
-                    " leave max_train_steps and checkpointing_steps out of its options."
+                    " leave max_train_steps and checkpointing_steps out of the options."
                 )
     if scores.prompts != HELDOUT:
         return scores
@@ -222,7 +223,10 @@ def check_scores(scores: Scores, labels: Sequence[str], configs: Sequence[Any]) 
 def make_variants(
     experiment: Experiment, recipe: Path, script: Path
 ) -> tuple[list[Variant], list[Any]]:
-    """Return each named variant with each point of the axes, and the configuration of each."""
+    """Return each named variant with each point of the axes, and the configuration of each.
+
+    Points that differ only on axes that the variant's method does not read are one variant.
+    """
     variants: dict[str, Variant] = {}
     configs: list[Any] = []
     # Without named variants, only the axes define the variants.

@@ -31,7 +31,7 @@ class Record:
     Attributes:
         result: the result; None if there is none.
         subjects, rows: subject and rows of each run with rows, by the run's name, which contains a
-            hash of the run's options.
+            hash of the run's options. Rows at equal training loss are left out.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -96,11 +96,11 @@ class Record:
         return values
 
     def setting(self, name: str) -> dict[str, Any]:
-        """Return a recorded setting that has an entry for each variant; {} if there is none."""
+        """Return a recorded setting that has an entry for each variant; {} if it is missing."""
         return {} if self.result is None else dict(self.result.settings.get(name) or {})
 
     def provenance(self, current: Provenance, is_extended: bool) -> Provenance:
-        """Return the provenance of a result that includes the recorded rows.
+        """Return the provenance of a result that includes the recorded rows, if there are any.
 
         Args:
             current: provenance of this process.

@@ -1,7 +1,7 @@
 """Train the runs of a sweep in separate processes: if one run dies, the others continue.
 
 If a sweep is killed, its runs may continue. Such a run holds the lock of its folder. A second sweep
-can't start this run and counts it as failed; the same command tries it again later.
+can't start this run and counts it as failed; start the sweep again after this run has ended.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Runner:
         """Train the runs that are not finished; a failed run does not stop the others.
 
         Returns:
-            The outcomes of all runs.
+            The outcomes of all runs, including those that were finished before.
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; the running processes have been stopped.

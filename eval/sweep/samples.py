@@ -55,7 +55,8 @@ def introduction(result: Result) -> str:
     num_images = scores["num_prompts"] * len(scores["seeds"])
     return (
         f"{settings['experiment']}: {counted(len(settings['seeds']), 'training seed')};"
-        f" {counted(num_images, 'image')} of each checkpoint, for the prompts {scores['prompts']}."
+        f" {counted(num_images, 'image')} of each checkpoint for each kind of guidance, with the"
+        f" prompts {scores['prompts']}."
         f" A cell is the mean over seeds, with the difference from {result.control} in brackets,"
         f" paired by seed, with {report.INTERVALS}.{_conditions_sentence(result)}"
     )
@@ -181,7 +182,7 @@ def curve_panels(result: Result) -> list[list[Panel]]:
 
 
 def draw_fronts(result: Result, path: Path) -> None:
-    """Draw the fronts of all kinds of guidance, one below the other."""
+    """Draw the front of each kind of guidance (`guidance_labels`), one below the other."""
     labels = guidance_labels(result)
     with plot.canvas(path, len(labels)) as (_, axes):
         for axis, label in zip(axes[:, 0], labels, strict=True):

@@ -78,7 +78,11 @@ class ScoredSweep(Sweep):
         return f"{super().describe_plan()}\n{size}"
 
     def _print_memory(self) -> None:
-        """Print the memory that each variant needs, from the training script's ``--dry_run``."""
+        """Print the memory that each variant needs, from the training script's ``--dry_run``.
+
+        Raises:
+            TrainingError: the dry run of a variant failed.
+        """
         gigabytes = self.scoring.scores.memory_gigabytes
         if gigabytes:
             size = f"{gigabytes:g} GB"
@@ -114,7 +118,10 @@ class ScoredSweep(Sweep):
             self.scoring.check(folders, self.plan.base_model)
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
-        """Train the missing runs; sample and score the checkpoints of all finished runs."""
+        """Train the missing runs, and sample and score their checkpoints.
+
+        Runs that fail and runs that are already in the record are not scored.
+        """
         subjects = super().produce(subjects)
         finished = [subject for subject in subjects if subject.finished]
         if finished:

@@ -202,6 +202,34 @@ def test_pefts_own_forward_handles_all_other_states(change_state):
     assert forward.call_count == 1
 
 
+def double_output(base):
+    base.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def double_input(base):
+    base.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def replace_forward(base):
+    """Replace a layer's forward, as accelerate does for a layer that it offloads."""
+    forward = base.forward
+    base.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change_base", [double_output, double_input, replace_forward])
+def test_hooks_and_another_forward_of_the_base_layer_are_called(change_base):
+    torch.manual_seed(0)
+    model = adapted_model(nn.Linear(12, 7))
+    x = torch.randn(5, 12)
+    unchanged = model(x)
+    change_base(model[0].get_base_layer())
+    with unfused(model):
+        expected = model(x)
+    assert not torch.allclose(expected, unchanged)
+    fuse(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_plain_auxiliary_is_added_outside_of_a_dora_primarys_norm():
     """The weight is m (W + D) / ||W + D|| + E, since the primary's D comes before E."""
     torch.manual_seed(0)

@@ -98,7 +98,7 @@ def test_bad_scores_are_refused(key, plan):
 BAD_CONDITIONS = {
     "option": (
         {"a": {"scorer": "embedded"}},
-        "conditions.a: scorer is not an option of the images",
+        "conditions.a: scorer is not an option that changes images",
     ),
     "name": ({"a/b": {}}, '"scores.conditions.a/b" can\'t be'),
 }

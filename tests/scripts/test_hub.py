@@ -23,7 +23,7 @@ class Hub:
     def __init__(self, monkeypatch):
         self.calls = []
         self.errors = {}
-        for name in ("create_repo", "upload_folder", "create_commit"):
+        for name in ("create_repo", "auth_check", "upload_folder", "create_commit"):
             monkeypatch.setattr(hub, name, self.function(name))
 
     def function(self, name):
@@ -49,9 +49,11 @@ def stub_hub(monkeypatch):
 @pytest.mark.slow
 def test_a_run_is_pushed_to_a_repository_with_its_name(tmp_path, stub_hub):
     run = train_text(tmp_path / "icons", **material("classification"), **PUSH)
-    (created, repository), (uploaded, upload), (committed, commit) = stub_hub.calls
-    assert (created, uploaded, committed) == ("create_repo", "upload_folder", "create_commit")
+    names = [name for name, _ in stub_hub.calls]
+    assert names == ["create_repo", "auth_check", "upload_folder", "create_commit"]
+    repository, access, upload, commit = [options for _, options in stub_hub.calls]
     assert repository == {"repo_id": "icons", "exist_ok": True, "token": "hf_secret"}
+    assert access == {"token": "hf_secret", "write": True}
     # The id that the hub returned, not the requested name
     assert upload["repo_id"] == "me/icons"
     assert upload["folder_path"] == run
@@ -66,13 +68,14 @@ def test_a_run_is_pushed_to_a_repository_with_its_name(tmp_path, stub_hub):
     assert record["results"]["steps"] == 2
 
 
-def test_a_refused_repository_gives_one_sentence_before_training(tmp_path, stub_hub):
-    stub_hub.errors["create_repo"] = OSError("403 Forbidden.")
+@pytest.mark.parametrize("name", ["create_repo", "auth_check"])
+def test_a_refused_repository_gives_one_sentence_before_training(name, tmp_path, stub_hub):
+    stub_hub.errors[name] = OSError("403 Forbidden.")
     values = {**material("classification"), **PUSH, "hub_model_id": "them/run"}
-    sentence = r"--push_to_hub cannot create the repository 'them/run' \(403 Forbidden\): log in"
+    sentence = r"--push_to_hub cannot write to the repository 'them/run' \(403 Forbidden\): log in"
     with pytest.raises(UserError, match=sentence):
         train_text(tmp_path / "run", **values)
-    assert [name for name, _ in stub_hub.calls] == ["create_repo"]
+    assert stub_hub.calls[-1][0] == name
     assert not (tmp_path / "run" / runlog.RUN).exists()
 
 

@@ -75,7 +75,7 @@ def check_groups(
         if group_ids & primary_ids and maximize:
             raise UserError(f"A group with maximize=True contains the primary's parameters; {fix}")
     if missing_ids:
-        raise UserError(f"The optimizer lacks {len(missing_ids)} parameters of the adapters; {fix}")
+        raise UserError(f"The optimizer lacks {len(missing_ids)} trained parameters; {fix}")
 
 
 def turn_gradients(
