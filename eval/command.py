@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ADAPTER_FILES = (".safetensors", *PICKLES)
 # Maximum number of integers in ``a..b``
 MAX_RANGE = 10_000
-# Maximum number of runs in the name of an output folder; their number and a hash follow for more
+# Maximum number of runs in an output folder's name; the number of the others and a hash follow
 MAX_NAMED = 4
 COUNTS = Range(10**9, "a larger number would take forever", at_least=1)
 POSITIVE = Range(1e9, "larger values have no use here", greater_than=0)

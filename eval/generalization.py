@@ -5,8 +5,9 @@
         --output_dir results/generalization
     python -m eval.generalization --group "LoRA=runs/a,runs/b" --group "rho 1=runs/c,runs/d"
 
-Image runs must be trained with --validation_dataset and --validation_loss_steps (recipes/mini.yaml
-sets both), text runs with --validation_loss_steps and --eval_train_samples. Metrics of text runs,
+Image runs must be trained with held-out images and --validation_loss_steps (as in
+recipes/mini.yaml), text runs with --validation_loss_steps and --eval_train_samples. Metrics of text
+runs,
 such as accuracy, are drawn if --validation_epochs has recorded them over training. They are
 measured on held-out rows only, so they have no gap.
 Runs with the same method and settings but different seeds are repeats; differences from the control

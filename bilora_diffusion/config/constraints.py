@@ -6,7 +6,7 @@ Its conditions are checked against a mapping of facts: option values by name, an
 that its ``[facts]`` section names. Command lines, launches and trainers refuse the combinations in
 the table, the contract tests skip them, and docs/options.md lists them (``python -m docs.make``).
 
-A constraint on an option that only some methods read normally names the method, so that runs that
+A constraint on an option that only some methods read names the method, so that runs that
 differ only in ``--method`` can share a recipe.
 """
 

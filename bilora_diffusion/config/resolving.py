@@ -232,7 +232,9 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
         )
     has_warmup = cfg.lr_warmup_steps or cfg.warmup_ratio
     if cfg.lr_scheduler == "constant_with_warmup" and not has_warmup:
-        notes.append("--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.")
+        notes.append(
+            "--lr_scheduler constant_with_warmup has no warm-up: give --lr_warmup_steps alone."
+        )
     # A1111 applies `dora_scale` along another axis, as ComfyUI did before version 0.3.30.
     if cfg.use_dora and cfg.output_kohya_format:
         notes.append(

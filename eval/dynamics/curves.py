@@ -46,7 +46,7 @@ LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
 OF_LAYERS = (*NORMS, RATIO)
 # Ratio of Eq. 5's terms above which the third term counts as negligible
 NEGLIGIBLE = 1e4
-# Number of layers of a group that have separate curves
+# Maximum number of layers of a group that have separate curves
 SMALL_MULTIPLES = 4
 # Minimum cosine of settled weights with the final weights
 SETTLED_COSINE = 0.9

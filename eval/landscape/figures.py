@@ -14,7 +14,7 @@ from ..results.table import Entry, Result
 # Space -> its title
 TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
-# Maximum number of contour levels
+# Maximum number of intervals between contour levels
 CONTOURS = 14
 
 

@@ -23,7 +23,7 @@ An experiment is a YAML file such as this one:
       seeds: [0]                       # seeds of the images of each prompt
       options: {skip_captions: true}   # further options of eval.clip_scores
       conditions: {plain: {}, int8: {base_precision: int8}, "5 steps": {num_inference_steps: 5}}
-      memory_gigabytes: 38             # memory that large models need to sample and score
+      memory_gigabytes: 38             # size of large models that sample and score, all together
 
 Further keys: script (default: train_dreambooth_bilora.py), options (for all runs), control
 (default: the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a
@@ -45,9 +45,9 @@ finished runs and resumes interrupted ones. With scores, the command also keeps 
 rows are in --output_dir: seeds and variants can be added later, without the folders of the earlier
 runs. Each run trains on one GPU; with --jobs, several runs are trained at a time, on all GPUs.
 
-Writes rows.csv, summary.csv, result.json, report.md and figures into the folder sweep next to the
-runs, RUNS_DIR/EXPERIMENT/sweep, or into --output_dir. These files contain no absolute path of this
-machine.
+Writes rows.csv, summary.csv, result.json, report.md and figures into --output_dir, by default
+RUNS_DIR/EXPERIMENT/sweep, next to the runs. With a list of recipes, the runs and results are in
+RUNS_DIR/EXPERIMENT/RECIPE. These files contain no absolute path of this machine.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ LIKE = "see the experiments in eval/experiments for examples."
 
 
 def read_value(value: Any) -> bool | str:
-    """Return an option's value if it is a single value; raise ValueError for a list or mapping."""
+    """Return an option's value; raise ValueError for a list, a mapping or null."""
     if not isinstance(value, bool | str):
         raise ValueError("a single value")
     return value

@@ -31,7 +31,7 @@ from .plan import Run
 SCHEMA_VERSION = 2
 RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
-# Time between SIGTERM and SIGKILL, in which a run writes a checkpoint
+# Maximum time between SIGTERM and SIGKILL, in which a run writes a checkpoint
 PATIENCE_SECONDS = 30.0
 # Time between two checks of the running processes
 POLL_SECONDS = 0.05
