@@ -7,11 +7,12 @@
 
 Image runs must be trained with held-out images and --validation_loss_steps (as in
 recipes/mini.yaml), text runs with --validation_loss_steps and --eval_train_samples. Metrics of text
-runs,
-such as accuracy, are drawn if --validation_epochs has recorded them over training. They are
+runs, such as accuracy, are drawn if --validation_epochs has recorded them over training. They are
 measured on held-out rows only, so they have no gap.
+
 Runs with the same method and settings but different seeds are repeats; differences from the control
 are paired by seed.
+
 Writes rows.csv, summary.csv, result.json, report.md and generalization.png.
 """
 

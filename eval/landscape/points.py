@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from bilora_diffusion import adapters, methods
+from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core import removed
 from bilora_diffusion.core.errors import UserError, as_user_error
@@ -108,7 +108,7 @@ def open_points(subjects: Sequence[Subject]) -> dict[str, Point]:
 
 def has_factors(subject: Subject) -> bool:
     """Return whether a subject has an adapter, and so a LoRA space."""
-    return subject.kind != BASE and not methods.get(str(subject.method)).exports_weights
+    return subject.kind != BASE and not subject.is_whole_model
 
 
 def base_key(config: DreamBoothConfig) -> list[Any]:

@@ -65,6 +65,7 @@ CASES: dict[str, dict[str, str]] = {
     "landscape": {
         "base": "no training images",
         "text": "not a run on images",
+        "icons/pytorch_lora_weights.safetensors": "not a run on images",  # a file has no record
         "icons other-images": "differ in images",
         "icons small": "differ in --resolution",
         "icons weighted": "--snr_weighting",
