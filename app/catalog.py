@@ -78,7 +78,7 @@ class ResultItem:
     kind: str
     # `Scores` for scored images, otherwise the head of ``result.json``
     result: Any
-    # Paths of the PNG files, relative to the root
+    # Paths of the figures (PNG files) that exist, relative to the root
     figures: list[str]
 
     def file(self, name: str) -> str:
@@ -88,7 +88,7 @@ class ResultItem:
 
 @dataclass(frozen=True)
 class BrokenFolder:
-    """A folder that can't be shown, and the reason in one sentence."""
+    """A folder that can't be shown completely, and the reason in one sentence."""
 
     path: str
     reason: str
@@ -177,7 +177,8 @@ class Catalog:
             relative: POSIX path relative to the root; the file may be missing.
 
         Raises:
-            UserError: the path leads out of the root.
+            UserError: the path leads out of the root, is absolute, has a backslash or null character,
+                or can't be followed.
         """
         parts = PurePosixPath(relative)
         # A backslash separates folders on Windows.
@@ -222,7 +223,8 @@ class Catalog:
     def _folders(self, scan: Scan) -> Iterator[tuple[str, set[str]]]:
         """Yield folders below the root with the names of their entries, sorted by path.
 
-        Unreadable folders and links out of the root are added to the scan's broken folders.
+        Unreadable folders, links out of the root, and folders whose name is not UTF-8 or has a
+        backslash are added to the scan's broken folders.
         """
         waiting_folders = [(".", 0)]  # a stack, with the depth of each folder
         while waiting_folders:
@@ -295,7 +297,7 @@ class Catalog:
     def _result_item(
         self, folder: str, title: str, names: set[str], result: Any, scan: Scan
     ) -> ResultItem:
-        """Describe a result folder by its content; a missing figure makes the folder broken."""
+        """Describe a result folder; if a figure is missing, the folder is also listed as broken."""
         head = vars(result.result) if isinstance(result, Scores) else result
         figures = []
         missing_files = []

@@ -49,7 +49,7 @@ class Work:
     Args:
         catalog: folders of the viewer.
         page: the page; when a browser leaves it, the browser's job ends.
-        device: name of a device, such as "cuda:1"; None for the best one.
+        device: name of a device, such as "cuda:1"; None for a CUDA GPU if there is one.
     """
 
     def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
@@ -67,12 +67,12 @@ class Work:
         inputs: Sequence[Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Add the buttons Generate and Cancel with their events, and the event of the Enter key.
+        """Add the buttons Generate and Cancel with their events, and the event of Shift+Enter.
 
         Args:
             name: beginning of the buttons' ids.
             sample: called with the job's number and the values of `inputs`.
-            prompt: widget in which the Enter key also starts a job.
+            prompt: widget with several lines, in which Shift+Enter also starts a job.
             inputs: widgets of the form.
             outputs: HTML widgets for the values that `sample` yields. They are cleared first; the
                 first one shows the progress.
@@ -294,7 +294,7 @@ class Tab:
             slider = parts.slider_html(labels, images)
             text = "Done."
             if comparison.sampler.text:
-                text = f"Done, sampled as the run's validation images: {comparison.sampler.text}."
+                text = f"Done, with the sampler of the validation images: {comparison.sampler.text}."
             yield message(text), cards_html(labels, images), slider
         except Stopped:
             yield message("Cancelled."), gr.skip(), gr.skip()

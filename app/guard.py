@@ -4,8 +4,8 @@ There are two kinds of attackers. A website that the user visits can send reques
 from the user's browser. And everybody on the network can send requests to a viewer started with
 --host 0.0.0.0. Gradio's server alone accepts uploads, fetches URLs from requests, and, on hosts
 other than "localhost", lets every website read its responses. The viewer only answers requests that
-are sent to its own host names by its own page, use the paths of this page, and contain only texts
-and numbers.
+are sent to its own host names, do not come from another website, use the paths of its own page, and
+contain only texts and numbers.
 
 Libraries do the rest: Starlette limits the size of a request, and the browser enforces `POLICY`.
 """
@@ -89,9 +89,9 @@ def add_guards(
 class PageGuard:
     """ASGI middleware that refuses other host names, websites and paths.
 
-    The Host header of a request must be a name of this server, the request must come from the
-    server's own page, and the page must need the path. `HEADERS` are added to each response of the
-    application.
+    The Host header of a request must be a name of this server, the Origin header must be absent or
+    name the server's own page, and the page must need the path. `HEADERS` are added to each response
+    of the application.
 
     Starlette's TrustedHostMiddleware can't replace the check of the host name: it has no option for
     all IP addresses, and its response does not mention --allow_host. Gradio's CORS check applies

@@ -41,7 +41,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
     Args:
         catalog: folders of the viewer.
-        device: device that samples images, such as "cuda:1"; None for the best one.
+        device: device that samples images, such as "cuda:1"; None for a CUDA GPU if there is one.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         heading = html("frame-title")
@@ -150,7 +150,7 @@ def build_server(
         catalog: folders of the viewer.
         host: address that the server listens on.
         public: whether other machines may connect.
-        device: device that samples images; None for the best one.
+        device: device that samples images; None for a CUDA GPU if there is one.
         allowed_hosts: additional host names to accept, besides those of this machine.
     """
     page = build(catalog, device)

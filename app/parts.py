@@ -233,12 +233,15 @@ def empty_notice(catalog: Catalog, title: str, *names: str) -> str:
         )
     return (
         f'<section class="empty"><h2>{escape(title)}</h2><ol>{rows}</ol>'
-        "<p>Their output appears here automatically.</p></section>"
+        "<p>The output of these commands appears here automatically.</p></section>"
     )
 
 
 def evaluation_command(catalog: Catalog, name: str) -> str:
-    """Return a command of ``eval`` with the paths of up to two example runs."""
+    """Return a command of ``eval`` with the paths of up to two example runs.
+
+    Without such runs, the paths are those of the folders lora and bilora below the root.
+    """
     runs = example_runs(catalog, name)
     paths = [catalog.command_path(run.path) for run in runs]
     if not paths:

@@ -91,7 +91,7 @@ def figures_html(catalog: Catalog, item: ResultItem) -> str:
 
 
 def read_report(catalog: Catalog, item: ResultItem) -> str:
-    """Read the report of a result, without its figures, as safe Markdown."""
+    """Read a result's report without its figures, as safe Markdown; a sentence if it can't be."""
     try:
         path = regular_file(catalog.resolve(f"{item.path}/{REPORT}"))
         # `regular_file` refuses a pipe, which would block the reader.

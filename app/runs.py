@@ -19,7 +19,7 @@ from bilora_diffusion.run.record import HEARTBEAT_SECONDS, TRAINING_ACTIVITY
 
 # Methods of the pair that is shown before the user chooses
 CONTROL, OURS = "lora", "bilora"
-# Time without output after which a run in training counts as stalled
+# Minimum time in seconds without output after which a run in training counts as stalled
 STALE_SECONDS = 12 * HEARTBEAT_SECONDS
 # The same time during another activity, such as validation images
 BUSY_SECONDS = 3600.0
@@ -87,7 +87,7 @@ class RunItem:
 
     @property
     def first_prompt(self) -> str:
-        """First prompt of the validation images, else the instance prompt."""
+        """First prompt of the validation images, else the instance prompt, else `PROMPT`."""
         if self.prompts:
             return self.prompts[0]
         instance_prompt = self.record["config"].get("instance_prompt")
@@ -135,9 +135,9 @@ def sort_runs(runs: Sequence[RunItem]) -> list[RunItem]:
 
 
 def find_control(run: RunItem, runs: Sequence[RunItem]) -> RunItem | None:
-    """Find the first LoRA run with the same seed, data and guided target.
+    """Return the first LoRA run with the same seed, data and guided target.
 
-    It is None if there is none, or if that run is `run` itself.
+    Return None if there is no such run, or if it is `run` itself.
     """
 
     def key(run: RunItem) -> tuple[Any, ...]:
@@ -195,8 +195,8 @@ def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) ->
 class Progress:
     """Status and progress of a run."""
 
-    # "running", "finished", "interrupted", "failed" or "stalled". During another activity than
-    # training steps, it is the name of the activity, such as "validation images".
+    # "running", "finished", "interrupted", "failed", "stalled" or "unreadable". During another
+    # activity than training steps, it is the name of the activity, such as "validation images".
     status: str
     # Explanation of the status: an error, the silence of a stalled run, or the time since the
     # activity began; "" for none

@@ -97,7 +97,7 @@ class Sampler:
     """Samples images and keeps the pipeline of the last base model in memory.
 
     Args:
-        device: name of a device, such as "cuda:1"; None for the best one.
+        device: name of a device, such as "cuda:1"; None for a CUDA GPU if there is one.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -235,8 +235,8 @@ def find_comparison(catalog: Catalog, a: str, b: str, uses_run_sampler: bool = T
             images.
 
     Raises:
-        UserError: a run no longer exists, the runs have different base models, or the LoRA file is
-            missing or has changed.
+        UserError: a run no longer exists, the runs have different base models, a link leads out of
+            the root, or the LoRA file is missing or has changed.
     """
     runs = {run.path: run for run in catalog.scan.runs if can_sample(run)}
     chosen_runs = []
@@ -283,7 +283,7 @@ def temporary_export(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path
     """Export a checkpoint's weights to a temporary file, which is deleted when the context exits.
 
     Raises:
-        UserError: the checkpoint lacks a file, or a link leads out of the root.
+        UserError: the checkpoint lacks a file or can't be exported, or a link leads out of the root.
     """
     # Links out of the root are refused, and so are pipes, which would block the reader.
     for name in (DIGESTS, *FILES):

@@ -276,7 +276,7 @@ def list_prompts(view: View, scores: Scores) -> list[PromptRow]:
 
 
 def find_neighbor(prompt_rows: Sequence[PromptRow], prompt: str, offset: int) -> str:
-    """Return the prompt `offset` rows below a prompt, or the one at the end of the list.
+    """Return the prompt `offset` rows below a prompt, but not beyond the ends of the list.
 
     If the prompt is not in the list, return the list's first prompt.
     """

@@ -287,7 +287,7 @@ class Tab:
         }
 
     def _draw(self, paths: Sequence[str] | None, window: int, last_state: Any = None) -> Update:
-        """Update the cards and plots if the state of the runs has changed."""
+        """Update the cards and plots if the window or the state of the runs has changed."""
         runs = []
         for color, path in enumerate((paths or [])[: len(COLORS)]):
             runs.append(self._read(path, color))

@@ -3,9 +3,9 @@
     for name, lines in charts(runs, window=25).items():
         TITLES[name], table(lines)
 
-A run has the same color in all plots. Lines in the background (such as the loss of each step) are
-faint, and lines that belong to no run are gray. In the plots of `WITH_LEGEND`, each concept has a
-color, and runs differ in their dashes.
+A run has the same color in all plots except those of `WITH_LEGEND`, in which each concept has a
+color, and runs differ in their dashes. Lines in the background (such as the loss of each step) are
+faint, and lines that belong to no run are gray.
 """
 
 from __future__ import annotations
@@ -151,9 +151,10 @@ def curves(
 def differences(
     runs: Sequence[TrainingRun], key: str, window: int = 1, in_percent: bool = False
 ) -> list[Line]:
-    """Return a line for each run minus LoRA with the same seed and data, step by step.
+    """Return each run's difference from the LoRA run with the same seed and data, as lines.
 
-    Such runs get the same samples and the same noise in each step.
+    The two runs get the same samples and the same noise in each step. Runs without such a LoRA run
+    have no line.
 
     Args:
         runs: runs, including the LoRA runs.

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP.
 
     Returns:
-        The exit code: 0, or 2 after an error message that names a fix.
+        The exit code: 0; 2 after an error message that names a fix; 1 after any other error.
     """
     parser = Parser("app.viewer", __doc__)
     parser.add_argument(
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--port", type=int, default=PORT, help=f"port to listen on; default: {PORT}"
     )
     parser.add_argument(
-        "--device", help="device for sampling images, such as cuda:1; default: the best one"
+        "--device", help="device for sampling images, such as cuda:1; default: a CUDA GPU or the CPU"
     )
 
     def work() -> None:

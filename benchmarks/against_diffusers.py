@@ -14,7 +14,7 @@ process runs once, in rotating order: LoRA with diffusers' script, then the ``--
 project. Each round has its own seed.
 
 Steps are timed by their progress bars. Memory is the peak resident memory. On a GPU, which no other
-process may use, the GPU's memory is measured too and compared with the estimate of ``--dry_run``.
+process may use, the GPU's memory is measured too. The table also has the estimate of ``--dry_run``.
 On the miniature the held-out loss is also measured. ``lora-again`` reads the latents that its first
 round cached. The JSON file holds no paths of this machine except those in ``--peer_flags``.
 """
@@ -156,8 +156,9 @@ def run(
     """Run a command that trains ``steps`` steps, and write its output to ``log``.
 
     Returns:
-        Seconds: "seconds" of the whole process, "start" until the first step began, and "step", the
-        median of the later steps. Bytes: "memory", and "gpu_memory" if the command may use a GPU.
+        Seconds: "seconds" of the whole process; "step", the median over all steps except the first;
+        and "start", the time until the first step ended, minus "step". Bytes: "memory", and
+        "gpu_memory" if the command may use a GPU.
 
     Raises:
         TrainingError: The command failed, or showed no progress bar of ``steps`` steps.

@@ -5,7 +5,7 @@
         --resolution 128 --max_train_steps 2 --output_dir out
 
 The pipeline generates noise, not pictures: it serves to test shapes, memory and time. Its models
-are created and written in bf16 one at a time, so at most the UNet is in memory.
+are created and written in bf16 one at a time, so memory never holds more than the UNet.
 
 A model is built without memory on PyTorch's ``meta`` device. Then each weight gets memory in its
 final precision and is filled. Matrices and kernels get normal values with a standard deviation of

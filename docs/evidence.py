@@ -141,7 +141,11 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
 
 
 def verdict(check: Check, figure: Figure) -> str:
-    """Return the verdict on a check: decided only if the bounds hold, or fail, in all of it."""
+    """Return the verdict on a check.
+
+    It is `HOLDS` if the whole interval is within the bounds, `FAILS` if the whole interval is
+    outside, `NO_DIFFERENCE` if all differences are 0 and 0 is a bound, and otherwise `OPEN`.
+    """
     lower, upper = check.lower, check.upper
     if check.tolerance is not None:
         # A tolerance is the same in both directions.

@@ -73,7 +73,7 @@ def flatness() -> Iterable[str]:
 
 
 def _read_settled_step(dynamics: Result, group: str, adapter: str) -> str:
-    """Format the step (of 200) from which an adapter's product stays near its final value."""
+    """Format the step (of 200) from which an adapter's product has nearly its final direction."""
     return _with_interval(dynamics.summary(group, f"settled {adapter}/product"))
 
 

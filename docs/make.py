@@ -1,6 +1,6 @@
 """Generate the pages and tables that are made from the code and from recorded results.
 
-python -m docs.make                     # writes all of them; run it after any change
+python -m docs.make                     # all, and the recipes' memory; run it after any change
 python -m docs.make --only options.md   # enough after a change of an option, and faster
 """
 

@@ -153,7 +153,7 @@ def methods() -> Iterable[str]:
 
 
 def radii() -> Iterable[str]:
-    """Generate the table of lowest held-out losses by radius, rank and rate of the auxiliary."""
+    """Generate the table of changes in the lowest held-out loss by the auxiliary's settings."""
     rows = []
     changes = {
         "`rho` 0.01, against 0.1": ("radius_small", "rho=0.01", "rho=0.1"),
@@ -190,7 +190,7 @@ def radii() -> Iterable[str]:
 
 
 def together() -> Iterable[str]:
-    """Generate the table of lowest held-out losses of PiSSA, DoRA and others with Bi-LoRA."""
+    """Generate the table of lowest held-out losses of PiSSA and others, and Bi-LoRA's changes."""
     rows = []
     for form in ("PiSSA", "LoRA-GA", "DoRA", "NF4"):
         lora_line = read("together").summary(form, f"best {HELDOUT_LOSS}")
@@ -206,7 +206,7 @@ def _lowest(name: str, group: str, control: str) -> Check:
 
 
 def texts() -> Iterable[str]:
-    """Scores and losses of text."""
+    """Generate the table of scores and losses of text models."""
     reviews = read("text_rotten_tomatoes/text_scores")
     sums = read("text_gsm_symbolic/sweep")
     columns = (
@@ -248,7 +248,7 @@ def _gigabytes(variant: Mapping[str, Any]) -> str:
 
 
 def against_diffusers() -> Iterable[str]:
-    """Generate the table of ratios of whole commands to diffusers' script."""
+    """Generate the table of time, memory and loss as ratios to those of diffusers' script."""
     models = {"random_sdxl": "SDXL, random weights, 256 px, bf16", "mini": "miniature"}
     rows = []
     for name, title in models.items():

@@ -7,7 +7,7 @@
     python -m eval.clip_scores runs/dog base                # prompts from the run's training
     python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\
         --base_model stabilityai/stable-diffusion-xl-base-1.0
-    python -m eval.clip_scores runs/dog --steps all                 # every checkpoint
+    python -m eval.clip_scores runs/dog --steps all                 # checkpoints of the run
     python -m eval.clip_scores runs/lora runs/bilora --base_precision int4      # merged and rounded
     accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
 
@@ -18,12 +18,12 @@ missing images. The general prompts measure drift from the base model. The outpu
 a grid of images.
 
 Without --prompts, the prompts come from the training of the first run. The command takes the first
-of these that the run has: the prompts of the shipped icons; up to 64 captions of its held-out
-images, which are then the ground truth; its instance prompt in 20 contexts; its validation prompts;
-up to 20 captions of its training images.
+of these that the run has: the shipped prompts, if it learned shipped images; up to 64 captions of
+its held-out images, which are then the ground truth; its instance prompt or trigger word in 20
+contexts; its validation prompts; up to 20 captions of its training images.
 
 With --steps, the report begins with one sentence on each run's best step. The command also prints
-this sentence last.
+these sentences last.
 
 With --image_model, DINOv2 also compares the images with held-out and training pictures, whichever
 scorer is used.
@@ -69,7 +69,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 IMAGES = "images"
-# Folder with copies of the held-out pictures, and the copies' longest side in pixels
+# Folder with copies of the held-out pictures, and maximum side of a copy in pixels
 TRUTHS = "truth"
 TRUTH_SIDE = 768
 DEMO_METHODS = ("lora", "bilora")
@@ -81,7 +81,7 @@ class ClipScores(OverSteps):
     In each row of the result, ``item`` is the prompt's text and ``seed`` the seed of the initial
     noise. A row with the metric "image" has no value; its note is the path of the image's file. The
     note of a "t2t" row is the caption. The note of a "nearest" or "dino_nearest" row is the name of
-    the training picture.
+    the training picture. With --steps, a row "heldout_loss" has neither an item nor a seed.
 
     Settings of the result:
 
@@ -230,7 +230,7 @@ class ClipScores(OverSteps):
         return subjects
 
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
-        """Print the prompts, the numbers of images, and the notes."""
+        """Print the numbers of prompts and images, and the notes."""
         general = sum(prompt.general for prompt in self.prompts)
         scored = len(self.prompts) - general
         labels = ", ".join(subject.label for subject in subjects)
@@ -242,7 +242,7 @@ class ClipScores(OverSteps):
             " be generated."
         )
         if self.args.prompts is None:
-            plan += " For other prompts, give --prompts FILE or --prompts contexts."
+            plan += " For other prompts, give --prompts (see --help)."
         print(plan, *self.notes, sep="\n")
 
     def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
@@ -320,7 +320,7 @@ class ClipScores(OverSteps):
     def write(self, result: Result) -> None:
         super().write(result)
         print(f"images generated: {self.num_generated}, in {self.folder / IMAGES}")
-        # With --steps, the best step is also the last line of the output.
+        # With --steps, the sentences on the best steps are also the end of the output.
         for sentence in reporting.answers(result):
             print(strip_controls(sentence))
 
@@ -364,7 +364,7 @@ def load_models(
     """Load the scorer and the captioner with these names; no captioner for None."""
     from . import captioners, models
 
-    fix = "check its name and files, the connection to the hub, and that open_clip_torch is there"
+    fix = "check its name and files, the connection to the hub, and the package open_clip_torch"
     with as_user_error(f'"{scorer}" can\'t be loaded', fix):
         loaded_scorer = models.load(scorer, device)
     if captioner is None:

@@ -48,11 +48,13 @@ def load(name: str, scorer: Scorer | None = None, device: str = "cpu") -> Captio
 
     Args:
         name: name of the captioner.
-        scorer: scorer that "embedded" uses if it is the embedded one; otherwise that is loaded.
+        scorer: for "embedded", a scorer to use if it is the embedded one; otherwise, the embedded
+            scorer is loaded.
         device: device of the model.
 
     Raises:
-        UserError: the name is unknown, or the model is not a captioner; the message names a fix.
+        UserError: the name is unknown, or the model is not a BLIP captioner that can be used; the
+            message names a fix.
         Exception: any error of the library that loads the model.
     """
     scheme, colon, source = name.partition(":")

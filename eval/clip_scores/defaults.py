@@ -5,7 +5,8 @@ The first of the following that is available is used:
 1. the shipped prompts for the paper's or the miniature's images, if the run learned them:
    ``3d_icon`` for icons in their own colors, or the held-out captions for icons in other colors and
    for animals;
-2. the captions of its held-out images; these images are then the ground truth;
+2. the captions of its held-out images, if there are at least two different ones; these images are
+   then the ground truth;
 3. its instance prompt or trigger word in the contexts of ``eval/prompts/contexts.txt``, because
    scores over one or two validation prompts are too noisy;
 4. its validation prompts;
@@ -50,8 +51,8 @@ class Question:
     name: str
     # Scored prompts; `settings.question` adds the general ones.
     prompts: Sequence[Prompt]
-    # Whether the first run learned icons for which general prompts are shipped; without a run,
-    # whether the base model is a miniature
+    # Whether the first run learned shipped images, to which the shipped general prompts belong;
+    # without a run, whether the base model is a miniature
     is_of_icons: bool = False
     # Sentences that the report shows above the scores; "" for none
     note: str = ""
@@ -67,8 +68,8 @@ def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
         base: the base model. If there is no run folder, a miniature gets the prompts of its icons.
 
     Raises:
-        UserError: there is no run folder and the base model is not a miniature, or the first run
-            has no prompts or captions.
+        UserError: there is no run folder and the base model is not a miniature; or one of the runs
+            has no prompts or captions, or its images can't be opened.
     """
     runs = _runs(subjects)
     if not runs:
@@ -113,7 +114,7 @@ def in_contexts(subjects: Sequence[Subject]) -> Question:
 
 
 def learned_icons(subjects: Sequence[Subject], base: str) -> bool:
-    """Return whether the first run learned the paper's or the miniature's icons.
+    """Return whether the first run learned the paper's or the miniature's images.
 
     Without a run, return whether the base model is a miniature.
 
@@ -156,7 +157,7 @@ def _of_run(run: Subject) -> Question:
     if icon_set := _icon_set(run):
         return _icons(icon_set)
     heldout, num_left_out = _heldout(run, concepts)
-    # A single caption belongs to all pictures, so it describes no particular one.
+    # A single caption usually belongs to all pictures, so it describes no particular one.
     if len(heldout) > 1:
         title = f"held-out captions of {name}, whose pictures are the ground truth"
         if len(heldout) > MAX_HELDOUT_PROMPTS:
@@ -173,9 +174,9 @@ def _of_run(run: Subject) -> Question:
     note = ""
     if any(_text(concept, "validation_dataset") for concept in concepts):
         note = (
-            f"The held-out images of {name} have no captions of their own or are not local files,"
-            " so no sample is compared with them: give a folder of images, each with a caption"
-            " (docs/data.md)."
+            f"The held-out images of {name} have no captions of their own (two different ones are"
+            " needed) or are not local files, so no sample is compared with them: give a folder of"
+            " images, each with a caption (docs/data.md)."
         )
     contexts = _contexts(concepts)
     if contexts:

@@ -5,11 +5,11 @@ todo = jobs(subject, prompts, seeds=[0])
 store.generate(todo)
 image = store.open(todo[0])
 
-On one machine, an image depends only on its parameters, bit for bit: its noise comes from the seed
-and the prompt's text, and the other images of the batch have no influence. Matrix products are
-rounded differently for other batch shapes and numbers of threads, so both are fixed: the denoiser
-always gets ``Sampling.lanes`` images (a smaller batch is padded), and on a CPU it runs on one
-thread. To use more cores, start more processes.
+On one device and with the same package versions, an image depends only on its parameters, bit for
+bit: its noise comes from the seed and the prompt's text, and the other images of the batch have no
+influence. Matrix products are rounded differently for other batch shapes and numbers of threads, so
+both are fixed: the denoiser always gets ``Sampling.lanes`` images (a smaller batch is padded), and
+on a CPU it runs on one thread. To use more cores, start more processes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> l
 
 
 def _kind_of_weights(subject: Subject) -> str:
-    """Return the title of the method, or the kind of weights if the method is unknown.
+    """Return the method's title as a slug, or the kind of weights if the method is unknown.
 
     The subject's label is not used, because it may change.
     """
@@ -134,14 +134,14 @@ class Store:
 
     @cached_property
     def _base_digest(self) -> str | None:
-        """Hash of the files in the base model's folder; None for a hub model."""
+        """Hash of the weights, JSON and text files in the base model's folder; None for the hub."""
         folder = Path(resolve(self.sampling.base_model)).expanduser()
         if not folder.is_dir():
             return None
         return hash_of_folders(folder, suffixes=(".safetensors", ".json", ".txt"))
 
     def parameters(self, job: Job) -> dict[str, Any]:
-        """Return everything that an image depends on."""
+        """Return the parameters that an image's file stores; see the module docstring."""
         sampling = self.sampling.to_dict()
         if job.subject.kind == BASE:
             sampling["scale"] = 1.0  # the base model has no adapter to scale
@@ -291,8 +291,9 @@ def generate_in_processes(
         jobs: jobs of all images.
         batch: see :meth:`Store.generate`.
         count: number of processes including this one, 1 or more. The default for the miniature on
-            a CPU is one process per core if there are enough images; for other models it is 1,
-            because the model may need all of the memory.
+            a CPU is one process per core if there are enough images; otherwise it is 1, because
+            another model may need all of the memory. No more processes start than there are
+            batches.
     """
     missing = store.missing(jobs)
     if count is None:
@@ -350,7 +351,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
 
 @contextmanager
 def _one_thread(device: str) -> Iterator[None]:
-    """Use one thread on a CPU within the context; the rounding of sums depends on the number."""
+    """Use one thread on a CPU within the context; their number changes the rounding of sums."""
     before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)

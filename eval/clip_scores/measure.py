@@ -1,6 +1,6 @@
 """Scores of stored images.
 
-Up to rounding, a file's scores do not depend on the order or the batch.
+Up to rounding, a file's scores do not depend on the other files of its batch or on their order.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class ImageJudge:
     def _likeness(
         self, subject: Subject, job: Job, vector: Tensor, pictures: Pictures, prefix: str = ""
     ) -> Iterator[Row]:
-        """Yield an image's cosines, under one model, to held-out and nearest training picture."""
+        """Yield an image's cosines to its held-out picture and to the nearest training picture."""
         if job.prompt.text in pictures.truths:
             truth = pictures.truths[job.prompt.text]
             yield self._row(subject, job, f"{prefix}truth", cosine(vector, truth))
@@ -244,7 +244,7 @@ def embed_set(images: ImageSet, embedder: ImageEmbedder) -> EmbeddedSet:
 
 
 def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
-    """Read the held-out pictures of the scored prompts: prompt's text -> picture.
+    """Read the held-out pictures of the scored prompts: text of the prompt -> picture.
 
     The icons of the miniature are left out for other base models.
     """
@@ -256,7 +256,7 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
         if base not in mini.PIPELINES and mini.heldout_dir() in file.resolve().parents:
             continue
         sentence = f'the reference {file} of "{prompt.text}" can\'t be read'
-        with as_user_error(sentence, "correct the prompt file"):
+        with as_user_error(sentence, "replace this picture, or give other --prompts"):
             picture = read_rgb(file)
         if prompt.colors is not None:
             picture = MAPS[prompt.colors](picture)

@@ -13,8 +13,8 @@ embed texts, but it distinguishes two dogs better than CLIP, which was trained o
 
 Errors of the libraries pass through, and the command translates them. The libraries silently accept
 pickles and a tokenizer without a vocabulary; this module refuses both. Weights are read from
-safetensors. The only exception is an open_clip tag whose hub repository has no safetensors file:
-open_clip then reads the file with torch's ``weights_only``.
+safetensors. The only exception is an open_clip tag without a safetensors file: open_clip then reads
+a pickle with torch's ``weights_only``.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class ModelEntry:
     name: str
     # "open_clip", "embedded", "blip", "retrieval" or "dinov2"
     kind: str
-    # Architecture, hub id or folder name
+    # Architecture, hub id, folder name, or name of the embedded model
     model: str
-    # Pretrained tag, commit or hash of the weights
+    # Pretrained tag, and commit or hash of the weights; for retrieval, also the captions' hash
     revision: str | None = None
     # Sentence shown with the scores; "" for none
     note: str = ""

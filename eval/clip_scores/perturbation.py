@@ -8,8 +8,8 @@ https://arxiv.org/abs/2503.11078, for full training):
     with applied(pipeline, subject), perturbation.acting(pipeline):
         images = generate(pipeline, ...)
 
-Each adapter is first merged into the base weights, like for a user who merges and then quantizes.
-So the adapter's update is also rounded, and fully trained models are treated the same way. The
+Each adapter is first merged into the base weights, as a user does who merges and then quantizes. So
+the adapter's update is also rounded, and fully trained models are treated the same way. The
 perturbed layers are those that ``--quantize nf4`` rounds. Other layers and their adapters, biases
 and text encoders do not change. The rounded values are stored in the weights' dtype, so the model
 runs like any other on every device; this simulates low precision and does not save memory.

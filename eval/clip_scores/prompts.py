@@ -41,10 +41,11 @@ class Prompt:
 
     # Full text that the model gets
     text: str
-    # Subject of the prompt, such as "Fluffy Rabbit"; None if unknown
+    # Short title of the prompt in tables: its subject, such as "Fluffy Rabbit", or its context;
+    # None if unknown
     instance: str | None = None
-    # Picture of the instance; with ``colors`` applied, it has the trained style. The references of
-    # the shipped sets belong to the miniature and are not used for other base models.
+    # Held-out picture for the prompt; with ``colors`` applied, it has the trained style. Pictures
+    # of the shipped sets belong to the miniature and are not used for other base models.
     reference: Path | None = None
     # Whether the prompt is unrelated to the training images, so its images should not change
     general: bool = False
@@ -72,7 +73,8 @@ def read(source: str | Path) -> list[Prompt]:
               the images are the references.
 
     Raises:
-        UserError: there is no such set, it is empty or damaged, or it repeats a prompt.
+        UserError: there is no such set, it is empty or damaged, it lacks the column of prompts, a
+            caption or a reference, or it repeats a prompt.
     """
     name = str(source)
     is_shipped = name in shipped_names()

@@ -1,4 +1,4 @@
-"""The scores and the report of a comparison, with the paper's Table 4 and Figure A1."""
+"""The scores and the report of a comparison, in the form of the paper's Table 4 and Figure A1."""
 
 from __future__ import annotations
 

@@ -66,20 +66,20 @@ class ScoringOptions:
         None,
         'Prompts: a shipped set; a text file; a CSV file with the column "prompt"; held-out images'
         " with captions (mini-heldout, mini-duotone-heldout or a folder), which are then the ground"
-        " truth; or contexts, which puts the run's instance prompt into 20 contexts. The default"
-        " follows from the first run's training, see below.",
+        " truth; or contexts, which puts the first run's instance prompt or trigger word into 20"
+        " contexts. The default follows from the first run's training; see below.",
     )
     general_prompts: str | None = option(
         None,
-        "Prompt set for measuring drift, such as general; none skips drift (default: general for"
-        " the shipped icons, none for other runs).",
+        "Prompt set for measuring drift, such as general; none skips drift (default: general if the"
+        " first run learned shipped images, otherwise none).",
     )
     max_prompts: int | None = option(
         None, "Use only the first prompts of each set: at most this number.", range=COUNTS
     )
     seeds: str = option("0,1", "Seeds of the initial noise, such as 0,1 or 0..3.")
     base_model: str | None = option(
-        None, "Hub id, folder or mini (default: the base model of the runs)."
+        None, "Hub id, folder or mini (default: the base model that the adapters name)."
     )
     scorer: str | None = option(None, f"Model that scores: {SCORERS}.")
     captioner: str | None = option(None, f"Model that captions images for T2T: {CAPTIONERS}.")
@@ -90,10 +90,12 @@ class ScoringOptions:
     )
     skip_captions: bool = option(False, "Skip captions and T2T.")
     control: str | None = option(
-        None, "Label to compare with (default: the first one that is not the base model)."
+        None,
+        "Label to compare with (default: the first one that is not the base model; with --steps,"
+        " the first run's last step).",
     )
     train_data: str | None = option(
-        None, "Training images for memorization; none skips it (default: the run's own images)."
+        None, "Training images for memorization; none skips it (default: each run's own images)."
     )
     steps: str | None = option(None, HELP)
 
@@ -105,7 +107,10 @@ class SamplingOptions:
     section = "images"
     num_inference_steps: int | None = option(None, f"Sampler steps {USUAL}.", range=SAMPLER_STEPS)
     guidance_scale: float | None = option(
-        None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
+        None,
+        "Classifier-free guidance scale (default: the usual value for the model, 4 for the"
+        " miniature; no guidance if all adapters were trained with --guided_target).",
+        range=GUIDANCES,
     )
     # `usual_guidance_from` chooses the default.
     guidance_from: float | str | None = like(
@@ -114,8 +119,8 @@ class SamplingOptions:
         default=None,
         help="Model of guidance's unconditional prediction: adapter (the adapted model, as in other"
         " programs), base (the base model), or a number between 0 and 1 (the adapter's strength in"
-        " that prediction). Default: 0.5, or adapter if there is no guidance or the adapter can't"
-        " be scaled.",
+        " that prediction). Default: 0.5, or adapter if there is no guidance, or an adapter is"
+        " merged or can't be scaled.",
         ignored=(),
     )
     sampling_lora: str | None = option(
@@ -143,7 +148,7 @@ class SamplingOptions:
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: accelerate's choice).")
     dtype: str | None = option(
         None,
-        "Dtype of the denoiser (default: the best one for the device).",
+        "Dtype of the denoiser and the text encoders (default: the best one for the device).",
         choices=tuple(PRECISIONS.values()),
     )
     base_precision: str | None = option(
@@ -165,7 +170,7 @@ def read_seeds(text: str) -> list[int]:
     """Read seeds such as ``0,1`` or ``0..3``.
 
     Raises:
-        UserError: the text is something else, or a seed is negative.
+        UserError: the text is something else, or a seed is negative or repeated.
     """
     seeds = read_integers(text, f'--seeds is "{text}"')
     if min(seeds) < 0:
@@ -182,7 +187,8 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
             be a local copy of the hub model that the subjects name.
 
     Raises:
-        UserError: the base model is unknown, or the subjects have different ones.
+        UserError: the base model is unknown, the subjects have different ones, or ``name`` is
+            another one.
     """
     subject_of: dict[str, Subject] = {}  # path or hub id of a base model -> its first subject
     for subject in subjects:
@@ -371,8 +377,8 @@ def guidance_note(args: Namespace, subjects: Sequence[Subject]) -> str:
         return ""
     return (
         f"{', '.join(guided)}: trained towards guidance (--guided_target) and meant to be sampled"
-        " without it. All images here use the base model's usual guidance: also compare with"
-        " --guidance_scale 1."
+        " without it. All images here use the default guidance: also compare without guidance"
+        " (--guidance_scale 1, or 0 for Z-Image and Krea 2)."
     )
 
 

@@ -3,17 +3,18 @@
     python -m eval.text_scores runs/lora runs/bilora base --benchmarks gsm8k,mmlu
     python -m eval.text_scores runs/*-cola-* runs/*-mrpc-* --benchmarks heldout    # Tables 1 and 2
     python -m eval.text_scores runs/*-rte-* base --benchmarks heldout,heldout_loss
-    python -m eval.text_scores runs/bilora --steps all       # every checkpoint's held-out metrics
+    python -m eval.text_scores runs/bilora --steps all       # held-out metrics of its checkpoints
     python -m eval.text_scores runs/bilora --benchmarks humaneval --allow_code_execution
     python -m eval.text_scores adapter base --model_name_or_path meta-llama/Llama-3.1-8B \\
         --benchmarks mmlu,drop,bbh --limit 20                                      # a trial
     python -m eval.text_scores runs/lora runs/bilora --benchmarks mtbench \\
         --judge_base_url http://localhost:8000/v1 --judge_model judge --mtbench_questions q.jsonl
 
-A run is a run folder or a folder with a PEFT adapter; `base` is the model without an adapter. For
-recorded metrics (heldout), `base` shows the values that the runs measured before their first step.
-Runs of one method that differ only in the seed share a row. Scores are cached: after an
-interruption, the same command resumes. It writes report.md, rows.csv, summary.csv and result.json.
+A run is a run folder or a folder with a PEFT adapter; `base` is the model without an adapter. If
+only recorded metrics (heldout, heldout_loss) are shown, `base` has the values that the runs
+measured before their first step. Runs of one method that differ only in the seed share a row.
+Scores are cached: after an interruption, the same command resumes. The command writes report.md,
+rows.csv, summary.csv and result.json.
 
 Settings: as in INSTRUCTEVAL, MMLU gets 5 examples in the prompt, DROP and BBH get 3, and none of
 them uses a chain of thought. HumanEval gets no examples and is asked as a completion. GSM8K and
@@ -77,7 +78,9 @@ class BenchmarkOptions:
     benchmarks: str = option("", "Benchmark names separated by commas; see below.")
     steps: str | None = option(None, checkpoints.HELP)
     control: str | None = option(
-        None, "Row to compare with (default: LoRA; the first run if there is no LoRA)."
+        None,
+        "Row to compare with (default: LoRA; the first run if there is no LoRA; with --steps, the"
+        " first run's last step).",
     )
     model_name_or_path: str | None = option(
         None, "Base model (default: the base model of the runs)."
@@ -163,7 +166,10 @@ class PreparedBenchmark:
 
 
 class TextScores(OverSteps):
-    """The command. Each benchmark is a metric: a row without an item is a score, others a question.
+    """The command.
+
+    Each benchmark is a metric. A row without an item has the score of a benchmark or a further
+    metric; a row with an item has the score of a single question, and its note is the answer.
 
     Settings of the result: "benchmarks" maps each name to the benchmark's settings, in the order of
     the tables.
@@ -191,7 +197,7 @@ class TextScores(OverSteps):
         known_tasks = list(self.manager.all_tasks) if self.manager else []
         self.benchmarks = benchmarks.choose(names, known_tasks)
 
-        # Weights are needed for benchmarks, not for recorded metrics.
+        # Recorded metrics alone change the rows: training sets share one, and "base" has a seed.
         only_heldout = all(benchmark.is_recorded for benchmark in self.benchmarks)
         pairs = base_models.read_subjects(args, only_heldout)
         self.base_models = {subject.label: model for subject, model in pairs}
@@ -236,7 +242,7 @@ class TextScores(OverSteps):
 
         args = self.args
         if benchmark.engine == HARNESS:
-            # Other tasks of the harness keep their own maximum length of answers.
+            # The option does not change the other tasks of the harness.
             if benchmark.name == HUMANEVAL and args.max_new_tokens:
                 generation = {**benchmark.generation, "max_gen_toks": args.max_new_tokens}
                 benchmark = replace(benchmark, generation=generation)

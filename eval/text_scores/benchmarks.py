@@ -283,8 +283,8 @@ def recorded_metrics(subject: Subject) -> dict[str, tuple[int, float]]:
     """
     if subject.folder is None:
         raise UserError(
-            f"{subject.source} has no recorded metrics for --benchmarks heldout: give run folders,"
-            " and give base only without other benchmarks."
+            f"{subject.source} has no recorded metrics for --benchmarks heldout: give run folders;"
+            " with them, base can be given if no other benchmark is."
         )
     checkpoint_step = subject.about.get("step")
     last_step = math.inf if subject.best_step is None else subject.best_step

@@ -44,7 +44,7 @@ def task_manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
         include_path: the other folders.
 
     Raises:
-        UserError: one of the folders does not exist.
+        UserError: one of the folders does not exist, or the harness is not installed.
     """
     for folder in include_path:
         if not folder.is_dir():
@@ -128,7 +128,7 @@ class Harness:
             " --include_path",
         ):
             tasks_by_group = self.manager.load([benchmark.task])
-        # A group has several tasks; a single task is its own only entry.
+        # A group has several entries, a single task only one.
         for name, task in tasks_by_group["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self.allow_code:
                 raise refuse_code(name)

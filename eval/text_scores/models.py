@@ -65,7 +65,8 @@ class Models:
         """Load a subject's model for the context; the adapter is removed afterwards.
 
         Raises:
-            UserError: the model is a classifier, or the trained adapter has no effect on the model.
+            UserError: the model is a classifier, the adapter does not fit it, or a trained adapter
+                has no effect on it.
         """
         adapter = subject.weights
         if adapter is not None and not (adapter / PEFT_FILE).is_file():
@@ -201,7 +202,7 @@ def _generate(
     if max_new_tokens < 1:
         raise UserError(
             f'a prompt in the batch of "{keys[0]}" has {longest} tokens, but the model takes at'
-            f" most {model.max_tokens}: leave this benchmark out."
+            f" most {model.max_tokens} with the answer: leave this benchmark out."
         )
     # Set every option, because generation_config.json would supply the missing ones.
     sampling: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))

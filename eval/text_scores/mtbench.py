@@ -141,7 +141,8 @@ def connect(base_url: str | None, model: str | None) -> Judge:
     """Make the judge that the command line names, without sending a request.
 
     Raises:
-        UserError: the address or the model is missing, or the address is not usable.
+        UserError: the address or the model is missing, the address is not usable, or the package
+            openai is not installed.
     """
     if not base_url or not model:
         raise UserError(
@@ -181,8 +182,8 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
     """Read the questions from a JSONL file, or from the dataset on the hub.
 
     Args:
-        source: a JSONL file with one question per line. The fields are question_id, category,
-            turns (or prompt), and optionally reference. None for the hub.
+        source: a JSONL file with one question per line. The fields are turns (or prompt) and,
+            optionally, question_id, category and reference. None for the hub.
         limit: maximum number of questions.
 
     Raises:

@@ -28,10 +28,10 @@ def summaries(
     """Compute the means over seeds, and each group's difference from the control.
 
     Args:
-        rows: rows of the result; a row without an item is a score, others are single questions.
+        rows: rows of the result; a row with an item is a single question, the others are scores.
         benchmarks: names of the metrics that may have items.
         control: group that the others are compared with.
-        confidence: confidence level of the intervals.
+        confidence: confidence level of the intervals of differences.
     """
     scores = []
     groups_with_items = set()
@@ -59,9 +59,9 @@ def summaries(
 
 
 def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
-    """Return the items of groups whose every score is the mean of its items.
+    """Return the items of the groups in which every score is the mean of its items.
 
-    Only for these groups, a difference over items is also the difference of the scores.
+    Only in these groups is a difference over items also the difference of the scores.
     """
     items, scores = [], []
     values: dict[str, list[float]] = {}  # subject -> the values of its items
@@ -121,8 +121,8 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
             are_left_out = any(row.value is None for row in items)
             consequence = "are left out" if are_left_out else "count as wrong"
             sentences.append(
-                f"{metric.title}: no answer could be read in {unparsed} of {len(items)} items;"
-                f" these {consequence}."
+                f"{metric.title}: no answer or rating could be read in {unparsed} of {len(items)}"
+                f" items; these {consequence}."
             )
     labels: dict[str, None] = {}  # of adapters without effect, each once
     for row in rows:
