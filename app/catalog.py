@@ -177,8 +177,8 @@ class Catalog:
             relative: POSIX path relative to the root; the file may be missing.
 
         Raises:
-            UserError: the path leads out of the root, is absolute, has a backslash or null character,
-                or can't be followed.
+            UserError: the path leads out of the root, is absolute, has a backslash or a null
+                character, or can't be followed.
         """
         parts = PurePosixPath(relative)
         # A backslash separates folders on Windows.

@@ -336,8 +336,8 @@ def legend_html(scores: Scores) -> str:
         is_included = scorer.note in captioner.note
         notes = captioner.note if is_included else f"{scorer.note} {captioner.note}"
     return (
-        f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}; those called'
-        f" DINO are by the image model.{captions}"
+        f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)};'
+        f" DINO scores are by DINOv2.{captions}"
         " A difference is green or red if its 95 % interval over the seeds excludes zero."
         f" The tab Results shows the means over the prompts. {escape(notes)}</p>"
     )

@@ -294,7 +294,7 @@ class Tab:
             slider = parts.slider_html(labels, images)
             text = "Done."
             if comparison.sampler.text:
-                text = f"Done, with the sampler of the validation images: {comparison.sampler.text}."
+                text = f"Done, with the validation images' sampler: {comparison.sampler.text}."
             yield message(text), cards_html(labels, images), slider
         except Stopped:
             yield message("Cancelled."), gr.skip(), gr.skip()

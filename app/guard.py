@@ -90,8 +90,8 @@ class PageGuard:
     """ASGI middleware that refuses other host names, websites and paths.
 
     The Host header of a request must be a name of this server, the Origin header must be absent or
-    name the server's own page, and the page must need the path. `HEADERS` are added to each response
-    of the application.
+    name the server's own page, and the page must need the path. `HEADERS` are added to each
+    response of the application.
 
     Starlette's TrustedHostMiddleware can't replace the check of the host name: it has no option for
     all IP addresses, and its response does not mention --allow_host. Gradio's CORS check applies

@@ -93,7 +93,8 @@ def broken_html(catalog: Catalog) -> str:
     if len(broken) > MAX_LISTED:
         rows += f"<li>and {len(broken) - MAX_LISTED} more</li>"
     subject = "1 folder is" if len(broken) == 1 else f"{len(broken)} folders are"
-    return f'<section class="broken"><b>{subject} not shown</b><ul>{rows}</ul></section>'
+    title = f"{subject} not shown or incomplete"
+    return f'<section class="broken"><b>{title}</b><ul>{rows}</ul></section>'
 
 
 class Server(uvicorn.Server):

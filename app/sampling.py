@@ -283,7 +283,8 @@ def temporary_export(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path
     """Export a checkpoint's weights to a temporary file, which is deleted when the context exits.
 
     Raises:
-        UserError: the checkpoint lacks a file or can't be exported, or a link leads out of the root.
+        UserError: the checkpoint lacks a file or can't be exported, or a link leads out of the
+            root.
     """
     # Links out of the root are refused, and so are pipes, which would block the reader.
     for name in (DIGESTS, *FILES):

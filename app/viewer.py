@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--port", type=int, default=PORT, help=f"port to listen on; default: {PORT}"
     )
     parser.add_argument(
-        "--device", help="device for sampling images, such as cuda:1; default: a CUDA GPU or the CPU"
+        "--device",
+        help="device for sampling images, such as cuda:1; default: a CUDA GPU if there is one",
     )
 
     def work() -> None:
