@@ -55,7 +55,7 @@ class Tab:
                         self.seed = _list("seed", "Seed", min_width=90)
                         self.metric = _list("metric", "Score", min_width=120)
                     orders = [(text, key) for key, text in data.ORDERS.items()]
-                    self.order = _list("order", "Sort by the change from A to B", choices=orders)
+                    self.order = _list("order", "Order of the images", choices=orders)
                     self.words = gr.Textbox(
                         label="Filter", placeholder="words of the prompt", elem_id="compare-words"
                     )
@@ -306,7 +306,7 @@ def facts_html(scores: Scores, image: ScoredImage, nearest: str | None) -> str:
         head = f'<th title="{escape(metric.explanation)}">{metric.title}</th>'
         rows += f"<tr>{head}<td>{times_100(value)}</td></tr>"
     text = f'<table class="scores">{rows}</table>'
-    text += f'<p class="quiet">by {escape(scores.settings.scorer.name)}</p>'
+    text += f'<p class="quiet">scorer: {escape(scores.settings.scorer.name)}</p>'
     if image.caption:
         text += f'<p class="caption">“{escape(image.caption)}”</p>'
     if image.nearest_image:

@@ -133,8 +133,8 @@ def read_scores(result: Result) -> Scores:
 
 # Orders of the prompts. A gain is an improvement from the first adapter to the second.
 ORDERS = {
-    "gain": "Largest gain first",
-    "loss": "Largest loss first",
+    "gain": "Largest gain from A to B first",
+    "loss": "Largest loss from A to B first",
     "name": "By name",
     "list": "As in the prompt set",
 }

@@ -68,7 +68,7 @@ def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
         base: the base model. If there is no run folder, a miniature gets the prompts of its icons.
 
     Raises:
-        UserError: there is no run folder and the base model is not a miniature; or one of the runs
+        UserError: there is no run folder and the base model is not a miniature; or the first run
             has no prompts or captions, or its images can't be opened.
     """
     runs = _runs(subjects)
@@ -80,14 +80,17 @@ def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
     texts = [prompt.text for prompt in question.prompts]
     different = []
     for run in runs[1:]:
-        run_texts = [prompt.text for prompt in _of_run(run).prompts]
+        try:
+            run_texts = [prompt.text for prompt in _of_run(run).prompts]
+        except UserError:  # it has no prompts, or its images are gone
+            run_texts = []
         if run_texts != texts:
             different.append(_name(run))
     if not different:
         return question
     note = (
         f"All prompts come from {_name(runs[0])}; scored alone, {', '.join(different)} would get"
-        " other prompts."
+        " other prompts or none."
     )
     return replace(question, note=f"{question.note} {note}".strip())
 

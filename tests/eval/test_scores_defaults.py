@@ -120,6 +120,8 @@ def test_runs_that_would_get_other_prompts_are_named_and_files_need_prompts():
     assert of_subjects([dog, run("dog-2", **VALIDATION)], "mini").note == ""
     question = of_subjects([dog, cat, cat], "mini")
     assert "from dog; scored alone, cat would" in question.note
+    without_prompts = run("owl", instance_data_dir=None)  # needed only for the note
+    assert "scored alone, owl would" in of_subjects([dog, without_prompts], "mini").note
     assert of_subjects([FILE], "mini").name == "3d_icon"
     with pytest.raises(UserError, match="give --prompts"):
         of_subjects([FILE], "some/model")
