@@ -116,7 +116,8 @@ def ceiling(values: Sequence[float]) -> float | None:
     """Return an upper end of the vertical axis that cuts off rare peaks; None if there are none."""
     low, usual_high, high = np.quantile(values, [0, 0.99, 1])
     usual_range = usual_high - low
-    # One value in a hundred is above `usual_high`; with 50 or fewer values, peaks are not rare.
+    # One value in a hundred is above `usual_high`. Of 50 or fewer values, a single one is more than
+    # that, so no peak counts as rare.
     has_peaks = len(values) > 50 and high - low > 3 * usual_range > 0
     if not has_peaks:
         return None

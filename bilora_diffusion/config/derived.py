@@ -10,9 +10,9 @@ This module handles every learning rate of a run, from its default to the optimi
                                   images, 5e-4 for text, 1 with Prodigy
     --text_encoder_lr          -> the primaries of trained text encoders. Default: 5e-6; with
                                   Prodigy always --learning_rate
-    --auxiliary_learning_rate  -> the auxiliary of the denoiser or language model. That of a text
-                                  encoder gets text_encoder_lr * auxiliary_learning_rate /
-                                  learning_rate. Default: each auxiliary has its primary's rate.
+    --auxiliary_learning_rate  -> the auxiliary of the denoiser or language model. Default: each
+                                  auxiliary has its primary's rate. If a value is given, a text
+                                  encoder's auxiliary gets text_encoder_lr * value / learning_rate.
                                   With Prodigy, a value other than --learning_rate is refused
     --scale_lr                 -> multiplies the rates by the samples per step; the rates of text
                                   encoders only with Prodigy
@@ -20,8 +20,10 @@ This module handles every learning rate of a run, from its default to the optimi
 `Method.param_groups` puts these rates into the optimizer's parameter groups (`auxiliary_rate` in
 methods/bilora/algorithm.py keeps the ratio), and the schedule multiplies all of them by one factor.
 Prodigy (arXiv 2306.06101) estimates one step size for all parameters and multiplies it by the
-learning rate, so with Prodigy all rates are ``--learning_rate``. The rates belong to the options,
-not to the optimizers, because a run records the rates that it trains with.
+learning rate, so with Prodigy all rates are ``--learning_rate``. The rates are computed here and
+not in `train.optimizers`, so that run.json records the rates in use. In your own training loop, the
+auxiliary's rate is `BiLoRAConfig.auxiliary_learning_rate`; if that is None, it is the ``lr`` that
+you pass to `BiLoRA.param_groups`.
 """
 
 from __future__ import annotations

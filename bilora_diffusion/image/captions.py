@@ -35,8 +35,8 @@ from .sets import ImageSet
 # Maximum number of orders of an image's tags, which are chosen before training, since all prompts
 # are embedded at the start.
 MAX_ORDERS = 8
-# Maximum number of texts with shuffled tags, over all images, unless there are more images: in 16
-# bits, an embedding takes 0.3 MB for SDXL, 4 MB for FLUX.1 and 13 MB for FLUX.2 klein 9B.
+# Maximum number of texts with shuffled tags in total; each image has at least one. In 16 bits, an
+# embedding takes 0.3 MB for SDXL, 4 MB for FLUX.1 and 13 MB for FLUX.2 klein 9B.
 MAX_TEXTS = 2000
 LIST_SUFFIX = "[]"  # marks the name of a list in a file of tensors
 

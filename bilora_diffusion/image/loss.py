@@ -238,8 +238,8 @@ class GridLoss:
 
     Args:
         task: a `DreamBooth`.
-        stream: the training stream. Its images are measured on the same grid, so that two runs can
-            be compared at equal training loss.
+        stream: the training stream. Its images are measured with the same noise levels, so that two
+            runs can be compared at equal training loss (``train_grid_loss``).
         heldout: the held-out images.
 
     Attributes:

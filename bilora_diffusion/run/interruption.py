@@ -53,8 +53,8 @@ class Interruption:
     thread no handlers are installed.
 
     Args:
-        patient: whether the first signal waits for the loop. If False, since nothing can be saved
-            yet, the signal raises `Interrupted`.
+        patient: whether the first signal lets the current step finish. It is False before the first
+            step, when nothing can be saved: the signal then raises `Interrupted`.
 
     Attributes:
         number: number of the first signal; None before it arrives.

@@ -131,7 +131,8 @@ def take_steps(
             resume.save(trainer, folder, log)
         if trainer.is_finished:
             return
-        if is_due(trainer.step, trainer.validation_steps):
+        # If the run is stopping, the resumed run generates these samples.
+        if is_due(trainer.step, trainer.validation_steps) and not is_stopping:
             evaluations.validate()
         # A signal ends the run with a checkpoint of the current step, even if it arrives while
         # samples are generated.

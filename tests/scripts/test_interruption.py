@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from bilora_diffusion.core.errors import TrainingError
+from bilora_diffusion.core.errors import Interrupted, TrainingError
 from bilora_diffusion.run import checkpoint, runlog, snapshots
 from bilora_diffusion.run.record import BY_CONCEPT
+from bilora_diffusion.train.trainer import Trainer
 from tests.scripts.runs import (
     ON_CPUS,
     ROOT,
@@ -101,6 +102,39 @@ def test_the_printed_command_completes_the_run_exactly(tmp_path):
     argv = text_flags(folder, **shared)
     interrupt_and_resume(TEXT_SCRIPT, argv, folder, signal.SIGTERM)
     assert_same_run(complete, folder)
+
+
+@pytest.mark.slow
+def test_samples_that_an_interruption_leaves_out_are_generated_on_resume(tmp_path, monkeypatch):
+    sampling = {"validation_prompt": "a TOK icon", "num_validation_images": 1}
+    sampling |= {"validation_epochs": 1, "validation_num_inference_steps": 2}
+    values = {**two_icons(tmp_path / "icons"), **sampling, "max_train_steps": 3}
+    values |= {
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "skip_final_inference": True,
+    }
+    complete = train(tmp_path / "complete", **values)
+    take_step = Trainer.train_step
+
+    def take_step_and_signal(trainer, batches):
+        metrics = take_step(trainer, batches)
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return metrics
+
+    folder = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", take_step_and_signal)
+        with pytest.raises(Interrupted):
+            train(folder, **values)
+    assert checkpoint.steps(folder)[-1] == 2
+    samples = sorted(complete.glob("validation/step-*/*.png"))
+    assert [file.parent.name for file in samples] == ["step-1", "step-2"]
+    assert not (folder / "validation" / "step-2").exists()
+    train(folder, **values, resume_from_checkpoint="auto")
+    for file in samples:
+        assert (folder / file.relative_to(complete)).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.matrix

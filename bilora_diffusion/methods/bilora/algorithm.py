@@ -102,7 +102,7 @@ class BiLoRA(CountingMethod):
         self._hooks = []
         # Hooks run in the order of their registration, on unscaled and clipped gradients. They do
         # not run if a gradient scaler skips `optimizer.step()`; torch's fused optimizers skip
-        # inside the kernel, so `train.optimizers` turns that off.
+        # inside the kernel and would still run the hooks, so `train.optimizers` turns that off.
         if "maximize" not in optimizer.defaults:
             self._hooks += turn_gradients(optimizer, self.auxiliary_parameters())
         self._hooks.append(optimizer.register_step_post_hook(self._project))
