@@ -36,7 +36,8 @@ FIGURE = "steps.png"
 LOSS = Metric(
     "held-out loss", "the run's loss at this step, from metrics.jsonl; a single value", form=".4f"
 )
-# Computes summaries from rows, given the ``control`` group and the intervals' ``confidence``
+# Computes summaries from rows, given the ``control`` group and the ``confidence`` of the intervals
+# of differences
 Summarize = Callable[..., Sequence[Summary]]
 BEST_STEPS_NOTE = (
     "The best step by each score, and its difference from the last step. The same measurements"
@@ -64,7 +65,7 @@ class OverSteps(Evaluation):
         return result
 
     def control_mark(self, result: Result) -> str:
-        """Return "last" if the control is the last step of the only group, else "control"."""
+        """Return "last" if the control is the last step of a single group of runs, or "control"."""
         runs = {subject.about.get("run") for subject in result.subjects}
         is_last = result.control == last_group(result.subjects)
         return "last" if is_last and len(runs) == 1 else "control"
@@ -133,7 +134,7 @@ def left_out(subjects: Sequence[Subject], text: str) -> list[str]:
         if missing_steps:
             sentences.append(
                 f"Left out of {folder.name}: {counted(len(missing_steps), 'checkpoint')}"
-                f" ({', '.join(map(str, missing_steps))}) that an interruption saved outside of"
+                f" ({', '.join(map(str, missing_steps))}) at steps that are not multiples of"
                 f" --checkpointing_steps; --steps {','.join(map(str, all_steps))} scores all, if"
                 " every run has these checkpoints."
             )
@@ -196,7 +197,10 @@ def without_checkpoints(folder: Path) -> str:
     last_step = record["results"].get("steps")
     interval = record["config"].get("checkpointing_steps")
     if last_step is None or interval is None or last_step >= interval:
-        return f"{folder} has no checkpoints: train with --checkpointing_steps."
+        return (
+            f"{folder} has no checkpoints, because they were deleted or the run has not saved one"
+            " yet: train again, or leave out --steps."
+        )
     return (
         f"{folder} has no checkpoints, because it ended at step {last_step}, before the first one"
         f" (--checkpointing_steps {interval}): train with a smaller interval, or leave out --steps."
@@ -229,7 +233,7 @@ def heldout_loss(subject: Subject) -> list[Row]:
 def curves(result: Result, summarize: Summarize) -> Result:
     """Return the result as curves over steps, with a group for each group of runs.
 
-    Differences are taken from the last step. Their intervals hold for all steps of a curve at the
+    Differences are relative to the last step. Their intervals hold for all steps of a curve at the
     same time, so they can be used to choose a step: with n differences, each interval has the level
     1 - 0.05 / n (Bonferroni's correction). Values are multiplied by the scale of their metric, as
     figures show them.
@@ -296,7 +300,7 @@ def best(curves: Result) -> list[str]:
             if not points:
                 continue
             choose = max if metric.higher_is_better else min
-            best_point = choose(points, key=lambda point: point.mean or 0.0)  # the first of equals
+            best_point = choose(points, key=lambda point: point.mean or 0.0)  # the first in a tie
             change = "the last step"
             if best_point.control:
                 difference = report.difference(best_point, metric)

@@ -4,8 +4,8 @@
         --source dialogue --target summary --prefix "summarize: " --output_dir runs/samsum \\
         --learning_rate 5e-4 --num_train_epochs 3 --predict_with_generate True
 
-`--model` is a hub id or a folder, and `--data` is a hub id or a JSONL file. Evaluation and
-generation use the primary adapter alone. The output folder contains this adapter.
+`--model` is a hub id or a folder, and `--data` is a hub id, a folder or a JSONL file. Evaluation
+and generation use the primary adapter alone. The output folder contains this adapter.
 """
 
 from __future__ import annotations

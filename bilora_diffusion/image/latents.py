@@ -16,8 +16,8 @@ from .stream import TrainingSample
 
 ENCODING_FIX = "check the file, or pass another --pretrained_vae_model_name_or_path"
 CACHE_FIX = "delete the folder of --disk_cache, or give another one"
-# Maximum number of pixels to encode at a time, in float32, where a megapixel takes gigabytes. A
-# larger image is encoded alone.
+# Maximum number of pixels to encode at a time; a larger image is encoded alone. In float32, in
+# which autoencoders compute, a megapixel takes gigabytes of memory.
 AT_ONCE = 1024 * 1024
 
 
@@ -46,9 +46,9 @@ class Encoder:
         vae: the autoencoder, which is moved to the device while it encodes.
         space: scale of the latents, and how the autoencoder encodes.
         device: device to encode on.
-        is_cached: returns whether a sample's posterior is encoded once for all samples with its
-            content. Such posteriors are encoded one at a time, so they do not depend on which other
-            samples were missing from the cache.
+        is_cached: function that returns whether a sample's posterior is encoded once and shared by
+            all samples with the same content. Such posteriors are encoded one at a time, so they do
+            not depend on which other samples were missing from the cache.
         disk: cache on disk, for later runs.
         cache: posteriors in memory, by the content of the samples. Encoders with the same
             autoencoder can share it.
@@ -76,7 +76,7 @@ class Encoder:
         """Return the posterior of each sample, in float32 on the CPU.
 
         Raises:
-            UserError: an image can't be read, or has changed its size since the set was opened.
+            UserError: an image can't be read, or its size has changed since the set was opened.
             TrainingError: a latent is not finite; the message names the image.
         """
         cached, uncached = [], []
@@ -119,7 +119,7 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[TrainingSample], pixels_at_once: int) -> list[Posterior]:
-        """Encode images of the same size, at most ``pixels_at_once`` or one image at a time."""
+        """Encode images of the same size, at most ``pixels_at_once`` or one image per batch."""
         if not samples:
             return []
         vae = self._vae
@@ -156,12 +156,12 @@ class Encoder:
 
 
 def weight_map(masks: Sequence[Tensor | None], latents: Tensor, outside: float) -> Tensor:
-    """Return the weights of the loss, (n, 1, h, w): 1 inside a mask, ``outside`` elsewhere.
+    """Return the weights of the loss, (n, 1, h, w): 1 where a mask is 1, ``outside`` where it is 0.
 
     Args:
         masks: one for each image, (1, H, W) in [0, 1]; None for an image without a mask.
         latents: the latents, (n, c, h, w), for their height and width.
-        outside: weight of the places that a mask hides.
+        outside: weight where a mask is 0; for values between 0 and 1, weights are interpolated.
     """
     inside = []
     for mask in masks:

@@ -1,4 +1,4 @@
-"""LoRA-oBAR and LoRA-nBAR: SAM's balancing of A and B, without its second gradient."""
+"""LoRA-oBAR and LoRA-nBAR: balance A and B as SAM does, without SAM's second gradient."""
 
 from __future__ import annotations
 

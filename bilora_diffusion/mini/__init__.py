@@ -1,4 +1,4 @@
-"""The embedded miniatures: a small SDXL pipeline, an SD3 pipeline built from it, and their icons.
+"""The embedded miniatures: a small SDXL pipeline, an SD3 pipeline with its autoencoder, and icons.
 
 This module has only names and paths, so importing it is cheap. ``README.md`` in this folder is the
 model card.
@@ -18,7 +18,7 @@ COLORED = {
     f"{MINI}-duotone": (MINI, "duotone"),
     f"{MINI}-gray": (MINI, "gray"),
     f"{MINI}-pastel": (MINI, "pastel"),
-    f"{ANIMALS}-duotone": (ANIMALS, "duotone"),  # shows one LoRA's subject in another's style
+    f"{ANIMALS}-duotone": (ANIMALS, "duotone"),  # for images of two LoRA files
 }
 HELDOUT_SUFFIX = "-heldout"  # suffix of the names of held-out sets
 _FOLDER = Path(__file__).resolve().parent
@@ -31,7 +31,7 @@ def pipeline_dir() -> Path:
 
 
 def flow_dir() -> Path:
-    """Return the flow-matching pipeline's folder, for ``StableDiffusion3Pipeline.from_pretrained``.
+    """Return the folder of the flow-matching pipeline, a `StableDiffusion3Pipeline` without T5.
 
     Raises:
         UserError: the package was installed from a wheel, which does not contain this folder.

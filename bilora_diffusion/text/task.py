@@ -39,7 +39,7 @@ NAME = "model"
 HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
 # Values that a layer stores per token and inner dimension of its feed-forward part.
 INNER_COUNT = 3.6
-# Values that a layer stores per attention score, if attention is not fused.
+# Values that a layer stores per attention score; for seq2seq models and classifiers only.
 SCORE_COUNT = 2.8
 # Bytes for logits and loss, per target token and vocabulary entry.
 LOGIT_BYTES = 12
@@ -184,7 +184,9 @@ def _digest(sample: int, row: dict[str, Any]) -> str:
 
 
 def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
-    """Estimate the memory of a step with the longest rows; the task's model can be empty.
+    """Estimate the memory of a step with the longest rows.
+
+    The task's model can be on the meta device.
 
     Returns:
         Bytes by part, for the phase `STEP` only; `dry_run.complete` adds the other parts.

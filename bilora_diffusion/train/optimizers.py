@@ -63,9 +63,9 @@ class ClippedOptimizer:
     """A method's optimizer, which clips the gradients of the exported weights before an update.
 
     Args:
-        accelerator: engine, whose gradient scaler may skip an update.
-        optimizer: optimizer that the engine has prepared.
-        method: method; the gradients of its `weights` are clipped.
+        accelerator: the run's accelerator, whose gradient scaler may skip an update.
+        optimizer: optimizer that `accelerator` has prepared.
+        method: the gradients of its `weights` are clipped.
         max_grad_norm: largest total norm of these gradients.
     """
 
@@ -111,7 +111,8 @@ def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
         return cfg.max_train_steps
     assert cfg.num_train_epochs is not None  # the configuration has one of the two
     steps_per_epoch = -(-num_samples // step_size)
-    # The last step of an epoch is filled up with the first samples of the next epoch.
+    # Steps are full: the last step of an epoch continues with samples of the next one. So a run can
+    # pass over the data slightly more often than `num_train_epochs` times.
     return cfg.num_train_epochs * steps_per_epoch
 
 
@@ -157,7 +158,7 @@ def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:
         optimizer=optimizer,
         num_warmup_steps=cfg.warmup_steps(steps),
         num_training_steps=steps,
-        # Only the schedules with restarts and the polynomial schedule use these two arguments.
+        # cosine_with_restarts reads `num_cycles`, and polynomial reads `power`.
         num_cycles=cfg.lr_num_cycles,
         power=cfg.lr_power,
     )

@@ -40,7 +40,7 @@ THREADS = "OMP_NUM_THREADS"
 GPUS = "CUDA_VISIBLE_DEVICES"
 # Prefix of a failed run's error message in its output
 ERROR_MARK = "error: "
-# Maximum number of characters of an error that is the last line of the output
+# Maximum length of the output's last line, in characters, if it is used as the error message
 ERROR_LETTERS = 300
 
 
@@ -81,7 +81,7 @@ def describe_state(folder: Path) -> str:
 
 @dataclass
 class Runner:
-    """Trainer of runs, which writes their outcomes to ``<runs_dir>/sweep.json``."""
+    """Trains runs, and writes their outcomes to ``<runs_dir>/sweep.json``."""
 
     script: Path
     # ``--config`` of the script
@@ -97,7 +97,7 @@ class Runner:
         """Return the command line that starts a run, or resumes it from its newest checkpoint."""
         folder = self.runs_dir / run.name
         command = [sys.executable, "-m", LAUNCHER]
-        # Otherwise, accelerate uses all GPUs, which multiplies the number of images per step.
+        # By default, accelerate uses all GPUs, which would multiply the number of samples per step.
         command += ["--num_processes", "1"]
         command += [str(self.script), "--config", str(self.recipe)]
         command += [*run.flags, "--output_dir", str(folder)]
@@ -120,7 +120,7 @@ class Runner:
             self.outcomes[run.name] = Outcome(run.name, run.variant, run.seed, status)
         self._record()
 
-        # Runs that are already finished are not part of the bar's speed.
+        # Runs that were finished before do not count in the bar's speed.
         finished = len(runs) - len(waiting)
         bar = tqdm(total=len(runs), initial=finished, desc="runs", unit="run", smoothing=0)
         processes: list[RunProcess] = []
@@ -175,7 +175,7 @@ class Runner:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs that this process sees, as they are written in `GPUS`."""
+    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
     names = os.environ.get(GPUS)
     if names is not None:
         return [name.strip() for name in names.split(",") if name.strip()]
@@ -257,11 +257,12 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         for process in processes:
             process.wait(max(0.0, deadline - time.monotonic()))
-        # The launcher ends immediately, but the training only after a step and a checkpoint.
+        # The launcher exits immediately. The training process first finishes its step and saves a
+        # checkpoint.
         while any(map(_is_alive, launched)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     for process in processes:
-        # The process group still contains processes that the launcher has left running.
+        # The process group may still contain processes that outlived the launcher.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -270,7 +271,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """Context manager: SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    # The handler of SIGINT raises KeyboardInterrupt.
+    # Python's default handler of SIGINT raises KeyboardInterrupt.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -69,7 +69,7 @@ class Lumina2(Family):
         ).sample
 
     def training_shift(self, tokens: int) -> float | None:
-        # FLUX.1's shift, as `do_shift` in the authors' transport/transport.py. The scheduler's
+        # FLUX.1's shift, as with `do_shift` in the authors' transport/transport.py. The scheduler's
         # shift of 6 is for sampling: https://github.com/Alpha-VLLM/Lumina-Image-2.0/issues/42
         return math.exp(mu_of(tokens, {}))
 
