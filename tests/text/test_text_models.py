@@ -43,10 +43,10 @@ def test_defaults_depend_on_the_kind_that_is_found(tmp_path):
     texts.bert_config().save_pretrained(tmp_path / "bert")
     options = ["--task", "sst2", "--max_train_steps", "200", "--choose_by", "score", "--keep_best"]
     options += ["--model_name_or_path", str(tmp_path / "bert")]
-    found = TextConfig.resolve(options)
-    given = TextConfig.resolve([*options, "--task_type", "classification"])
-    assert found.task_type == given.task_type
-    assert found.validation_loss_steps == given.validation_loss_steps
+    found_config = TextConfig.resolve(options)
+    given_config = TextConfig.resolve([*options, "--task_type", "classification"])
+    assert found_config.task_type == given_config.task_type
+    assert found_config.validation_loss_steps == given_config.validation_loss_steps
 
 
 @pytest.mark.parametrize(
