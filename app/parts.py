@@ -189,7 +189,7 @@ TRAIN_BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL,
 # Key -> (explanation, command with {root}), for a viewer without runs
 COMMANDS = {
     "demo": (
-        "Train LoRA and Bi-LoRA on the miniature (make demo trains them in the folder demo):",
+        "Train LoRA and Bi-LoRA on the demo's small model (“make demo” does this in demo):",
         "python -m bilora_diffusion.demo --output_dir {root}",
     ),
     "train": ("Or train both on your own pictures:", TRAIN_BOTH),
@@ -256,7 +256,7 @@ def evaluation_command(catalog: Catalog, name: str) -> str:
 
 
 def heldout_set_of_miniature(runs: Sequence[RunItem]) -> str | None:
-    """Return the held-out set that all runs share if they train a miniature; None otherwise."""
+    """Return the held-out set of a miniature that all runs use; None if there is no such set."""
     heldout_sets = [name for name in mini.FOLDERS if name.endswith(mini.HELDOUT_SUFFIX)]
     names = set()
     for run in runs:

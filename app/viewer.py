@@ -1,9 +1,9 @@
 """Look at runs and results in a browser.
 
-    python -m app.viewer                       # finds run and result folders below this folder
-    python -m app.viewer demo --port 7861
-    python -m app.viewer demo --host 0.0.0.0   # other machines may also view and generate images
-    python -m app.viewer demo --allow_host lab.example   # behind a proxy with this name
+    python -m app.viewer                       # finds run and result folders below the current
+    folder python -m app.viewer demo --port 7861 python -m app.viewer demo --host 0.0.0.0   # other
+    machines may also view and generate images python -m app.viewer demo --allow_host lab.example
+    # behind a proxy with this name
 
 The viewer changes nothing below ROOT. It reads only files below ROOT, and the base models and LoRA
 files that the runs name. It sends no telemetry and downloads nothing.
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         default=Path("."),
         metavar="ROOT",
-        help="folder that contains the runs; default: this folder",
+        help="folder that contains the runs; default: the current folder",
     )
     parser.add_argument("--host", default=LOCAL, help=f"address to listen on; default: {LOCAL}")
     parser.add_argument(
@@ -103,7 +103,9 @@ def serve(args: argparse.Namespace) -> None:
             url = f"http://{address}:{args.port}"
             print(f"{page.TITLE}: {url} shows {catalog.name}; stop it with Ctrl-C.", flush=True)
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-                signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the other two
+                signal.signal(
+                    signal.SIGHUP, server.handle_exit
+                )  # uvicorn handles SIGINT and SIGTERM
             server.run(sockets=[listener])
         if not server.started:
             raise UserError("the viewer's server did not start: see its message above")
@@ -138,7 +140,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise UserError for a text that is not a host name, because it would match no request."""
+    """Raise UserError if a name is not a host name: it would never match a request."""
     for name in names:
         if not HOST_NAME.fullmatch(name):
             raise UserError(

@@ -58,7 +58,7 @@ def flatness() -> Iterable[str]:
     ]
     rows.append(("Fig. A3: held-out minus training loss at the end, x 1000", *cells))
     ratio = dynamics.summary("LoRA-SAM", "median ratio")
-    title = "Figs. 2, A4: the other terms over the third term of Eq. 5; the paper: 10,000"
+    title = "Figs. 2, A4: ratio of the other terms of Eq. 5 to its third term (paper: 10,000)"
     rows.append((title, no_value, _with_interval(ratio), no_value, no_value))
     for adapter in ("primary", "auxiliary"):
         cells = [no_value, no_value]
@@ -67,7 +67,7 @@ def flatness() -> Iterable[str]:
                 _read_settled_step(dynamics, group, adapter) for group in (CONTROL, "LoRA-SAM")
             ]
         cells += [_read_settled_step(dynamics, group, adapter) for group in DYNAMICS.values()]
-        title = f"Fig. A2: step from which the {adapter}'s cosine to its final product is 0.9"
+        title = f"Fig. A2: first step at which the {adapter}'s cosine to its final product is 0.9"
         rows.append((title, *cells))
     yield report.table(("figure of the paper", CONTROL, "LoRA-SAM", PAPER, RHO_1), rows)
 

@@ -168,12 +168,12 @@ def radii() -> Iterable[str]:
             "rho=1, auxiliary_rank=8",
             "rho=1, auxiliary_rank=16",
         ),
-        "a fifth of the primary's learning rate, against the same, `rho` 1": (
+        "learning rate of the auxiliary a fifth of the primary's, against equal rates, `rho` 1": (
             "auxiliary_rate",
             "rho=1, auxiliary_learning_rate=2e-4",
             "rho=1, auxiliary_learning_rate=1e-3",
         ),
-        "ten times the primary's learning rate, against the same, `rho` 1": (
+        "learning rate of the auxiliary ten times the primary's, against equal rates, `rho` 1": (
             "auxiliary_rate",
             "rho=1, auxiliary_learning_rate=1e-2",
             "rho=1, auxiliary_learning_rate=1e-3",

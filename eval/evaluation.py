@@ -149,7 +149,7 @@ class Evaluation:
         )
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        """Return the rows of panels of each picture, by the picture's name."""
+        """Return a mapping from each picture's name to its rows of panels."""
         return {}
 
     def draw_figures(self, result: Result, folder: Path) -> list[str]:
@@ -164,13 +164,13 @@ class Evaluation:
         return f"Mean with {report.INTERVALS}."
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        """Return the columns of each table by its heading, which is "" for a table without one.
+        """Return each table's columns by its heading; the heading of a table may be "".
 
         By default, a single table has all metrics.
         """
         columns: dict[tuple[str, str], Column] = {}
         for line in result.summaries:
-            # Summaries at a step belong to curves.
+            # Summaries with a step are points of a curve, not cells of a table.
             if line.step is None:
                 columns[line.metric, line.item] = Column(line.metric, line.item)
         return {"": list(columns.values())}
@@ -196,7 +196,7 @@ class Evaluation:
         return report.page(*parts)
 
     def further(self, result: Result) -> list[str]:
-        """Return the parts below the tables: by default figures, notes and origin."""
+        """Return the parts below the tables: by default, figures, notes and the provenance."""
         return [report.closing(result)]
 
     def work(self) -> int | None:
@@ -224,7 +224,7 @@ class Evaluation:
         table.write(result, self.folder, report_text)
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
         lines = [*report_text.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
-        # Otherwise, control characters in a run's name or a prompt would act on the terminal.
+        # Control characters in a run's name or a prompt would act on the terminal.
         print("\n".join(map(strip_controls, lines)))
 
 

@@ -47,7 +47,7 @@ def metrics(
 
     Args:
         common_loss: training loss at which runs are compared, shown in the title of the column "at
-            equal training loss"; None without this comparison.
+            equal training loss"; None if runs are not compared at equal loss.
         heldout_metrics: names of further metrics, such as "heldout_accuracy", shown in percent.
     """
     loss_text = "" if common_loss is None else f" ({1000 * common_loss:.2f})"
@@ -158,8 +158,8 @@ class Generalization(Evaluation):
         if common_loss:
             self.notes.append(
                 "Equal training loss is the lowest training loss that all compared runs reach; the"
-                f" group {common_loss['set_by']} sets it. At this loss, the gaps differ by as much"
-                " as the held-out losses."
+                f" group {common_loss['set_by']} sets it. At equal training loss, a difference in"
+                " held-out loss is also a difference in the gap."
             )
         for label, runs in by_group(subjects).items():
             if label in unpaired:

@@ -1,4 +1,4 @@
-"""Initial values of the primary from a file, by PiSSA or by LoRA-GA.
+"""Initialize the primary adapter from a file, with PiSSA or with LoRA-GA.
 
 `start_from_file` copies the values of a file. PiSSA and LoRA-GA start from nonzero factors A0, B0
 and subtract them from the base weight, which becomes W - s B0 A0, so the model's output is
@@ -45,7 +45,7 @@ from .saving import load_values, peft_parameters
 # Number of singular components that each init uses, as a multiple of the rank. No side of a weight
 # may be shorter than this number.
 COMPONENTS = {"pissa": 1, "lora-ga": 2}
-# Length of a weight's shorter side up to which PiSSA computes the full decomposition.
+# PiSSA computes the full SVD of a weight whose shorter side has at most this length.
 #
 # On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048 x
 # 2048. The time grows with the third power of the side, and a 7B model has about 200 layers with a
@@ -113,7 +113,7 @@ def compute(
 
     Args:
         model: model with its original base weights.
-        spec: the primary's shape, with the init to use.
+        spec: the primary's settings; `spec.init` is the init to compute.
         gradients: for LoRA-GA, gradients of the base weights by module path, in the weights' shapes
             (`train.initialisation.collecting`). A layer that the loss does not depend on may be
             missing and keeps the default init.
@@ -170,7 +170,7 @@ def start_from_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def start_from_initial(model: nn.Module) -> None:
     """Set the primary to A0, B0 and subtract them from the base weights, in place. Call it once.
 
-    A layer whose B0 is zero keeps its primary, whose values become its A0 and B0.
+    If a layer's B0 is zero, its primary stays unchanged and is copied to A0 and B0.
     """
     for _, layer in layers(model, INITIAL):
         A, B = weights(layer, PRIMARY)

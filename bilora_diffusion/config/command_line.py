@@ -165,7 +165,8 @@ class CommandLine(UserErrorParser):
 
     def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """Return the options given on the command line, without those of a recipe."""
-        # argparse sets no default for an attribute that exists, so None means "not given".
+        # argparse keeps attributes that the namespace has, so an option that is not given stays
+        # None.
         namespace = argparse.Namespace(**dict.fromkeys(self._fields))
         _, unknown_words = self.parse_known_args(argv, namespace)
         if unknown_words:
@@ -180,7 +181,7 @@ class CommandLine(UserErrorParser):
 
         Args:
             word: the flag, or the key in a recipe.
-            names: the existing options by their spellings.
+            names: a mapping from each spelling of the existing options to the option's name.
 
         Raises:
             UserError: always; the message has a hint.
@@ -197,7 +198,7 @@ class CommandLine(UserErrorParser):
         raise UserError(f'unknown option "{word}"{hint}: --help lists all of them.')
 
     def _names(self) -> dict[str, str]:
-        """Return the option's name for each of its spellings, without leading dashes."""
+        """Return a mapping from each spelling, without leading dashes, to the option's name."""
         names: dict[str, str] = {}
         for action in self._actions:
             if action.dest == "help":
@@ -277,7 +278,7 @@ class CommandLine(UserErrorParser):
         if not is_readable or (is_list and not (takes_list or is_itemized)):
             fix = "single values in one list" if takes_list else "a single value"
             raise UserError(f'"{name}" is {quoted(value)}: give {fix}.')
-        # Flags accept YAML's true and false as words.
+        # Booleans become the words true and false, which flags accept.
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         return texts if takes_list or is_list else texts[0]
 

@@ -125,7 +125,7 @@ def launch() -> dict[str, Any]:
 def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
     """Return the first FSDP2 setting that is refused, or None.
 
-    These settings shard, move or rename more than the frozen layers.
+    These settings shard, move or rename other layers too, such as trained ones.
     """
     is_set = {
         "FSDP_OFFLOAD_PARAMS": is_on("FSDP_OFFLOAD_PARAMS"),

@@ -38,7 +38,7 @@ class RunConfig(
 
     # Names of the options that the command line or its recipe gives.
     given_options: frozenset[str]
-    # LoRA files that options name, by the option's name.
+    # LoRA files that are values of options, by the option's name.
     lora_sources: dict[str, LoraSource]
 
     # Options that only one script has, or that a script redeclares with another default.
@@ -63,7 +63,7 @@ class RunConfig(
     def derive_defaults(self) -> Self:
         """Return the configuration with this script's derived defaults.
 
-        Some of them depend on the small files of the base model.
+        Some of them depend on the base model's configuration files, which are read for this.
 
         Raises:
             UserError: these files can't be read, or the model lacks something that an option needs.
@@ -106,7 +106,7 @@ class RunConfig(
         return self.lr_warmup_steps or 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all options except the hub token, and the `lora_facts` of LoRA files."""
+        """Return all options but the hub token, together with the `lora_facts` of LoRA files."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         options: dict[str, Any] = {}
         # In the order of --help, without fields that are not options.
@@ -163,5 +163,8 @@ class RunConfig(
         return False
 
     def measurement_interval(self, steps: int) -> int:
-        """Return the steps between measurements: a 20th of the run, or a 5th with samples."""
+        """Return the number of steps between measurements.
+
+        It is a 20th of the run, or a 5th if a measurement generates samples.
+        """
         return max(1, steps // (5 if self.measures_samples else 20))

@@ -1,10 +1,10 @@
 """ComfyUI workflows that sample a run's first validation image as diffusers does.
 
-A workflow is in ComfyUI's API format, which can be opened in its window: a mapping from number to
-node. If an input is another node's output, its value is a pair: that node's number and the output's
-number. Nodes and files are named as in Comfy-Org's templates and model repositories in 2026. If a
-copy of ComfyUI is available, the tests check nodes, inputs and noise levels with its code; no image
-has been sampled with it. `Family.comfyui` holds the differences between model families.
+A workflow is in ComfyUI's API format, which maps numbers to nodes. ComfyUI's editor can open it. If
+an input is another node's output, its value is a pair: that node's number and the output's number.
+Nodes and files are named as in Comfy-Org's templates and model repositories in 2026. If a copy of
+ComfyUI is available, the tests check nodes, inputs and noise levels with its code; no image has
+been sampled with it. `Family.comfyui` holds the differences between model families.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def remark(cfg: DreamBoothConfig) -> str | None:
     comfyui = family.comfyui
     if comfyui is None:
         return (
-            f"ComfyUI has no names for the layers of {family.title} and finds none in the LoRA"
-            " file: sample with diffusers, which reads the whole file."
+            f"ComfyUI does not know the layer names of {family.title}, so it would apply nothing of"
+            " the LoRA file: sample with diffusers, which reads the whole file."
         )
     if cfg.use_dora:
         flag, unread = "use_dora", "DoRA's magnitudes"
@@ -78,7 +78,7 @@ def remark(cfg: DreamBoothConfig) -> str | None:
     else:
         return None
     return (
-        f"--{flag}: ComfyUI leaves out {unread} of the LoRA file, so its images differ from those"
+        f"--{flag}: ComfyUI leaves out {unread} in the LoRA file, so its images differ from those"
         " of the trained model; diffusers reads the whole file."
     )
 
@@ -148,12 +148,12 @@ class Sampler:
         """Return ComfyUI's name for the spacing of the noise levels.
 
         Args:
-            usual: the family's spacing, if the scheduler has no other.
+            usual: the family's spacing, which is used if the scheduler does not set one.
         """
         config = self.scheduler.config
         if config.get("use_karras_sigmas"):
             return "karras"
-        # The first step is at full noise, as it always is for LCM.
+        # Trailing spacing starts at full noise, and LCM always does.
         if config.get("timestep_spacing") == "trailing" or self.name == "lcm":
             return "sgm_uniform"
         return usual
@@ -171,7 +171,8 @@ def workflow(
     Args:
         checkpoint: name of the model's file, without its extension.
         lora: name of the adapter's file.
-        sampler: scheduler and additional LoRA file; None for only the pipeline's scheduler.
+        sampler: scheduler and additional LoRA file; None for the pipeline's own scheduler and no
+        file.
     """
     if sampler is None:
         sampler = Sampler(pipeline.scheduler)
@@ -232,8 +233,9 @@ def workflow(
         positive = _hook_adapter(graph, lora, positive, sample.strength)
         if negative_strength != 0:
             negative = _hook_adapter(graph, lora, negative, negative_strength)
-    # Without guidance, ComfyUI's scale is 1, and a pipeline's is `unguided_scale`. This is 0 for
-    # conditional + scale * (conditional - unconditional), and 100 if the model embeds its guidance.
+    # ComfyUI's scale for no guidance is 1, and a pipeline's is `unguided_scale`: 0 for pipelines
+    # that compute conditional + scale * (conditional - unconditional), 100 for models with embedded
+    # guidance.
     scale = max(1.0, guidance + 1.0 - family.unguided_scale)
     guided = {"model": model, "positive": positive, "negative": negative, "cfg": scale}
     latent = _sample_latent(graph, family, sampler, guided, sample.seed, steps, size)

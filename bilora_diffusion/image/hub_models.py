@@ -89,7 +89,7 @@ def load_weights(model: HubModel, kind: Any, dtype: torch.dtype) -> Any:
 
 
 def load_processor(model: HubModel, kind: Any) -> Any:
-    """Load the processor of a model's inputs: for images, or for images and text."""
+    """Load a model's input processor: one for images, or one for images and text."""
     return kind.from_pretrained(
         model.place, revision=model.commit or "main", trust_remote_code=False
     )

@@ -2,7 +2,7 @@
 
     build_scheduler(pipeline.scheduler, "EulerDiscreteScheduler:timestep_spacing=trailing")
 
-A distilled model, or a LoRA file with the same effect, needs the scheduler of its distillation.
+A distilled model, or a LoRA file that distills one, needs the scheduler that it was distilled for.
 Training does not use this scheduler: the noise levels of training come from `noise_schedules`.
 """
 
@@ -29,7 +29,7 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 # Schedulers that can't use the images' generators: their noise has one seed for all images.
 UNSEEDED_SCHEDULERS = ("DPMSolverSDEScheduler",)
-# Schedulers for distilled models, which diffusers' list of compatible schedulers lacks.
+# Schedulers for distilled models. diffusers' list of compatible schedulers does not have them.
 FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
 
 

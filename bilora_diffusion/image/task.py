@@ -153,10 +153,7 @@ class DreamBooth:
         return task
 
     def embed(self, device: torch.device) -> None:
-        """Embed the captions of training; for a flow model, also all other prompts of the run.
-
-        A flow model's encoders are deleted afterwards.
-        """
+        """Embed captions; for a flow model, embed all prompts, and then delete its encoders."""
         disk = disk_cache.prompt_cache(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         self.prompts.add(self.stream.captions())

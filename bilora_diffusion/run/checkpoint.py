@@ -4,9 +4,9 @@
 
     adapters.safetensors    all trained weights, including the auxiliary's, the initial factors of
                             PiSSA and LoRA-GA, and the best weights so far with --keep_best
-    optimizer.safetensors   the optimizer's tensors, by their paths in its ``state_dict``
-    state.json              the rest of that ``state_dict``, the step, and the state of the schedule
-                            and the gradient scaler, and other state of the run
+    optimizer.safetensors   the optimizer's tensors, by their paths in its ``state_dict`` state.json
+    the rest of that ``state_dict``, the step, the states of the schedule and
+                            of the gradient scaler, and other state of the run
     digests.json            the schema version, and the SHA-256 hashes of the other three files
 
 A checkpoint is written to ``.tmp-step-N``, flushed, and renamed.
@@ -212,7 +212,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def default_limit(path: Path) -> int:
-    """Return the default number of checkpoints to keep, given one of them; at least 2."""
+    """Return how many checkpoints to keep by default, at least 2, from the size of one of them."""
     # All have the same size, since the optimizer has its moments from the first step on.
     size = sum(file.stat().st_size for file in path.iterdir())
     return max(2, DEFAULT_BYTES // size)
@@ -332,9 +332,9 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def join(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Rebuild an optimizer's ``state_dict`` from the two results of `split`; modify ``state``."""
+    """Rebuild an optimizer's ``state_dict`` from the results of `split`, modifying ``state``."""
     for path, tensor in tensors.items():
-        # A path such as "param_groups/0/betas/1" has keys of dictionaries and indices of lists.
+        # A path such as "param_groups/0/betas/1" consists of dictionary keys and list indices.
         container: Any = None
         item: Any = state
         key: Any = None

@@ -35,7 +35,7 @@ MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
 # Columns whose values are summed when examples are packed into one row.
 SUMMED = ("length", "target_tokens", "truncated")
 WRITE_ROWS = 1000
-# Limits from this number of tokens on are ignored: tokenizers without a limit report 10^30.
+# Limits of this many tokens or more are ignored: tokenizers without a limit report 10^30.
 NO_LIMIT = 10**9
 # Attention implementations whose mask Transformers derives from positions, for any batch size.
 ATTENTION = ("sdpa", "eager")
@@ -94,7 +94,7 @@ class Encoded:
 def encode(
     examples: Sequence[Example], cfg: TextConfig, text_model: TextModel, name: str
 ) -> Encoded:
-    """Tokenize examples, or read them from the cache if texts, tokenizer and settings are equal.
+    """Tokenize examples, or read them from the cache of the same texts, tokenizer and settings.
 
     Examples with a blank answer are skipped, and long examples are truncated. The log reports both
     counts.
@@ -170,7 +170,8 @@ def _features(kind: str, has_sentence_ids: bool) -> datasets.Features:
 
     Args:
         kind: kind of model.
-        has_sentence_ids: whether the tokenizer returns the number of each token's sentence.
+        has_sentence_ids: whether the tokenizer returns, for each token, which sentence it belongs
+        to.
     """
     number = datasets.Value("int64")
     ids = datasets.List(datasets.Value("int32"))

@@ -44,7 +44,7 @@ class Script(ABC, Generic[Config]):
     scorer: ClassVar[str]  # name of the module that scores the script's runs
 
     def resolve(self, argv: Sequence[str] | None) -> Config:
-        """Create the configuration of a command line; None for that of the process."""
+        """Create the configuration from ``argv``, or from the process's arguments if it is None."""
         return self.config_class.resolve(argv)
 
     @abstractmethod
@@ -108,7 +108,7 @@ def run(
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps)
         trainer = Trainer(task, method, cfg, accelerator)
-        # With a checkpoint, the model was already trained successfully, so the probe is skipped.
+        # A resumed run has already completed training steps, so it skips the probe.
         if checkpoint_folder is None:
             trainer.probe()
     if checkpoint_folder is not None:
@@ -133,7 +133,8 @@ def run(
                     exported["export"] = script.export(cfg, trainer, folder)
 
             failures = loop.run(trainer, folder, log, None if log is None else export)
-            # A signal that ended the loop after a step is recorded like one within a step.
+            # A signal that stopped the loop between steps is also recorded as an interruption, as
+            # if it had arrived during a step.
             if not trainer.is_finished:
                 raise Interrupted
             results = {} if log is None else measured_results(trainer, folder)
@@ -236,7 +237,8 @@ def announce(trainer: Trainer, folder: Path) -> None:
         place = f"{processes} processes on {place}"
     facts = [
         trainer.task.data_summary(),
-        f"{counted(f'{steps:,}', 'step')} of {step_size} ({counted(f'{epochs:.3g}', 'epoch')})",
+        f"{counted(f'{steps:,}', 'step')} of {counted(step_size, 'sample')}"
+        f" ({counted(f'{epochs:.3g}', 'epoch')})",
         describe_method(trainer.method, cfg.rank),
         f"{place}, {cfg.mixed_precision.replace('no', 'fp32')}",
     ]

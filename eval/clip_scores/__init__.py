@@ -14,22 +14,23 @@
 An adapter is a run folder, a LoRA file, or `base` for the base model alone; LABEL=ADAPTER gives it
 a label. All adapters get the same prompts and the same initial noise. Each image is a PNG file that
 also stores its parameters: after an interruption, the same command resumes and generates only the
-missing images. The general prompts measure drift from the base model. The output folder also gets
+missing images. A second prompt set, the general prompts, measures how far an adapter drifts
+from the base model. The output folder also gets
 a grid of images.
 
-Without --prompts, the prompts come from the training of the first run. The command takes the first
-of these that the run has: the shipped prompts, if it learned shipped images; up to 64 captions of
-its held-out images, which are then the ground truth; its instance prompt or trigger word in 20
-contexts; its validation prompts; up to 20 captions of its training images.
+Without --prompts, the prompts come from the training of the first run. They are the first of
+the following that exists: the shipped prompts, if the run was trained on shipped images; up to 64
+captions of its held-out images, which are then the ground truth; its instance prompt or trigger
+word in 20 contexts; its validation prompts; up to 20 captions of its training images.
 
-With --steps, the report begins with one sentence on each run's best step. The command also prints
-these sentences last.
+With --steps, the report begins with one sentence on each run's best step. The command prints these
+sentences at its end.
 
 With --image_model, DINOv2 also compares the images with held-out and training pictures, whichever
 scorer is used.
 
-The default scorer and captioner are the embedded ones for the miniature, and {scorer} and
-{captioner} for other models; the paper names neither.
+By default, the miniature is scored with the scorer and captioner that come with this project, and
+other models with {scorer} and {captioner}; the paper names neither.
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ class ClipScores(OverSteps):
     def write(self, result: Result) -> None:
         super().write(result)
         print(f"images generated: {self.num_generated}, in {self.folder / IMAGES}")
-        # With --steps, the sentences on the best steps are also the end of the output.
+        # With --steps, the sentences on the best steps are also printed at the end.
         for sentence in reporting.answers(result):
             print(strip_controls(sentence))
 

@@ -8,9 +8,9 @@ A single score decides. It is the first of these that was measured:
    sentence advises the user to look at the images.
 
 A step counts as better than the last one only if the 95 % interval of their paired difference
-excludes zero. This interval is corrected for the choice among all steps; see
-:func:`~eval.checkpoints.curves`. The scores in `OBJECTIONS` can object to a better step but never
-choose one, because an untrained adapter always has the best memorization and drift.
+excludes zero. This interval is corrected for multiple comparisons, since the best of all steps is
+chosen; see :func:`~eval.checkpoints.curves`. The scores in `OBJECTIONS` can object to a better step
+but never choose one, because an untrained adapter always has the best memorization and drift.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _better(curves: Result, run: str, point: Summary, name: str, last: int) -> s
     if name in TRUTHS:
         return f"{start}: take it, and look at the images of both."
     return (
-        f"{start}; without held-out pictures, no score shows whether it has learned as much: look"
-        " at the images of both."
+        f"{start}; without held-out pictures, no score shows whether it has learned as much as the"
+        " last step: look at the images of both."
     )
 
 
@@ -136,7 +136,7 @@ def _other_opinion(curves: Result, run: str, name: str) -> str:
     if not better:
         return ""
     point = _highest(better)
-    return f", though step {point.step} is by {metric.title}, {_change(point, metric)}"
+    return f", though step {point.step} is better by {metric.title} ({_change(point, metric)})"
 
 
 def _highest(points: Sequence[Summary]) -> Summary:
@@ -145,5 +145,5 @@ def _highest(points: Sequence[Summary]) -> Summary:
 
 
 def _change(point: Summary, metric: Metric) -> str:
-    """Format the difference from the last step and its interval, without counts of prompts."""
+    """Format the difference from the last step and its interval, without the number of prompts."""
     return report.difference(point, replace(metric, higher_is_better=None))

@@ -23,7 +23,7 @@ Loss = Callable[[], Iterable[Tensor]]
 
 
 class Weight(NamedTuple):
-    """One tensor of a space.
+    """One weight tensor around which the loss is measured.
 
     ``filter_dim`` is the dimension that indexes the filters: 0 if a filter is a row (an output of a
     linear layer or a convolution), 1 if a filter is a column.
@@ -160,7 +160,8 @@ class Direction:
     """
 
     def __init__(self, weights: Sequence[Weight], seed: int, number: int) -> None:
-        # `.data` keeps the original memory: within `displaceable`, the weights are moved copies.
+        # `.data` keeps the original values: inside `displaceable`, the weights are displaced
+        # copies.
         self._weights = [weight._replace(tensor=weight.tensor.data) for weight in weights]
         self._key = (seed, number)
         numbers = sum(weight.tensor.numel() for weight in weights)
@@ -237,8 +238,9 @@ def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10
 
     The first step is SAM's perturbation, rho g / ||g||. Each step has the length eta, follows the
     gradient and is projected onto the ball. If the loss rises, the step is accepted and eta is
-    doubled; otherwise eta is halved. A long step that ends on the sphere is a step of power
-    iteration, which converges fastest. A loss that is not finite does not count as a rise.
+    doubled; otherwise eta is halved. With a large eta, the step is projected back onto the sphere
+    and amounts to a step of power iteration, which converges fastest. A loss that is not finite
+    does not count as a rise.
 
     The weights are restored bit for bit, even after an exception. The function needs the memory of
     about six copies of the weights.

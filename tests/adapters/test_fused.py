@@ -4,7 +4,7 @@ import copy
 import pickle
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -222,7 +222,8 @@ def test_hooks_and_another_forward_of_the_base_layer_are_called(change_base):
     model = adapted_model(nn.Linear(12, 7))
     x = torch.randn(5, 12)
     unchanged = model(x)
-    change_base(model[0].get_base_layer())
+    layer: Any = model[0]
+    change_base(layer.get_base_layer())
     with unfused(model):
         expected = model(x)
     assert not torch.allclose(expected, unchanged)

@@ -230,7 +230,7 @@ ANSWERS = {
             "nearest": {10: -SURE, 30: 0},
         },
         10,
-        r"No step is clearly better .*\), though step 10 is by I2T, \+10.*: keep the last, and",
+        r"No step is clearly better .*\), though step 10 is better by I2T \(\+10.*: keep the last, and",
     ),
     "truth, all others worse": (
         {"truth": {10: -SURE, 20: -0.05, 30: 0}, "i2t": {10: SURE, 20: SURE, 30: 0}},
@@ -241,7 +241,7 @@ ANSWERS = {
         {"i2t": {10: UNSURE, 20: SURE, 30: 0}, "nearest": {10: -SURE, 20: -SURE, 30: 0}},
         20,
         r"By I2T step 20 is better .*; without held-out pictures, no score shows whether it has"
-        r" learned as much: look at the images of both\.",
+        r" learned as much as the last step: look at the images of both\.",
     ),
     "without truth, surely better, and copies more": (
         {"i2t": {20: SURE, 30: 0}, "nearest": {20: SURE, 30: 0}},

@@ -19,7 +19,8 @@ class ZImage(Family):
     """Z-Image, https://arxiv.org/abs/2511.22699
 
     The training shift is not published. For pre-training, the paper names FLUX.1's strategy and
-    logit-normal levels. Here, as in diffusers' script, it is the sampling shift, 6.
+    logit-normal levels. Here, as in diffusers' script, the training shift equals the
+    sampling shift, 6.
     """
 
     title: ClassVar[str] = "Z-Image"
