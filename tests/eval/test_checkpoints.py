@@ -230,7 +230,7 @@ ANSWERS = {
             "nearest": {10: -SURE, 30: 0},
         },
         10,
-        r"No step is clearly better .*\), though step 10 is better by I2T \(\+10.*: keep the last, and",
+        r"No step is clearly better .*\), though step 10 is better by I2T \(\+10.*: keep the last,",
     ),
     "truth, all others worse": (
         {"truth": {10: -SURE, 20: -0.05, 30: 0}, "i2t": {10: SURE, 20: SURE, 30: 0}},
