@@ -68,7 +68,7 @@ def test_a_run_resumes_exactly_and_is_paired_and_measured_by_concept(concepts, t
     image_options = {"num_validation_images": 1, "validation_num_inference_steps": 2}
     run = train(tmp_path / "run", **values(concepts, **image_options))
     assert "6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5)" in caplog.text
-    assert "4 steps of 2 (0.571 epochs)" in caplog.text, "an epoch has 14 samples"
+    assert "4 steps of 2 samples (0.571 epochs)" in caplog.text, "an epoch has 14 samples"
 
     rows = [row for row in runlog.read_metrics(run) if "heldout_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
