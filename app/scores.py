@@ -171,7 +171,7 @@ class PromptRow:
     name: str
     text: str
     # Mean scores of the two adapters over their common seeds, or over each adapter's own seeds if
-    # there are no common ones; None without a score
+    # there are no common ones; None if there is no score
     a: float | None
     b: float | None
     # Classification of the change by `classify`

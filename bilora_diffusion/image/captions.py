@@ -173,7 +173,7 @@ class PromptCache:
         pipeline: a pipeline with its text encoders.
         device: device to which the encoders are moved while they embed prompts.
         family: the pipeline's family with the run's settings; None for the default settings.
-        disk: cache on disk, for later runs; None for no such cache.
+        disk: cache on disk, for later runs; None if prompts are not cached on disk.
         prepare: function that is called before the encoders are used.
     """
 

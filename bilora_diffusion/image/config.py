@@ -187,7 +187,7 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def cache(self) -> Path | None:
-        """Folder of cached latents and prompt embeddings; None without a cache on disk."""
+        """Folder of cached latents and prompt embeddings; None if there is no cache on disk."""
         if self.dry_run:
             return None
         return cache_folder(self.disk_cache)

@@ -21,7 +21,7 @@ from ..core.errors import UserError
 from .sets import ImageSet
 
 Size = tuple[int, int]  # (height, width) in pixels
-# An image, (3, H, W) in 0 to 255, and its mask, (1, H, W); None without a mask.
+# An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), or None.
 Resized = tuple[Tensor, Tensor | None]
 AUTO = "auto"
 # Sides of given buckets, and the steps between automatic ones, are multiples of this number of
@@ -35,7 +35,7 @@ def bucket_sizes(side: int, buckets: str | None) -> list[Size]:
 
     Args:
         side: ``--resolution``, in pixels.
-        buckets: ``--aspect_ratio_buckets``; None for only a square.
+        buckets: ``--aspect_ratio_buckets``; None if all crops are squares.
     """
     if buckets is None:
         return [(side, side)]

@@ -86,7 +86,7 @@ class DreamBoothModule(nn.Module):
         denoiser: the UNet or transformer that is trained; it may have adapters.
         text_encoders: the trained text encoders; () if they are frozen.
         noise_schedule: noise levels and the loss of a prediction.
-        prior_loss_weight: weight of the class images; None without class images.
+        prior_loss_weight: weight of the class images; None if there are none.
     """
 
     def __init__(

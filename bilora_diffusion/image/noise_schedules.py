@@ -45,7 +45,7 @@ class Denoising(SampledLevels):
 
     scheduler: Any  # DDPM for "standard", Euler for "edm", EDM Euler for "edm_native"
     kind: str = "standard"  # or "edm" (EDM on a variance-preserving model), or "edm_native"
-    snr_gamma: float | None = None  # gamma of the min-SNR weights; None for no weights
+    snr_gamma: float | None = None  # gamma of the min-SNR weights; None: no weights
     snr_weighting: str = "published"  # or "diffusers"; they differ for velocity prediction
     level_range: tuple[float, float] = ALL_LEVELS
 

@@ -52,7 +52,7 @@ class Table:
         columns: the values of each column, by name.
         files: the images' files; [] unless all images are files.
         captions_from: source of the captions if they are not in a column; otherwise None.
-        masks_from: source of the masks; None without masks.
+        masks_from: source of the masks; None if there are no masks.
         mask_files: the masks' files.
     """
 

@@ -35,7 +35,8 @@ class Entry:
     # Returns the image's file or content, or None if a table row has no image.
     source: Callable[[], Path | bytes | None]
     caption: str | None = None
-    # Returns the mask in mode L, which is white where the image is learned; None without a mask.
+    # Returns the mask in mode L, which is white where the image is learned; None if there is no
+    # mask.
     mask: Callable[[], Image.Image | None] | None = None
     concept: int = 0  # index of the image's concept
     # Set by `check`:
@@ -114,7 +115,7 @@ class ImageSet:
         label: name of the set in messages (the ``--dataset`` value).
         entries: the images.
         remarks: notes for the user on how the images were found, one line each.
-        masks_from: source of the masks, for messages; None without masks.
+        masks_from: source of the masks, for messages; None if there are no masks.
         captions_from: source of the captions, for messages; None if they are in a column.
         skip_bad_images: skip unreadable images and list them in ``skipped``, each with the reason.
 

@@ -92,7 +92,7 @@ class TrainingSample:
         The file is read unless the data loader has already read it, or its resized image is cached.
 
         Args:
-            resized_images: cache of resized images; None for no cache.
+            resized_images: cache of resized images; None to cache nothing.
         """
         if self.pixels_and_mask is not None:
             return self.pixels_and_mask
@@ -121,7 +121,7 @@ class TrainingStream:
     Args:
         cfg: configuration of the run.
         images: the instance images.
-        classes: the class images; None without prior preservation.
+        classes: the class images; None if there is no prior preservation.
 
     Raises:
         UserError: an image has neither a caption nor an instance prompt, there are no tags to

@@ -78,7 +78,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_validation_model(
     cfg: DreamBoothConfig, pipeline: Any, dtype: torch.dtype, *, weights: bool = True
 ) -> ValidationModel | None:
-    """Load the model of ``--validation_model``; None without the option.
+    """Load the model of ``--validation_model``; return None if it is not given.
 
     Args:
         pipeline: the loaded base model, without adapters.

@@ -74,7 +74,7 @@ class Method:
         depends_on_length: whether a step depends on the length of the run
             (`MethodOptions.num_steps`).
         on_perturbed: function that is called within a step while the primaries hold A + e_A and
-            B + e_B and their `.grad` holds e (`train.dynamics` sets it); None for no call.
+            B + e_B and their `.grad` holds e (`train.dynamics` sets it); None if nothing is called.
     """
 
     name: ClassVar[str] = ""  # name under which the method is registered

@@ -63,7 +63,7 @@ class Checkpoint:
         tensors: trained weights and other tensors of the run, by name.
         optimizer: ``state_dict`` of the optimizer.
         scheduler: ``state_dict`` of the learning rate's schedule.
-        scaler: ``state_dict`` of the gradient scaler; None without fp16.
+        scaler: ``state_dict`` of the gradient scaler; None if the run does not use fp16.
         extra: other state of the run, such as its configuration, the record of its data and the
             method's state, as JSON values.
     """

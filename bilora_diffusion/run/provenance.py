@@ -32,7 +32,7 @@ def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
     """Return the commit of a package's checkout, and whether the package differs from it.
 
     Args:
-        package: folder of the package; None for this one.
+        package: folder of a package; None for this package.
 
     Returns:
         Both are None outside a checkout, without git, or if the checkout belongs to another

@@ -259,7 +259,7 @@ def merged_weight(
         weight: W of the base model, (m, n), in float64.
         A, B: factors, (rank, n) and (m, rank).
         scale: s, from `PeftConfig.scale`.
-        magnitude: DoRA's magnitude, (m,); None without DoRA.
+        magnitude: DoRA's magnitude, (m,); None if the adapter is a plain LoRA.
     """
     merged = weight + scale * (B.double() @ A.double())  # W + s B A
     if magnitude is None:

@@ -66,7 +66,7 @@ class TextModel:
 
     @property
     def max_tokens(self) -> int | None:
-        """Maximum number of tokens of a row; None without a limit, as with T5's positions."""
+        """Maximum number of tokens of a row; None if there is no limit, as with T5's positions."""
         config = self.model.config
         limit = getattr(config, "max_position_embeddings", None)
         # T5's configuration has "n_positions" too, but it is not a limit.

@@ -174,7 +174,7 @@ def generation_prompt(
         tokenizer: the model's tokenizer.
         template: template, or "auto".
         max_length: maximum number of tokens; a longer prompt loses its first tokens, but keeps its
-            BOS. None for no limit.
+            BOS. None if there is no limit.
     """
     template = resolve_template(template, tokenizer)
     context = context_text(example, tokenizer, template)

@@ -109,7 +109,7 @@ class Outcome:
         """Count a measurement of the current weights, which is the same in every process.
 
         Args:
-            value: value of ``heldout_measure``; None without held-out data.
+            value: value of ``heldout_measure``; None if there is no held-out data.
             step: step of the weights.
 
         Raises:

@@ -92,7 +92,7 @@ class ClipScores(OverSteps):
     - ``prompt_set``, ``seeds``, ``sampling``;
     - ``scorer``, ``captioner`` and ``image_model``: each with ``name``, ``kind``, ``model``,
       ``revision`` and ``note``; None if the captioner or image model is not used;
-    - ``truth_i2t``: mean "i2t" score of the held-out pictures; None without such pictures;
+    - ``truth_i2t``: mean "i2t" score of the held-out pictures; None if there are none;
     - ``answers``, with --steps only: a `BestStep` for each run.
     """
 

@@ -86,7 +86,7 @@ class ImageJudge:
     Args:
         store: store of the images.
         scorer: model that embeds images and texts.
-        captioner: model that captions the images for T2T; None for no T2T.
+        captioner: model that captions the images for T2T; None if T2T is not measured.
         truths: text of a prompt -> its held-out picture.
         training: label of a run -> its training images.
         originals: jobs of the base model for the general prompts; drift is measured from their
@@ -137,7 +137,7 @@ class ImageJudge:
                 yield self._row(subject, job, "drift", cosine(image.vector, original))
 
     def truth_i2t(self) -> float | None:
-        """Return the mean "i2t" score of the held-out pictures themselves; None without pictures.
+        """Return the mean "i2t" score of the held-out pictures themselves; None if there are none.
 
         Samples that equal their held-out pictures get this score, so a score above this is not
         an improvement.

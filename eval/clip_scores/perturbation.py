@@ -37,7 +37,7 @@ class Perturbation:
 
     Args:
         pipeline: pipeline of the base model, without adapters.
-        precision: "int8" to "int2" (see :func:`round_rows`), or "nf4"; None for no rounding.
+        precision: "int8" to "int2" (see :func:`round_rows`), or "nf4"; None to round nothing.
         noise: standard deviation of Gaussian noise, in units of the standard deviation of each base
             weight's entries; 0 for no noise. The noise is added before the rounding.
     """

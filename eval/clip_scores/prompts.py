@@ -49,7 +49,8 @@ class Prompt:
     reference: Path | None = None
     # Whether the prompt is unrelated to the training images, so its images should not change
     general: bool = False
-    # Name in ``mini.colors.MAPS`` of the color map that is applied to the reference; None for none
+    # Name in ``mini.colors.MAPS`` of the color map that is applied to the reference; None if the
+    # reference is used as it is
     colors: str | None = None
 
 

@@ -39,7 +39,7 @@ class Sampling:
     # Standard deviation of noise on the same weights, in units of each base weight's standard
     # deviation; 0 for no noise
     weight_noise: float = 0.0
-    # LoRA file that is applied to all images, such as Lightning; None for none
+    # LoRA file that is applied to all images, such as Lightning; None if there is none
     lora: LoraSource | None = None
     # Value of ``--sampling_scheduler``; None for the model's own scheduler
     scheduler: str | None = None

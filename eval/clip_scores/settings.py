@@ -225,7 +225,7 @@ def _place(base_model: str) -> str:
 
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
-    """Return the names of the scorer and the captioner; the latter is None for no captions.
+    """Return the names of the scorer and of the captioner, which is None if none is used.
 
     Raises:
         UserError: an embedded model was chosen for a base model that is no miniature.

@@ -170,7 +170,7 @@ def control(subjects: Sequence[Entry], name: str | None, prefer: str | None = "l
         subjects: subjects of the result.
         name: value of ``--control``. For None, the control is the first group of the method
             ``prefer``, else the first group that is not the base model, else the first group.
-        prefer: name of a method; None for no preference.
+        prefer: name of the preferred method; None if there is no preference.
     """
     labels = list(dict.fromkeys(subject.group for subject in subjects))
     if name is not None:

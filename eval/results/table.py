@@ -345,7 +345,7 @@ def command_line(module: str, argv: Sequence[str]) -> str:
 
 
 def provenance_of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | None:
-    """Return the provenance of a result, from the records of its runs; None without runs."""
+    """Return the provenance of a result, from the records of its runs; None if it has no runs."""
     if not records:
         return None
     values: dict[str, Any] = {}

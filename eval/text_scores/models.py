@@ -39,7 +39,7 @@ CacheFor = Callable[[Mapping[str, Any]], Cache]
 class LoadedModel(TextModel):
     """A model in evaluation mode on its device, with its adapter applied if there is one.
 
-    ``effect`` is the adapter's largest change of the probe's logits; None without an adapter.
+    ``effect`` is the adapter's largest change of the probe's logits; None if there is no adapter.
     """
 
     effect: float | None = None
